@@ -1,0 +1,82 @@
+"""Outputs that appear whole or not at all.
+
+    with atomic_file("model.gguf", force=False) as tmp:   # tmp lies beside model.gguf
+        write(tmp)                                        # renamed at the end, removed on any exception
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mod_export.errors import UserError
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary file beside `path`, which takes its place when the block ends well.
+
+    Raises UserError where `path` exists and `force` is not set, is no regular file, or cannot be written.
+    """
+    target = _check_target(path, force)
+    if target.exists() and not target.is_file():
+        # replacing a directory, or a device such as /dev/null, by a file is never what was meant
+        raise UserError(f"{path} exists and is not a regular file", "choose another output name")
+    tmp = _beside(target)
+    try:
+        tmp.touch(exist_ok=False)
+        yield tmp
+        os.replace(tmp, target)
+    except OSError as exc:
+        raise _unwritable(exc, tmp, path) from exc
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`, which takes its place when the block ends well.
+
+    With `force` an existing directory is replaced whole, but only one that is empty or holds `marker`:
+    a mistyped `-o ~ --force` must not cost a home directory. Raises UserError as atomic_file does.
+    """
+    target = _check_target(path, force)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{path} exists and is not a directory", "choose another output name")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise UserError(f"{path} holds no {marker}, so it is not replaced", "choose another output directory")
+    tmp, old = _beside(target), _beside(target)
+    try:
+        tmp.mkdir()
+        yield tmp
+        if target.exists():
+            target.rename(old)
+        tmp.rename(target)
+    except OSError as exc:
+        raise _unwritable(exc, tmp, path) from exc
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_target(path: str | os.PathLike, force: bool) -> Path:
+    target = Path(os.path.realpath(path))  # the file a link points to is the one to replace
+    if not target.parent.is_dir():
+        raise UserError(f"there is no directory {target.parent} to write {target.name} in", "create it first")
+    if target.exists() and not force:
+        raise UserError(f"{path} exists already", "use --force to replace it")
+    return target
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike) -> Exception:
+    """A UserError where the output is the trouble (permissions, a full disk), else the exception itself."""
+    concerns_output = exc.filename is None or str(exc.filename).startswith(str(tmp))
+    return UserError(f"cannot write {path}: {exc.strerror or exc}", "choose another output") if concerns_output else exc
