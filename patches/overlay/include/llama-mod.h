@@ -1,0 +1,100 @@
+#pragma once
+
+// Mixture-of-Depths: inspect and steer the routed units of a model, count what they skip.
+//
+// A unit is (layer, kind). Units are numbered in the order in which they decide: by layer, within a layer
+// kv, block, attn, ffn. A dense model has 0 units; on its contexts the getters return 0 (or false) and
+// the setters LLAMA_MOD_ERR_NOT_MOD.
+
+#include "llama.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    enum llama_mod_kind {
+        LLAMA_MOD_KIND_BLOCK = 0, // the whole layer
+        LLAMA_MOD_KIND_ATTN  = 1, // the attention sublayer
+        LLAMA_MOD_KIND_FFN   = 2, // the FFN sublayer
+        LLAMA_MOD_KIND_KV    = 3, // being remembered beyond the recent window
+    };
+
+    enum llama_mod_force {
+        LLAMA_MOD_FORCE_NONE     = 0, // the routers decide
+        LLAMA_MOD_FORCE_ACTIVE   = 1, // every unit runs for every token: the dense model
+        LLAMA_MOD_FORCE_INACTIVE = 2, // no unit runs for any token, sinks included: the floor of the cost
+    };
+
+    enum llama_mod_err {
+        LLAMA_MOD_OK          =  0,
+        LLAMA_MOD_ERR_NOT_MOD = -1, // the model has no routers
+        LLAMA_MOD_ERR_UNIT    = -2, // no unit with this number
+        LLAMA_MOD_ERR_VALUE   = -3, // the value is out of its range
+    };
+
+    struct llama_mod_unit {
+        int32_t             layer;
+        enum llama_mod_kind kind;
+        float               threshold;  // p of the file, in (0, 1)
+        float               activation; // share of tokens active on calibration text, in [0, 1]
+    };
+
+    struct llama_mod_unit_stats {
+        uint64_t n_seen;   // tokens that met the unit's router
+        uint64_t n_active; // of these, tokens that ran the unit (kv: that stay remembered)
+    };
+
+    struct llama_mod_kv_stats {
+        uint64_t n_cells;         // cells reserved, summed over layers
+        uint64_t n_used;          // cells in use, summed over layers
+        uint64_t bytes_per_cell;  // K and V of one token (of all counted layers together)
+        uint64_t bytes_reserved;  // address space
+        uint64_t bytes_committed; // memory that the operating system has backed with pages
+        uint64_t bytes_used;      // K and V of the cells in use
+    };
+
+    struct llama_mod_perf {
+        uint64_t n_decode;        // successful calls of llama_decode
+        uint64_t n_tokens;
+        uint64_t n_graphs;        // graphs computed
+        uint64_t n_graphs_reused; // of these, without being built again
+    };
+
+    // the model's units
+    LLAMA_API int32_t llama_mod_n_units  (const struct llama_model * model);
+    LLAMA_API bool    llama_mod_get_unit (const struct llama_model * model, int32_t i, struct llama_mod_unit * unit);
+    LLAMA_API int32_t llama_mod_kv_window(const struct llama_model * model); // tokens; 0: no kv units
+    LLAMA_API int32_t llama_mod_n_sink   (const struct llama_model * model); // first positions, always active
+
+    // thresholds, for the tokens decoded from now on: a token is active where logit(score) >= logit(p) + shift
+    LLAMA_API float   llama_mod_get_threshold(const struct llama_context * ctx, int32_t i);
+    LLAMA_API int32_t llama_mod_set_threshold(      struct llama_context * ctx, int32_t i, float p); // 0 < p < 1
+    LLAMA_API float   llama_mod_get_shift    (const struct llama_context * ctx);
+    LLAMA_API int32_t llama_mod_set_shift    (      struct llama_context * ctx, float shift);        // finite
+    LLAMA_API enum llama_mod_force llama_mod_get_force(const struct llama_context * ctx);
+    LLAMA_API int32_t              llama_mod_set_force(      struct llama_context * ctx, enum llama_mod_force force);
+
+    // how many positions of a sequence's tail can be taken back exactly (kv units; default 64)
+    LLAMA_API int32_t llama_mod_get_kv_rollback(const struct llama_context * ctx);
+    LLAMA_API int32_t llama_mod_set_kv_rollback(      struct llama_context * ctx, int32_t n);        // n >= 0
+
+    // counters since the context's start or the last reset
+    LLAMA_API bool llama_mod_get_unit_stats(const struct llama_context * ctx, int32_t i, struct llama_mod_unit_stats * stats);
+    LLAMA_API bool llama_mod_get_perf      (const struct llama_context * ctx, struct llama_mod_perf * perf);
+    LLAMA_API void llama_mod_reset_stats   (      struct llama_context * ctx);
+
+    // KV memory of one layer, of all layers with il = -1; in a layer with complete K/V, its share of the common cache
+    LLAMA_API bool llama_mod_get_kv_stats(const struct llama_context * ctx, int32_t il, struct llama_mod_kv_stats * stats);
+
+    // decisions of the last successful llama_decode, tokens in the order of its batch; returns the number of tokens
+    //   active [n_tokens][n_units]: 1 or 0
+    //   score  [n_tokens][n_units]: the router's logit, x^ . w + b
+    // either pointer may be NULL; the arrays belong to the context and live until its next decode
+    LLAMA_API int32_t llama_mod_get_trace(const struct llama_context * ctx, const uint8_t ** active, const float ** score);
+
+#ifdef __cplusplus
+}
+#endif

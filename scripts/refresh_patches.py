@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Patches to an edited tree of llama.cpp and back, without loss of a byte.
+
+    scripts/refresh_patches.py TREE            make TREE: a commit for the base, one for the overlay, one per patch
+    scripts/refresh_patches.py --fold TREE     put uncommitted edits into the commits they belong to
+    scripts/refresh_patches.py --write TREE    write patches/overlay, patches/*.patch and patches/series from TREE
+    scripts/refresh_patches.py --check         demand that both ways give the same bytes, and complete headers
+
+A patch commit's subject is the patch's name without its number (`memory-kv-cache-mod`), its body the header.
+New files go to the overlay whichever commit adds them; changes to upstream's files go to their commit's patch.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mod_export import llama_source  # noqa: E402
+from mod_export.errors import UserError  # noqa: E402
+
+PATCHES = Path(__file__).resolve().parent.parent / "patches"
+FIELDS = {"Description": r"\S.* : .+", "Author": r".+", "Forwarded": r"not-needed|\w+://\S+"}
+FIELDS |= {"Last-Update": r"\d{4}-\d\d-\d\d", "X-Test": r".+"}
+OPTIONAL = {"X-Test"}
+SERIES_HEAD = "# The patches in the order in which they apply; written by scripts/refresh_patches.py\n"
+# everything that a user's configuration could change in a diff is fixed here
+DIFF = "diff --no-color --no-ext-diff --no-textconv --no-renames --unified=1 --inter-hunk-context=0".split()
+DIFF += "--diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/".split()
+IDENTITY = ["-c", "user.name=mod-export", "-c", "user.email=mod-export@localhost", "-c", "commit.gpgsign=false"]
+
+
+def git(tree: Path, *args: str, text: str | None = None, editor: str = "false") -> str:
+    """Run git in `tree` apart from the user's and any outer repository's configuration."""
+    env = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_EDITOR": editor}
+    env |= {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
+    command = ["git", *IDENTITY, "-c", "core.autocrlf=false", "-c", "core.quotePath=false", *args]
+    result = subprocess.run(command, cwd=tree, env=env, input=text, capture_output=True, encoding="utf-8")
+    if result.returncode != 0:
+        raise UserError(f"git {args[0]} failed in {tree}: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout
+
+
+def create(tree: Path, sdist: Path | None = None) -> None:
+    """Make `tree` from the pinned source and patches/."""
+    if tree.exists() and any(tree.iterdir()):
+        raise UserError(f"{tree} exists already and is not empty", "remove it or choose another")
+    with tempfile.TemporaryDirectory() as tmp:
+        llama_source.unpack(llama_source.fetch_sdist(sdist), Path(tmp))
+        shutil.copytree(Path(tmp, "vendor/llama.cpp"), tree, dirs_exist_ok=True)
+    git(tree, "init", "--quiet", "--initial-branch=main")
+    # upstream's unused parts are not unpacked; keep them out where somebody copies them in
+    (tree / ".git/info/exclude").write_text("/models\n/docs\n/media\n/build*\n")
+    commit(tree, f"llama.cpp {llama_source.read_pin(PATCHES).commit}")
+    llama_source.copy_overlay(tree, PATCHES)
+    commit(tree, "overlay")
+    for patch in llama_source.read_series(PATCHES):
+        llama_source.git_apply(tree, patch)
+        commit(tree, f"{patch.stem.partition('-')[2]}\n\n{read_header(patch)}")
+
+
+def commit(tree: Path, message: str) -> None:
+    """Commit everything in the tree, files that upstream's .gitignore names included."""
+    git(tree, "add", "--all", "--force")
+    # verbatim: a header's bytes are the patch's bytes
+    git(tree, "commit", "--quiet", "--allow-empty", "--no-verify", "--cleanup=verbatim", "--file=-", text=message)
+
+
+def read_header(patch: Path) -> str:
+    """The text before the line `---`, with its newline."""
+    header, line, _ = patch.read_text(encoding="utf-8").partition("---\n")
+    if not line:
+        raise UserError(f"{patch.name} has no line '---' after its header")
+    return header
+
+
+def check_header(name: str, header: str) -> None:
+    """Demand the fields of FIELDS, each once; lines that begin with a space continue a field."""
+    fields: dict[str, str] = {}
+    for line in header.splitlines():
+        field, colon, value = line.partition(": ")
+        if line.startswith(" ") and fields:
+            fields[list(fields)[-1]] += line
+        elif colon and field in FIELDS and field not in fields:
+            fields[field] = value
+        else:
+            raise UserError(f"{name}: unexpected line in the header: {line!r}", f"the fields are {', '.join(FIELDS)}")
+    for field, pattern in FIELDS.items():
+        if field not in fields and field not in OPTIONAL:
+            raise UserError(f"{name}: the header has no {field}", "add it to the commit's message")
+        if field in fields and not re.fullmatch(pattern, fields[field]):
+            raise UserError(f"{name}: {field} is {fields[field]!r}", f"it should match {pattern}")
+
+
+def history(tree: Path) -> list[str]:
+    """Commits of the tree, oldest first: base, overlay, patches."""
+    commits = git(tree, "rev-list", "--reverse", "--first-parent", "HEAD").split()
+    if len(commits) < 2:
+        raise UserError(f"{tree} holds no commits for base and overlay", "make it with this script")
+    return commits
+
+
+def names(tree: Path, *args: str) -> list[str]:
+    """The paths that a git command prints."""
+    return [name for name in git(tree, *args, "-z").split("\0") if name]
+
+
+def write(tree: Path, patches: Path) -> None:
+    """Write overlay, patches and series of `tree`'s commits into `patches`; nothing is touched on an error."""
+    if dirty := names(tree, "diff", "--name-only", "HEAD") + names(tree, "ls-files", "--others", "--exclude-standard"):
+        raise UserError(f"{tree} has uncommitted changes ({dirty[0]}, {len(dirty)} in all)", "commit or --fold them")
+    base, *commits = history(tree)
+    upstream = set(names(tree, "ls-tree", "-r", "--name-only", base))
+    texts = patch_texts(tree, base, commits, upstream)
+    shutil.rmtree(patches / "overlay", ignore_errors=True)
+    for name in names(tree, "ls-tree", "-r", "--name-only", "HEAD"):
+        if name not in upstream:
+            (patches / "overlay" / name).parent.mkdir(parents=True, exist_ok=True)
+            (patches / "overlay" / name).write_text(git(tree, "show", f"HEAD:{name}"), encoding="utf-8", newline="")
+    for old in patches.glob("[0-9]*.patch"):
+        old.unlink()
+    for name, text in texts.items():
+        (patches / name).write_text(text, encoding="utf-8", newline="")
+    (patches / "series").write_text(SERIES_HEAD + "".join(f"{name}\n" for name in texts))
+
+
+def patch_texts(tree: Path, base: str, commits: list[str], upstream: set[str]) -> dict[str, str]:
+    """File name -> text, for every commit that changes files of upstream."""
+    texts, parent = {}, base
+    for commit_id in commits:
+        changed = sorted(upstream & set(names(tree, "diff", "--name-only", parent, commit_id)))
+        if changed:
+            subject, _, header = git(tree, "log", "-1", "--format=%B", commit_id).partition("\n\n")
+            if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", subject):
+                raise UserError(f"commit subject {subject!r} is no patch name", "use words like memory-kv-cache-mod")
+            header = header.rstrip("\n") + "\n"
+            check_header(subject, header)
+            diff = git(tree, *DIFF, parent, commit_id, "--", *changed)
+            diff = re.sub(r"^index .*\n", "", diff, flags=re.MULTILINE)  # they name blobs, which say nothing here
+            texts[f"{len(texts) + 1:04}-{subject}.patch"] = f"{header}---\n{diff}"
+        parent = commit_id
+    return texts
+
+
+def fold(tree: Path) -> None:
+    """Put each uncommitted edit into the overlay commit (files of ours) or the last patch that touches its file."""
+    base, overlay, *_ = history(tree)
+    upstream = set(names(tree, "ls-tree", "-r", "--name-only", base))
+    git(tree, "add", "--all")
+    owners: dict[str, list[str]] = {}
+    for name in names(tree, "diff", "--cached", "--name-only", "HEAD"):
+        owner = git(tree, "log", "-1", "--format=%H", f"{overlay}..HEAD", "--", name).strip()
+        if name in upstream and not owner:
+            raise UserError(f"no patch changes {name} yet", "commit it, with the name and header of its patch")
+        owners.setdefault(owner if name in upstream else overlay, []).append(name)
+    for owner, paths in owners.items():
+        git(tree, "commit", "--quiet", "--no-verify", f"--fixup={owner}", "--", *paths)
+    git(tree, "-c", "sequence.editor=true", "rebase", "--quiet", "--interactive", "--autosquash", base, editor="true")
+
+
+def check(sdist: Path | None = None) -> None:
+    """Patches -> tree -> patches in a temporary folder; raise UserError where headers or bytes are not as they are."""
+    for patch in llama_source.read_series(PATCHES):
+        check_header(patch.name, read_header(patch))
+    with tempfile.TemporaryDirectory() as tmp:
+        tree, again = Path(tmp, "tree"), Path(tmp, "patches")
+        create(tree, sdist)
+        again.mkdir()
+        write(tree, again)
+        ours, theirs = contents(PATCHES), contents(again)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(f"patches/{name} changes in a round trip", "write it again with --write")
+
+
+def contents(patches: Path) -> dict[str, bytes]:
+    """Path -> bytes of what `write` writes."""
+    files = [*(patches / "overlay").rglob("*"), *patches.glob("*.patch"), patches / "series"]
+    return {str(path.relative_to(patches)): path.read_bytes() for path in files if path.is_file()}
+
+
+def sizes(patches: Path) -> str:
+    """One line per patch and one for the overlay: lines added and removed."""
+    lines = []
+    for patch in llama_source.read_series(patches):
+        body = patch.read_text(encoding="utf-8").partition("---\n")[2]
+        added, removed = (len(re.findall(rf"^{sign}(?!{sign}{sign} )", body, re.MULTILINE)) for sign in (r"\+", "-"))
+        lines.append(f"{patch.name}: +{added} -{removed}")
+    overlay = llama_source.overlay_files(patches)
+    total = sum((patches / "overlay" / name).read_bytes().count(b"\n") for name in overlay)
+    return "\n".join([*lines, f"overlay: {len(overlay)} files, {total} lines"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tree", type=Path, nargs="?", metavar="TREE")
+    parser.add_argument("--sdist", type=Path, help="source distribution that is here already")
+    action = parser.add_mutually_exclusive_group()
+    for name in ("fold", "write", "check"):
+        action.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args()
+    if (args.tree is None) != args.check:
+        parser.error("name a TREE, or use --check alone")
+    try:
+        if args.check:
+            check(args.sdist)
+        elif args.fold:
+            fold(args.tree)
+        elif args.write:
+            write(args.tree, PATCHES)
+        else:
+            create(args.tree, args.sdist)
+        print(sizes(PATCHES))
+    except UserError as exc:
+        sys.exit(f"error: {exc}")
+
+
+if __name__ == "__main__":
+    main()
