@@ -1,0 +1,158 @@
+"""What a Mixture-of-Depths model adds to a model's configuration: which units are routed, and how.
+
+Knows nothing of torch or of files. In a Hugging Face directory it is the key `mod` of config.json; the GGUF
+keys have the same layout (docs/gguf.md).
+
+    config = MoDConfig(units={"kv": UnitConfig(threshold=(0.0, 0.0, 0.5), activation=(1.0, 1.0, 0.6))})
+    config.validate(n_layer=3)
+    config.routed()  # [(2, "kv")]
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import asdict, dataclass, field, fields
+
+from mod_export.errors import UserError
+
+VERSION = 1
+GATING_FUNC = "sigmoid"
+KINDS = ("kv", "block", "attn", "ffn")  # in the order in which they decide within a layer
+
+
+@dataclass(frozen=True)
+class UnitConfig:
+    """One kind of unit. Both tuples have a value for each layer.
+
+    threshold: p in (0, 1), 0 where this unit is not routed
+    activation: share of tokens active on calibration text, 1 where not routed
+    """
+
+    threshold: tuple[float, ...]
+    activation: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MoDConfig:
+    """All that the runtime has to know besides the router weights; `calibration` is a free record."""
+
+    version: int = VERSION
+    gating_func: str = GATING_FUNC
+    scale_output: bool = False
+    sink_tokens: int = 4
+    kv_window: int = 64
+    units: dict[str, UnitConfig] = field(default_factory=dict)
+    calibration: dict = field(default_factory=dict)
+
+    def routed(self) -> list[tuple[int, str]]:
+        """(layer, kind) of each routed unit, in the order in which they decide."""
+        n_layer = max((len(unit.threshold) for unit in self.units.values()), default=0)
+        return [(layer, kind) for layer in range(n_layer) for kind in KINDS if self.threshold(layer, kind) > 0]
+
+    def threshold(self, layer: int, kind: str) -> float:
+        """p of one unit, 0 where it is not routed."""
+        unit = self.units.get(kind)
+        return unit.threshold[layer] if unit and layer < len(unit.threshold) else 0.0
+
+    def validate(self, n_layer: int) -> MoDConfig:
+        """Return self, or raise UserError naming the first key that breaks a rule of the schema."""
+        _check_scalars(self)
+        for kind, unit in self.units.items():
+            _check_unit(kind, unit, n_layer)
+        _check_layers(self, n_layer)
+        return self
+
+    def to_dict(self) -> dict:
+        """The JSON form; kinds are keys beside the others, only those that occur."""
+        result = {name: getattr(self, name) for name in _SCALARS}
+        for kind in KINDS:
+            if kind in self.units:
+                result[kind] = {key: list(value) for key, value in asdict(self.units[kind]).items()}
+        return {**result, "calibration": dict(self.calibration)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> MoDConfig:
+        """Read the JSON form. Raises UserError for an unknown or missing key or a value of the wrong type."""
+        _check_keys("mod", data, known=(*_SCALARS, *KINDS, "calibration"), needed=_SCALARS)
+        calibration = data.get("calibration", {})
+        if not isinstance(calibration, dict):
+            raise UserError("mod.calibration is not an object", "write it as {...} or leave it out")
+        units = {kind: _unit_from_dict(kind, data[kind]) for kind in KINDS if kind in data}
+        return cls(**{name: data[name] for name in _SCALARS}, units=units, calibration=calibration)
+
+
+_SCALARS = tuple(f.name for f in fields(MoDConfig) if f.name not in ("units", "calibration"))
+
+
+def _check_keys(where: str, data: object, known: tuple, needed: tuple) -> None:
+    if not isinstance(data, dict):
+        raise UserError(f"{where} is not an object", "see docs/semantics.md for its keys")
+    if unknown := [str(key) for key in data if key not in known]:
+        raise UserError(f"unknown key {where}.{unknown[0]}", f"known keys: {', '.join(known)}")
+    if missing := [key for key in needed if key not in data]:
+        raise UserError(f"missing key {where}.{missing[0]}", "convert the model again")
+
+
+def _unit_from_dict(kind: str, data: object) -> UnitConfig:
+    names = ("threshold", "activation")
+    _check_keys(f"mod.{kind}", data, known=names, needed=names)
+    for name in names:
+        if not isinstance(data[name], (list, tuple)):
+            raise UserError(f"mod.{kind}.{name} is not a list", "give one number per layer")
+    return UnitConfig(**{name: tuple(data[name]) for name in names})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_scalars(config: MoDConfig) -> None:
+    if not _is_int(config.version) or config.version != VERSION:
+        raise UserError(f"mod.version is {config.version!r}, known is {VERSION}", "use a newer mod-export")
+    if config.gating_func != GATING_FUNC:
+        raise UserError(f"unknown mod.gating_func {config.gating_func!r}", f"known is {GATING_FUNC!r}")
+    if not isinstance(config.scale_output, bool):
+        raise UserError(f"mod.scale_output is {config.scale_output!r}", "use true or false")
+    for name, low in (("sink_tokens", 0), ("kv_window", 1)):
+        value = getattr(config, name)
+        if not _is_int(value) or not low <= value < 2**32:
+            raise UserError(f"mod.{name} is {value!r}", f"use a whole number, at least {low}")
+
+
+def _check_unit(kind: str, unit: UnitConfig, n_layer: int) -> None:
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of unit mod.{kind}", f"known kinds: {', '.join(KINDS)}")
+    for name in ("threshold", "activation"):
+        values = getattr(unit, name)
+        if len(values) != n_layer:
+            raise UserError(f"mod.{kind}.{name} has {len(values)} values", f"the model has {n_layer} layers")
+        for layer, value in enumerate(values):
+            if not _is_share(value, below_one=name == "threshold"):
+                allowed = "[0, 1)" if name == "threshold" else "[0, 1]"
+                raise UserError(f"mod.{kind}.{name} of layer {layer} is {value!r}", f"it must lie in {allowed}")
+    if not any(unit.threshold):
+        raise UserError(f"mod.{kind}.threshold routes no layer", f"leave out mod.{kind}")
+
+
+def _is_share(value: object, below_one: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    if not 0 <= value <= 1:
+        return False
+    # the GGUF stores 32 bits: there a p this close to 1 or 0 would be 1, or 0, "not routed"
+    single = struct.unpack("f", struct.pack("f", value))[0]
+    return not below_one or (single < 1 and (single > 0) == (value > 0))
+
+
+def _check_layers(config: MoDConfig, n_layer: int) -> None:
+    kinds = [{kind for kind in config.units if config.threshold(layer, kind) > 0} for layer in range(n_layer)]
+    for layer, here in enumerate(kinds):
+        if "block" in here and here & {"attn", "ffn"}:
+            other = "attn" if "attn" in here else "ffn"
+            raise UserError(f"mod.block and mod.{other} both route layer {layer}", "route one of them there")
+    if all(here & {"block", "attn", "kv"} for here in kinds):
+        raise UserError(
+            "every layer has a block, attn or kv router, so no layer keeps complete K/V",
+            "leave at least one layer without these (by default the first two are not routed)",
+        )

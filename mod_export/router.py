@@ -1,0 +1,52 @@
+"""The router of one unit and the one rule by which it decides.
+
+Everything is float32 whatever the model's type, as in the runtime. The rule is the threshold-p of
+docs/semantics.md, sigmoid(logit) >= p, compared as logits: that is exact where a sigmoid would saturate, and one
+number can shift all thresholds of a model.
+
+    router = Router(weight, bias, threshold=0.5, eps=1e-5)
+    active = is_active(router(h), router.threshold)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class Router(nn.Module):
+    """Linear router on the RMS-normed residual stream.
+
+    weight: [n_embd], bias: [1]; eps: the model's own norm eps; threshold: p in (0, 1).
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, threshold: float, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = nn.Parameter(bias.detach().float().reshape(1).clone())
+        self.threshold = threshold
+        self.eps = eps
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Residual stream [..., n_embd] -> router logits [...], float32; the score is their sigmoid."""
+        x = rms_norm(h, self.eps)
+        return x @ self.weight + self.bias
+
+
+def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:
+    """h / sqrt(mean(h^2) + eps) over the last axis, without a weight, in float32."""
+    x = h.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def threshold_logit(p: float) -> float:
+    """logit of p, which is rounded to 32 bits first, as the file stores it."""
+    p = torch.tensor(p, dtype=torch.float32).double().item()
+    return math.log(p) - math.log1p(-p)
+
+
+def is_active(logit: torch.Tensor, p: float, shift: float = 0.0) -> torch.Tensor:
+    """The threshold rule: logit >= logit(p) + shift, in float32. A positive shift makes fewer tokens active."""
+    return logit >= torch.tensor(threshold_logit(p) + shift, dtype=torch.float32, device=logit.device)
