@@ -1,0 +1,128 @@
+"""A thin context over llama.cpp's C functions for tests: single decodes with chosen positions, sequences, outputs."""
+
+from __future__ import annotations
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+
+F32, F16, Q8_0 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
+FORCE = {"none": 0, "active": 1, "inactive": 2}
+
+
+@llama_cpp.llama_log_callback
+def _silent(level, text, user_data):
+    pass
+
+
+class Raw:
+    """A model and one context on it. KV in F32 by default, so that results can be compared closely."""
+
+    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=True, kv=F32, n_seq=4, threads=1, **params):
+        llama_cpp.llama_backend_init()
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+        mp = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), mp)
+        assert self.model, f"cannot load {path}"
+        cp = llama_cpp.llama_context_default_params()
+        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq
+        cp.n_threads = cp.n_threads_batch = threads
+        cp.kv_unified, cp.no_perf = True, True
+        cp.type_k = cp.type_v = kv
+        cp.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if fa else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        for name, value in params.items():
+            setattr(cp, name, value)
+        self.ctx = llama_cpp.llama_init_from_model(self.model, cp)
+        assert self.ctx, "cannot create the context"
+        self.mem = llama_cpp.llama_get_memory(self.ctx)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.n_embd = llama_cpp.llama_model_n_embd(self.model)
+        self.pos = {}
+
+    def try_decode(self, tokens, seqs=None, pos=None, logits=None) -> int:
+        """llama_decode of one batch; the return code. seqs: sequence of each token (default 0)."""
+        n = len(tokens)
+        seqs = [0] * n if seqs is None else seqs
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        following = dict(self.pos)
+        for i, token in enumerate(tokens):
+            at = following.get(seqs[i], 0) if pos is None else pos[i]
+            following[seqs[i]] = at + 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), at, 1, seqs[i]
+            batch.logits[i] = 1 if logits is None else logits[i]
+        batch.n_tokens = n
+        rc = llama_cpp.llama_decode(self.ctx, batch)
+        llama_cpp.llama_batch_free(batch)
+        if rc == 0:
+            self.pos = following
+        return rc
+
+    def decode(self, tokens, seqs=None, pos=None, logits=None):
+        """Decodes one batch; logits [n outputs, n_vocab]."""
+        rc = self.try_decode(tokens, seqs, pos, logits)
+        assert rc == 0, f"llama_decode returned {rc}"
+        n_out = len(tokens) if logits is None else int(sum(logits))
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), (n_out, self.n_vocab)).copy()
+
+    def decode_cut(self, tokens, size, seq=0):
+        """Decodes in pieces; logits and decisions of all tokens."""
+        logits, active = [], []
+        for i in range(0, len(tokens), size):
+            part = tokens[i : i + size]
+            logits.append(self.decode(part, [seq] * len(part)))
+            active.append(self.trace()[0])
+        return np.concatenate(logits), np.concatenate(active)
+
+    def embeddings(self, n):
+        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(self.ctx), (n, self.n_embd)).copy()
+
+    def seq_rm(self, seq, p0, p1=-1) -> bool:
+        ok = llama_cpp.llama_memory_seq_rm(self.mem, seq, p0, p1)
+        if ok and p1 < 0:
+            self.pos[seq] = max(p0, 0)
+        return ok
+
+    def seq_cp(self, src, dst):
+        llama_cpp.llama_memory_seq_cp(self.mem, src, dst, -1, -1)
+        self.pos[dst] = self.pos[src]
+
+    def clear(self):
+        llama_cpp.llama_memory_clear(self.mem, True)
+        self.pos = {}
+
+    # what only the patched library has
+
+    def trace(self):
+        """Decisions and scores of the last decode: active uint8, score float32, both [T, n_units]."""
+        from mod_export import bindings
+
+        return bindings.get_trace(self.model, self.ctx)
+
+    def kv(self, layer=-1):
+        from mod_export import bindings
+
+        return bindings.get_kv_stats(self.ctx, layer)
+
+    def set(self, **values):
+        """force="active", shift=0.5, kv_rollback=0 ..."""
+        from mod_export import bindings
+
+        for name, value in values.items():
+            value = FORCE[value] if name == "force" else value
+            rc = getattr(bindings, f"llama_mod_set_{name}")(self.ctx, value)
+            assert rc == 0, f"llama_mod_set_{name} returned {rc}"
+
+    def close(self):
+        if self.ctx:
+            llama_cpp.llama_free(self.ctx)
+            llama_cpp.llama_model_free(self.model)
+            self.ctx = self.model = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

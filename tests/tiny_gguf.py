@@ -1,0 +1,249 @@
+"""Tiny random llama GGUF files with routers, and their forward pass in numpy as a second, independent oracle.
+
+The file has no tokenizer: tokens are numbers. Router biases are placed in gaps between the scores of
+given token sequences, so that float noise cannot flip a decision (see `place_biases`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+KINDS = ("kv", "block", "attn", "ffn")  # deciding order within a layer
+EPS = 1e-5
+
+
+def logit(p: float) -> float:
+    return float(np.log(p / (1 - p)))
+
+
+@dataclass
+class Tiny:
+    """A random llama model; `routers` maps (layer, kind) to [w, b, p]."""
+
+    n_layer: int = 5
+    n_embd: int = 128
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_ff: int = 192
+    n_vocab: int = 96
+    tied: bool = False
+    sink_tokens: int = 2
+    kv_window: int = 8
+    scale_output: bool = False
+    seed: int = 0
+    arch: str = "llama"
+    n_ctx: int = 4096
+    routers: dict = field(default_factory=dict)
+    tensors: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        rng = np.random.default_rng(self.seed)
+        e, kv = self.n_embd, self.n_embd // self.n_head * self.n_head_kv
+
+        def mat(rows: int, cols: int, gain: float = 1.0):
+            return (rng.standard_normal((rows, cols)) * gain / np.sqrt(cols)).astype(np.float32)
+
+        def norm():
+            return (1 + 0.1 * rng.standard_normal(e)).astype(np.float32)
+
+        t = self.tensors
+        t["token_embd.weight"] = mat(self.n_vocab, e, np.sqrt(e))
+        if not self.tied:
+            t["output.weight"] = mat(self.n_vocab, e, 2)
+        t["output_norm.weight"] = norm()
+        for layer in range(self.n_layer):
+            b = f"blk.{layer}."
+            t |= {
+                b + "attn_norm.weight": norm(), b + "ffn_norm.weight": norm(),
+                b + "attn_q.weight": mat(e, e, 1.5), b + "attn_k.weight": mat(kv, e, 1.5),
+                b + "attn_v.weight": mat(kv, e, 2), b + "attn_output.weight": mat(e, e),
+                b + "ffn_gate.weight": mat(self.n_ff, e), b + "ffn_up.weight": mat(self.n_ff, e),
+                b + "ffn_down.weight": mat(e, self.n_ff, 2),
+            }
+
+    @property
+    def units(self) -> list:
+        """(layer, kind) in deciding order."""
+        return sorted(self.routers, key=lambda u: (u[0], KINDS.index(u[1])))
+
+    def route(self, layers, kinds: str, p: float = 0.4, seed: int = 1) -> Tiny:
+        """Puts a random router of each of the kinds (joined with +) into the layers."""
+        rng = np.random.default_rng(seed)
+        for layer in layers:
+            for kind in kinds.split("+"):
+                self.routers[layer, kind] = [(rng.standard_normal(self.n_embd) / 8).astype(np.float32), 0.0, p]
+        return self
+
+    def place_biases(self, sequences, activation: float = 0.5) -> Tiny:
+        """Sets each bias so that about `activation` of the tokens are active, in the widest gap near there."""
+        def place(unit, raw):
+            scores = np.sort(np.concatenate(raw))
+            lo = int(len(scores) * (1 - activation))
+            near = slice(max(1, lo - len(scores) // 8), min(len(scores), lo + len(scores) // 8 + 1))
+            gaps = np.diff(scores)[near.start - 1 : near.stop - 1]
+            i = near.start - 1 + int(np.argmax(gaps))
+            assert gaps.max() > 2e-4, "no gap between scores: use other tokens"
+            w, _, p = self.routers[unit]
+            self.routers[unit][1] = float(np.float32(logit(p) - (scores[i] + scores[i + 1]) / 2))
+        self._forward_all(sequences, place)
+        return self
+
+    def forward(self, tokens, force: str = "none", shift: float = 0.0):
+        """One sequence -> logits [T, n_vocab], active [T, n_units], score (logit) [T, n_units]; float64."""
+        return self._forward_all([tokens], force=force, shift=shift)[0]
+
+    def _forward_all(self, sequences, place=None, force: str = "none", shift: float = 0.0):
+        """All sequences layer by layer, so that a bias can be placed from the scores of all of them."""
+        t = {k: v.astype(np.float64) for k, v in self.tensors.items()}
+        hs = [t["token_embd.weight"][np.asarray(s)] for s in sequences]
+        acts, scores = [[] for _ in hs], [[] for _ in hs]
+
+        def decide(unit):
+            w, _, p = self.routers[unit]
+            raws = [rms(h) @ w.astype(np.float64) for h in hs]
+            if place:
+                place(unit, raws)
+            for i, raw in enumerate(raws):
+                score = raw + self.routers[unit][1]
+                act = (score >= logit(p) + shift) | (np.arange(len(raw)) < self.sink_tokens)
+                if force != "none":
+                    act[:] = force == "active"
+                gate = np.where(score >= logit(p) + shift, 1 / (1 + np.exp(-score)), 1.0)
+                acts[i].append(act), scores[i].append(score)
+                yield i, act, gate if self.scale_output else np.ones_like(score)
+
+        for layer in range(self.n_layer):
+            full = {i: (np.ones(len(h), bool), np.ones(len(h))) for i, h in enumerate(hs)}
+            got = {k: {i: (a, g) for i, a, g in decide((layer, k))} if (layer, k) in self.routers else dict(full)
+                   for k in KINDS[:3]}
+            block_in = [h.copy() for h in hs]
+            for i, h in enumerate(hs):
+                act = got["block"][i][0] & got["attn"][i][0]
+                delta = self._attention(t, layer, h, act, got["kv"][i][0])
+                hs[i] = h + got["attn"][i][1][:, None] * delta * act[:, None]
+            if (layer, "ffn") in self.routers:
+                got["ffn"] = {i: (a, g) for i, a, g in decide((layer, "ffn"))}
+            for i, h in enumerate(hs):
+                act, gate = got.get("ffn", full)[i]
+                out = h + (gate * act)[:, None] * self._ffn(t, layer, h)
+                b_act, b_gate = got["block"][i]
+                hs[i] = block_in[i] + (b_gate * b_act)[:, None] * (out - block_in[i])
+        out = t.get("output.weight", t["token_embd.weight"])
+        results = []
+        for h, act, score in zip(hs, acts, scores, strict=True):
+            none = [np.zeros((len(h), 0))]
+            columns = [np.column_stack(none + x) for x in (act, score)]
+            results.append((rms(h) * t["output_norm.weight"] @ out.T, columns[0].astype(bool), columns[1]))
+        return results
+
+    def _attention(self, t, layer, h, act, remembered):
+        b, d = f"blk.{layer}.", self.n_embd // self.n_head
+        x = rms(h) * t[b + "attn_norm.weight"]
+        q, k, v = (x @ t[f"{b}attn_{n}.weight"].T for n in "qkv")
+        n, group = len(h), self.n_head // self.n_head_kv
+        q = rope(q.reshape(n, self.n_head, d))
+        k = rope(k.reshape(n, self.n_head_kv, d)).repeat(group, axis=1)
+        v = v.reshape(n, self.n_head_kv, d).repeat(group, axis=1)
+        dist = np.arange(n)[:, None] - np.arange(n)[None]
+        visible = (dist >= 0) & act[None] & (remembered[None] | (dist < self.kv_window))
+        visible |= np.eye(n, dtype=bool)  # rows of inactive tokens: any value, the result is not used
+        s = np.where(visible[None], np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d), -np.inf)
+        s = np.exp(s - s.max(-1, keepdims=True))
+        y = np.einsum("hqk,khd->qhd", s / s.sum(-1, keepdims=True), v)
+        return y.reshape(n, -1) @ t[b + "attn_output.weight"].T
+
+    def _ffn(self, t, layer, h):
+        b = f"blk.{layer}."
+        x = rms(h) * t[b + "ffn_norm.weight"]
+        g = x @ t[b + "ffn_gate.weight"].T
+        return (g / (1 + np.exp(-g)) * (x @ t[b + "ffn_up.weight"].T)) @ t[b + "ffn_down.weight"].T
+
+    def stored(self, layer: int, active, n: int, rollback: int) -> int:
+        """Cells that layer needs after n tokens of one sequence (active [T, n_units] from the trace)."""
+        unit = {u: active[:n, i].astype(bool) for i, u in enumerate(self.units)}
+        keep = np.ones(n, bool)
+        for kind in ("block", "attn"):
+            keep &= unit.get((layer, kind), keep)
+        if (layer, "kv") in unit:
+            keep &= unit[layer, "kv"] | (n - np.arange(n) < self.kv_window + rollback)
+        return int(keep.sum())
+
+    def without(self, units) -> Tiny:
+        """The dense model that is left when these units never run: sublayers zeroed, blocks removed."""
+        blocks = {layer for layer, kind in units if kind == "block"}
+        rest = [layer for layer in range(self.n_layer) if layer not in blocks]
+        new = Tiny(**{**self.__dict__, "n_layer": len(rest), "routers": {}, "tensors": {}})
+        new.tensors = {k: v for k, v in self.tensors.items() if not k.startswith("blk.")}
+        for i, layer in enumerate(rest):
+            part = {k: v for k, v in self.tensors.items() if k.startswith(f"blk.{layer}.")}
+            new.tensors |= {k.replace(f"blk.{layer}.", f"blk.{i}."): v for k, v in part.items()}
+            for kind, name in (("attn", "attn_output"), ("ffn", "ffn_down")):
+                if (layer, kind) in units:
+                    new.tensors[f"blk.{i}.{name}.weight"] = np.zeros_like(self.tensors[f"blk.{layer}.{name}.weight"])
+        return new
+
+    def dense(self) -> Tiny:
+        return self.without(())
+
+    def write(self, path: Path, keys: dict | None = None, tensors: dict | None = None) -> Path:
+        """Writes the GGUF file; `keys` and `tensors` replace single values (None: leave out), to make bad files."""
+        w = gguf.GGUFWriter(str(path), self.arch)
+        w.add_context_length(self.n_ctx)
+        w.add_embedding_length(self.n_embd)
+        w.add_block_count(self.n_layer)
+        w.add_feed_forward_length(self.n_ff)
+        w.add_head_count(self.n_head)
+        w.add_head_count_kv(self.n_head_kv)
+        w.add_layer_norm_rms_eps(EPS)
+        w.add_rope_freq_base(10000.0)
+        w.add_vocab_size(self.n_vocab)
+        w.add_file_type(0)
+        w.add_tokenizer_model("no_vocab")
+        for key, (value, kind, sub) in (self.mod_keys() | (keys or {})).items():
+            if value is not None:
+                w.add_key_value(f"{self.arch}.mod.{key}", value, kind, sub)
+        data = dict(self.tensors)
+        for (layer, kind), (weight, bias, _) in self.routers.items():
+            data[f"blk.{layer}.mod_{kind}.weight"] = weight
+            data[f"blk.{layer}.mod_{kind}.bias"] = np.array([bias], np.float32)
+        for name, value in (data | (tensors or {})).items():
+            if value is not None:
+                w.add_tensor(name, np.ascontiguousarray(value))
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        return path
+
+    def mod_keys(self) -> dict:
+        """Key without its `{arch}.mod.` -> (value, type, type of the elements); nothing for a dense model."""
+        if not self.routers:
+            return {}
+        v = gguf.GGUFValueType
+        out = {
+            "version": (1, v.UINT32, None), "gating_func": ("sigmoid", v.STRING, None),
+            "scale_output": (self.scale_output, v.BOOL, None), "sink_tokens": (self.sink_tokens, v.UINT32, None),
+            "kv_window": (self.kv_window, v.UINT32, None),
+        }
+        for kind in {k for _, k in self.routers}:
+            p = [self.routers.get((layer, kind), (0, 0, 0.0))[2] for layer in range(self.n_layer)]
+            out[f"{kind}.threshold"] = (p, v.ARRAY, v.FLOAT32)
+            out[f"{kind}.activation"] = ([0.5 if x else 1.0 for x in p], v.ARRAY, v.FLOAT32)
+        return out
+
+
+def rms(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+
+
+def rope(x, base: float = 10000.0):
+    """Rotates pairs of neighbours (the GGUF layout of llama) of x [T, n_head, d] by position."""
+    d = x.shape[-1]
+    angle = np.arange(len(x))[:, None] * base ** (-np.arange(0, d, 2) / d)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    even, odd = x[..., ::2], x[..., 1::2]
+    return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
