@@ -39,11 +39,19 @@ def git(tree: Path, *args: str, text: str | None = None, editor: str = "false") 
     """Run git in `tree` apart from the user's and any outer repository's configuration."""
     env = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_EDITOR": editor}
     env |= {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
+    env |= {"GIT_SEQUENCE_EDITOR": editor}
     command = ["git", *IDENTITY, "-c", "core.autocrlf=false", "-c", "core.quotePath=false", *args]
-    result = subprocess.run(command, cwd=tree, env=env, input=text, capture_output=True, encoding="utf-8")
+    result = subprocess.run(command, cwd=tree, env=env, input=text and text.encode(), capture_output=True)
+    # decoded here because text mode would turn \r\n into \n
+    out, err = (stream.decode("utf-8", "surrogateescape") for stream in (result.stdout, result.stderr))
     if result.returncode != 0:
-        raise UserError(f"git {args[0]} failed in {tree}: {result.stderr.strip() or result.stdout.strip()}")
-    return result.stdout
+        raise UserError(f"git {args[0]} failed in {tree}: {err.strip() or out.strip()}")
+    return out
+
+
+def encode(text: str) -> bytes:
+    """The bytes that `git` has decoded."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def create(tree: Path, sdist: Path | None = None) -> None:
@@ -121,11 +129,11 @@ def write(tree: Path, patches: Path) -> None:
     for name in names(tree, "ls-tree", "-r", "--name-only", "HEAD"):
         if name not in upstream:
             (patches / "overlay" / name).parent.mkdir(parents=True, exist_ok=True)
-            (patches / "overlay" / name).write_text(git(tree, "show", f"HEAD:{name}"), encoding="utf-8", newline="")
+            (patches / "overlay" / name).write_bytes(encode(git(tree, "show", f"HEAD:{name}")))
     for old in patches.glob("[0-9]*.patch"):
         old.unlink()
     for name, text in texts.items():
-        (patches / name).write_text(text, encoding="utf-8", newline="")
+        (patches / name).write_bytes(encode(text))
     (patches / "series").write_text(SERIES_HEAD + "".join(f"{name}\n" for name in texts))
 
 
@@ -148,7 +156,7 @@ def patch_texts(tree: Path, base: str, commits: list[str], upstream: set[str]) -
 
 
 def fold(tree: Path) -> None:
-    """Put each uncommitted edit into the overlay commit (files of ours) or the last patch that touches its file."""
+    """Put each uncommitted edit into the last commit that touches its file, new files into the overlay commit."""
     base, overlay, *_ = history(tree)
     upstream = set(names(tree, "ls-tree", "-r", "--name-only", base))
     git(tree, "add", "--all")
@@ -157,10 +165,16 @@ def fold(tree: Path) -> None:
         owner = git(tree, "log", "-1", "--format=%H", f"{overlay}..HEAD", "--", name).strip()
         if name in upstream and not owner:
             raise UserError(f"no patch changes {name} yet", "commit it, with the name and header of its patch")
-        owners.setdefault(owner if name in upstream else overlay, []).append(name)
+        owners.setdefault(owner or overlay, []).append(name)
+    before = git(tree, "rev-parse", "HEAD").strip()
     for owner, paths in owners.items():
         git(tree, "commit", "--quiet", "--no-verify", f"--fixup={owner}", "--", *paths)
-    git(tree, "-c", "sequence.editor=true", "rebase", "--quiet", "--interactive", "--autosquash", base, editor="true")
+    try:
+        git(tree, "rebase", "--quiet", "--interactive", "--autosquash", base, editor="true")
+    except UserError:
+        git(tree, "rebase", "--abort")
+        git(tree, "reset", "--soft", before)  # the edits are uncommitted again, as they were
+        raise
 
 
 def check(sdist: Path | None = None) -> None:
