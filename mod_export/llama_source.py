@@ -16,8 +16,9 @@ from pathlib import Path
 from mod_export.errors import UserError
 from mod_export.files import atomic_file
 
-# parts of the source distribution that neither the build nor the converter reads (two thirds of its size)
-UNUSED = (".git", "vendor/llama.cpp/.git", "vendor/llama.cpp/models", "vendor/llama.cpp/docs", "vendor/llama.cpp/media")
+# parts of the source distribution that neither the build nor the converter reads (most of its size)
+UNUSED = (".git", "vendor/llama.cpp/.git", "vendor/llama.cpp/.github", "vendor/llama.cpp/models")
+UNUSED += ("vendor/llama.cpp/docs", "vendor/llama.cpp/media", "vendor/llama.cpp/benches", "vendor/llama.cpp/tools/ui")
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ def _pip_download(pin: Pin) -> Path:
     return folder / pin.filename
 
 
-def unpack(sdist: Path, target: Path) -> None:
-    """Extract the used parts of the sdist into the empty directory `target` (which then holds vendor/, llama_cpp/)."""
+def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
+    """Extract the used parts of the sdist, or the files `only`, into the directory `target` (vendor/, llama_cpp/)."""
 
     def used(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         member.name = member.name.partition("/")[2]  # without the leading llama_cpp_python-x.y.z/
         if not member.name or any(member.name == part or member.name.startswith(part + "/") for part in UNUSED):
             return None
-        return tarfile.data_filter(member, path)
+        return tarfile.data_filter(member, path) if only is None or member.name in only else None
 
     with tarfile.open(sdist) as archive:
         archive.extractall(target, filter=used)

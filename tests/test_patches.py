@@ -3,10 +3,12 @@
 import importlib.util
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from mod_export import llama_source
 from mod_export.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,16 @@ def test_round_trip(refresh):
     refresh.check()
 
 
+def test_overlay_replaces_nothing():
+    """A file of upstream's is changed by a patch, where one sees what changes; an overlay file is new."""
+    pin = llama_source.read_pin()
+    with tarfile.open(llama_source.fetch_sdist()) as archive:
+        root = f"llama_cpp_python-{pin.version}/vendor/llama.cpp"
+        upstream = {name.removeprefix(root + "/") for name in archive.getnames()}
+    assert "src/llama.cpp" in upstream
+    assert not upstream & {str(name) for name in llama_source.overlay_files()}
+
+
 def test_check_finds_other_bytes(refresh):
     """A file that the round trip would lose must not pass."""
     (refresh.PATCHES / "9999-not-in-series.patch").write_text(HEADER + "---\n")
@@ -42,7 +54,7 @@ def test_check_finds_other_bytes(refresh):
 
 def test_edits_return_to_overlay_and_patches(refresh, tmp_path):
     tree = tmp_path / "tree"
-    refresh.create(tree)
+    refresh.create(tree, only=refresh.touched(refresh.PATCHES) | {"Makefile"})
     makefile = tree / "Makefile"
     makefile.write_text(makefile.read_text() + "# one\n")
     with pytest.raises(UserError, match="no patch changes Makefile"):
@@ -50,6 +62,7 @@ def test_edits_return_to_overlay_and_patches(refresh, tmp_path):
     git(tree, "commit", "--quiet", "--all", "--message", f"makefile-note\n\n{HEADER}")
 
     makefile.write_text(makefile.read_text() + "# two\n")
+    (tree / "src").mkdir(exist_ok=True)
     (tree / "src/our-new-file.cpp").write_text("// no newline at the end")
     with pytest.raises(UserError, match="uncommitted"):
         refresh.write(tree, refresh.PATCHES)
