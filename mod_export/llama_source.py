@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mod_export.errors import UserError
-from mod_export.files import atomic_file
+from mod_export.files import atomic_dir, atomic_file
 
 # parts of the source distribution that neither the build nor the converter reads (most of its size)
 UNUSED = (".git", "vendor/llama.cpp/.git", "vendor/llama.cpp/.github", "vendor/llama.cpp/models")
@@ -121,6 +121,20 @@ def _pip_download(pin: Pin) -> Path:
         last = (errors or result.stderr.splitlines() or ["pip failed"])[-1]
         raise UserError(f"pip could not fetch llama-cpp-python {pin.version}: {last}", "check the network")
     return folder / pin.filename
+
+
+def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
+    """The unpacked source in the cache, patched unless `stock`; made where it is not there yet."""
+    pin = read_pin()
+    name = f"stock-{pin.sha256[:12]}" if stock else f"patched-{patches_digest()[:12]}"
+    path = cache_dir() / "source" / name
+    if not path.is_dir():
+        path.parent.mkdir(exist_ok=True)
+        with atomic_dir(path, force=True, marker="PKG-INFO") as tmp:
+            unpack(fetch_sdist(sdist), tmp)
+            if not stock:
+                apply_patches(tmp / "vendor/llama.cpp")
+    return path
 
 
 def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
