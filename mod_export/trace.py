@@ -1,0 +1,214 @@
+"""Decisions as a picture: tokens across, units down, one cell for each decision.
+
+    decisions = read_decisions(llm, "Once upon a time", generate=20)
+    draw(decisions, "depth.png")
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mod_export.errors import UserError
+from mod_export.files import atomic_file
+
+# one colour for each kind, of equal weight to the eye and distinct without colour vision (Okabe and Ito)
+COLOURS = {"kv": "#0072B2", "block": "#6A3D9A", "attn": "#D55E00", "ffn": "#009E73"}
+SKIPPED = "#F0F0EC"
+MEANING = {"kv": "remembered beyond the window", "block": "layer runs", "attn": "attention runs", "ffn": "FFN runs"}
+CELL = 0.135  # width of a token in inches: its text still reads at 6 points
+MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What each token did. active [n_tokens, n_units] bool; units: (layer, kind); texts: one per token;
+    n_prompt: tokens before the generated ones."""
+
+    active: np.ndarray
+    units: list[tuple[int, str]]
+    texts: list[str]
+    n_prompt: int
+    title: str = ""
+
+
+def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
+    """Runs the prompt (as plain text) and `generate` more tokens, the likeliest each time.
+
+    Raises UserError for a dense model, an empty prompt and one that does not fit the context.
+    """
+    if not llm.units:
+        raise UserError(f"{llm.model_path} is a dense model, so it decides nothing", "use a MoD file")
+    tokens = llm.tokenize(prompt.encode(), special=True)
+    if not tokens:
+        raise UserError("the prompt is empty", "give it some text")
+    if len(tokens) + generate > min(llm.n_ctx(), MAX_TOKENS):
+        raise UserError(f"{len(tokens) + generate} tokens are more than {min(llm.n_ctx(), MAX_TOKENS)}",
+                        "use a shorter prompt")
+    n_prompt = len(tokens)
+    with llm.recording() as batches:
+        if generate:
+            # the last token's decisions come with its own decode, so one more is asked for
+            for i, token in enumerate(llm.generate(tokens, temp=0.0)):
+                if i == generate or llm.is_end(token):
+                    break
+                tokens = tokens + [token]
+        else:
+            llm.reset()
+            llm.eval(tokens)
+    active = np.concatenate([a for a, _ in batches]).astype(bool)
+    texts = [llm.piece(t, special=True).decode("utf-8", "replace") for t in tokens[: len(active)]]
+    return Decisions(active, [(u.layer, u.kind) for u in llm.units], texts, n_prompt, Path(llm.model_path).name)
+
+
+def draw(d: Decisions, path: str | Path, force: bool = False, per_row: int | None = None) -> None:
+    """Writes the picture (the format follows the name's ending: png, pdf, svg).
+
+    Long texts are wrapped into rows of `per_row` tokens. Raises UserError where the path cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    suffix = check_output(path, force)
+    with atomic_file(path, force) as tmp:
+        fig = _figure(_by_kind(d), per_row or _per_row(len(d.active)))
+        fig.savefig(tmp, format=suffix, dpi=150)
+        import matplotlib.pyplot as plt
+
+        plt.close(fig)
+
+
+def check_output(path: str | Path, force: bool) -> str:
+    """The picture's format. Raises UserError at once, before a long run, where it could not be written."""
+    suffix = Path(path).suffix.lower().lstrip(".")
+    if suffix not in ("png", "pdf", "svg"):
+        raise UserError(f"cannot draw {path}", "let its name end in .png, .pdf or .svg")
+    if Path(path).exists() and not force:
+        raise UserError(f"{path} exists already", "use --force to replace it")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"there is no directory {Path(path).absolute().parent}", "create it first")
+    return suffix
+
+
+def _by_kind(d: Decisions) -> Decisions:
+    """Units of a kind together, by layer: patterns over depth show, where interleaved kinds hide them."""
+    order = sorted(range(len(d.units)), key=lambda i: (list(COLOURS).index(d.units[i][1]), d.units[i][0]))
+    return replace(d, active=d.active[:, order], units=[d.units[i] for i in order])
+
+
+def _per_row(n: int) -> int:
+    """One row while it fits a page's width, then about as many rows as keep the picture a page, at most 160 wide."""
+    if n <= 96:
+        return n
+    rows = -(-n // (96 if n <= 960 else 160))
+    return -(-n // rows)
+
+
+def _figure(d: Decisions, per_row: int):
+    import matplotlib.pyplot as plt
+
+    n, n_units = d.active.shape
+    rows = -(-n // per_row)
+    unit = min(0.15 if rows < 4 else 0.09, max(0.045, 3.2 / n_units))  # height of a unit
+    left, right, top = 0.6, 0.75, 0.62
+    text_height = 0.09 + 0.052 * min(12, max(len(_label(t)) for t in d.texts))
+    panel, gap = unit * n_units, text_height + 0.12
+    width = max(left + CELL * per_row + right, 5.5)
+    height = top + rows * (panel + gap) + 0.1
+    fig = plt.figure(figsize=(width, height))
+    for row in range(rows):
+        bottom = height - top - (row + 1) * panel - row * gap
+        part = slice(row * per_row, min(n, (row + 1) * per_row))
+        span = CELL * (part.stop - part.start)
+        ax = fig.add_axes((left / width, bottom / height, span / width, panel / height))
+        _panel(ax, d, part)
+        if row == 0:
+            share = fig.add_axes(((left + span + 0.06) / width, bottom / height, 0.55 / width, panel / height))
+            _shares(share, d)
+    _legend(fig, d, left / width, height)
+    return fig
+
+
+def _panel(ax, d: Decisions, part: slice) -> None:
+    """The decisions of some tokens."""
+    from matplotlib.colors import to_rgb
+
+    on = np.array([to_rgb(COLOURS[kind]) for _, kind in d.units])
+    active = d.active[part].T[..., None]
+    ax.imshow(np.where(active, on[:, None], to_rgb(SKIPPED)), aspect="auto", interpolation="nearest")
+    n = part.stop - part.start
+    ax.set_xticks(range(n), [_label(t) for t in d.texts[part]], rotation=90, fontsize=5.5, family="DejaVu Sans Mono",
+                  parse_math=False)
+    for label, i in zip(ax.get_xticklabels(), range(part.start, part.stop), strict=True):
+        label.set_color("#222222" if i < d.n_prompt else "#B00020")
+    points = ax.figure.get_figheight() * ax.get_position().height * 72 / len(d.units)
+    ax.set_yticks(*_unit_labels(d.units, points), fontsize=6)
+    for kind, (first, last) in _bands(d.units).items():
+        ax.text(-0.47 / CELL, (first + last) / 2, f"{kind}, layer", fontsize=6.5, rotation=90, ha="center", va="center")
+    ax.tick_params(length=0, pad=2)
+    ax.text(-0.5, -0.75, str(part.start), fontsize=5, color="#888888", ha="left", va="bottom")
+    ax.set_xticks(np.arange(0.5, n - 1), minor=True)
+    ax.set_yticks(np.arange(0.5, len(d.units) - 1), minor=True)
+    ax.grid(which="minor", color="white", linewidth=0.4 if points > 5 else 0.25)
+    for first, _ in list(_bands(d.units).values())[1:]:
+        ax.axhline(first - 0.5, color="#444444", linewidth=0.6)
+    ax.tick_params(which="minor", length=0)
+    if part.start < d.n_prompt < part.stop:
+        ax.axvline(d.n_prompt - part.start - 0.5, color="#B00020", linewidth=1)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _bands(units: list[tuple[int, str]]) -> dict[str, tuple[int, int]]:
+    """kind -> its first and last row."""
+    rows: dict[str, list[int]] = {}
+    for i, (_, kind) in enumerate(units):
+        rows.setdefault(kind, []).append(i)
+    return {kind: (r[0], r[-1]) for kind, r in rows.items()}
+
+
+def _unit_labels(units: list[tuple[int, str]], points: float) -> tuple[list[int], list[int]]:
+    """Rows that get their layer as a label, thinned so that lines of 6 points do not touch."""
+    step = int(np.ceil(6.2 / points))
+    ticks = [i for first, last in _bands(units).values() for i in range(first, last + 1, step)]
+    return ticks, [units[i][0] for i in ticks]
+
+
+def _shares(ax, d: Decisions) -> None:
+    """Bars beside the first panel: each unit's share of active tokens in the whole text."""
+    share = d.active.mean(0)
+    ax.barh(range(len(share)), share, color=[COLOURS[kind] for _, kind in d.units], height=0.8)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(len(share) - 0.5, -0.5)
+    ax.set_yticks([])
+    ax.set_xticks([0, 1], ["0", "1"], fontsize=5.5)
+    ax.tick_params(length=2, pad=1)
+    ax.set_title("share", fontsize=6, pad=2)
+    for name in ("top", "right"):
+        ax.spines[name].set_visible(False)
+
+
+def _legend(fig, d: Decisions, left: float, height: float) -> None:
+    from matplotlib.patches import Patch
+
+    kinds = [kind for kind in COLOURS if any(kind == k for _, k in d.units)]
+    patches = [Patch(color=COLOURS[k], label=f"{k}: {MEANING[k]} ({_mean(d, k):.0%})") for k in kinds]
+    patches.append(Patch(color=SKIPPED, label="not"))
+    title = f"{d.title}: {len(d.active)} tokens, {len(d.units)} units, activation {d.active.mean():.2f}"
+    if d.n_prompt < len(d.active):
+        title += f" (generated: from token {d.n_prompt}, red)"
+    fig.text(left, 1 - 0.12 / height, title, fontsize=8, va="top", parse_math=False)
+    fig.legend(handles=patches, loc="upper left", bbox_to_anchor=(left, 1 - 0.27 / height), ncols=len(patches),
+               fontsize=6.5, frameon=False, borderaxespad=0, handlelength=1, handleheight=1, columnspacing=1.2)
+
+
+def _mean(d: Decisions, kind: str) -> float:
+    return float(d.active[:, [k == kind for _, k in d.units]].mean())
+
+
+def _label(text: str) -> str:
+    """A token's text in at most 12 signs; white space made visible."""
+    text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "·" if not text.strip() else " ")
+    text = "".join(c if c.isprintable() else "�" for c in text)
+    text = text.strip() or text
+    return text if len(text) <= 12 else text[:11] + "…"
