@@ -1,0 +1,220 @@
+"""Set routers and thresholds without training: measure costs, fit each router, choose thresholds for a target.
+
+1. Each unit's router is fitted to the logarithm of what skipping would cost (targets.py, fit.py).
+2. One affine map for all units of a kind turns the predicted log cost into a logit, so that a logit means the same
+   cost in every layer, and layers share the budget as they need it.
+3. One quantile over all (token, unit) pairs of a kind gives the threshold. It is taken on what the routers say
+   while the model skips, since skipping changes what later routers see; a few rounds settle it.
+
+docs/calibration.md has the comparison behind the defaults.
+
+    config, routers = calibrate(base, tokenizer, Plan(units={"kv": range(2, 30)}))
+    model = MoDModel.from_base(base, tokenizer, config, routers)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mod_export import data, hf
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.errors import UserError
+from mod_export.fit import Ridge
+from mod_export.model import MoDModel
+from mod_export.router import rms_norm
+from mod_export.targets import REPEAT_PROMPT, Tape, Unit
+
+Say = Callable[[str], None]
+
+DEFAULT_SCORES = {"kv": "max_value", "block": "gradient", "attn": "gradient", "ffn": "gradient"}
+SEQUENCE = 1024  # tokens; shorter ones where the text is short
+MIN_SEQUENCES = 4
+SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
+LATE = 0.75  # keys after this part of a sequence have too few later queries to judge them by
+MAX_LOGIT = 12.0  # thresholds stay within sigmoid(+-12), where float32 still tells them apart
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to calibrate. units: kind -> layers; scores: kind -> score (targets.SCORES).
+
+    target: share of (token, unit) pairs that are to run, per kind; text, held_out: None = the packaged ones.
+    """
+
+    units: Mapping[str, Sequence[int]]
+    target: float = 0.5
+    kv_window: int = 64
+    sink_tokens: int = 4
+    text: str | None = None
+    scores: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_SCORES))
+    rounds: int = 4
+
+    def routed(self) -> list[Unit]:
+        return sorted((layer, kind) for kind, layers in self.units.items() for layer in layers)
+
+
+@torch.no_grad()
+def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: None) -> tuple[MoDConfig, dict]:
+    """Return config and routers {(layer, kind): (weight [n_embd], bias [1])}. `say` is told of progress.
+
+    Raises UserError for a text too short, an unknown score, or layers the model does not have.
+    """
+    sequences, held_out, source = _texts(tokenizer, plan)
+    first = _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
+    fits = measure(base, tokenizer, sequences, plan, say)
+    routers, explained = solve(fits)
+    model = MoDModel.from_base(base, tokenizer, first, routers)
+    try:
+        subset = sequences[:: math.ceil(len(sequences) / 6)]
+        thresholds = settle_thresholds(model, subset, plan, say)
+        activation = measure_activation(model, subset)
+        say("measuring activation on held-out text")
+        held = measure_activation(model, held_out)
+    finally:
+        model.detach()
+    record = {
+        "method": {kind: f"ridge on log {plan.scores[kind]}" for kind in plan.units},
+        "target_activation": plan.target,
+        "text": source,
+        "tokens": sequences.numel(),
+        "activation": {kind: _mean(activation, kind) for kind in plan.units},
+        "held_out": {"tokens": held_out.numel(), "activation": {kind: _mean(held, kind) for kind in plan.units}},
+        "units": [
+            {"layer": layer, "kind": kind, "activation": round(activation[layer, kind], 4),
+             "held_out": round(held[layer, kind], 4), "explained": round(explained[layer, kind], 4)}
+            for layer, kind in plan.routed()
+        ],
+    }  # fmt: skip
+    return _config(base, plan, thresholds, activation, record), routers
+
+
+def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say: Say) -> dict[Unit, Ridge]:
+    """Run the original model over sequences [n, T] and gather, for each unit, what its router is fitted to."""
+    tape = Tape(base, plan.kv_window)
+    wanted = {unit: [plan.scores[unit[1]]] for unit in plan.routed()}
+    fits = {unit: Ridge(hf.n_embd(base)) for unit in wanted}
+    eps = hf.norm_eps(base)
+    for number, ids in enumerate(sequences):
+        say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
+        text, context = with_repetition(tokenizer, ids, wanted)
+        for unit, (h, costs) in tape.measure(text, wanted, context):
+            rows = slice(plan.sink_tokens, int(LATE * len(h)) if unit[1] == "kv" and not context else len(h))
+            (cost,) = costs.values()
+            fits[unit].add(rms_norm(h[rows], eps), log_cost(cost[rows]))
+    return fits
+
+
+def with_repetition(tokenizer, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> tuple[torch.Tensor, int]:
+    """ids, or where a repeat_* score is wanted, ids, a request and ids again; and the length of the first part or 0."""
+    if not any(name.startswith("repeat_") for names in wanted.values() for name in names):
+        return ids, 0
+    request = torch.tensor(tokenizer(REPEAT_PROMPT, add_special_tokens=False)["input_ids"])
+    return torch.cat((ids, request, ids)), len(ids)
+
+
+def log_cost(cost: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm; the lowest percent, which may be 0, is raised to the percentile: outliers there mean nothing."""
+    floor = cost.float().quantile(0.01).clamp(min=1e-20)
+    return cost.float().clamp(min=floor.item()).log()
+
+
+def solve(fits: dict[Unit, Ridge]) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
+    """Routers in logits common to all units of a kind, and the share of variance each explains."""
+    routers = {unit: fit.solve() for unit, fit in fits.items()}
+    spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
+    for kind in {kind for _, kind in fits}:
+        of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]
+        center = sum(mean for mean, _, _ in of_kind) / len(of_kind)
+        variance = sum(var + (mean - center) ** 2 for mean, var, _ in of_kind) / len(of_kind)
+        scale = SPREAD / math.sqrt(max(variance, 1e-12))
+        for unit in [unit for unit in fits if unit[1] == kind]:
+            weight, bias = routers[unit]
+            routers[unit] = (weight * scale, (bias - center) * scale)
+    return routers, {unit: explained for unit, (_, _, explained) in spreads.items()}
+
+
+def settle_thresholds(model: MoDModel, sequences: torch.Tensor, plan: Plan, say: Say) -> dict[str, float]:
+    """Find one p for each kind such that, with the model skipping, the target is met; sets them on the model."""
+    thresholds = {}
+    for number in range(plan.rounds):
+        logits, active = _traces(model, sequences)
+        means = {kind: torch.cat(parts).mean().item() for kind, parts in active.items()}
+        say(f"choosing thresholds, round {number + 1}: activation "
+            + ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items()))  # fmt: skip
+        if number and all(abs(mean - plan.target) < 0.005 for mean in means.values()):
+            break
+        for kind, parts in logits.items():
+            thresholds[kind] = _quantile_threshold(torch.cat(parts), plan)
+            for unit in [unit for unit in plan.routed() if unit[1] == kind]:
+                model.routers[f"{unit[0]}_{kind}"].threshold = thresholds[kind]
+    return thresholds
+
+
+def _quantile_threshold(logits: torch.Tensor, plan: Plan) -> float:
+    """p that the share `target` of the logits reaches."""
+    ordered = logits.flatten().sort().values
+    skipped = min(max(round((1 - plan.target) * len(ordered)), 0), len(ordered) - 1)
+    lower = ordered[max(skipped - 1, 0)]
+    middle = (lower + ordered[skipped]) / 2  # in the gap between two tokens: float noise decides nothing
+    return torch.sigmoid(middle.double().clamp(-MAX_LOGIT, MAX_LOGIT)).item()
+
+
+def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict, dict]:
+    """Logits (infinite at sinks, which always run) and decisions of each kind, lists of [T, n_units of the kind]."""
+    logits, active = {}, {}
+    units = model.config.routed()
+    for ids in sequences:
+        _, trace = model(ids[None], trace=True, logits_to_keep=1)
+        trace.logit[0, : model.config.sink_tokens] = float("inf")
+        for kind in model.config.units:
+            columns = [index for index, unit in enumerate(units) if unit[1] == kind]
+            logits.setdefault(kind, []).append(trace.logit[0][:, columns])
+            active.setdefault(kind, []).append(trace.active[0][:, columns].float())
+    return logits, active
+
+
+def measure_activation(model: MoDModel, sequences: torch.Tensor) -> dict[Unit, float]:
+    """Share of tokens active in each routed unit."""
+    _, active = _traces(model, sequences)
+    shares = {kind: torch.cat(parts).mean(0).tolist() for kind, parts in active.items()}
+    return {(layer, kind): shares[kind].pop(0) for layer, kind in model.config.routed()}
+
+
+def _mean(activation: dict[Unit, float], kind: str) -> float:
+    values = [value for unit, value in activation.items() if unit[1] == kind]
+    return round(sum(values) / len(values), 4)
+
+
+def _config(base: nn.Module, plan: Plan, thresholds: dict, activation: dict | None, record: dict) -> MoDConfig:
+    n_layer = len(hf.decoder_layers(base))
+    units = {}
+    for kind, layers in plan.units.items():
+        if beyond := [layer for layer in layers if not 0 <= layer < n_layer]:
+            raise UserError(f"there is no layer {beyond[0]}", f"the model has layers 0 to {n_layer - 1}")
+        units[kind] = UnitConfig(
+            threshold=tuple(thresholds[kind] if layer in layers else 0.0 for layer in range(n_layer)),
+            activation=tuple((activation or {}).get((layer, kind), 1.0) for layer in range(n_layer)),
+        )
+    config = MoDConfig(sink_tokens=plan.sink_tokens, kv_window=plan.kv_window, units=units, calibration=record)
+    return config.validate(n_layer)
+
+
+def _texts(tokenizer, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Calibration and held-out sequences [n, T], and where they are from."""
+    if plan.text is None:
+        text, held_out = data.default_texts()
+        return data.pack(tokenizer, text, SEQUENCE), data.pack(tokenizer, held_out, SEQUENCE), "packaged"
+    n_tokens = len(data.tokenize(tokenizer, plan.text))
+    length = min(SEQUENCE, n_tokens // (MIN_SEQUENCES + 1))
+    shortest = max(128, 4 * plan.kv_window if "kv" in plan.units else 0)
+    if length < shortest:
+        need = shortest * (MIN_SEQUENCES + 1)
+        raise UserError(f"calibration text too short: {n_tokens} tokens where {need} are needed", "give more text")
+    sequences = data.pack(tokenizer, plan.text, length)
+    kept = max(1, len(sequences) // 6)  # the end of the user's text is held out
+    return sequences[:-kept], sequences[-kept:], "given"

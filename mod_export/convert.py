@@ -1,0 +1,107 @@
+"""MODEL -> MoD directory: load, calibrate, save.
+
+    convert("smollm2", "mod", units="kv", target=0.5)
+
+Knows nothing of GGUF outputs; export.py turns the directory into one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mod_export import data
+from mod_export.config import KINDS
+from mod_export.errors import UserError
+from mod_export.files import atomic_dir
+
+FIRST_ROUTED = 2  # by default the first layers stay whole: they decide with too little context, and one must
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    units: str = "kv",
+    target: float = 0.5,
+    kv_window: int = 64,
+    layers: str = "auto",
+    calibration_text: Sequence[str | Path] = (),
+    sink_tokens: int = 4,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write a calibrated MoD model to the directory `out`, whole or not at all.
+
+    Raises UserError for anything in the arguments, the model or the text that does not fit.
+    """
+    kinds = parse_units(units)
+    chosen = parse_layers(layers)
+    text = data.read_texts(calibration_text) if calibration_text else None
+    with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
+        from mod_export import hf
+        from mod_export.calibrate import Plan, calibrate
+        from mod_export.model import MoDModel
+
+        say(f"loading {model}")
+        base, tokenizer = hf.load(model)
+        n_layer = len(hf.decoder_layers(base))
+        routed = layers_of(chosen, n_layer)
+        plan = Plan({kind: routed for kind in kinds}, target, kv_window, sink_tokens, text)
+        config, routers = calibrate(base, tokenizer, plan, say)
+        say(f"writing {out}")
+        MoDModel.from_base(base, tokenizer, config, routers).save(tmp)
+    say(summary(config, n_layer))
+
+
+def parse_units(units: str) -> list[str]:
+    """`kv+ffn` -> ["kv", "ffn"]. Raises UserError for an unknown or repeated kind, and for block beside attn or ffn."""
+    kinds = [kind.strip() for kind in units.split("+")]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"unknown kind of unit {kind!r}", f"use {', '.join(KINDS)}, combined with +")
+        if kinds.count(kind) > 1:
+            raise UserError(f"{kind} is named twice in {units!r}", "name each kind once")
+    if "block" in kinds and {"attn", "ffn"} & set(kinds):
+        raise UserError(f"{units!r}: a block holds attention and FFN already", "use block, or attn and ffn")
+    return kinds
+
+
+def parse_layers(layers: str) -> list[int] | None:
+    """`auto` -> None, `3-5,8` -> [3, 4, 5, 8]. Raises UserError for any other form."""
+    if layers.strip() == "auto":
+        return None
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
+        if not match:
+            raise UserError(f"cannot read layers {layers!r}", "write 'auto', or ranges such as 3-28 or 2,4,8-11")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"layers {part.strip()!r} run backwards", f"write {last}-{first}")
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def layers_of(chosen: list[int] | None, n_layer: int) -> list[int]:
+    """The layers to route. Raises UserError for one the model does not have, and for a model with too few."""
+    if chosen is None:
+        if n_layer <= FIRST_ROUTED:
+            raise UserError(f"the model has only {n_layer} layers", "name the ones to route with --layers")
+        return list(range(FIRST_ROUTED, n_layer))
+    if chosen[-1] >= n_layer:
+        raise UserError(f"there is no layer {chosen[-1]}", f"the model has layers 0 to {n_layer - 1}")
+    return chosen
+
+
+def summary(config, n_layer: int) -> str:
+    """What came out, in a table: activation of each kind, on calibration and on held-out text."""
+    from mod_export.tables import format_table
+
+    record = config.calibration
+    rows = [
+        [kind, sum(p > 0 for p in unit.threshold), f"{max(unit.threshold):.4f}",
+         f"{record['activation'][kind]:.3f}", f"{record['held_out']['activation'][kind]:.3f}"]
+        for kind, unit in config.units.items()
+    ]  # fmt: skip
+    return format_table(["kind", f"routed of {n_layer}", "threshold", "activation", "on held-out text"], rows)
