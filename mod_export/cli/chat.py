@@ -26,7 +26,6 @@ def command(file, prompt, ctx, threads, threshold, system, **sampling):
     With --prompt the answer goes to stdout and nothing else. Piped input is one prompt too, unless one of its
     lines is a command such as /stats: then it is a conversation, one turn a line.
     """
-    from mod_export.errors import UserError
 
     from mod_export import chat as c
     from mod_export.runtime import MoDLlama
