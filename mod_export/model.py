@@ -10,10 +10,10 @@ For studies without routers, `from_base(base, tokenizer)` needs no config, and d
 
     model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)   # bool [B, T] each
 
-They replace a router's decision, sinks included, and may name any unit of any layer. `observe(unit, h, delta)` is
-called for each block, attn and ffn unit that decides, with its input h and what it would add, [B, T, n_embd].
-Other keywords go to the base model, e.g. `logits_to_keep`. Call it under torch.inference_mode() unless gradients
-are wanted: those flow through the active tokens (the decision itself is hard).
+They stand in for a router's decisions, sinks included, and may name any unit of any layer. `observe(unit, h, delta)`
+is called for each block, attn and ffn unit that decides, with its input h and what it would add, [B, T, n_embd].
+Other keywords go to the base model, e.g. `logits_to_keep`. Use torch.inference_mode() unless gradients are wanted:
+those flow through the active tokens only, the decisions are hard.
 
 `model.force = "active"` is the dense model, "inactive" skips every unit for every token, sinks included; `shift`
 moves all thresholds, in logit space. A base model carries one MoDModel at a time: wrapping it again, or `detach`,
@@ -22,22 +22,24 @@ ends the former.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from mod_export import hf
+from mod_export import checkpoint, generation, hf
 from mod_export.cache import MoDCache
 from mod_export.config import MoDConfig
+from mod_export.decisions import Run, Unit
 from mod_export.errors import UserError
-from mod_export.layers import LayerRouting, Run, Unit
+from mod_export.layers import LayerRouting
 from mod_export.router import Router
 
 
 @dataclass
 class Trace:
-    """Router logits (NaN where no router was asked) and decisions, [B, T, n_units] in the order of config.routed()."""
+    """Router logits and decisions, both [B, T, n_units], units in the order of config.routed()."""
 
     logit: torch.Tensor
     active: torch.Tensor
@@ -51,25 +53,39 @@ class MoDModel(nn.Module):
         parts = hf.decoder_layers(base)
         config.validate(len(parts))
         check_routers(config, routers, hf.n_embd(base))
-        if base.config._attn_implementation not in ("sdpa", "eager"):
-            base.set_attn_implementation("sdpa")  # the only ones that take a mask for each layer
-        if (former := base.__dict__.pop("_mod_model", None)) is not None:
+        eps = hf.norm_eps(base)
+        if (former := base.__dict__.get("_mod_model")) is not None:
             former.detach()
+        if base.config._attn_implementation not in ("sdpa", "eager"):
+            base.set_attn_implementation("sdpa")  # the others take no mask for each layer
         self.base, self.tokenizer, self.config = base, tokenizer, config
+        self.routers = nn.ModuleDict()
+        for unit in config.routed():
+            self.routers[_key(unit)] = Router(*routers[unit], config.threshold(*unit), eps)
+        self.routers.to(base.device)
         self.force: str | None = None
         self.shift = 0.0
-        eps = hf.norm_eps(base)
-        self.routers = nn.ModuleDict(
-            {f"{layer}_{kind}": Router(*routers[layer, kind], config.threshold(layer, kind), eps)
-             for layer, kind in config.routed()}
-        )  # fmt: skip
         self.layers = [LayerRouting(index, part) for index, part in enumerate(parts)]
-        base.__dict__["_mod_model"] = self  # not a submodule: that would be a cycle
+        base.__dict__["_mod_model"] = self  # past nn.Module's registry: as a submodule it would be a cycle
 
     @classmethod
     def from_base(cls, base: nn.Module, tokenizer, config: MoDConfig | None = None, routers: dict | None = None):
-        """Wrap a transformers model in place. Raises UserError if it is not supported or config and routers disagree."""
+        """Wrap a transformers model in place. Raises UserError if it, the config and the routers do not fit."""
         return cls(base, tokenizer, config or MoDConfig(), routers or {}).eval()
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32):
+        """Read what `save` wrote. Raises UserError naming what is missing or wrong."""
+        return cls.from_base(*checkpoint.load(path, dtype))
+
+    def save(self, path: str | Path, force: bool = False, **kwargs) -> None:
+        """Write a Hugging Face directory (checkpoint.py). Raises UserError if it exists and `force` is not set."""
+        checkpoint.save(path, self.base, self.tokenizer, self.config, self.router_tensors(), force, **kwargs)
+
+    def router_tensors(self) -> dict[Unit, tuple]:
+        """{(layer, kind): (weight [n_embd], bias [1])}."""
+        routers = {unit: self.routers[_key(unit)] for unit in self.config.routed()}
+        return {unit: (router.weight.detach(), router.bias.detach()) for unit, router in routers.items()}
 
     @property
     def n_layer(self) -> int:
@@ -81,38 +97,51 @@ class MoDModel(nn.Module):
             layer.detach()
         self.base.__dict__.pop("_mod_model", None)
 
-    def forward(self, input_ids, attention_mask=None, decisions=None, kv_window=None, trace=False, observe=None, **kwargs):
-        """Dense masked form: input_ids [B, T], attention_mask [B, T] (0 = padding, either side) -> logits [B, T, n_vocab]."""
+    def forward(
+        self, input_ids, attention_mask=None, *, decisions=None, kv_window=None, trace=False, observe=None, **kwargs
+    ):
+        """Dense masked form: input_ids [B, T] -> logits [B, T, n_vocab], with `trace` (logits, Trace).
+
+        attention_mask: [B, T], 0 for padding on either side; positions count from the first token that is none.
+        """
         position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
             position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = position
         run = self._run(position, given=decisions or {}, observe=observe)
-        run.kv_window = kv_window or run.kv_window
+        if kv_window is not None:
+            run = replace(run, kv_window=kv_window)
         logits = self._forward(run, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
         return (logits, self._trace(run)) if trace else logits
 
-    def step(self, input_ids: torch.Tensor, cache: MoDCache, trace: bool = False, **kwargs):
-        """Sparse form: the next tokens [1, T] of the cache's sequence -> logits [1, T, n_vocab]. Call without gradients."""
+    def new_cache(self) -> MoDCache:
+        """An empty cache for `step`."""
+        return MoDCache(self.n_layer)
+
+    @torch.no_grad()
+    def step(self, input_ids: torch.Tensor, cache: MoDCache, *, trace=False, **kwargs):
+        """Sparse form: the next tokens [1, T] of the cache's sequence -> their logits [1, T, n_vocab]."""
         if input_ids.shape[0] != 1:
             raise UserError(f"a batch of {input_ids.shape[0]} sequences", "the form with a cache takes one sequence")
         position = torch.arange(cache.n_tokens, cache.n_tokens + input_ids.shape[1], device=input_ids.device)
         run = self._run(position[None], cache=cache)
         cache.start(position)
-        kwargs = {"position_ids": position[None], "past_key_values": cache, "use_cache": True, **kwargs}
-        logits = self._forward(run, input_ids=input_ids, **kwargs)
+        logits = self._forward(
+            run, input_ids=input_ids, position_ids=position[None], past_key_values=cache, use_cache=True, **kwargs
+        )
         cache.finish(run.kv_window)
         return (logits, self._trace(run)) if trace else logits
 
-    def new_cache(self) -> MoDCache:
-        return MoDCache(self.n_layer)
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **kwargs) -> torch.Tensor:
+        """Continue one sequence, input_ids [1, T] -> [1, T + n]; the options are those of generation.generate."""
+        return generation.generate(self, input_ids, max_new_tokens, **kwargs)
 
     def _run(self, position: torch.Tensor, **kwargs) -> Run:
         if self.force not in (None, "active", "inactive"):
             raise ValueError(f"force is {self.force!r}, not None, 'active' or 'inactive'")
         return Run(
             position=position,
-            routers={unit: self.routers[f"{unit[0]}_{unit[1]}"] for unit in self.config.routed()},
+            routers={unit: self.routers[_key(unit)] for unit in self.config.routed()},
             sink_tokens=self.config.sink_tokens,
             kv_window=self.config.kv_window,
             scale_output=self.config.scale_output,
@@ -123,6 +152,9 @@ class MoDModel(nn.Module):
         )
 
     def _forward(self, run: Run, **kwargs) -> torch.Tensor:
+        if torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
+            # its second forward would come when the run is over, and would be that of the dense model
+            raise UserError("gradient checkpointing is on", "turn it off: the routed forward cannot be repeated")
         for layer in self.layers:
             layer.run = run
         try:
@@ -133,9 +165,9 @@ class MoDModel(nn.Module):
 
     def _trace(self, run: Run) -> Trace:
         units = self.config.routed()
-        nothing = run.position.new_zeros((*run.position.shape, 0))
         if not units:
-            return Trace(logit=nothing.float(), active=nothing.bool())
+            nothing = torch.zeros(*run.position.shape, 0, device=run.position.device)
+            return Trace(logit=nothing, active=nothing.bool())
         return Trace(
             logit=torch.stack([run.logit[unit] for unit in units], dim=-1),
             active=torch.stack([run.active[unit] for unit in units], dim=-1),
@@ -143,15 +175,20 @@ class MoDModel(nn.Module):
 
 
 def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) -> None:
-    """Raise UserError, naming the tensor, unless there is one finite router for each routed unit and no other."""
+    """Raise UserError, naming the tensor, unless each routed unit has one finite router and no other unit has one."""
     routed = set(config.routed())
     for layer, kind in sorted(routed ^ set(routers)):
         has, lacks = ("a threshold", "router") if (layer, kind) in routed else ("a router", "threshold")
         raise UserError(f"mod_{kind} of layer {layer} has {has} but no {lacks}", "convert the model again")
     for (layer, kind), tensors in routers.items():
-        for name, tensor, size in zip(("weight", "bias"), tensors, (n_embd, 1), strict=True):
-            where = f"model.layers.{layer}.mod_{kind}.{name}"
+        for part, tensor, size in zip(("weight", "bias"), tensors, (n_embd, 1), strict=True):
+            name = checkpoint.router_tensor_name(layer, kind, part)
             if tuple(tensor.shape) != (size,):
-                raise UserError(f"{where} has shape {list(tensor.shape)}", f"it must be [{size}]")
+                raise UserError(f"{name} has shape {list(tensor.shape)}", f"it must be [{size}]")
             if not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{where} is not finite", "convert the model again")
+                raise UserError(f"{name} is not finite", "convert the model again")
+
+
+def _key(unit: Unit) -> str:
+    """Name of a unit's router in the ModuleDict, where dots are not allowed."""
+    return f"{unit[0]}_{unit[1]}"

@@ -1,0 +1,118 @@
+"""One forward of a Mixture-of-Depths model: what decides, what was decided, and which keys that leaves visible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from mod_export.cache import MoDCache
+from mod_export.router import Router, is_active
+
+Unit = tuple[int, str]  # (layer, kind)
+
+
+@dataclass
+class Run:
+    """State of one forward.
+
+    position: [B, T] position of each token in its sequence
+    given: decisions [B, T] that stand in for those of the routers
+    observe: called with (unit, h, delta) for each block, attn and ffn unit of the dense form
+    additive_masks: the model's attention adds its mask to the scores (eager) instead of reading a boolean (SDPA)
+    active, logit: [B, T] of each unit that has decided; gate: [B, T], only where it is not 1
+    """
+
+    position: torch.Tensor
+    routers: dict[Unit, Router] = field(default_factory=dict)
+    sink_tokens: int = 0
+    kv_window: int = 1
+    scale_output: bool = False
+    shift: float = 0.0
+    force: str | None = None
+    given: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    observe: Callable | None = None
+    cache: MoDCache | None = None
+    additive_masks: bool = False
+    active: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    logit: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    gate: dict[Unit, torch.Tensor] = field(default_factory=dict)
+
+    def decide(self, unit: Unit, h: torch.Tensor) -> torch.Tensor | None:
+        """Residual stream h [B, T, n_embd] -> which tokens are active, [B, T]; None: the unit is an ordinary one."""
+        router = self.routers.get(unit)
+        if router is None and unit not in self.given:
+            return None
+        passed = None
+        if router is not None:
+            logit = self.logit[unit] = router(h)
+            passed = is_active(logit, router.threshold, self.shift)
+            if self.scale_output and self.force is None:
+                self.gate[unit] = torch.where(passed, torch.sigmoid(logit), 1.0)  # a sink below p runs unscaled
+        self.active[unit] = self._choose(unit, passed)
+        return self.active[unit]
+
+    def _choose(self, unit: Unit, passed: torch.Tensor | None) -> torch.Tensor:
+        if self.force is not None:
+            return torch.full_like(self.position, self.force == "active", dtype=torch.bool)
+        if unit in self.given:
+            return self.given[unit].to(device=self.position.device, dtype=torch.bool).expand_as(self.position)
+        return passed | (self.position < self.sink_tokens)
+
+    @cached_property
+    def far(self) -> torch.Tensor:
+        """[B or 1, T, T]: query (row) and key (column) at least a window apart; the same for all layers."""
+        position = self.position.int()
+        if bool((position == position[:1]).all()):
+            position = position[:1]
+        return position[:, :, None] - position[:, None, :] >= self.kv_window
+
+    @cached_property
+    def diagonal(self) -> torch.Tensor:
+        return torch.eye(self.position.shape[1], dtype=torch.bool, device=self.position.device)
+
+    @cached_property
+    def causal(self) -> torch.Tensor:
+        return torch.ones_like(self.diagonal).tril()
+
+
+def dense_mask(run: Run, mask: torch.Tensor | None, stored, keep) -> torch.Tensor | None:
+    """The model's own mask [B or 1, 1, T, T] (None: causal) with the keys hidden that a query must not see.
+
+    stored, keep: [B, T] or None. The diagonal stays visible: an inactive query is thrown away in any case, and a
+    row without a key would be NaN. Where nothing is hidden the mask is the model's own, so results stay the same.
+    """
+    hidden = None
+    if stored is not None and not bool(stored.all()):
+        hidden = ~stored[:, None, :]
+    if keep is not None and not bool(keep.all()):
+        forgotten = ~keep[:, None, :] & run.far
+        hidden = forgotten if hidden is None else hidden | forgotten
+    if hidden is None:
+        return mask
+    visible = ~hidden
+    if mask is None:
+        return _as_mask(run, (visible & run.causal | run.diagonal)[:, None])
+    return _combine(mask, (visible | run.diagonal)[:, None])
+
+
+def cached_mask(run: Run, mask: torch.Tensor | None, visible: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The model's own mask over all positions, cut to active rows and stored cells, and `visible` [n_rows, n_cells]."""
+    if mask is None:
+        return _as_mask(run, visible[None, None])
+    mask = mask if rows is None else mask[:, :, rows]
+    return _combine(mask[..., run.cache.cell_positions], visible[None, None])
+
+
+def _combine(mask: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
+def _as_mask(run: Run, visible: torch.Tensor) -> torch.Tensor:
+    if not run.additive_masks:
+        return visible
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, torch.finfo(torch.float32).min)
