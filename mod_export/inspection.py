@@ -109,7 +109,8 @@ def _kv(file: GGUFFile, config: MoDConfig) -> dict:
     for n in CONTEXTS:
         dense = n * sum(per_token)
         mod = sum(size * expected_cells(config, layer, n) for layer, size in enumerate(per_token))
-        rows.append({"tokens": n, "bytes_dense": dense, "bytes_mod": round(mod), "share": mod / dense if dense else 1.0})
+        share = mod / dense if dense else 1.0
+        rows.append({"tokens": n, "bytes_dense": dense, "bytes_mod": round(mod), "share": share})
     return {"formula": FORMULA, "type": "f16", "bytes_per_token_dense": sum(per_token), "expected": rows}
 
 
