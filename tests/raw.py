@@ -17,9 +17,12 @@ def _silent(level, text, user_data):
 
 
 class Raw:
-    """A model and one context on it. KV in F32 by default, so that results can be compared closely."""
+    """A model and one context on it.
 
-    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=True, kv=F32, n_seq=4, threads=1, **params):
+    KV in F32 and no flash attention by default: both round, and results are to be compared closely.
+    """
+
+    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=False, kv=F32, n_seq=4, threads=1, **params):
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         mp = llama_cpp.llama_model_default_params()

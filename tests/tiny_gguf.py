@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -18,6 +19,13 @@ EPS = 1e-5
 
 def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
+
+
+class Out(NamedTuple):
+    logits: np.ndarray  # [T, n_vocab]
+    active: np.ndarray  # [T, n_units] bool
+    score: np.ndarray  # [T, n_units] router logits
+    embd: np.ndarray  # [T, n_embd]
 
 
 @dataclass
@@ -92,11 +100,11 @@ class Tiny:
         self._forward_all(sequences, place)
         return self
 
-    def forward(self, tokens, force: str = "none", shift: float = 0.0):
-        """One sequence -> logits [T, n_vocab], active [T, n_units], score (logit) [T, n_units]; float64."""
+    def forward(self, tokens, force: str = "none", shift=0.0) -> Out:
+        """One sequence through the model, in float64. shift: one number, or one per token."""
         return self._forward_all([tokens], force=force, shift=shift)[0]
 
-    def _forward_all(self, sequences, place=None, force: str = "none", shift: float = 0.0):
+    def _forward_all(self, sequences, place=None, force: str = "none", shift=0.0):
         """All sequences layer by layer, so that a bias can be placed from the scores of all of them."""
         t = {k: v.astype(np.float64) for k, v in self.tensors.items()}
         hs = [t["token_embd.weight"][np.asarray(s)] for s in sequences]
@@ -137,7 +145,8 @@ class Tiny:
         for h, act, score in zip(hs, acts, scores, strict=True):
             none = [np.zeros((len(h), 0))]
             columns = [np.column_stack(none + x) for x in (act, score)]
-            results.append((rms(h) * t["output_norm.weight"] @ out.T, columns[0].astype(bool), columns[1]))
+            embd = rms(h) * t["output_norm.weight"]
+            results.append(Out(embd @ out.T, columns[0].astype(bool), columns[1], embd))
         return results
 
     def _attention(self, t, layer, h, act, remembered):
@@ -188,6 +197,27 @@ class Tiny:
 
     def dense(self) -> Tiny:
         return self.without(())
+
+    def lora(self, path: Path, rank: int = 4, seed: int = 3) -> Tiny:
+        """Writes a LoRA adapter for this model; returns the model with it merged."""
+        rng = np.random.default_rng(seed)
+        w = gguf.GGUFWriter(str(path), self.arch)
+        w.add_type("adapter")
+        w.add_string("adapter.type", "lora")
+        w.add_float32("adapter.lora.alpha", float(rank))
+        new = Tiny(**{**self.__dict__, "tensors": dict(self.tensors)})
+        for name in [n for n in self.tensors if "attn_q" in n or "ffn_down" in n]:
+            rows, cols = self.tensors[name].shape
+            a = (0.05 * rng.standard_normal((rank, cols))).astype(np.float32)
+            b = (0.5 * rng.standard_normal((rows, rank))).astype(np.float32)
+            w.add_tensor(f"{name}.lora_a", a)
+            w.add_tensor(f"{name}.lora_b", b)
+            new.tensors[name] = self.tensors[name] + b @ a
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        return new
 
     def write(self, path: Path, keys: dict | None = None, tensors: dict | None = None) -> Path:
         """Writes the GGUF file; `keys` and `tensors` replace single values (None: leave out), to make bad files."""
