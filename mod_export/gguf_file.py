@@ -205,8 +205,10 @@ def rewrite(source: GGUFFile, target: BinaryIO, keys: Iterable[tuple], tensors: 
         target.write(part)
     _fill(target, _pad(target.tell(), source.alignment))
     start = target.tell()
-    for at in range(0, size, CHUNK):
-        target.write(source.view[source.data_start + at : source.data_start + min(at + CHUNK, size)])
+    with source.path.open("rb") as file:  # not through the map, whose pages would count as our memory
+        file.seek(source.data_start)
+        for at in range(0, size, CHUNK):
+            target.write(file.read(min(CHUNK, size - at)))
     for place, array in zip(places, tensors.values(), strict=True):
         _fill(target, start + place)
         target.write(np.ascontiguousarray(array, "<f4").tobytes())

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
@@ -171,7 +172,8 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int, say: Say
     tree.mkdir(parents=True, exist_ok=True)
     lib.parent.mkdir(exist_ok=True)
     log = lib.parent.parent / "log" / f"{lib.name}.log"
-    say(f"building llama.cpp with {jobs} jobs, some minutes; log: {log}")
+    say(f"building llama.cpp with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}")
+    start = time.monotonic()
     configure = [_which("cmake"), "-S", str(source), "-B", str(tree), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={_which('ninja')}", *(f"-D{name}={value}" for name, value in flags.items())]
     with open(log, "w") as file:
@@ -182,6 +184,7 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int, say: Say
             shutil.copy2(library, tmp)
         (tmp / MARKER).write_text(json.dumps({"name": lib.name, "flags": flags}, indent=1))
     shutil.rmtree(tree, ignore_errors=True)
+    say(f"built in {time.monotonic() - start:.0f} s: {lib}")
 
 
 def _run(command: list[str], log, say: Say) -> None:
