@@ -50,7 +50,7 @@ def convert(
         plan = Plan({kind: routed for kind in kinds}, target, kv_window, sink_tokens, text)
         config, routers = calibrate(base, tokenizer, plan, say)
         say(f"writing {out}")
-        MoDModel.from_base(base, tokenizer, config, routers).save(tmp)
+        MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)  # over the empty tmp
     say(summary(config, n_layer))
 
 

@@ -1,0 +1,109 @@
+"""KL to the dense model of routers, given decisions and baselines, at a set activation on the text they are judged by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mod_export.calibrate import MAX_LOGIT
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.evaluate import divergence, kv_share
+from mod_export.model import MoDModel
+
+
+@dataclass
+class Result:
+    """Means over positions of several texts. kl_late: second half of each sequence only."""
+
+    activation: float
+    kv_share: float
+    kl: float
+    kl_late: float
+    perplexity: dict[str, float]
+    kl_by_text: dict[str, float]
+
+
+class Judge:
+    """Holds the dense model's logits of texts {name: [n, T]} and compares variants of the model with them."""
+
+    def __init__(self, base, tokenizer, texts: dict[str, torch.Tensor], sinks: int, kv_window: int):
+        self.base, self.tokenizer, self.texts = base, tokenizer, texts
+        self.sinks, self.kv_window = sinks, kv_window
+        plain = MoDModel.from_base(base, tokenizer)
+        self.n_layer = plain.n_layer
+        with torch.inference_mode():
+            self.dense = {name: [plain(ids[None])[0].half() for ids in rows] for name, rows in texts.items()}
+
+    @torch.inference_mode()
+    def routers(self, routers: dict, target: float, per_layer: bool = False, rounds: int = 1) -> Result:
+        """Judge routers with thresholds that give `target` on these very texts (equal K/V for all that is compared)."""
+        model = MoDModel.from_base(self.base, self.tokenizer, self._config(routers), routers)
+        for _ in range(rounds):
+            self._set_thresholds(model, target, per_layer)
+        return self._run(lambda ids: model(ids, trace=True), model.config)
+
+    def fixed(self, config: MoDConfig, routers: dict) -> Result:
+        """Judge a finished model as it is."""
+        model = MoDModel.from_base(self.base, self.tokenizer, config, routers)
+        return self._run(lambda ids: model(ids, trace=True), model.config)
+
+    def static(self, kind: str, dropped: list[int], layers: list[int], kv_window: int, sinks: int = 0) -> Result:
+        """Judge units that are active (at sinks) or not whatever the token; kinds without dropping: a plain window."""
+        model = MoDModel.from_base(self.base, self.tokenizer)
+        zero = torch.zeros(model.base.get_input_embeddings().weight.shape[1]), torch.zeros(1)
+        config = self._config({(layer, kind): zero for layer in layers}, kv_window)
+
+        def run(ids):
+            position = torch.arange(ids.shape[1])[None]
+            given = {(l, kind): (position < sinks) if l in dropped else position >= 0 for l in layers}
+            logits = model(ids, decisions=given, kv_window=kv_window)
+            return logits, type("T", (), {"active": torch.stack([given[unit] for unit in config.routed()], dim=-1)})
+
+        return self._run(run, config)
+
+    def _config(self, routers: dict, kv_window: int | None = None) -> MoDConfig:
+        units = {}
+        for kind in {kind for _, kind in routers}:
+            p = tuple(0.5 if (layer, kind) in routers else 0.0 for layer in range(self.n_layer))
+            units[kind] = UnitConfig(threshold=p, activation=tuple(1.0 for _ in p))
+        return MoDConfig(sink_tokens=self.sinks, kv_window=kv_window or self.kv_window, units=units)
+
+    def _set_thresholds(self, model: MoDModel, target: float, per_layer: bool) -> None:
+        parts = []
+        for ids in [ids for sequences in self.texts.values() for ids in sequences]:
+            _, trace = model(ids[None], trace=True, logits_to_keep=1)
+            trace.logit[0, : self.sinks] = float("inf")
+            parts.append(trace.logit[0])
+        logits = torch.cat(parts)
+        cuts = logits.quantile(1 - target, dim=0) if per_layer else _quantile(logits, target).expand(logits.shape[1])
+        for (layer, kind), cut in zip(model.config.routed(), cuts.tolist(), strict=True):
+            model.routers[f"{layer}_{kind}"].threshold = 1 / (1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut))))
+
+    @torch.inference_mode()
+    def _run(self, run, config: MoDConfig) -> Result:
+        total, late = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        count = n_late = n = 0
+        active = share = 0.0
+        perplexity, by_text = {}, {}
+        for name, sequences in self.texts.items():
+            sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+            for ids, dense in zip(sequences, self.dense[name], strict=True):
+                logits, trace = run(ids[None])
+                half = len(ids) // 2
+                first = divergence(dense[: half + 1], logits[0, : half + 1], ids[: half + 1])
+                second = divergence(dense[half:], logits[0, half:], ids[half:])
+                sums, late = sums + first + second, late + second
+                tokens, n_late = tokens + len(ids) - 1, n_late + len(ids) - half - 1
+                active += trace.active.float().mean().item()
+                share += kv_share(config, trace.active[0], self.n_layer)
+                n += 1
+            perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()
+            total, count = total + sums, count + tokens
+        return Result(active / n, share / n, (total[0] / count).item(), (late[0] / n_late).item(), perplexity, by_text)
+
+
+def _quantile(values: torch.Tensor, target: float) -> torch.Tensor:
+    ordered = values.flatten().sort().values
+    return ordered[min(round((1 - target) * len(ordered)), len(ordered) - 1)]

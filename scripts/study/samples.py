@@ -1,0 +1,70 @@
+"""Costs and router inputs of some text, kept in memory, so that many ways to score and fit can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mod_export import hf
+from mod_export.calibrate import LATE, log_cost, solve, with_repetition
+from mod_export.fit import Ridge, logistic
+from mod_export.router import rms_norm
+from mod_export.targets import Tape
+
+METHODS = ("ridge", "ridge per-layer scale", "ridge per-layer threshold", "logistic")
+
+
+@dataclass
+class Samples:
+    """x: router inputs [N, n_embd] (float16); cost: score -> [N]; both for each (layer, kind)."""
+
+    x: dict
+    cost: dict
+
+
+def collect(base, tokenizer, sequences, kinds: dict[str, list[str]], layers, kv_window: int, sinks: int, say) -> Samples:
+    """Measure all scores in `kinds` on sequences [n, T]."""
+    x, cost = {}, {}
+    tape, eps = Tape(base, kv_window), hf.norm_eps(base)
+    plain = {(l, k): [n for n in names if not n.startswith("repeat_")] for k, names in kinds.items() for l in layers}
+    again = {(l, "kv"): [n for n in kinds.get("kv", []) if n.startswith("repeat_")] for l in layers}
+    for number, ids in enumerate(sequences):
+        say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
+        rows = {k: slice(sinks, int(LATE * len(ids)) if k == "kv" else None) for k in kinds}
+        for unit, (h, costs) in tape.measure(ids, plain):
+            x.setdefault(unit, []).append(rms_norm(h[rows[unit[1]]], eps).half())
+            _append(cost, unit, costs, rows[unit[1]])
+        if any(again.values()):
+            text, context = with_repetition(tokenizer, ids, again)
+            for unit, (_, costs) in tape.measure(text, again, context):
+                _append(cost, unit, costs, rows["kv"])
+    joined = {unit: {n: torch.cat(parts) for n, parts in named.items()} for unit, named in cost.items()}
+    return Samples({unit: torch.cat(parts) for unit, parts in x.items()}, joined)
+
+
+def _append(cost: dict, unit, costs: dict, rows: slice) -> None:
+    for name, values in costs.items():
+        cost.setdefault(unit, {}).setdefault(name, []).append(values[rows])
+
+
+def routers_of(samples: Samples, kind: str, score: str, method: str, target: float) -> dict:
+    """Routers {(layer, kind): (weight, bias)}; a common threshold belongs to all but the per-layer one."""
+    units = [unit for unit in samples.x if unit[1] == kind]
+    costs = {unit: log_cost(samples.cost[unit][score]) for unit in units}
+    if method == "logistic":
+        cut = torch.cat(list(costs.values())).quantile(1 - target)
+        return {u: logistic([(samples.x[u].float(), (costs[u] > cut).float())]) for u in units}
+    fits = {}
+    for unit in units:
+        y = costs[unit]
+        if method == "ridge per-layer scale":
+            y = (y - y.mean()) / y.std().clamp(min=1e-6)
+        fits[unit] = Ridge(samples.x[unit].shape[1])
+        fits[unit].add(samples.x[unit].float(), y)
+    return solve(fits)[0]
+
+
+def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:
+    """Mean cost of each unit of a kind: what dropping it whole costs, to first order."""
+    return {unit: named[score].mean().item() for unit, named in samples.cost.items() if unit[1] == kind}

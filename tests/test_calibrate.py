@@ -1,0 +1,205 @@
+"""Calibration: costs against what they claim to be, fits against textbook solutions, targets met, baselines beaten."""
+
+import pytest
+import tiny
+import torch
+
+from mod_export import data, evaluate, hf
+from mod_export.calibrate import Plan, calibrate
+from mod_export.convert import FIRST_ROUTED
+from mod_export.errors import UserError
+from mod_export.fit import Ridge, logistic
+from mod_export.model import MoDModel
+from mod_export.targets import SCORES, Tape, attention, received
+
+TEXT = " ".join(f"Line {i}: the {i * 7919 % 97} red hens ate {i % 13} worms near gate {i * i % 31}." for i in range(160))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def byte_tokenizer():
+    """One token per byte, 256 in all: a real tokenizer that needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def seen_of(base, ids, layer):
+    """What the tape sees of one layer, and the gradients there."""
+    from mod_export import targets
+
+    tape = Tape(base, kv_window=8)
+    with targets._prepared(base), torch.enable_grad():
+        inputs, grad = tape._forward(ids, gradients=True)
+        for index in range(len(inputs) - 1, layer - 1, -1):
+            seen, grads, grad = tape._layer(index, inputs[index], grad)
+    return seen, grads
+
+
+def test_recomputed_attention_is_the_models_own():
+    base = tiny.base()
+    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    seen, _ = seen_of(base, ids, layer=3)
+    base.set_attn_implementation("eager")
+    expected = base(ids[None], output_attentions=True).attentions[3][0]
+    torch.testing.assert_close(attention(seen, slice(0, 70)), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_layer_by_layer_gradient_is_that_of_the_whole_graph():
+    base = tiny.base()
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(2))
+    _, (attn_grad, ffn_grad, _) = seen_of(base, ids, layer=1)
+    kept = {}
+
+    def keep(name):
+        def hook(_module, _args, out):
+            value = out[0] if isinstance(out, tuple) else out
+            kept[name] = value.requires_grad_(True)
+            value.retain_grad()
+
+        return hook
+
+    layer = base.model.layers[1]
+    hooks = [layer.self_attn.register_forward_hook(keep("attn")), layer.mlp.register_forward_hook(keep("ffn"))]
+    log_p = base(ids[None]).logits[0].log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    log_p.gather(1, drawn).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(attn_grad, kept["attn"].grad[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(ffn_grad, kept["ffn"].grad[0], atol=1e-4, rtol=1e-3)
+
+
+def test_kv_gradient_is_the_effect_of_hiding_one_key():
+    """Hide one key from one query for real: the attention output moves by the δ whose product with g is the score."""
+    base = tiny.base()
+    ids = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(3))
+    seen, grads = seen_of(base, ids, layer=2)
+    key, query = 4, 29
+    a = attention(seen, slice(0, 30))
+    hidden = a.clone()
+    hidden[:, query, key] = 0
+    hidden = hidden / hidden.sum(-1, keepdim=True)
+    moved = (hidden @ seen.value - a @ seen.value)[:, query]
+    expected = (grads[2][:, query] * moved).sum().pow(2)
+    cost = received(seen, ["gradient"], window=query - key, grads=grads)["gradient"][key]  # this query only is so far
+    torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_every_score_of_every_kind_is_finite_and_costs_differ(tokenizer):
+    base = tiny.base()
+    ids = data.pack(tokenizer, TEXT, 64)[0]
+    for kind, names in SCORES.items():
+        plain = [name for name in names if not name.startswith("repeat_")]
+        for wanted, text, context in ((plain, ids, 0), ([n for n in names if n not in plain], torch.cat((ids, ids)), 64)):
+            if wanted:
+                for _, (h, costs) in Tape(base, kv_window=8).measure(text, {(3, kind): wanted}, context):
+                    assert h.shape == (64, 64) and list(costs) == sorted(costs, key=list(costs).index)
+                    for name, cost in costs.items():
+                        assert torch.isfinite(cost).all() and (cost >= 0).all() and cost.std() > 0, (kind, name)
+
+
+def test_tape_leaves_the_model_as_it_was():
+    base = tiny.base()
+    ids = torch.randint(0, 256, (1, 50))
+    before = base(ids).logits
+    list(Tape(base, kv_window=8).measure(ids[0], {(1, "kv"): ["gradient"], (2, "ffn"): ["size"]}))
+    assert torch.equal(base(ids).logits, before)
+    assert all(p.requires_grad for p in base.parameters())
+    with pytest.raises(UserError, match="unknown score 'cosine' for kv"):
+        list(Tape(base, kv_window=8).measure(ids[0], {(1, "kv"): ["cosine"]}))
+
+
+def test_ridge_is_least_squares_and_logistic_stands_at_its_optimum():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator) * torch.linspace(0.1, 30, 12)  # dimensions of very different size
+    y = x @ torch.randn(12, generator=generator) + 3 + torch.randn(400, generator=generator)
+    fit = Ridge(12)
+    fit.add(x[:150], y[:150])
+    fit.add(x[150:], y[150:])
+    weight, bias = fit.solve(penalty=0)
+    ones = torch.cat((x, torch.ones(400, 1)), dim=1).double()
+    expected = torch.linalg.lstsq(ones, y[:, None].double()).solution[:, 0]
+    torch.testing.assert_close(torch.cat((weight, bias)).double(), expected, rtol=1e-3, atol=1e-3)
+    mean, variance, explained = fit.spread(weight, bias)
+    z = x @ weight + bias
+    assert mean == pytest.approx(z.mean().item(), rel=1e-3) and variance == pytest.approx(z.var().item(), rel=1e-2)
+    assert explained == pytest.approx(1 - ((y - z).var() / y.var()).item(), abs=1e-3)
+
+    label = (z + 20 * torch.randn(400, generator=generator) > z.median()).float()
+    weight, bias = logistic([(x[:150], label[:150]), (x[150:], label[150:])], penalty=0)
+    residual = torch.sigmoid(x @ weight + bias) - label
+    assert residual.mean().abs() < 1e-5 and (x.T @ residual / 400 / x.std(0)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("kinds", "target"), [(["kv"], 0.5), (["kv", "ffn"], 0.35), (["attn"], 0.7), (["block"], 0.9)])
+def test_target_activation_is_met(tokenizer, kinds, target):
+    """Within 0.02 on calibration text, measured while the model skips; thresholds are ordinary ones."""
+    plan = Plan({kind: [2, 3, 4, 5] for kind in kinds}, target, kv_window=16, text=TEXT)
+    config, routers = calibrate(tiny.base(), tokenizer, plan)
+    for kind in kinds:
+        unit = config.units[kind]
+        assert config.calibration["activation"][kind] == pytest.approx(target, abs=0.02)
+        assert sum(unit.activation[2:]) / 4 == pytest.approx(target, abs=0.02)
+        assert unit.threshold[:2] == (0, 0) and all(1e-5 < p < 1 - 1e-5 for p in unit.threshold[2:])
+    assert set(routers) == {(layer, kind) for kind in kinds for layer in (2, 3, 4, 5)}
+    assert all(torch.isfinite(tensor).all() for router in routers.values() for tensor in router)
+
+
+def test_calibration_text_too_short(tokenizer):
+    with pytest.raises(UserError, match="calibration text too short: .* tokens where"):
+        calibrate(tiny.base(), tokenizer, Plan({"kv": [2]}, text="Far too short."))
+
+
+def test_texts_are_packed_whole_and_named_when_wrong(tokenizer, tmp_path):
+    ids = data.pack(tokenizer, "ab\n\n\ncd", 8)
+    assert tokenizer.decode(ids[0]) == "ab\n\ncd\n\n"
+    with pytest.raises(UserError, match="text too short"):
+        data.pack(tokenizer, "ab", 64)
+    with pytest.raises(UserError, match="missing.txt"):
+        data.read_texts([tmp_path / "missing.txt"])
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="binary.txt is not UTF-8"):
+        data.read_texts([tmp_path / "binary.txt"])
+
+
+def test_kv_share_counts_what_a_next_token_sees():
+    config = tiny.config({"kv": [1], "attn": [2]}, n_layer=4, kv_window=3)
+    active = torch.zeros(10, 2, dtype=torch.bool)
+    active[0] = True  # cells: 10, then the first and the two that a window of 3 leaves to the next token, 1, 10
+    assert evaluate.kv_share(config, active, n_layer=4) == pytest.approx((10 + 3 + 1 + 10) / 40)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """SmolLM2 with kv units calibrated on a third of the packaged text, and held-out sequences [3, 768]."""
+    base, tokenizer = hf.load("smollm2")
+    text, held_out = data.default_texts()
+    layers = range(FIRST_ROUTED, 30)
+    config, routers = calibrate(base, tokenizer, Plan({"kv": layers}, 0.35, kv_window=32, text=text[:24000], rounds=2))
+    return MoDModel.from_base(base, tokenizer, config, routers), data.pack(tokenizer, held_out, 768, count=3)
+
+
+def test_kv_routers_beat_a_window_of_equal_size_on_a_real_model(calibrated):
+    """Mean KL on held-out text, at the activation that the routers have there, sinks in the window included."""
+    model, sequences = calibrated
+    found = evaluate.loss(model, sequences)
+    n_token = sequences.shape[1]
+    window = round(32 + found.activation * (n_token - 32))
+    assert found.activation == pytest.approx(0.35, abs=0.06)
+    sums = torch.zeros(4, dtype=torch.float64)
+    with torch.inference_mode():
+        for ids in sequences:
+            sinks = (torch.arange(n_token) < 4)[None]
+            given = {unit: sinks for unit in model.config.routed()}
+            dense = evaluate.dense_logits(model, ids[None])[0]
+            windowed = model(ids[None], decisions=given, kv_window=window - 4)[0]
+            sums += evaluate.divergence(dense, windowed, ids)
+    assert found.kl < 0.5 * (sums[0] / (n_token - 1) / len(sequences)).item()
