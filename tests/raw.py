@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
+import pytest
+
+from mod_export import llama_build
 
 F32, F16, Q8_0 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
 FORCE = {"none": 0, "active": 1, "inactive": 2}
@@ -14,6 +18,15 @@ FORCE = {"none": 0, "active": 1, "inactive": 2}
 @llama_cpp.llama_log_callback
 def _silent(level, text, user_data):
     pass
+
+
+def stock_lib() -> Path:
+    """Where an unpatched libllama is; skips the test if there is none."""
+    if lib := llama_build.stock_lib():
+        return lib
+    if llama_build.installed_build() is None:  # the package as it comes from pip
+        return Path(llama_cpp.__file__).parent / "lib"
+    pytest.skip("needs the stock library: run `mod-export build --stock`")
 
 
 class Raw:
