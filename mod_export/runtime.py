@@ -331,7 +331,8 @@ def _check_file(path: str | os.PathLike) -> None:
 def _load_error(path, n_ctx: int, exc: ValueError, log: list[str]) -> UserError:
     reason = _reason(log) or str(exc)
     if "context" in str(exc):
-        return UserError(f"cannot create a context of {n_ctx} tokens for {path}: {reason}", "use a smaller context")
+        cure = "use a smaller context" if "alloc" in reason else ""
+        return UserError(f"cannot create a context of {n_ctx} tokens for {path}: {reason}", cure)
     stock_meets_mod = not bindings.patched() and "wrong number of tensors" in reason
     cure = "a MoD file needs the patched llama.cpp: run `mod-export build`"
     if not stock_meets_mod:
