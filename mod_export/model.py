@@ -152,7 +152,7 @@ class MoDModel(nn.Module):
         )
 
     def _forward(self, run: Run, **kwargs) -> torch.Tensor:
-        if torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
+        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
             # its second forward would come when the run is over, and would be that of the dense model
             raise UserError("gradient checkpointing is on", "turn it off: the routed forward cannot be repeated")
         for layer in self.layers:

@@ -1,0 +1,111 @@
+"""The configuration: order of units, JSON round trip, and one clear error for each rule of the schema."""
+
+import json
+import math
+
+import pytest
+
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.errors import UserError
+
+GOOD = {
+    "version": 1,
+    "gating_func": "sigmoid",
+    "scale_output": False,
+    "sink_tokens": 4,
+    "kv_window": 64,
+    "attn": {"threshold": [0.0, 0.5, 0.25], "activation": [1.0, 0.5, 0.75]},
+    "kv": {"threshold": [0.0, 0.5, 0.0], "activation": [1.0, 0.3, 1.0]},
+    "ffn": {"threshold": [0.9, 0.5, 0.0], "activation": [0.1, 0.3, 1.0]},
+    "calibration": {"text": "some", "tokens": 1000},
+}
+
+
+def with_(**changes):
+    return {**json.loads(json.dumps(GOOD)), **changes}
+
+
+def unit(*threshold, activation=(1.0, 0.5, 0.5)):
+    return {"threshold": list(threshold), "activation": list(activation)}
+
+
+def test_routed_units_are_in_deciding_order():
+    config = MoDConfig.from_dict(GOOD).validate(3)
+    assert config.routed() == [(0, "ffn"), (1, "kv"), (1, "attn"), (1, "ffn"), (2, "attn")]
+    assert config.threshold(2, "attn") == 0.25
+    assert config.threshold(0, "block") == 0
+
+
+def test_block_decides_after_kv():
+    config = MoDConfig(units={kind: UnitConfig((0.0, 0.5), (1.0, 0.5)) for kind in ("block", "kv")}).validate(2)
+    assert config.routed() == [(1, "kv"), (1, "block")]
+
+
+def test_json_round_trip():
+    text = json.dumps(MoDConfig.from_dict(GOOD).to_dict())
+    assert json.loads(text) == GOOD
+    assert MoDConfig.from_dict(json.loads(text)) == MoDConfig.from_dict(GOOD)
+
+
+def test_a_config_without_units_is_a_dense_model():
+    config = MoDConfig().validate(4)
+    assert config.routed() == []
+    assert MoDConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "data, named",
+    [
+        (with_(thresholds=1), "mod.thresholds"),
+        (with_(attn={**unit(0, 0.5, 0), "p": 1}), "mod.attn.p"),
+        (with_(attn={"threshold": [0, 0.5, 0]}), "mod.attn.activation"),
+        (with_(attn={"threshold": 0.5, "activation": [1, 1, 1]}), "mod.attn.threshold"),
+        (with_(attn=[0.5]), "mod.attn"),
+        (with_(calibration="text"), "mod.calibration"),
+        ({k: v for k, v in GOOD.items() if k != "kv_window"}, "mod.kv_window"),
+        (None, "mod"),
+    ],
+)
+def test_malformed_json_is_named(data, named):
+    with pytest.raises(UserError) as error:
+        MoDConfig.from_dict(data)
+    assert f"{named} " in f"{error.value} ".replace(";", " ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"version": 2}, "mod.version"),
+        ({"version": True}, "mod.version"),
+        ({"gating_func": "softmax"}, "mod.gating_func"),
+        ({"scale_output": 1}, "mod.scale_output"),
+        ({"sink_tokens": -1}, "mod.sink_tokens"),
+        ({"sink_tokens": 1.5}, "mod.sink_tokens"),
+        ({"kv_window": 0}, "mod.kv_window"),
+        ({"attn": unit(0, 1, 0)}, "mod.attn.threshold of layer 1"),
+        ({"attn": unit(0, 1.0, 0)}, "mod.attn.threshold of layer 1"),
+        ({"attn": unit(0, 0.5, -0.5)}, "mod.attn.threshold of layer 2"),
+        ({"attn": unit(0, math.nan, 0)}, "mod.attn.threshold of layer 1"),
+        ({"attn": unit(0, math.inf, 0)}, "mod.attn.threshold of layer 1"),
+        ({"attn": unit(0, "0.5", 0)}, "mod.attn.threshold of layer 1"),
+        ({"attn": unit(0, 1 - 1e-12, 0)}, "mod.attn.threshold of layer 1"),  # 1 in float32
+        ({"attn": unit(0, 1e-60, 0)}, "mod.attn.threshold of layer 1"),  # 0 in float32
+        ({"attn": unit(0, 0.5)}, "mod.attn.threshold"),
+        ({"attn": unit(0, 0.5, 0, activation=(1, 2, 1))}, "mod.attn.activation of layer 1"),
+        ({"attn": unit(0, 0, 0)}, "mod.attn.threshold"),
+        ({"block": unit(0, 0.5, 0)}, "mod.block and mod.attn"),
+        ({"block": unit(0.5, 0, 0)}, "mod.block and mod.ffn"),
+        ({"kv": unit(0.5, 0.5, 0)}, "no layer keeps complete K/V"),
+    ],
+)
+def test_each_rule_has_its_error(changes, named):
+    with pytest.raises(UserError) as error:
+        MoDConfig.from_dict(with_(**changes)).validate(3)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_kind_of_unit():
+    with pytest.raises(UserError, match="mod.head"):
+        MoDConfig(units={"head": UnitConfig((0.5,), (1.0,))}).validate(1)

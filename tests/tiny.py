@@ -1,0 +1,128 @@
+"""Tiny random models for tests, built on the spot.
+
+model = tiny.mod_model({"kv": [2, 3], "ffn": [4]})  # a MoDModel on a random Llama, decisions far from thresholds
+tiny.save_dir(path, {"kv": [2, 3]})  # the same with SmolLM2's tokenizer, ready for GGUF export
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mod_export import hf
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.model import MoDModel
+
+N_LAYER = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Import it into a test module: on models this small more threads only cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def base(
+    n_layer: int = N_LAYER,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    n_embd: int = 64,
+    n_vocab: int = 300,
+    tied: bool = False,
+    seed: int = 0,
+    **kwargs,
+) -> LlamaForCausalLM:
+    """A random Llama; n_head_kv = n_head is multi-head attention. Weights are large enough for layers to matter."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        num_hidden_layers=n_layer,
+        num_attention_heads=n_head,
+        num_key_value_heads=n_head_kv,
+        hidden_size=n_embd,
+        intermediate_size=96,
+        vocab_size=n_vocab,
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        initializer_range=0.12,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        **kwargs,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def config(units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, **kwargs) -> MoDConfig:
+    """units: {kind: routed layers}; kwargs as sink_tokens, kv_window, scale_output."""
+    made = {
+        kind: UnitConfig(
+            threshold=tuple(p if layer in layers else 0.0 for layer in range(n_layer)),
+            activation=tuple(0.5 if layer in layers else 1.0 for layer in range(n_layer)),
+        )
+        for kind, layers in units.items()
+    }
+    return MoDConfig(**{"sink_tokens": 2, "kv_window": 8, **kwargs}, units=made)
+
+
+def wrap(base_model, mod_config: MoDConfig, ids: torch.Tensor | None = None, tokenizer=None, seed: int = 0) -> MoDModel:
+    """A MoDModel with random routers; with `ids` [B, T] their biases lie in gaps between these tokens' scores."""
+    generator = torch.Generator().manual_seed(seed)
+    width = hf.n_embd(base_model)
+    routers = {
+        unit: (torch.randn(width, generator=generator) / width**0.5, torch.zeros(1)) for unit in mod_config.routed()
+    }
+    model = MoDModel.from_base(base_model, tokenizer, mod_config, routers)
+    if ids is not None:
+        place_biases(model, ids)
+    return model
+
+
+def mod_model(units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:
+    """A random Llama with routers. kwargs are those of `base` or of `config`."""
+    for_config = {key: kwargs.pop(key) for key in ("p", "sink_tokens", "kv_window", "scale_output") if key in kwargs}
+    plain = base(**kwargs)
+    return wrap(plain, config(units, plain.config.num_hidden_layers, **for_config), ids)
+
+
+@torch.no_grad()
+def place_biases(model: MoDModel, ids: torch.Tensor) -> None:
+    """Move each bias so that the threshold lies in the widest gap of the middle scores: float noise flips nothing.
+
+    In deciding order, as each decision changes what later routers see.
+    """
+    for index, (layer, kind) in enumerate(model.config.routed()):
+        router = model.routers[f"{layer}_{kind}"]
+        _, trace = model(ids, trace=True)
+        scores = trace.logit[..., index].flatten().sort().values
+        low, high = len(scores) * 3 // 10, len(scores) * 7 // 10
+        widest = low + int((scores[low + 1 : high] - scores[low : high - 1]).argmax())
+        p = router.threshold
+        middle = (scores[widest] + scores[widest + 1]) / 2
+        router.bias += torch.logit(torch.tensor(p)) - middle
+
+
+@functools.cache
+def tokenizer():
+    """SmolLM2's tokenizer: llama.cpp's converter knows vocabularies by their hash, so a made-up one would not do."""
+    path = hf.embedded_gguf()
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    hf.restore_tokenizer(made, path)
+    return made
+
+
+def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:
+    """Save a tiny MoD model as a directory that exports to GGUF; returns it."""
+    model = mod_model(units, ids, n_vocab=len(tokenizer()), **kwargs)
+    model.tokenizer = tokenizer()
+    model.save(path)
+    return model
