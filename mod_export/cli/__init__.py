@@ -71,9 +71,6 @@ def _run(args: list[str] | None) -> int:
         return _fail(exc.format_message(), cure=f"see '{ctx.command_path} --help'" if ctx else "")
     except UserError as exc:
         return _fail(str(exc))
-    except BrokenPipeError:  # the reader of our output has gone: `mod-export inspect FILE | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except ModuleNotFoundError as exc:
         return _fail(f"the Python module {exc.name} is missing", cure="install mod-export with its dependencies")
     except OSError as exc:
