@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
+from mod_export.gguf_file import GGUFFile
 
 EMBEDDED = "smollm2"
 
@@ -106,11 +107,9 @@ def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
     """Make a tokenizer that transformers read from a GGUF give llama.cpp's ids, and fit to be saved on its own."""
     for name in ("gguf_file", "local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers as pt
 
-    pre = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() in _SINGLE_DIGITS:
+    if GGUFFile.open(gguf_path).get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
         split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
 
@@ -167,6 +166,7 @@ def _locate(model: str | Path) -> tuple[Path, str | None]:
         raise UserError(f"cannot read {model}: {error.strerror}", "check the file") from error
     if magic != b"GGUF":
         raise UserError(f"{model} is not a GGUF file", "give a Hugging Face directory or a GGUF file")
+    GGUFFile.open(path)  # names what is wrong with a damaged file better than transformers does
     return path.parent, path.name
 
 
