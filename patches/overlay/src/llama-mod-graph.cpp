@@ -150,8 +150,8 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv 
     res->self_k_idxs = mctx->build_input_k_idxs(g.ctx0, g.ubatch);
     res->self_v_idxs = mctx->build_input_v_idxs(g.ctx0, g.ubatch);
 
-    if (seg->reserve && inp_base) {
-        res->self_kq_mask = inp_base->self_kq_mask;
+    if (seg->reserve && mask_any) {
+        res->self_kq_mask = mask_any;
     } else {
         // flash attention requires an f16 mask
         const auto type = g.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
@@ -159,13 +159,13 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv 
         ggml_set_input(res->self_kq_mask);
         ggml_set_name(res->self_kq_mask, "attn_inp_kq_mask");
     }
-    res->self_kq_mask_cnv = res->self_kq_mask;
+    res->self_kq_mask_cnv = mask_any = res->self_kq_mask;
 
     res->self_k_rot = mctx->build_input_k_rot(g.ctx0);
     res->self_v_rot = mctx->build_input_v_rot(g.ctx0);
 
     auto * ptr = static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::move(res)));
-    if (!own || (seg->reserve && !inp_base)) {
+    if (!own) {
         inp_base = ptr;
     }
 

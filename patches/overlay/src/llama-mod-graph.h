@@ -79,6 +79,7 @@ private:
     ggml_tensor * inp_cur  = nullptr; // the segment's input
 
     llm_graph_input_attn_kv * inp_base = nullptr; // shared by the layers with complete K/V
+    ggml_tensor *             mask_any = nullptr; // the last KQ mask made
 
     void build_scores(ggml_tensor * cur, int32_t u0, int32_t u1);
 };
