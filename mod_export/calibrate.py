@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from mod_export import data, hf
-from mod_export.config import MoDConfig, UnitConfig
+from mod_export.config import KINDS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
@@ -55,7 +55,9 @@ class Plan:
     rounds: int = 4
 
     def routed(self) -> list[Unit]:
-        return sorted((layer, kind) for kind, layers in self.units.items() for layer in layers)
+        """Units in deciding order."""
+        units = [(layer, kind) for kind, layers in self.units.items() for layer in layers]
+        return sorted(units, key=lambda unit: (unit[0], KINDS.index(unit[1])))
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ def convert(
     """
     kinds = parse_units(units)
     chosen = parse_layers(layers)
+    if not 0 < target < 1:  # written so that NaN fails too
+        raise UserError(f"--target-activation {target} is not between 0 and 1", "0.5 runs half of all units")
     text = data.read_texts(calibration_text) if calibration_text else None
     with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
         from mod_export import hf

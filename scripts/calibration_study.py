@@ -122,7 +122,7 @@ def compare(rows: Rows, judge, found, kind: str, names: list[str], target: float
     """All scores with ridge, then the best score with the other fits; plain baselines."""
     from study import samples as s
 
-    rounds = 1 if kind == "kv" else 3
+    rounds = 0 if kind == "kv" else 2
 
     def judged(score: str, method: str):
         routers = s.routers_of(found, kind, score, method, target)
@@ -138,11 +138,12 @@ def compare(rows: Rows, judge, found, kind: str, names: list[str], target: float
     baselines(rows, judge, found, kind, target, routed)
 
 
-def baselines(rows: Rows, judge, found, kind: str, target: float, routed: list[int], length: int | None = None) -> None:
+def baselines(rows: Rows, judge, found, kind: str, target: float, routed: list[int]) -> None:
     """Random routers, whole units dropped, and for kv a window alone and a window with sinks, at equal K/V."""
     from study import samples as s
 
-    rows.add(f"{kind} random {target}", lambda: judge.routers(random_routers(found, kind), target, per_layer=True), kind=kind)
+    rounds = 0 if kind == "kv" else 1
+    rows.add(f"{kind} random {target}", lambda: judge.routers(random_routers(found, kind), target, per_layer=True, rounds=rounds), kind=kind)
     order = sorted((cost, unit[0]) for unit, cost in s.mean_cost(found, kind).items())
     dropped = [layer for _, layer in order[: round((1 - target) * len(order))]]
     rows.add(f"{kind} static {target}", lambda: judge.static(kind, dropped, routed, judge.kv_window, judge.sinks), kind=kind)

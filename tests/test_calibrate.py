@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from byte_text import TEXT, byte_tokenizer
 
 from mod_export import data, evaluate, hf
 from mod_export.calibrate import Plan, calibrate
@@ -12,23 +13,9 @@ from mod_export.fit import Ridge, logistic
 from mod_export.model import MoDModel
 from mod_export.targets import SCORES, Tape, attention, received
 
-TEXT = " ".join(f"Line {i}: the {i * 7919 % 97} red hens ate {i % 13} worms near gate {i * i % 31}." for i in range(160))
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer()
-
-
-def byte_tokenizer():
-    """One token per byte, 256 in all: a real tokenizer that needs no file."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def seen_of(base, ids, layer):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from mod_export import hf
 from mod_export.calibrate import MAX_LOGIT
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.evaluate import divergence, kv_share
 from mod_export.model import MoDModel
+from mod_export.router import rms_norm
 
 
 @dataclass
@@ -33,15 +36,17 @@ class Judge:
         self.sinks, self.kv_window = sinks, kv_window
         plain = MoDModel.from_base(base, tokenizer)
         self.n_layer = plain.n_layer
-        with torch.inference_mode():
+        self.inputs = {}  # of each layer in the dense model, as a router sees them: {layer: [[T, n_embd], ...]}
+        with torch.inference_mode(), self._noting_inputs():
             self.dense = {name: [plain(ids[None])[0].half() for ids in rows] for name, rows in texts.items()}
 
     @torch.inference_mode()
     def routers(self, routers: dict, target: float, per_layer: bool = False, rounds: int = 1) -> Result:
         """Judge routers with thresholds that give `target` on these very texts (equal K/V for all that is compared)."""
         model = MoDModel.from_base(self.base, self.tokenizer, self._config(routers), routers)
+        self._set_thresholds(model, self._dense_logits(routers), target, per_layer)
         for _ in range(rounds):
-            self._set_thresholds(model, target, per_layer)
+            self._set_thresholds(model, self._own_logits(model), target, per_layer)
         return self._run(lambda ids: model(ids, trace=True), model.config)
 
     def fixed(self, config: MoDConfig, routers: dict) -> Result:
@@ -70,16 +75,42 @@ class Judge:
             units[kind] = UnitConfig(threshold=p, activation=tuple(1.0 for _ in p))
         return MoDConfig(sink_tokens=self.sinks, kv_window=kv_window or self.kv_window, units=units)
 
-    def _set_thresholds(self, model: MoDModel, target: float, per_layer: bool) -> None:
-        parts = []
-        for ids in [ids for sequences in self.texts.values() for ids in sequences]:
-            _, trace = model(ids[None], trace=True, logits_to_keep=1)
-            trace.logit[0, : self.sinks] = float("inf")
-            parts.append(trace.logit[0])
-        logits = torch.cat(parts)
-        cuts = logits.quantile(1 - target, dim=0) if per_layer else _quantile(logits, target).expand(logits.shape[1])
+    def _set_thresholds(self, model: MoDModel, logits: list, target: float, per_layer: bool) -> None:
+        """logits: a list of [T, n_units]; sinks are active anyway."""
+        for part in logits:
+            part[: self.sinks] = float("inf")
+        joined = torch.cat(logits)
+        cuts = joined.quantile(1 - target, dim=0) if per_layer else _quantile(joined, target).expand(joined.shape[1])
         for (layer, kind), cut in zip(model.config.routed(), cuts.tolist(), strict=True):
             model.routers[f"{layer}_{kind}"].threshold = 1 / (1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut))))
+
+    def _dense_logits(self, routers: dict) -> list:
+        """What routers at the layers' inputs say while nothing is skipped (exact enough for kv, a start for others)."""
+        columns = [[x.float() @ routers[unit][0] + routers[unit][1] for x in self.inputs[unit[0]]] for unit in sorted(routers)]
+        return [torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True)]
+
+    def _own_logits(self, model: MoDModel) -> list:
+        sequences = [ids for rows in self.texts.values() for ids in rows]
+        return [model(ids[None], trace=True, logits_to_keep=1)[1].logit[0].clone() for ids in sequences]
+
+    @contextmanager
+    def _noting_inputs(self):
+        eps = hf.norm_eps(self.base)
+
+        def hook(layer):
+            def note(_module, args, kwargs):
+                h = args[0] if args else kwargs["hidden_states"]
+                self.inputs.setdefault(layer, []).append(rms_norm(h[0], eps).half())
+
+            return note
+
+        parts = hf.decoder_layers(self.base)
+        hooks = [part.layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, part in enumerate(parts)]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
 
     @torch.inference_mode()
     def _run(self, run, config: MoDConfig) -> Result:
