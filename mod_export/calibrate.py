@@ -120,7 +120,7 @@ def with_repetition(tokenizer, ids: torch.Tensor, wanted: dict[Unit, list[str]])
 
 
 def log_cost(cost: torch.Tensor) -> torch.Tensor:
-    """Natural logarithm; the lowest percent, which may be 0, is raised to the percentile: outliers there mean nothing."""
+    """Natural logarithm; the lowest percent, which may be 0, is raised to the percentile first."""
     floor = cost.float().quantile(0.01).clamp(min=1e-20)
     return cost.float().clamp(min=floor.item()).log()
 

@@ -102,11 +102,18 @@ class Tape:
     def _forward(self, ids: torch.Tensor, gradients: bool):
         """Inputs (args, kwargs) of every layer, and the gradient at the last layer's output (None if not wanted)."""
         inputs, last = [], []
-        hooks = [part.layer.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
-                 for part in self.parts]  # fmt: skip
-        hooks.append(self.parts[-1].layer.register_forward_hook(lambda _m, _a, out: _replace_by_leaf(out, last, gradients)))
+
+        def enter(_module, args, kwargs):
+            inputs.append((args, kwargs))
+
+        def leave(_module, _args, out):
+            return _replace_by_leaf(out, last, gradients)
+
+        hooks = [part.layer.register_forward_pre_hook(enter, with_kwargs=True) for part in self.parts]
+        hooks.append(self.parts[-1].layer.register_forward_hook(leave))
+        rows = {} if gradients else {"logits_to_keep": 1}
         try:
-            logits = self.base(input_ids=ids[None], use_cache=False, **({} if gradients else {"logits_to_keep": 1})).logits
+            logits = self.base(input_ids=ids[None], use_cache=False, **rows).logits
         finally:
             for hook in hooks:
                 hook.remove()

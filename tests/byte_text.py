@@ -1,6 +1,6 @@
 """A tokenizer with one token per byte and a text for it, for tests of tiny models."""
 
-TEXT = " ".join(f"Line {i}: the {i * 7919 % 97} red hens ate {i % 13} worms near gate {i * i % 31}." for i in range(160))
+TEXT = " ".join(f"Line {i}: {i * 7919 % 97} red hens ate {i % 13} worms near gate {i * i % 31}." for i in range(170))
 
 
 def byte_tokenizer():

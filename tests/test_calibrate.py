@@ -13,6 +13,7 @@ from mod_export.fit import Ridge, logistic
 from mod_export.model import MoDModel
 from mod_export.targets import SCORES, Tape, attention, received
 
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer()
@@ -85,7 +86,8 @@ def test_every_score_of_every_kind_is_finite_and_costs_differ(tokenizer):
     ids = data.pack(tokenizer, TEXT, 64)[0]
     for kind, names in SCORES.items():
         plain = [name for name in names if not name.startswith("repeat_")]
-        for wanted, text, context in ((plain, ids, 0), ([n for n in names if n not in plain], torch.cat((ids, ids)), 64)):
+        repeated = [name for name in names if name not in plain]
+        for wanted, text, context in ((plain, ids, 0), (repeated, torch.cat((ids, ids)), 64)):
             if wanted:
                 for _, (h, costs) in Tape(base, kv_window=8).measure(text, {(3, kind): wanted}, context):
                     assert h.shape == (64, 64) and list(costs) == sorted(costs, key=list(costs).index)

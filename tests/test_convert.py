@@ -51,7 +51,7 @@ def test_units():
 def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_path):
     told = []
     out = tmp_path / "mod"
-    convert(model_dir, out, "kv+ffn", 0.4, kv_window=12, layers="2-4", calibration_text=[text], sink_tokens=3, say=told.append)
+    convert(model_dir, out, "kv+ffn", 0.4, 12, layers="2-4", calibration_text=[text], sink_tokens=3, say=told.append)
     model = MoDModel.load(out)
     assert model.config.routed() == [(2, "kv"), (2, "ffn"), (3, "kv"), (3, "ffn"), (4, "kv"), (4, "ffn")]
     assert (model.config.kv_window, model.config.sink_tokens) == (12, 3)

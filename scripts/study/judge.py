@@ -1,10 +1,11 @@
-"""KL to the dense model of routers, given decisions and baselines, at a set activation on the text they are judged by."""
+"""KL to the dense model, of routers and of plain baselines, at a set activation on the very text they are judged by."""
 
 from __future__ import annotations
 
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -14,6 +15,9 @@ from mod_export.config import MoDConfig, UnitConfig
 from mod_export.evaluate import divergence, kv_share
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
+
+TOLERANCE = 0.005  # of the activation, within which K/V count as equal
+ROUNDS = 3
 
 
 @dataclass
@@ -41,32 +45,58 @@ class Judge:
             self.dense = {name: [plain(ids[None])[0].half() for ids in rows] for name, rows in texts.items()}
 
     @torch.inference_mode()
-    def routers(self, routers: dict, target: float, per_layer: bool = False, rounds: int = 1) -> Result:
-        """Judge routers with thresholds that give `target` on these very texts (equal K/V for all that is compared)."""
+    def routers(self, routers: dict, target: float, per_layer: bool = False) -> Result:
+        """Judge routers with thresholds that give `target` on these very texts: equal K/V for all that is compared.
+
+        The first thresholds are those for the dense model's hidden states; further ones follow from what the
+        routers said in the round before.
+        """
         model = MoDModel.from_base(self.base, self.tokenizer, self._config(routers), routers)
-        self._set_thresholds(model, self._dense_logits(routers), target, per_layer)
-        for _ in range(rounds):
-            self._set_thresholds(model, self._own_logits(model), target, per_layer)
-        return self._run(lambda ids: model(ids, trace=True), model.config)
+        logits = self._dense_logits(routers)
+        for _ in range(ROUNDS):
+            self._set_thresholds(model, logits, target, per_layer)
+            result, logits = self._run(lambda ids: model(ids, trace=True), model.config)
+            if abs(result.activation - target) < TOLERANCE:
+                break
+        return result
 
-    def fixed(self, config: MoDConfig, routers: dict) -> Result:
-        """Judge a finished model as it is."""
-        model = MoDModel.from_base(self.base, self.tokenizer, config, routers)
-        return self._run(lambda ids: model(ids, trace=True), model.config)
-
+    @torch.inference_mode()
     def static(self, kind: str, dropped: list[int], layers: list[int], kv_window: int, sinks: int = 0) -> Result:
-        """Judge units that are active (at sinks) or not whatever the token; kinds without dropping: a plain window."""
+        """Judge units that are active or not whatever the token: those of the layers `dropped` only at sinks."""
         model = MoDModel.from_base(self.base, self.tokenizer)
-        zero = torch.zeros(model.base.get_input_embeddings().weight.shape[1]), torch.zeros(1)
-        config = self._config({(layer, kind): zero for layer in layers}, kv_window)
+        width = hf.n_embd(self.base)
+        config = self._config({(layer, kind): (torch.zeros(width), torch.zeros(1)) for layer in layers}, kv_window)
 
         def run(ids):
             position = torch.arange(ids.shape[1])[None]
-            given = {(l, kind): (position < sinks) if l in dropped else position >= 0 for l in layers}
+            given = {(i, kind): (position < sinks) if i in dropped else position >= 0 for i in layers}
             logits = model(ids, decisions=given, kv_window=kv_window)
-            return logits, type("T", (), {"active": torch.stack([given[unit] for unit in config.routed()], dim=-1)})
+            active = torch.stack([given[unit] for unit in config.routed()], dim=-1)
+            return logits, SimpleNamespace(active=active, logit=active.float())
 
-        return self._run(run, config)
+        return self._run(run, config)[0]
+
+    def _run(self, run, config: MoDConfig) -> tuple[Result, list]:
+        """run(ids [1, T]) -> logits and trace; also returns the routers' logits [T, n_units] of each sequence."""
+        total, late = torch.zeros(2, 4, dtype=torch.float64)
+        count = n_late = 0
+        active, share, router_logits, perplexity, by_text = [], [], [], {}, {}
+        for name, sequences in self.texts.items():
+            sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+            for ids, dense in zip(sequences, self.dense[name], strict=True):
+                logits, trace = run(ids[None])
+                half = len(ids) // 2
+                first = divergence(dense[: half + 1], logits[0, : half + 1], ids[: half + 1])
+                second = divergence(dense[half:], logits[0, half:], ids[half:])
+                sums, late = sums + first + second, late + second
+                tokens, n_late = tokens + len(ids) - 1, n_late + len(ids) - half - 1
+                active.append(trace.active.float().mean().item())
+                share.append(kv_share(config, trace.active[0], self.n_layer))
+                router_logits.append(trace.logit[0].clone())
+            perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()
+            total, count = total + sums, count + tokens
+        kl, kl_late, n = (total[0] / count).item(), (late[0] / n_late).item(), len(active)
+        return Result(sum(active) / n, sum(share) / n, kl, kl_late, perplexity, by_text), router_logits
 
     def _config(self, routers: dict, kv_window: int | None = None) -> MoDConfig:
         units = {}
@@ -85,13 +115,11 @@ class Judge:
             model.routers[f"{layer}_{kind}"].threshold = 1 / (1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut))))
 
     def _dense_logits(self, routers: dict) -> list:
-        """What routers at the layers' inputs say while nothing is skipped (exact enough for kv, a start for others)."""
-        columns = [[x.float() @ routers[unit][0] + routers[unit][1] for x in self.inputs[unit[0]]] for unit in sorted(routers)]
+        """What routers at the layers' inputs say while nothing is skipped."""
+        columns = []
+        for unit, (weight, bias) in sorted(routers.items()):
+            columns.append([x.float() @ weight + bias for x in self.inputs[unit[0]]])
         return [torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True)]
-
-    def _own_logits(self, model: MoDModel) -> list:
-        sequences = [ids for rows in self.texts.values() for ids in rows]
-        return [model(ids[None], trace=True, logits_to_keep=1)[1].logit[0].clone() for ids in sequences]
 
     @contextmanager
     def _noting_inputs(self):
@@ -111,28 +139,6 @@ class Judge:
         finally:
             for handle in hooks:
                 handle.remove()
-
-    @torch.inference_mode()
-    def _run(self, run, config: MoDConfig) -> Result:
-        total, late = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-        count = n_late = n = 0
-        active = share = 0.0
-        perplexity, by_text = {}, {}
-        for name, sequences in self.texts.items():
-            sums, tokens = torch.zeros(4, dtype=torch.float64), 0
-            for ids, dense in zip(sequences, self.dense[name], strict=True):
-                logits, trace = run(ids[None])
-                half = len(ids) // 2
-                first = divergence(dense[: half + 1], logits[0, : half + 1], ids[: half + 1])
-                second = divergence(dense[half:], logits[0, half:], ids[half:])
-                sums, late = sums + first + second, late + second
-                tokens, n_late = tokens + len(ids) - 1, n_late + len(ids) - half - 1
-                active += trace.active.float().mean().item()
-                share += kv_share(config, trace.active[0], self.n_layer)
-                n += 1
-            perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()
-            total, count = total + sums, count + tokens
-        return Result(active / n, share / n, (total[0] / count).item(), (late[0] / n_late).item(), perplexity, by_text)
 
 
 def _quantile(values: torch.Tensor, target: float) -> torch.Tensor:

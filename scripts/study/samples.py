@@ -23,12 +23,13 @@ class Samples:
     cost: dict
 
 
-def collect(base, tokenizer, sequences, kinds: dict[str, list[str]], layers, kv_window: int, sinks: int, say) -> Samples:
-    """Measure all scores in `kinds` on sequences [n, T]."""
+def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sinks: int, say) -> Samples:
+    """Measure all scores in `kinds` {kind: scores} on sequences [n, T]."""
     x, cost = {}, {}
     tape, eps = Tape(base, kv_window), hf.norm_eps(base)
-    plain = {(l, k): [n for n in names if not n.startswith("repeat_")] for k, names in kinds.items() for l in layers}
-    again = {(l, "kv"): [n for n in kinds.get("kv", []) if n.startswith("repeat_")] for l in layers}
+    once = {kind: [name for name in names if not name.startswith("repeat_")] for kind, names in kinds.items()}
+    plain = {(layer, kind): names for kind, names in once.items() for layer in layers}
+    again = {(i, "kv"): [name for name in kinds.get("kv", []) if name.startswith("repeat_")] for i in layers}
     for number, ids in enumerate(sequences):
         say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         rows = {k: slice(sinks, int(LATE * len(ids)) if k == "kv" else None) for k in kinds}

@@ -1,0 +1,141 @@
+"""The stages of the study: each computes rows and appends them to a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from mod_export import convert, data, evaluate, hf
+from mod_export.calibrate import DEFAULT_SCORES
+from mod_export.model import MoDModel
+from mod_export.targets import SCORES
+from study.judge import Judge
+from study.samples import METHODS, Samples, collect, mean_cost, routers_of
+
+
+def say(line: str) -> None:
+    click.echo(f"[{time.process_time():5.0f} s CPU] {line}", err=True)
+
+
+class Rows:
+    """Rows of a study in a JSONL file, each with a unique `name`."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.done = {row["name"]: row for row in map(json.loads, path.open())} if path.exists() else {}
+
+    def add(self, name: str, make, **more) -> dict:
+        """The row of that name, made now by `make()` -> object with attributes, unless it is there."""
+        if name not in self.done:
+            start = time.process_time()
+            row = {"name": name, **more, **vars(make())}
+            row["cpu_seconds"] = round(time.process_time() - start, 1)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            say(f"{name}: activation {row['activation']:.3f}, KV {row['kv_share']:.3f}, KL {row['kl']:.4f}")
+            self.done[name] = row
+        return self.done[name]
+
+
+class Study:
+    """Model, samples and judge of one run of the script; samples are cached per kind in the output folder."""
+
+    def __init__(self, model, out, texts, length, count, sequences, kinds, layers, sinks, kv_window, threads):
+        torch.set_num_threads(threads)
+        self.out, self.kinds = out, convert_kinds(kinds)
+        self.base, self.tokenizer = hf.load(model)
+        self.layers = convert.layers_of(convert.parse_layers(layers), len(hf.decoder_layers(self.base)))
+        self.samples = self._samples(sequences, kv_window, sinks)
+        pairs = [text.split("=", 1) for text in texts]
+        packed = {n: data.pack(self.tokenizer, data.read_texts([p]), length, count) for n, p in pairs}
+        self.judge = Judge(self.base, self.tokenizer, packed, sinks, kv_window)
+
+    def _samples(self, sequences: int, kv_window: int, sinks: int) -> dict[str, Samples]:
+        paths = {kind: self.out / f"samples-{kind}.pt" for kind in self.kinds}
+        missing = {kind: list(SCORES[kind]) for kind, path in paths.items() if not path.exists()}
+        if missing:
+            self.out.mkdir(parents=True, exist_ok=True)
+            ids = data.pack(self.tokenizer, data.default_texts()[0], 1024)
+            ids = ids[:: max(1, len(ids) // sequences)][:sequences]
+            found = collect(self.base, self.tokenizer, ids, missing, self.layers, kv_window, sinks, say)
+            for kind in missing:
+                of_kind = [{unit: part[unit] for unit in part if unit[1] == kind} for part in (found.x, found.cost)]
+                torch.save(of_kind, paths[kind])
+        return {kind: Samples(*torch.load(path)) for kind, path in paths.items()}
+
+
+def convert_kinds(kinds: str) -> list[str]:
+    return [convert.parse_units(kind)[0] for kind in kinds.split(",")]
+
+
+def compare_scores(study: Study, kind: str, target: float) -> None:
+    """All scores with ridge, then the best score with the other fits; plain baselines."""
+    rows, samples = Rows(study.out / "scores.jsonl"), study.samples[kind]
+
+    def add(score: str, method: str) -> dict:
+        def make():
+            routers = routers_of(samples, kind, score, method, target)
+            return study.judge.routers(routers, target, per_layer="threshold" in method)
+
+        more = {"kind": kind, "variant": "router", "score": score, "method": method, "target": target}
+        return rows.add(f"{kind} {score} {method} {target}", make, **more)
+
+    made = [add(score, "ridge") for score in SCORES[kind]]
+    best = min(made, key=lambda row: row["kl"])["score"]
+    for method in METHODS[1:]:
+        add(best, method)
+    baselines(study, rows, kind, target)
+
+
+def compare_targets(study: Study, kind: str, targets: list[float], name: str) -> None:
+    """The default score at several activations, beside baselines."""
+    rows = Rows(study.out / f"{name}.jsonl")
+    rows.add("dense", lambda: study.judge.static("kv", [], study.layers, study.judge.kv_window), variant="dense")
+    for target in targets:
+        def make(target=target):
+            routers = routers_of(study.samples[kind], kind, DEFAULT_SCORES[kind], "ridge", target)
+            return study.judge.routers(routers, target)
+
+        rows.add(f"{kind} router {target}", make, kind=kind, variant="router", target=target)
+    for target in targets:
+        baselines(study, rows, kind, target)
+
+
+def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
+    """Random routers, whole units dropped, and for kv a window alone and a window with sinks, at equal K/V."""
+    judge, samples = study.judge, study.samples[kind]
+
+    def add(variant: str, make) -> None:
+        rows.add(f"{kind} {variant} {target}", make, kind=kind, variant=variant, target=target)
+
+    order = sorted((cost, unit[0]) for unit, cost in mean_cost(samples, kind).items())
+    dropped = [layer for _, layer in order[: round((1 - target) * len(order))]]
+    add("static", lambda: judge.static(kind, dropped, study.layers, judge.kv_window, judge.sinks))
+    if kind == "kv":
+        tokens = len(next(iter(judge.texts.values()))[0])
+        window = round(judge.kv_window + target * (tokens - judge.kv_window))
+        add("sinks + window", lambda: judge.static("kv", study.layers, study.layers, window - judge.sinks, judge.sinks))
+        add("window", lambda: judge.static("kv", study.layers, study.layers, window))
+    add("random", lambda: judge.routers(random_routers(samples), target, per_layer=True))
+
+
+def random_routers(samples: Samples) -> dict:
+    """Routers with normal weights; thresholds per layer give every layer the same activation."""
+    generator = torch.Generator().manual_seed(0)
+    return {u: (torch.randn(x.shape[1], generator=generator) * 0.05, torch.zeros(1)) for u, x in samples.x.items()}
+
+
+def passkeys(mod: str, haystack: str, out: Path, lengths: list[int], keys: int, threads: int) -> None:
+    """Append {length, trials, dense, mod, ..._by_depth} to passkey.jsonl."""
+    torch.set_num_threads(threads)
+    model, text = MoDModel.load(mod), data.read_texts([haystack])
+    for length in lengths:
+        row = evaluate.passkey(model, text, length, keys=keys)
+        with (out / "passkey.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        say(f"{length} tokens: dense {row['dense']:.2f}, MoD {row['mod']:.2f} of {row['trials']}")
