@@ -31,7 +31,7 @@ from mod_export.targets import REPEAT_PROMPT, Tape, Unit
 
 Say = Callable[[str], None]
 
-DEFAULT_SCORES = {"kv": "max_value", "block": "gradient", "attn": "gradient", "ffn": "gradient"}
+DEFAULT_SCORES = {"kv": "max_relative", "block": "gradient", "attn": "gradient", "ffn": "gradient"}
 SEQUENCE = 1024  # tokens; shorter ones where the text is short
 MIN_SEQUENCES = 4
 SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
