@@ -233,8 +233,8 @@ def _last_error(log: Path) -> str:
     """The log's last line that names an error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     pattern = r"\berror\b|\bError\b|Killed|No space left|undefined reference"
-    # ninja's own closing words say less than the compiler's
-    errors = [line for line in lines if re.search(pattern, line) and not line.startswith(("ninja:", "FAILED:"))]
+    # ninja's own closing words and quoted source lines say less than the compiler's message
+    errors = [line for line in lines if re.search(pattern, line) and not re.match(r"ninja:|FAILED:|\d+ \|", line)]
     return (errors or lines or ["no output"])[-1]
 
 
