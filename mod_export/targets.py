@@ -1,8 +1,8 @@
 """What it would cost to skip: one number for each token and unit, measured on the original model.
 
-Knows nothing of routers. A sequence runs through the model once, keeping the input of every layer; then each layer
-runs once more by itself, last layer first, so that memory holds the graph and the attention of one layer only.
-Where a score needs gradients, they are handed from layer to layer on the way (`_Tape`).
+Knows nothing of routers. A sequence runs through the model once. Where a score needs gradients, the inputs of all
+layers are kept; then each layer runs once more by itself, last layer first, and hands its gradient to the one
+below: memory holds the graph and the attention of one layer only.
 
     tape = Tape(base, kv_window=64)
     for unit, (h, costs) in tape.measure(ids, {(5, "kv"): ["max_value"], (7, "ffn"): ["gradient"]}): ...
@@ -28,16 +28,14 @@ Scores of `kv`, from the attention weight a(i, j) of queries i at a distance >= 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from mod_export import hf
 from mod_export.errors import UserError
+from mod_export.observe import Seen, first, observing, prepared
 
 Unit = tuple[int, str]  # (layer, kind)
 
@@ -51,29 +49,6 @@ SCORES = {
 }
 REPEAT_PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 _QUERIES = 256  # queries whose attention weights [n_head, _QUERIES, T] are in memory at once
-_NAME = "mod_observe"  # of our attention function in the registry of transformers
-
-
-@dataclass
-class Seen:
-    """One layer's run. h, mid: input of the layer and of its FFN; attn, ffn, out: what is added; all [T, n_embd].
-
-    query, key, value, mixed: [n_head, T, head_dim], position-encoded, mixed the attention's output before W_o;
-    scaling, mask [T, T] or None (causal), softcap: of the scores.
-    """
-
-    h: torch.Tensor = None
-    mid: torch.Tensor = None
-    attn: torch.Tensor = None
-    ffn: torch.Tensor = None
-    out: torch.Tensor = None
-    query: torch.Tensor = None
-    key: torch.Tensor = None
-    value: torch.Tensor = None
-    mixed: torch.Tensor = None
-    scaling: float = 1.0
-    mask: torch.Tensor | None = None
-    softcap: float | None = None
 
 
 class Tape:
@@ -85,40 +60,69 @@ class Tape:
         self.generator = torch.Generator().manual_seed(seed)
 
     def measure(self, ids: torch.Tensor, wanted: dict[Unit, list[str]], context: int = 0) -> Iterator:
-        """Yield (unit, (h [T, n_embd], {score: cost [T]})) for each unit in `wanted`, last layer first.
+        """Yield (unit, (h [T, n_embd], {score: cost [T]})) for each unit in `wanted`.
 
         ids: [T]. context: where > 0, the `repeat_*` scores are taken on the first `context` tokens from the queries
         after them, and h and costs have that length. Raises UserError for a score that the kind does not have.
         """
         check_scores(wanted)
         gradients = any(name.startswith("gradient") for names in wanted.values() for name in names)
-        with _prepared(self.base), torch.set_grad_enabled(gradients):
-            inputs, grad = self._forward(ids, gradients)
-            for layer in range(len(self.parts) - 1, min(layer for layer, _ in wanted) - 1, -1):
-                seen, grads, grad = self._layer(layer, inputs.pop(), grad)
-                for unit in [unit for unit in wanted if unit[0] == layer]:
-                    yield unit, self._costs(unit, wanted[unit], seen, grads, context)
+        with prepared(self.base), torch.set_grad_enabled(gradients):
+            yield from (self._downwards if gradients else self._upwards)(ids, wanted, context)
 
-    def _forward(self, ids: torch.Tensor, gradients: bool):
-        """Inputs (args, kwargs) of every layer, and the gradient at the last layer's output (None if not wanted)."""
+    def _upwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]], context: int) -> list:
+        """Without gradients, all costs are known when a layer has run."""
+        found, patched = [], []
+
+        def observe(layer: int, part: hf.LayerParts) -> None:
+            inner = part.layer.forward
+
+            def forward(*args, **kwargs):
+                with observing(part) as seen:
+                    out = inner(*args, **kwargs)
+                seen.enter_layer(args[0] if args else kwargs["hidden_states"], first(out), part)
+                units = [unit for unit in wanted if unit[0] == layer]
+                found.extend((unit, self._costs(unit, wanted[unit], seen, None, context)) for unit in units)
+                return out
+
+            part.layer.forward = forward
+            patched.append(part.layer)
+
+        try:
+            for layer in {layer for layer, _ in wanted}:
+                observe(layer, self.parts[layer])
+            self.base(input_ids=ids[None], use_cache=False, logits_to_keep=1)
+        finally:
+            for module in patched:
+                del module.__dict__["forward"]
+        return found
+
+    def _downwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]], context: int) -> Iterator:
+        """With gradients: from the last layer to the first wanted one."""
+        inputs, grad = self._forward(ids)
+        for layer in range(len(self.parts) - 1, min(layer for layer, _ in wanted) - 1, -1):
+            seen, grads, grad = self._layer(layer, inputs.pop(), grad)
+            for unit in [unit for unit in wanted if unit[0] == layer]:
+                yield unit, self._costs(unit, wanted[unit], seen, grads, context)
+
+    def _forward(self, ids: torch.Tensor) -> tuple[list, torch.Tensor]:
+        """Inputs (args, kwargs) of every layer, and the gradient at the last layer's output."""
         inputs, last = [], []
 
         def enter(_module, args, kwargs):
             inputs.append((args, kwargs))
 
-        def leave(_module, _args, out):
-            return _replace_by_leaf(out, last, gradients)
+        def leave(_module, _args, out):  # the graph starts here: the head's gradient ends at the last layer's output
+            last.append(first(out).detach().requires_grad_(True))
+            return (last[0], *out[1:]) if isinstance(out, tuple) else last[0]
 
         hooks = [part.layer.register_forward_pre_hook(enter, with_kwargs=True) for part in self.parts]
         hooks.append(self.parts[-1].layer.register_forward_hook(leave))
-        rows = {} if gradients else {"logits_to_keep": 1}
         try:
-            logits = self.base(input_ids=ids[None], use_cache=False, **rows).logits
+            logits = self.base(input_ids=ids[None], use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        if not gradients:
-            return inputs, None
         with torch.no_grad():  # d log p(drawn token) / d logits = one-hot - p
             p = logits[0].float().softmax(-1)
             drawn = torch.multinomial(p, 1, generator=self.generator)
@@ -126,21 +130,15 @@ class Tape:
         logits.backward(slope[None].to(logits.dtype))
         return inputs, last[0].grad
 
-    def _layer(self, layer: int, inputs: tuple, grad: torch.Tensor | None):
+    def _layer(self, layer: int, inputs: tuple, grad: torch.Tensor) -> tuple[Seen, list, torch.Tensor]:
         """Run one layer by itself. Returns what was seen, gradients of (attn, ffn, mixed), gradient at its input."""
         part, (args, kwargs) = self.parts[layer], inputs
-        h = args[0] if args else kwargs["hidden_states"]
-        h = h.detach().requires_grad_(grad is not None)
+        h = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True)
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        with _observing(part) as seen:
-            out = _first(part.layer(h, *args[1:], **rest))
-        seen.h, seen.out = h[0], out[0] - h[0]
-        if part.ffn_entry is None:
-            seen.mid = seen.h
-        if grad is None:
-            return seen, None, None
-        wanted = (seen.attn, seen.ffn, seen.mixed, h)
-        *grads, below = torch.autograd.grad(out, wanted, grad)
+        with observing(part) as seen:
+            out = first(part.layer(h, *args[1:], **rest))
+        seen.enter_layer(h, out, part)
+        *grads, below = torch.autograd.grad(out, (seen.attn, seen.ffn, seen.mixed, h), grad)
         return seen, grads, below
 
     @torch.no_grad()
@@ -194,8 +192,7 @@ def received(seen: Seen, names: list[str], window: int, weight=None, grads=None,
             costs["gradient"][: rows.stop] += (_lost(seen, grads[2], a, rows) * far).pow(2).sum(0)
         a = a * far
         _gather_received(costs, a, norm, seen.h[rows].norm(dim=-1), rows.stop)
-    first = (torch.arange(n_token) + window).clamp(min=first_query)
-    queries = (n_token - first).clamp(min=1)
+    queries = (n_token - (torch.arange(n_token) + window).clamp(min=first_query)).clamp(min=1)
     return {name: cost if name.startswith("max") else cost / queries for name, cost in costs.items()}
 
 
@@ -259,91 +256,3 @@ def check_scores(wanted: dict[Unit, list[str]]) -> None:
         for name in names:
             if name not in SCORES[kind]:
                 raise UserError(f"unknown score {name!r} for {kind}", f"known: {', '.join(SCORES[kind])}")
-
-
-def _replace_by_leaf(out, last: list, gradients: bool):
-    """Cut the graph at the last layer's output, so that the head's gradient ends there."""
-    leaf = _first(out).detach().requires_grad_(gradients)
-    last.append(leaf)
-    return (leaf, *out[1:]) if isinstance(out, tuple) else leaf
-
-
-def _first(out):
-    return out[0] if isinstance(out, tuple) else out
-
-
-@contextmanager
-def _prepared(base: nn.Module):
-    """Freeze the weights and put our attention function in; undo both."""
-    _register()
-    frozen = [p for p in base.parameters() if p.requires_grad]
-    before = base.config._attn_implementation
-    for p in frozen:
-        p.requires_grad_(False)
-    base.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
-        for p in frozen:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def _observing(part: hf.LayerParts):
-    """Fill a Seen while one layer runs."""
-    global _seen
-    seen = _seen = Seen()
-
-    def enter(_module, args, kwargs):
-        seen.mid = (args[0] if args else kwargs["hidden_states"])[0]
-
-    # the batch axis is cut by a view of the output; its gradient is asked for, so the view must be in the graph
-    def observe(name: str):
-        def hook(_module, _args, out):
-            value = _first(out)
-            setattr(seen, name, value[0])
-            kept = getattr(seen, name)[None]
-            return (kept, *out[1:]) if isinstance(out, tuple) else kept
-
-        return hook
-
-    hooks = [part.attn_out.register_forward_hook(observe("attn")), part.ffn_out.register_forward_hook(observe("ffn"))]
-    if part.ffn_entry is not None:
-        hooks.append(part.ffn_entry.register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        _seen = None
-        for hook in hooks:
-            hook.remove()
-
-
-_seen: Seen | None = None
-
-
-def _observed_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """An attention function of transformers that notes its input and output when a layer is observed."""
-    if kwargs.get("softcap") is not None:  # sdpa has none
-        inner = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward as inner
-    out, weights = inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if _seen is None:
-        return out, weights
-    n_rep = query.shape[1] // key.shape[1]
-    _seen.query = query[0].detach()
-    _seen.key, _seen.value = (x[0].detach().repeat_interleave(n_rep, 0) for x in (key, value))
-    _seen.mixed = out[0].transpose(0, 1)  # [n_head, T, head_dim], part of the graph
-    _seen.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    _seen.mask = None if attention_mask is None else attention_mask[0, 0]
-    _seen.softcap = kwargs.get("softcap")
-    return _seen.mixed.transpose(0, 1)[None], weights
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(_NAME, _observed_attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)

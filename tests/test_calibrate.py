@@ -11,6 +11,7 @@ from mod_export.convert import FIRST_ROUTED
 from mod_export.errors import UserError
 from mod_export.fit import Ridge, logistic
 from mod_export.model import MoDModel
+from mod_export.observe import prepared
 from mod_export.targets import SCORES, Tape, attention, received
 
 
@@ -21,11 +22,9 @@ def tokenizer():
 
 def seen_of(base, ids, layer):
     """What the tape sees of one layer, and the gradients there."""
-    from mod_export import targets
-
     tape = Tape(base, kv_window=8)
-    with targets._prepared(base), torch.enable_grad():
-        inputs, grad = tape._forward(ids, gradients=True)
+    with prepared(base), torch.enable_grad():
+        inputs, grad = tape._forward(ids)
         for index in range(len(inputs) - 1, layer - 1, -1):
             seen, grads, grad = tape._layer(index, inputs[index], grad)
     return seen, grads
