@@ -49,6 +49,7 @@ def test_it_stays_a_directory_of_the_base_architecture(saved):
     config = json.loads((path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["mod"] == model.config.to_dict()
+    assert not hasattr(model.base.config, "mod")  # the base in memory stays as it was
     tensors = load_file(path / "model.safetensors")
     for layer, kind in model.config.routed():
         weight, bias = (tensors[f"model.layers.{layer}.mod_{kind}.{part}"] for part in ("weight", "bias"))

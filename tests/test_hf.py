@@ -65,16 +65,19 @@ def test_architectures_need_no_code_of_their_own(config):
     torch.testing.assert_close(torch.cat([x for x, _ in steps], 1), dense, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name, same", [("phi, parallel", True), ("qwen3", False)])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.inference_mode()
-def test_an_observed_unit_shows_the_residual_stream(name, same):
-    """In a parallel layer attention and FFN read the same h, else the FFN reads what attention left."""
+def test_units_read_and_feed_the_residual_stream(name):
+    """What attention and FFN add makes the next layer's input; the FFN reads what attention left, or the same h."""
+    torch.manual_seed(0)
     model = MoDModel.from_base(AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval(), None)
     on = torch.ones(1, 40, dtype=torch.bool)
     seen = {}
-    model(IDS, decisions={(1, "attn"): on, (1, "ffn"): on}, observe=lambda u, h, d: seen.update({u[1]: (h, d)}))
-    h, delta = seen["attn"]
-    torch.testing.assert_close(seen["ffn"][0], h if same else h + delta)
+    units = [(1, "attn"), (1, "ffn"), (2, "block")]
+    model(IDS, decisions=dict.fromkeys(units, on), observe=lambda unit, h, delta: seen.update({unit: (h, delta)}))
+    (h, attn), (h_ffn, ffn), (after, _) = (seen[unit] for unit in units)
+    torch.testing.assert_close(h_ffn, h if "parallel" in name else h + attn, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after, h + attn + ffn, atol=1e-5, rtol=1e-5)
 
 
 def test_unsupported_architectures_are_refused_untouched():
