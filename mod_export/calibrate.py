@@ -36,6 +36,7 @@ SEQUENCE = 1024  # tokens; shorter ones where the text is short
 MIN_SEQUENCES = 4
 SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
 LATE = 0.75  # keys after this part of a sequence have too few later queries to judge them by
+TOLERANCE = 0.005  # of the activation
 MAX_LOGIT = 12.0  # thresholds stay within sigmoid(+-12), where float32 still tells them apart
 
 
@@ -73,10 +74,9 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
     model = MoDModel.from_base(base, tokenizer, first, routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
-        thresholds = settle_thresholds(model, subset, plan, say)
-        activation = measure_activation(model, subset)
+        thresholds, activation = settle_thresholds(model, subset, plan, say)
         say("measuring activation on held-out text")
-        held = measure_activation(model, held_out)
+        _, held = _traces(model, held_out)
     finally:
         model.detach()
     record = {
@@ -140,51 +140,50 @@ def solve(fits: dict[Unit, Ridge]) -> tuple[dict[Unit, tuple], dict[Unit, float]
     return routers, {unit: explained for unit, (_, _, explained) in spreads.items()}
 
 
-def settle_thresholds(model: MoDModel, sequences: torch.Tensor, plan: Plan, say: Say) -> dict[str, float]:
-    """Find one p for each kind such that, with the model skipping, the target is met; sets them on the model."""
-    thresholds = {}
-    for number in range(plan.rounds):
-        logits, active = _traces(model, sequences)
-        means = {kind: torch.cat(parts).mean().item() for kind, parts in active.items()}
+def settle_thresholds(
+    model: MoDModel, sequences: torch.Tensor, plan: Plan, say: Say
+) -> tuple[dict[str, float], dict[Unit, float]]:
+    """Find one p for each kind such that, with the model skipping, the target is met; sets them on the model.
+
+    Returns p of each kind and the activation of each unit.
+    """
+    thresholds: dict[str, float] = {}
+    for number in range(plan.rounds + 1):
+        logits, activation = _traces(model, sequences)
+        means = {kind: _mean(activation, kind) for kind in plan.units}
         say(f"choosing thresholds, round {number + 1}: activation "
             + ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items()))  # fmt: skip
-        if number and all(abs(mean - plan.target) < 0.005 for mean in means.values()):
+        if number == plan.rounds or number and all(abs(mean - plan.target) < TOLERANCE for mean in means.values()):
             break
-        for kind, parts in logits.items():
-            thresholds[kind] = _quantile_threshold(torch.cat(parts), plan)
+        for kind, values in logits.items():
+            thresholds[kind] = _quantile_threshold(values, plan.target)
             for unit in [unit for unit in plan.routed() if unit[1] == kind]:
                 model.routers[f"{unit[0]}_{kind}"].threshold = thresholds[kind]
-    return thresholds
+    return thresholds, activation
 
 
-def _quantile_threshold(logits: torch.Tensor, plan: Plan) -> float:
+def _quantile_threshold(logits: torch.Tensor, target: float) -> float:
     """p that the share `target` of the logits reaches."""
     ordered = logits.flatten().sort().values
-    skipped = min(max(round((1 - plan.target) * len(ordered)), 0), len(ordered) - 1)
+    skipped = min(max(round((1 - target) * len(ordered)), 0), len(ordered) - 1)
     lower = ordered[max(skipped - 1, 0)]
     middle = (lower + ordered[skipped]) / 2  # in the gap between two tokens: float noise decides nothing
     return torch.sigmoid(middle.double().clamp(-MAX_LOGIT, MAX_LOGIT)).item()
 
 
-def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict, dict]:
-    """Logits (infinite at sinks, which always run) and decisions of each kind, lists of [T, n_units of the kind]."""
-    logits, active = {}, {}
+def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[Unit, float]]:
+    """Logits of each kind (infinite at sinks, which always run), and the share of tokens active in each unit."""
     units = model.config.routed()
+    logits: dict[str, list] = {kind: [] for kind in model.config.units}
+    active = torch.zeros(len(units))
     for ids in sequences:
         _, trace = model(ids[None], trace=True, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")
-        for kind in model.config.units:
-            columns = [index for index, unit in enumerate(units) if unit[1] == kind]
-            logits.setdefault(kind, []).append(trace.logit[0][:, columns])
-            active.setdefault(kind, []).append(trace.active[0][:, columns].float())
-    return logits, active
-
-
-def measure_activation(model: MoDModel, sequences: torch.Tensor) -> dict[Unit, float]:
-    """Share of tokens active in each routed unit."""
-    _, active = _traces(model, sequences)
-    shares = {kind: torch.cat(parts).mean(0).tolist() for kind, parts in active.items()}
-    return {(layer, kind): shares[kind].pop(0) for layer, kind in model.config.routed()}
+        active += trace.active[0].float().mean(0)
+        for kind, parts in logits.items():
+            parts.append(trace.logit[0][:, [index for index, unit in enumerate(units) if unit[1] == kind]])
+    shares = (active / len(sequences)).tolist()
+    return {kind: torch.cat(parts) for kind, parts in logits.items()}, dict(zip(units, shares, strict=True))
 
 
 def _mean(activation: dict[Unit, float], kind: str) -> float:
