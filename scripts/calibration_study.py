@@ -3,6 +3,7 @@
     T="--text wiki=wiki.txt --text book=book.txt --out study"
     python scripts/calibration_study.py scores $T               # every score and fit, one activation
     python scripts/calibration_study.py table $T                # the chosen ones and baselines, several activations
+    python scripts/calibration_study.py shapes $T-shapes --layers 1-29   # windows and layers of kv
     python scripts/calibration_study.py passkey --haystack long.txt --mod mod --out study
     python scripts/calibration_study.py report --out study      # tables and plots from the rows
 
@@ -65,6 +66,19 @@ def table(targets, name, **given):
     made = Study(**given)
     for kind in made.kinds:
         compare_targets(made, kind, [float(target) for target in targets.split(",")], name)
+
+
+@study.command()
+@options
+@click.option("--windows", default="16,32,64,128,256", show_default=True)
+@click.option("--layer-sets", default="auto;1-29;3-28", show_default=True, help="Separated by semicolons.")
+@click.option("--target", default=0.35, show_default=True)
+def shapes(windows, layer_sets, target, **given):
+    """Windows and layers of kv units at equal K/V; --layers must cover all sets. Use a folder of its own."""
+    from study.stages import DEFAULT_SCORES, Study, compare_shapes
+
+    made = Study(**given | {"kinds": "kv"}, only=[DEFAULT_SCORES["kv"]])
+    compare_shapes(made, [int(window) for window in windows.split(",")], layer_sets.split(";"), target)
 
 
 @study.command()

@@ -45,9 +45,9 @@ class Rows:
 class Study:
     """Model, samples and judge of one run of the script; samples are cached per kind in the output folder."""
 
-    def __init__(self, model, out, texts, length, count, sequences, kinds, layers, sinks, kv_window, threads):
+    def __init__(self, model, out, texts, length, count, sequences, kinds, layers, sinks, kv_window, threads, only=None):
         torch.set_num_threads(threads)
-        self.out, self.kinds = out, convert_kinds(kinds)
+        self.out, self.kinds, self.only = out, convert_kinds(kinds), only
         self.base, self.tokenizer = hf.load(model)
         self.layers = convert.layers_of(convert.parse_layers(layers), len(hf.decoder_layers(self.base)))
         self.samples = self._samples(sequences, kv_window, sinks)
@@ -57,7 +57,7 @@ class Study:
 
     def _samples(self, sequences: int, kv_window: int, sinks: int) -> dict[str, Samples]:
         paths = {kind: self.out / f"samples-{kind}.pt" for kind in self.kinds}
-        missing = {kind: list(SCORES[kind]) for kind, path in paths.items() if not path.exists()}
+        missing = {kind: list(self.only or SCORES[kind]) for kind, path in paths.items() if not path.exists()}
         if missing:
             self.out.mkdir(parents=True, exist_ok=True)
             ids = data.pack(self.tokenizer, data.default_texts()[0], 1024)
@@ -104,6 +104,32 @@ def compare_targets(study: Study, kind: str, targets: list[float], name: str) ->
         rows.add(f"{kind} router {target}", make, kind=kind, variant="router", target=target)
     for target in targets:
         baselines(study, rows, kind, target)
+
+
+def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], target: float) -> None:
+    """kv with other windows and other layers, at the K/V bytes of `target` with the study's window and layers."""
+    rows, judge, samples = Rows(study.out / "shapes.jsonl"), study.judge, study.samples["kv"]
+    tokens, n_layer = len(next(iter(judge.texts.values()))[0]), judge.n_layer
+    usual = judge.kv_window
+    kept = target * (tokens - usual) + usual  # cells of a routed layer
+    for window in windows:
+        def make(window=window):
+            judge.kv_window = window
+            goal = (kept - window) / (tokens - window)
+            return judge.routers(routers_of(samples, "kv", DEFAULT_SCORES["kv"], "ridge", goal), goal)
+
+        rows.add(f"window {window} {target}", make, window=window, layers=f"{study.layers[0]}-{study.layers[-1]}")
+    judge.kv_window = usual
+    bytes_all = len(convert.layers_of(None, n_layer)) * (tokens - kept)  # saved with the default layers
+    for layers in layer_sets:
+        chosen = convert.layers_of(convert.parse_layers(layers), n_layer)
+
+        def make(chosen=chosen):
+            some = Samples({u: x for u, x in samples.x.items() if u[0] in chosen}, samples.cost)
+            goal = (tokens - bytes_all / len(chosen) - usual) / (tokens - usual)
+            return judge.routers(routers_of(some, "kv", DEFAULT_SCORES["kv"], "ridge", goal), goal)
+
+        rows.add(f"layers {layers} {target}", make, window=usual, layers=layers)
 
 
 def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
