@@ -24,7 +24,7 @@ from torch import nn
 from mod_export import data, hf
 from mod_export.config import KINDS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
-from mod_export.fit import Ridge
+from mod_export.fit import PENALTY, Ridge
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
 from mod_export.targets import REPEAT_PROMPT, Tape, Unit
@@ -125,9 +125,9 @@ def log_cost(cost: torch.Tensor) -> torch.Tensor:
     return cost.float().clamp(min=floor.item()).log()
 
 
-def solve(fits: dict[Unit, Ridge]) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
+def solve(fits: dict[Unit, Ridge], penalty: float = PENALTY) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
     """Routers in logits common to all units of a kind, and the share of variance each explains."""
-    routers = {unit: fit.solve() for unit, fit in fits.items()}
+    routers = {unit: fit.solve(penalty) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
     for kind in {kind for _, kind in fits}:
         of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]

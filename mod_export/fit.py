@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 import torch
 
+PENALTY = 0.3  # the best of 0.001 to 10 by variance explained on text left out, with 6 to 15 thousand tokens
+
 
 class Ridge:
     """Least squares with a penalty on standardised inputs. Memory is one matrix [n_embd, n_embd], whatever N."""
@@ -38,7 +40,7 @@ class Ridge:
         mean = self.x / self.n
         return mean, self.xx / self.n - mean.outer(mean), self.xy / self.n - mean * (self.y / self.n)
 
-    def solve(self, penalty: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, penalty: float = PENALTY) -> tuple[torch.Tensor, torch.Tensor]:
         """weight [n_embd] and bias [1], float32. penalty: against a variance of 1 of each input."""
         mean, cov, cross = self.moments()
         scale = cov.diagonal().clamp(min=1e-12).sqrt()
@@ -59,7 +61,7 @@ class Ridge:
 
 
 def logistic(
-    data: Iterable[tuple[torch.Tensor, torch.Tensor]], penalty: float = 0.01, steps: int = 8
+    data: Iterable[tuple[torch.Tensor, torch.Tensor]], penalty: float = 0.1, steps: int = 8
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Newton's method for a logistic regression; weight [n_embd] and bias [1], float32.
 

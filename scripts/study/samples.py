@@ -8,11 +8,11 @@ import torch
 
 from mod_export import hf
 from mod_export.calibrate import LATE, log_cost, solve, with_repetition
-from mod_export.fit import Ridge, logistic
+from mod_export.fit import PENALTY, Ridge, logistic
 from mod_export.router import rms_norm
 from mod_export.targets import Tape
 
-METHODS = ("ridge", "ridge per-layer scale", "ridge per-layer threshold", "logistic")
+METHODS = ("ridge", "ridge per-layer scale", "ridge per-layer threshold", "ridge weak penalty", "logistic")
 
 
 @dataclass
@@ -63,7 +63,7 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
             y = (y - y.mean()) / y.std().clamp(min=1e-6)
         fits[unit] = Ridge(samples.x[unit].shape[1])
         fits[unit].add(samples.x[unit].float(), y)
-    return solve(fits)[0]
+    return solve(fits, 0.01 if "weak" in method else PENALTY)[0]
 
 
 def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:
