@@ -32,7 +32,8 @@ class Worker:
     """A process that measures one variant at one context; see bench_worker."""
 
     def __init__(self, setup: dict, lib: Path | None):
-        env = os.environ | {"LLAMA_CPP_LIB_PATH": str(lib)} if lib else os.environ
+        # LD_LIBRARY_PATH too: a user's own must not mix the libraries of two builds
+        env = os.environ | ({"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": str(lib)} if lib else {})
         self.process = subprocess.Popen([sys.executable, "-m", "mod_export.bench_worker"], env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.about = self._ask(setup)
@@ -60,16 +61,19 @@ class Worker:
 
 
 def bench(file, dense, contexts: list[int], repeats: int = 3, decode: int = 32, threads: int | None = None,
-          ubatch: int = 512, text: str | None = None, floor=None, say: Callable = print) -> list[dict]:
+          ubatch: int = 512, text: str | None = None, floor=None, stock: Path | None = None,
+          say: Callable = print) -> list[dict]:
     """Measures all variants. Returns two rows (prefill, decode) per context; see docs/runtime.md for the keys.
 
+    text: the prompt's, by default the packaged one. floor: a pruned dense file. stock: directory of the stock
+    library, by default the cached one, built if there is none.
     Times: ms for the whole prompt (prefill), ms per token (decode). Raises UserError for files that do not load,
     a MoD file without units, files that do not belong together.
     """
     from mod_export import bindings, data
 
     bindings.require()
-    stock = _stock_lib(say)
+    stock = stock or _stock_lib(say)
     text = text or "\n\n".join(data.default_texts())
     common = {"decode": decode, "threads": threads or len(os.sched_getaffinity(0)), "ubatch": ubatch, "text": text}
     rows = []

@@ -22,7 +22,7 @@ class Variant:
         self.llm = MoDLlama(file, n_ctx=n_ctx, threads=threads, n_batch=max(2048, ubatch), n_ubatch=ubatch)
         if force != "none":
             self.llm.force = force
-        tokens = self.llm.tokenize(text.encode())
+        tokens = _tokens(self.llm, text)
         if not tokens:
             raise UserError("the text has no tokens", "give a longer --text")
         tokens = (tokens * (-(-(context + decode) // len(tokens))))[: context + decode]
@@ -64,6 +64,15 @@ class Variant:
         kv = llm.kv()
         return {"ms": times, "tokens": llm.n_tokens, "activation": llm.activation(), "kv_dense": kv.dense,
                 "kv_committed": kv.committed, "kv_used": kv.used}
+
+
+def _tokens(llm, text: str) -> list[int]:
+    """The text's tokens; its bytes where the file has no vocabulary."""
+    from llama_cpp import LLAMA_VOCAB_TYPE_NONE
+
+    if llm._model.vocab_type() == LLAMA_VOCAB_TYPE_NONE:
+        return [byte % llm.n_vocab() for byte in text.encode()]
+    return llm.tokenize(text.encode())
 
 
 def _peak_rss() -> int:

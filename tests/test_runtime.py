@@ -24,7 +24,7 @@ CASES = {
     "attn+ffn": {(1, 3): "attn+ffn"},
     "block+kv": {(1, 3): "block+kv"},
     "attn+ffn+kv": {(1, 2): "attn+ffn+kv"},
-    "all": {(0,): "ffn", (1,): "block", (2,): "attn+kv", (4,): "block+kv"},
+    "all": {(0,): "kv+ffn", (1,): "block", (2,): "attn+kv", (4,): "block+kv"},  # layer 3 has complete K/V
 }
 
 

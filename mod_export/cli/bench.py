@@ -41,7 +41,7 @@ def command(file, dense, contexts, repeats, decode, threads, ubatch, text, floor
 
     def run() -> list[dict]:
         words = data.read_texts([text]) if text else None
-        rows = bench.bench(file, dense, contexts, repeats, decode, threads, ubatch, words, floor, say)
+        rows = bench.bench(file, dense, contexts, repeats, decode, threads, ubatch, words, floor, say=say)
         click.echo(bench.report(rows, markdown), err=json_file == "-")
         return rows
 
