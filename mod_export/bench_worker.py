@@ -20,7 +20,7 @@ class Variant:
 
         n_ctx = -(-(context + decode) // 256) * 256
         self.llm = MoDLlama(file, n_ctx=n_ctx, threads=threads, n_batch=max(2048, ubatch), n_ubatch=ubatch)
-        if force != "none":
+        if force != "none" and self.llm.units:  # a dense file by mistake is told of by bench.py
             self.llm.force = force
         tokens = _tokens(self.llm, text)
         if not tokens:
