@@ -61,7 +61,9 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, tmp: Pa
         quant = quant or DEFAULT_QUANT
         outtype = quant if quant in llama_tools.FLOATS else stored_type(directory)
         plain = tmp / "base.gguf"
-        llama_tools.convert_hf(directory, plain, outtype, skip=gguf_keys.HF_ROUTER_TENSOR)
+        # a directory called mod says nothing; transformers notes what the model was loaded from
+        name = Path(str(_json(directory / "config.json").get("_model_name_or_path", ""))).name
+        llama_tools.convert_hf(directory, plain, outtype, skip=gguf_keys.HF_ROUTER_TENSOR, name=name)
     if quant is None or (base is None and quant in llama_tools.FLOATS):
         return plain
     llama_tools.quantize(plain, tmp / "quantised.gguf", quant)
@@ -95,14 +97,8 @@ def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:
 
 def read_directory(directory: Path) -> tuple[MoDConfig, Routers]:
     """Configuration and routers of a MoD directory, all checked. Needs neither torch nor transformers."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory} has no config.json", "give a directory made by `mod-export convert`")
-    try:
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise UserError(f"{path} is no JSON: {exc}", "convert the model again") from exc
-    if not isinstance(hf_config, dict) or "mod" not in hf_config:
+    hf_config = _json(directory / "config.json")
+    if "mod" not in hf_config:
         raise UserError(f"{directory} is no MoD model: its config.json has no key mod", "run `mod-export convert`")
     config = MoDConfig.from_dict(hf_config["mod"])
     # how many layers the base model has is not asked here, where architectures differ, but of its GGUF
@@ -110,6 +106,18 @@ def read_directory(directory: Path) -> tuple[MoDConfig, Routers]:
     if not units:
         raise UserError(f"{directory} routes no unit", "convert the model again")
     return config, _read_routers(directory, units)
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}", "give a directory made by `mod-export convert`")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise UserError(f"{path} is no JSON: {exc}", "convert the model again") from exc
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no JSON object", "convert the model again")
+    return data
 
 
 def _read_routers(directory: Path, units: list[tuple[int, str]]) -> Routers:

@@ -40,13 +40,15 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params
 """
 
 
-def convert_hf(directory: Path, target: Path, outtype: str, skip: re.Pattern) -> None:
+def convert_hf(directory: Path, target: Path, outtype: str, skip: re.Pattern, name: str | None = None) -> None:
     """Write the model of `directory` as a GGUF with weights of type f32, f16 or bf16; tensors named `skip` stay out.
 
+    name: general.name of the file; by default the converter makes one from the directory's.
     Raises UserError with the converter's last words, for instance where llama.cpp does not know the architecture.
     """
     source = llama_source.source_dir() / "vendor/llama.cpp"
     arguments = [skip.pattern, str(directory.resolve()), "--outfile", str(target.resolve()), "--outtype", outtype]
+    arguments += ["--model-name", name] if name else []
     result = _python(CONVERTER, arguments, cwd=source)
     if result.returncode != 0:
         raise UserError(f"llama.cpp's converter cannot convert {directory}: {_last_words(result)}")
