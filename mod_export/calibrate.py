@@ -24,7 +24,7 @@ from torch import nn
 from mod_export import data, hf
 from mod_export.config import KINDS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
-from mod_export.fit import PENALTY, Ridge
+from mod_export.fit import Ridge
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
 from mod_export.targets import REPEAT_PROMPT, Tape, Unit
@@ -32,6 +32,7 @@ from mod_export.targets import REPEAT_PROMPT, Tape, Unit
 Say = Callable[[str], None]
 
 DEFAULT_SCORES = {"kv": "max_relative", "block": "gradient", "attn": "gradient", "ffn": "gradient"}
+PENALTIES = {"kv": 0.01, "block": 0.3, "attn": 0.3, "ffn": 0.3}  # of the ridge, against inputs of variance 1
 SEQUENCE = 1024  # tokens; shorter ones where the text is short
 MIN_SEQUENCES = 4
 SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
@@ -125,9 +126,11 @@ def log_cost(cost: torch.Tensor) -> torch.Tensor:
     return cost.float().clamp(min=floor.item()).log()
 
 
-def solve(fits: dict[Unit, Ridge], penalty: float = PENALTY) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
+def solve(
+    fits: dict[Unit, Ridge], penalties: Mapping[str, float] = PENALTIES
+) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
     """Routers in logits common to all units of a kind, and the share of variance each explains."""
-    routers = {unit: fit.solve(penalty) for unit, fit in fits.items()}
+    routers = {unit: fit.solve(penalties[unit[1]]) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
     for kind in {kind for _, kind in fits}:
         of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from mod_export import hf
-from mod_export.calibrate import LATE, log_cost, solve, with_repetition
-from mod_export.fit import PENALTY, Ridge, logistic
+from mod_export.calibrate import LATE, PENALTIES, log_cost, solve, with_repetition
+from mod_export.fit import Ridge, logistic
 from mod_export.router import rms_norm
 from mod_export.targets import Tape
 
-METHODS = ("ridge", "ridge per-layer scale", "ridge per-layer threshold", "ridge weak penalty", "logistic")
+METHODS = ("ridge", "ridge per-layer scale", "ridge per-layer threshold", "ridge other penalty", "logistic")
+OTHER_PENALTIES = {kind: 0.3 if kind == "kv" else 0.01 for kind in PENALTIES}
 
 
 @dataclass
@@ -55,7 +56,7 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
     costs = {unit: log_cost(samples.cost[unit][score]) for unit in units}
     if method == "logistic":
         cut = torch.cat(list(costs.values())).quantile(1 - target)
-        return {u: logistic([(samples.x[u].float(), (costs[u] > cut).float())]) for u in units}
+        return {u: logistic([(samples.x[u].float(), (costs[u] > cut).float())], PENALTIES[kind] / 4) for u in units}
     fits = {}
     for unit in units:
         y = costs[unit]
@@ -63,7 +64,7 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
             y = (y - y.mean()) / y.std().clamp(min=1e-6)
         fits[unit] = Ridge(samples.x[unit].shape[1])
         fits[unit].add(samples.x[unit].float(), y)
-    return solve(fits, 0.01 if "weak" in method else PENALTY)[0]
+    return solve(fits, OTHER_PENALTIES if "other" in method else PENALTIES)[0]
 
 
 def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:

@@ -45,7 +45,9 @@ class Rows:
 class Study:
     """Model, samples and judge of one run of the script; samples are cached per kind in the output folder."""
 
-    def __init__(self, model, out, texts, length, count, sequences, kinds, layers, sinks, kv_window, threads, only=None):
+    def __init__(
+        self, model, out, texts, length, count, sequences, kinds, layers, sinks, kv_window, threads, only=None
+    ):
         torch.set_num_threads(threads)
         self.out, self.kinds, self.only = out, convert_kinds(kinds), only
         self.base, self.tokenizer = hf.load(model)
