@@ -15,6 +15,9 @@
 
 static constexpr llama_pos POS_MAX = std::numeric_limits<llama_pos>::max();
 
+// memory is given back to the system when more than this many tokens are removed at once
+static constexpr llama_pos MOD_N_TRIM = 64;
+
 //
 // llama_kv_cache_mod
 //
@@ -124,10 +127,9 @@ bool llama_kv_cache_mod::can_end_at(llama_seq_id seq_id, llama_pos p0) const {
 }
 
 void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    for_each([&](llama_kv_cache & kv) { kv.seq_rm(seq_id, p0, p1); });
-
+    base->seq_rm(seq_id, p0, p1);
     for (auto & c : own) {
-        c.head = 0;
+        free_cells(c, seq_id, p0, p1, false);
     }
 
     auto & s = seqs[seq_id];
@@ -155,16 +157,25 @@ bool llama_kv_cache_mod::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         }
     }
 
-    bool is_tail = false;
+    llama_pos n_tail = 0;
     for (llama_seq_id s = s0; s < s1; ++s) {
         const llama_pos p_max = base->seq_pos_max(s);
-        if (p_max >= p0) {
-            is_tail = is_tail || p_max < p1;
-            seq_rm_one(s, p0, p1);
+        if (p_max < p0) {
+            if (p_max < 0) {
+                seqs[s] = {};
+            }
+            continue;
+        }
+        seq_rm_one(s, p0, p1);
+        if (p_max < p1) {
+            n_tail = std::max(n_tail, p_max + 1 - p0);
+            // can_end_at() held
+            seqs[s].broken = false;
         }
     }
 
-    if (is_tail) {
+    // not for the token or two that a sampler takes back
+    if (n_tail > MOD_N_TRIM) {
         trim();
     }
 
@@ -183,11 +194,16 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 
     for_each([&](llama_kv_cache & kv) { kv.seq_cp(seq_id_src, seq_id_dst, p0, p1); });
 
+    const llama_pos p_max = base->seq_pos_max(seq_id_dst);
+    if (p_max < 0) {
+        dst = {};
+        return;
+    }
+
     dst.freed   = std::max(dst.freed, src.freed);
-    dst.expired = had ? std::min(dst.expired, src.expired) : src.expired;
+    dst.expired = std::min(had ? std::min(dst.expired, src.expired) : src.expired, p_max);
     dst.broken  = dst.broken || src.broken;
 
-    const llama_pos p_max = base->seq_pos_max(seq_id_dst);
     if (p_max < base->seq_pos_max(seq_id_src) && !can_end_at(seq_id_dst, p_max + 1)) {
         LLAMA_LOG_ERROR("%s: sequence %d cannot be continued from position %d: K/V that the next token would see are gone\n",
                 __func__, seq_id_dst, p_max + 1);
@@ -211,28 +227,44 @@ void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
 }
 
 void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_ASSERT(seq_id >= 0 && seq_id < (llama_seq_id) seqs.size());
+
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? POS_MAX : p1;
+    if (p0 >= p1 || shift == 0) {
+        return;
+    }
+
+    // the last position before the range that the sequence has: what was removed between them is gone for good
+    const auto & sp = base->get_cells(seq_id).seq_pos_get(seq_id);
+    const auto   it = sp.lower_bound({ p0, 0 });
+    const llama_pos below = it == sp.begin() ? -1 : std::prev(it)->first;
+
     for_each([&](llama_kv_cache & kv) { kv.seq_add(seq_id, p0, p1, shift); });
 
     for (auto & c : own) {
         c.head = 0;
     }
 
-    p0 = std::max(p0, 0);
-    p1 = p1 < 0 ? POS_MAX : p1;
-
-    auto & s = seqs[seq_id];
-    if (s.freed >= p0 && s.freed < p1) {
-        // positions below p0 may have been freed too
-        s.freed = std::max(s.freed + shift, p0 - 1);
+    // cells may be shared: they move for all their sequences
+    for (llama_seq_id i = 0; i < (llama_seq_id) seqs.size(); ++i) {
+        auto & s = seqs[i];
+        s.expired = std::max(-1, s.expired + std::min(shift, 0));
+        if (i == seq_id && s.freed >= p0 && s.freed < p1) {
+            s.freed = std::max(s.freed + shift, below);
+        } else if (s.freed >= p0 && shift > 0) {
+            s.freed = std::max(s.freed, std::min(s.freed, p1 - 1) + shift);
+        }
     }
-    s.expired = std::max(-1, s.expired + std::min(shift, 0));
 }
 
 void llama_kv_cache_mod::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
     for_each([&](llama_kv_cache & kv) { kv.seq_div(seq_id, p0, p1, d); });
 
-    // what was freed stays the upper bound that it was
-    seqs[seq_id].expired = -1;
+    // what was freed stays the upper bound that it was; cells may be shared
+    for (auto & s : seqs) {
+        s.expired = -1;
+    }
 }
 
 llama_pos llama_kv_cache_mod::seq_pos_min(llama_seq_id seq_id) const {
@@ -327,17 +359,18 @@ void llama_kv_cache_mod::hide_dropped(ggml_tensor * mask, const llama_ubatch * u
     }
 }
 
-llama_pos llama_kv_cache_mod::expire_seq(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped) {
     auto & cells = c.kv->v_cells[0];
 
     std::vector<uint32_t> idxs;
-    llama_pos freed = -1;
+    llama_pos last = -1;
 
+    // by position: a scan of all cells of all layers would cost more than a decode
     const auto & sp = cells.seq_pos_get(seq_id);
     for (auto p = sp.lower_bound({ p0, 0 }); p != sp.end() && p->first < p1; ++p) {
-        if (c.dropped[p->second]) {
+        if (!only_dropped || c.dropped[p->second]) {
             idxs.push_back(p->second);
-            freed = p->first;
+            last = p->first;
         }
     }
 
@@ -348,7 +381,7 @@ llama_pos llama_kv_cache_mod::expire_seq(own_cache & c, llama_seq_id seq_id, lla
         }
     }
 
-    return freed;
+    return last;
 }
 
 void llama_kv_cache_mod::expire(bool all) {
@@ -372,7 +405,7 @@ void llama_kv_cache_mod::expire(bool all) {
 
         for (auto & c : own) {
             if (c.drops) {
-                info.freed = std::max(info.freed, expire_seq(c, s, p0, p1));
+                info.freed = std::max(info.freed, free_cells(c, s, p0, p1, true));
             }
         }
         if (all) {
@@ -481,7 +514,6 @@ void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, lla
         throw std::runtime_error("mod: the state belongs to a model with other routed layers");
     }
 
-    // upstream leaves the cells alone where the state holds none for the sequence
     c.kv->state_clear(seq_id);
     c.head = 0;
 
@@ -500,6 +532,9 @@ void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, lla
     io.read(dropped.data(), n);
     for (uint32_t i = 0; i < n; ++i) {
         c.dropped[idxs[i]] = dropped[i] != 0;
+        if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
+            throw std::runtime_error("mod: the state's layers do not match");
+        }
     }
 }
 
@@ -515,7 +550,7 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seq_id == -1 || s == seq_id) {
-            const int32_t info[3] = { seqs[s].freed, seqs[s].expired, seqs[s].broken };
+            const int32_t info[2] = { seqs[s].freed, seqs[s].broken };
             io.write(info, sizeof(info));
         }
     }
@@ -523,6 +558,8 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 
 void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     try {
+        // upstream leaves the cells alone where the state holds none for the sequence
+        base->state_clear(seq_id);
         base->state_read(io, seq_id, flags);
 
         uint32_t n_own;
@@ -537,9 +574,14 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
 
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
             if (seq_id == -1 || s == seq_id) {
-                int32_t info[3];
+                int32_t info[2];
                 io.read(info, sizeof(info));
-                seqs[s] = { info[0], info[1], -1, -1, info[2] != 0 };
+
+                seqs[s] = {};
+                if (base->seq_pos_max(s) >= 0) {
+                    seqs[s].freed  = std::max(-1, info[0]);
+                    seqs[s].broken = info[1] != 0;
+                }
             }
         }
     } catch (...) {
@@ -547,7 +589,12 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
         if (seq_id == -1) {
             clear(true);
         } else {
-            seq_rm_one(seq_id, 0, POS_MAX);
+            // zeroes what has been restored too: without flash attention a NaN in a free cell would reach every query
+            for_each([&](llama_kv_cache & kv) { kv.state_clear(seq_id); });
+            for (auto & c : own) {
+                c.head = 0;
+            }
+            seqs[seq_id] = {};
         }
         throw;
     }

@@ -132,7 +132,8 @@ private:
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
-    llama_pos expire_seq(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    // take the sequence out of the cells with positions in [p0, p1), of all or of those dropped; returns the last position
+    llama_pos free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped);
 
     // memory of cells behind the last one in use goes back to the system
     void trim();

@@ -112,7 +112,8 @@ static ggml_backend_buffer_type_t lazy_buft() {
 }
 
 static bool is_lazy(ggml_backend_buffer_t buf) {
-    return buf && buf->buft == lazy_buft();
+    // a model that is only measured has buffers of size 0
+    return buf && buf->buft == lazy_buft() && buf->size > 0;
 }
 
 #endif // LLAMA_MOD_LAZY

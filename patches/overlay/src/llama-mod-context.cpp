@@ -13,7 +13,7 @@
 #include <stdexcept>
 
 // batches of up to this many tokens keep their graphs
-static constexpr uint32_t MOD_N_CACHE = 8;
+static constexpr uint32_t MOD_N_CACHE = 4;
 
 static float logit(float p) {
     return logf(p) - logf(1.0f - p);
@@ -257,8 +257,16 @@ static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<i
 llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch, llm_graph_type gtype, llama_memory_context_i * mctx_i, ggml_status & ret) {
     auto * mctx = static_cast<llama_kv_cache_mod_context *>(mctx_i);
 
+    no_slot = false;
+
     if (!mctx || !lctx.cparams.causal_attn) {
         LLAMA_LOG_ERROR("%s: a MoD model can only be decoded, with causal attention\n", __func__);
+        ret = GGML_STATUS_FAILED;
+        return nullptr;
+    }
+    const auto & layer_inp = lctx.cparams.embeddings_layer_inp;
+    if (std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end()) {
+        LLAMA_LOG_ERROR("%s: a MoD model does not output the inputs of its layers\n", __func__);
         ret = GGML_STATUS_FAILED;
         return nullptr;
     }
@@ -268,14 +276,14 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
         return nullptr;
     }
 
-    no_slot  = false;
     res_last = nullptr;
 
     scores.assign((size_t) ubatch.n_tokens*n_units, 0.0f);
 
     auto & plan = can_join(ubatch) ? plan_joined : plan_cut;
 
-    const bool cache = ubatch.n_tokens <= MOD_N_CACHE;
+    // graphs of a warm-up use all experts
+    const bool cache = ubatch.n_tokens <= MOD_N_CACHE && !lctx.cparams.warmup;
 
     restore_sched();
     auto params = lctx.graph_params(nullptr, ubatch, mctx, gtype);
@@ -324,7 +332,10 @@ bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_gr
 
     restore_sched();
 
-    variant * v = cache ? &get_variant(p, rows.size()) : nullptr;
+    // a head without outputs has no data at all, for which a scheduler of its own cannot allocate
+    const bool keep = cache && !(p.seg.last && lctx.n_outputs == 0);
+
+    variant * v = keep ? &get_variant(p, rows.size(), !all) : nullptr;
 
     auto & seg = v ? v->seg : p.seg;
     seg.gather = !all;
@@ -451,15 +462,15 @@ void llama_mod_context::read_scores(const llm_mod_segment & seg, const std::vect
     }
 }
 
-llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows) {
-    auto & v = p.variants[{ n_rows, p.seg.last && lctx.n_outputs > 0 }];
+llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows, bool gather) {
+    auto & v = p.variants[{ n_rows, gather }];
     if (v) {
         return *v;
     }
 
     const size_t n_whole = lctx.get_gf_res_reserve()->get_max_nodes();
-    const size_t n_nodes = p.seg.last ? n_whole :
-        std::min(n_whole, (size_t) (64 + (p.seg.t1 - p.seg.t0)*96*(1 + lctx.loras->size())));
+    const size_t n_half  = (96 + 3*lctx.model.hparams.n_expert_used())*(1 + lctx.loras->size());
+    const size_t n_nodes = p.seg.last ? n_whole : std::min(n_whole, 64 + (p.seg.t1 - p.seg.t0)*n_half);
 
     v = std::make_unique<variant>();
     v->seg = p.seg;

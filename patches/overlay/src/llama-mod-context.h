@@ -83,7 +83,7 @@ private:
         bool                   built = false;
     };
 
-    // a segment, its graphs for small batches by (number of rows, outputs)
+    // a segment, its graphs for small batches by (number of rows, are they gathered)
     struct piece {
         llm_mod_segment seg;
         std::map<std::pair<uint32_t, bool>, std::unique_ptr<variant>> variants;
@@ -128,7 +128,7 @@ private:
 
     void read_scores(const llm_mod_segment & seg, const std::vector<int32_t> & rows);
 
-    variant & get_variant(piece & p, uint32_t n_rows);
+    variant & get_variant(piece & p, uint32_t n_rows, bool gather);
 
     void record(const llama_ubatch & ubatch, uint32_t n_tokens_batch);
     void commit();

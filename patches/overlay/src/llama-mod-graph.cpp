@@ -91,7 +91,7 @@ ggml_tensor * llm_mod_graph::build_inp(ggml_tensor * tok_embd) {
         return g.build_inp_embd(tok_embd);
     }
 
-    if (seg->gather || !seg->gate.empty()) {
+    if (seg->unit >= 0) {
         auto inp = std::make_unique<llm_graph_input_mod_rows>(seg);
 
         if (seg->gather) {

@@ -213,14 +213,14 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
     auto mod = std::make_unique<llama_mod_model>();
 
     mod->scale_output = keys.flag("scale_output");
-    mod->n_sink       = keys.u32("sink_tokens");
+    mod->n_sink       = std::min<uint32_t>(keys.u32("sink_tokens"), INT32_MAX);
 
     mod_load_units(*mod, keys, model.hparams.n_layer());
 
     if (keys.has("kv.threshold")) {
         mod->kv_window = keys.u32("kv_window");
         if (mod->kv_window == 0 || mod->kv_window > INT32_MAX/4) {
-            throw std::runtime_error(format("mod: key '%skv_window' is %u, it must be at least 1", keys.prefix.c_str(), mod->kv_window));
+            throw std::runtime_error(format("mod: key '%skv_window' is %u, it must be from 1 to %d", keys.prefix.c_str(), mod->kv_window, INT32_MAX/4));
         }
     }
 

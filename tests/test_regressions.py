@@ -1,0 +1,153 @@
+"""One test for each bug that a review of the runtime found; each tells its bug."""
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+import pytest
+from raw import Raw
+from tiny_gguf import Tiny
+
+TOKENS = np.random.default_rng(5).integers(0, 96, 120)
+NOISE = 3e-4
+
+
+def make(path, kinds, layers=(1,), activation=0.5, **shape):
+    """A tiny model of 3 layers, its file, the oracle's result for TOKENS."""
+    tiny = Tiny(n_layer=3, n_embd=64, n_head=2, n_head_kv=1, n_ff=64, **shape).route(layers, kinds)
+    tiny.place_biases([TOKENS], activation)
+    return tiny.write(path / "mod.gguf"), tiny.forward(TOKENS)
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=NOISE)
+
+
+def cells(r):
+    return [r.kv(layer).n_used for layer in range(3)]
+
+
+def save(r, seq):
+    size = llama_cpp.llama_state_seq_get_size(r.ctx, seq)
+    blob = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(r.ctx, blob, size, seq) == size
+    return blob
+
+
+@pytest.mark.parametrize("kinds", ["ffn", "block", "attn"])
+def test_a_graph_for_all_rows_is_not_reused_for_some(kinds, tmp_path):
+    # a kept graph of one row without a gather ran on row 0 where row 1 alone was active
+    path, oracle = make(tmp_path, kinds, sink_tokens=0)
+    act = oracle.active[:, 0]
+    i = next(k for k in range(5, 100) if act[k] and not act[k + 1] and act[k + 2])
+    with Raw(path) as r:
+        r.decode(TOKENS[:i], logits=[0] * (i - 1) + [1])
+        r.decode(TOKENS[i : i + 1])
+        close(r.decode(TOKENS[i + 1 : i + 3], logits=[0, 1])[0], oracle.logits[i + 2])
+
+
+@pytest.mark.parametrize("kinds", ["ffn", "block"])
+def test_a_head_without_outputs(kinds, tmp_path):
+    # a scheduler of its own for a graph without any data asserted
+    path, oracle = make(tmp_path, kinds, layers=(2,))
+    with Raw(path, n_ubatch=4) as r:
+        assert r.try_decode(TOKENS[:1], logits=[0]) == 0
+        close(r.decode(TOKENS[1:21], logits=[0] * 19 + [1])[0], oracle.logits[20])
+
+
+def test_an_empty_copy_is_an_empty_sequence(tmp_path):
+    # it was marked as one that cannot be continued, and stayed so
+    path, oracle = make(tmp_path, "kv", activation=0.4)
+    with Raw(path) as r:
+        r.set(kv_rollback=0)
+        r.decode(TOKENS[:100])
+        llama_cpp.llama_memory_seq_cp(r.mem, 0, 1, 50, 50)
+        close(r.decode(TOKENS[:30], [1] * 30), oracle.logits[:30])
+
+
+def test_a_copied_prefix_forgets_like_any_sequence(tmp_path):
+    # its dropped tokens were taken for already freed: they were never hidden
+    path, _ = make(tmp_path, "kv", activation=0.4)
+    results = []
+    for n in (100, 10):
+        with Raw(path) as r:
+            r.set(kv_rollback=0, force="active")
+            r.decode(TOKENS[:n])
+            r.set(force="none")
+            llama_cpp.llama_memory_seq_cp(r.mem, 0, 1, 0, 10)
+            r.seq_rm(0, -1)
+            results.append((r.decode(TOKENS[10:90], [1] * 80, pos=range(10, 90)), cells(r)))
+    close(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_an_empty_state_replaces_a_sequence(tmp_path):
+    # the layers with complete K/V kept the old tokens, the others lost them
+    path, oracle = make(tmp_path, "kv", activation=0.4)
+    with Raw(path) as r:
+        r.decode(TOKENS[:50])
+        blob = save(r, 1)
+        assert llama_cpp.llama_state_seq_set_data(r.ctx, blob, len(blob), 0) > 0
+        assert cells(r) == [0, 0, 0]
+        close(r.decode(TOKENS[:60], pos=range(60)), oracle.logits[:60])
+
+
+def test_a_failed_load_leaves_nothing_behind(tmp_path):
+    # K/V of the layers that had been restored stayed in free cells; without flash attention a NaN there spread
+    path, oracle = make(tmp_path, "kv", activation=0.4)
+    file = tmp_path / "state"
+    with Raw(path, fa=False) as r:
+        r.decode(TOKENS[:60])
+        token = (llama_cpp.llama_token * 1)(0)
+        assert llama_cpp.llama_state_seq_save_file(r.ctx, bytes(file), 0, token, 1) > 0
+    data = bytearray(file.read_bytes())
+    for i in range(2000, len(data) // 2):
+        data[i] = 0xFF
+    file.write_bytes(data[: len(data) * 9 // 10])
+    with Raw(path, fa=False) as r:
+        n = ctypes.c_size_t()
+        assert llama_cpp.llama_state_seq_load_file(r.ctx, bytes(file), 0, token, 1, ctypes.byref(n)) == 0
+        assert cells(r) == [0, 0, 0]
+        close(r.decode(TOKENS[:60]), oracle.logits[:60])
+
+
+def test_shifting_shared_cells(tmp_path):
+    # a cell moves for all its sequences; only one of them was told
+    path, _ = make(tmp_path, "kv", activation=0.4)
+    results = []
+    for shared in (True, False):
+        with Raw(path) as r:
+            r.set(kv_rollback=0)
+            r.decode(TOKENS[:60])
+            seq = 0
+            if shared:
+                llama_cpp.llama_memory_seq_cp(r.mem, 0, 1, -1, -1)
+                llama_cpp.llama_memory_seq_rm(r.mem, 1, 2, 40)
+                seq = 1
+            llama_cpp.llama_memory_seq_rm(r.mem, 0, 2, 40)
+            llama_cpp.llama_memory_seq_add(r.mem, 0, 40, -1, -38)
+            logits = r.decode(TOKENS[60:100], [seq] * 40, pos=range(22, 62))
+            r.seq_rm(0, -1) if shared else None
+            results.append((logits, cells(r)))
+    close(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_a_tail_can_be_taken_back_after_a_shift(tmp_path):
+    # positions inside the removed gap were counted as freed ones
+    path, _ = make(tmp_path, "kv", activation=0.4)
+    with Raw(path, n_ctx=512) as r:
+        r.set(kv_rollback=8)
+        r.decode(TOKENS)
+        assert r.seq_rm(0, 119)
+        llama_cpp.llama_memory_seq_rm(r.mem, 0, 2, 61)
+        llama_cpp.llama_memory_seq_add(r.mem, 0, 61, -1, -59)
+        assert llama_cpp.llama_memory_seq_rm(r.mem, 0, 59, -1)
+
+
+def test_any_number_of_sinks(tmp_path):
+    # 2^31 and more turned negative: no sinks at all
+    tiny = Tiny(n_layer=3, sink_tokens=3_000_000_000).route([1], "ffn")
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        r.decode(TOKENS[:30])
+        assert r.trace()[0].all()
