@@ -49,7 +49,7 @@ def test_rounded_weights_stay_within_their_bounds(tmp_path, dense):
     export(tmp_path / "mod", tmp_path / "mod.gguf", base=dense, quant="q8_0")
     result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
     assert result["weights"] == "q8_0"
-    assert 0 < result["mean_kl"] < BOUNDS["q8_0"].mean_kl
+    assert 0 < result["mean_kl_all"] < BOUNDS["q8_0"].mean_kl_all
 
 
 @pytest.mark.parametrize("shape", [{"n_head_kv": 4}, {"n_head_kv": 1, "tied": True}], ids=str)
