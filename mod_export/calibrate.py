@@ -31,7 +31,7 @@ from mod_export.targets import REPEAT_PROMPT, Tape, Unit
 
 Say = Callable[[str], None]
 
-DEFAULT_SCORES = {"kv": "max_relative", "block": "gradient", "attn": "gradient", "ffn": "gradient"}
+DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
 PENALTIES = {"kv": 0.01, "block": 0.3, "attn": 0.3, "ffn": 0.3}  # of the ridge, against inputs of variance 1
 SEQUENCE = 1024  # tokens; shorter ones where the text is short
 MIN_SEQUENCES = 4

@@ -92,6 +92,7 @@ def compare_scores(study: Study, kind: str, target: float) -> None:
     for method in METHODS[1:]:
         add(best, method)
     baselines(study, rows, kind, target)
+    random_baseline(study, rows, kind, target)
 
 
 def compare_targets(study: Study, kind: str, targets: list[float], name: str) -> None:
@@ -104,8 +105,9 @@ def compare_targets(study: Study, kind: str, targets: list[float], name: str) ->
             return study.judge.routers(routers, target)
 
         rows.add(f"{kind} router {target}", make, kind=kind, variant="router", target=target)
-    for target in targets:
-        baselines(study, rows, kind, target)
+    for baseline in (baselines, random_baseline):
+        for target in targets:
+            baseline(study, rows, kind, target)
 
 
 def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], target: float) -> None:
@@ -135,7 +137,7 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
 
 
 def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
-    """Random routers, whole units dropped, and for kv a window alone and a window with sinks, at equal K/V."""
+    """Whole units dropped, the cheapest first; for kv also a window, alone and with sinks, at equal K/V."""
     judge, samples = study.judge, study.samples[kind]
 
     def add(variant: str, make) -> None:
@@ -149,7 +151,12 @@ def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
         window = round(judge.kv_window + target * (tokens - judge.kv_window))
         add("sinks + window", lambda: judge.static("kv", study.layers, study.layers, window - judge.sinks, judge.sinks))
         add("window", lambda: judge.static("kv", study.layers, study.layers, window))
-    add("random", lambda: judge.routers(random_routers(samples), target, per_layer=True))
+
+
+def random_baseline(study: Study, rows: Rows, kind: str, target: float) -> None:
+    routers = random_routers(study.samples[kind])
+    rows.add(f"{kind} random {target}", lambda: study.judge.routers(routers, target, per_layer=True),
+             kind=kind, variant="random", target=target)  # fmt: skip
 
 
 def random_routers(samples: Samples) -> dict:
