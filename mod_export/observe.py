@@ -107,10 +107,12 @@ _seen: Seen | None = None
 def _observed_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """An attention function of transformers that notes its input and output when a layer is observed."""
     if kwargs.get("softcap") is not None:  # sdpa has none
-        inner = sys.modules[type(module).__module__].eager_attention_forward
+        inner, mask = sys.modules[type(module).__module__].eager_attention_forward, _additive(attention_mask, query)
     else:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward as inner
-    out, weights = inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+        mask = attention_mask
+    out, weights = inner(module, query, key, value, mask, scaling=scaling, **kwargs)
     if _seen is None:
         return out, weights
     n_rep = query.shape[1] // key.shape[1]
@@ -121,6 +123,13 @@ def _observed_attention(module, query, key, value, attention_mask, scaling=None,
     _seen.mask = None if attention_mask is None else attention_mask[0, 0]
     _seen.softcap = kwargs.get("softcap")
     return _seen.mixed.transpose(0, 1)[None], weights
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
+    """The form of a mask that eager attention takes: 0 where visible; None is causal."""
+    if mask is None:
+        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()[None, None]
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def register() -> None:

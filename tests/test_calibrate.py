@@ -39,6 +39,23 @@ def test_recomputed_attention_is_the_models_own():
     torch.testing.assert_close(attention(seen, slice(0, 70)), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_recomputed_attention_with_softcap_and_sliding_window():
+    """Gemma 2 has both, and an attention function without a causal mask of its own: it was once given none."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    base = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=20, attn_logit_softcapping=2.0, initializer_range=0.2,
+        pad_token_id=0, attn_implementation="eager",
+    )).eval()  # fmt: skip
+    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    for layer in (2, 3):  # one slides, one does not
+        seen, _ = seen_of(base, ids, layer)
+        expected = base(ids[None], output_attentions=True).attentions[layer][0]
+        torch.testing.assert_close(attention(seen, slice(0, 70)), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_layer_by_layer_gradient_is_that_of_the_whole_graph():
     base = tiny.base()
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(2))
