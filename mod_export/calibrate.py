@@ -33,10 +33,10 @@ Say = Callable[[str], None]
 
 DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
 PENALTIES = {"kv": 0.01, "block": 0.3, "attn": 0.3, "ffn": 0.3}  # of the ridge, against inputs of variance 1
-SEQUENCE = 1024  # tokens; shorter ones where the text is short
+SEQUENCE = 1024  # tokens; shorter where the text is short, longer for a wide window
 MIN_SEQUENCES = 4
 SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
-LATE = 0.75  # keys after this part of a sequence have too few later queries to judge them by
+LATE = 0.75  # keys after this part of a sequence without its last window have too few later queries to judge them by
 TOLERANCE = 0.005  # of the activation
 MAX_LOGIT = 12.0  # thresholds stay within sigmoid(+-12), where float32 still tells them apart
 
@@ -68,7 +68,7 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
 
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
-    sequences, held_out, source = _texts(tokenizer, plan)
+    sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
     first = _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
     fits = measure(base, tokenizer, sequences, plan, say)
     routers, explained = solve(fits)
@@ -106,10 +106,19 @@ def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say
         say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         text, context = with_repetition(tokenizer, ids, wanted)
         for unit, (h, costs) in tape.measure(text, wanted, context):
-            rows = slice(plan.sink_tokens, int(LATE * len(h)) if unit[1] == "kv" and not context else len(h))
+            rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
             (cost,) = costs.values()
             fits[unit].add(rms_norm(h[rows], eps), log_cost(cost[rows]))
     return fits
+
+
+def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
+    """The tokens to fit to: no sinks, which are always active, and no keys whose later queries are few.
+
+    kv_window: 0 where the queries are all after the sequence.
+    """
+    late = kind == "kv" and kv_window > 0
+    return slice(sink_tokens, int(LATE * (n_token - kv_window)) if late else n_token)
 
 
 def with_repetition(tokenizer, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> tuple[torch.Tensor, int]:
@@ -208,13 +217,23 @@ def _config(base: nn.Module, plan: Plan, thresholds: dict, activation: dict | No
     return config.validate(n_layer)
 
 
-def _texts(tokenizer, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Calibration and held-out sequences [n, T], and where they are from."""
+def _sequence_length(base: nn.Module, plan: Plan) -> int:
+    """Tokens of a sequence. Raises UserError where the model's own context is too short for the window."""
+    needed = 4 * plan.kv_window if "kv" in plan.units else 0
+    limit = getattr(base.config, "max_position_embeddings", None) or max(SEQUENCE, needed)
+    if limit < needed:
+        raise UserError(f"a window of {plan.kv_window} is too wide for a context of {limit} tokens",
+                        f"use --kv-window {limit // 4} or less")  # fmt: skip
+    return min(max(SEQUENCE, needed), limit)
+
+
+def _texts(tokenizer, plan: Plan, length: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Calibration and held-out sequences [n, up to length], and where they are from."""
     if plan.text is None:
         text, held_out = data.default_texts()
-        return data.pack(tokenizer, text, SEQUENCE), data.pack(tokenizer, held_out, SEQUENCE), "packaged"
+        return data.pack(tokenizer, text, length), data.pack(tokenizer, held_out, length), "packaged"
     n_tokens = len(data.tokenize(tokenizer, plan.text))
-    length = min(SEQUENCE, n_tokens // (MIN_SEQUENCES + 1))
+    length = min(length, n_tokens // (MIN_SEQUENCES + 1))
     shortest = max(128, 4 * plan.kv_window if "kv" in plan.units else 0)
     if length < shortest:
         need = shortest * (MIN_SEQUENCES + 1)

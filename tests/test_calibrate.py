@@ -161,6 +161,8 @@ def test_target_activation_is_met(tokenizer, kinds, target):
 def test_calibration_text_too_short(tokenizer):
     with pytest.raises(UserError, match="calibration text too short: .* tokens where"):
         calibrate(tiny.base(), tokenizer, Plan({"kv": [2]}, text="Far too short."))
+    with pytest.raises(UserError, match="a window of 600 is too wide for a context of 2048 .*; use --kv-window 512"):
+        calibrate(tiny.base(), tokenizer, Plan({"kv": [2]}, kv_window=600))
 
 
 def test_texts_are_packed_whole_and_named_when_wrong(tokenizer, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mod_export import hf
-from mod_export.calibrate import LATE, PENALTIES, log_cost, solve, with_repetition
+from mod_export.calibrate import PENALTIES, judged_rows, log_cost, solve, with_repetition
 from mod_export.fit import Ridge, logistic
 from mod_export.router import rms_norm
 from mod_export.targets import Tape
@@ -33,7 +33,7 @@ def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sin
     again = {(i, "kv"): [name for name in kinds.get("kv", []) if name.startswith("repeat_")] for i in layers}
     for number, ids in enumerate(sequences):
         say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
-        rows = {k: slice(sinks, int(LATE * len(ids)) if k == "kv" else None) for k in kinds}
+        rows = {kind: judged_rows(kind, len(ids), sinks, kv_window) for kind in kinds}
         for unit, (h, costs) in tape.measure(ids, plain):
             x.setdefault(unit, []).append(rms_norm(h[rows[unit[1]]], eps).half())
             _append(cost, unit, costs, rows[unit[1]])
