@@ -162,7 +162,7 @@ def summary(figures: dict[str, dict], parity: dict[str, dict]) -> str:
     table = format_table([f"at {CONTEXT} tokens, q8_0", "dense", "MoD", "MoD/dense"], rows)
     lines = [
         f"parity with torch, {name}: decisions {100 * result['decision_agreement']:.2f} % the same, "
-        f"top-1 {100 * result['top1_agreement']:.1f} %, mean KL {result['mean_kl']:.1e} where they are"
+        f"top-1 {100 * result['top1_agreement']:.1f} %, mean KL {result['mean_kl_all']:.1e}"
         for name, result in parity.items()
     ]
     return "\n".join([table, "", *lines])
