@@ -80,6 +80,7 @@ def scores_picture(rows: list[dict], path: Path) -> None:
         axes.barh(position, row["kl"], color=COLOURS[row["kind"]], alpha=alpha)
         axes.text(row["kl"] * 1.05, position, f"{row['kl']:.4f}", va="center", fontsize=7)
     axes.set_yticks(range(len(ordered)), [f"{row['kind']}: {label(row)}" for row in ordered], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel(f"mean KL to the dense model (nats), activation {ordered[0]['target']}; pale: plain baselines")
@@ -91,12 +92,13 @@ def targets_picture(rows: list[dict], path: Path) -> None:
     figure, axes = _axes(8, 5)
     series = dict.fromkeys((row["kind"], row["variant"]) for row in rows if row["variant"] != "dense")
     for kind, variant in series:
-        points = sorted((r["activation"], r["kl"]) for r in rows if (r.get("kind"), r["variant"]) == (kind, variant))
+        found = [r for r in rows if (r.get("kind"), r["variant"]) == (kind, variant)]
+        points = sorted((r["target" if "window" in variant else "activation"], r["kl"]) for r in found)
         strength = 2 if variant == "router" else 1
         axes.plot(*zip(*points, strict=True), STYLES[variant], color=COLOURS[kind], linewidth=strength, markersize=4,
                   label=f"{kind}: {variant}", alpha=1 if variant == "router" else 0.6)  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xlabel("activation (share of token-unit pairs that run); for kv, attn and block K/V follow from it")
+    axes.set_xlabel("activation (token-unit pairs that run); windows: as many K/V as kv routers have at this activation")
     axes.set_ylabel("mean KL to the dense model (nats)")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
