@@ -98,7 +98,7 @@ def targets_picture(rows: list[dict], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), STYLES[variant], color=COLOURS[kind], linewidth=strength, markersize=4,
                   label=f"{kind}: {variant}", alpha=1 if variant == "router" else 0.6)  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xlabel("activation (token-unit pairs that run); windows: as many K/V as kv routers have at this activation")
+    axes.set_xlabel("activation (token-unit pairs that run); windows: as many K/V as kv routers at this activation")
     axes.set_ylabel("mean KL to the dense model (nats)")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
