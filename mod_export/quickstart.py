@@ -17,7 +17,7 @@ from pathlib import Path
 from mod_export.errors import UserError
 from mod_export.tables import format_table
 
-QUESTION = "Why is the sky blue?"
+QUESTION = "What is the capital of France?"
 CONTEXT = 1024  # tokens read before the decode that is timed
 DECODE = 32
 REPEATS = 3
@@ -111,7 +111,7 @@ def answer(file: Path) -> str:
     from mod_export.chat import Chat, Sampling
     from mod_export.runtime import MoDLlama
 
-    chat = Chat(MoDLlama(file, n_ctx=2048), sampling=Sampling(temp=0, max_tokens=120))
+    chat = Chat(MoDLlama(file, n_ctx=2048), sampling=Sampling(temp=0, max_tokens=100), say=lambda line: None)
     return "".join(chat.ask(QUESTION)).strip()
 
 
