@@ -17,7 +17,7 @@ from pathlib import Path
 from mod_export.errors import UserError
 from mod_export.tables import format_table
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Give three tips for staying healthy."
 CONTEXT = 1024  # tokens read before the decode that is timed
 DECODE = 32
 REPEATS = 3
