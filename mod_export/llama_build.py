@@ -46,9 +46,13 @@ def build(
     stock: bool = False,
     force: bool = False,
     sdist: Path | None = None,
+    extra: dict[str, str] | None = None,
     say: Say = print,
 ) -> Path:
     """Return the directory of the built libraries, building them where the cache has none (or with `force`).
+
+    `extra`: cmake options of a build for a purpose of its own (scripts/sanitize), which stock_lib() and
+    patched_lib() do not find.
 
     Raises UserError naming what is missing, or the last error of the build and its log.
     """
@@ -57,6 +61,7 @@ def build(
         packages = " ".join(sorted(set(missing.values())))
         raise UserError(f"missing: {', '.join(missing)}", f"install them (Debian: apt-get install {packages})")
     flags = FLAGS | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]} | (CUDA_FLAGS if cuda else {})
+    flags |= extra or {}
     name = f"{'stock' if stock else 'patched'}-{_key(flags, stock)}"
     lib = llama_source.cache_dir() / "lib" / name
     with _lock(name, say):
@@ -65,7 +70,8 @@ def build(
             return lib
         source = llama_source.source_dir(stock, sdist) / "vendor/llama.cpp"
         _compile(source, lib, flags, jobs or default_jobs(), say)
-    _remember(name, cuda, stock)
+    if not extra:
+        _remember(name, cuda, stock)
     return lib
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import llama_cpp
@@ -12,6 +13,7 @@ import pytest
 from mod_export import llama_build
 
 F32, F16, Q8_0 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
+THREADS = int(os.environ.get("MOD_EXPORT_TEST_THREADS", "1"))  # more where races are looked for: scripts/sanitize
 FORCE = {"none": 0, "active": 1, "inactive": 2}
 
 
@@ -35,7 +37,7 @@ class Raw:
     KV in F32 and no flash attention by default: both round, and results are to be compared closely.
     """
 
-    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=False, kv=F32, n_seq=4, threads=1, **params):
+    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=False, kv=F32, n_seq=4, threads=THREADS, **params):
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         mp = llama_cpp.llama_model_default_params()
