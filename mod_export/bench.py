@@ -1,98 +1,160 @@
-"""Speed and KV memory of a MoD file against the dense one, each variant in a process of its own.
+"""Speed and memory of a MoD file against the dense one, each variant in a process of its own, taking short turns.
 
-The variants take turns, so that a noisy machine disturbs all of them alike; figures are medians over the repeats
-(a decode's figure within a repeat: the median over its tokens).
+    result = bench("mod.gguf", "dense.gguf", Options(contexts=(512, 2048)))
+    print(bench_report.tables(result))
 
-    rows = bench("mod.gguf", "dense.gguf", contexts=[512, 2048])
-    print(report(rows))
-
-Variants: ceiling (the dense file, stock library), dense_patched (the dense file, patched library), mod,
-all_active and none_active (the MoD file with every unit forced), floor (a pruned dense file on the stock library
-where one is given, else none_active).
+Variants: `ceiling` (the dense file, stock library), `ceiling_split` (the same with a KV stream for each sequence; only
+where several are decoded at once), `dense_patched` (the dense file, patched library), `mod`, `all_active` and
+`none_active` (the MoD file with every unit forced), `floor` (the dense file without the routed layers, stock library;
+only where all that is routed is whole layers).
 """
 
-import json
 import os
 import platform
-import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
+from mod_export import bench_process as processes
+from mod_export.bench_measure import TAIL, Step, measure
+from mod_export.bench_rows import make_rows
 from mod_export.errors import UserError
-from mod_export.tables import format_table
+from mod_export.gguf_file import GGUFFile
+from mod_export.progress import Progress
+from mod_export.prune import block_floor, prune
 
-VARIANTS = ("ceiling", "dense_patched", "mod", "all_active", "none_active")
-FORCE = {"all_active": "active", "none_active": "inactive"}
-
-
-class Worker:
-    """A process that measures one variant at one context; see bench_worker."""
-
-    def __init__(self, setup: dict, lib: Path | None):
-        # LD_LIBRARY_PATH too: a user's own must not mix the libraries of two builds
-        env = os.environ | ({"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": str(lib)} if lib else {})
-        self.process = subprocess.Popen([sys.executable, "-m", "mod_export.bench_worker"], env=env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.about = self._ask(setup)
-
-    def run(self, **options) -> dict:
-        return self._ask(options)
-
-    def _ask(self, question: dict) -> dict:
-        try:
-            print(json.dumps(question), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise UserError(f"a benchmark process ended with code {self.process.wait()}", "is there enough memory?")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(answer["error"], answer["cure"])
-        return answer
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+VARIANTS = ("ceiling", "ceiling_split", "floor", "dense_patched", "mod", "all_active", "none_active")
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+DEFAULT_CONTEXTS = (512, 2048, 8192)
 
 
-def bench(file, dense, contexts: list[int], repeats: int = 3, decode: int = 32, threads: int | None = None,
-          ubatch: int = 512, text: str | None = None, floor=None, stock: Path | None = None,
-          say: Callable = print) -> list[dict]:
-    """Measures all variants. Returns two rows (prefill, decode) per context; see docs/runtime.md for the keys.
+@dataclass(frozen=True)
+class Options:
+    """What to measure: every combination of the lists.
 
-    text: the prompt's, by default the packaged one. floor: a pruned dense file. stock: directory of the stock
-    library, by default the cached one, built if there is none.
-    Times: ms for the whole prompt (prefill), ms per token (decode). Raises UserError for files that do not load,
-    a MoD file without units, files that do not belong together.
+    contexts: prompt tokens, None for the default ones that the model was trained for. kv_types: K and V, or `K/V`.
+    shifts: of the thresholds, in logit space. rounds, seconds: least number of turns, and time for a phase, see
+    bench_measure.measure.
+    """
+
+    contexts: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = (1,)
+    kv_types: tuple[str, ...] = ("f16",)
+    flash_attn: tuple[bool, ...] = (True,)
+    ubatches: tuple[int, ...] = (512,)
+    shifts: tuple[float, ...] = (0.0,)
+    variants: tuple[str, ...] = VARIANTS
+    rounds: int = 12
+    seconds: float = 10.0
+    threads: int | None = None
+
+
+def bench(file, dense, options: Options | None = None, text: str | None = None, stock: Path | None = None,
+          say: Callable = print, progress: Progress | None = None) -> dict:
+    """Measures. Returns {"about": what was run, "rows": two per combination}; docs/runtime.md has the keys.
+
+    text: the prompts', by default the packaged one. stock: directory of the stock library, by default the cached one,
+    built if there is none. Raises UserError for files that do not load or do not belong together.
     """
     from mod_export import bindings, data
 
     bindings.require()
+    options = options or Options()
+    mod_file, dense_file = check_files(file, dense, say)
+    n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
+    options = replace(options, contexts=options.contexts or tuple(
+        c for c in DEFAULT_CONTEXTS if c <= max(n_ctx_train, DEFAULT_CONTEXTS[0])))
     stock = stock or _stock_lib(say)
     text = text or "\n\n".join(data.default_texts())
-    common = {"decode": decode, "threads": threads or len(os.sched_getaffinity(0)), "ubatch": ubatch, "text": text}
-    rows = []
-    for context in contexts:
-        setups = {name: ({"file": str(dense if name in ("ceiling", "dense_patched") else file), "context": context,
-                          "force": FORCE.get(name, "none"), **common}, stock if name == "ceiling" else None)
-                  for name in VARIANTS}
-        if floor:
-            setups["floor"] = ({**setups["ceiling"][0], "file": str(floor)}, stock)
-        workers = {}
-        try:
-            for name, (setup, lib) in setups.items():
-                workers[name] = Worker(setup, lib)
-            _check(workers, file, dense, context, say)
-            rows += _rows(context, _measure(workers, repeats, say), common, repeats, (file, dense))
-        finally:
-            for worker in workers.values():
-                worker.close()
-    return rows
+    about = describe(mod_file, dense_file, options, stock)
+    with tempfile.TemporaryDirectory(prefix="mod-export-bench-") as folder:
+        paths = {"mod": mod_file, "dense": dense_file, "floor": _make_floor(mod_file, dense_file, options, folder)}
+        bencher = _Bench(paths, options, text, stock, say, progress or Progress())
+        rows = [row for step in steps(options) for row in bencher.run(step, n_ctx_train)]
+    return {"about": about, "rows": rows}
+
+
+def check_files(file, dense, say: Callable) -> tuple[GGUFFile, GGUFFile]:
+    """The two files, opened. Raises UserError where they are not a MoD and a dense file of one model."""
+    mod_file, dense_file = GGUFFile.open(file), GGUFFile.open(dense)
+    arch = mod_file.architecture
+    if f"{arch}.mod.version" not in mod_file.keys:
+        raise UserError(f"{file} is a dense model", "give a MoD file")
+    if f"{dense_file.architecture}.mod.version" in dense_file.keys:
+        raise UserError(f"{dense} is a MoD file", "give the dense file of the same model with --dense")
+    shapes = [{t.name: t.shape for t in f.tensors.values() if ".mod_" not in t.name} for f in (mod_file, dense_file)]
+    if shapes[0] != shapes[1]:
+        name = next(n for n in sorted(shapes[0] | shapes[1]) if shapes[0].get(n) != shapes[1].get(n))
+        raise UserError(f"{file} and {dense} are not of one model: {name} differs",
+                        "give the dense file of the same model")
+    if any(mod_file.tensors[name].type != t.type for name, t in dense_file.tensors.items()):
+        say(f"note: {file} and {dense} are quantised differently: the ceiling is not its own")
+    return mod_file, dense_file
+
+
+def steps(options: Options) -> list[Step]:
+    """Every combination, each for a set of processes of its own."""
+    found = []
+    for flash, kv, ubatch, context, batch in product(options.flash_attn, options.kv_types, options.ubatches,
+                                                     options.contexts, options.batches):
+        names = kv.split("/") * (1 if "/" in kv else 2)
+        if len(names) != 2 or any(name not in KV_TYPES for name in names):
+            raise UserError(f"K/V type {kv!r} is unknown", f"use {', '.join(KV_TYPES)}, or two such as q8_0/f16")
+        if not flash and names[1] not in ("f16", "f32", "bf16"):
+            raise UserError(f"V in {names[1]} needs flash attention", "leave out --flash-attn off, or use f16")
+        found.append(Step(context, batch, ubatch, flash, kv, (KV_TYPES[names[0]], KV_TYPES[names[1]])))
+    return found
+
+
+class _Bench:
+    """Runs the steps."""
+
+    def __init__(self, files: dict[str, GGUFFile | None], options: Options, text: str, stock: Path, say: Callable,
+                 progress: Progress):
+        self.files, self.options, self.text, self.stock = files, options, text, stock
+        self.say, self.progress = say, progress
+
+    def run(self, step: Step, n_ctx_train: int) -> list[dict]:
+        """Two rows for each shift."""
+        if step.context > n_ctx_train:
+            self.say(f"note: context {step.context} is beyond the {n_ctx_train} of training: for timing only")
+        variants = [v for v in self.options.variants if (v != "floor" or self.files["floor"])
+                    and (v != "ceiling_split" or step.batch > 1)]
+        found: dict[float, list] = {shift: [] for shift in self.options.shifts}
+        for group in self._groups(step, variants):
+            with processes.Team({name: self._setup(name, step) for name in group}) as team:
+                for i, shift in enumerate(self.options.shifts):
+                    names = group if i == 0 else self._that_shift(group)
+                    if "mod" in names or i == 0:
+                        found[shift].append(measure(team, names, step, shift, self.options.rounds,
+                                                    self.options.seconds, self.progress))
+        return [row for shift, groups in found.items() for row in make_rows(step, shift, groups, n_ctx_train)]
+
+    def _groups(self, step: Step, variants: list[str]) -> list[list[str]]:
+        cells = step.batch * (step.context + TAIL)
+        need = {name: processes.process_bytes(self._file(name), cells,
+                                              processes.bytes_per_cell(self._file(name), *step.types))
+                for name in variants}  # fmt: skip
+        return processes.groups(variants, need, processes.available_memory(), self.say)
+
+    def _that_shift(self, group: list[str]) -> list[str]:
+        """The variants to measure again at another shift: what it changes, and what that is compared with."""
+        floor = "floor" if "floor" in group else "none_active"
+        return [name for name in group if name in ("ceiling", floor, "mod")]
+
+    def _file(self, name: str) -> GGUFFile:
+        kind = "floor" if name == "floor" else "dense" if "ceiling" in name or name == "dense_patched" else "mod"
+        return self.files[kind]
+
+    def _setup(self, name: str, step: Step) -> tuple[dict, Path | None]:
+        setup = {"file": str(self._file(name).path), "text": self.text, "context": step.context, "tail": TAIL,
+                 "batch": step.batch, "ubatch": step.ubatch, "chunk": step.chunk, "threads": self.options.threads,
+                 "flash_attn": step.flash_attn, "type_k": step.types[0], "type_v": step.types[1],
+                 "unified": name != "ceiling_split", "force": processes.FORCE.get(name, "none")}
+        return setup, self.stock if name in processes.STOCK else None
 
 
 def _stock_lib(say: Callable) -> Path:
@@ -101,92 +163,47 @@ def _stock_lib(say: Callable) -> Path:
     return llama_build.stock_lib() or llama_build.build(stock=True, say=say)
 
 
-def _check(workers: dict[str, Worker], file, dense, context: int, say: Callable) -> None:
-    mod, ceiling = workers["mod"].about, workers["ceiling"].about
-    if not mod["units"]:
-        raise UserError(f"{file} is a dense model", "give a MoD file")
-    if mod["n_vocab"] != ceiling["n_vocab"]:
-        raise UserError(f"{file} and {dense} have different vocabularies", "give the dense file of the same model")
-    if mod["description"] != ceiling["description"]:
-        say(f"note: {file} is {mod['description']}, {dense} is {ceiling['description']}: the ceiling is not its own")
-    if context > mod["n_ctx_train"]:
-        say(f"note: context {context} is beyond the {mod['n_ctx_train']} of training: for timing only")
+def _make_floor(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, folder: str) -> GGUFFile | None:
+    layers = block_floor(mod_file) if "floor" in options.variants else None
+    if not layers:
+        return None
+    target = Path(folder) / "floor.gguf"
+    prune(dense_file, target, layers)
+    return GGUFFile.open(target)
 
 
-def _measure(workers: dict[str, Worker], repeats: int, say: Callable) -> dict[str, list[dict]]:
-    """variant -> its runs; the variants take turns, in another order each time."""
-    results: dict[str, list[dict]] = {name: [] for name in workers}
-    for worker in workers.values():
-        worker.run(warm_up=True)
-    for repeat in range(repeats):
-        names = list(workers)
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            results[name].append(workers[name].run())
-        r = results["mod"][-1]
-        say(f"context {r['prefill']['tokens']}, repeat {repeat + 1} of {repeats}: MoD prefill "
-            f"{r['prefill']['ms']:.0f} ms, decode {r['decode']['ms']:.2f} ms/token")
-    return results
-
-
-def _rows(context: int, results: dict[str, list[dict]], common: dict, repeats: int, files: tuple) -> list[dict]:
-    rows = []
-    for phase in ("prefill", "decode"):
-        runs = {name: [r[phase]["ms"] for r in rs] for name, rs in results.items()}
-        ms = {f"ms_{name}": statistics.median(times) for name, times in runs.items()}
-        ms.setdefault("ms_floor", ms["ms_none_active"])
-        last = results["mod"][-1][phase]
-        a = last["activation"]
-        tokens = context if phase == "prefill" else 1
-        rows.append({
-            "context": context, "phase": phase, "activation": a, **ms, "efficiency": efficiency(ms, a),
-            "overhead_all_active": ms["ms_all_active"] / ms["ms_ceiling"],
-            "overhead_none_active": ms["ms_none_active"] / ms["ms_floor"],
-            "overhead_dense": ms["ms_dense_patched"] / ms["ms_ceiling"],
-            "tokens_per_s_ceiling": 1e3 * tokens / ms["ms_ceiling"], "tokens_per_s_mod": 1e3 * tokens / ms["ms_mod"],
-            "kv_bytes_dense": last["kv_dense"], "kv_bytes_committed": last["kv_committed"],
-            "kv_bytes_used": last["kv_used"],
-            "spread": {name: (max(t) - min(t)) / statistics.median(t) for name, t in runs.items()},
-            "rss_peak_bytes": {name: max(r["rss_peak"] for r in rs) for name, rs in results.items()},
-            "repeats": repeats, "threads": common["threads"], "ubatch": common["ubatch"],
-            "decode_tokens": common["decode"], "file": str(files[0]), "dense": str(files[1]), **_about(),
-        })
-    return rows
-
-
-def efficiency(ms: dict[str, float], activation: float) -> float | None:
-    """Time saved against time that could be saved at this activation; None where nothing can be saved.
-
-    (T_ceiling - T_mod) / ((1 - a) (T_ceiling - T_floor)); 1 means time proportional to work.
-    """
-    possible = (1 - activation) * (ms["ms_ceiling"] - ms["ms_floor"])
-    return (ms["ms_ceiling"] - ms["ms_mod"]) / possible if possible > 0 else None
-
-
-def _about() -> dict:
+def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, stock: Path) -> dict:
     """What the figures hold for."""
+    import shlex
+    import sys
+
+    import llama_cpp
+
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv[1:])}
+    patched = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib"
+    return {
+        "command": shlex.join(["mod-export", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu,
+        "cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "threads": options.threads or len(os.sched_getaffinity(0)), "llama_cpp": llama_cpp.__version__,
+        "build_patched": _build(Path(patched)), "build_stock": _build(stock), "rounds": options.rounds,
+        "files": {name: {"file": str(f.path), "bytes": f.path.stat().st_size} for name, f in
+                  (("mod", mod_file), ("dense", dense_file))},
+        "routed": routed(mod_file), "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",
+    }  # fmt: skip
 
 
-def report(rows: list[dict], markdown: bool = False) -> str:
-    """The rows as two tables: times and efficiency, memory."""
-    times = [[r["context"], r["phase"], round(r["activation"], 3),
-              *(round(r[f"ms_{v}"], 2) for v in ("ceiling", "dense_patched", "all_active", "mod", "none_active")),
-              round(r["ms_floor"], 2), _round(r["efficiency"]), round(r["tokens_per_s_ceiling"], 1),
-              round(r["tokens_per_s_mod"], 1)] for r in rows]
-    head = ["context", "phase", "activation", "dense, stock", "dense, patched", "all active", "MoD", "none active",
-            "floor", "efficiency", "dense tok/s", "MoD tok/s"]
-    memory = [[r["context"], r["phase"], *(round(r[f"kv_bytes_{k}"] / 1e6, 2) for k in ("dense", "used", "committed")),
-               round(r["kv_bytes_used"] / r["kv_bytes_dense"], 3),
-               *(round(r["rss_peak_bytes"][v] / 1e6) for v in ("ceiling", "mod"))] for r in rows]
-    memory_head = ["context", "phase", "KV dense MB", "KV used MB", "KV committed MB", "used/dense",
-                   "dense peak RSS MB", "MoD peak RSS MB"]
-    return "\n".join(["Time: ms per prompt (prefill), ms per token (decode); medians", "",
-                      format_table(head, times, markdown), "", "Memory", "",
-                      format_table(memory_head, memory, markdown)])
+def routed(mod_file: GGUFFile) -> dict[str, int]:
+    """kind -> number of layers with such a router."""
+    from mod_export import gguf_keys
+
+    return {kind: sum(p > 0 for p in unit.threshold) for kind, unit in gguf_keys.from_keys(mod_file).units.items()}
 
 
-def _round(x: float | None) -> float | None:
-    return None if x is None else round(x, 3)
+def _build(lib: Path) -> dict:
+    """Name and flags of a library's build; empty for one that mod-export did not build."""
+    import json
+
+    marker = lib / "build.json"
+    return json.loads(marker.read_text()) if marker.is_file() else {}

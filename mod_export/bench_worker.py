@@ -1,98 +1,204 @@
-"""One variant of a benchmark in a process of its own: a file, a library, a context length.
+"""One variant of a benchmark in a process of its own: a file, a library, a context.
 
-Reads a JSON setup line and then one line per run from stdin; answers each with a JSON line on stdout.
-Run by bench.py as `python -m mod_export.bench_worker`; the library is chosen by LLAMA_CPP_LIB_PATH.
+Reads a JSON setup line, then a JSON line per command, from stdin; answers each with a JSON line on stdout.
+Run by bench_process.py as `python -m mod_export.bench_worker`; the library is chosen by LLAMA_CPP_LIB_PATH.
 """
 
+import ctypes
+import dataclasses
 import json
 import os
 import sys
 import time
 
+import numpy as np
+
 from mod_export.errors import UserError
+
+IDLE = 0.003  # s; OpenMP's threads look for work some time after the last, and would disturb who has the next turn
 
 
 class Variant:
-    """A loaded model and the tokens of the text."""
+    """A model, a context for `batch` sequences of `context` tokens and a tail, and the tokens of each sequence."""
 
-    def __init__(self, file, text, context, decode, threads, ubatch, force):
+    def __init__(self, file: str, text: str, context: int, tail: int, batch: int = 1, ubatch: int = 512,
+                 chunk: int = 512, threads: int | None = None, flash_attn: bool = True, type_k: int = 1,
+                 type_v: int = 1, unified: bool = True, force: str = "none"):
         from mod_export.runtime import MoDLlama
 
-        n_ctx = -(-(context + decode) // 256) * 256
-        self.llm = MoDLlama(file, n_ctx=n_ctx, threads=threads, n_batch=max(2048, ubatch), n_ubatch=ubatch)
+        # llama_cpp.Llama knows one sequence only: this small context gives way to one for `batch` sequences
+        self.llm = MoDLlama(file, n_ctx=256, threads=threads, n_batch=256, n_ubatch=256, flash_attn=flash_attn,
+                            type_k=type_k, type_v=type_v)
+        self._new_context(n_ctx=batch * -(-(context + tail) // 256) * 256, n_batch=chunk, n_ubatch=ubatch,
+                          n_seq_max=batch, kv_unified=unified)
         if force != "none" and self.llm.units:  # a dense file by mistake is told of by bench.py
             self.llm.force = force
-        tokens = _tokens(self.llm, text)
-        if not tokens:
-            raise UserError("the text has no tokens", "give a longer --text")
-        tokens = (tokens * (-(-(context + decode) // len(tokens))))[: context + decode]
-        self.prompt, self.rest = tokens[:context], tokens[context:]
+        self.context = context
+        self.tokens = [prompt_tokens(self.llm, text, context + tail, seq, batch) for seq in range(batch)]
+        self.seen: dict[str, np.ndarray] = {}  # kind -> active and all tokens of the prompts so far
+
+    def _new_context(self, **params) -> None:
+        from llama_cpp import _internals
+
+        llm = self.llm
+        llm._ctx.close()
+        for name, value in params.items():
+            setattr(llm.context_params, name, value)
+        with llm._log() as log:
+            try:
+                llm._ctx = _internals.LlamaContext(model=llm._model, params=llm.context_params, verbose=False)
+            except ValueError as exc:
+                raise UserError(f"cannot create a context of {params['n_ctx']} tokens: {log[0] if log else exc}",
+                                "use a smaller context") from exc
 
     def describe(self) -> dict:
         llm = self.llm
-        return {"units": len(llm.units), "n_ctx_train": llm._model.n_ctx_train(), "n_vocab": llm.n_vocab(),
-                "description": llm._model.desc()}
+        return {"units": len(llm.units), "kinds": llm.kinds, "n_ctx_train": llm._model.n_ctx_train(),
+                "n_vocab": llm.n_vocab(), "description": llm._model.desc(), "vocab": has_vocab(llm),
+                "rss": _status("VmRSS")}
 
-    def run(self, warm_up: bool = False) -> dict:
-        """Prefill of the whole prompt, then the text's next tokens one at a time; times in ms."""
+    def clear(self, shift: float | None = None) -> dict:
+        """An empty context; the thresholds shifted from now on."""
         import llama_cpp
 
-        prompt = self.prompt[:64] if warm_up else self.prompt
-        rest = self.rest[:4] if warm_up else self.rest
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.llm.ctx), False)
-        self.llm.n_tokens = 0
-        prefill = self._phase([prompt[i : i + self.llm.n_batch] for i in range(0, len(prompt), self.llm.n_batch)])
-        decode = self._phase([[token] for token in rest])
-        times = sorted(decode["ms"])
-        return {"prefill": prefill | {"ms": sum(prefill["ms"])}, "decode": decode | {"ms": times[len(times) // 2]},
-                "rss_peak": _peak_rss()}
+        llama_cpp.llama_memory_clear(self.llm._ctx.memory, False)
+        self.llm.n_tokens, self.seen = 0, {}
+        if shift is not None and self.llm.units:
+            self.llm.shift = shift
+        return {}
 
-    def _phase(self, batches: list[list[int]]) -> dict:
+    def prefill(self, seq: int, start: int, n: int) -> dict:
+        """Some tokens of a sequence's prompt in one batch; with the last of them, the first new token is chosen."""
+        end = start + n
+        batch = [(seq, i, i == self.context - 1) for i in range(start, end)]
+        turn = self._turn([batch])
+        for kind, counts in turn["units"].items():
+            self.seen[kind] = self.seen.get(kind, 0) + np.array(counts)
+        if end == self.context:
+            began = time.perf_counter()
+            self._best_token()
+            turn["sample_ms"] = (time.perf_counter() - began) * 1e3
+        return turn | {"activation": self._activation(turn["units"], {})}
+
+    def decode(self, start: int, n: int) -> dict:
+        """`n` steps from position context + start, one token of every sequence in each; the first is not timed."""
+        at = self.context + start
+        steps = [[(seq, i, True) for seq in range(len(self.tokens))] for i in range(at, at + n)]
+        self._decode(steps[0])
+        turn = self._turn(steps[1:])
+        return turn | {"activation": self._activation(turn["units"], turn["units"])}
+
+    def rewind(self) -> dict:
+        """Takes back what has been decoded after the prompts."""
         import llama_cpp
 
-        llm, times = self.llm, []
-        llm.reset_stats()
-        for tokens in batches:
-            array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        for seq in range(len(self.tokens)):
+            if not llama_cpp.llama_memory_seq_rm(self.llm._ctx.memory, seq, self.context, -1):
+                raise UserError("the decoded tokens cannot be taken back", "decode fewer than kv_rollback tokens")
+        self.llm.n_tokens = self.context * len(self.tokens)
+        return {}
+
+    def state(self) -> dict:
+        """KV and resident memory in bytes."""
+        return {"kv": dataclasses.asdict(self.llm.kv()), "rss_peak": _status("VmHWM")}
+
+    def _turn(self, steps: list[list[tuple]]) -> dict:
+        """Decodes the batches. ms: of each; units: kind -> [active, seen]; perf: the runtime's counters."""
+        self.llm.reset_stats()
+        ms = [self._decode(step) for step in steps]
+        units = {kind: [active, seen] for kind, (seen, active) in self.llm.stats_by_kind().items()}
+        perf = self.llm.perf()
+        time.sleep(IDLE)
+        return {"ms": ms, "units": units, "perf": dataclasses.asdict(perf) if perf else {}}
+
+    def _decode(self, step: list[tuple[int, int, bool]]) -> float:
+        """One batch of (sequence, position, whether its logits are wanted); ms."""
+        import llama_cpp
+
+        batch = llama_cpp.llama_batch_init(len(step), 0, 1)
+        batch.n_tokens = len(step)
+        for i, (seq, pos, logits) in enumerate(step):
+            batch.token[i], batch.pos[i] = self.tokens[seq][pos], pos
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, seq, logits
+        with self.llm._log() as log:
             start = time.perf_counter()
-            code = llama_cpp.llama_decode(llm.ctx, llama_cpp.llama_batch_get_one(array, len(tokens)))
-            llama_cpp.llama_synchronize(llm.ctx)
-            times.append((time.perf_counter() - start) * 1e3)
-            if code:
-                raise UserError(f"llama_decode returned {code}")
-            llm.n_tokens += len(tokens)
-        kv = llm.kv()
-        return {"ms": times, "tokens": llm.n_tokens, "activation": llm.activation(), "kv_dense": kv.dense,
-                "kv_committed": kv.committed, "kv_used": kv.used}
+            code = llama_cpp.llama_decode(self.llm.ctx, batch)
+            llama_cpp.llama_synchronize(self.llm.ctx)
+            ms = (time.perf_counter() - start) * 1e3
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise UserError(f"llama_decode returned {code}{': ' + log[0] if log else ''}", "use a smaller context")
+        self.llm.n_tokens += len(step)
+        return ms
+
+    def _best_token(self) -> int:
+        import llama_cpp
+
+        logits = llama_cpp.llama_get_logits_ith(self.llm.ctx, -1)
+        return int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)),
+                                         (self.llm.n_vocab(),)).argmax())
+
+    def _activation(self, units: dict, after: dict) -> float:
+        """Share of units' work that these tokens meet, 1 for a dense file.
+
+        A `kv` unit's work is attention to what is remembered of the whole context, so for that kind the context's
+        tokens count: the prompts', and those of `after`. For the others, the tokens of `units`.
+        """
+        counts = dict(units)
+        if "kv" in counts:
+            counts["kv"] = self.seen.get("kv", 0) + np.array(after.get("kv", [0, 0]))
+        shares = {kind: active / seen for kind, (active, seen) in counts.items() if seen}
+        weights = {kind: sum(u.kind == kind for u in self.llm.units) for kind in shares}
+        return sum(shares[k] * weights[k] for k in shares) / sum(weights.values()) if shares else 1.0
 
 
-def _tokens(llm, text: str) -> list[int]:
-    """The text's tokens; its bytes where the file has no vocabulary."""
+def has_vocab(llm) -> bool:
+    """Whether the file holds a tokenizer; one without still has a number of tokens."""
     from llama_cpp import LLAMA_VOCAB_TYPE_NONE
 
-    if llm._model.vocab_type() == LLAMA_VOCAB_TYPE_NONE:
-        return [byte % llm.n_vocab() for byte in text.encode()]
-    return llm.tokenize(text.encode())
+    return llm._model.vocab_type() != LLAMA_VOCAB_TYPE_NONE
 
 
-def _peak_rss() -> int:
-    """Largest resident memory of this process in bytes, the mapped model file included."""
+def prompt_tokens(llm, text: str, n: int, seq: int = 0, batch: int = 1) -> list[int]:
+    """n tokens of sequence `seq` of `batch`: the text from another place for each, repeated where it is too short.
+
+    A file without a vocabulary gets uniformly random tokens, the same in each run.
+    """
+    if not has_vocab(llm):
+        return np.random.default_rng(seq).integers(0, llm.n_vocab(), n).tolist()
+    tokens = llm.tokenize(text.encode())
+    if not tokens:
+        raise UserError("the text has no tokens", "give a longer --text")
+    first = seq * len(tokens) // batch
+    return ((tokens[first:] + tokens[:first]) * -(-n // len(tokens)))[:n]
+
+
+def _status(name: str) -> int:
+    """A memory figure of this process in bytes. VmHWM: largest resident memory, the mapped model file included."""
     with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(f"{name}:"))
 
 
-def main() -> None:
+def serve(make) -> None:
+    """Reads the setup, then commands: {"do": name of a method, and its arguments}."""
     # llama.cpp and Python may print; the answers go to a copy of stdout that nothing else writes to
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def answer(x: dict) -> None:
+        print(json.dumps(x), file=out, flush=True)
+
     try:
-        variant = Variant(**json.loads(sys.stdin.readline()))
-        print(json.dumps(variant.describe()), file=out, flush=True)
+        worker = make(**json.loads(sys.stdin.readline()))
+        answer(worker.describe())
         for line in sys.stdin:
-            print(json.dumps(variant.run(**json.loads(line))), file=out, flush=True)
+            command = json.loads(line)
+            answer(getattr(worker, command.pop("do"))(**command))
     except UserError as exc:
-        print(json.dumps({"error": exc.message, "cure": exc.cure}), file=out, flush=True)
+        answer({"error": exc.message, "cure": exc.cure})
+    except Exception as exc:  # a bug: its one line is all that the user sees of this process
+        answer({"error": f"{type(exc).__name__}: {exc}", "cure": ""})
 
 
 if __name__ == "__main__":
-    main()
+    serve(Variant)

@@ -1,55 +1,80 @@
 """`mod-export bench`."""
 
+from collections.abc import Callable
+
 import click
 
 
-def _contexts(_ctx, _param, value: str) -> list[int]:
-    try:
-        numbers = [int(x) for x in value.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 16:
-        raise click.BadParameter(f"{value!r} is no list of numbers from 16 up, such as 512,2048")
-    return numbers
+def _list(kind: Callable, least: float | None = None, example: str = "") -> Callable:
+    """A callback that reads values with commas between them."""
+
+    def read(_ctx, _param, value: str | None):
+        if value is None:
+            return None
+        try:
+            values = tuple(kind(x.strip()) for x in value.split(","))
+        except ValueError:
+            values = ()
+        if not values or (least is not None and min(values) < least) or any(v != v or v in (1e999, -1e999)
+                                                                            for v in values if kind is float):
+            from_ = f" of numbers from {least} up" if least is not None else ""
+            raise click.BadParameter(f"{value!r} is no list{from_}, such as {example}")
+        return tuple(dict.fromkeys(values))
+
+    return read
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError
+    return value == "on"
 
 
 @click.command()
 @click.argument("file", type=click.Path())
 @click.option("--dense", required=True, type=click.Path(), help="The dense GGUF of the same model and quantisation.")
-@click.option("--contexts", default="512,2048,8192", show_default=True, callback=_contexts,
-              help="Prompt lengths in tokens, with commas.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each variant.")
-@click.option("--decode", type=click.IntRange(min=4), default=32, show_default=True,
-              help="Tokens decoded after each prompt.")
+@click.option("--contexts", callback=_list(int, 16, "512,2048"),
+              help="Prompt lengths in tokens, with commas. [default: of 512,2048,8192 those the model is trained for]")
+@click.option("--batch", "batches", default="1", show_default=True, callback=_list(int, 1, "1,2,4,8"),
+              help="Sequences decoded at once, with commas.")
+@click.option("--kv-types", default="f16", show_default=True, callback=_list(str, None, "f16,q8_0,q4_0"),
+              help="Types of K and V, with commas; `q8_0/f16`: of K and of V.")
+@click.option("--threshold-shift", "shifts", default="0", show_default=True, callback=_list(float, None, "-1,0,1"),
+              help="Shifts of all thresholds in logit space, with commas.")
+@click.option("--ubatch", "ubatches", default="512", show_default=True, callback=_list(int, 1, "64,512"),
+              help="Tokens per graph in prefill, with commas.")
+@click.option("--flash-attn", default="on", show_default=True, callback=_list(_switch, None, "on,off"),
+              help="on, off or on,off.")
+@click.option("--variants", callback=_list(str, None, "ceiling,mod,floor"), help="Only these.  [default: all]")
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True,
+              help="Turns of each variant, at least.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=10, show_default=True,
+              help="Time for each phase of a measurement, at least.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--ubatch", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens per graph.")
-@click.option("--text", type=click.Path(), help="Text of the prompt; default: the packaged one, repeated.")
-@click.option("--floor", type=click.Path(), help="A dense GGUF without the routed layers (block units only).")
-@click.option("--json", "json_file", type=click.Path(), help="Write the rows here too; `-` is stdout.")
+@click.option("--text", type=click.Path(), help="Text of the prompts; default: the packaged one, repeated.")
+@click.option("--json", "json_file", type=click.Path(), help="Write all figures here too; `-` is stdout.")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
-@click.option("--force", is_flag=True, help="Replace an existing --json file.")
-def command(file, dense, contexts, repeats, decode, threads, ubatch, text, floor, json_file, markdown, force):
-    """Measure speed and KV memory of the MoD FILE against the dense one, and at both ends."""
-    import json
-    import sys
-
-    from mod_export import bench, data
+@click.option("--force", is_flag=True, help="Replace existing outputs.")
+def command(file, dense, text, json_file, markdown, force, variants, **options):
+    """Measure speed and memory of the MoD FILE against the dense one, and at both ends."""
+    from mod_export import bench, bench_report, data
+    from mod_export.errors import UserError
     from mod_export.files import atomic_file
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
+    if unknown := set(variants or ()) - set(bench.VARIANTS):
+        raise UserError(f"unknown variant {sorted(unknown)[0]!r}", f"choose from {', '.join(bench.VARIANTS)}")
+    options = bench.Options(**options, variants=variants or bench.VARIANTS)
 
-    def run() -> list[dict]:
+    def run() -> dict:
         words = data.read_texts([text]) if text else None
-        rows = bench.bench(file, dense, contexts, repeats, decode, threads, ubatch, words, floor, say=say)
-        click.echo(bench.report(rows, markdown), err=json_file == "-")
-        return rows
+        result = bench.bench(file, dense, options, words, say=lambda line: click.echo(line, err=True))
+        click.echo(bench_report.tables(result, markdown), err=json_file == "-")
+        return result
 
     if json_file in (None, "-"):
-        rows = run()
+        result = run()
         if json_file:
-            json.dump(rows, sys.stdout, indent=1)
-            click.echo()
+            click.echo(bench_report.as_json(result))
         return
     with atomic_file(json_file, force) as tmp:  # asked for first: a long run must not end in a name that is taken
-        tmp.write_text(json.dumps(run(), indent=1) + "\n")
+        tmp.write_text(bench_report.as_json(run()) + "\n")

@@ -1,0 +1,51 @@
+"""One line that tells how far long work has come: in place on a terminal, else every now and then.
+
+    progress = Progress()
+    for i in progress.count("prefill 512", items): ...
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TextIO
+
+EVERY = 15.0  # s between lines where there is no terminal
+
+
+class Progress:
+    """Shows `label: 3 of 12, note, 0:40 left` on a stream, by default stderr."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.last = time.monotonic()
+
+    def count(self, label: str, items: Iterable, weights: list[float] | None = None) -> Iterator:
+        """Yields the items, telling how many are done. weights: how long each takes, in any unit."""
+        items = list(items)
+        weights = weights or [1.0] * len(items)
+        start, done = time.monotonic(), 0.0
+        try:
+            for i, (item, weight) in enumerate(zip(items, weights, strict=True)):
+                left = (time.monotonic() - start) / done * (sum(weights) - done) if done else None
+                self._show(f"{label}: {i + 1} of {len(items)}" + (f", {_clock(left)} left" if left is not None else ""))
+                yield item
+                done += weight
+        finally:
+            self.clear()
+
+    def _show(self, text: str) -> None:
+        if self.terminal:
+            print(f"\r{text}\033[K", end="", file=self.stream, flush=True)
+        elif time.monotonic() - self.last > EVERY:
+            self.last = time.monotonic()
+            print(text, file=self.stream, flush=True)
+
+    def clear(self) -> None:
+        """Wipes the terminal's line, so that other output can follow."""
+        if self.terminal:
+            print("\r\033[K", end="", file=self.stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
