@@ -69,14 +69,11 @@ class llama_mod_kv_stats(ctypes.Structure):
     ]
 
 
-# struct llama_mod_perf { uint64_t n_decode, n_tokens, n_graphs, n_graphs_reused; };
+# struct llama_mod_perf { uint64_t n_decode, n_tokens, n_graphs, ..., us_compute, us_read; };
 class llama_mod_perf(ctypes.Structure):
-    _fields_ = [
-        ("n_decode", ctypes.c_uint64),
-        ("n_tokens", ctypes.c_uint64),
-        ("n_graphs", ctypes.c_uint64),
-        ("n_graphs_reused", ctypes.c_uint64),
-    ]
+    _fields_ = [(name, ctypes.c_uint64) for name in (
+        "n_decode", "n_tokens", "n_graphs", "n_graphs_reused", "n_graphs_small", "n_graphs_resized",
+        "us_route", "us_slots", "us_build", "us_inputs", "us_compute", "us_read")]
 
 
 def _symbol(argtypes: list, restype: Any) -> Callable:

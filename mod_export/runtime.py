@@ -64,12 +64,26 @@ class KV:
 
 @dataclass(frozen=True)
 class Perf:
-    """Decodes, tokens, graphs computed, and how many of these were not built again."""
+    """Decodes, tokens and graphs, and where the time went.
+
+    graphs_reused: graphs that were not built again. decode_graphs: those of small batches, which are kept;
+    decode_resized: those of them built again because the range of KV cells outgrew them. us_*: microseconds spent on
+    forming the batches of active tokens, on KV cells, on building graphs, on their inputs, on running them, and on
+    reading scores back.
+    """
 
     decodes: int
     tokens: int
     graphs: int
     graphs_reused: int
+    decode_graphs: int
+    decode_resized: int
+    us_route: int
+    us_slots: int
+    us_build: int
+    us_inputs: int
+    us_compute: int
+    us_read: int
 
 
 class Stopped(Exception):
@@ -213,7 +227,7 @@ class MoDLlama(llama_cpp.Llama):
         raw = bindings.llama_mod_perf()
         if not self.units or not bindings.llama_mod_get_perf(self.ctx, ctypes.byref(raw)):
             return None
-        return Perf(raw.n_decode, raw.n_tokens, raw.n_graphs, raw.n_graphs_reused)
+        return Perf(*(getattr(raw, name) for name, _ in raw._fields_))
 
     def kv(self, layer: int = -1) -> KV:
         """KV memory of a layer, of all with -1; `dense`: what the tokens now in the context would use unrouted."""
