@@ -22,7 +22,8 @@ from mod_export.tables import format_table
 HELP = """\
 /reset        forget the conversation
 /stats        activation of each unit, KV memory, graphs
-/threshold X  shift all thresholds by X in logit space: above 0 fewer tokens are active, 0 is the file's own
+/threshold X  shift all thresholds by X in logit space from the next token on: above 0 fewer tokens are active,
+              0 is the file's own; `/threshold X all` reads the conversation again with it; without X: show it
 /help         this text
 /quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 COMMANDS = ("/reset", "/stats", "/threshold", "/help", "/quit")
@@ -150,22 +151,27 @@ class Chat:
         if not self.llm.units:
             return f"[{', '.join(parts)}, dense model, KV {_mb(kv.used)}]"
         if t.seen:
-            parts.append(f"activation {t.active / t.seen:.2f}")
+            shift = f" at shift {self.llm.shift:+.3g}" if self.llm.shift else ""
+            parts.append(f"activation {t.active / t.seen:.2f}{shift}")
         share = f" ({kv.used / kv.dense:.0%})" if kv.dense else ""
         parts.append(f"KV {_mb(kv.used)} of dense {_mb(kv.dense)}{share}")
         return f"[{', '.join(parts)}]"
 
     def set_shift(self, text: str) -> None:
-        """/threshold: shows the shift, or sets it and has the conversation read again with it."""
+        """/threshold: shows the shift, or sets it, for what is read from now on or ("X all") for everything."""
         llm = self.llm
         if not llm.units:
             raise UserError("a dense model has no thresholds")
-        if text:
+        value, _, what = text.partition(" ")
+        if value:
             try:
-                llm.shift = float(text)
+                shift = float(value)
             except ValueError:
-                raise UserError(f"{text!r} is not a number", "for example /threshold 0.5") from None
-            self.say("the next answer reads the conversation again with it")
+                raise UserError(f"{value!r} is not a number", "for example /threshold 0.5") from None
+            if what not in ("", "all"):
+                raise UserError(f"{what!r} is unknown", "/threshold X all has the conversation read again")
+            llm.set_shift(shift, reread=bool(what))
+            self.say("the next answer reads the conversation again with it" if what else "from the next token on")
         ps = llm.thresholds
         self.say(f"thresholds p {min(ps):.3g} to {max(ps):.3g}, shifted by {llm.shift:+.3g} in logit space "
                  f"(above 0: fewer tokens active)")

@@ -8,6 +8,7 @@ Everything of llama_cpp.Llama works as there. Dense files open too, on a stock l
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,14 +96,17 @@ class MoDLlama(llama_cpp.Llama):
 
     path: the file. n_ctx: context in tokens, 0 for the model's own. threads: for decode and prefill, default all
     cores. Flash attention is on by default: without it V is stored transposed, which touches every page of the
-    KV cache, so that no KV memory is saved. More arguments as in llama_cpp.Llama.
+    KV cache, so that no KV memory is saved. threshold_shift: see `shift`. More arguments as in llama_cpp.Llama.
 
-    Raises UserError for a file that is missing, no GGUF or refused by llama.cpp, telling the reason it logged.
+    Raises UserError for a file that is missing, no GGUF or refused by llama.cpp, telling the reason it logged, and
+    for a shift that is not finite, or not 0 for a dense model.
     """
 
     def __init__(self, path: str | os.PathLike, *, n_ctx: int = 4096, threads: int | None = None,
-                 flash_attn: bool = True, verbose: bool = False, **kwargs):
+                 flash_attn: bool = True, threshold_shift: float = 0.0, verbose: bool = False, **kwargs):
         _check_file(path)
+        if not math.isfinite(threshold_shift):
+            raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
         self.stop = False
         self._recording: list | None = None
         self._thresholds_changed = False
@@ -115,6 +119,12 @@ class MoDLlama(llama_cpp.Llama):
             except ValueError as exc:
                 raise _load_error(path, n_ctx, exc, log) from exc
         self.units = self._read_units()
+        if threshold_shift:
+            try:
+                self.set_shift(threshold_shift, reread=False)
+            except UserError:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Frees the context and the model."""
@@ -163,7 +173,13 @@ class MoDLlama(llama_cpp.Llama):
 
     @shift.setter
     def shift(self, value: float) -> None:
+        self.set_shift(value)
+
+    def set_shift(self, value: float, reread: bool = True) -> None:
+        """Sets the shift; without `reread` for the tokens from now on, what has been read before stays as it is."""
+        changed = self._thresholds_changed
         self._set("shift", f"shift {value}", value)
+        self._thresholds_changed = changed or reread
 
     @property
     def force(self) -> str:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,8 @@ class Terminal:
     """The chat at the other end of a pty."""
 
     def __init__(self, model, *options):
-        command = [sys.executable, "-m", "mod_export", "chat", str(model), *map(str, options)]
+        command = [sys.executable, "-m", "mod_export", "chat", str(model), "--threads", "1"]
+        command += map(str, options)
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
@@ -97,6 +98,19 @@ class Terminal:
 
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
+
+    def press_until(self, key: str, pattern: str) -> None:
+        """Presses a key until the pattern comes, as a person would.
+
+        A Ctrl-C between the prompt's last character and Python's wait for a line is heard at the next key only:
+        a gap of microseconds that a busy machine makes long.
+        """
+        for _ in range(20):
+            self.send(key)
+            with suppress(AssertionError):
+                self.expect(pattern, timeout=2)
+                return
+        raise AssertionError(f"no {pattern!r} in {self.text!r}")
 
     def close(self) -> int:
         """The exit code."""
@@ -137,8 +151,7 @@ def test_a_conversation_in_the_terminal(model):
         answer = t.expect(STATUS)
         assert int(re.search(r"\[(\d+) tokens", answer)[1]) < 300  # stopped
         t.expect("> ")
-        t.send("\x03")
-        t.expect(r"/quit or Ctrl-D")
+        t.press_until("\x03", r"/quit or Ctrl-D")
         t.expect("> ")
         t.send("/stats\n")
         t.expect(r"KV: \d+ of \d+ cells")
@@ -184,16 +197,40 @@ def test_history_is_remembered_reused_and_dropped_when_full(model):
         assert llm.kv().cells_used == 0
 
 
-@pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
-def test_the_threshold_reads_the_conversation_again(model):
+@pytest.fixture
+def talk(model):
+    """(a chat with one question answered, that turn's activation, what it says)"""
+    if not bindings.patched():
+        pytest.skip("needs the patched llama.cpp: run `mod-export build`")
     said = []
     chat = Chat(MoDLlama(model, n_ctx=512, threads=1), "", Sampling(temp=0, max_tokens=4), say=said.append)
     "".join(chat.ask("What is a lighthouse? Say it in a few words."))
-    first = chat.turn.active / chat.turn.seen
+    return chat, chat.turn.active / chat.turn.seen, said
+
+
+def test_the_threshold_acts_from_the_next_token_on(talk):
+    chat, first, said = talk
+    before, units = chat.llm.n_tokens, len(chat.llm.units)
     chat.set_shift("1.5")
     "".join(chat.ask("And a buoy?"))
-    assert chat.turn.seen > 27 * 60  # all of the conversation, not only the new question
+    read = chat.llm.n_tokens - before
+    assert chat.turn.seen <= (read + 8) * units  # the new question and answer, not the conversation
     assert chat.turn.active / chat.turn.seen < first - 0.1
-    for bad in ("nan", "much"):
+    assert "at shift +1.5" in chat.status() and "from the next token on" in said
+
+
+def test_the_threshold_for_all_reads_the_conversation_again(talk):
+    chat, first, said = talk
+    chat.set_shift("1.5 all")
+    "".join(chat.ask("And a buoy?"))
+    assert chat.turn.seen == chat.llm.n_tokens * len(chat.llm.units)
+    assert chat.turn.active / chat.turn.seen < first - 0.1
+    assert "the next answer reads the conversation again with it" in said
+
+
+def test_bad_thresholds(talk):
+    chat = talk[0]
+    for bad in ("nan", "much", "1 some"):
         with pytest.raises(UserError):
             chat.set_shift(bad)
+    assert chat.llm.shift == 0

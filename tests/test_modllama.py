@@ -82,7 +82,26 @@ def test_a_changed_threshold_holds_for_the_whole_next_prompt(mod):
 
 
 @patched
+def test_a_shift_from_the_start_and_one_from_now_on(mod):
+    """threshold_shift holds for all tokens; set_shift without reread for those from then on, as the numpy model does."""
+    tiny, path = mod
+    llm = MoDLlama(path, **EXACT, threshold_shift=0.8)
+    generate(llm, TOKENS[0], 1)
+    close(llm.scores[:N], tiny.forward(TOKENS[0], shift=0.8).logits)
+    llm = MoDLlama(path, **EXACT)
+    generate(llm, TOKENS[0][:100], 1)
+    llm.set_shift(0.8, reread=False)
+    llm.reset_stats()
+    generate(llm, TOKENS[0], 1)
+    assert {s.seen for s in llm.stats()} == {N - 100}
+    close(llm.scores[:N], tiny.forward(TOKENS[0], shift=np.repeat([0.0, 0.8], [100, N - 100])).logits)
+
+
+@patched
 def test_bad_values_are_refused(mod):
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="threshold shift"):
+            MoDLlama(mod[1], **EXACT, threshold_shift=bad)
     llm = MoDLlama(mod[1], **EXACT)
     for bad in (lambda: llm.set_threshold(0, 1.0), lambda: llm.set_threshold(99, 0.5),
                 lambda: setattr(llm, "shift", float("nan")), lambda: setattr(llm, "force", "sometimes"),
@@ -161,6 +180,8 @@ def test_a_dense_file(tmp_path, capfd):
     assert kv.reserved == 256 * 2 * 4 * 2 * 32 * 5
     with pytest.raises(UserError):
         llm.shift = 1.0
+    with pytest.raises(UserError):
+        MoDLlama(tmp_path / "dense.gguf", **EXACT, threshold_shift=1.0)
     assert capfd.readouterr() == ("", "")  # quiet
 
 

@@ -19,8 +19,9 @@ import click
               help="Penalty of tokens that occurred among the last 64; 1: none.")
 @click.option("--seed", type=click.IntRange(min=1), default=1, show_default=True, help="Seed of the sampling.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--threshold", type=float, help="Shift of all thresholds in logit space, as /threshold.")
-def command(file, prompt, ctx, threads, threshold, system, **sampling):
+@click.option("--threshold-shift", type=float, default=0.0, show_default=True,
+              help="Shift of all thresholds in logit space: above 0 fewer tokens are active; /threshold changes it.")
+def command(file, prompt, ctx, threads, threshold_shift, system, **sampling):
     """Talk to the model in the GGUF FILE; /help lists the commands.
 
     With --prompt the answer goes to stdout and nothing else. Piped input is one prompt too, unless one of its
@@ -30,10 +31,9 @@ def command(file, prompt, ctx, threads, threshold, system, **sampling):
     from mod_export import chat as c
     from mod_export.runtime import MoDLlama
 
-    llm = MoDLlama(file, n_ctx=ctx, threads=threads, n_batch=256)  # a batch is the longest wait after Ctrl-C
+    # a batch is the longest wait after Ctrl-C
+    llm = MoDLlama(file, n_ctx=ctx, threads=threads, n_batch=256, threshold_shift=threshold_shift)
     talk = c.Chat(llm, system, c.Sampling(**sampling), say=lambda line: click.echo(line, err=True))
-    if threshold is not None:
-        talk.set_shift(str(threshold))
     if prompt is None and sys.stdin.isatty():
         click.echo(c.welcome(llm), err=True)
         return c.repl(talk)

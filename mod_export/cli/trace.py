@@ -12,9 +12,9 @@ import click
               help="Tokens to generate after the text and to draw too.")
 @click.option("--ctx", type=click.IntRange(min=0), default=4096, show_default=True, help="Context in tokens.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--threshold", type=float, default=0.0, help="Shift of all thresholds in logit space.")
+@click.option("--threshold-shift", type=float, default=0.0, help="Shift of all thresholds in logit space.")
 @click.option("--force", is_flag=True, help="Replace an existing picture.")
-def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold, force):
+def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold_shift, force):
     """Draw which tokens run which units of the GGUF FILE."""
     from mod_export.errors import UserError
 
@@ -28,9 +28,7 @@ def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold
     from mod_export.runtime import MoDLlama
 
     trace.check_output(output, force)
-    llm = MoDLlama(file, n_ctx=ctx, threads=threads)
-    if threshold:
-        llm.shift = threshold
+    llm = MoDLlama(file, n_ctx=ctx, threads=threads, threshold_shift=threshold_shift)
     decisions = trace.read_decisions(llm, prompt, generate)
     trace.draw(decisions, output, force)
     click.echo(f"{output}: {len(decisions.texts)} tokens, {len(decisions.units)} units, "
