@@ -1,6 +1,6 @@
 """A MoD GGUF file of any llama shape with random weights, for measuring the speed of models that one has not.
 
-    shape = replace(PRESETS["8b"], layers=16)
+    shape = replace(preset_named("8b"), layers=16)
     synth("syn.gguf", shape, "q4_0", routing(shape, "attn+kv", "0.5"), dense="dense.gguf")
 
 What such a model says means nothing; how long it takes, and which share of the tokens runs each unit, is real. The
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -48,7 +48,7 @@ def synth(
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write `output`, and to `dense` the same model without routers; both whole or not at all.
+    """Write `output`, and to `dense` the same model without routers; each whole or not at all.
 
     quant: a type in ggml_quant.QUANTS. The weights depend on shape, quant and seed only.
     Raises UserError for an impossible shape, an output that exists (unless `force`), and too little disk space.
@@ -73,8 +73,6 @@ def synth(
         _write_weights(files, plan, weights, say)
         for array in added.values():
             _append(files[:1], [array.view(np.uint8)])
-        for file in files:
-            file.close()  # here, so that a full disk is noticed before the files take their names
 
 
 def _check_space(targets: list[Path], size: int) -> None:
@@ -141,10 +139,10 @@ def _write_weights(files: list[BinaryIO], plan: list[Weight], weights: Weights, 
         done += weight.nbytes
         if done * 10 // total > told:
             told = done * 10 // total
-            say(f"wrote {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+            say(f"wrote {done / 1e6:.0f} of {total / 1e6:.0f} MB")
 
 
-def _append(files: list[BinaryIO], pieces) -> None:
+def _append(files: list[BinaryIO], pieces: Iterable[np.ndarray]) -> None:
     """A tensor's bytes to each of the files, padded."""
     for piece in pieces:
         for file in files:

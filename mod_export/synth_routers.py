@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.convert import parse_layers, parse_units
+from mod_export.convert import FIRST_ROUTED, parse_layers, parse_units
 from mod_export.errors import UserError
 from mod_export.synth_shape import Shape
 from mod_export.synth_weights import Weights, rng_of, table_values
@@ -37,10 +37,13 @@ def routing(
     """
     kinds = parse_units(units)
     shares = parse_activation(activation, kinds)
+    text = f"{FIRST_ROUTED}-" if layers.strip() == "auto" else layers
     # an open end is the last layer
-    chosen = parse_layers(re.sub(r"-\s*(?=,|$)", f"-{shape.layers - 1}", layers))
-    if chosen is None or chosen[-1] >= shape.layers:
-        raise UserError(f"layers {layers!r} to route: there are layers 0 to {shape.layers - 1}", "write 2- or 3-5,8")
+    text = re.sub(r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), shape.layers - 1)}", text)
+    chosen = parse_layers(text)
+    if chosen[-1] >= shape.layers:
+        cure = f"the model has layers 0 to {shape.layers - 1}; give others to --layers-routed"
+        raise UserError(f"there is no layer {chosen[-1]} to route", cure)
     routed = [layer in chosen for layer in range(shape.layers)]
     units_of = {
         kind: UnitConfig(
@@ -73,12 +76,11 @@ def routers(config: MoDConfig, weights: Weights) -> dict[tuple[int, str], tuple[
     units = config.routed()
     directions = _directions(rng_of(weights.seed, "routers"), len(units), weights.reserved - 1)
     values = table_values(weights.table, weights.embedding_type)
-    ratios = np.concatenate([part[:, 1:] @ directions.T / part[:, :1] for part in values])  # [vocab, units]
     result = {}
-    for i, (layer, kind) in enumerate(units):
+    for (layer, kind), direction in zip(units, directions, strict=True):
         w = np.zeros(weights.shape.embd, np.float32)
-        w[0] = -_threshold(ratios[:, i], config.units[kind].activation[layer])
-        w[1 : weights.reserved] = directions[i]
+        w[0] = -_threshold(values[:, 1:] @ direction / values[:, 0], config.units[kind].activation[layer])
+        w[1 : weights.reserved] = direction
         result[layer, kind] = SPREAD * w, np.zeros(1, np.float32)
     return result
 

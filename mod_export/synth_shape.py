@@ -18,6 +18,7 @@ from mod_export.errors import UserError
 from mod_export.ggml_quant import block_size, row_bytes
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
+MAX_SIZE = 1 << 24
 MIN_RESERVED = 64
 # variance that all layers together add to a residual stream of variance 1
 ADDED_VARIANCE = 0.4
@@ -40,8 +41,8 @@ class Shape:
     def checked(self) -> Shape:
         """Return self, or raise UserError naming what is impossible about it."""
         for name in ("layers", "embd", "heads", "heads_kv", "ff", "vocab", "ctx"):
-            if not 1 <= getattr(self, name) < 1 << 31:
-                raise UserError(f"{name} is {getattr(self, name)}", "use a positive number of 31 bits")
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise UserError(f"{name} is {getattr(self, name)}", f"use a whole number from 1 to {MAX_SIZE}")
         if self.layers > MAX_LAYERS:
             raise UserError(f"{self.layers} layers are more than llama.cpp's {MAX_LAYERS}", "use fewer layers")
         if self.embd % self.heads or self.embd // self.heads % 2:
@@ -122,9 +123,10 @@ def check_type(shape: Shape, type: Type) -> None:
         if getattr(shape, name) % block_size(type):
             reason = f"{name} {getattr(shape, name)} is no multiple of {block_size(type)}, the block of {type.name}"
             raise UserError(reason, "choose another size, or a quantisation with smaller blocks such as q8_0 or q4_0")
-    least = 2 * reserved(embedding_types(shape, type)[0])
-    if shape.embd < least:
-        raise UserError(f"embd {shape.embd} is too small for {type.name}", f"use {least} or more")
+    taken = reserved(embedding_types(shape, type)[0])
+    if shape.embd < 2 * taken:
+        reason = f"embd {shape.embd} is too small, because the routers of a {type.name} model reserve {taken} of it"
+        raise UserError(reason, f"use {2 * taken} or more")
 
 
 def weights(shape: Shape, type: Type) -> Iterator[Weight]:

@@ -4,8 +4,9 @@ A matrix is rows drawn at random from a pool of quantised random rows, so that w
 every page of the file is memory of its own. All depends on shape, type and seed alone, and not on the routers: a MoD
 file and its dense twin have the same weights.
 
-    table = token_table(shape, type, seed)
-    for piece in content(weight, shape, table, pools): file.write(piece)
+    weights = Weights(shape, type_named("q4_0"), seed=0)
+    for weight in synth_shape.weights(shape, type):
+        for piece in weights.content(weight): file.write(piece)
 """
 
 from __future__ import annotations
@@ -46,10 +47,9 @@ def token_table(shape: Shape, type: Type, seed: int) -> np.ndarray:
     return table
 
 
-def table_values(table: np.ndarray, type: Type) -> Iterator[np.ndarray]:
-    """The table as the runtime sees it: pieces of float32 [up to 4096 tokens, reserved]."""
-    for at in range(0, len(table), ROWS):
-        yield dequantize(table[at : at + ROWS], type)
+def table_values(table: np.ndarray, type: Type) -> np.ndarray:
+    """The table as the runtime sees it: float32 [vocab, reserved]."""
+    return np.concatenate([dequantize(table[at : at + ROWS], type) for at in range(0, len(table), ROWS)])
 
 
 class Weights:
