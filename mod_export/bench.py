@@ -51,6 +51,10 @@ class Options:
     seconds: float = 10.0
     threads: int | None = None
 
+    def __post_init__(self):
+        if unknown := set(self.variants) - set(VARIANTS):
+            raise UserError(f"unknown variant {sorted(unknown)[0]!r}", f"choose from {', '.join(VARIANTS)}")
+
 
 def bench(file, dense, options: Options | None = None, text: str | None = None, stock: Path | None = None,
           say: Callable = print, progress: Progress | None = None) -> dict:

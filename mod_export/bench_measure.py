@@ -86,9 +86,9 @@ def measure(team: Team, names: list[str], step: Step, shift: float, rounds: int,
 
 
 def warm_up(team: Team, names: list[str], step: Step, shift: float) -> None:
-    """Brings weights and code into memory."""
+    """Brings weights, code and compute buffers into memory: one turn that does not count."""
     team.ask_all(names, do="clear", shift=shift)
-    team.ask_all(names, do="prefill", seq=0, start=0, n=min(step.context, 64))
+    team.ask_all(names, do="prefill", seq=0, start=0, n=min(step.context, step.chunk))
 
 
 def _prefill(team: Team, names: list[str], step: Step, shift: float, least: tuple, progress: Progress) -> dict:

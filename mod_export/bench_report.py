@@ -17,8 +17,11 @@ def tables(result: dict, markdown: bool = False) -> str:
         parts += [title, _times(mine, markdown), f"{phase.capitalize()}: ratios of turns, median [quartiles]",
                   _ratios(mine, markdown)]
     parts += ["Memory, MB", _memory(rows, markdown)]
-    parts += [x for x in (_perf(rows, markdown),) if x]
-    return "\n\n".join(parts + _notes(rows))
+    if any(row["perf"] for row in rows):
+        parts += ["Runtime by stage, microseconds per call of llama_decode", _perf(rows, markdown)]
+    if result.get("sweep"):
+        parts += ["Speed and quality over shifts of the thresholds", _sweep(result["sweep"], markdown)]
+    return "\n\n".join(parts + _notes(result))
 
 
 def _settings(rows: list[dict]) -> list[tuple[str, str]]:
@@ -56,9 +59,9 @@ def _times(rows: list[dict], markdown: bool) -> str:
 def _ratios(rows: list[dict], markdown: bool) -> str:
     settings = _settings(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row["ratios"]))
-    head = [h for _, h in settings] + ["activation", "work"] + [_ratio_name(k) for k in keys] + ["efficiency"]
+    head = [h for _, h in settings] + ["turns", "activation", "work"] + [_ratio_name(k) for k in keys] + ["efficiency"]
     body = [_setting_cells(row, settings)
-            + [_share(row.get("activation")), _share(row.get("work"))]
+            + [row["turns"] * row["repeats"], _share(row.get("activation")), _share(row.get("work"))]
             + [_spread(row["ratios"].get(key)) for key in keys] + [_spread(row["efficiency"])] for row in rows]
     return format_table(head, body, markdown)
 
@@ -81,26 +84,45 @@ def _memory(rows: list[dict], markdown: bool) -> str:
     return format_table(head, body, markdown)
 
 
-def _perf(rows: list[dict], markdown: bool) -> str | None:
-    """Graphs, and microseconds per decode by stage, of each variant of the MoD file."""
+def _perf(rows: list[dict], markdown: bool) -> str:
+    """Graphs, and microseconds per call of llama_decode by stage, of each variant of the MoD file."""
     settings = _settings(rows)
-    keys = list(dict.fromkeys(k for row in rows for perf in row["perf"].values() for k in perf if k != "decodes"))
-    if not keys:
-        return None
-    head = [h for _, h in settings] + ["phase", "variant"] + [f"{k} per decode" if k.startswith("us_") else k
-                                                               for k in keys]
-    body = [_setting_cells(row, settings) + [row["phase"], NAMES[name]]
-            + [_number(perf[k] / max(perf["decodes"], 1)) if k.startswith("us_") else perf.get(k) for k in keys]
-            for row in rows for name, perf in row["perf"].items()]
-    return "Stages\n\n" + format_table(head, body, markdown)
+    stages = dict.fromkeys(k for row in rows for perf in row["perf"].values() for k in perf if k.startswith("us_"))
+    head = [h for _, h in settings] + ["phase", "variant", "calls", "graphs/call", "resized", "reused of the rest"]
+    head += [f"{k.removeprefix('us_')}, us" for k in stages]
+    body = []
+    for row in rows:
+        for name, perf in row["perf"].items():
+            calls, rest = perf["decodes"], perf["graphs"] - perf["decode_resized"]
+            body.append([*_setting_cells(row, settings), row["phase"], NAMES[name], calls,
+                         f"{perf['graphs'] / calls:.1f}", perf["decode_resized"],
+                         f"{perf['graphs_reused'] / rest:.4f}" if rest else None,
+                         *(_number(perf[k] / calls) for k in stages)])
+    return format_table(head, body, markdown)
 
 
-def _notes(rows: list[dict]) -> list[str]:
-    notes = []
+def _sweep(rows: list[dict], markdown: bool) -> str:
+    settings = [(k, h) for k, h in _settings(rows) if k != "shift"]
+    head = [h for _, h in settings] + ["shift", "activation, held-out", "prefill", "decode", "KL", "same best token",
+                                       "KV used / dense", "prefill ms", "of ceiling", "decode ms", "of ceiling"]
+    body = [_setting_cells(row, settings) + [f"{row['shift']:.3f}"]
+            + [_share(row[f"activation_{k}"]) for k in ("held_out", "prefill", "decode")]
+            + [row["kl"] if row["kl"] is None else f"{row['kl']:.2e}", _share(row["top1_agreement"])]
+            + [_share(row["kv_share_decode"])]
+            + [x for k in ("prefill", "decode") for x in (
+                _number(row[f"ms_{k}_mod"]), _share(row[f"ratio_{k}"] and row[f"ratio_{k}"]["median"]))]
+            for row in rows]  # fmt: skip
+    return format_table(head, body, markdown)
+
+
+def _notes(result: dict) -> list[str]:
+    rows, notes = result["rows"], []
     if any(row["beyond_training"] for row in rows):
         notes.append("* beyond the context of training: for timing only.")
     if any(row["floor"] == "none_active" and "none_active" in row["ms"] for row in rows):
         notes.append("The floor of these units is the MoD file with none active: no dense file leaves out just them.")
+    if any(row["kl"] is None for row in result.get("sweep", ())):
+        notes.append("No KL: a file without a vocabulary has no text to be judged by.")
     return notes
 
 

@@ -4,6 +4,7 @@ Reads a JSON setup line, then a JSON line per command, from stdin; answers each 
 Run by bench_process.py as `python -m mod_export.bench_worker`; the library is chosen by LLAMA_CPP_LIB_PATH.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -63,8 +64,9 @@ class Variant:
 
         llama_cpp.llama_memory_clear(self.llm._ctx.memory, False)
         self.llm.n_tokens, self.seen = 0, {}
-        if shift is not None and self.llm.units:
+        if shift is not None and self.llm.units and shift != self.llm.shift:
             self.llm.shift = shift
+            _forget_peak()
         return {}
 
     def prefill(self, seq: int, start: int, n: int) -> dict:
@@ -177,6 +179,12 @@ def _status(name: str) -> int:
     """A memory figure of this process in bytes. VmHWM: largest resident memory, the mapped model file included."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(f"{name}:"))
+
+
+def _forget_peak() -> None:
+    """Lets VmHWM begin anew, from what is resident now."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
 
 
 def serve(make) -> None:

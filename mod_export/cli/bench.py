@@ -39,8 +39,8 @@ def _switch(value: str) -> bool:
               help="Sequences decoded at once, with commas.")
 @click.option("--kv-types", default="f16", show_default=True, callback=_list(str, None, "f16,q8_0,q4_0"),
               help="Types of K and V, with commas; `q8_0/f16`: of K and of V.")
-@click.option("--threshold-shift", "shifts", default="0", show_default=True, callback=_list(float, None, "-1,0,1"),
-              help="Shifts of all thresholds in logit space, with commas.")
+@click.option("--threshold-shift", "shifts", callback=_list(float, None, "-1,0,1"),
+              help="Shifts of all thresholds in logit space, with commas.  [default: 0]")
 @click.option("--ubatch", "ubatches", default="512", show_default=True, callback=_list(int, 1, "64,512"),
               help="Tokens per graph in prefill, with commas.")
 @click.option("--flash-attn", default="on", show_default=True, callback=_list(_switch, None, "on,off"),
@@ -52,29 +52,56 @@ def _switch(value: str) -> bool:
               help="Time for each phase of a measurement, at least.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
 @click.option("--text", type=click.Path(), help="Text of the prompts; default: the packaged one, repeated.")
+@click.option("--sweep-activation", "sweep", is_flag=True,
+              help="The speed/quality curve: shifts that give --activations, with KL to dense and time of each.")
+@click.option("--activations", callback=_list(float, 0, "1,0.5,0.1"),
+              help="Targets of --sweep-activation.  [default: 1 to 0.1; with --threshold-shift, these shifts]")
+@click.option("--plots", type=click.Path(), help="Directory for PNG plots.")
 @click.option("--json", "json_file", type=click.Path(), help="Write all figures here too; `-` is stdout.")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
-def command(file, dense, text, json_file, markdown, force, variants, **options):
+def command(file, dense, text, json_file, markdown, force, plots, sweep, activations, **options):
     """Measure speed and memory of the MoD FILE against the dense one, and at both ends."""
-    from mod_export import bench, bench_report, data
+    from mod_export import bench, bench_plots, bench_report, bench_sweep
     from mod_export.errors import UserError
     from mod_export.files import atomic_file
 
-    if unknown := set(variants or ()) - set(bench.VARIANTS):
-        raise UserError(f"unknown variant {sorted(unknown)[0]!r}", f"choose from {', '.join(bench.VARIANTS)}")
-    options = bench.Options(**options, variants=variants or bench.VARIANTS)
+    targets = activations or (None if options["shifts"] else bench_sweep.TARGETS)
+    if activations and (not sweep or options["shifts"]):
+        raise UserError("--activations are targets of a sweep", "use --sweep-activation, without --threshold-shift")
+    if plots:
+        bench_plots.check_folder(plots, force)
+    options = bench.Options(**{name: value for name, value in options.items() if value is not None})
 
     def run() -> dict:
-        words = data.read_texts([text]) if text else None
-        result = bench.bench(file, dense, options, words, say=lambda line: click.echo(line, err=True))
+        result = _measure(file, dense, options, text, targets if sweep else ())
         click.echo(bench_report.tables(result, markdown), err=json_file == "-")
         return result
+
+    def draw(result: dict) -> None:
+        for path in bench_plots.draw(result, plots, force) if plots else ():
+            click.echo(f"drew {path}", err=True)
 
     if json_file in (None, "-"):
         result = run()
         if json_file:
             click.echo(bench_report.as_json(result))
-        return
+        return draw(result)
     with atomic_file(json_file, force) as tmp:  # asked for first: a long run must not end in a name that is taken
-        tmp.write_text(bench_report.as_json(run()) + "\n")
+        result = run()
+        tmp.write_text(bench_report.as_json(result) + "\n")
+    draw(result)
+
+
+def _measure(file, dense, options, text, targets: tuple[float, ...] | None) -> dict:
+    """A sweep to these targets (None: over the options' shifts), or with () an ordinary benchmark."""
+    from mod_export import bench, bench_sweep, data
+
+    words = data.read_texts([text]) if text else None
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    if targets == ():
+        return bench.bench(file, dense, options, words, say=say)
+    return bench_sweep.sweep(file, dense, options, targets, words, say=say)
