@@ -24,7 +24,7 @@ from mod_export.bench_rows import make_rows
 from mod_export.errors import UserError
 from mod_export.gguf_file import GGUFFile
 from mod_export.progress import Progress
-from mod_export.prune import block_floor, prune
+from mod_export.prune import block_floor, prefill_work, prune
 
 VARIANTS = ("ceiling", "ceiling_split", "floor", "dense_patched", "mod", "all_active", "none_active")
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
@@ -75,8 +75,10 @@ def bench(file, dense, options: Options | None = None, text: str | None = None, 
     text = text or "\n\n".join(data.default_texts())
     about = describe(mod_file, dense_file, options, stock)
     with tempfile.TemporaryDirectory(prefix="mod-export-bench-") as folder:
-        paths = {"mod": mod_file, "dense": dense_file, "floor": _make_floor(mod_file, dense_file, options, folder)}
-        bencher = _Bench(paths, options, text, stock, say, progress or Progress())
+        floor = _make_floor(mod_file, dense_file, options, folder)
+        about["floor_prefill_work"] = prefill_work(floor) if floor else None
+        files = {"mod": mod_file, "dense": dense_file, "floor": floor}
+        bencher = _Bench(files, options, text, stock, say, progress or Progress())
         rows = [row for step in steps(options) for row in bencher.run(step, n_ctx_train)]
     return {"about": about, "rows": rows}
 

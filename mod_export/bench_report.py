@@ -60,9 +60,12 @@ def _ratios(rows: list[dict], markdown: bool) -> str:
     settings = _settings(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row["ratios"]))
     head = [h for _, h in settings] + ["turns", "activation", "work"] + [_ratio_name(k) for k in keys] + ["efficiency"]
+    both = any(row["floor"] == "floor" and row["efficiency_to_none_active"] for row in rows)
+    head += ["efficiency, to none active"] * both
     body = [_setting_cells(row, settings)
             + [row["turns"] * row["repeats"], _share(row.get("activation")), _share(row.get("work"))]
-            + [_spread(row["ratios"].get(key)) for key in keys] + [_spread(row["efficiency"])] for row in rows]
+            + [_spread(row["ratios"].get(key)) for key in keys] + [_spread(row["efficiency"])]
+            + [_spread(row["efficiency_to_none_active"])] * both for row in rows]
     return format_table(head, body, markdown)
 
 
@@ -121,6 +124,9 @@ def _notes(result: dict) -> list[str]:
         notes.append("* beyond the context of training: for timing only.")
     if any(row["floor"] == "none_active" and "none_active" in row["ms"] for row in rows):
         notes.append("The floor of these units is the MoD file with none active: no dense file leaves out just them.")
+    if work := result["about"].get("floor_prefill_work"):
+        notes.append(f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: llama.cpp leaves "
+                     "out the last layer's FFN for all but the last token. Routers read that layer's result.")
     if any(row["kl"] is None for row in result.get("sweep", ())):
         notes.append("No KL: a file without a vocabulary has no text to be judged by.")
     return notes

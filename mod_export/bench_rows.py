@@ -40,18 +40,19 @@ def _times(step: Step, phase: str, runs: dict[str, Run]) -> dict:
 
 def _ratios(sets: list[dict[str, Run]]) -> dict:
     """Each comparison within a group where both sides took turns."""
-    ratios, efficient = {}, None
+    ratios, efficient = {}, {"floor": None, "none_active": None}
     for runs in sets:
-        floor = "floor" if "floor" in runs else "none_active"
         for name, reference in REFERENCES.items():
             key = f"{name}/{reference}"
             if name in runs and reference in runs and key not in ratios:
                 ratios[key] = ratio(runs[name].ms, runs[reference].ms)
-        if efficient is None and {"ceiling", "mod", floor} <= set(runs):
-            mod = runs["mod"]
-            efficient = efficiency(runs["ceiling"].ms, mod.ms, runs[floor].ms, mod.activation)
-    names = {name for runs in sets for name in runs}
-    return {"ratios": ratios, "efficiency": efficient, "floor": "pruned" if "floor" in names else "none_active"}
+        for floor in efficient:
+            if {"ceiling", "mod", floor} <= set(runs):
+                mod = runs["mod"]
+                efficient[floor] = efficiency(runs["ceiling"].ms, mod.ms, runs[floor].ms, mod.activation)
+    floor = "floor" if any("floor" in runs for runs in sets) else "none_active"
+    return {"ratios": ratios, "floor": floor, "efficiency": efficient[floor],
+            "efficiency_to_none_active": efficient["none_active"]}
 
 
 def _mod(run: Run) -> dict:

@@ -32,6 +32,17 @@ def block_floor(mod: GGUFFile) -> set[int] | None:
     return blocks if blocks and all(layers <= blocks for layers in routed.values()) else None
 
 
+def prefill_work(floor: GGUFFile) -> float:
+    """Share of its layers' matrices that a dense file applies to a prompt's token whose logits nobody asks for.
+
+    llama.cpp leaves out the last layer's FFN there. A MoD model cannot, where that layer is not its last: routers
+    read what it gives.
+    """
+    sizes = {name: t.nbytes for name, t in floor.tensors.items() if name.startswith("blk.") and len(t.shape) > 1}
+    last = max(int(name.split(".")[1]) for name in sizes)
+    return 1 - sum(n for name, n in sizes.items() if name.startswith(f"blk.{last}.ffn_")) / sum(sizes.values())
+
+
 def prune(source: GGUFFile, target: str | Path, layers: Set[int], force: bool = False) -> None:
     """Writes `source` without `layers`. Raises UserError where the target is there, or a layer is not."""
     count = source.get(f"{source.architecture}.block_count", 0)

@@ -48,6 +48,7 @@ def test_rows(files):
     for row in rows:
         assert set(row["ms"]) == set(bench.VARIANTS) - {"ceiling_split"}
         assert set(row["ratios"]) == {"dense_patched/ceiling", "all_active/ceiling", "none_active/floor", "mod/ceiling"}
+        assert row["efficiency"] != row["efficiency_to_none_active"]
         assert 0 < row["activation"] < 1 and row["work"] == pytest.approx(row["activation"], abs=0.1)
         kv = row["kv_bytes"]["mod"]
         assert 0 < kv["used"] <= kv["committed"] and kv["used"] < kv["dense"]
@@ -58,6 +59,7 @@ def test_rows(files):
     assert [r["ttft_ms"]["mod"] > r["ms"]["mod"] for r in rows[::2]] == [True, True]
     assert rows[2]["ms"]["floor"] < rows[2]["ms"]["ceiling"]
     assert json.loads(bench_report.as_json(result)) == result
+    assert 0.5 < result["about"]["floor_prefill_work"] < 0.9  # the FFN is 3/4 of a layer, of two
     assert result["about"]["routed"] == {"block": 6} and result["about"]["files"]["dense"]["bytes"] > 1e6
 
 
@@ -75,7 +77,7 @@ def test_settings(folder):
         tokens = row["batch"] * (64 if row["phase"] == "prefill" else 128)
         assert row["kv_bytes"]["ceiling"]["used"] == tokens * 64 * 2 * 8 * size
         assert row["activation"] < 0.06 if row["shift"] else row["activation"] > 0.2
-    assert "stock, split KV" in bench_report.tables({"rows": rows})
+    assert "stock, split KV" in bench_report.tables({"about": {}, "rows": rows})
 
 
 @patched
@@ -88,7 +90,7 @@ def test_beyond_training(folder):
     assert [r["beyond_training"] for r in rows] == [False, False, True, True]
     assert any("beyond the 128 of training" in line for line in said)
     assert rows[2]["efficiency"] is None  # there is no floor
-    table = bench_report.tables({"rows": rows}, markdown=True)
+    table = bench_report.tables({"about": {}, "rows": rows}, markdown=True)
     assert " 256* |" in table and " 128 |" in table and "for timing only" in table
 
 
