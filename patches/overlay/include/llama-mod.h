@@ -61,6 +61,19 @@ extern "C" {
         uint64_t n_tokens;
         uint64_t n_graphs;        // graphs computed
         uint64_t n_graphs_reused; // of these, without being built again
+
+        // of these, graphs of small batches (decode), which are kept; and those of them that were built again after
+        // their first time, because the range of cells outgrew what they were built for
+        uint64_t n_graphs_small;
+        uint64_t n_graphs_resized;
+
+        // where the time went, in microseconds
+        uint64_t us_route;   // forming the batches of active tokens
+        uint64_t us_slots;   // finding, freeing and marking KV cells
+        uint64_t us_build;   // building and allocating graphs
+        uint64_t us_inputs;  // masks, positions, indices
+        uint64_t us_compute; // running graphs
+        uint64_t us_read;    // reading scores back
     };
 
     // the model's units

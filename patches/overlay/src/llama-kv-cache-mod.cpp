@@ -11,12 +11,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
 #include <stdexcept>
 
 static constexpr llama_pos POS_MAX = std::numeric_limits<llama_pos>::max();
 
 // memory is given back to the system when more than this many tokens are removed at once
-static constexpr llama_pos MOD_N_TRIM = 64;
+static constexpr uint32_t MOD_N_TRIM = 64;
 
 //
 // llama_kv_cache_mod
@@ -32,21 +33,47 @@ llama_kv_cache_mod::llama_kv_cache_mod(
                  uint32_t   n_seq_max) :
     mod(*model.mod), hparams(model.hparams), n_seq_max(n_seq_max) {
 
-    const auto make = [&](const layer_filter_cb & filter) {
-        return std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, v_trans, offload, /*unified =*/ true,
-                kv_size, n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr);
+    const auto make = [=, &model](llama_mod_kv_mode mode, const llama_kv_cache::layer_filter_cb & filter) {
+        return std::make_unique<llama_mod_rows>(mode, kv_size, [=, &model](uint32_t n_rows) {
+            return std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, v_trans, offload, /*unified =*/ true,
+                    n_rows, n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr,
+                    filter, nullptr, nullptr);
+        });
     };
 
+    auto [mode, reason] = llama_mod_rows::choose_mode(model, v_trans, offload);
+    try {
+        init_caches(kv_size, mode, make);
+    } catch (const std::exception &) {
+        if (mode != LLAMA_MOD_KV_LAZY) {
+            throw;
+        }
+        mode   = LLAMA_MOD_KV_GROW;
+        reason = "no address space for the whole context";
+        init_caches(kv_size, mode, make);
+    }
+
+    LLAMA_LOG_INFO("%s: K/V memory: %s (%s)\n", __func__, llama_mod_rows::mode_name(mode), reason);
+}
+
+void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make) {
     const int32_t n_layer = hparams.n_layer();
 
-    base = make([&](int32_t il) { return il < n_layer && !mod.has_cells(il); });
+    base_rows = make(mode, [this, n_layer](int32_t il) { return il < n_layer && !mod.has_cells(il); });
+    base      = base_rows->kv.get();
 
+    own.clear();
     map_own.assign(n_layer, -1);
     for (int32_t il = 0; il < n_layer; ++il) {
         if (mod.has_cells(il)) {
             map_own[il] = own.size();
-            own.push_back({ il, mod.find(il, LLAMA_MOD_KIND_KV) >= 0, make([il](int32_t i) { return i == il; }),
-                    std::vector<uint8_t>(kv_size, 0), 0 });
+
+            auto & c = own.emplace_back();
+            c.il      = il;
+            c.drops   = mod.find(il, LLAMA_MOD_KIND_KV) >= 0;
+            c.rows    = make(mode, [il](int32_t i) { return i == il; });
+            c.kv      = c.rows->kv.get();
+            c.dropped.resize(kv_size);
         }
     }
 }
@@ -63,7 +90,7 @@ const llama_kv_cache_mod::own_cache * llama_kv_cache_mod::find(int32_t il) const
 
 llama_kv_cache * llama_kv_cache_mod::get_own(int32_t il) const {
     const auto * c = find(il);
-    return c ? c->kv.get() : nullptr;
+    return c ? c->kv : nullptr;
 }
 
 llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -87,6 +114,13 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
         seqs[s].freed_before = seqs[s].freed;
     }
 
+    // the base takes the first free cells
+    const auto & cells = base->get_cells(0);
+    if (!base_rows->reserve(std::max(cells.used_max_p1(), cells.get_used() + balloc.get_n_tokens()))) {
+        LLAMA_LOG_WARN("%s: out of memory for the K/V of %u tokens\n", __func__, balloc.get_n_tokens());
+        return fail();
+    }
+
     auto ctx = base->init_batch(balloc, n_ubatch, embd_all);
     if (!ctx || llama_memory_status_is_fail(ctx->get_status())) {
         return fail();
@@ -107,7 +141,15 @@ bool llama_kv_cache_mod::get_can_shift() const {
     return base->get_can_shift();
 }
 
+void llama_kv_cache_mod::touch_masks() {
+    base_mask.touch_all();
+    for (auto & c : own) {
+        c.mask.touch_all();
+    }
+}
+
 void llama_kv_cache_mod::clear(bool data) {
+    touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.clear(data); });
 
     for (auto & c : own) {
@@ -116,17 +158,23 @@ void llama_kv_cache_mod::clear(bool data) {
     }
     seqs.fill({});
 
-    if (!data) {
-        trim();
-    }
+    trim();
+}
+
+llama_pos llama_kv_cache_mod::last_before(llama_seq_id seq_id, llama_pos p0) const {
+    const auto & sp = base->get_cells(seq_id).seq_pos_get(seq_id);
+    const auto   it = sp.lower_bound({ p0, 0 });
+    return it == sp.begin() ? -1 : std::prev(it)->first;
 }
 
 bool llama_kv_cache_mod::can_end_at(llama_seq_id seq_id, llama_pos p0) const {
-    // the next query, at p0, sees dropped keys at p0 - kv_window + 1 and later
-    return seqs[seq_id].freed < 0 || seqs[seq_id].freed <= p0 - (llama_pos) mod.kv_window;
+    // there may be a gap before p0. the next query sees dropped keys at p - kv_window + 1 and later
+    const llama_pos p = last_before(seq_id, p0) + 1;
+    return seqs[seq_id].freed < 0 || seqs[seq_id].freed <= p - (llama_pos) mod.kv_window;
 }
 
 void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    base_mask.touch_all();
     base->seq_rm(seq_id, p0, p1);
     for (auto & c : own) {
         free_cells(c, seq_id, p0, p1, false);
@@ -157,7 +205,8 @@ bool llama_kv_cache_mod::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         }
     }
 
-    llama_pos n_tail = 0;
+    const uint32_t n_used = base->get_cells(0).get_used();
+
     for (llama_seq_id s = s0; s < s1; ++s) {
         const llama_pos p_max = base->seq_pos_max(s);
         if (p_max < p0) {
@@ -168,14 +217,13 @@ bool llama_kv_cache_mod::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         }
         seq_rm_one(s, p0, p1);
         if (p_max < p1) {
-            n_tail = std::max(n_tail, p_max + 1 - p0);
             // can_end_at() held
             seqs[s].broken = false;
         }
     }
 
     // not for the token or two that a sampler takes back
-    if (n_tail > MOD_N_TRIM) {
+    if (n_used - base->get_cells(0).get_used() > MOD_N_TRIM) {
         trim();
     }
 
@@ -186,6 +234,8 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     if (seq_id_src == seq_id_dst) {
         return;
     }
+
+    touch_masks();
 
     const auto & src = seqs[seq_id_src];
     auto       & dst = seqs[seq_id_dst];
@@ -212,6 +262,7 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 }
 
 void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
+    touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.seq_keep(seq_id); });
 
     for (auto & c : own) {
@@ -226,6 +277,35 @@ void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
     trim();
 }
 
+std::vector<std::set<uint32_t>> llama_kv_cache_mod::shared_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    std::vector<std::set<uint32_t>> res(own.size());
+
+    const auto & cells = base->get_cells(0);
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (s == seq_id) {
+            continue;
+        }
+        std::set<llama_pos> pos; // of the tokens that both have
+        const auto & sp = cells.seq_pos_get(s);
+        for (auto p = sp.lower_bound({ p0, 0 }); p != sp.end() && p->first < p1; ++p) {
+            if (cells.seq_has(p->second, seq_id)) {
+                pos.insert(p->first);
+            }
+        }
+        for (size_t i = 0; i < own.size() && !pos.empty(); ++i) {
+            const auto & cells_own = own[i].kv->get_cells(0);
+            for (const auto & [p, idx] : cells_own.seq_pos_get(s)) {
+                if (pos.count(p) > 0 && !cells_own.seq_has(idx, seq_id)) {
+                    res[i].insert(idx);
+                }
+            }
+        }
+    }
+
+    return res;
+}
+
 void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
     GGML_ASSERT(seq_id >= 0 && seq_id < (llama_seq_id) seqs.size());
 
@@ -235,12 +315,19 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
         return;
     }
 
-    // the last position before the range that the sequence has: what was removed between them is gone for good
-    const auto & sp = base->get_cells(seq_id).seq_pos_get(seq_id);
-    const auto   it = sp.lower_bound({ p0, 0 });
-    const llama_pos below = it == sp.begin() ? -1 : std::prev(it)->first;
+    // what was removed between it and the range is gone for good
+    const llama_pos below = last_before(seq_id, p0);
+
+    const auto moved = shared_cells(seq_id, p0, p1);
 
     for_each([&](llama_kv_cache & kv) { kv.seq_add(seq_id, p0, p1, shift); });
+
+    for (size_t i = 0; i < own.size(); ++i) {
+        for (const uint32_t idx : moved[i]) {
+            own[i].kv->v_cells[0].pos_add(idx, shift);
+        }
+    }
+    touch_masks();
 
     for (auto & c : own) {
         c.head = 0;
@@ -259,6 +346,7 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 }
 
 void llama_kv_cache_mod::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.seq_div(seq_id, p0, p1, d); });
 
     // what was freed stays the upper bound that it was; cells may be shared
@@ -285,78 +373,181 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mod::memory_breakdow
     return res;
 }
 
-llama_kv_cache::slot_info llama_kv_cache_mod::place(int32_t il, const llama_ubatch & ubatch) {
+llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id) const {
+    return base->seq_pos_max(seq_id) + 2 - (llama_pos) (mod.kv_window + rollback);
+}
+
+bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i) const {
+    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+        if (ubatch.pos[i] >= reach(ubatch.seq_id[i][s])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+llama_kv_cache::slot_info llama_kv_cache_mod::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
     auto & c = *find(il);
 
-    // always the first free cells: the range in use stays compact, and with it the time of attention
-    c.kv->v_heads[0] = c.head;
+    const auto & cells = c.kv->get_cells(0);
 
-    auto sinfo = c.kv->find_slot(ubatch, false);
-    if (!sinfo.empty()) {
-        for (const uint32_t idx : sinfo.idxs[0]) {
-            c.dropped[idx] = 0;
+    // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing
+    std::array<std::vector<uint32_t>, 3> groups;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const bool drop = !dropped.empty() && dropped[i];
+        groups[!drop ? 0 : is_passing(ubatch, i) ? 2 : 1].push_back(i);
+    }
+
+    llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
+    auto & idxs = sinfo.idxs[0];
+
+    // the first free cells: the range in use stays compact, and with it the time of attention
+    uint32_t head = c.head;
+    uint32_t next = c.head;
+    for (const auto & group : groups) {
+        if (&group == &groups[2]) {
+            // behind all others, if there is room
+            head = next;
+            const uint32_t n_used = std::max(next, cells.used_max_p1());
+            next = n_used + group.size() <= cells.size() ? n_used : next;
         }
-        c.head = sinfo.idxs[0].back() + 1;
+        for (const uint32_t i : group) {
+            while (next < cells.size() && !cells.is_empty(next)) {
+                ++next;
+            }
+            if (next == cells.size()) {
+                return {};
+            }
+            idxs[i] = next++;
+        }
+    }
+
+    if (!c.rows->reserve(std::max(next, cells.used_max_p1()))) {
+        LLAMA_LOG_WARN("%s: layer %d: out of memory for the K/V of %u tokens\n", __func__, il, ubatch.n_tokens);
+        return {};
+    }
+
+    c.head = head;
+    c.passing.clear();
+    for (const uint32_t i : groups[2]) {
+        c.passing.push_back(idxs[i]);
+    }
+    for (const uint32_t idx : idxs) {
+        c.dropped[idx] = 0;
+        c.mask.touch(idx);
     }
 
     return sinfo;
 }
 
-void llama_kv_cache_mod::set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
-    auto & c = *find(il);
-
-    GGML_ASSERT(sinfo.idxs[0].size() == dropped.size());
-    for (size_t i = 0; i < dropped.size(); ++i) {
-        c.dropped[sinfo.idxs[0][i]] = dropped[i];
-    }
-}
-
-template <typename T>
-static void mask_hide(ggml_tensor * mask, uint32_t i, T value, llama_pos p_end, const std::vector<std::pair<llama_pos, uint32_t>> & cells) {
-    T * row = (T *) ((char *) mask->data + i*mask->nb[1]);
-    for (const auto & [pos, idx] : cells) {
-        if (pos > p_end) {
-            break;
-        }
-        if (idx < mask->ne[0]) {
-            row[idx] = value;
-        }
-    }
-}
-
-void llama_kv_cache_mod::hide_dropped(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t il) const {
-    const auto * c = find(il);
-    if (!c || !c->drops) {
+void llama_kv_cache_mod::settle(int32_t il) {
+    auto * c = find(il);
+    if (!c || c->passing.empty()) {
         return;
     }
 
-    GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
-
-    const auto & cells = c->kv->get_cells(0);
-
-    // dropped cells by position, once for each sequence
-    std::map<llama_seq_id, std::vector<std::pair<llama_pos, uint32_t>>> dropped;
-
-    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-        const llama_seq_id s = ubatch->seq_id[i][0];
-
-        const auto [it, is_new] = dropped.try_emplace(s);
-        if (is_new) {
-            const auto & sp = cells.seq_pos_get(s);
-            for (auto p = sp.lower_bound({ seqs[s].expired + 1, 0 }); p != sp.end(); ++p) {
-                if (c->dropped[p->second]) {
-                    it->second.push_back(*p);
-                }
+    auto & cells = c->kv->v_cells[0];
+    for (const uint32_t idx : c->passing) {
+        for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+            if (cells.seq_has(idx, s)) {
+                seqs[s].freed = std::max(seqs[s].freed, cells.pos_get(idx));
             }
         }
-
-        const llama_pos p_end = ubatch->pos[i] - (llama_pos) mod.kv_window;
-        if (mask->type == GGML_TYPE_F16) {
-            mask_hide<ggml_fp16_t>(mask, i, ggml_fp32_to_fp16(-INFINITY), p_end, it->second);
-        } else {
-            mask_hide<float>(mask, i, -INFINITY, p_end, it->second);
-        }
+        cells.rm(idx);
+        c->dropped[idx] = 0;
+        c->head = std::min(c->head, idx);
+        c->mask.touch(idx);
     }
+    c->passing.clear();
+
+    // at once, so that no two layers hold such memory at a time
+    c->rows->trim_tail();
+}
+
+void llama_kv_cache_mod::set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
+    auto & c = *find(il);
+
+    GGML_ASSERT(sinfo.idxs[0].size() >= dropped.size());
+    for (size_t i = 0; i < dropped.size(); ++i) {
+        c.dropped[sinfo.idxs[0][i]] = dropped[i];
+        c.mask.touch(sinfo.idxs[0][i]);
+    }
+}
+
+void llama_kv_cache_mod::take_back(int32_t il, const llama_kv_cache::slot_info & sinfo, uint32_t i) {
+    auto & c = *find(il);
+
+    for (; i < sinfo.idxs[0].size(); ++i) {
+        const uint32_t idx = sinfo.idxs[0][i];
+
+        c.kv->v_cells[0].rm(idx);
+        c.head = std::min(c.head, idx);
+        c.mask.touch(idx);
+    }
+}
+
+int32_t llama_kv_cache_mod::reserve(int32_t il) {
+    auto & c = *find(il);
+
+    const auto & cells = c.kv->get_cells(0);
+    while (c.head < cells.size() && !cells.is_empty(c.head)) {
+        ++c.head;
+    }
+    const bool ok = c.head < cells.size() && c.rows->reserve(std::max(c.head + 1, cells.used_max_p1()));
+
+    return ok ? (int32_t) c.head : -1;
+}
+
+void llama_kv_cache_mod::occupy(int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped) {
+    auto & c = *find(il);
+
+    auto & cells = c.kv->v_cells[0];
+
+    cells.pos_set(cell, ubatch.pos[0]);
+    if (ubatch.token) {
+        llama_kv_cell_ext ext;
+        ext.tok = ubatch.token[0];
+        cells.ext_set(cell, ext);
+    }
+    for (int32_t s = 0; s < ubatch.n_seq_id[0]; ++s) {
+        cells.seq_add(cell, ubatch.seq_id[0][s]);
+    }
+
+    c.dropped[cell] = dropped;
+    c.head = cell + 1;
+    c.mask.touch(cell);
+}
+
+const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t cell) {
+    auto & c = *find(il);
+
+    if (!c.one) {
+        c.one = std::make_unique<llama_kv_cache_context>(c.kv);
+    }
+    // as llama_kv_cache::get_n_kv(), with the reserved cell
+    const uint32_t n_pad = std::max(c.kv->n_pad, 256u);
+    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(get_n_used(il, cell), n_pad));
+
+    return c.one.get();
+}
+
+void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell) {
+    static const std::vector<uint8_t> none;
+
+    if (auto * c = find(il)) {
+        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, mod.kv_window);
+        if (cell >= 0) {
+            // 0 in either type
+            memset((char *) mask->data + cell*ggml_element_size(mask), 0, ggml_element_size(mask));
+        }
+    } else {
+        base_mask.fill(mask, ubatch, base->get_cells(0), none, 0);
+    }
+}
+
+uint32_t llama_kv_cache_mod::get_n_used(int32_t il, int32_t cell) const {
+    const auto * c = find(il);
+    return std::max((c ? *c->kv : *base).get_cells(0).used_max_p1(), uint32_t(cell + 1));
 }
 
 llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped) {
@@ -379,6 +570,7 @@ llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, lla
             c.dropped[idx] = 0;
             c.head = std::min(c.head, idx);
         }
+        c.mask.touch(idx);
     }
 
     return last;
@@ -387,6 +579,11 @@ llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, lla
 void llama_kv_cache_mod::expire(bool all) {
     if (mod.kv_window == 0) {
         return;
+    }
+
+    std::vector<uint32_t> n_used;
+    for (const auto & c : own) {
+        n_used.push_back(c.kv->get_cells(0).get_used());
     }
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
@@ -398,7 +595,7 @@ void llama_kv_cache_mod::expire(bool all) {
         }
 
         const llama_pos p0 = all ? info.expired + 1 : info.before + 1;
-        const llama_pos p1 = p_max + 2 - (llama_pos) (mod.kv_window + rollback);
+        const llama_pos p1 = reach(s);
         if (p0 >= p1) {
             continue;
         }
@@ -412,6 +609,12 @@ void llama_kv_cache_mod::expire(bool all) {
             info.expired = std::max(info.expired, p1 - 1);
         }
     }
+
+    for (size_t i = 0; i < own.size(); ++i) {
+        if (n_used[i] > own[i].kv->get_cells(0).get_used() + MOD_N_TRIM) {
+            own[i].rows->trim();
+        }
+    }
 }
 
 void llama_kv_cache_mod::undo() {
@@ -423,6 +626,11 @@ void llama_kv_cache_mod::undo() {
             seqs[s].freed = info.freed_before;
         }
     }
+
+    for (auto & c : own) {
+        c.passing.clear();
+    }
+    trim();
 }
 
 void llama_kv_cache_mod::set_rollback(uint32_t n) {
@@ -438,49 +646,49 @@ uint32_t llama_kv_cache_mod::get_rollback() const {
 //
 
 void llama_kv_cache_mod::trim() {
-    for_each([](llama_kv_cache & kv) {
-        const size_t n_used = kv.v_cells[0].used_max_p1();
-        for (auto & l : kv.layers) {
-            for (auto * t : { l.k, l.v }) {
-                if (!t || (t == l.v && kv.v_trans && n_used > 0)) {
-                    continue; // a transposed row of V holds one number of every cell
-                }
-                const size_t offs = t == l.v && kv.v_trans ? 0 : n_used*t->nb[1];
-                llama_mod_kv_decommit(t->buffer, (char *) t->data + offs, ggml_nbytes(t) - offs);
-            }
-        }
-    });
+    base_rows->trim();
+    base_rows->shrink();
+    for (auto & c : own) {
+        c.rows->trim();
+        c.rows->shrink();
+    }
 }
 
-void llama_kv_cache_mod::kv_stats_add(const llama_kv_cache & kv, int32_t il, llama_mod_kv_stats & stats) const {
-    const auto & cells = kv.v_cells[0];
-
-    for (const auto & l : kv.layers) {
-        if (il >= 0 && (int32_t) l.il != il) {
-            continue;
-        }
-
-        size_t per_cell = 0;
-        for (const auto * t : { l.k, l.v }) {
-            if (t) {
-                per_cell              += ggml_nbytes(t)/cells.size();
-                stats.bytes_committed += llama_mod_kv_committed(t->buffer, t->data, ggml_nbytes(t));
-            }
-        }
-
-        stats.n_cells        += cells.size();
-        stats.n_used         += cells.get_used();
-        stats.bytes_per_cell += per_cell;
-        stats.bytes_reserved += per_cell*cells.size();
-        stats.bytes_used     += per_cell*cells.get_used();
+void llama_kv_cache_mod::compact(llama_context * lctx) {
+    bool sparse = base_rows->is_sparse();
+    for (const auto & c : own) {
+        sparse = sparse || c.rows->is_sparse();
     }
+    if (!sparse) {
+        return;
+    }
+
+    llama_synchronize(lctx);
+
+    base_rows->compact();
+    for (auto & c : own) {
+        for (const auto & [src, dst] : c.rows->compact()) {
+            std::swap(c.dropped[src], c.dropped[dst]);
+        }
+        c.head = 0;
+    }
+    n_compact++;
+    touch_masks();
+}
+
+uint64_t llama_kv_cache_mod::get_generation() const {
+    uint64_t res = n_compact + base_rows->get_n_grown();
+    for (const auto & c : own) {
+        res += c.rows->get_n_grown();
+    }
+    return res;
 }
 
 void llama_kv_cache_mod::kv_stats(int32_t il, llama_mod_kv_stats & stats) const {
     stats = {};
-    kv_stats_add(*base, il, stats);
+    base_rows->add_stats(il, stats);
     for (const auto & c : own) {
-        kv_stats_add(*c.kv, il, stats);
+        c.rows->add_stats(il, stats);
     }
 }
 
@@ -557,6 +765,8 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 }
 
 void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    touch_masks();
+
     try {
         // upstream leaves the cells alone where the state holds none for the sequence
         base->state_clear(seq_id);
@@ -584,6 +794,8 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
                 }
             }
         }
+
+        trim();
     } catch (...) {
         // never leave a state of which some layers are missing
         if (seq_id == -1) {
@@ -609,19 +821,26 @@ llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_memory_status statu
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv) :
     status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), base(kv->base->init_full()), own(kv->own.size()) {
     for (size_t i = 0; i < own.size(); ++i) {
-        own[i].ctx = std::make_unique<llama_kv_cache_context>(kv->own[i].kv.get());
+        own[i].ctx = std::make_unique<llama_kv_cache_context>(kv->own[i].kv);
     }
 }
 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv, llama_context * lctx, bool optimize) :
-    status(LLAMA_MEMORY_STATUS_NO_UPDATE), kv(kv) {
+    status(LLAMA_MEMORY_STATUS_NO_UPDATE), kv(kv), lctx(lctx) {
     kv->for_each([&](llama_kv_cache & c) {
+        if (c.get_cells(0).get_used() == 0) {
+            c.v_cells[0].reset_shift(); // a graph on nothing cannot be built
+        }
         auto ctx = c.init_update(lctx, optimize);
         if (ctx->get_status() == LLAMA_MEMORY_STATUS_SUCCESS) {
             updates.push_back(std::move(ctx));
             status = LLAMA_MEMORY_STATUS_SUCCESS;
         }
     });
+
+    if (updates.empty()) {
+        kv->compact(lctx);
+    }
 }
 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv, llama_memory_context_ptr base, uint32_t n_tokens) :
@@ -642,15 +861,25 @@ bool llama_kv_cache_mod_context::next() {
 
 bool llama_kv_cache_mod_context::apply() {
     if (updates.empty()) {
+        // rows of a mask follow tokens that come in order by themselves
+        const auto & ubatch = base->get_ubatch();
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            if (ubatch.pos[i] <= kv->base->seq_pos_max(ubatch.seq_id[i][0])) {
+                kv->base_mask.touch_all();
+                break;
+            }
+        }
         return base->apply();
     }
+    kv->touch_masks();
 
     bool res = true;
     for (auto & ctx : updates) {
         res = ctx->apply() && res;
     }
-    // a shift writes to all cells, also to those never used
+    // a shift has written to free cells too
     kv->trim();
+    kv->compact(lctx);
 
     return res;
 }
@@ -665,30 +894,69 @@ const llama_ubatch & llama_kv_cache_mod_context::get_ubatch() const {
 
 const llama_kv_cache_context * llama_kv_cache_mod_context::get_layer(int32_t il) const {
     const int32_t i = kv->map_own.at(il);
-    return i < 0 ? static_cast<const llama_kv_cache_context *>(base.get()) : own[i].ctx.get();
+    if (i < 0) {
+        return static_cast<const llama_kv_cache_context *>(base.get());
+    }
+    return own[i].cell < 0 ? own[i].ctx.get() : kv->get_one(il, own[i].cell);
 }
 
-bool llama_kv_cache_mod_context::place(int32_t il, const llama_ubatch & ubatch) {
+bool llama_kv_cache_mod_context::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
     const int32_t i = kv->map_own.at(il);
     if (i < 0) {
         return true;
     }
 
-    own[i].sinfo = kv->place(il, ubatch);
+    own[i].cell  = -1;
+    own[i].sinfo = kv->place(il, ubatch, dropped);
     if (own[i].sinfo.empty()) {
         return false;
     }
 
-    own[i].ctx = std::make_unique<llama_kv_cache_context>(kv->own[i].kv.get(),
+    own[i].ctx = std::make_unique<llama_kv_cache_context>(kv->own[i].kv,
             llama_kv_cache::slot_info_vec_t { own[i].sinfo }, std::vector<llama_ubatch> { ubatch });
 
-    return own[i].ctx->apply();
+    own[i].ctx->apply();
+    if (!dropped.empty()) {
+        set_dropped(il, dropped);
+    }
+    return true;
+}
+
+void llama_kv_cache_mod_context::settle(int32_t il) {
+    kv->settle(il);
 }
 
 void llama_kv_cache_mod_context::set_dropped(int32_t il, const std::vector<uint8_t> & dropped) {
     kv->set_dropped(il, own[kv->map_own.at(il)].sinfo, dropped);
 }
 
-void llama_kv_cache_mod_context::hide_dropped(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t il) const {
-    kv->hide_dropped(mask, ubatch, il);
+void llama_kv_cache_mod_context::take_back(int32_t il, uint32_t i) {
+    kv->take_back(il, own[kv->map_own.at(il)].sinfo, i);
+}
+
+bool llama_kv_cache_mod_context::reserve(int32_t il) {
+    const int32_t i = kv->map_own.at(il);
+    if (i < 0) {
+        return true;
+    }
+    own[i].cell = kv->reserve(il);
+
+    return own[i].cell >= 0;
+}
+
+void llama_kv_cache_mod_context::occupy(int32_t il, bool dropped) {
+    kv->occupy(il, get_cell(il), get_ubatch(), dropped);
+}
+
+void llama_kv_cache_mod_context::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il) const {
+    kv->fill_mask(mask, ubatch, il, get_cell(il));
+}
+
+int32_t llama_kv_cache_mod_context::get_cell(int32_t il) const {
+    const int32_t i = kv->map_own.at(il);
+    return i < 0 ? -1 : own[i].cell;
+}
+
+uint32_t llama_kv_cache_mod_context::get_n_used(int32_t il) const {
+    return kv->get_n_used(il, get_cell(il));
 }

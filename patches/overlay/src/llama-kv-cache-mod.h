@@ -1,11 +1,14 @@
 #pragma once
 
 #include "llama-kv-cache.h"
+#include "llama-mod-mask.h"
 #include "llama-mod.h"
+#include "llama-mod-rows.h"
 
 #include <array>
 #include <bitset>
 #include <memory>
+#include <set>
 #include <vector>
 
 struct llama_mod_model;
@@ -67,14 +70,32 @@ public:
     // the layer's own cache, null: complete K/V
     llama_kv_cache * get_own(int32_t il) const;
 
-    // put the rows of ubatch into cells of the layer's own cache; empty on failure
-    llama_kv_cache::slot_info place(int32_t il, const llama_ubatch & ubatch);
+    // put the rows of ubatch into cells of the layer's own cache and commit their memory; empty on failure.
+    // dropped: the kv decisions, where they are known before the layer runs, else empty
+    llama_kv_cache::slot_info place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
+
+    // the cell that the layer's next token takes if it runs the layer, -1: there is none; only occupy() fills it
+    int32_t reserve(int32_t il);
+    void    occupy (int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped);
+
+    // for graphs of one token: what the layer attends to with the reserved cell; valid until the next call
+    const llama_kv_cache_context * get_one(int32_t il, int32_t cell);
 
     // the kv decisions of tokens that place() has put into cells
     void set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped);
 
-    // hide dropped keys out of the window; mask F32/F16 [n_kv, n_tokens]
-    void hide_dropped(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t il) const;
+    // what place() has put into cells from the i-th on leaves them again
+    void take_back(int32_t il, const llama_kv_cache::slot_info & sinfo, uint32_t i);
+
+    // F32/F16 [n_kv, n_tokens]: what the queries see; keys that kv units dropped are hidden from those beyond the window
+    // cell: reserved for the token of the ubatch, which sees itself there; -1: none
+    void fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell);
+
+    // cells in use, and the one reserved, end here
+    uint32_t get_n_used(int32_t il, int32_t cell) const;
+
+    // the layer has run: free the cells of those tokens of the running decode that nothing can ask for any more
+    void settle(int32_t il);
 
     // free the cells of dropped tokens that nothing can ask for any more: those that the running decode
     // has added, or all once it has succeeded
@@ -86,6 +107,9 @@ public:
     void     set_rollback(uint32_t n);
     uint32_t get_rollback() const;
 
+    // changes when cells have moved or tensors were replaced: graphs and masks made before are void
+    uint64_t get_generation() const;
+
     // il < 0: all layers
     void kv_stats(int32_t il, llama_mod_kv_stats & stats) const;
 
@@ -96,10 +120,17 @@ private:
         int32_t il;
         bool    drops; // the layer has a kv unit
 
-        std::unique_ptr<llama_kv_cache> kv;
+        std::unique_ptr<llama_mod_rows> rows;
+        llama_kv_cache *                kv; // of rows
 
         std::vector<uint8_t> dropped; // [kv_size], per cell: visible in the window only
-        uint32_t             head;    // no cell below is free
+        uint32_t             head = 0; // no cell below is free
+
+        std::vector<uint32_t> passing; // cells that the ubatch takes only while the layer runs
+
+        llama_mod_mask mask;
+
+        std::unique_ptr<llama_kv_cache_context> one; // see get_one()
     };
 
     const llama_mod_model & mod;
@@ -109,9 +140,14 @@ private:
 
     uint32_t rollback = 64;
 
-    std::unique_ptr<llama_kv_cache> base;
+    std::unique_ptr<llama_mod_rows> base_rows;
+    llama_kv_cache *                base; // of base_rows
     std::vector<own_cache>          own;
     std::vector<int32_t>            map_own; // il -> index, -1
+
+    llama_mod_mask base_mask;
+
+    void touch_masks();
 
     // per sequence
     struct seq_info {
@@ -124,10 +160,18 @@ private:
 
     std::array<seq_info, LLAMA_MAX_SEQ> seqs;
 
+    uint64_t n_compact = 0; // how often cells were moved
+
     own_cache *       find(int32_t il);
     const own_cache * find(int32_t il) const;
 
-    // can the sequence go on at position p0, with its tail removed?
+    // the sequence's last position below p0, -1
+    llama_pos last_before(llama_seq_id seq_id, llama_pos p0) const;
+
+    // per own cache: cells of tokens in [p0, p1) that seq_id shares with others, but has given back there already
+    std::vector<std::set<uint32_t>> shared_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // can the sequence go on, with its tail from position p0 on removed?
     bool can_end_at(llama_seq_id seq_id, llama_pos p0) const;
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
@@ -135,10 +179,21 @@ private:
     // take the sequence out of the cells with positions in [p0, p1), of all or of those dropped; returns the last position
     llama_pos free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped);
 
-    // memory of cells behind the last one in use goes back to the system
+    using make_rows_t = std::function<std::unique_ptr<llama_mod_rows>(llama_mod_kv_mode, const llama_kv_cache::layer_filter_cb &)>;
+
+    void init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make);
+
+    // dropped tokens at positions below have left the window, and the rollback margin
+    llama_pos reach(llama_seq_id seq_id) const;
+
+    // is the ubatch's token i, if dropped, out of reach when the ubatch is done?
+    bool is_passing(const llama_ubatch & ubatch, uint32_t i) const;
+
+    // memory without a cell in use goes back to the system
     void trim();
 
-    void kv_stats_add(const llama_kv_cache & kv, int32_t il, llama_mod_kv_stats & stats) const;
+    // move cells together where removals left holes
+    void compact(llama_context * lctx);
 
     template <typename F> void for_each(F f) {
         f(*base);
@@ -187,9 +242,16 @@ public:
     const llama_kv_cache_context * get_layer(int32_t il) const;
 
     // see llama_kv_cache_mod
-    bool place(int32_t il, const llama_ubatch & ubatch);
-    void set_dropped (int32_t il, const std::vector<uint8_t> & dropped);
-    void hide_dropped(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t il) const;
+    bool place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
+    void settle     (int32_t il);
+    void set_dropped(int32_t il, const std::vector<uint8_t> & dropped);
+    void take_back  (int32_t il, uint32_t i);
+    bool reserve    (int32_t il);
+    void occupy     (int32_t il, bool dropped);
+    void fill_mask  (ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il) const;
+
+    int32_t  get_cell  (int32_t il) const; // reserved, -1: none
+    uint32_t get_n_used(int32_t il) const;
 
 private:
     llama_memory_status status;
@@ -201,11 +263,14 @@ private:
     struct layer {
         std::unique_ptr<llama_kv_cache_context> ctx;
         llama_kv_cache::slot_info               sinfo;
+
+        int32_t cell = -1; // reserved
     };
     std::vector<layer> own; // as in llama_kv_cache_mod
 
     // update: those that have something to do
     std::vector<llama_memory_context_ptr> updates;
+    llama_context * lctx = nullptr;
 
     uint32_t n_tokens = 0;
     uint32_t n_done   = 0; // with the current ubatch

@@ -9,11 +9,42 @@
 
 #if defined(__linux__) || defined(__APPLE__)
 #define LLAMA_MOD_LAZY
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
 #ifdef LLAMA_MOD_LAZY
+
+#ifdef MAP_NORESERVE
+static constexpr int LAZY_MAP = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+#else
+static constexpr int LAZY_MAP = MAP_PRIVATE | MAP_ANONYMOUS;
+#endif
+
+static uintptr_t page_size() {
+    static const uintptr_t size = sysconf(_SC_PAGESIZE);
+    return size;
+}
+
+// a range of pages: all that [data, data + size) touches, or those that lie inside
+struct page_range {
+    page_range(const void * data, size_t size, bool inside) {
+        const uintptr_t page = page_size();
+        const uintptr_t a    = (uintptr_t) data;
+        const uintptr_t b    = a + size;
+
+        p0 = inside ? (a + page - 1)/page*page : a/page*page;
+        p1 = inside ? b/page*page : (b + page - 1)/page*page;
+    }
+
+    bool   empty() const { return p0 >= p1; }
+    void * data()  const { return (void *) p0; }
+    size_t size()  const { return p1 - p0; }
+
+    uintptr_t p0;
+    uintptr_t p1;
+};
 
 static void lazy_free(ggml_backend_buffer_t buf) {
     munmap(buf->context, buf->size);
@@ -44,13 +75,9 @@ static bool lazy_cpy_tensor(ggml_backend_buffer_t, const ggml_tensor * src, ggml
 }
 
 static void lazy_clear(ggml_backend_buffer_t buf, uint8_t value) {
-    if (value != 0) {
-        memset(buf->context, value, buf->size);
-        return;
-    }
+    GGML_ASSERT(value == 0);
     // the mapping ends at a page's end
-    const size_t page = sysconf(_SC_PAGESIZE);
-    llama_mod_kv_decommit(buf, buf->context, (buf->size + page - 1)/page*page);
+    llama_mod_kv_discard(buf, buf->context, GGML_PAD(buf->size, page_size()));
 }
 
 static const ggml_backend_buffer_i lazy_i = {
@@ -72,23 +99,16 @@ static const char * lazy_name(ggml_backend_buffer_type_t) {
 }
 
 static ggml_backend_buffer_t lazy_alloc(ggml_backend_buffer_type_t buft, size_t size) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-#ifdef MAP_NORESERVE
-    flags |= MAP_NORESERVE;
-#endif
-    void * data = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0);
+    void * data = mmap(nullptr, size, PROT_NONE, LAZY_MAP, -1, 0);
     if (data == MAP_FAILED) {
         return nullptr;
     }
-#ifdef MADV_NOHUGEPAGE
-    // a huge page would commit 2 MiB for one cell
-    madvise(data, size, MADV_NOHUGEPAGE);
-#endif
     return ggml_backend_buffer_init(buft, lazy_i, data, size);
 }
 
+// so that no page belongs to two tensors
 static size_t lazy_alignment(ggml_backend_buffer_type_t) {
-    return ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
+    return page_size();
 }
 
 static bool lazy_is_host(ggml_backend_buffer_type_t) {
@@ -127,48 +147,106 @@ ggml_backend_buffer_type_t llama_mod_kv_buft(ggml_backend_buffer_type_t buft) {
     return buft;
 }
 
-size_t llama_mod_kv_committed(ggml_backend_buffer_t buf, const void * data, size_t size) {
+bool llama_mod_kv_commit(ggml_backend_buffer_t buf, void * data, size_t size) {
 #ifdef LLAMA_MOD_LAZY
-    if (is_lazy(buf)) {
-        const uintptr_t page = sysconf(_SC_PAGESIZE);
-        const uintptr_t p0   = (uintptr_t) data / page * page;
-        const uintptr_t p1   = ((uintptr_t) data + size + page - 1) / page * page;
-#ifdef __APPLE__
-        std::vector<char> pages((p1 - p0)/page);
-#else
-        std::vector<unsigned char> pages((p1 - p0)/page);
+    const page_range r(data, size, /*inside =*/ false);
+    if (is_lazy(buf) && !r.empty()) {
+        if (mprotect(r.data(), r.size(), PROT_READ | PROT_WRITE) != 0) {
+            return false;
+        }
+#ifdef MADV_NOHUGEPAGE
+        // a huge page would commit 2 MiB for one cell
+        madvise(r.data(), r.size(), MADV_NOHUGEPAGE);
 #endif
-        if (mincore((void *) p0, p1 - p0, pages.data()) == 0) {
-            size_t n = 0;
+    }
+#endif
+    GGML_UNUSED(buf);
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+    return true;
+}
+
+void llama_mod_kv_discard(ggml_backend_buffer_t buf, void * data, size_t size) {
+#ifdef LLAMA_MOD_LAZY
+    const page_range r(data, size, /*inside =*/ true);
+    if (is_lazy(buf) && !r.empty()) {
+#ifdef __linux__
+        // private anonymous memory: the next read sees zeros
+        madvise(r.data(), r.size(), MADV_DONTNEED);
+#else
+        mmap(r.data(), r.size(), PROT_READ | PROT_WRITE, LAZY_MAP | MAP_FIXED, -1, 0);
+#endif
+    }
+#endif
+    GGML_UNUSED(buf);
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+}
+
+void llama_mod_kv_release(ggml_backend_buffer_t buf, void * data, size_t size) {
+#ifdef LLAMA_MOD_LAZY
+    const page_range r(data, size, /*inside =*/ true);
+    if (is_lazy(buf) && !r.empty()) {
+        // mapped anew, because the system goes on charging for memory that is only protected
+        mmap(r.data(), r.size(), PROT_NONE, LAZY_MAP | MAP_FIXED, -1, 0);
+    }
+#endif
+    GGML_UNUSED(buf);
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+}
+
+#ifdef __linux__
+// mincore() would count the page of zeros, which a read of a page never written maps
+static bool count_pages(const page_range & r, size_t & n) {
+    const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return false;
+    }
+
+    static constexpr uint64_t PRESENT = 1ull << 63;
+    static constexpr uint64_t SWAPPED = 1ull << 62;
+    static constexpr uint64_t OURS    = 1ull << 56; // mapped here only
+
+    std::vector<uint64_t> pages(r.size()/page_size());
+    const size_t  n_bytes = pages.size()*sizeof(uint64_t);
+    const ssize_t n_read  = pread(fd, pages.data(), n_bytes, r.p0/page_size()*sizeof(uint64_t));
+    close(fd);
+
+    n = 0;
+    for (const auto p : pages) {
+        n += (p & SWAPPED) || (p & (PRESENT | OURS)) == (PRESENT | OURS);
+    }
+    return n_read == (ssize_t) n_bytes;
+}
+#endif
+
+size_t llama_mod_kv_backed(ggml_backend_buffer_t buf, const void * data, size_t size) {
+#ifdef LLAMA_MOD_LAZY
+    const page_range r(data, size, /*inside =*/ false);
+    if (is_lazy(buf)) {
+        if (r.empty()) {
+            return 0;
+        }
+        size_t n = 0;
+#ifdef __linux__
+        if (count_pages(r, n)) {
+            return n*page_size();
+        }
+        std::vector<unsigned char> pages(r.size()/page_size());
+#else
+        std::vector<char> pages(r.size()/page_size());
+#endif
+        if (mincore(r.data(), r.size(), pages.data()) == 0) {
+            n = 0;
             for (const auto p : pages) {
                 n += p & 1;
             }
-            return n*page;
+            return n*page_size();
         }
     }
 #endif
     GGML_UNUSED(buf);
     GGML_UNUSED(data);
     return size;
-}
-
-void llama_mod_kv_decommit(ggml_backend_buffer_t buf, void * data, size_t size) {
-#ifdef LLAMA_MOD_LAZY
-    if (is_lazy(buf)) {
-        const uintptr_t page = sysconf(_SC_PAGESIZE);
-        const uintptr_t p0   = ((uintptr_t) data + page - 1) / page * page;
-        const uintptr_t p1   = ((uintptr_t) data + size) / page * page;
-        // private anonymous memory: the next read sees zeros (on Linux; elsewhere they are written)
-        if (p1 > p0) {
-#ifdef __linux__
-            madvise((void *) p0, p1 - p0, MADV_DONTNEED);
-#else
-            memset((void *) p0, 0, p1 - p0);
-#endif
-        }
-    }
-#endif
-    GGML_UNUSED(buf);
-    GGML_UNUSED(data);
-    GGML_UNUSED(size);
 }

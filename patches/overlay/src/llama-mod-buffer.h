@@ -4,14 +4,22 @@
 
 #include <cstddef>
 
-// KV memory that follows what is stored. On the CPU: the full virtual size is reserved and the operating system
-// backs a page when it is first written, so the addresses never change and nothing is ever copied. Clearing the
-// buffer gives the pages back. Pages that were never written read as zeros, as attention needs of masked cells.
-// Other buffer types, and systems without mmap, are returned as they are.
+// KV memory on demand. On the CPU: address space for everything is reserved, and a range is made usable when it is
+// needed, so the addresses never change, nothing is ever copied, and running out of memory is an error that can be
+// handled. Usable pages that were never written read as zeros, as attention needs of masked cells, and take no memory.
+// Tensors begin at a page. Other buffer types, and systems without mmap, are returned as they are.
 ggml_backend_buffer_type_t llama_mod_kv_buft(ggml_backend_buffer_type_t buft);
 
-// bytes of [data, data + size) that are backed with memory: by page where the buffer is lazy, else all
-size_t llama_mod_kv_committed(ggml_backend_buffer_t buf, const void * data, size_t size);
+// The following take a range inside a tensor; for buffers that are not lazy they do nothing.
 
-// gives back the whole pages inside [data, data + size), which read as zeros from then on
-void llama_mod_kv_decommit(ggml_backend_buffer_t buf, void * data, size_t size);
+// makes the pages of [data, data + size) usable; false: out of memory
+bool llama_mod_kv_commit(ggml_backend_buffer_t buf, void * data, size_t size);
+
+// gives back the memory of the whole pages inside, which read as zeros from then on
+void llama_mod_kv_discard(ggml_backend_buffer_t buf, void * data, size_t size);
+
+// gives back the whole pages inside, which must be committed before they are touched again
+void llama_mod_kv_release(ggml_backend_buffer_t buf, void * data, size_t size);
+
+// bytes of the pages of [data, data + size) that are backed with memory, asked of the system; all if not lazy
+size_t llama_mod_kv_backed(ggml_backend_buffer_t buf, const void * data, size_t size);

@@ -12,15 +12,16 @@
 #include <cstring>
 #include <stdexcept>
 
-// batches of up to this many tokens keep their graphs
-static constexpr uint32_t MOD_N_CACHE = 4;
-
 static float logit(float p) {
     return logf(p) - logf(1.0f - p);
 }
 
+static bool mod_is_cpu(const std::vector<ggml_backend_ptr> & backends) {
+    return backends.size() == 1 && ggml_backend_dev_type(ggml_backend_get_device(backends[0].get())) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 llama_mod_context::llama_mod_context(llama_context & lctx) :
-    model(*lctx.get_model().mod), lctx(lctx), n_units(model.units.size()) {
+    model(*lctx.get_model().mod), lctx(lctx), n_units(model.units.size()), is_cpu(mod_is_cpu(lctx.backends)) {
 
     for (const auto & u : model.units) {
         thresholds.push_back(u.threshold);
@@ -33,6 +34,8 @@ llama_mod_context::llama_mod_context(llama_context & lctx) :
     whole.first     = true;
     whole.last      = true;
     whole.reserve   = true;
+    whole.is_cpu    = is_cpu;
+    whole.eps       = lctx.model.hparams.f_norm_rms_eps;
     whole.t1        = 2*lctx.model.hparams.n_layer();
 
     init_plan(plan_cut,    true);
@@ -51,7 +54,7 @@ void llama_mod_context::init_tensors() {
     ctx.reset(ggml_init(ip));
 
     whole.model = &model;
-    whole.h = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_ubatch);
+    whole.h = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_ubatch + 1);
     whole.w = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_units);
     whole.b = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_units);
 
@@ -145,6 +148,7 @@ void llama_mod_context::reset() {
             p.variants.clear();
         }
     }
+    skipping.reset();
     res_shared.reset();
     res_last = nullptr;
 }
@@ -161,98 +165,23 @@ llama_kv_cache_mod * llama_mod_context::get_memory() const {
 // decisions
 //
 
-bool llama_mod_context::is_active(int32_t u, float score, llama_pos pos) const {
-    switch (force) {
-        case LLAMA_MOD_FORCE_ACTIVE:   return true;
-        case LLAMA_MOD_FORCE_INACTIVE: return false;
-        case LLAMA_MOD_FORCE_NONE:     break;
-    }
-    return score >= logit(thresholds[u]) + shift || pos < (llama_pos) model.n_sink;
-}
+void llama_mod_context::set_decider() {
+    decider.forced = force != LLAMA_MOD_FORCE_NONE;
+    decider.n_sink = force == LLAMA_MOD_FORCE_INACTIVE ? 0 : model.n_sink;
 
-float llama_mod_context::gate_of(int32_t u, float score) const {
-    // 1 where a token is active only as a sink, or because it is forced to be
-    if (force != LLAMA_MOD_FORCE_NONE || !(score >= logit(thresholds[u]) + shift)) {
-        return 1.0f;
-    }
-    return 1.0f/(1.0f + expf(-score));
-}
-
-// does no token of the batch leave the window of another one? then kv decisions can wait until the graph has run
-bool llama_mod_context::can_join(const llama_ubatch & ubatch) const {
-    if (model.kv_window == 0) {
-        return true;
-    }
-    if (ubatch.n_tokens > MOD_N_CACHE) {
-        return false;
-    }
-    const auto [lo, hi] = std::minmax_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
-    std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> range;
-    if (*hi - *lo < (llama_pos) model.kv_window) {
-        return true;
-    }
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
-            auto [it, is_new] = range.try_emplace(ubatch.seq_id[i][s], ubatch.pos[i], ubatch.pos[i]);
-            it->second.first  = std::min(it->second.first,  ubatch.pos[i]);
-            it->second.second = std::max(it->second.second, ubatch.pos[i]);
-            if (it->second.second - it->second.first >= (llama_pos) model.kv_window) {
-                return false;
-            }
+    decider.limit.resize(n_units);
+    for (int32_t u = 0; u < n_units; ++u) {
+        switch (force) {
+            case LLAMA_MOD_FORCE_ACTIVE:   decider.limit[u] = -INFINITY; break;
+            case LLAMA_MOD_FORCE_INACTIVE: decider.limit[u] =  INFINITY; break;
+            case LLAMA_MOD_FORCE_NONE:     decider.limit[u] = logit(thresholds[u]) + shift; break;
         }
     }
-    return true;
 }
 
 //
-// execution
+// a batch
 //
-
-// the rows of a ubatch that run a unit
-static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<int32_t> & rows) {
-    auto udata = std::make_shared<llama_ubatch::data_t>();
-
-    const uint32_t n = rows.size();
-
-    udata->pos.resize(n*ubatch.n_pos);
-    udata->seq_idx.resize(LLAMA_MAX_SEQ, -1);
-
-    for (uint32_t i = 0; i < n; ++i) {
-        const int32_t r = rows[i];
-
-        udata->token   .push_back(ubatch.token ? ubatch.token[r] : LLAMA_TOKEN_NULL);
-        udata->n_seq_id.push_back(ubatch.n_seq_id[r]);
-        udata->seq_id  .push_back(ubatch.seq_id[r]);
-        udata->output  .push_back(ubatch.output ? ubatch.output[r] : 0);
-
-        for (uint32_t j = 0; j < ubatch.n_pos; ++j) {
-            udata->pos[j*n + i] = ubatch.pos[j*ubatch.n_tokens + r];
-        }
-    }
-
-    // one stream: which sequences take part does not change the graph
-    udata->seq_id_unq.push_back(udata->seq_id[0][0]);
-    udata->seq_idx[udata->seq_id_unq[0]] = 0;
-
-    return {
-        /*.b_equal_seqs =*/ 0,
-        /*.n_tokens     =*/ n,
-        /*.n_seq_tokens =*/ 1,
-        /*.n_seqs       =*/ n,
-        /*.n_seqs_unq   =*/ 1,
-        /*.n_pos        =*/ ubatch.n_pos,
-
-        /*.token        =*/ udata->token.data(),
-        /*.embd         =*/ nullptr,
-        /*.pos          =*/ udata->pos.data(),
-        /*.n_seq_id     =*/ udata->n_seq_id.data(),
-        /*.seq_id       =*/ udata->seq_id.data(),
-        /*.seq_id_unq   =*/ udata->seq_id_unq.data(),
-        /*.seq_idx      =*/ udata->seq_idx.data(),
-        /*.output       =*/ udata->output.data(),
-        /*.data         =*/ std::move(udata),
-    };
-}
 
 llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch, llm_graph_type gtype, llama_memory_context_i * mctx_i, ggml_status & ret) {
     auto * mctx = static_cast<llama_kv_cache_mod_context *>(mctx_i);
@@ -279,22 +208,19 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
     res_last = nullptr;
 
     scores.assign((size_t) ubatch.n_tokens*n_units, 0.0f);
-
-    auto & plan = can_join(ubatch) ? plan_joined : plan_cut;
-
-    // graphs of a warm-up use all experts
-    const bool cache = ubatch.n_tokens <= MOD_N_CACHE && !lctx.cparams.warmup;
+    active.assign((size_t) ubatch.n_tokens*n_units, 0);
+    set_decider();
 
     restore_sched();
     auto params = lctx.graph_params(nullptr, ubatch, mctx, gtype);
 
-    for (auto & p : plan) {
-        if (!run_piece(p, ubatch, params, mctx, cache, ret)) {
-            cur = nullptr;
-            return nullptr;
-        }
-    }
+    ret = GGML_STATUS_SUCCESS;
+    const bool done = (can_skip(ubatch) && run_skipping(ubatch, params, mctx, ret)) ||
+        (ret == GGML_STATUS_SUCCESS && run_pieces(ubatch, params, mctx, ret));
     cur = nullptr;
+    if (!done) {
+        return nullptr;
+    }
 
     record(ubatch, mctx->get_n_tokens());
 
@@ -305,180 +231,6 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
 
     ret = GGML_STATUS_SUCCESS;
     return res_last;
-}
-
-bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_graph_params & params,
-        llama_kv_cache_mod_context * mctx, bool cache, ggml_status & ret) {
-    const int32_t unit = p.seg.unit;
-
-    std::vector<int32_t> rows;
-    for (int32_t i = 0; i < (int32_t) ubatch.n_tokens; ++i) {
-        if (unit < 0 || is_active(unit, scores[(size_t) i*n_units + unit], ubatch.pos[i])) {
-            rows.push_back(i);
-        }
-    }
-    if (rows.empty()) {
-        return true;
-    }
-
-    const bool all = rows.size() == ubatch.n_tokens;
-    const llama_ubatch sub = all ? ubatch : ubatch_rows(ubatch, rows);
-
-    if (!place_layers(p.seg, rows, sub, ubatch, mctx)) {
-        no_slot = true;
-        ret = GGML_STATUS_FAILED;
-        return false;
-    }
-
-    restore_sched();
-
-    // a head without outputs has no data at all, for which a scheduler of its own cannot allocate
-    const bool keep = cache && !(p.seg.last && lctx.n_outputs == 0);
-
-    variant * v = keep ? &get_variant(p, rows.size(), !all) : nullptr;
-
-    auto & seg = v ? v->seg : p.seg;
-    seg.gather = !all;
-    seg.rows   = rows;
-    seg.gate.clear();
-    if (unit >= 0 && model.scale_output) {
-        for (const int32_t r : rows) {
-            seg.gate.push_back(gate_of(unit, scores[(size_t) r*n_units + unit]));
-        }
-    }
-
-    if (v) {
-        std::swap(lctx.sched, v->sched);
-        swapped = v;
-    }
-
-    params.ubatch = sub;
-    params.mod    = &seg;
-    params.sched  = lctx.sched.get();
-
-    bool built = false;
-    if (!v && !res_shared) {
-        res_shared.reset(new llm_graph_result(lctx.get_gf_res_reserve()->get_max_nodes()));
-    }
-    auto * res = v ? v->res.get() : res_shared.get();
-
-    if (!compute(seg, res, v ? v->built : built, params, ret)) {
-        return false;
-    }
-
-    read_scores(seg, rows);
-
-    // decisions of kv units inside the segment
-    if (seg.kv_inside && unit < 0) {
-        for (const auto & o : seg.out) {
-            if (model.units[o.u0].kind == LLAMA_MOD_KIND_KV && model.pos(o.u0) < seg.t1) {
-                drop_layer(model.units[o.u0].layer, rows, ubatch, mctx);
-            }
-        }
-    }
-
-    if (seg.last) {
-        res_last = res;
-    }
-    return true;
-}
-
-bool llama_mod_context::compute(llm_mod_segment & seg, llm_graph_result * res, bool & built, llm_graph_params & params, ggml_status & ret) {
-    cur = &seg;
-    params.res = res;
-
-    perf.n_graphs++;
-
-    if (built && !lctx.graph_reuse_disable && res->can_reuse(params)) {
-        perf.n_graphs_reused++;
-        lctx.n_reused += seg.last;
-    } else {
-        built = false;
-        res->reset();
-
-        ggml_backend_sched_reset(lctx.sched.get());
-        ggml_backend_sched_set_eval_callback(lctx.sched.get(), lctx.cparams.cb_eval, lctx.cparams.cb_eval_user_data);
-
-        auto * gf = lctx.model.build_graph(params);
-        if (!ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
-            LLAMA_LOG_ERROR("%s: failed to allocate graph\n", __func__);
-            ret = GGML_STATUS_ALLOC_FAILED;
-            return false;
-        }
-        built = true;
-    }
-
-    res->set_inputs(&params.ubatch);
-
-    ret = lctx.graph_compute(res->get_gf(), params.ubatch.n_tokens > 1);
-    if (ret != GGML_STATUS_SUCCESS) {
-        LLAMA_LOG_ERROR("%s: failed to compute graph, compute status: %d\n", __func__, ret);
-        return false;
-    }
-    return true;
-}
-
-bool llama_mod_context::place_layers(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & sub,
-        const llama_ubatch & ubatch, llama_kv_cache_mod_context * mctx) {
-    for (int32_t il = (seg.t0 + 1)/2; 2*il < seg.t1; ++il) {
-        if (!model.has_cells(il)) {
-            continue;
-        }
-        if (!mctx->place(il, sub)) {
-            return false;
-        }
-        // the scores are here before the layer runs, but for those inside a joined segment
-        if (model.find(il, LLAMA_MOD_KIND_KV) >= 0 && !(seg.kv_inside && seg.unit < 0)) {
-            drop_layer(il, rows, ubatch, mctx);
-        }
-    }
-    return true;
-}
-
-void llama_mod_context::drop_layer(int32_t il, const std::vector<int32_t> & rows, const llama_ubatch & ubatch, llama_kv_cache_mod_context * mctx) const {
-    const int32_t u = model.find(il, LLAMA_MOD_KIND_KV);
-
-    std::vector<uint8_t> dropped;
-    for (const int32_t r : rows) {
-        dropped.push_back(!is_active(u, scores[(size_t) r*n_units + u], ubatch.pos[r]));
-    }
-    mctx->set_dropped(il, dropped);
-}
-
-void llama_mod_context::read_scores(const llm_mod_segment & seg, const std::vector<int32_t> & rows) {
-    if (seg.out.empty()) {
-        return;
-    }
-
-    ggml_backend_sched_synchronize(lctx.sched.get());
-
-    std::vector<float> data;
-    for (const auto & o : seg.out) {
-        data.resize(ggml_nelements(o.t));
-        ggml_backend_tensor_get(o.t, data.data(), 0, ggml_nbytes(o.t));
-        for (size_t i = 0; i < rows.size(); ++i) {
-            memcpy(&scores[(size_t) rows[i]*n_units + o.u0], &data[i*o.n], o.n*sizeof(float));
-        }
-    }
-}
-
-llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows, bool gather) {
-    auto & v = p.variants[{ n_rows, gather }];
-    if (v) {
-        return *v;
-    }
-
-    const size_t n_whole = lctx.get_gf_res_reserve()->get_max_nodes();
-    const size_t n_half  = (96 + 3*lctx.model.hparams.n_expert_used())*(1 + lctx.loras->size());
-    const size_t n_nodes = p.seg.last ? n_whole : std::min(n_whole, 64 + (p.seg.t1 - p.seg.t0)*n_half);
-
-    v = std::make_unique<variant>();
-    v->seg = p.seg;
-    v->res.reset(new llm_graph_result(n_nodes));
-    v->sched.reset(ggml_backend_sched_new(lctx.backend_ptrs.data(), lctx.backend_buft.data(), lctx.backend_ptrs.size(),
-            n_nodes, false, lctx.cparams.op_offload));
-
-    return *v;
 }
 
 //
@@ -494,7 +246,7 @@ void llama_mod_context::record(const llama_ubatch & ubatch, uint32_t n_tokens_ba
         const size_t dst = (size_t) ubatch.data->batch_idxs[i]*n_units;
         for (int32_t u = 0; u < n_units; ++u) {
             batch_score [dst + u] = scores[src + u];
-            batch_active[dst + u] = is_active(u, scores[src + u], ubatch.pos[i]);
+            batch_active[dst + u] = active[src + u];
         }
     }
 }

@@ -16,13 +16,18 @@ struct llama_mod_model;
 class llama_kv_cache_mod;
 class llama_kv_cache_mod_context;
 
-// Runs a MoD model segment by segment. The host reads the routers' scores after a segment, decides which tokens the
-// next unit runs for, and hands only these to it. Nothing runs where nothing is active.
+// Runs a MoD model so that nothing is computed where nothing is active, in one of two ways.
 //
-// Small batches (decode) keep a scheduler and a graph for every segment and number of rows: built once, then reused.
-// Larger ones (prefill) share the context's scheduler and build each segment's graph anew, which costs nothing
-// against the work. While a cached scheduler works it stands in for the context's own, so that all of llama_context's
-// code (graph callbacks, output extraction, synchronize) finds the tensors that it asks for.
+// One token on the CPU: a single graph of the whole model, whose routers are nodes that switch those of their unit on
+// or off. Every layer gets a cell before the graph runs; the cells of skipped layers are taken back after it.
+//
+// Else segment by segment: the host reads the routers' scores after a segment, decides which tokens the next unit runs
+// for, and hands only these to it.
+//
+// Graphs of small batches (decode) are kept, each with a scheduler of its own: built once, then reused. Segments of
+// larger ones (prefill) share the context's scheduler and are built anew, which costs nothing against the work. While
+// a kept scheduler works it stands in for the context's own, so that all of llama_context's code (graph callbacks,
+// output extraction, synchronize) finds the tensors that it asks for.
 struct llama_mod_context {
     llama_mod_context(llama_context & lctx);
     ~llama_mod_context();
@@ -75,13 +80,20 @@ private:
 
     llm_mod_segment whole;
 
+    // all backends are the CPU: nodes can be switched and fitted between two runs of a graph
+    const bool is_cpu;
+
     // a graph that is kept
     struct variant {
         llm_mod_segment        seg;
         ggml_backend_sched_ptr sched;
         llm_graph_result_ptr   res;
         bool                   built = false;
+        uint64_t               generation = 0; // of the K/V that it was built on
     };
+
+    // the whole model for one token
+    std::unique_ptr<variant> skipping;
 
     // a segment, its graphs for small batches by (number of rows, are they gathered)
     struct piece {
@@ -103,7 +115,9 @@ private:
     bool no_slot = false;
 
     // the current ubatch
-    std::vector<float> scores; // [n_tokens][n_units], logits
+    llama_mod_decider    decider;
+    std::vector<float>   scores; // [n_tokens][n_units], logits
+    std::vector<uint8_t> active; // [n_tokens][n_units]
 
     // the running decode, [n_tokens][n_units] in batch order
     std::vector<float>   batch_score;
@@ -112,23 +126,31 @@ private:
     void init_tensors();
     void init_plan(std::vector<piece> & plan, bool cut_kv);
 
-    bool  is_active(int32_t u, float score, llama_pos pos) const;
-    float gate_of  (int32_t u, float score) const;
+    void set_decider();
 
+    bool can_skip(const llama_ubatch & ubatch) const;
     bool can_join(const llama_ubatch & ubatch) const;
 
+    std::unique_ptr<variant> make_variant(const llm_mod_segment & seg, size_t n_nodes) const;
+    variant & get_variant(piece & p, uint32_t n_rows, bool gather);
+
     // all false on failure, with ret set
+
+    // also false, with nothing done and nothing failed, where a layer is full: it may not need the cell
+    bool run_skipping(const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, ggml_status & ret);
+
+    bool run_pieces(const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, ggml_status & ret);
     bool run_piece(piece & p, const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, bool cache, ggml_status & ret);
-    bool compute(llm_mod_segment & seg, llm_graph_result * res, bool & built, llm_graph_params & params, ggml_status & ret);
+
+    bool compute(variant * v, llm_mod_segment & seg, llm_graph_params & params, ggml_status & ret);
+    bool build  (variant * v, llm_graph_result * res, llm_graph_params & params, ggml_status & ret);
 
     bool place_layers(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & sub,
-            const llama_ubatch & ubatch, llama_kv_cache_mod_context * mctx);
+            llama_kv_cache_mod_context * mctx);
 
-    void drop_layer(int32_t il, const std::vector<int32_t> & rows, const llama_ubatch & ubatch, llama_kv_cache_mod_context * mctx) const;
+    std::vector<uint8_t> get_dropped(int32_t il, const std::vector<int32_t> & rows) const;
 
-    void read_scores(const llm_mod_segment & seg, const std::vector<int32_t> & rows);
-
-    variant & get_variant(piece & p, uint32_t n_rows, bool gather);
+    void read_scores(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & ubatch);
 
     void record(const llama_ubatch & ubatch, uint32_t n_tokens_batch);
     void commit();

@@ -4,6 +4,13 @@
 #include "llama-kv-cache-mod.h"
 #include "llama-mod-model.h"
 
+#include <cmath>
+#include <cstring>
+
+float llama_mod_decider::gate(int32_t u, float score) const {
+    return forced || !(score >= limit[u]) ? 1.0f : 1.0f/(1.0f + expf(-score));
+}
+
 // which rows of h a unit's segment runs on, and their gates
 class llm_graph_input_mod_rows : public llm_graph_input_i {
 public:
@@ -13,6 +20,10 @@ public:
         if (rows) {
             GGML_ASSERT(seg->rows.size() == ubatch->n_tokens);
             ggml_backend_tensor_set(rows, seg->rows.data(), 0, ggml_nbytes(rows));
+        }
+        if (rows_out) {
+            GGML_ASSERT(seg->rows_out.size() == ubatch->n_tokens);
+            ggml_backend_tensor_set(rows_out, seg->rows_out.data(), 0, ggml_nbytes(rows_out));
         }
         if (gate) {
             GGML_ASSERT(seg->gate.size() == ubatch->n_tokens);
@@ -26,13 +37,14 @@ public:
         return params.mod == seg && (rows != nullptr) == seg->gather;
     }
 
-    ggml_tensor * rows = nullptr; // I32 [n_tokens]
-    ggml_tensor * gate = nullptr; // F32 [1, n_tokens]
+    ggml_tensor * rows     = nullptr; // I32 [n_tokens]
+    ggml_tensor * rows_out = nullptr; // I32 [n_tokens]
+    ggml_tensor * gate     = nullptr; // F32 [1, n_tokens]
 
     const llm_mod_segment * seg;
 };
 
-// the cache of one layer: as usual, but keys that a kv unit dropped are hidden from queries beyond the window
+// the cache of one layer: as usual, but the mask is kept up to date by the cache, and hides what kv units dropped
 class llm_graph_input_attn_mod : public llm_graph_input_attn_kv {
 public:
     llm_graph_input_attn_mod(const llama_hparams & hparams, const llama_cparams & cparams,
@@ -40,9 +52,24 @@ public:
         llm_graph_input_attn_kv(hparams, cparams, mctx_mod->get_layer(il)), mctx_mod(mctx_mod), il(il) {}
 
     void set_input(const llama_ubatch * ubatch) override {
-        llm_graph_input_attn_kv::set_input(ubatch);
-        if (self_kq_mask && self_kq_mask->buffer) {
-            mctx_mod->hide_dropped(self_kq_mask, ubatch, il);
+        if (!fitted.empty()) {
+            fit(mctx_mod->get_n_used(il));
+        }
+
+        const int32_t cell = mctx_mod->get_cell(il);
+        if (cell >= 0) {
+            set_cell(cell);
+        } else {
+            mctx->set_input_k_idxs(self_k_idxs, ubatch);
+            mctx->set_input_v_idxs(self_v_idxs, ubatch);
+        }
+        mctx_mod->fill_mask(self_kq_mask, *ubatch, il);
+
+        if (self_k_rot && self_k_rot->buffer) {
+            mctx->set_input_k_rot(self_k_rot);
+        }
+        if (self_v_rot && self_v_rot->buffer) {
+            mctx->set_input_v_rot(self_v_rot);
         }
     }
 
@@ -51,13 +78,151 @@ public:
         mctx     = mctx_mod->get_layer(il);
 
         return self_k_idxs->ne[0]  == params.ubatch.n_tokens &&
-               self_kq_mask->ne[0] == mctx->get_n_kv()       &&
-               self_kq_mask->ne[1] == params.ubatch.n_tokens;
+               self_kq_mask->ne[1] == params.ubatch.n_tokens &&
+               n_kv                == mctx->get_n_kv();
+    }
+
+    // where the one token's K and V go; a transposed V has a place for each of its values
+    void set_cell(int64_t cell) {
+        const int64_t size = mctx_mod->get_kv()->get_own(il)->get_size();
+
+        *(int64_t *) self_k_idxs->data = cell;
+        for (int64_t j = 0; j < self_v_idxs->ne[0]; ++j) {
+            ((int64_t *) self_v_idxs->data)[j] = j*size + cell;
+        }
+    }
+
+    // the attention nodes' own views of K, V and the mask: their strides stay as they are
+    void fit(int64_t n) {
+        for (auto * node : fitted) {
+            node->src[1]->ne[1] = n;
+            node->src[2]->ne[1] = n;
+        }
+        self_kq_mask->ne[0] = n;
     }
 
     const llama_kv_cache_mod_context * mctx_mod;
     const int il;
+
+    uint32_t n_kv = 0; // cells that the graph was built for
+
+    std::vector<ggml_tensor *> fitted;
 };
+
+void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        auto * node = ggml_graph_node(gf, i);
+        if (node->op != GGML_OP_FLASH_ATTN_EXT) {
+            continue;
+        }
+        for (auto * inp : seg.attn) {
+            if (node->src[3] == inp->self_kq_mask) {
+                inp->fitted.push_back(node);
+            }
+        }
+    }
+}
+
+//
+// decisions inside a graph
+//
+
+static float mod_dot(const float * x, const float * y, int64_t n) {
+    // lanes that the compiler turns into vectors
+    float sum[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int j = 0; j < 16; ++j) {
+            sum[j] += x[i + j]*y[i + j];
+        }
+    }
+    double res = 0.0;
+    for (int j = 0; j < 16; ++j) {
+        res += sum[j];
+    }
+    for (; i < n; ++i) {
+        res += x[i]*y[i];
+    }
+    return res;
+}
+
+// 1/RMS
+static float mod_scale(const llm_mod_segment & seg, const float * h, int64_t n) {
+    return 1.0f/sqrtf(mod_dot(h, h, n)/n + seg.eps);
+}
+
+static float mod_logit(const llm_mod_segment & seg, int32_t u, const float * h, int64_t n, float scale) {
+    return scale*mod_dot(h, seg.model->w.data() + u*n, n) + seg.model->b[u];
+}
+
+// dst: F32 [u1 - u0, n_tokens]; src[0]: F32 [n_embd, n_tokens]
+static void mod_score(ggml_tensor * dst, int ith, int nth, void * data) {
+    const auto & r = *(const llm_mod_router *) data;
+
+    const int64_t n = dst->src[0]->ne[0];
+    for (int64_t i = ith; i < dst->ne[1]; i += nth) {
+        const float * h = (const float *) ((const char *) dst->src[0]->data + i*dst->src[0]->nb[1]);
+        float *     out = (float *) ((char *) dst->data + i*dst->nb[1]);
+
+        const float scale = mod_scale(*r.seg, h, n);
+        for (int32_t u = r.u0; u < r.u1; ++u) {
+            out[u - r.u0] = mod_logit(*r.seg, u, h, n, scale);
+        }
+    }
+}
+
+// dst: F32 [1], the gate of the unit; src[0]: F32 [n_embd], h
+static void mod_route(ggml_tensor * dst, int ith, int /*nth*/, void * data) {
+    if (ith != 0) {
+        return; // the barrier after the node orders the switches for the other threads
+    }
+
+    auto * r   = (llm_mod_router *) data;
+    auto & seg = *r->seg;
+
+    const float * h = (const float *) dst->src[0]->data;
+    const int64_t n = dst->src[0]->ne[0];
+
+    const float scale = mod_scale(seg, h, n);
+
+    for (; r; r = r->next) {
+        for (int32_t u = r->u0; u < r->u1; ++u) {
+            seg.score [u] = mod_logit(seg, u, h, n, scale);
+            seg.active[u] = seg.decider->active(u, seg.score[u], seg.pos);
+        }
+        if (r->unit < 0) {
+            break;
+        }
+
+        *(float *) r->self->data = seg.decider->gate(r->unit, seg.score[r->unit]);
+
+        r->set(seg.active[r->unit]);
+        if (r->next) {
+            r->next->set_self(seg.active[r->unit]);
+        }
+        if (seg.active[r->unit]) {
+            break;
+        }
+    }
+}
+
+static void mod_switch(ggml_tensor * node, bool on) {
+    node->flags = on ? node->flags | GGML_TENSOR_FLAG_COMPUTE : node->flags & ~GGML_TENSOR_FLAG_COMPUTE;
+}
+
+void llm_mod_router::set(bool on) {
+    // all alike
+    if (nodes.empty() || ((nodes[0]->flags & GGML_TENSOR_FLAG_COMPUTE) != 0) == on) {
+        return;
+    }
+    for (auto * node : nodes) {
+        mod_switch(node, on);
+    }
+}
+
+void llm_mod_router::set_self(bool on) {
+    mod_switch(self, on);
+}
 
 //
 // llm_mod_graph
@@ -66,6 +231,8 @@ public:
 llm_mod_graph::llm_mod_graph(const llm_graph_context & g) : g(g), seg(g.mod) {
     if (seg) {
         seg->out.clear();
+        seg->attn.clear();
+        seg->routers.clear();
     }
 }
 
@@ -98,6 +265,10 @@ ggml_tensor * llm_mod_graph::build_inp(ggml_tensor * tok_embd) {
             inp->rows = inp_rows = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, g.n_tokens);
             ggml_set_input(inp_rows);
             ggml_set_name(inp_rows, "mod_rows");
+
+            inp->rows_out = inp_rows_out = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, g.n_tokens);
+            ggml_set_input(inp_rows_out);
+            ggml_set_name(inp_rows_out, "mod_rows_out");
         }
         if (!seg->gate.empty()) {
             inp->gate = inp_gate = ggml_new_tensor_2d(g.ctx0, GGML_TYPE_F32, 1, g.n_tokens);
@@ -111,7 +282,7 @@ ggml_tensor * llm_mod_graph::build_inp(ggml_tensor * tok_embd) {
     if (seg->gather) {
         inp_cur = ggml_get_rows(g.ctx0, seg->h, inp_rows);
     } else {
-        inp_cur = ggml_view_2d(g.ctx0, seg->h, g.n_embd, g.n_tokens, seg->h->nb[1], 0);
+        inp_cur = view_h();
     }
     g.cb(inp_cur, "mod_inp", -1);
 
@@ -125,16 +296,54 @@ ggml_tensor * llm_mod_graph::build_out_rows(ggml_tensor * cur, ggml_tensor * inp
     return ggml_get_rows(g.ctx0, cur, inp_out_ids);
 }
 
-llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv * inp, ggml_tensor * cur, int il) {
-    if (!seg) {
-        return inp;
-    }
+ggml_tensor * llm_mod_graph::build_inp_out_ids() const {
+    // a graph that skips is of one token, and that one is output
+    return has_head() && !(seg && seg->skips) ? g.build_inp_out_ids() : nullptr;
+}
 
-    if (seg->kv_inside && seg->unit < 0) {
-        const int32_t u = seg->model->find(il, LLAMA_MOD_KIND_KV);
+ggml_tensor * llm_mod_graph::view_h() const {
+    return ggml_view_2d(g.ctx0, seg->h, g.n_embd, g.n_tokens, seg->h->nb[1], 0);
+}
+
+ggml_tensor * llm_mod_graph::build_enter(ggml_tensor * cur, int t) {
+    if (!seg || !(seg->t0 <= t && t < seg->t1)) {
+        return cur;
+    }
+    if (seg->skips) {
+        const int32_t u0 = seg->model->first(t);
+        const int32_t u1 = seg->model->first(t + 1);
+        return u0 < u1 ? build_router(cur, u0, u1) : cur;
+    }
+    if (seg->kv_inside && seg->unit < 0 && t % 2 == 0) {
+        const int32_t u = seg->model->find(t/2, LLAMA_MOD_KIND_KV);
         if (u >= 0) {
             build_scores(cur, u, u + 1);
         }
+    }
+    return cur;
+}
+
+ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int t) {
+    if (!router || t != t_leave) {
+        return cur;
+    }
+
+    // what the unit adds goes into h, where it is found missing if the unit is skipped
+    ggml_build_forward_expand(g.gf, ggml_cpy(g.ctx0, build_gated(cur), view_h()));
+
+    for (int i = i_node; i < ggml_graph_n_nodes(g.gf); ++i) {
+        router->nodes.push_back(ggml_graph_node(g.gf, i));
+    }
+    left     = router;
+    router   = nullptr;
+    inp_gate = nullptr;
+
+    return view_h();
+}
+
+llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv * inp, int il) {
+    if (!seg) {
+        return inp;
     }
 
     const bool own = seg->model->has_cells(il);
@@ -163,6 +372,9 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv 
 
     res->self_k_rot = mctx->build_input_k_rot(g.ctx0);
     res->self_v_rot = mctx->build_input_v_rot(g.ctx0);
+    res->n_kv       = mctx->get_n_kv();
+
+    seg->attn.push_back(res.get());
 
     auto * ptr = static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::move(res)));
     if (!own) {
@@ -172,20 +384,34 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv 
     return ptr;
 }
 
-void llm_mod_graph::build_end(ggml_tensor * cur) {
-    if (inp_gate) {
-        // y = h + g*(f(h) - h)
-        cur = ggml_sub(g.ctx0, cur, inp_cur);
-        cur = ggml_mul(g.ctx0, cur, inp_gate);
-        cur = ggml_add(g.ctx0, inp_cur, cur);
-        g.cb(cur, "mod_gated", -1);
+ggml_tensor * llm_mod_graph::build_gated(ggml_tensor * cur) const {
+    if (!inp_gate) {
+        return cur;
     }
+    // y = h + g*(f(h) - h)
+    cur = ggml_sub(g.ctx0, cur, inp_cur);
+    cur = ggml_mul(g.ctx0, cur, inp_gate);
+    cur = ggml_add(g.ctx0, inp_cur, cur);
+    g.cb(cur, "mod_gated", -1);
 
-    ggml_tensor * out;
+    return cur;
+}
+
+// can the tensor's values be written to h right away? elementwise nodes may read there what they replace
+static bool mod_can_alias(const ggml_tensor * t) {
+    return !t->view_src && !t->data && t->type == GGML_TYPE_F32 && (t->op == GGML_OP_ADD || t->op == GGML_OP_GET_ROWS);
+}
+
+void llm_mod_graph::build_end(ggml_tensor * cur) {
+    cur = build_gated(cur);
+
+    ggml_tensor * out = cur;
     if (inp_rows) {
-        out = ggml_set_rows(g.ctx0, seg->h, cur, inp_rows);
+        out = ggml_set_rows(g.ctx0, seg->h, cur, inp_rows_out);
+    } else if (mod_can_alias(cur)) {
+        ggml_backend_tensor_alloc(seg->h->buffer, cur, seg->h->data);
     } else {
-        out = ggml_cpy(g.ctx0, cur, ggml_view_2d(g.ctx0, seg->h, g.n_embd, g.n_tokens, seg->h->nb[1], 0));
+        out = ggml_cpy(g.ctx0, cur, view_h());
     }
     g.cb(out, "mod_out", -1);
 
@@ -199,6 +425,19 @@ void llm_mod_graph::build_end(ggml_tensor * cur) {
 void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
     const int64_t n = u1 - u0;
 
+    if (seg->is_cpu) {
+        seg->routers.push_back({ seg, u0, u1, -1, nullptr, {}, nullptr });
+
+        ggml_tensor * s = ggml_custom_4d(g.ctx0, GGML_TYPE_F32, n, cur->ne[1], 1, 1, &cur, 1, mod_score, GGML_N_TASKS_MAX, &seg->routers.back());
+        g.cb(s, "mod_scores", -1);
+
+        ggml_set_output(s);
+        ggml_build_forward_expand(g.gf, s);
+
+        seg->out.push_back({ u0, (int32_t) n, s });
+        return;
+    }
+
     ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
     ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b, n, u0*ggml_element_size(seg->b));
 
@@ -210,4 +449,46 @@ void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
     ggml_build_forward_expand(g.gf, s);
 
     seg->out.push_back({ u0, (int32_t) n, s });
+}
+
+ggml_tensor * llm_mod_graph::build_router(ggml_tensor * cur, int32_t u0, int32_t u1) {
+    int32_t unit = -1;
+    for (int32_t u = u0; u < u1; ++u) {
+        if (seg->model->units[u].kind != LLAMA_MOD_KIND_KV) {
+            unit = u;
+        }
+    }
+
+    // nodes that can be skipped pass on nothing but h: the graph's allocator does not know of skipping
+    if (unit >= 0 && cur->view_src != seg->h) {
+        ggml_build_forward_expand(g.gf, ggml_cpy(g.ctx0, cur, view_h()));
+        cur = view_h();
+    }
+
+    seg->routers.push_back({ seg, u0, u1, unit, nullptr, {}, nullptr });
+    auto * r = &seg->routers.back();
+
+    ggml_tensor * gate = ggml_custom_4d(g.ctx0, GGML_TYPE_F32, 1, 1, 1, 1, &cur, 1, mod_route, 1, r);
+    g.cb(gate, "mod_route", -1);
+    ggml_build_forward_expand(g.gf, gate);
+
+    r->self = gate;
+    if (left && t_leave + 1 == seg->model->pos(u0)) {
+        left->next = r;
+    }
+    left = nullptr;
+
+    if (unit >= 0) {
+        const auto & x = seg->model->units[unit];
+
+        router  = r;
+        t_leave = 2*x.layer + (x.kind == LLAMA_MOD_KIND_ATTN ? 0 : 1);
+        i_node  = ggml_graph_n_nodes(g.gf);
+        if (seg->model->scale_output) {
+            inp_cur  = cur;
+            inp_gate = gate;
+        }
+    }
+
+    return cur;
 }

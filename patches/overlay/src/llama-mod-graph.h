@@ -3,9 +3,44 @@
 #include "llama-graph.h"
 
 #include <cstdint>
+#include <list>
 #include <vector>
 
 struct llama_mod_model;
+
+struct llm_mod_segment;
+
+// Who is active. Set anew for each ubatch: thresholds may change between two of them.
+struct llama_mod_decider {
+    std::vector<float> limit; // [n_units], least logit of an active token
+    llama_pos          n_sink = 0;
+    bool               forced = false;
+
+    bool active(int32_t u, float score, llama_pos pos) const {
+        return score >= limit[u] || pos < n_sink;
+    }
+
+    // of an active token with scale_output: 1 where it is active only as a sink, or because it is forced to be
+    float gate(int32_t u, float score) const;
+};
+
+// A decision inside a graph of one token: scores the units [u0, u1) and switches the nodes of one of them on or off.
+struct llm_mod_router {
+    llm_mod_segment * seg;
+
+    int32_t u0;
+    int32_t u1;
+    int32_t unit; // whose nodes are skipped, -1: none (kv units only)
+
+    ggml_tensor * self = nullptr; // the node that decides
+    std::vector<ggml_tensor *> nodes;
+
+    // the router at the end of the unit: where the unit is skipped h stays as it is, so this one decides for both
+    llm_mod_router * next = nullptr;
+
+    void set(bool on);
+    void set_self(bool on);
+};
 
 // The part of a model that one graph covers: all of the layers' halves [t0, t1), where 2*il is the attention of
 // layer il and 2*il + 1 its FFN. Between segments the residual stream waits in the persistent tensor h.
@@ -23,6 +58,9 @@ struct llm_mod_segment {
     // kv units inside, whose scores are outputs and whose decisions are applied after the graph has run
     bool kv_inside = false;
 
+    // all units inside, for one token: the routers are nodes of the graph that switch those of their units on or off
+    bool skips = false;
+
     // the worst case that is only reserved, never run: one KQ mask serves all layers
     bool reserve = false;
 
@@ -30,14 +68,27 @@ struct llm_mod_segment {
     int32_t u0 = 0;
     int32_t u1 = 0;
 
-    ggml_tensor * h = nullptr; // F32 [n_embd, n_ubatch]
+    ggml_tensor * h = nullptr; // F32 [n_embd, n_ubatch + 1], the last row takes what padding computes
     ggml_tensor * w = nullptr; // F32 [n_embd, n_units]
     ggml_tensor * b = nullptr; // F32 [n_units]
+
+    float eps = 0.0f; // of the RMS norm
+
+    bool is_cpu = false; // the only backend
 
     // set before each run of a unit's segment
     bool                 gather = false; // rows of h; else the first n_tokens
     std::vector<int32_t> rows;           // [n_tokens]
+    std::vector<int32_t> rows_out;       // [n_tokens], differs from rows where these are padded
     std::vector<float>   gate;           // [n_tokens] with scale_output, else empty
+
+    // with skips, set before each run and filled by it
+    const llama_mod_decider * decider = nullptr;
+    llama_pos                 pos     = 0;
+    float *                   score   = nullptr; // [n_units]
+    uint8_t *                 active  = nullptr; // [n_units]
+
+    std::list<llm_mod_router> routers;
 
     // set by the graph: logits of the units [u0, u0 + n), F32 [n, n_tokens]
     struct scores {
@@ -46,7 +97,14 @@ struct llm_mod_segment {
         ggml_tensor * t;
     };
     std::vector<scores> out;
+
+    // set by the graph: what attends, for graphs whose number of cells is adjusted (see llm_mod_graph_fit)
+    std::vector<class llm_graph_input_attn_mod *> attn;
 };
+
+// After a graph has been built: from now on its attention takes exactly the range of cells in use, which changes from
+// token to token, instead of one rounded up to a multiple of 256. Only for graphs that stay on the CPU.
+void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf);
 
 // What a MoD-aware architecture asks while it builds its graph. Without a segment everything is as in upstream's code.
 struct llm_mod_graph {
@@ -61,11 +119,18 @@ struct llm_mod_graph {
     // the embeddings, or the segment's rows of h
     ggml_tensor * build_inp(ggml_tensor * tok_embd);
 
+    // null where all rows are output
+    ggml_tensor * build_inp_out_ids() const;
+
     // the rows that are output, where the last layer's attention comes no more
     ggml_tensor * build_out_rows(ggml_tensor * cur, ggml_tensor * inp_out_ids) const;
 
+    // before and after each half of a layer, t: 2*il attention, 2*il + 1 FFN; both return the residual stream
+    ggml_tensor * build_enter(ggml_tensor * cur, int t);
+    ggml_tensor * build_leave(ggml_tensor * cur, int t);
+
     // the cache that layer il attends to
-    llm_graph_input_attn_kv * build_attn_inp(llm_graph_input_attn_kv * inp, ggml_tensor * cur, int il);
+    llm_graph_input_attn_kv * build_attn_inp(llm_graph_input_attn_kv * inp, int il);
 
     // the end of a segment that is not the last: gate, store in h, score the routers that come next
     void build_end(ggml_tensor * cur);
@@ -74,12 +139,24 @@ private:
     const llm_graph_context & g;
     llm_mod_segment * const   seg;
 
-    ggml_tensor * inp_rows = nullptr; // I32 [n_tokens]
-    ggml_tensor * inp_gate = nullptr; // F32 [1, n_tokens]
-    ggml_tensor * inp_cur  = nullptr; // the segment's input
+    ggml_tensor * inp_rows     = nullptr; // I32 [n_tokens]
+    ggml_tensor * inp_rows_out = nullptr; // I32 [n_tokens]
+    ggml_tensor * inp_gate     = nullptr; // F32 [1, n_tokens]
+    ggml_tensor * inp_cur      = nullptr; // the segment's input
+
+    // the unit that is being built inside a graph that skips
+    llm_mod_router * router  = nullptr;
+    llm_mod_router * left    = nullptr; // the one before
+    int              t_leave = -1; // its last half
+    int              i_node  = 0;  // its first node
 
     llm_graph_input_attn_kv * inp_base = nullptr; // shared by the layers with complete K/V
     ggml_tensor *             mask_any = nullptr; // the last KQ mask made
 
     void build_scores(ggml_tensor * cur, int32_t u0, int32_t u1);
+
+    ggml_tensor * build_router(ggml_tensor * cur, int32_t u0, int32_t u1);
+    ggml_tensor * build_gated (ggml_tensor * cur) const;
+
+    ggml_tensor * view_h() const;
 };

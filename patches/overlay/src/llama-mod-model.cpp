@@ -17,20 +17,8 @@ static const llama_mod_kind MOD_KIND_ORDER[] = {
     LLAMA_MOD_KIND_KV, LLAMA_MOD_KIND_BLOCK, LLAMA_MOD_KIND_ATTN, LLAMA_MOD_KIND_FFN,
 };
 
-int32_t llama_mod_model::find(int32_t il, llama_mod_kind kind) const {
-    for (size_t u = 0; u < units.size(); ++u) {
-        if (units[u].layer == il && units[u].kind == kind) {
-            return u;
-        }
-    }
-
-    return -1;
-}
-
 bool llama_mod_model::has_cells(int32_t il) const {
-    return std::any_of(units.begin(), units.end(), [&](const llama_mod_unit & u) {
-        return u.layer == il && u.kind != LLAMA_MOD_KIND_FFN;
-    });
+    return find(il, LLAMA_MOD_KIND_BLOCK) >= 0 || find(il, LLAMA_MOD_KIND_ATTN) >= 0 || find(il, LLAMA_MOD_KIND_KV) >= 0;
 }
 
 int32_t llama_mod_model::pos(int32_t u) const {
@@ -111,9 +99,12 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, int32_t
         }
     }
 
+    mod.by_layer.assign(n_layer, { -1, -1, -1, -1 });
+
     for (int32_t il = 0; il < n_layer; ++il) {
         for (const llama_mod_kind kind : MOD_KIND_ORDER) {
             if (!threshold[kind].empty() && threshold[kind][il] > 0.0f) {
+                mod.by_layer[il][kind] = mod.units.size();
                 mod.units.push_back({ il, kind, threshold[kind][il], activation[kind][il] });
             }
         }

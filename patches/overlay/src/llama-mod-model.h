@@ -2,6 +2,7 @@
 
 #include "llama-mod.h"
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -22,8 +23,12 @@ struct llama_mod_model {
     std::vector<float> w; // [n_units][n_embd]
     std::vector<float> b; // [n_units]
 
-    // the unit's number, -1: not routed
-    int32_t find(int32_t il, llama_mod_kind kind) const;
+    // [n_layer], by kind: the unit's number, -1: not routed
+    std::vector<std::array<int32_t, 4>> by_layer;
+
+    int32_t find(int32_t il, llama_mod_kind kind) const {
+        return il >= 0 && il < (int32_t) by_layer.size() ? by_layer[il][kind] : -1;
+    }
 
     // layers whose K/V need cells of their own
     bool has_cells(int32_t il) const;

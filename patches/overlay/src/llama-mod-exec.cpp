@@ -1,0 +1,422 @@
+#include "llama-mod-context.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-mod.h"
+#include "llama-mod-model.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <map>
+
+// How llama_mod_context runs a ubatch.
+
+// batches of up to this many tokens keep their graphs
+static constexpr uint32_t MOD_N_CACHE = 8;
+
+// rows that a kept graph of some of a batch's tokens has: few sizes, and at most one row too many
+static uint32_t mod_pad(uint32_t n) {
+    return n <= 4 ? n : n + n % 2;
+}
+
+namespace {
+
+// adds the time of its life, in us
+struct timer {
+    timer(uint64_t & sum) : sum(sum), start(ggml_time_us()) {}
+    ~timer() { sum += ggml_time_us() - start; }
+
+    uint64_t & sum;
+    int64_t start;
+};
+
+} // namespace
+
+// the rows of a ubatch that run a unit; a row may occur twice
+static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<int32_t> & rows) {
+    auto udata = std::make_shared<llama_ubatch::data_t>();
+
+    const uint32_t n = rows.size();
+
+    udata->pos.resize(n*ubatch.n_pos);
+    udata->seq_idx.resize(LLAMA_MAX_SEQ, -1);
+
+    for (uint32_t i = 0; i < n; ++i) {
+        const int32_t r = rows[i];
+
+        udata->token   .push_back(ubatch.token ? ubatch.token[r] : LLAMA_TOKEN_NULL);
+        udata->n_seq_id.push_back(ubatch.n_seq_id[r]);
+        udata->seq_id  .push_back(ubatch.seq_id[r]);
+        udata->output  .push_back(ubatch.output ? ubatch.output[r] : 0);
+
+        for (uint32_t j = 0; j < ubatch.n_pos; ++j) {
+            udata->pos[j*n + i] = ubatch.pos[j*ubatch.n_tokens + r];
+        }
+    }
+
+    // one stream: which sequences take part does not change the graph
+    udata->seq_id_unq.push_back(udata->seq_id[0][0]);
+    udata->seq_idx[udata->seq_id_unq[0]] = 0;
+
+    return {
+        /*.b_equal_seqs =*/ 0,
+        /*.n_tokens     =*/ n,
+        /*.n_seq_tokens =*/ 1,
+        /*.n_seqs       =*/ n,
+        /*.n_seqs_unq   =*/ 1,
+        /*.n_pos        =*/ ubatch.n_pos,
+
+        /*.token        =*/ udata->token.data(),
+        /*.embd         =*/ nullptr,
+        /*.pos          =*/ udata->pos.data(),
+        /*.n_seq_id     =*/ udata->n_seq_id.data(),
+        /*.seq_id       =*/ udata->seq_id.data(),
+        /*.seq_id_unq   =*/ udata->seq_id_unq.data(),
+        /*.seq_idx      =*/ udata->seq_idx.data(),
+        /*.output       =*/ udata->output.data(),
+        /*.data         =*/ std::move(udata),
+    };
+}
+
+// can the model run as one graph whose routers skip?
+bool llama_mod_context::can_skip(const llama_ubatch & ubatch) const {
+    return is_cpu && ubatch.n_tokens == 1 && lctx.n_outputs == 1 && !lctx.cparams.warmup;
+}
+
+// does no token of the batch leave the window of another one? then kv decisions can wait until the graph has run
+bool llama_mod_context::can_join(const llama_ubatch & ubatch) const {
+    if (model.kv_window == 0) {
+        return true;
+    }
+    if (ubatch.n_tokens > MOD_N_CACHE) {
+        return false;
+    }
+    const auto [lo, hi] = std::minmax_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    if (*hi - *lo < (llama_pos) model.kv_window) {
+        return true;
+    }
+    std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> range;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+            auto [it, is_new] = range.try_emplace(ubatch.seq_id[i][s], ubatch.pos[i], ubatch.pos[i]);
+            it->second.first  = std::min(it->second.first,  ubatch.pos[i]);
+            it->second.second = std::max(it->second.second, ubatch.pos[i]);
+            if (it->second.second - it->second.first >= (llama_pos) model.kv_window) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+//
+// one token, one graph
+//
+
+bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, ggml_status & ret) {
+    const int32_t n_layer = lctx.model.hparams.n_layer();
+    {
+        const timer time(perf.us_slots);
+
+        for (int32_t il = 0; il < n_layer; ++il) {
+            if (!mctx->reserve(il)) {
+                return false;
+            }
+        }
+    }
+
+    if (!skipping) {
+        auto seg = whole;
+        seg.reserve   = false;
+        seg.kv_inside = false;
+        seg.skips     = true;
+        skipping = make_variant(seg, lctx.get_gf_res_reserve()->get_max_nodes());
+    }
+
+    auto & seg = skipping->seg;
+    seg.decider = &decider;
+    seg.pos     = ubatch.pos[0];
+    seg.score   = scores.data();
+    seg.active  = active.data();
+
+    params.ubatch = ubatch;
+    if (!compute(skipping.get(), seg, params, ret)) {
+        return false;
+    }
+    ggml_backend_sched_synchronize(lctx.sched.get());
+    {
+        const timer time(perf.us_slots);
+
+        const auto runs = [&](int32_t il, llama_mod_kind kind) {
+            const int32_t u = model.find(il, kind);
+            return u < 0 || active[u];
+        };
+
+        for (int32_t il = 0; il < n_layer; ++il) {
+            if (model.has_cells(il) && runs(il, LLAMA_MOD_KIND_BLOCK) && runs(il, LLAMA_MOD_KIND_ATTN)) {
+                mctx->occupy(il, !runs(il, LLAMA_MOD_KIND_KV));
+            }
+        }
+    }
+
+    res_last = skipping->res.get();
+    return true;
+}
+
+//
+// segment by segment
+//
+
+bool llama_mod_context::run_pieces(const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, ggml_status & ret) {
+    auto & plan = can_join(ubatch) ? plan_joined : plan_cut;
+
+    // graphs of a warm-up use all experts
+    const bool cache = ubatch.n_tokens <= MOD_N_CACHE && !lctx.cparams.warmup;
+
+    for (auto & p : plan) {
+        if (!run_piece(p, ubatch, params, mctx, cache, ret)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_graph_params & params,
+        llama_kv_cache_mod_context * mctx, bool cache, ggml_status & ret) {
+    const int32_t unit = p.seg.unit;
+
+    // a head without outputs has no data at all, for which a scheduler of its own cannot allocate
+    const bool keep = cache && !(p.seg.last && lctx.n_outputs == 0);
+
+    std::vector<int32_t> rows, rows_in, rows_out;
+    llama_ubatch sub;
+    bool all;
+    {
+        const timer time(perf.us_route);
+
+        for (int32_t i = 0; i < (int32_t) ubatch.n_tokens; ++i) {
+            if (unit < 0 || active[(size_t) i*n_units + unit]) {
+                rows.push_back(i);
+            }
+        }
+        if (rows.empty()) {
+            return true;
+        }
+        all = rows.size() == ubatch.n_tokens;
+
+        rows_in  = rows;
+        rows_out = rows;
+        if (keep && !all) {
+            rows_in .resize(mod_pad(rows.size()), rows.back());
+            rows_out.resize(rows_in.size(), lctx.cparams.n_ubatch);
+        }
+        sub = all ? ubatch : ubatch_rows(ubatch, rows_in);
+    }
+    {
+        const timer time(perf.us_slots);
+
+        if (!place_layers(p.seg, rows, sub, mctx)) {
+            no_slot = true;
+            ret = GGML_STATUS_FAILED;
+            return false;
+        }
+    }
+
+    restore_sched();
+
+    variant * v = keep ? &get_variant(p, sub.n_tokens, !all) : nullptr;
+
+    auto & seg = v ? v->seg : p.seg;
+    seg.gather   = !all;
+    seg.rows     = std::move(rows_in);
+    seg.rows_out = std::move(rows_out);
+    seg.gate.clear();
+    if (unit >= 0 && model.scale_output) {
+        for (const int32_t r : seg.rows) {
+            seg.gate.push_back(decider.gate(unit, scores[(size_t) r*n_units + unit]));
+        }
+    }
+
+    params.ubatch = sub;
+    if (!compute(v, seg, params, ret)) {
+        return false;
+    }
+
+    read_scores(seg, rows, ubatch);
+
+    // decisions of kv units inside the segment
+    if (seg.kv_inside && unit < 0) {
+        const timer time(perf.us_slots);
+
+        for (const auto & o : seg.out) {
+            if (model.units[o.u0].kind == LLAMA_MOD_KIND_KV && model.pos(o.u0) < seg.t1) {
+                const int32_t il = model.units[o.u0].layer;
+                mctx->set_dropped(il, get_dropped(il, rows));
+            }
+        }
+    }
+    {
+        const timer time(perf.us_slots);
+
+        for (int32_t il = (seg.t0 + 1)/2; 2*il < seg.t1; ++il) {
+            mctx->settle(il);
+        }
+    }
+
+    if (seg.last) {
+        res_last = v ? v->res.get() : res_shared.get();
+    }
+    return true;
+}
+
+bool llama_mod_context::place_layers(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & sub,
+        llama_kv_cache_mod_context * mctx) {
+    for (int32_t il = (seg.t0 + 1)/2; 2*il < seg.t1; ++il) {
+        if (!model.has_cells(il)) {
+            continue;
+        }
+
+        // the scores are here before the layer runs, but for those inside a joined segment
+        std::vector<uint8_t> dropped;
+        if (model.find(il, LLAMA_MOD_KIND_KV) >= 0 && !(seg.kv_inside && seg.unit < 0)) {
+            dropped = get_dropped(il, rows);
+            dropped.resize(sub.n_tokens);
+        }
+        if (!mctx->place(il, sub, dropped)) {
+            return false;
+        }
+        // rows that only fill up need a cell to write to, and nobody sees it
+        mctx->take_back(il, rows.size());
+    }
+    return true;
+}
+
+std::vector<uint8_t> llama_mod_context::get_dropped(int32_t il, const std::vector<int32_t> & rows) const {
+    const int32_t u = model.find(il, LLAMA_MOD_KIND_KV);
+
+    std::vector<uint8_t> dropped;
+    for (const int32_t r : rows) {
+        dropped.push_back(!active[(size_t) r*n_units + u]);
+    }
+    return dropped;
+}
+
+void llama_mod_context::read_scores(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & ubatch) {
+    if (seg.out.empty()) {
+        return;
+    }
+
+    const timer time(perf.us_read);
+
+    ggml_backend_sched_synchronize(lctx.sched.get());
+
+    std::vector<float> data;
+    for (const auto & o : seg.out) {
+        data.resize(ggml_nelements(o.t));
+        ggml_backend_tensor_get(o.t, data.data(), 0, ggml_nbytes(o.t));
+        for (size_t i = 0; i < rows.size(); ++i) {
+            const size_t at = (size_t) rows[i]*n_units;
+            for (int32_t j = 0; j < o.n; ++j) {
+                scores[at + o.u0 + j] = data[i*o.n + j];
+                active[at + o.u0 + j] = decider.active(o.u0 + j, data[i*o.n + j], ubatch.pos[rows[i]]);
+            }
+        }
+    }
+}
+
+//
+// graphs
+//
+
+std::unique_ptr<llama_mod_context::variant> llama_mod_context::make_variant(const llm_mod_segment & seg, size_t n_nodes) const {
+    auto v = std::make_unique<variant>();
+    v->seg = seg;
+    v->res.reset(new llm_graph_result(n_nodes));
+    v->sched.reset(ggml_backend_sched_new(lctx.backend_ptrs.data(), lctx.backend_buft.data(), lctx.backend_ptrs.size(),
+            n_nodes, false, lctx.cparams.op_offload));
+
+    return v;
+}
+
+llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows, bool gather) {
+    auto & v = p.variants[{ n_rows, gather }];
+    if (!v) {
+        const size_t n_whole = lctx.get_gf_res_reserve()->get_max_nodes();
+        const size_t n_half  = (96 + 3*lctx.model.hparams.n_expert_used())*(1 + lctx.loras->size());
+
+        v = make_variant(p.seg, p.seg.last ? n_whole : std::min(n_whole, 64 + (p.seg.t1 - p.seg.t0)*n_half));
+    }
+    return *v;
+}
+
+bool llama_mod_context::compute(variant * v, llm_mod_segment & seg, llm_graph_params & params, ggml_status & ret) {
+    if (v) {
+        std::swap(lctx.sched, v->sched);
+        swapped = v;
+
+        const uint64_t generation = get_memory()->get_generation();
+        v->built      = v->built && v->generation == generation;
+        v->generation = generation;
+    } else if (!res_shared) {
+        res_shared.reset(new llm_graph_result(lctx.get_gf_res_reserve()->get_max_nodes()));
+    }
+    auto * res = v ? v->res.get() : res_shared.get();
+
+    cur = &seg;
+    params.mod   = &seg;
+    params.sched = lctx.sched.get();
+    params.res   = res;
+
+    perf.n_graphs++;
+    perf.n_graphs_small += v != nullptr;
+
+    if (v && v->built && !lctx.graph_reuse_disable && res->can_reuse(params)) {
+        perf.n_graphs_reused++;
+        lctx.n_reused += seg.last;
+    } else if (!build(v, res, params, ret)) {
+        return false;
+    }
+    {
+        const timer time(perf.us_inputs);
+
+        res->set_inputs(&params.ubatch);
+    }
+    const timer time(perf.us_compute);
+
+    ret = lctx.graph_compute(res->get_gf(), params.ubatch.n_tokens > 1);
+    if (ret != GGML_STATUS_SUCCESS) {
+        LLAMA_LOG_ERROR("%s: failed to compute graph, compute status: %d\n", __func__, ret);
+        return false;
+    }
+    return true;
+}
+
+bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_params & params, ggml_status & ret) {
+    const timer time(perf.us_build);
+
+    if (v) {
+        perf.n_graphs_resized += v->built;
+        v->built = false;
+    }
+
+    res->reset();
+
+    ggml_backend_sched_reset(lctx.sched.get());
+    ggml_backend_sched_set_eval_callback(lctx.sched.get(), lctx.cparams.cb_eval, lctx.cparams.cb_eval_user_data);
+
+    auto * gf = lctx.model.build_graph(params);
+    if (!ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
+        LLAMA_LOG_ERROR("%s: failed to allocate graph\n", __func__);
+        ret = GGML_STATUS_ALLOC_FAILED;
+        return false;
+    }
+
+    if (v) {
+        v->built = true;
+        if (is_cpu && lctx.cparams.flash_attn) {
+            llm_mod_graph_fit(v->seg, gf);
+        }
+    }
+    return true;
+}

@@ -1,0 +1,47 @@
+#pragma once
+
+#include "llama.h"
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+struct ggml_tensor;
+struct llama_ubatch;
+
+class llama_kv_cells;
+
+// The KQ mask of one cache. From one query of a sequence to the next only a few cells change, so a row is kept for
+// each sequence and brought up to date, whatever graph asks for it: a decode costs a few writes and a copy, not a
+// scan of all cells.
+class llama_mod_mask {
+public:
+    // the cell has been filled or emptied, or what is decided about it has changed
+    void touch(uint32_t idx);
+
+    // any cell may have changed
+    void touch_all();
+
+    // mask: F16 or F32 [n_kv, n_tokens], 0 where the query of a row sees a cell, else -inf
+    // dropped: per cell, empty: none; these are seen by queries less than `window` positions away
+    void fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
+            const std::vector<uint8_t> & dropped, llama_pos window);
+
+private:
+    struct row {
+        uint64_t  epoch = 0;
+        llama_pos pos   = -1; // of the last query
+        size_t    n_log = 0;  // entries of the log that have been applied
+
+        std::vector<uint32_t> data; // bits of F32 or F16
+    };
+
+    uint64_t epoch = 1;
+
+    std::vector<uint32_t> log; // touched cells of this epoch
+
+    std::map<llama_seq_id, row> rows;
+
+    template <typename T> void fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
+            const std::vector<uint8_t> & dropped, llama_pos window);
+};

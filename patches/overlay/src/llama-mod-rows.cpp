@@ -1,0 +1,328 @@
+#include "llama-mod-rows.h"
+
+#include "llama-impl.h"
+#include "llama-mod.h"
+#include "llama-mod-buffer.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+// graphs read a number of cells that is padded to this, see llama_kv_cache::get_n_kv()
+static constexpr uint32_t MOD_N_PAD = 256;
+
+std::pair<llama_mod_kv_mode, const char *> llama_mod_rows::choose_mode(const llama_model & model, bool v_trans, bool offload) {
+    const char * env = getenv("LLAMA_MOD_KV");
+    if (env && v_trans && strcmp(env, mode_name(LLAMA_MOD_KV_LAZY)) == 0) {
+        env = nullptr;
+    }
+    if (env) {
+        for (const auto mode : { LLAMA_MOD_KV_LAZY, LLAMA_MOD_KV_GROW, LLAMA_MOD_KV_FULL }) {
+            if (strcmp(env, mode_name(mode)) == 0) {
+                return { mode, "LLAMA_MOD_KV" };
+            }
+        }
+        throw std::runtime_error(format("LLAMA_MOD_KV=%s: known are lazy, grow and full", env));
+    }
+
+    if (v_trans) {
+        return { LLAMA_MOD_KV_GROW, "without flash attention V is transposed" };
+    }
+
+    for (int32_t il = 0; offload && il < (int32_t) model.hparams.n_layer(); ++il) {
+        auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(il));
+        if (llama_mod_kv_buft(buft) == buft) {
+            return { LLAMA_MOD_KV_GROW, "the device cannot commit memory on demand" };
+        }
+    }
+    auto * cpu = ggml_backend_cpu_buffer_type();
+    if (llama_mod_kv_buft(cpu) == cpu) {
+        return { LLAMA_MOD_KV_GROW, "the system cannot commit memory on demand" };
+    }
+    return { LLAMA_MOD_KV_LAZY, "committed as cells are used" };
+}
+
+const char * llama_mod_rows::mode_name(llama_mod_kv_mode mode) {
+    switch (mode) {
+        case LLAMA_MOD_KV_LAZY: return "lazy";
+        case LLAMA_MOD_KV_GROW: return "grow";
+        case LLAMA_MOD_KV_FULL: return "full";
+    }
+    return "";
+}
+
+llama_mod_rows::llama_mod_rows(llama_mod_kv_mode mode, uint32_t kv_size, make_t make) :
+    make(std::move(make)), mode(mode), n_rows(mode == LLAMA_MOD_KV_GROW ? std::min(kv_size, MOD_N_PAD) : kv_size) {
+
+    kv = this->make(n_rows);
+
+    // restoring a state asks for memory before it writes
+    kv->reserve = [this](uint32_t n) { return reserve(n); };
+
+    // there is a cell for each token from the start, only the tensors grow
+    if (n_rows < kv_size) {
+        kv->v_cells[0].resize(kv_size);
+    }
+
+    GGML_ASSERT(kv->n_stream == 1);
+
+    // a context that is only measured has no memory
+    const bool has_data = !kv->hparams.no_alloc;
+    if (mode == LLAMA_MOD_KV_FULL && has_data && !reserve(kv_size)) {
+        throw std::runtime_error("failed to allocate buffer for kv cache");
+    }
+}
+
+const llama_kv_cells & llama_mod_rows::cells() const {
+    return kv->v_cells[0];
+}
+
+template <typename F> void llama_mod_rows::for_rows(uint32_t i0, uint32_t i1, F f) const {
+    for (const auto & l : kv->layers) {
+        for (auto * t : { l.k, l.v }) {
+            if (!t) {
+                continue;
+            }
+            if (!is_transposed(l, t)) {
+                f(t->buffer, (char *) t->data + i0*t->nb[1], (i1 - i0)*t->nb[1]);
+            } else if (i0 == 0 && i1 >= n_usable) {
+                f(t->buffer, (char *) t->data, ggml_nbytes(t));
+            }
+        }
+    }
+}
+
+bool llama_mod_rows::reserve(uint32_t n) {
+    n = std::min<uint32_t>(GGML_PAD(std::max(n, 1u), MOD_N_PAD), cells().size());
+    if (n <= n_usable) {
+        return true;
+    }
+    if (n > n_rows && !grow(n)) {
+        return false;
+    }
+
+    bool ok = true;
+    for_rows(n_usable, n, [&](auto... range) { ok = ok && llama_mod_kv_commit(range...); });
+    if (!ok) {
+        for_rows(n_usable, n, llama_mod_kv_release);
+        return false;
+    }
+
+    n_usable = n;
+    return true;
+}
+
+void llama_mod_rows::trim_tail() {
+    const uint32_t n_used = cells().used_max_p1();
+    const uint32_t n      = std::min<uint32_t>(GGML_PAD(n_used, MOD_N_PAD), n_usable);
+
+    for_rows(n_used, n, llama_mod_kv_discard);
+
+    if (mode == LLAMA_MOD_KV_FULL) {
+        for_rows(n, n_usable, llama_mod_kv_discard);
+    } else {
+        for_rows(n, n_usable, llama_mod_kv_release);
+        n_usable = n;
+    }
+}
+
+void llama_mod_rows::trim() {
+    trim_tail();
+
+    const auto & c = cells();
+    for (uint32_t i = 0, n_used = c.used_max_p1(); i < n_used; ++i) {
+        const uint32_t i0 = i;
+        while (c.is_empty(i)) {
+            ++i; // the last one is in use
+        }
+        if (i > i0) {
+            for_rows(i0, i, llama_mod_kv_discard);
+        }
+    }
+}
+
+//
+// growth
+//
+
+// the cells [i0, i0 + n) of a tensor: one piece, or with V transposed one of each of its rows
+struct cell_range {
+    cell_range(const ggml_tensor * t, bool trans, uint32_t i0, uint32_t n) {
+        const size_t cell = trans ? ggml_element_size(t) : t->nb[1];
+
+        offset   = i0*cell;
+        size     = n*cell;
+        n_pieces = trans ? t->ne[0] : 1;
+        stride   = trans ? t->ne[1]*cell : 0;
+    }
+
+    void read(const ggml_tensor * t, std::vector<uint8_t> & data) const {
+        data.resize(size*n_pieces);
+        ggml_backend_tensor_get_2d(t, data.data(), offset, size, n_pieces, stride, size);
+    }
+
+    void write(ggml_tensor * t, const std::vector<uint8_t> & data) const {
+        ggml_backend_tensor_set_2d(t, data.data(), offset, size, n_pieces, stride, size);
+    }
+
+    size_t offset;
+    size_t size;
+    size_t n_pieces;
+    size_t stride;
+};
+
+bool llama_mod_rows::grow(uint32_t n) {
+    // a quarter more than there is, so that a row is copied a few times in all
+    const uint32_t n_more = std::min<uint32_t>(GGML_PAD(n_rows + n_rows/4, MOD_N_PAD), cells().size());
+
+    return (n_more > n && replace(n_more)) || replace(n);
+}
+
+void llama_mod_rows::shrink() {
+    const uint32_t n = std::min<uint32_t>(GGML_PAD(std::max(cells().used_max_p1(), 1u), MOD_N_PAD), cells().size());
+    if (mode == LLAMA_MOD_KV_GROW && 2*n <= n_rows && !kv->hparams.no_alloc) {
+        replace(n);
+    }
+}
+
+bool llama_mod_rows::replace(uint32_t n) {
+    std::unique_ptr<llama_kv_cache> next;
+    try {
+        next = make(n);
+    } catch (const std::exception &) {
+        return false;
+    }
+
+    std::vector<uint8_t> data;
+
+    // its tensors become those of the cache, whose cells stay; a state that is being read may have cells without rows
+    const uint32_t n_used = std::min(cells().used_max_p1(), n_usable);
+    for (size_t i = 0; i < kv->layers.size(); ++i) {
+        const auto & l      = kv->layers[i];
+        const auto & l_next = next->layers[i];
+
+        for (const auto & [src, dst] : { std::pair(l.k, l_next.k), std::pair(l.v, l_next.v) }) {
+            if (!src) {
+                continue;
+            }
+            const bool trans = is_transposed(l, src);
+            if (!llama_mod_kv_commit(dst->buffer, dst->data, trans ? ggml_nbytes(dst) : std::min(n_usable, n)*dst->nb[1])) {
+                return false;
+            }
+            cell_range(src, trans, 0, n_used).read (src, data);
+            cell_range(dst, trans, 0, n_used).write(dst, data);
+        }
+    }
+
+    std::swap(kv->layers,    next->layers);
+    std::swap(kv->ctxs_bufs, next->ctxs_bufs);
+
+    n_rows   = n;
+    n_usable = std::min(n_usable, n);
+    n_grown++;
+
+    return true;
+}
+
+//
+// defragmentation
+//
+
+bool llama_mod_rows::is_sparse() const {
+    const uint32_t n_used = cells().get_used();
+    const uint32_t n_max  = cells().used_max_p1();
+
+    // attention reads steps of MOD_N_PAD cells: at least one has to be gained, and a tenth of the time and memory
+    return GGML_PAD(n_used, MOD_N_PAD) < GGML_PAD(n_max, MOD_N_PAD) && 11*n_used < 10*n_max;
+}
+
+std::vector<std::pair<uint32_t, uint32_t>> llama_mod_rows::compact() {
+    if (!is_sparse()) {
+        return {};
+    }
+
+    auto & c = kv->v_cells[0];
+
+    const uint32_t n_used = c.get_used();
+    const uint32_t n_max  = c.used_max_p1();
+
+    std::vector<std::pair<uint32_t, uint32_t>> moves;
+    for (uint32_t src = n_used, dst = 0; src < n_max; ++src) {
+        if (c.is_empty(src)) {
+            continue;
+        }
+        while (!c.is_empty(dst)) {
+            ++dst;
+        }
+
+        const auto pos  = c.pos_get(src);
+        const auto ext  = c.ext_get(src);
+        const auto seqs = c.seq_get_all(src);
+
+        c.rm(src);
+
+        c.pos_set(dst, pos);
+        c.ext_set(dst, ext);
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            if (seqs.test(s)) {
+                c.seq_add(dst, s);
+            }
+        }
+        moves.push_back({ src, dst });
+    }
+
+    move_rows(moves);
+
+    kv->v_heads[0] = n_used;
+    trim_tail();
+
+    return moves;
+}
+
+void llama_mod_rows::move_rows(const std::vector<std::pair<uint32_t, uint32_t>> & moves) {
+    std::vector<uint8_t> data;
+
+    for (const auto & l : kv->layers) {
+        for (auto * t : { l.k, l.v }) {
+            // cells that stay together
+            for (size_t i = 0, n = 1; t && i < moves.size(); i += n, n = 1) {
+                const auto [src, dst] = moves[i];
+                while (i + n < moves.size() && moves[i + n] == std::pair<uint32_t, uint32_t>(src + n, dst + n)) {
+                    ++n;
+                }
+                const bool trans = is_transposed(l, t);
+                cell_range(t, trans, src, n).read (t, data);
+                cell_range(t, trans, dst, n).write(t, data);
+            }
+        }
+    }
+}
+
+//
+// statistics
+//
+
+void llama_mod_rows::add_stats(int32_t il, llama_mod_kv_stats & stats) const {
+    const auto & c = cells();
+
+    for (const auto & l : kv->layers) {
+        if (il >= 0 && (int32_t) l.il != il) {
+            continue;
+        }
+
+        size_t per_cell = 0;
+        for (const auto * t : { l.k, l.v }) {
+            if (t) {
+                per_cell              += t->nb[1];
+                stats.bytes_reserved  += n_rows*t->nb[1];
+                stats.bytes_committed += llama_mod_kv_backed(t->buffer, t->data, n_rows*t->nb[1]);
+            }
+        }
+
+        stats.n_cells        += c.size();
+        stats.n_used         += c.get_used();
+        stats.bytes_per_cell += per_cell;
+        stats.bytes_used     += per_cell*c.get_used();
+    }
+}
