@@ -74,6 +74,22 @@ def test_every_node(context, part):
     finish()
 
 
+def test_a_context_shift_is_not_stopped_half_way(context):
+    """The decode that would have made it is; K rotated in some layers could be neither finished nor taken back."""
+    r, state, _ = context
+    results = []
+    for after in (None, 0, 1, 2, 3, 5, 30):
+        restore(r, state)
+        assert llama_cpp.llama_memory_seq_rm(r.mem, 0, 4, 24)
+        llama_cpp.llama_memory_seq_add(r.mem, 0, 24, -1, -20)
+        args = TOKENS[0][START : START + 5], [0] * 5, range(START - 20, START - 15)
+        if after is not None:
+            with aborting(r, after):
+                assert r.try_decode(*args) == 2
+        results.append(r.decode(*args))
+        np.testing.assert_array_equal(results[-1], results[0])
+
+
 def test_statistics_and_trace_are_those_of_the_last_success(context):
     r, state, _ = context
     restore(r, state)

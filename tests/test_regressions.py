@@ -145,6 +145,48 @@ def test_a_tail_can_be_taken_back_after_a_shift(tmp_path):
         assert llama_cpp.llama_memory_seq_rm(r.mem, 0, 59, -1)
 
 
+def test_a_tail_behind_a_gap(tmp_path):
+    # the next token stands below the gap, where K/V that it sees are gone; what stood above was asked
+    path, oracle = make(tmp_path, "kv", layers=(1, 2), activation=0.4)
+    with Raw(path) as r:
+        r.set(kv_rollback=8)
+        r.decode(TOKENS[:100])
+        dropped = max(i for i in range(60, 80) if not oracle.active[i].all())
+        assert llama_cpp.llama_memory_seq_rm(r.mem, 0, dropped + 1, 95)
+        assert not llama_cpp.llama_memory_seq_rm(r.mem, 0, 95, -1)
+        assert llama_cpp.llama_memory_seq_pos_max(r.mem, 0) == 99
+
+
+def test_a_token_moves_in_all_layers_or_in_none(tmp_path):
+    # where only the sequence that was not named still had its cell, it stayed
+    path, oracle = make(tmp_path, "kv", activation=0.4)
+    with Raw(path) as r:
+        r.set(kv_rollback=0)
+        r.decode(TOKENS[:30])
+        r.seq_cp(0, 1)
+        r.decode(TOKENS[30:80])  # sequence 0 gives back dropped tokens that 1 keeps
+        llama_cpp.llama_memory_seq_add(r.mem, 0, 0, -1, 100)
+        r.seq_rm(0, 0)
+        assert (llama_cpp.llama_memory_seq_pos_min(r.mem, 1), cells(r)[0]) == (100, 30)
+        held = cells(r)[1]
+        assert llama_cpp.llama_memory_seq_rm(r.mem, 1, 0, 115)
+        kept = oracle.active[:30, 0] | (30 - np.arange(30) < 8)
+        assert (held, cells(r)[1]) == (kept.sum(), kept[15:].sum())
+
+
+def test_a_sequence_that_another_empties(tmp_path):
+    # it stayed one that cannot be continued
+    path, oracle = make(tmp_path, "kv", activation=0.4)
+    with Raw(path) as r:
+        r.set(kv_rollback=0)
+        r.decode(TOKENS[:60])
+        llama_cpp.llama_memory_seq_cp(r.mem, 0, 1, 0, 20)
+        assert r.try_decode(TOKENS[20:21], [1], [20]) == -2
+        llama_cpp.llama_memory_seq_add(r.mem, 0, 0, -1, -20)
+        assert llama_cpp.llama_memory_seq_pos_max(r.mem, 1) == -1
+        close(r.decode(TOKENS[:30], [1] * 30), oracle.logits[:30])
+
+
 def test_any_number_of_sinks(tmp_path):
     # 2^31 and more turned negative: no sinks at all
     tiny = Tiny(n_layer=3, sink_tokens=3_000_000_000).route([1], "ffn")

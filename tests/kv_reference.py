@@ -1,0 +1,242 @@
+"""What the patched runtime must remember: a slow model of its KV bookkeeping in plain Python.
+
+It knows no cell indices and computes nothing: decisions come from the runtime's trace. Written from
+docs/semantics.md and docs/decisions.md. A `Cell` is the K/V of one token in one cache; a sequence for which it has
+been given back stays in `gone`, because a later query might have needed it.
+
+Two questions have a margin. K/V that a query would see and that are gone *must* be refused (`needs_lost`). The
+runtime remembers only the largest position that it has given back, so it *may* refuse more (`may_refuse`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+END = 2**31 - 1
+
+
+@dataclass
+class Cell:
+    """K/V of one token in one cache."""
+
+    pos: int
+    seqs: set[int]
+    dropped: bool = False  # by a kv unit: visible in the window only
+    new: bool = True  # stored by the decode that runs
+    gone: set[int] = field(default_factory=set)  # sequences that gave it back
+
+    def copy(self) -> Cell:
+        return Cell(self.pos, set(self.seqs), self.dropped, self.new, set(self.gone))
+
+    def moved(self, src: int, dst: int) -> Cell:
+        """The same for one sequence alone, under another number."""
+        seqs, gone = ({dst} if src in old else set() for old in (self.seqs, self.gone))
+        return Cell(self.pos, seqs, self.dropped, False, gone)
+
+
+@dataclass
+class Sequence:
+    """What is known of one sequence beside its cells."""
+
+    lost: int = -1  # an upper bound of the positions given back since it was last empty
+    broken: str = "no"  # "must": a decode has to refuse it; "may": it can
+
+    def copy(self) -> Sequence:
+        return Sequence(self.lost, self.broken)
+
+
+class Full(Exception):
+    """A cache has no free cells for the batch."""
+
+
+class Reference:
+    """Caches and sequences of one context. units: (layer, kind) in the order of the trace's columns."""
+
+    def __init__(self, units, n_layer: int, window: int, n_cells: int, n_seq: int = 4, rollback: int = 64):
+        self.units, self.n_layer, self.window = list(units), n_layer, window
+        self.n_cells, self.rollback = n_cells, rollback
+        self.own = sorted({layer for layer, kind in self.units if kind != "ffn"})
+        self.drops = {layer for layer, kind in self.units if kind == "kv"}
+        self.cells: dict[int, list[Cell]] = {layer: [] for layer in [-1, *self.own]}  # -1: the complete layers
+        self.seqs = [Sequence() for _ in range(n_seq)]
+
+    # --- what can be asked
+
+    def used(self) -> list[int]:
+        """Cells in use per layer."""
+        count = {layer: sum(bool(c.seqs) for c in cells) for layer, cells in self.cells.items()}
+        return [count[layer if layer in self.own else -1] for layer in range(self.n_layer)]
+
+    def positions(self, seq: int) -> list[int]:
+        return sorted(c.pos for c in self.cells[-1] if seq in c.seqs)
+
+    def pos_max(self, seq: int) -> int:
+        return max((c.pos for c in self.cells[-1] if seq in c.seqs), default=-1)
+
+    def pos_min(self, seq: int) -> int:
+        return min((c.pos for c in self.cells[-1] if seq in c.seqs), default=-1)
+
+    def needs_lost(self, seq: int, end: int) -> bool:
+        """Has something been given back that the query after the sequence's tokens below `end` would see?"""
+        query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
+        return any(seq in c.gone and query - self.window < c.pos < query for own in self.drops for c in self.cells[own])
+
+    def may_refuse(self, seq: int, end: int) -> bool:
+        query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
+        return self.seqs[seq].lost > query - self.window
+
+    # --- decode
+
+    def decode(self, tokens, active, n_ubatch: int) -> None:
+        """Stores a batch; tokens: (seq, pos), active [n_tokens, n_units]. Raises Full with nothing changed."""
+        start = {s: self.pos_max(s) for s in range(len(self.seqs))}
+        before = self.copy()
+        try:
+            if self.free(-1) < len(tokens):
+                raise Full("the layers with complete K/V")
+            for i in range(0, len(tokens), n_ubatch):
+                self._ubatch(tokens[i : i + n_ubatch], active[i : i + n_ubatch])
+                self._expire(start, only_new=True)
+        except Full:
+            self.cells, self.seqs = before.cells, before.seqs
+            raise
+        self._expire(start, only_new=False)
+        for cell in (c for cells in self.cells.values() for c in cells):
+            cell.new = False
+
+    def free(self, layer: int) -> int:
+        return self.n_cells - sum(bool(c.seqs) for c in self.cells[layer])
+
+    def _ubatch(self, tokens, active) -> None:
+        for seq, pos in tokens:
+            self.cells[-1].append(Cell(pos, {seq}))
+        for layer in self.own:
+            unit = {kind: active[:, i] for i, (at, kind) in enumerate(self.units) if at == layer}
+            new = []
+            for i, (seq, pos) in enumerate(tokens):
+                if all(unit[kind][i] for kind in ("block", "attn") if kind in unit):
+                    new.append(Cell(pos, {seq}, "kv" in unit and not unit["kv"][i]))
+            if self.free(layer) < len(new):
+                raise Full(f"layer {layer}")
+            self.cells[layer] += new
+
+    def _expire(self, start: dict[int, int], only_new: bool) -> None:
+        """Gives back what neither the next query nor one after `rollback` tokens taken back can see."""
+        for seq, old_end in start.items():
+            end = self.pos_max(seq)
+            if end <= old_end:
+                continue
+            for c in (c for layer in self.drops for c in self.cells[layer]):
+                far = end + 1 - c.pos >= self.window + self.rollback
+                if seq in c.seqs and c.dropped and far and (c.new or not only_new):
+                    c.seqs.remove(seq)
+                    c.gone.add(seq)
+                    self.seqs[seq].lost = max(self.seqs[seq].lost, c.pos)
+
+    # --- memory operations
+
+    def remove(self, seq: int, p0: int, p1: int, happened: bool) -> bool:
+        """seq_rm (seq -1: all); `happened`: what the runtime returned. Returns whether it was right to."""
+        p1 = END if p1 < 0 else p1
+        seqs = range(len(self.seqs)) if seq < 0 else [seq]
+        tails = [s for s in seqs if self.pos_min(s) < p0 <= self.pos_max(s) < p1]
+        if not happened:
+            return any(self.may_refuse(s, p0) for s in tails)
+        right = not any(self.needs_lost(s, p0) for s in tails)
+        for s in seqs:
+            tail = p0 <= self.pos_max(s) < p1
+            self._forget(s, p0, p1)
+            if tail:
+                self.seqs[s].broken = "no"
+        return right
+
+    def _forget(self, seq: int, p0: int, p1: int) -> None:
+        for cells in self.cells.values():
+            for c in cells:
+                if p0 <= c.pos < p1:
+                    c.seqs.discard(seq)
+                    c.gone.discard(seq)
+            cells[:] = [c for c in cells if c.seqs or c.gone]
+        if self.pos_max(seq) < 0:
+            self.seqs[seq] = Sequence()
+            for c in (c for cells in self.cells.values() for c in cells):
+                c.gone.discard(seq)
+
+    def shares(self, a: int, b: int) -> bool:
+        return any(a in c.seqs and b in c.seqs for c in self.cells[-1])
+
+    def copy_sequence(self, src: int, dst: int, p0: int, p1: int) -> None:
+        p1 = END if p1 < 0 else p1
+        for c in (c for cells in self.cells.values() for c in cells if p0 <= c.pos < p1):
+            if src in c.seqs:
+                c.seqs.add(dst)
+            if src in c.gone:
+                c.gone.add(dst)
+        end, a, b = self.pos_max(dst), self.seqs[src], self.seqs[dst]
+        if end < 0:
+            self._forget(dst, 0, END)
+            return
+        b.lost = max(a.lost, b.lost)
+        shorter, doubtful = end < self.pos_max(src), (a.broken, b.broken) != ("no", "no")
+        if (shorter or doubtful) and self.needs_lost(dst, END):
+            b.broken = "must"
+        elif doubtful or shorter and self.may_refuse(dst, END):
+            b.broken = "may"
+
+    def keep(self, seq: int) -> None:
+        for s in range(len(self.seqs)):
+            if s != seq:
+                self._forget(s, 0, END)
+
+    def shift(self, seq: int, p0: int, p1: int, by: int) -> None:
+        """seq_add: cells are moved for all sequences that share them; those that get below 0 are removed."""
+        p1 = END if p1 < 0 else p1
+        below = max((p for p in self.positions(seq) if p < p0), default=-1)
+        for c in (c for cells in self.cells.values() for c in cells):
+            if p0 <= c.pos < p1 and seq in c.seqs | c.gone:
+                c.pos += by
+        for s, info in enumerate(self.seqs):
+            if s == seq and p0 <= info.lost < p1:
+                info.lost = max(info.lost + by, below)
+            elif by > 0 and info.lost >= p0:
+                info.lost += by
+        for s in range(len(self.seqs)):
+            self._forget(s, -END, 0)
+
+    def shift_collides(self, seq: int, p0: int, p1: int, by: int) -> bool:
+        """Would a sequence hold a position twice? No caller wants that, and which token is meant is not defined."""
+        p1 = END if p1 < 0 else p1
+        for s in range(len(self.seqs)):
+            moved = [c.pos + by * (p0 <= c.pos < p1 and seq in c.seqs) for c in self.cells[-1] if s in c.seqs]
+            if len(set(moved)) < len(moved):
+                return True
+        return False
+
+    def copy_collides(self, src: int, dst: int, p0: int, p1: int) -> bool:
+        p1 = END if p1 < 0 else p1
+        return bool({p for p in self.positions(src) if p0 <= p < p1} & set(self.positions(dst)))
+
+    # --- states
+
+    def copy(self) -> Reference:
+        new = Reference(self.units, self.n_layer, self.window, self.n_cells, len(self.seqs), self.rollback)
+        new.cells = {layer: [c.copy() for c in cells] for layer, cells in self.cells.items()}
+        new.seqs = [s.copy() for s in self.seqs]
+        return new
+
+    def restore(self, saved: Reference) -> None:
+        """A whole state; the settings are no part of it."""
+        copy = saved.copy()
+        self.cells, self.seqs = copy.cells, copy.seqs
+
+    def restore_sequence(self, saved: Reference, src: int, dst: int) -> bool:
+        """One sequence of a state, into cells of its own; False, and an empty sequence, where they are too few."""
+        self._forget(dst, 0, END)
+        new = {layer: [c.moved(src, dst) for c in cells if src in c.seqs | c.gone]
+               for layer, cells in saved.cells.items()}
+        if any(self.free(layer) < sum(bool(c.seqs) for c in cells) for layer, cells in new.items()):
+            return False
+        for layer, cells in new.items():
+            self.cells[layer] += cells
+        self.seqs[dst] = saved.seqs[src].copy() if self.pos_max(dst) >= 0 else Sequence()
+        return True
