@@ -43,7 +43,7 @@ def decode(rng, ref) -> tuple:
     size = 1 if rng.random() < 0.5 else int(rng.integers(2, 60))
     order = rng.permutation(np.repeat(seqs, [1 if size == 1 else rng.integers(1, size) for _ in seqs]))[:48]
     batch = tuple((int(s), int(rng.integers(N_VOCAB))) for s in order)
-    stop = int(rng.exponential(100)) if rng.random() < 0.1 else None
+    stop = int(rng.exponential(300)) if rng.random() < 0.1 else None
     return batch, pick(rng, {"all": 1, "last": 1, "none": 1}), bool(rng.random() < 0.3), stop
 
 
