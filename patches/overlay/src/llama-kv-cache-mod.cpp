@@ -5,6 +5,7 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-mod-buffer.h"
+#include "llama-mod-context.h"
 #include "llama-mod-model.h"
 #include "llama-model.h"
 
@@ -59,10 +60,13 @@ llama_kv_cache_mod::llama_kv_cache_mod(
 void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make) {
     const int32_t n_layer = hparams.n_layer();
 
+    // what a failed attempt has reserved
+    base_rows.reset();
+    own.clear();
+
     base_rows = make(mode, [this, n_layer](int32_t il) { return il < n_layer && !mod.has_cells(il); });
     base      = base_rows->kv.get();
 
-    own.clear();
     map_own.assign(n_layer, -1);
     for (int32_t il = 0; il < n_layer; ++il) {
         if (mod.has_cells(il)) {
@@ -336,6 +340,10 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     // cells may be shared: they move for all their sequences
     for (llama_seq_id i = 0; i < (llama_seq_id) seqs.size(); ++i) {
         auto & s = seqs[i];
+        if (base->seq_pos_max(i) < 0) {
+            s = {}; // all of it went below 0
+            continue;
+        }
         s.expired = std::max(-1, s.expired + std::min(shift, 0));
         if (i == seq_id && s.freed >= p0 && s.freed < p1) {
             s.freed = std::max(s.freed + shift, below);
@@ -518,15 +526,25 @@ void llama_kv_cache_mod::occupy(int32_t il, int32_t cell, const llama_ubatch & u
     c.mask.touch(cell);
 }
 
+bool llama_kv_cache_mod::has_f32() const {
+    return base->type_k() == GGML_TYPE_F32 || base->type_v() == GGML_TYPE_F32;
+}
+
+void llama_kv_cache_mod::set_slack(bool value) {
+    slack = value;
+}
+
 const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t cell) {
     auto & c = *find(il);
 
     if (!c.one) {
         c.one = std::make_unique<llama_kv_cache_context>(c.kv);
     }
-    // as llama_kv_cache::get_n_kv(), with the reserved cell
-    const uint32_t n_pad = std::max(c.kv->n_pad, 256u);
-    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(get_n_used(il, cell), n_pad));
+    // as llama_kv_cache::get_n_kv(), with the reserved cell. one graph has many caches: without slack, one or the
+    // other would outgrow it every few tokens
+    const uint32_t n_pad  = std::max(c.kv->n_pad, 256u);
+    const uint32_t n_used = get_n_used(il, cell);
+    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(slack ? n_used + n_used/4 + n_pad : n_used, n_pad));
 
     return c.one.get();
 }
@@ -712,7 +730,9 @@ void llama_kv_cache_mod::state_write_own(llama_io_write_i & io, const own_cache 
 
     const uint32_t n = dropped.size();
     io.write(&n, sizeof(n));
-    io.write(dropped.data(), n);
+    if (n > 0) {
+        io.write(dropped.data(), n);
+    }
 }
 
 void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -737,7 +757,9 @@ void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, lla
     }
 
     std::vector<uint8_t> dropped(n);
-    io.read(dropped.data(), n);
+    if (n > 0) {
+        io.read(dropped.data(), n);
+    }
     for (uint32_t i = 0; i < n; ++i) {
         c.dropped[idxs[i]] = dropped[i] != 0;
         if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
@@ -801,12 +823,13 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
         if (seq_id == -1) {
             clear(true);
         } else {
-            // zeroes what has been restored too: without flash attention a NaN in a free cell would reach every query
-            for_each([&](llama_kv_cache & kv) { kv.state_clear(seq_id); });
+            base_rows->wipe(seq_id);
             for (auto & c : own) {
+                c.rows->wipe(seq_id);
                 c.head = 0;
             }
             seqs[seq_id] = {};
+            trim();
         }
         throw;
     }
@@ -873,10 +896,14 @@ bool llama_kv_cache_mod_context::apply() {
     }
     kv->touch_masks();
 
-    bool res = true;
-    for (auto & ctx : updates) {
-        res = ctx->apply() && res;
-    }
+    // a shift that is stopped half-way can be neither finished nor taken back
+    const bool res = lctx->get_mod()->run_whole([&] {
+        bool ok = true;
+        for (auto & ctx : updates) {
+            ok = ctx->apply() && ok;
+        }
+        return ok;
+    });
     // a shift has written to free cells too
     kv->trim();
     kv->compact(lctx);

@@ -78,6 +78,11 @@ public:
     int32_t reserve(int32_t il);
     void    occupy (int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped);
 
+    bool has_f32() const; // K or V
+
+    // graphs of one token adjust the range of cells that they take: they can be built for a larger one
+    void set_slack(bool value);
+
     // for graphs of one token: what the layer attends to with the reserved cell; valid until the next call
     const llama_kv_cache_context * get_one(int32_t il, int32_t cell);
 
@@ -139,6 +144,7 @@ private:
     const uint32_t n_seq_max;
 
     uint32_t rollback = 64;
+    bool     slack    = false;
 
     std::unique_ptr<llama_mod_rows> base_rows;
     llama_kv_cache *                base; // of base_rows

@@ -101,7 +101,11 @@ void llama_mod_context::init_plan(std::vector<piece> & plan, bool cut_kv) {
 
         const bool cut = cut_kv && t % 2 == 0 && model.find(il, LLAMA_MOD_KIND_KV) >= 0;
 
-        if (u >= 0 || cut || plan.back().seg.unit >= 0) {
+        if (u_block >= 0 && il == n_layer - 1 && !model.scale_output) {
+            // behind the last attention only the rows that are output go on
+            add(t,     t + 1, u);
+            add(t + 1, t1,    u);
+        } else if (u >= 0 || cut || plan.back().seg.unit >= 0) {
             add(t, t1, u);
         } else {
             plan.back().seg.t1 = t1;
@@ -267,6 +271,17 @@ void llama_mod_context::commit() {
 
     perf.n_decode++;
     perf.n_tokens += n_tokens;
+}
+
+bool llama_mod_context::run_whole(const std::function<bool()> & f) {
+    const auto   callback = lctx.abort_callback;
+    void * const data     = lctx.abort_callback_data;
+
+    lctx.set_abort_callback(nullptr, nullptr);
+    const bool res = f();
+    lctx.set_abort_callback(callback, data);
+
+    return res;
 }
 
 int32_t llama_mod_context::fail(ggml_status status) {

@@ -6,6 +6,7 @@
 
 #include "ggml-cpp.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -47,6 +48,9 @@ struct llama_mod_context {
 
     llm_graph_result * process_ubatch(const llama_ubatch & ubatch, llm_graph_type gtype, llama_memory_context_i * mctx, ggml_status & ret);
 
+    // without the abort callback
+    bool run_whole(const std::function<bool()> & f);
+
     // a failed decode leaves the state as it was; returns the result of llama_decode
     int32_t fail(ggml_status status);
 
@@ -82,6 +86,8 @@ private:
 
     // all backends are the CPU: nodes can be switched and fitted between two runs of a graph
     const bool is_cpu;
+
+    bool can_fit() const;
 
     // a graph that is kept
     struct variant {

@@ -79,6 +79,11 @@ static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<i
     };
 }
 
+// is what flash attention reads a view of the cache? K and V in F32 are converted before
+bool llama_mod_context::can_fit() const {
+    return is_cpu && lctx.cparams.flash_attn && !get_memory()->has_f32();
+}
+
 // can the model run as one graph whose routers skip?
 bool llama_mod_context::can_skip(const llama_ubatch & ubatch) const {
     return is_cpu && ubatch.n_tokens == 1 && lctx.n_outputs == 1 && !lctx.cparams.warmup;
@@ -125,6 +130,8 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
             }
         }
     }
+
+    get_memory()->set_slack(can_fit());
 
     if (!skipping) {
         auto seg = whole;
@@ -195,8 +202,11 @@ bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_gr
     {
         const timer time(perf.us_route);
 
+        // nobody reads what the last FFN does for tokens that are not output
+        const bool out_only = unit >= 0 && p.seg.t0 > 2*((int32_t) lctx.model.hparams.n_layer() - 1);
+
         for (int32_t i = 0; i < (int32_t) ubatch.n_tokens; ++i) {
-            if (unit < 0 || active[(size_t) i*n_units + unit]) {
+            if (unit < 0 || (active[(size_t) i*n_units + unit] && (!out_only || ubatch.output[i]))) {
                 rows.push_back(i);
             }
         }
@@ -414,7 +424,7 @@ bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_par
 
     if (v) {
         v->built = true;
-        if (is_cpu && lctx.cparams.flash_attn) {
+        if (can_fit()) {
             llm_mod_graph_fit(v->seg, gf);
         }
     }

@@ -79,7 +79,7 @@ public:
 
         return self_k_idxs->ne[0]  == params.ubatch.n_tokens &&
                self_kq_mask->ne[1] == params.ubatch.n_tokens &&
-               n_kv                == mctx->get_n_kv();
+               (fitted.empty() ? n_kv == mctx->get_n_kv() : n_kv >= mctx_mod->get_n_used(il));
     }
 
     // where the one token's K and V go; a transposed V has a place for each of its values
@@ -112,7 +112,8 @@ public:
 void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf) {
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         auto * node = ggml_graph_node(gf, i);
-        if (node->op != GGML_OP_FLASH_ATTN_EXT) {
+        // views of the cache only: K and V in F32 are converted before
+        if (node->op != GGML_OP_FLASH_ATTN_EXT || node->src[1]->op != GGML_OP_PERMUTE || node->src[2]->op != GGML_OP_PERMUTE) {
             continue;
         }
         for (auto * inp : seg.attn) {
@@ -120,6 +121,9 @@ void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf) {
                 inp->fitted.push_back(node);
             }
         }
+    }
+    for (const auto * inp : seg.attn) {
+        GGML_ASSERT(!inp->fitted.empty()); // else it would read cells that have no memory
     }
 }
 

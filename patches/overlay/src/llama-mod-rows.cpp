@@ -166,6 +166,12 @@ struct cell_range {
         ggml_backend_tensor_set_2d(t, data.data(), offset, size, n_pieces, stride, size);
     }
 
+    void zero(ggml_tensor * t) const {
+        for (size_t i = 0; i < n_pieces; ++i) {
+            ggml_backend_tensor_memset(t, 0, offset + i*stride, size);
+        }
+    }
+
     size_t offset;
     size_t size;
     size_t n_pieces;
@@ -186,13 +192,8 @@ void llama_mod_rows::shrink() {
     }
 }
 
-bool llama_mod_rows::replace(uint32_t n) {
-    std::unique_ptr<llama_kv_cache> next;
-    try {
-        next = make(n);
-    } catch (const std::exception &) {
-        return false;
-    }
+bool llama_mod_rows::replace(uint32_t n) try {
+    auto next = make(n);
 
     std::vector<uint8_t> data;
 
@@ -223,6 +224,26 @@ bool llama_mod_rows::replace(uint32_t n) {
     n_grown++;
 
     return true;
+} catch (const std::exception &) {
+    return false; // no memory
+}
+
+void llama_mod_rows::wipe(llama_seq_id seq_id) {
+    auto & c = kv->v_cells[0];
+
+    for (uint32_t i = 0; i < c.size(); ++i) {
+        if (c.is_empty(i) || !c.seq_has(i, seq_id) || !c.seq_rm(i, seq_id) || i >= n_usable) {
+            continue;
+        }
+        for (const auto & l : kv->layers) {
+            for (auto * t : { l.k, l.v }) {
+                if (t) {
+                    cell_range(t, is_transposed(l, t), i, 1).zero(t);
+                }
+            }
+        }
+    }
+    kv->v_heads[0] = 0;
 }
 
 //

@@ -45,6 +45,10 @@ public:
     // when growing: smaller tensors, where less than half of the rows are needed
     void shrink();
 
+    // removes a sequence of which only a part was restored. zeroes its rows: without flash attention a NaN in a free
+    // cell would reach every query. allocates nothing, since there may be no memory
+    void wipe(llama_seq_id seq_id);
+
     // would it pay to compact?
     bool is_sparse() const;
 
