@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from mod_export import bench_process as processes
-from mod_export.bench_measure import TAIL, Step, measure
+from mod_export.bench_measure import TAIL, Step, join, measure
 from mod_export.bench_rows import make_rows
 from mod_export.errors import UserError
 from mod_export.gguf_file import GGUFFile
@@ -37,7 +37,7 @@ class Options:
 
     contexts: prompt tokens, None for the default ones that the model was trained for. kv_types: K and V, or `K/V`.
     shifts: of the thresholds, in logit space. rounds, seconds: least number of turns, and time for a phase, see
-    bench_measure.measure.
+    bench_measure.measure. starts: how often the processes are started anew, each time for all of that.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -49,6 +49,7 @@ class Options:
     variants: tuple[str, ...] = VARIANTS
     rounds: int = 12
     seconds: float = 10.0
+    starts: int = 1
     threads: int | None = None
 
     def __post_init__(self):
@@ -131,13 +132,21 @@ class _Bench:
                     and (v != "ceiling_split" or step.batch > 1)]
         found: dict[float, list] = {shift: [] for shift in self.options.shifts}
         for group in self._groups(step, variants):
-            with processes.Team({name: self._setup(name, step) for name in group}) as team:
-                for i, shift in enumerate(self.options.shifts):
-                    names = group if i == 0 else self._that_shift(group)
-                    if "mod" in names or i == 0:
-                        found[shift].append(measure(team, names, step, shift, self.options.rounds,
-                                                    self.options.seconds, self.progress))
+            parts = [self._measure(group, step) for _ in range(self.options.starts)]
+            for shift in parts[0]:
+                found[shift].append(join([part[shift] for part in parts]))
         return [row for shift, groups in found.items() for row in make_rows(step, shift, groups, n_ctx_train)]
+
+    def _measure(self, group: list[str], step: Step) -> dict[float, dict]:
+        """shift -> what `measure` says, with processes that are started for it."""
+        found = {}
+        with processes.Team({name: self._setup(name, step) for name in group}) as team:
+            for i, shift in enumerate(self.options.shifts):
+                names = group if i == 0 else self._that_shift(group)
+                if "mod" in names or i == 0:
+                    found[shift] = measure(team, names, step, shift, self.options.rounds, self.options.seconds,
+                                           self.progress)
+        return found
 
     def _groups(self, step: Step, variants: list[str]) -> list[list[str]]:
         cells = step.batch * (step.context + TAIL)
@@ -194,6 +203,7 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, stock: 
         "cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "threads": options.threads or len(os.sched_getaffinity(0)), "llama_cpp": llama_cpp.__version__,
         "build_patched": _build(Path(patched)), "build_stock": _build(stock), "rounds": options.rounds,
+        "starts": options.starts,
         "files": {name: {"file": str(f.path), "bytes": f.path.stat().st_size} for name, f in
                   (("mod", mod_file), ("dense", dense_file))},
         "routed": routed(mod_file), "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",

@@ -74,6 +74,21 @@ class Run:
         return run
 
 
+def join(parts: list[dict[str, dict[str, Run]]]) -> dict[str, dict[str, Run]]:
+    """Measurements of the same step by processes that were started anew, as one: their repeats one after the other."""
+    return {phase: {name: _join([part[phase][name] for part in parts]) for name in runs}
+            for phase, runs in parts[0].items()}
+
+
+def _join(runs: list[Run]) -> Run:
+    last, units, perf = runs[-1], runs[0].units, Counter()
+    for run in runs:
+        perf.update(run.perf)  # a sum of counters would leave out zeros
+    return Run(np.concatenate([run.ms for run in runs]), np.concatenate([run.activation for run in runs]), perf,
+               {kind: sum(run.units[kind] for run in runs) for kind in units},
+               [ms for run in runs for ms in run.sample_ms], last.kv, max(run.rss_peak for run in runs))
+
+
 def measure(team: Team, names: list[str], step: Step, shift: float, rounds: int, seconds: float, progress: Progress,
             ) -> dict[str, dict[str, Run]]:
     """phase -> variant -> its run, of `rounds` turns of each variant in prefill and three times as many in decode.

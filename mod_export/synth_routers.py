@@ -16,7 +16,6 @@ import numpy as np
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.convert import FIRST_ROUTED, parse_layers, parse_units
 from mod_export.errors import UserError
-from mod_export.synth_shape import Shape
 from mod_export.synth_weights import Weights, rng_of, table_values
 
 SPREAD = 2.0  # standard deviation of a router's logit where the residual stream has an RMS of 1
@@ -24,7 +23,7 @@ THRESHOLD = 0.5
 
 
 def routing(
-    shape: Shape,
+    n_layer: int,
     units: str = "kv",
     activation: str = "0.5",
     layers: str = "2-",
@@ -39,12 +38,12 @@ def routing(
     shares = parse_activation(activation, kinds)
     text = f"{FIRST_ROUTED}-" if layers.strip() == "auto" else layers
     # an open end is the last layer
-    text = re.sub(r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), shape.layers - 1)}", text)
+    text = re.sub(r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", text)
     chosen = parse_layers(text)
-    if chosen[-1] >= shape.layers:
-        cure = f"the model has layers 0 to {shape.layers - 1}; give others to --layers-routed"
+    if chosen[-1] >= n_layer:
+        cure = f"the model has layers 0 to {n_layer - 1}; give others to --layers-routed"
         raise UserError(f"there is no layer {chosen[-1]} to route", cure)
-    routed = [layer in chosen for layer in range(shape.layers)]
+    routed = [layer in chosen for layer in range(n_layer)]
     units_of = {
         kind: UnitConfig(
             threshold=tuple(THRESHOLD if here else 0.0 for here in routed),
@@ -52,7 +51,7 @@ def routing(
         )
         for kind in kinds
     }
-    return MoDConfig(sink_tokens=sinks, kv_window=kv_window, units=units_of).validate(shape.layers)
+    return MoDConfig(sink_tokens=sinks, kv_window=kv_window, units=units_of).validate(n_layer)
 
 
 def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from raw import Raw
 
-from mod_export import llama_tools, synth_shape
+from mod_export import data, hf, llama_tools, synth_shape
 from mod_export.config import KINDS
 from mod_export.errors import UserError
 from mod_export.ggml_quant import QUANTS, type_named
+from mod_export.gguf_file import GGUFFile
 from mod_export.inspection import inspect
 from mod_export.runtime import MoDLlama
 from mod_export.synth import synth
+from mod_export.synth_base import onto
 from mod_export.synth_routers import parse_activation, routing
 from mod_export.synth_shape import PRESETS, Shape
 
@@ -27,7 +29,7 @@ SMALL = replace(SHAPE, embd=192, heads=3, heads_kv=1, ff=256)
 
 
 def make(path: Path, shape=SHAPE, quant="f32", units="kv", activation="0.5", dense=None, seed=0, **options) -> Path:
-    synth(path, shape, quant, routing(shape, units, activation, **options), dense, seed)
+    synth(path, shape, quant, routing(shape.layers, units, activation, **options), dense, seed)
     return path
 
 
@@ -219,7 +221,7 @@ def test_quantisations_that_do_not_fit(tmp_path, shape, quant, message):
 ])  # fmt: skip
 def test_routing_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
-        routing(SHAPE, **options)
+        routing(SHAPE.layers, **options)
 
 
 def test_activation_of_each_kind():
@@ -280,3 +282,26 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert done.returncode == 2
     assert "error: cannot write" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("units", ["block", "attn+ffn", "kv"])
+def test_routers_onto_a_real_model(units, tmp_path):
+    """Real weights and text: each unit runs for about the share asked for, and the weights are those of the base."""
+    base, out = hf.embedded_gguf(), tmp_path / "mod.gguf"
+    onto(base, out, units, activation="0.4", layers="2-7")
+    llm = MoDLlama(out, n_ctx=2048, n_batch=2048)
+    llm.eval(llm.tokenize("\n\n".join(data.default_texts()).encode())[:1500])
+    shares = [s.share for s in llm.stats()]
+    assert len(shares) == 6 * len(units.split("+"))
+    assert max(abs(share - 0.4) for share in shares) < 0.06
+    ours = GGUFFile.open(out).tensors
+    assert all(ours[name].data == tensor.data for name, tensor in GGUFFile.open(base).tensors.items())
+
+
+def test_a_base_that_is_none(tmp_path, run_cli):
+    synthetic = make(tmp_path / "syn.gguf", SMALL, "q8_0")
+    for args, words in (([synthetic], "has no vocabulary"), ([hf.embedded_gguf(), "--layers", 3], "has its shape"),
+                        ([hf.embedded_gguf(), "--layers-routed", "99"], "there is no layer 99")):
+        done = run_cli("synth", *args, "-o", tmp_path / "out.gguf")
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+        assert not (tmp_path / "out.gguf").exists()

@@ -50,6 +50,8 @@ def _switch(value: str) -> bool:
               help="Turns of each variant, at least.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=10, show_default=True,
               help="Time for each phase of a measurement, at least.")
+@click.option("--starts", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Times the processes are started anew: where one lies in memory makes some percent alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
 @click.option("--text", type=click.Path(), help="Text of the prompts; default: the packaged one, repeated.")
 @click.option("--sweep-activation", "sweep", is_flag=True,

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
@@ -36,17 +37,27 @@ _NUMBER = click.IntRange(min=1)
 def command(preset, output, dense, quant, units, activation, layers_routed, sinks, kv_window, seed, force, **shape):
     """Write a MoD GGUF with random weights and exact activation, to measure speed.
 
-    PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2) or 8b (Llama 3.1). docs/synth.md.
+    PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2) or 8b (Llama 3.1). Or it is a dense GGUF
+    file, which keeps its weights and gets random routers, fitted to the activation on text. docs/synth.md.
     """
+    from mod_export.errors import UserError
     from mod_export.synth import synth
+    from mod_export.synth_base import onto
     from mod_export.synth_routers import routing
     from mod_export.synth_shape import preset_named
 
     start = time.monotonic()
+
+    def say(line: str) -> None:
+        click.echo(f"[{time.monotonic() - start:4.0f} s] {line}", err=True)
+
+    if Path(preset).is_file():
+        if dense or any(value is not None for value in shape.values()):
+            raise UserError(f"{preset} has its shape, and is the dense file itself", "leave --dense and shapes out")
+        onto(preset, output, units, activation, layers_routed, sinks, kv_window, seed, force, say=say)
+        click.echo(output)
+        return
     shape = replace(preset_named(preset), **{k: v for k, v in shape.items() if v is not None}).checked()
-    config = routing(shape, units, activation, layers_routed, sinks, kv_window)
-    synth(
-        output, shape, quant, config, dense, seed, force,
-        say=lambda line: click.echo(f"[{time.monotonic() - start:4.0f} s] {line}", err=True),
-    )  # fmt: skip
+    config = routing(shape.layers, units, activation, layers_routed, sinks, kv_window)
+    synth(output, shape, quant, config, dense, seed, force, say=say)
     click.echo(output)
