@@ -93,18 +93,18 @@ def mean_activation(config: MoDConfig) -> dict[str, float]:
     return {kind: float(np.mean(of_kind)) for kind, of_kind in values.items()} | {"all": float(np.mean(every))}
 
 
-def expected_cells(config: MoDConfig, layer: int, n: int) -> float:
-    """Cells in use of a layer after n tokens, as FORMULA says."""
+def expected_cells(config: MoDConfig, layer: int, n: int, margin: float = 0.0) -> float:
+    """Cells in use of a layer after n tokens, as FORMULA says; margin: share of activation added to the calibrated."""
 
     def activation(kind: str) -> float:
-        return config.units[kind].activation[layer] if config.threshold(layer, kind) > 0 else 1.0
+        return min(1.0, config.units[kind].activation[layer] * (1 + margin)) if config.threshold(layer, kind) else 1.0
 
     window = min(n, config.kv_window + ROLLBACK)
     return activation("block") * activation("attn") * (window + activation("kv") * (n - window))
 
 
 def _kv(file: GGUFFile, config: MoDConfig) -> dict:
-    per_token = [_bytes_per_token(file, layer) for layer in range(model_number(file, "block_count"))]
+    per_token = [bytes_per_token(file, layer) for layer in range(model_number(file, "block_count"))]
     rows = []
     for n in CONTEXTS:
         dense = n * sum(per_token)
@@ -114,7 +114,7 @@ def _kv(file: GGUFFile, config: MoDConfig) -> dict:
     return {"formula": FORMULA, "type": "f16", "bytes_per_token_dense": sum(per_token), "expected": rows}
 
 
-def _bytes_per_token(file: GGUFFile, layer: int) -> int:
+def bytes_per_token(file: GGUFFile, layer: int) -> int:
     """K and V of one token in one layer, in f16."""
     heads = _per_layer(file, "attention.head_count", layer)
     heads_kv = _per_layer(file, "attention.head_count_kv", layer, heads)

@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("mod_export.cli.convert:command", "Make a Mixture-of-Depths model from an ordinary one."),
     "export": ("mod_export.cli.export:command", "Write a MoD directory as a GGUF file."),
     "inspect": ("mod_export.cli.inspect:command", "Show what a MoD GGUF routes, and the KV it needs."),
+    "fit": ("mod_export.cli.fit:command", "Tell the largest context that fits into memory."),
     "verify": ("mod_export.cli.verify:command", "Compare a GGUF in the runtime with its torch model."),
     "chat": ("mod_export.cli.chat:command", "Talk to a model."),
     "trace": ("mod_export.cli.trace:command", "Draw which tokens run which units."),
