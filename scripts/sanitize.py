@@ -1,7 +1,7 @@
 """Run the runtime's tests on builds of the patched library with sanitizers.
 
     scripts/sanitize                     ThreadSanitizer, then AddressSanitizer with UndefinedBehaviorSanitizer
-    scripts/sanitize thread -- -k abort  one of them; what follows -- goes to pytest
+    scripts/sanitize thread -k abort     one of them, some of the tests; what follows -- goes to pytest
 
 Builds are cached like any other (mod_export/llama_build.py). The interpreter is not instrumented: the sanitizer's
 runtime is preloaded, and a report counts where a frame of it lies in libllama or libggml*. Exit code 1 where there
@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 from mod_export import llama_build, llama_source  # noqa: E402
 from mod_export.errors import UserError  # noqa: E402
 
-# all that drives the library through its C functions; none of them imports torch, which brings threads of its own
-TESTS = "runtime* kv_* regressions abort batches bad_files".split()
-# a sanitizer's own memory is resident too
-SKIP = ("test_committed_bytes_are_resident_memory",)
+# tests that drive the library through its C functions (tests/raw.py). Not those that do other things most of the time
+OTHER = ("bench", "modllama", "synth", "memory.")
+# a sanitizer's own memory counts too, and it reserves terabytes of addresses
+SKIP = "resident_memory or out_of_memory or fit_into_memory or address_space or all_layers_at_once"
 # -O1: frames that can be read. Without NDEBUG: upstream's assertions on
 FLAGS = {"CMAKE_BUILD_TYPE": "RelWithDebInfo"}
 FLAGS |= {f"CMAKE_{lang}_FLAGS_RELWITHDEBINFO": "-O1 -g1 -fno-omit-frame-pointer" for lang in ("C", "CXX")}
@@ -97,6 +97,11 @@ def findings(log: Path) -> tuple[Counter, Counter]:
     return ours, others
 
 
+def test_files() -> list[str]:
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "from raw import" in path.read_text()]
+    return [f"tests/{path.name}" for path in files if not path.name.startswith(tuple(f"test_{x}" for x in OTHER))]
+
+
 def run(name: str, jobs: int | None, threads: int, rest: list[str]) -> bool:
     """Build, test, report; whether all is well."""
     which = SANITIZERS[name]
@@ -104,13 +109,11 @@ def run(name: str, jobs: int | None, threads: int, rest: list[str]) -> bool:
     log = llama_source.cache_dir() / "log" / f"sanitize-{name}"
     for old in log.parent.glob(f"{log.name}.*"):
         old.unlink()
-    files = [path.relative_to(ROOT) for test in TESTS for path in sorted(ROOT.glob(f"tests/test_{test}.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *map(str, files)]
-    command += [f"--deselect=tests/test_runtime_memory.py::{test}" for test in SKIP]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *test_files(), *rest]
     # UndefinedBehaviorSanitizer writes to stderr, which pytest would keep to itself without -s
     with open(f"{log}.stderr", "w") as stderr:
         env = environment(name, which, lib, log, threads)
-        code = subprocess.run([*command, *rest], env=env, cwd=ROOT, stderr=stderr).returncode
+        code = subprocess.run(command, env=env, cwd=ROOT, stderr=stderr).returncode
     ours, others = findings(log)
     for title, counts in (("in llama.cpp or our code", ours), ("elsewhere", others)):
         print(f"{name}: {len(counts)} findings {title}")
@@ -125,8 +128,10 @@ def main() -> int:
     parser.add_argument("sanitizer", nargs="?", choices=[*SANITIZERS, "all"], default="all")
     parser.add_argument("--jobs", type=int, help="compilers at once")
     parser.add_argument("--threads", type=int, default=2, help="of each decode (default: 2)")
+    parser.add_argument("-k", metavar="EXPRESSION", help="which tests, as in pytest")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args, rest = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+    args = parser.parse_args(sys.argv[1:cut])
+    rest = ["-k", f"({args.k}) and not ({SKIP})" if args.k else f"not ({SKIP})", *sys.argv[cut + 1 :]]
     names = list(SANITIZERS) if args.sanitizer == "all" else [args.sanitizer]
     try:
         good = [run(name, args.jobs, args.threads, rest) for name in names]
