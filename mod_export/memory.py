@@ -55,7 +55,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Options:
-    """Tokens per graph, number of the ggml type of K and V, threads, activation above the calibrated one."""
+    """Tokens per graph, type of K and V (of KV_TYPES), threads, activation above the calibrated one (a share)."""
 
     ubatch: int = 512
     kv_type: str = "f16"
@@ -135,8 +135,8 @@ def parse_size(text: str) -> int:
 
 
 def mib(size: float) -> str:
-    """In MiB, from 10 GiB on in GiB."""
-    return f"{size / MIB:.1f} MiB" if size < 10 * 1024 * MIB else f"{size / MIB / 1024:.2f} GiB"
+    """In MiB, from 4 GiB on in GiB."""
+    return f"{size / MIB:.1f} MiB" if size < 4 << 30 else f"{size / (1 << 30):.2f} GiB"
 
 
 @dataclass(frozen=True)
