@@ -694,6 +694,13 @@ void llama_kv_cache_mod::compact(llama_context * lctx) {
     touch_masks();
 }
 
+void llama_kv_cache_mod::set_synchronize(const std::function<void()> & f) {
+    base_rows->synchronize = f;
+    for (auto & c : own) {
+        c.rows->synchronize = f;
+    }
+}
+
 uint64_t llama_kv_cache_mod::get_generation() const {
     uint64_t res = n_compact + base_rows->get_n_grown();
     for (const auto & c : own) {

@@ -112,6 +112,9 @@ public:
     void     set_rollback(uint32_t n);
     uint32_t get_rollback() const;
 
+    // f waits for running graphs: tensors may have to be replaced between two graphs of a decode
+    void set_synchronize(const std::function<void()> & f);
+
     // changes when cells have moved or tensors were replaced: graphs and masks made before are void
     uint64_t get_generation() const;
 

@@ -30,6 +30,8 @@ llama_mod_context::llama_mod_context(llama_context & lctx) :
 
     init_tensors();
 
+    get_memory()->set_synchronize([this] { ggml_backend_sched_synchronize(this->lctx.sched.get()); });
+
     whole.kv_inside = true;
     whole.first     = true;
     whole.last      = true;

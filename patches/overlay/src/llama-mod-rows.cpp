@@ -13,12 +13,10 @@
 static constexpr uint32_t MOD_N_PAD = 256;
 
 std::pair<llama_mod_kv_mode, const char *> llama_mod_rows::choose_mode(const llama_model & model, bool v_trans, bool offload) {
+    // lazy is chosen anyway, where it is possible
     const char * env = getenv("LLAMA_MOD_KV");
-    if (env && v_trans && strcmp(env, mode_name(LLAMA_MOD_KV_LAZY)) == 0) {
-        env = nullptr;
-    }
-    if (env) {
-        for (const auto mode : { LLAMA_MOD_KV_LAZY, LLAMA_MOD_KV_GROW, LLAMA_MOD_KV_FULL }) {
+    if (env && strcmp(env, mode_name(LLAMA_MOD_KV_LAZY)) != 0) {
+        for (const auto mode : { LLAMA_MOD_KV_GROW, LLAMA_MOD_KV_FULL }) {
             if (strcmp(env, mode_name(mode)) == 0) {
                 return { mode, "LLAMA_MOD_KV" };
             }
@@ -187,13 +185,17 @@ bool llama_mod_rows::grow(uint32_t n) {
 
 void llama_mod_rows::shrink() {
     const uint32_t n = std::min<uint32_t>(GGML_PAD(std::max(cells().used_max_p1(), 1u), MOD_N_PAD), cells().size());
-    if (mode == LLAMA_MOD_KV_GROW && 2*n <= n_rows && !kv->hparams.no_alloc) {
+    if (mode == LLAMA_MOD_KV_GROW && 3*n <= 2*n_rows && !kv->hparams.no_alloc) {
         replace(n);
     }
 }
 
 bool llama_mod_rows::replace(uint32_t n) try {
     auto next = make(n);
+
+    if (synchronize) {
+        synchronize();
+    }
 
     std::vector<uint8_t> data;
 
@@ -297,6 +299,7 @@ std::vector<std::pair<uint32_t, uint32_t>> llama_mod_rows::compact() {
 
     kv->v_heads[0] = n_used;
     trim_tail();
+    shrink();
 
     return moves;
 }
@@ -304,17 +307,37 @@ std::vector<std::pair<uint32_t, uint32_t>> llama_mod_rows::compact() {
 void llama_mod_rows::move_rows(const std::vector<std::pair<uint32_t, uint32_t>> & moves) {
     std::vector<uint8_t> data;
 
+    const auto move_runs = [&](ggml_tensor * t) {
+        for (size_t i = 0, n = 1; i < moves.size(); i += n, n = 1) {
+            const auto [src, dst] = moves[i];
+            while (i + n < moves.size() && moves[i + n] == std::pair<uint32_t, uint32_t>(src + n, dst + n)) {
+                ++n;
+            }
+            cell_range(t, false, src, n).read (t, data);
+            cell_range(t, false, dst, n).write(t, data);
+        }
+    };
+
+    // each move would touch every row: all at once instead
+    const auto move_transposed = [&](ggml_tensor * t) {
+        const cell_range all(t, true, 0, moves.back().first + 1);
+        const size_t     size = ggml_element_size(t);
+
+        all.read(t, data);
+        for (size_t piece = 0; piece < data.size(); piece += all.size) {
+            for (const auto & [src, dst] : moves) {
+                memcpy(&data[piece + dst*size], &data[piece + src*size], size);
+            }
+        }
+        all.write(t, data);
+    };
+
     for (const auto & l : kv->layers) {
         for (auto * t : { l.k, l.v }) {
-            // cells that stay together
-            for (size_t i = 0, n = 1; t && i < moves.size(); i += n, n = 1) {
-                const auto [src, dst] = moves[i];
-                while (i + n < moves.size() && moves[i + n] == std::pair<uint32_t, uint32_t>(src + n, dst + n)) {
-                    ++n;
-                }
-                const bool trans = is_transposed(l, t);
-                cell_range(t, trans, src, n).read (t, data);
-                cell_range(t, trans, dst, n).write(t, data);
+            if (t && is_transposed(l, t)) {
+                move_transposed(t);
+            } else if (t) {
+                move_runs(t);
             }
         }
     }

@@ -33,6 +33,9 @@ public:
 
     std::unique_ptr<llama_kv_cache> kv;
 
+    // waits for running graphs, before tensors are replaced
+    std::function<void()> synchronize;
+
     // makes the rows of cells [0, n) usable, and those that graphs read with them; false: out of memory, nothing changed
     bool reserve(uint32_t n);
 
@@ -42,7 +45,7 @@ public:
     // the part of trim() that is behind the last cell in use
     void trim_tail();
 
-    // when growing: smaller tensors, where less than half of the rows are needed
+    // when growing: smaller tensors, where a third of the rows is not needed
     void shrink();
 
     // removes a sequence of which only a part was restored. zeroes its rows: without flash attention a NaN in a free
