@@ -4,13 +4,12 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
-#include "llama-mod-buffer.h"
 #include "llama-mod-context.h"
 #include "llama-mod-model.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
 #include <set>
 #include <stdexcept>
@@ -80,6 +79,12 @@ void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, c
             c.dropped.resize(kv_size);
         }
     }
+}
+
+void llama_kv_cache_mod::own_cache::emptied(uint32_t idx) {
+    dropped[idx] = 0;
+    head = std::min(head, idx);
+    mask.touch(idx);
 }
 
 llama_kv_cache_mod::own_cache * llama_kv_cache_mod::find(int32_t il) {
@@ -462,9 +467,7 @@ void llama_kv_cache_mod::settle(int32_t il) {
             }
         }
         cells.rm(idx);
-        c->dropped[idx] = 0;
-        c->head = std::min(c->head, idx);
-        c->mask.touch(idx);
+        c->emptied(idx);
     }
     c->passing.clear();
 
@@ -489,8 +492,7 @@ void llama_kv_cache_mod::take_back(int32_t il, const llama_kv_cache::slot_info &
         const uint32_t idx = sinfo.idxs[0][i];
 
         c.kv->v_cells[0].rm(idx);
-        c.head = std::min(c.head, idx);
-        c.mask.touch(idx);
+        c.emptied(idx);
     }
 }
 
@@ -585,10 +587,10 @@ llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, lla
 
     for (const uint32_t idx : idxs) {
         if (cells.seq_rm(idx, seq_id)) {
-            c.dropped[idx] = 0;
-            c.head = std::min(c.head, idx);
+            c.emptied(idx);
+        } else {
+            c.mask.touch(idx);
         }
-        c.mask.touch(idx);
     }
 
     return last;

@@ -139,6 +139,9 @@ private:
         llama_mod_mask mask;
 
         std::unique_ptr<llama_kv_cache_context> one; // see get_one()
+
+        // a cell has become empty
+        void emptied(uint32_t idx);
     };
 
     const llama_mod_model & mod;

@@ -5,7 +5,6 @@
 #include "llama-mod-model.h"
 
 #include <cmath>
-#include <cstring>
 
 float llama_mod_decider::gate(int32_t u, float score) const {
     return forced || !(score >= limit[u]) ? 1.0f : 1.0f/(1.0f + expf(-score));

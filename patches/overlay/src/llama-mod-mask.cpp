@@ -5,6 +5,7 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <cstring>
 
 // a longer log would cost more than a scan
