@@ -22,12 +22,13 @@ from mod_export import bench_process as processes
 from mod_export.bench_measure import TAIL, Step, join, measure
 from mod_export.bench_rows import make_rows
 from mod_export.errors import UserError
+from mod_export.ggml_quant import type_named
 from mod_export.gguf_file import GGUFFile
 from mod_export.progress import Progress
 from mod_export.prune import block_floor, prefill_work, prune
 
 VARIANTS = ("ceiling", "ceiling_split", "floor", "dense_patched", "mod", "all_active", "none_active")
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DEFAULT_CONTEXTS = (512, 2048, 8192)
 
 
@@ -112,7 +113,7 @@ def steps(options: Options) -> list[Step]:
             raise UserError(f"K/V type {kv!r} is unknown", f"use {', '.join(KV_TYPES)}, or two such as q8_0/f16")
         if not flash and names[1] not in ("f16", "f32", "bf16"):
             raise UserError(f"V in {names[1]} needs flash attention", "leave out --flash-attn off, or use f16")
-        found.append(Step(context, batch, ubatch, flash, kv, (KV_TYPES[names[0]], KV_TYPES[names[1]])))
+        found.append(Step(context, batch, ubatch, flash, kv, tuple(int(type_named(name)) for name in names)))
     return found
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.ggml_quant import bytes_per_value
 from mod_export.gguf_file import GGUFFile
+from mod_export.inspection import bytes_per_token, model_number
 
 FORCE = {"all_active": "active", "none_active": "inactive"}
 STOCK = ("ceiling", "ceiling_split", "floor")  # variants on the stock library
@@ -126,19 +128,9 @@ def process_bytes(file: GGUFFile, cells: int, bytes_per_cell: float) -> int:
 
 
 def bytes_per_cell(file: GGUFFile, type_k: int, type_v: int) -> float:
-    """K and V of one token in all layers of a dense model."""
-    from gguf.constants import GGML_QUANT_SIZES
-
-    arch = file.architecture
-    n_layer, n_embd = file.get(f"{arch}.block_count", 0), file.get(f"{arch}.embedding_length", 0)
-    n_head = file.get(f"{arch}.attention.head_count", 1)
-    n_head_kv = file.get(f"{arch}.attention.head_count_kv", n_head)
-    per_layer = [n_head_kv] * n_layer if isinstance(n_head_kv, int) else n_head_kv
-    head = n_embd / (n_head if isinstance(n_head, int) else max(n_head))
-    elements = sum(per_layer)
-    size = {t: GGML_QUANT_SIZES[t][1] / GGML_QUANT_SIZES[t][0] for t in (type_k, type_v)}
-    return float(elements * (file.get(f"{arch}.attention.key_length", head) * size[type_k]
-                             + file.get(f"{arch}.attention.value_length", head) * size[type_v]))
+    """K and V of one token in all layers of a dense model; their ggml types."""
+    k, v = bytes_per_value(type_k), bytes_per_value(type_v)
+    return sum(bytes_per_token(file, layer, k, v) for layer in range(model_number(file, "block_count")))
 
 
 def available_memory() -> int:

@@ -5,9 +5,10 @@ The dense model is the MoD file with every unit active. Speaks as bench_worker d
 
 import numpy as np
 
-from mod_export.bench_worker import has_vocab, prompt_tokens, serve
+from mod_export.bench_worker import serve
+from mod_export.verify import ROWS, compare
+from mod_export.worker import has_vocab, prompt_tokens
 
-ROWS = 64  # rows of logits compared at a time: a row of 150k float64 is 1.2 MB
 LOGITS = 256 << 20  # bytes of the dense model's logits that are kept
 
 
@@ -56,15 +57,8 @@ def divergence(dense: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Sums over the rows of logits [T, n_vocab]: KL of the next-token distributions in nats, same likeliest token."""
     sums = np.zeros(2)
     for i in range(0, len(dense), ROWS):
-        p, q = (_log_softmax(x[i : i + ROWS]) for x in (dense, other))
-        sums += [(np.exp(p) * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()]
+        sums += compare(dense[i : i + ROWS], other[i : i + ROWS])[:, :2].sum(0)
     return sums
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,16 @@ Reads a JSON setup line, then a JSON line per command, from stdin; answers each 
 Run by bench_process.py as `python -m mod_export.bench_worker`; the library is chosen by LLAMA_CPP_LIB_PATH.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 import json
-import os
 import sys
 import time
 
 import numpy as np
 
 from mod_export.errors import UserError
+from mod_export.worker import answers, forget_peak, has_vocab, prompt_tokens, resident
 
 IDLE = 0.003  # s; OpenMP's threads look for work some time after the last, and would disturb who has the next turn
 
@@ -56,7 +55,7 @@ class Variant:
         llm = self.llm
         return {"units": len(llm.units), "kinds": llm.kinds, "n_ctx_train": llm._model.n_ctx_train(),
                 "n_vocab": llm.n_vocab(), "description": llm._model.desc(), "vocab": has_vocab(llm),
-                "rss": _status("VmRSS")}
+                "rss": resident("VmRSS")}
 
     def clear(self, shift: float | None = None) -> dict:
         """An empty context; the thresholds shifted from now on."""
@@ -66,7 +65,7 @@ class Variant:
         self.llm.n_tokens, self.seen = 0, {}
         if shift is not None and self.llm.units and shift != self.llm.shift:
             self.llm.shift = shift
-            _forget_peak()
+            forget_peak()
         return {}
 
     def prefill(self, seq: int, start: int, n: int) -> dict:
@@ -102,7 +101,7 @@ class Variant:
 
     def state(self) -> dict:
         """KV and resident memory in bytes."""
-        return {"kv": dataclasses.asdict(self.llm.kv()), "rss_peak": _status("VmHWM")}
+        return {"kv": dataclasses.asdict(self.llm.kv()), "rss_peak": resident("VmHWM")}
 
     def _turn(self, steps: list[list[tuple]]) -> dict:
         """Decodes the batches. ms: of each; units: kind -> [active, seen]; perf: the runtime's counters."""
@@ -154,48 +153,9 @@ class Variant:
         return sum(shares[k] * weights[k] for k in shares) / sum(weights.values()) if shares else 1.0
 
 
-def has_vocab(llm) -> bool:
-    """Whether the file holds a tokenizer; one without still has a number of tokens."""
-    from llama_cpp import LLAMA_VOCAB_TYPE_NONE
-
-    return llm._model.vocab_type() != LLAMA_VOCAB_TYPE_NONE
-
-
-def prompt_tokens(llm, text: str, n: int, seq: int = 0, batch: int = 1) -> list[int]:
-    """n tokens of sequence `seq` of `batch`: the text from another place for each, repeated where it is too short.
-
-    A file without a vocabulary gets uniformly random tokens, the same in each run.
-    """
-    if not has_vocab(llm):
-        return np.random.default_rng(seq).integers(0, llm.n_vocab(), n).tolist()
-    tokens = llm.tokenize(text.encode())
-    if not tokens:
-        raise UserError("the text has no tokens", "give a longer --text")
-    first = seq * len(tokens) // batch
-    return ((tokens[first:] + tokens[:first]) * -(-n // len(tokens)))[:n]
-
-
-def _status(name: str) -> int:
-    """A memory figure of this process in bytes. VmHWM: largest resident memory, the mapped model file included."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(f"{name}:"))
-
-
-def _forget_peak() -> None:
-    """Lets VmHWM begin anew, from what is resident now."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-
-
 def serve(make) -> None:
     """Reads the setup, then commands: {"do": name of a method, and its arguments}."""
-    # llama.cpp and Python may print; the answers go to a copy of stdout that nothing else writes to
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(x: dict) -> None:
-        print(json.dumps(x), file=out, flush=True)
-
+    answer = answers()
     try:
         worker = make(**json.loads(sys.stdin.readline()))
         answer(worker.describe())

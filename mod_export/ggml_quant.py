@@ -54,6 +54,12 @@ def row_bytes(cols: int, type: GGMLQuantizationType) -> int:
     return cols // block * size
 
 
+def bytes_per_value(type: int) -> float:
+    """Of a ggml type, given by its number: 2 for f16, 1.0625 for q8_0."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(type)]
+    return size / block
+
+
 @functools.cache
 def _quantize_chunk() -> Callable[..., int]:
     """ggml_quantize_chunk of the library that llama_cpp has loaded. Raises UserError where there is none."""

@@ -97,7 +97,7 @@ class GGUFFile:
         return arch
 
 
-class _Cursor:
+class Cursor:
     """Reads forward through the header; running out of bytes is the user's truncated file."""
 
     def __init__(self, path: Path, view: memoryview):
@@ -138,7 +138,7 @@ class _Cursor:
 
 
 def _parse(path: Path, view: memoryview) -> GGUFFile:
-    cursor = _Cursor(path, view)
+    cursor = Cursor(path, view)
     version = cursor.number("I")
     if version not in (2, 3):
         raise UserError(f"{path} is a GGUF file of version {version}", "only little-endian versions 2 and 3 are known")
@@ -155,14 +155,14 @@ def _parse(path: Path, view: memoryview) -> GGUFFile:
     alignment = keys["general.alignment"].value if "general.alignment" in keys else 32
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise UserError(f"{path}: key general.alignment is {alignment!r}", "it must be a power of two")
-    base = _pad(cursor.at, alignment)
+    base = pad(cursor.at, alignment)
     tensors = {info[0]: _tensor(path, view, base, *info) for info in infos}
     if len(tensors) != n_tensors:
         raise cursor.damaged("has a tensor twice")
     return GGUFFile(path, version, alignment, keys, tensors, key_bytes, tensor_bytes, base, view)
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+def _tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, n_dims = cursor.string(), cursor.number("I")
     if n_dims > MAX_DIMS:
         raise cursor.damaged(f"has a tensor {name!r} of {n_dims} dimensions")
@@ -190,50 +190,53 @@ def rewrite(source: GGUFFile, target: BinaryIO, keys: Iterable[tuple], tensors: 
 
     keys: type is u32, bool, string or f32[]; tensors: float32 arrays, shape in numpy order.
     """
-    added, infos, places = [_string(name) + _pack(type, value) for name, type, value in keys], [], []
+    added, infos, places = [encode_string(name) + encode_value(type, value) for name, type, value in keys], [], []
     size = max((tensor.start + tensor.nbytes for tensor in source.tensors.values()), default=source.data_start)
     size -= source.data_start
     end = size
     for name, array in tensors.items():
-        places.append(_pad(end, source.alignment))
-        infos.append(_string(name) + struct.pack(f"<I{array.ndim}Q", array.ndim, *array.shape[::-1]))
+        places.append(pad(end, source.alignment))
+        infos.append(encode_string(name) + struct.pack(f"<I{array.ndim}Q", array.ndim, *array.shape[::-1]))
         infos[-1] += struct.pack("<IQ", F32, places[-1])
         end = places[-1] + array.nbytes
     counts = (len(source.tensors) + len(tensors), len(source.keys) + len(added))
     target.write(MAGIC + struct.pack("<IQQ", source.version, *counts))
     for part in (source.key_bytes, *added, source.tensor_bytes, *infos):
         target.write(part)
-    _fill(target, _pad(target.tell(), source.alignment))
+    fill(target, pad(target.tell(), source.alignment))
     start = target.tell()
     with source.path.open("rb") as file:  # not through the map, whose pages would count as our memory
         file.seek(source.data_start)
         for at in range(0, size, CHUNK):
             target.write(file.read(min(CHUNK, size - at)))
     for place, array in zip(places, tensors.values(), strict=True):
-        _fill(target, start + place)
+        fill(target, start + place)
         target.write(np.ascontiguousarray(array, "<f4").tobytes())
-    _fill(target, start + _pad(end, source.alignment))  # as gguf-py does: the last tensor is padded too
+    fill(target, start + pad(end, source.alignment))  # as gguf-py does: the last tensor is padded too
 
 
-def _fill(target: BinaryIO, end: int) -> None:
+def fill(target: BinaryIO, end: int) -> None:
+    """Zeros up to the position `end`."""
     target.write(bytes(end - target.tell()))
 
 
-def _pad(value: int, alignment: int) -> int:
+def pad(value: int, alignment: int) -> int:
+    """The next multiple of the alignment."""
     return -(-value // alignment) * alignment
 
 
-def _string(text: str) -> bytes:
+def encode_string(text: str) -> bytes:
+    """A string as GGUF has it: its length and its bytes."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _pack(type: str, value: object) -> bytes:
-    """A key's type and value as bytes."""
+def encode_value(type: str, value: object) -> bytes:
+    """A key's type and value as bytes; type: as in Key, but for arrays of strings."""
     if type == "string":
-        return struct.pack("<I", STRING) + _string(value)
-    if type == "f32[]":
-        array = np.asarray(value, "<f4")
-        return struct.pack("<IIQ", ARRAY, TYPE_NAMES.index("f32"), len(array)) + array.tobytes()
-    number = TYPE_NAMES.index(type)
+        return struct.pack("<I", STRING) + encode_string(value)
+    number = TYPE_NAMES.index(type.removesuffix("[]"))
+    if type.endswith("[]"):
+        array = np.asarray(value, np.dtype(SCALARS[number]).newbyteorder("<"))
+        return struct.pack("<IIQ", ARRAY, number, len(array)) + array.tobytes()
     return struct.pack(f"<I{SCALARS[number]}", number, value)

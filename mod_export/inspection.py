@@ -114,13 +114,13 @@ def _kv(file: GGUFFile, config: MoDConfig) -> dict:
     return {"formula": FORMULA, "type": "f16", "bytes_per_token_dense": sum(per_token), "expected": rows}
 
 
-def bytes_per_token(file: GGUFFile, layer: int) -> int:
-    """K and V of one token in one layer, in f16."""
+def bytes_per_token(file: GGUFFile, layer: int, k: float = BYTES_PER_VALUE, v: float = BYTES_PER_VALUE) -> float:
+    """K and V of one token in one layer; k, v: bytes of their values, by default f16."""
     heads = _per_layer(file, "attention.head_count", layer)
     heads_kv = _per_layer(file, "attention.head_count_kv", layer, heads)
     head = model_number(file, "embedding_length") // max(1, heads)
-    lengths = [_per_layer(file, f"attention.{name}_length", layer, head) for name in ("key", "value")]
-    return heads_kv * sum(lengths) * BYTES_PER_VALUE
+    length_k, length_v = (_per_layer(file, f"attention.{name}_length", layer, head) for name in ("key", "value"))
+    return heads_kv * (length_k * k + length_v * v)
 
 
 def _per_layer(file: GGUFFile, name: str, layer: int, default: int | None = None) -> int:

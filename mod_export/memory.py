@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.ggml_quant import type_named
 from mod_export.gguf_file import GGUFFile
 from mod_export.inspection import bytes_per_token, expected_cells, mean_activation, model_number, read_routers
 from mod_export.tables import format_table
@@ -84,7 +85,7 @@ class Model:
     def probe(self) -> dict:
         """See memory_worker.probe."""
         return _ask(do="probe", file=str(self.path), contexts=PROBED, ubatch=self.options.ubatch,
-                    kv_type=_ggml_type(self.options.kv_type))
+                    kv_type=int(type_named(self.options.kv_type)))
 
     def need(self, n: int) -> Need:
         """What a context of n tokens takes when it is full."""
@@ -209,7 +210,7 @@ def check(plan: Plan, text: str, longest: int, say: Callable[[str], None] = prin
         if n < plan.needs[name].context:
             say(f"{name}: checked at {n} of {plan.needs[name].context} tokens")
         ran = _ask(f"{name}, {n} tokens: ubatch", -(-n // options.ubatch), do="run", file=str(model.path), n_ctx=n,
-                   ubatch=options.ubatch, kv_type=_ggml_type(options.kv_type), threads=options.threads, text=text)
+                   ubatch=options.ubatch, kv_type=int(type_named(options.kv_type)), threads=options.threads, text=text)
         need = model.need(n)
         ok = ran["needed"] <= min(plan.memory, need.total * (1 + TOLERANCE))
         rows.append({"model": name, "context": n, "predicted": need.total, "predicted_kv": need.kv, **ran, "ok": ok})
@@ -231,12 +232,6 @@ def to_json(plan: Plan, checks: list[dict] | None) -> dict:
                      "n_ctx_train": plan.models[name].probe["n_ctx_train"], "memory_would_hold": plan.unlimited[name]}
               for name, need in plan.needs.items()}
     return {"memory": plan.memory, **asdict(plan.options), "models": models, "checks": checks}
-
-
-def _ggml_type(name: str) -> int:
-    from gguf.constants import GGMLQuantizationType
-
-    return int(GGMLQuantizationType[name.upper()])
 
 
 def _ask(label: str = "", steps: int = 0, **question) -> dict:

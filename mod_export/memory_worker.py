@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.worker import answers, forget_peak, prompt_tokens, resident
 
 MADV_DONTNEED = 4  # of Linux
 DECODE = 8  # tokens after the prompt, so that the graphs of decode are there too
@@ -52,7 +53,7 @@ class Probe:
         context = self.llama.llama_init_from_model(self.model, options)
         if not context:
             raise self.failed(f"cannot create a context of {n_ctx} tokens for {self.file}")
-        process = _status("VmRSS")
+        process = resident("VmRSS")
         self.llama.llama_free(context)
         return {"process": process, "compute": self._sum(r"compute buffer size = +([\d.]+) MiB"),
                 "kv": self._sum(r"_cache\w*: size = +([\d.]+) MiB")}
@@ -85,33 +86,18 @@ def run(file: str, n_ctx: int, ubatch: int, kv_type: int, threads: int, text: st
     from mod_export.runtime import MoDLlama
 
     llm = MoDLlama(file, n_ctx=n_ctx, threads=threads, n_batch=ubatch, n_ubatch=ubatch, type_k=kv_type, type_v=kv_type)
-    loaded = _status("VmHWM")
+    loaded = resident("VmHWM")
     _release_pages(Path(file))
-    tokens = _fill(_tokens(llm, text[: 8 * n_ctx]), n_ctx)  # the tokens of a whole book would count too
+    tokens = prompt_tokens(llm, text[: 8 * n_ctx], n_ctx)  # the tokens of a whole book would count too
     prompt = n_ctx - DECODE
     for start in range(0, prompt, ubatch):
         llm.eval(tokens[start : min(start + ubatch, prompt)])
         progress(llm.n_tokens)
     for token in tokens[prompt:]:
         llm.eval([token])
-    kv, needed = llm.kv(), _status("VmHWM")
+    kv, needed = llm.kv(), resident("VmHWM")
     return {"needed": needed, "peak": max(loaded, needed), "kv": kv.committed, "kv_used": kv.used,
             "activation": llm.activation(), "tokens": llm.n_tokens}
-
-
-def _tokens(llm, text: str) -> list[int]:
-    """The text's tokens; its bytes where the file has no vocabulary."""
-    from llama_cpp import LLAMA_VOCAB_TYPE_NONE
-
-    if llm._model.vocab_type() == LLAMA_VOCAB_TYPE_NONE:
-        return [byte % llm.n_vocab() for byte in text.encode()]
-    return llm.tokenize(text.encode())
-
-
-def _fill(tokens: list[int], n: int) -> list[int]:
-    if not tokens:
-        raise UserError("the text has no tokens", "give a longer --text")
-    return (tokens * -(-n // len(tokens)))[:n]
 
 
 def _release_pages(file: Path) -> None:
@@ -121,29 +107,19 @@ def _release_pages(file: Path) -> None:
         if line.endswith(name):
             start, end = (int(x, 16) for x in line.split()[0].split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
+    forget_peak()
 
 
 def main() -> None:
-    out = os.fdopen(os.dup(1), "w")  # llama.cpp and Python may print; the answers go where nothing else writes
-    os.dup2(2, 1)
-
-    def answer(**line) -> None:
-        print(json.dumps(line), file=out, flush=True)
-
+    answer = answers()
     setup = json.loads(sys.stdin.readline())
     try:
         if setup.pop("do") == "probe":
-            answer(result=probe(**setup))
+            answer({"result": probe(**setup)})
         else:
-            answer(result=run(**setup, progress=lambda n: answer(read=n)))
+            answer({"result": run(**setup, progress=lambda n: answer({"read": n}))})
     except UserError as exc:
-        answer(error=exc.message, cure=exc.cure)
+        answer({"error": exc.message, "cure": exc.cure})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 
 from mod_export.errors import UserError
 from mod_export.files import atomic_file
-from mod_export.gguf_file import ARRAY, CHUNK, MAGIC, SCALARS, TYPE_NAMES, GGUFFile, Key, Tensor, _Cursor, _string
+from mod_export.gguf_file import CHUNK, MAGIC, Cursor, GGUFFile, Tensor, encode_string, encode_value, fill, pad
 
 FIRST_KEY = 24  # bytes: magic, version, numbers of tensors and keys
 
@@ -67,35 +67,27 @@ def _renamed(name: str, rest: list[int]) -> str | None:
 
 def _write_keys(source: GGUFFile, file: BinaryIO, count: int, rest: list[int]) -> None:
     """All keys as the bytes they are, but for the number of layers and arrays that have a value per layer."""
-    cursor, start = _Cursor(source.path, source.view), f"{source.architecture}."
+    cursor, start = Cursor(source.path, source.view), f"{source.architecture}."
     cursor.at = FIRST_KEY
     for _ in source.keys:
         begin = cursor.at
         name, key = cursor.string(), cursor.key()
         if name == f"{start}block_count":
-            file.write(_string(name) + _pack(Key(key.type, len(rest))))
+            file.write(encode_string(name) + encode_value(key.type, len(rest)))
         elif name.startswith(start) and isinstance(key.value, np.ndarray) and len(key.value) == count:
-            file.write(_string(name) + _pack(Key(key.type, key.value[rest])))
+            file.write(encode_string(name) + encode_value(key.type, key.value[rest]))
         else:
             file.write(source.view[begin : cursor.at])
-
-
-def _pack(key: Key) -> bytes:
-    """Type and value of a number, or of an array of numbers."""
-    number = TYPE_NAMES.index(key.type.removesuffix("[]"))
-    if key.type.endswith("[]"):
-        return struct.pack("<IIQ", ARRAY, number, len(key.value)) + key.value.tobytes()
-    return struct.pack(f"<I{SCALARS[number]}", number, key.value)
 
 
 def _write_tensors(source: GGUFFile, file: BinaryIO, tensors: list[tuple[str, Tensor]]) -> None:
     at, offsets = 0, []
     for name, tensor in tensors:
         dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-        file.write(_string(name) + dims + struct.pack("<IQ", tensor.type, at))
+        file.write(encode_string(name) + dims + struct.pack("<IQ", tensor.type, at))
         offsets.append(at)
-        at += -(-tensor.nbytes // source.alignment) * source.alignment
-    _fill(file, source.alignment)
+        at = pad(at + tensor.nbytes, source.alignment)
+    fill(file, pad(file.tell(), source.alignment))
     start = file.tell()
     with source.path.open("rb") as origin:  # not through the map, whose pages would count as our memory
         for (_, tensor), offset in zip(tensors, offsets, strict=True):
@@ -103,8 +95,4 @@ def _write_tensors(source: GGUFFile, file: BinaryIO, tensors: list[tuple[str, Te
             origin.seek(tensor.start)
             for done in range(0, tensor.nbytes, CHUNK):
                 file.write(origin.read(min(CHUNK, tensor.nbytes - done)))
-            _fill(file, source.alignment)
-
-
-def _fill(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
+            fill(file, pad(file.tell(), source.alignment))

@@ -254,10 +254,12 @@ class MoDLlama(llama_cpp.Llama):
                   self.n_tokens * raw.bytes_per_cell)
 
     def _dense_kv(self) -> KV:
+        from mod_export.ggml_quant import bytes_per_value
+
         m = self.model
         head = llama_cpp.llama_model_n_embd(m) / llama_cpp.llama_model_n_head(m)
         row = llama_cpp.llama_model_n_layer(m) * llama_cpp.llama_model_n_head_kv(m) * head
-        per_token = sum(row * _bytes_per_element(t) for t in (self.context_params.type_k, self.context_params.type_v))
+        per_token = sum(row * bytes_per_value(t) for t in (self.context_params.type_k, self.context_params.type_v))
         used, full = int(per_token * self.n_tokens), int(per_token * self.n_ctx())
         return KV(self.n_ctx(), self.n_tokens, full, full, used, used)
 
@@ -376,10 +378,3 @@ def _reason(log: list[str]) -> str:
     for mark in ("error loading model: ", "error loading model hyperparameters: ", "error loading model vocabulary: "):
         lines = [line.split(mark)[-1] for line in lines]
     return lines[0] if lines else ""
-
-
-def _bytes_per_element(ggml_type: int) -> float:
-    import gguf
-
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
-    return size / block

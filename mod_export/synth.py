@@ -25,6 +25,7 @@ from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.files import atomic_file
 from mod_export.ggml_quant import file_type, type_named
+from mod_export.gguf_file import fill, pad
 from mod_export.synth_routers import routers
 from mod_export.synth_shape import Shape, Weight
 from mod_export.synth_weights import Weights
@@ -62,7 +63,7 @@ def synth(
     with ExitStack() as stack:
         targets = [stack.enter_context(atomic_file(path, force)) for path in outputs]
         plan = list(synth_shape.weights(shape, type))
-        _check_space(targets, sum(_padded(weight.nbytes) for weight in plan))
+        _check_space(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
         say("drawing tokens and routers")
         weights = Weights(shape, type, seed)
         added = _router_tensors(config, weights)
@@ -128,7 +129,7 @@ def _write_header(
     writer.write_ti_data_to_file()
     writer.close()
     with path.open("ab") as file:
-        _pad(file)
+        fill(file, pad(file.tell(), ALIGNMENT))
 
 
 def _write_weights(files: list[BinaryIO], plan: list[Weight], weights: Weights, say: Callable[[str], None]) -> None:
@@ -148,12 +149,4 @@ def _append(files: list[BinaryIO], pieces: Iterable[np.ndarray]) -> None:
         for file in files:
             file.write(np.ascontiguousarray(piece).data)
     for file in files:
-        _pad(file)
-
-
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % ALIGNMENT))
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+        fill(file, pad(file.tell(), ALIGNMENT))

@@ -140,7 +140,7 @@ class Sums:
             layer, kind = self.units[unit]
             self.first.append({"position": n_agree, "layer": layer, "kind": kind, "margin": margin})
         for i in range(0, len(logits), ROWS):
-            block = _compare(logits[i : i + ROWS], logits_run[i : i + ROWS])
+            block = compare(logits[i : i + ROWS], logits_run[i : i + ROWS])
             self.rows.append(np.column_stack([block, np.arange(i, i + len(block)) < n_agree]))
 
     def result(self) -> dict:
@@ -157,7 +157,7 @@ class Sums:
         }
 
 
-def _compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rows of logits -> per row: KL(a, b) in nats, whether the top token is the same, mean and max difference."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     diff = np.abs(a - b)

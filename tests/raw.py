@@ -37,7 +37,8 @@ class Raw:
     KV in F32 and no flash attention by default: both round, and results are to be compared closely.
     """
 
-    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=False, kv=F32, n_seq=4, threads=THREADS, **params):
+    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=False, kv=F32, n_seq=4, threads=THREADS,
+                 **params):
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         mp = llama_cpp.llama_model_default_params()

@@ -66,7 +66,9 @@ def test_the_largest_context_is_the_largest(files):
     text = memory.report(plan)
     assert text.count("stops at the 2048 tokens that the model was trained for") == 2
     assert "0.500 on calibration text, and 10% more" in text
-    tight = memory.fit(files["mod"], plan.models["dense"].need(1024).total, Options(), files["dense"])
+    # half a step more: what the process takes is measured anew, and differs by some pages
+    enough = sum(plan.models["dense"].need(n).total for n in (1024, 1024 + memory.STEP)) // 2
+    tight = memory.fit(files["mod"], enough, Options(), files["dense"])
     assert tight.needs["dense"].context == 1024 < tight.needs["MoD"].context < 2048
     assert "trained" not in memory.report(tight)
 

@@ -83,7 +83,7 @@ def test_a_changed_threshold_holds_for_the_whole_next_prompt(mod):
 
 @patched
 def test_a_shift_from_the_start_and_one_from_now_on(mod):
-    """threshold_shift holds for all tokens; set_shift without reread for those from then on, as the numpy model does."""
+    """threshold_shift holds for all tokens; set_shift without reread for those from then on, as in the numpy model."""
     tiny, path = mod
     llm = MoDLlama(path, **EXACT, threshold_shift=0.8)
     generate(llm, TOKENS[0], 1)
