@@ -28,13 +28,14 @@ class Progress:
         try:
             for i, (item, weight) in enumerate(zip(items, weights, strict=True)):
                 left = (time.monotonic() - start) / done * (sum(weights) - done) if done else None
-                self._show(f"{label}: {i + 1} of {len(items)}" + (f", {_clock(left)} left" if left is not None else ""))
+                self.show(f"{label}: {i + 1} of {len(items)}" + (f", {clock(left)} left" if left is not None else ""))
                 yield item
                 done += weight
         finally:
             self.clear()
 
-    def _show(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Shows a line: at once on a terminal, elsewhere every EVERY seconds."""
         if self.terminal:
             print(f"\r{text}\033[K", end="", file=self.stream, flush=True)
         elif time.monotonic() - self.last > EVERY:
@@ -47,5 +48,6 @@ class Progress:
             print("\r\033[K", end="", file=self.stream, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
