@@ -13,6 +13,7 @@ from pathlib import Path
 from mod_export.errors import UserError
 
 TEXTS = Path(__file__).parent / "texts"
+END = "\n\n"  # what a document is tokenised with at its end
 
 
 def default_texts() -> tuple[str, str]:
@@ -38,7 +39,7 @@ def tokenize(tokenizer, text: str) -> list[int]:
     documents = [doc.strip("\n") for doc in text.split("\n\n\n")]
     ids: list[int] = []
     for doc in filter(None, documents):
-        ids += tokenizer(doc + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokenizer(doc + END, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -50,18 +51,18 @@ def pack(tokenizer, text: str, length: int, count: int | None = None):
     """
     import torch
 
-    bos = _bos(tokenizer)
+    begin = bos(tokenizer)
     ids = tokenize(tokenizer, text)
-    body = length - len(bos)
+    body = length - len(begin)
     available = len(ids) // body
     if available < (count or 1):
         need = (count or 1) * body
         raise UserError(f"text too short: {len(ids)} tokens where {need} are needed", "give more text")
     chosen = range(available) if count is None else [i * available // count for i in range(count)]
-    return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in chosen])
+    return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen])
 
 
-def _bos(tokenizer) -> list[int]:
+def bos(tokenizer) -> list[int]:
     """The beginning token in a list where the tokenizer itself would put it, else an empty list."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first if first and first == [tokenizer.bos_token_id] else []

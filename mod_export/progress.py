@@ -2,6 +2,7 @@
 
     progress = Progress()
     for i in progress.count("prefill 512", items): ...
+    progress.tell("tokenising", done, total, "2.1 million tokens")   # where the work is no list
 """
 
 import sys
@@ -18,7 +19,7 @@ class Progress:
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self.last = time.monotonic()
+        self.start = self.last = time.monotonic()
 
     def count(self, label: str, items: Iterable, weights: list[float] | None = None) -> Iterator:
         """Yields the items, telling how many are done. weights: how long each takes, in any unit."""
@@ -33,6 +34,13 @@ class Progress:
                 done += weight
         finally:
             self.clear()
+
+    def tell(self, label: str, done: float, total: float, note: str = "", before: float = 0.0) -> None:
+        """Shows `label: 34 %, note, 0:40 left`. before: how much of `done` was there when this progress was made."""
+        share, elapsed = min(1.0, done / total) if total else 1.0, time.monotonic() - self.start
+        left = elapsed / (done - before) * max(0.0, total - done) if done > before else None
+        parts = [f"{share:.0%}", *filter(None, [note]), *([f"{clock(left)} left"] if left is not None else [])]
+        self.show(f"{label}: {', '.join(parts)}")
 
     def show(self, text: str) -> None:
         """Shows a line: at once on a terminal, elsewhere every EVERY seconds."""
