@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from mod_export import hf
+from mod_export.adapter_files import is_adapter
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
@@ -61,6 +62,9 @@ def read_config(path: str | Path) -> MoDConfig:
     try:
         data = json.loads((Path(path) / "config.json").read_text())
     except FileNotFoundError:
+        if is_adapter(path):
+            cure = f"run mod-export convert MODEL --adapter {path}"
+            raise UserError(f"{path} is an adapter, without the weights of the model", cure) from None
         raise UserError(f"{path} is not a MoD model: no config.json", "make one with mod-export convert") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/config.json cannot be read ({error})", "convert the model again") from error
