@@ -111,8 +111,7 @@ def _readme(name: str, config: MoDConfig, identity: dict, figures: dict, lora) -
     if lora is not None:
         parts += f", and LoRA of rank {lora.peft_config['default'].r} in PEFT's format"
     model = f"{identity['name']} ({identity['model_type']})"
-    lines = [f"# {name}", "", f"A Mixture-of-Depths adapter for {model}: {parts}.",
-             "It holds none of the model's weights.", ""]  # fmt: skip
+    lines = [f"# {name}", "", f"A Mixture-of-Depths adapter for {model}, which it holds nothing of:", f"{parts}.", ""]
     if figures:
         lines += [format_table(["figure", "value"], [[key, value] for key, value in figures.items()], True), ""]
     lines += [f"    mod-export convert MODEL --adapter {name} -o mod", "    mod-export export mod -o mod.gguf", ""]

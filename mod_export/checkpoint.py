@@ -18,6 +18,7 @@ from mod_export.adapter_files import is_adapter
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
+from mod_export.lora import lora_of
 
 _ROUTER_TENSOR = re.compile(r"model\.layers\.(\d+)\.mod_(\w+)\.(weight|bias)")
 
@@ -30,8 +31,11 @@ def router_tensor_name(layer: int, kind: str, part: str) -> str:
 def save(path: str | Path, base, tokenizer, config: MoDConfig, routers: dict, force: bool = False, **kwargs) -> None:
     """Write the directory, whole or not at all; kwargs go to save_pretrained (max_shard_size).
 
-    routers: {(layer, kind): (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is not set.
+    routers: {(layer, kind): (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is not set, and where
+    `base` has LoRA.
     """
+    if lora_of(base) is not None:
+        raise UserError("the model has LoRA that is not merged", "merge it, or save an adapter")
     state = base.state_dict()
     for (layer, kind), (weight, bias) in routers.items():
         state[router_tensor_name(layer, kind, "weight")] = weight.detach().float().cpu()

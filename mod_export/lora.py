@@ -44,7 +44,7 @@ def inject_lora(
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_targets(base, targets), task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(enabled=seed is not None):
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         _wrap(base, config)
@@ -114,7 +114,9 @@ def read_lora(directory: Path):
     if data.get("peft_type") != "LORA":
         raise UserError(f"{directory / LORA_CONFIG}: peft_type is {data.get('peft_type')!r}, not LORA", CURE)
     try:
-        config = LoraConfig.from_pretrained(str(directory))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PEFT only warns of keys that it does not know
+            config = LoraConfig.from_pretrained(str(directory))
     except Exception as error:  # as above
         raise UserError(f"{directory / LORA_CONFIG} cannot be read: {error}", CURE) from error
     try:
