@@ -81,12 +81,12 @@ def without_lora(base: nn.Module) -> Iterator[None]:
 def merge_lora(base: nn.Module) -> None:
     """Add LoRA to the weights, whose modules then are the plain ones again; does nothing where it has none.
 
-    Raises UserError where that makes weights which are not finite.
+    Raises UserError where that makes weights which are not finite, or PEFT cannot do it.
     """
     if (peft := lora_of(base)) is not None:
         try:
             _release(base, lambda: peft.merge_and_unload(safe_merge=True))
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:  # not finite; a kind that adds no constant to the weights
             raise UserError(f"LoRA cannot be merged: {error}", CURE) from error
 
 

@@ -139,6 +139,8 @@ DAMAGE = {
     "rank text": (values("adapter_config.json", lambda d: d.update(r="four")), "adapter_config.json does not fit"),
     "rank 0": (values("adapter_config.json", lambda d: d.update(r=0)), "adapter_config.json does not fit"),
     "alpha nan": (values("adapter_config.json", lambda d: d.update(lora_alpha=float("nan"))), "cannot be merged"),
+    "no constant": (
+        values("adapter_config.json", lambda d: d.update(alora_invocation_tokens=[1])), "cannot be merged"),
     "targets": (
         values("adapter_config.json", lambda d: d.update(target_modules=["c_proj"])),
         "adapter_config.json does not fit"),
