@@ -54,6 +54,7 @@ class Run:
         if router is None and unit not in self.given:
             return None
         passed = None
+        self.gate.pop(unit, None)  # a layer may be computed again
         if router is not None:
             logit = self.logit[unit] = router(h)
             if unit[1] in self.top_k:

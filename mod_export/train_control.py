@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 Unit = tuple[int, str]
-INTEGRAL, PROPORTIONAL = 2.0, 20.0  # of the error, times the loss
-SMOOTH = 0.9  # of the running means
+INTEGRAL, PROPORTIONAL = 0.5, 50.0  # of the error, times the loss
+SMOOTH = 0.9  # of the running mean of the loss
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Controller:
 
     def update(self, step: int, activation: torch.Tensor, loss: float) -> None:
         """activation: of each group in this step, hard; loss: without the load term."""
-        self.seen = SMOOTH * self.seen + (1 - SMOOTH) * activation
+        self.seen = activation
         self.loss = loss if self.loss == 0 else SMOOTH * self.loss + (1 - SMOOTH) * loss
         self.integral = self.integral + INTEGRAL * self.loss * (activation - self.target(step))
 
