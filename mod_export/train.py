@@ -28,7 +28,8 @@ from mod_export.train_loop import Loop
 from mod_export.train_step import Relax, Student, Weights
 
 Say = Callable[[str], None]
-SETTLE = 6  # sequences that thresholds are chosen on
+SETTLE = 16384  # tokens that thresholds are chosen on, in at least MIN_SEQUENCES sequences
+MIN_SEQUENCES = 6
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
 
@@ -132,14 +133,14 @@ def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
     """Thresholds for the activation of the first step; -> 0, the step."""
     if config.method == "threshold":
         starts = {name: loop.control.starts[i] for i, name in enumerate(_names(loop.control.groups))}
-        _settle(model, loop, starts, say)
+        _settle(model, loop, config, starts, say)
     return 0
 
 
 def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
     """Thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
-        _settle(model, loop, {n: loop.control.targets[i] for i, n in enumerate(_names(loop.control.groups))}, say)
+        _settle(model, loop, config, {n: loop.control.targets[i] for i, n in enumerate(_names(loop.control.groups))}, say)
     figures = loop.evaluate()
     say(f"held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} (dense "
         f"{figures['perplexity_dense']:.2f}), K/V {figures['kv_share']:.3f} of dense, active "
@@ -149,10 +150,11 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
 
 
 @torch.no_grad()
-def _settle(model: MoDModel, loop: Loop, targets: dict[str, float], say: Say) -> None:
+def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: dict[str, float], say: Say) -> None:
     """On training sequences, spread evenly; not on the held-out ones, which judge it."""
     n = len(loop.train)
-    chosen = torch.stack([loop.train[i * n // SETTLE]["input_ids"] for i in range(min(SETTLE, n))])
+    count = min(n, max(MIN_SEQUENCES, SETTLE // config.length))
+    chosen = torch.stack([loop.train[i * n // count]["input_ids"] for i in range(count)])
     groups = dict(zip(_names(loop.control.groups), loop.control.groups, strict=True))
     loop.settled = calibrate.settle_thresholds(model, chosen, groups, targets, say=say)
 
@@ -198,9 +200,9 @@ def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, P
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
     data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit, say)
-    if len(data) < config.held_out + SETTLE:
+    if len(data) < config.held_out + MIN_SEQUENCES:
         raise UserError(f"data too short: {len(data)} sequences of {config.length} tokens",
-                        f"give at least {config.held_out + SETTLE}, or use a smaller --length")  # fmt: skip
+                        f"give at least {config.held_out + MIN_SEQUENCES}, or use a smaller --length")  # fmt: skip
     return split(data, config.held_out)
 
 

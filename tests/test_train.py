@@ -1,0 +1,220 @@
+"""Training runs on a tiny model with a real tokenizer: what is trained and what is not, resume, errors."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from tiny import one_thread  # noqa: F401
+
+from mod_export import adapter, data, train_loop, train_state
+from mod_export.checkpoint import router_tensor_name
+from mod_export.errors import UserError
+from mod_export.model import MoDModel
+from mod_export.train import train
+from mod_export.train_config import TrainConfig
+from mod_export.train_log import read
+
+UNITS = {"kv": [2, 3], "attn": [4]}
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train")
+    tiny.save_dir(path / "mod", UNITS)
+    (path / "text.txt").write_text(data.default_texts()[0][:30000])
+    return path
+
+
+def config(files, **kwargs):
+    base = TrainConfig(data=(str(files / "text.txt"),), target={"kv": 0.5, "attn": 0.7}, tokens=12 * 2 * LENGTH,
+                       length=LENGTH, batch=2, held_out=3, eval_every=100, save_every=100)  # fmt: skip
+    return replace(base, **kwargs)
+
+
+def losses(run):
+    return [(row["step"], row["loss"], row["activation"]) for row in read(run / "metrics.jsonl") if "loss" in row]
+
+
+def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
+    run = config(files, tokens=12 * 2 * 2 * LENGTH, length=2 * LENGTH, held_out=12)
+    figures = train(files / "mod", tmp_path / "out", run)
+    before, after = (load_file(path / "model.safetensors") for path in (files / "mod", tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {router_tensor_name(*unit, part) for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
+                       for part in ("weight", "bias")}  # fmt: skip
+    model = MoDModel.load(tmp_path / "out")
+    training = model.config.calibration["training"]
+    assert training["tokens"] == 12 * 2 * 2 * LENGTH and training["data"] == ["text.txt"]
+    assert model.config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)  # on training text
+    assert sum(model.config.units["kv"].activation[2:4]) / 2 == pytest.approx(0.5, abs=0.01)
+    assert figures["activation"]["attn"] == pytest.approx(0.7, abs=0.1)
+    assert figures["kl"] > 0 and figures["perplexity_dense"] > 1
+    for name in ("loss.png", "units.png"):
+        assert (tmp_path / "out.run" / name).read_bytes().startswith(b"\x89PNG")
+    assert [row["step"] for row in read(tmp_path / "out.run" / "metrics.jsonl")] == [*range(1, 13), 12]
+
+
+def test_distillation_lowers_the_divergence(files, tmp_path):
+    run = config(files, target=0.5, tokens=100 * 2 * LENGTH, eval_every=100, parameters="full", full_lr=2e-4,
+                 start=0.5, router_lr=3e-4)  # fmt: skip
+    figures = train(files / "mod", tmp_path / "out", run)
+    untrained = train(files / "mod", tmp_path / "none", replace(run, tokens=1, full_lr=1e-12, router_lr=1e-12))
+    assert figures["kl"] < 0.7 * untrained["kl"]
+    assert figures["perplexity_dense"] == pytest.approx(untrained["perplexity_dense"])  # the teacher is the original
+    seen = [row["activation"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if row["step"] > 60 and
+            "loss" in row]  # fmt: skip
+    assert torch.tensor(seen).mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=2, lora_lr=0.01)
+    train(files / "mod", tmp_path / "adapter", run, save_as="adapter")
+    train(files / "mod", tmp_path / "merged", run)
+    model = MoDModel.load(files / "mod")
+    applied = adapter.apply(adapter.load(tmp_path / "adapter"), model.base, model.tokenizer)
+    merged, ids = MoDModel.load(tmp_path / "merged"), torch.arange(100, 160)[None]
+    with torch.inference_mode():
+        expected, original = merged(ids), MoDModel.load(files / "mod")
+        torch.testing.assert_close(applied(ids), expected, atol=1e-4, rtol=1e-4)
+        original.force = merged.force = "active"
+        assert (merged(ids) - original(ids)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True},
+                                     {"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1}],
+                         ids=["routers", "lora", "terms"])  # fmt: skip
+def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_path, options, monkeypatch):
+    run = config(files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=3, **options)
+    train(files / "mod", tmp_path / "whole", run)
+    step = train_loop.Loop._step
+
+    def stopped_at_five(self, number):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(train_loop.Loop, "_step", stopped_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        train(files / "mod", tmp_path / "cut", run)
+    monkeypatch.undo()
+    assert len(losses(tmp_path / "cut.run")) == 5
+    train(files / "mod", tmp_path / "cut", run, resume=True)
+    assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_sigterm_saves_and_exits(files, tmp_path):
+    command = [sys.executable, "-m", "mod_export", "train", files / "mod", "-o", tmp_path / "out", "-d",
+               files / "text.txt", "--tokens", 10**6, "--length", LENGTH, "--save-every", 10**6, "--batch", 2]
+    process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out.run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "go on with --resume" in errors
+    assert train_state.load(tmp_path / "out.run")["step"] == read(metrics)[-1]["step"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_baselines_run_from_the_same_code(files, tmp_path):
+    topk = train(files / "mod", tmp_path / "topk", config(files, method="topk"))
+    assert topk["activation"]["attn"] == pytest.approx(0.7, abs=0.06)  # two sinks of 32 tokens beside the top 70 %
+    static = train(files / "mod", tmp_path / "static", config(files, method="static", parameters="lora", lora_rank=2))
+    model = MoDModel.load(tmp_path / "static")
+    assert model.config.units["kv"].activation[2:4] in ((1.0, 0.5), (0.5, 1.0), (0.5, 0.5))
+    with torch.inference_mode():
+        _, trace = model(torch.arange(100, 150)[None], trace=True)
+    always = trace.active[0, 2:].float().mean(0).tolist()
+    assert sorted(always[:2]) == [0.0, 1.0] and always[2] == 1.0
+    tuned = train(files / "mod", tmp_path / "tuned", config(files, kl_weight=0.0, lm_weight=1.0))
+    assert static["kl"] > 0 and tuned["kl"] > 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path):
+    run = config(files, parameters="full", full_lr=1e18, save_every=1)
+    with pytest.raises(UserError, match="not a number at step .*the last good checkpoint is in"):
+        train(files / "mod", tmp_path / "out", run)
+    state = train_state.load(tmp_path / "out.run")
+    assert state["step"] == losses(tmp_path / "out.run")[-1][0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"target": 0.0}, "target activation 0.0 is not in"),
+    ({"target": 1.5}, "target activation 1.5 is not in"),
+    ({"target": float("nan")}, "target activation nan is not in"),
+    ({"target": {"kv": 0.5}}, "no target activation for attn"),
+    ({"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}}, "target activation for ffn, which is not routed"),
+    ({"length": 4096}, "the model's context is 2048"),
+    ({"length": 2000}, "data too short"),
+    ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
+    ({"method": "static"}, "static dropping has no routers"),
+    ({"kl_weight": 0.0}, "all weights of the loss are 0"),
+])  # fmt: skip
+def test_arguments_that_do_not_fit(files, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train(files / "mod", tmp_path / "out", config(files, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
+    run = config(files, tokens=2 * 2 * LENGTH)
+    with pytest.raises(UserError, match="no checkpoint .*start without --resume"):
+        train(files / "mod", tmp_path / "out", run, resume=True)
+    train(files / "mod", tmp_path / "out", run)
+    with pytest.raises(UserError, match="exists already"):
+        train(files / "mod", tmp_path / "out", run)
+    with pytest.raises(UserError, match="holds the checkpoint of a run"):
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        train(files / "mod", tmp_path / "out", run)
+    with pytest.raises(UserError, match="another options"):
+        train(files / "mod", tmp_path / "out", replace(run, router_lr=0.5), resume=True)
+    tiny.save_dir(tmp_path / "other", UNITS, seed=1)
+    with pytest.raises(UserError, match="another base"):
+        train(tmp_path / "other", tmp_path / "out", run, resume=True)
+    checkpoint = tmp_path / "out.run" / train_state.NAME
+    checkpoint.write_bytes(checkpoint.read_bytes()[:200])
+    with pytest.raises(UserError, match="is damaged"):
+        train(files / "mod", tmp_path / "out", run, resume=True)
+    with pytest.raises(UserError, match="which no adapter holds"):
+        train(files / "mod", tmp_path / "out", replace(run, parameters="full"), save_as="adapter")
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+from mod_export.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_costs_nothing(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=4)
+    train(files / "mod", tmp_path / "fits", replace(run, tokens=2 * 2 * LENGTH))
+    assert (tmp_path / "fits.run" / train_state.NAME).stat().st_size > 300_000
+    command = [sys.executable, "-c", LIMITED, "train", files / "mod", "-o", tmp_path / "out", "-d", files / "text.txt",
+               "--train", "lora", "--lora-rank", 4, "--length", LENGTH, "--tokens", 500, "--held-out", 2]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write")
+    assert not list(tmp_path.glob("out.run/*.pt")) and not list(tmp_path.glob("out.run/.*tmp"))
+
+
+def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
+    train(files / "mod", tmp_path / "out", config(files, tokens=2 * 2 * LENGTH))
+    rows = [json.loads(line) for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "kl", "nll", "activation", "units", "target", "load", "rate", "norm", "tokens_per_second",
+            "seconds"} <= set(rows[0])  # fmt: skip
+    assert set(rows[-1]["held_out"]) == {"kl", "perplexity_dense", "perplexity", "top1_agreement", "activation",
+                                         "kv_share"}  # fmt: skip
