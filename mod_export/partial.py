@@ -65,7 +65,8 @@ class Partial:
     def lines(self) -> Iterator[bytes]:
         """The records' lines, from the first one on."""
         self._file.seek(self._start)
-        yield from self._file
+        for line in self._file:  # not `yield from`: that would close the file with the generator
+            yield line
 
     def add(self, record: dict) -> None:
         """Append a record, at once."""
