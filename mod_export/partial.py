@@ -18,8 +18,8 @@ from mod_export.errors import UserError
 class Partial:
     """The file beside `out`; records have an "id" that grows. A line that was being written at the end is dropped.
 
-    count: records in it; following: the id after the last. A file without records does not
-    stay. Raises UserError where the file is that of another run.
+    count: records in it; following: the id after the last. A file without records does not stay.
+    Raises UserError where the file is that of another run.
     """
 
     def __init__(self, out: str | Path, identity: dict):
@@ -55,18 +55,21 @@ class Partial:
     def _find_end(self) -> None:
         end = self._start
         for line in self.lines():
+            try:
+                following = json.loads(line)["id"] + 1
+            except ValueError:
+                break
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            self.count, self.following = self.count + 1, json.loads(line)["id"] + 1
+            self.count, self.following = self.count + 1, following
         self._file.truncate(end)
         self._file.seek(end)
 
     def lines(self) -> Iterator[bytes]:
         """The records' lines, from the first one on."""
         self._file.seek(self._start)
-        for line in self._file:  # not `yield from`: that would close the file with the generator
-            yield line
+        yield from iter(self._file.readline, b"")  # `yield from self._file` would close it with the generator
 
     def add(self, record: dict) -> None:
         """Append a record, at once."""
