@@ -85,7 +85,8 @@ def generate(llm: MoDLlama, out: str | Path, options: Options, prompts: Sequence
             try:
                 _run(writer, partial)
             except (KeyboardInterrupt, SystemExit):
-                say(f"{partial.count} texts are kept in {partial.path}; the same command goes on from there")
+                if partial.count:
+                    say(f"{partial.count} texts are kept in {partial.path}; the same command goes on from there")
                 raise
             if not partial.count:
                 raise UserError("the model wrote nothing", f"prompts must have at most {options.longest_prompt} tokens")
