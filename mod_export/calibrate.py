@@ -75,7 +75,9 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
     model = MoDModel.from_base(base, tokenizer, first, routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
-        thresholds, activation = settle_thresholds(model, subset, plan, say)
+        groups = {kind: [unit for unit in plan.routed() if unit[1] == kind] for kind in plan.units}
+        activation = settle_thresholds(model, subset, groups, dict.fromkeys(groups, plan.target), plan.rounds, say)
+        thresholds = {kind: model.routers[f"{units[0][0]}_{kind}"].threshold for kind, units in groups.items()}
         say("measuring activation on held-out text")
         _, held = _traces(model, held_out)
     finally:
@@ -153,28 +155,29 @@ def solve(
 
 
 def settle_thresholds(
-    model: MoDModel, sequences: torch.Tensor, plan: Plan, say: Say
-) -> tuple[dict[str, float], dict[Unit, float]]:
-    """Find one p for each kind such that, with the model skipping, the target is met; sets them on the model.
+    model: MoDModel, sequences: torch.Tensor, groups: Mapping[str, Sequence[Unit]], targets: Mapping[str, float],
+    rounds: int = 4, say: Say = lambda line: None,
+) -> dict[Unit, float]:
+    """Find one p for each group of units such that, with the model skipping, its target is met; sets it on the model.
 
-    Returns p of each kind and the activation of each unit.
+    groups: name -> units; targets: name -> activation. Returns the activation of each unit.
     """
-    thresholds: dict[str, float] = {}
-    for number in range(plan.rounds + 1):
+    for number in range(rounds + 1):
         logits, activation = _traces(model, sequences)
-        means = {kind: _mean(activation, kind) for kind in plan.units}
+        means = {name: sum(activation[unit] for unit in units) / len(units) for name, units in groups.items()}
         say(f"choosing thresholds, round {number + 1}: activation "
-            + ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items()))  # fmt: skip
-        if number == plan.rounds or number and all(abs(mean - plan.target) < TOLERANCE for mean in means.values()):
+            + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4]))  # fmt: skip
+        met = all(abs(mean - targets[name]) < TOLERANCE for name, mean in means.items())
+        if number == rounds or number and met:
             break
-        for kind, values in logits.items():
-            thresholds[kind] = _quantile_threshold(values, plan.target)
-            for unit in [unit for unit in plan.routed() if unit[1] == kind]:
-                model.routers[f"{unit[0]}_{kind}"].threshold = thresholds[kind]
-    return thresholds, activation
+        for name, units in groups.items():
+            p = quantile_threshold(torch.stack([logits[unit] for unit in units]), targets[name])
+            for layer, kind in units:
+                model.routers[f"{layer}_{kind}"].threshold = p
+    return activation
 
 
-def _quantile_threshold(logits: torch.Tensor, target: float) -> float:
+def quantile_threshold(logits: torch.Tensor, target: float) -> float:
     """p that the share `target` of the logits reaches."""
     ordered = logits.flatten().sort().values
     skipped = min(max(round((1 - target) * len(ordered)), 0), len(ordered) - 1)
@@ -183,19 +186,17 @@ def _quantile_threshold(logits: torch.Tensor, target: float) -> float:
     return torch.sigmoid(middle.double().clamp(-MAX_LOGIT, MAX_LOGIT)).item()
 
 
-def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[Unit, float]]:
-    """Logits of each kind (infinite at sinks, which always run), and the share of tokens active in each unit."""
-    units = model.config.routed()
-    logits: dict[str, list] = {kind: [] for kind in model.config.units}
+def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
+    """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in it."""
+    units, parts = model.config.routed(), []
     active = torch.zeros(len(units))
     for ids in sequences:
-        _, trace = model(ids[None], trace=True, logits_to_keep=1)
+        _, trace = model(ids[None].to(model.base.device), trace=True, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")
-        active += trace.active[0].float().mean(0)
-        for kind, parts in logits.items():
-            parts.append(trace.logit[0][:, [index for index, unit in enumerate(units) if unit[1] == kind]])
-    shares = (active / len(sequences)).tolist()
-    return {kind: torch.cat(parts) for kind, parts in logits.items()}, dict(zip(units, shares, strict=True))
+        active += trace.active[0].float().mean(0).cpu()
+        parts.append(trace.logit[0].cpu())
+    logits, shares = torch.cat(parts).unbind(-1), (active / len(sequences)).tolist()
+    return dict(zip(units, logits, strict=True)), dict(zip(units, shares, strict=True))
 
 
 def _mean(activation: dict[Unit, float], kind: str) -> float:

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from mod_export import hf
+from mod_export.adapter_files import is_adapter
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
+from mod_export.lora import lora_of
 
 _ROUTER_TENSOR = re.compile(r"model\.layers\.(\d+)\.mod_(\w+)\.(weight|bias)")
 
@@ -29,8 +31,11 @@ def router_tensor_name(layer: int, kind: str, part: str) -> str:
 def save(path: str | Path, base, tokenizer, config: MoDConfig, routers: dict, force: bool = False, **kwargs) -> None:
     """Write the directory, whole or not at all; kwargs go to save_pretrained (max_shard_size).
 
-    routers: {(layer, kind): (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is not set.
+    routers: {(layer, kind): (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is not set, and where
+    `base` has LoRA.
     """
+    if lora_of(base) is not None:
+        raise UserError("the model has LoRA that is not merged", "merge it, or save an adapter")
     state = base.state_dict()
     for (layer, kind), (weight, bias) in routers.items():
         state[router_tensor_name(layer, kind, "weight")] = weight.detach().float().cpu()
@@ -61,6 +66,9 @@ def read_config(path: str | Path) -> MoDConfig:
     try:
         data = json.loads((Path(path) / "config.json").read_text())
     except FileNotFoundError:
+        if is_adapter(path):
+            cure = f"run mod-export convert MODEL --adapter {path}"
+            raise UserError(f"{path} is an adapter, without the weights of the model", cure) from None
         raise UserError(f"{path} is not a MoD model: no config.json", "make one with mod-export convert") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/config.json cannot be read ({error})", "convert the model again") from error

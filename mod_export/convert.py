@@ -1,6 +1,7 @@
-"""MODEL -> MoD directory: load, calibrate, save.
+"""MODEL -> MoD directory: load, calibrate or apply an adapter, save.
 
     convert("smollm2", "mod", units="kv", target=0.5)
+    convert_adapter("smollm2", "mod", "adapter")         # trained routers and LoRA instead of calibration
 
 Knows nothing of GGUF outputs; export.py turns the directory into one.
 """
@@ -54,6 +55,32 @@ def convert(
         say(f"writing {out}")
         MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)  # over the empty tmp
     say(summary(config, n_layer))
+
+
+def convert_adapter(
+    model: str,
+    out: str | Path,
+    adapter: str | Path,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write `model` with an adapter, LoRA merged, to the directory `out`, whole or not at all.
+
+    adapter: a directory, or the name of a packaged one. Raises UserError where it is damaged or for another model.
+    """
+    from mod_export import adapter_files
+
+    path = adapter_files.resolve(adapter)
+    adapter_files.read(path)  # before torch is imported and the model loaded
+    with atomic_dir(out, force) as tmp:
+        from mod_export import hf
+        from mod_export.adapter import apply, load
+
+        found = load(path)
+        say(f"loading {model}")
+        mod = apply(found, *hf.load(model), say)
+        say(f"writing {out}")
+        mod.save(tmp, force=True)  # over the empty tmp
 
 
 def parse_units(units: str) -> list[str]:

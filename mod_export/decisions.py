@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 
 from mod_export.cache import MoDCache
-from mod_export.router import Router, is_active
+from mod_export.relax import KeyBias, Relax
+from mod_export.router import Router, is_active, threshold_logit
 
 Unit = tuple[int, str]  # (layer, kind)
 
@@ -22,7 +23,10 @@ class Run:
     given: decisions [B, T] that stand in for those of the routers
     observe: called with (unit, h, delta) for each block, attn and ffn unit of the dense form
     additive_masks: the model's attention adds its mask to the scores (eager) instead of reading a boolean (SDPA)
+    top_k: kind -> share of a sequence's tokens that run, instead of the threshold (a baseline: not causal)
+    relax: decisions get a gradient; recompute: layers are computed again in the backward pass
     active, logit: [B, T] of each unit that has decided; gate: [B, T], only where it is not 1
+    key: [B, T] of each unit, what is added to the scores of its keys; with `relax` only
     """
 
     position: torch.Tensor
@@ -36,9 +40,13 @@ class Run:
     observe: Callable | None = None
     cache: MoDCache | None = None
     additive_masks: bool = False
+    top_k: dict[str, float] = field(default_factory=dict)
+    relax: Relax | None = None
+    recompute: bool = False
     active: dict[Unit, torch.Tensor] = field(default_factory=dict)
     logit: dict[Unit, torch.Tensor] = field(default_factory=dict)
     gate: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    key: dict[Unit, torch.Tensor] = field(default_factory=dict)
 
     def decide(self, unit: Unit, h: torch.Tensor) -> torch.Tensor | None:
         """Residual stream h [B, T, n_embd] -> which tokens are active, [B, T]; None: the unit is an ordinary one."""
@@ -48,11 +56,29 @@ class Run:
         passed = None
         if router is not None:
             logit = self.logit[unit] = router(h)
-            passed = is_active(logit, router.threshold, self.shift)
+            if unit[1] in self.top_k:
+                passed = among_top(logit, self.top_k[unit[1]])
+            else:
+                passed = is_active(logit, router.threshold, self.shift)
             if self.scale_output and self.force is None:
                 self.gate[unit] = torch.where(passed, torch.sigmoid(logit), 1.0)  # a sink below p runs unscaled
         self.active[unit] = self._choose(unit, passed)
+        if self.relax is not None and router is not None and self.force is None:
+            self._relax(unit, logit, router.threshold)
         return self.active[unit]
+
+    def _relax(self, unit: Unit, logit: torch.Tensor, p: float) -> None:
+        z = logit - (threshold_logit(p) + self.shift)
+        if unit[1] != "kv":
+            scale = self.gate.get(unit, 1.0)
+            self.gate[unit] = scale * self.relax.gate(z, self.active[unit])
+        if unit[1] != "ffn":
+            self.key[unit] = self.relax.key(z, self.position < self.sink_tokens)
+
+    def key_bias(self, layer: int) -> KeyBias | None:
+        """What the layer's attention adds to its scores, with `relax`; None: nothing."""
+        stored, kept = self.key.get((layer, "attn"), self.key.get((layer, "block"))), self.key.get((layer, "kv"))
+        return None if stored is None and kept is None else KeyBias(stored, kept, self.kv_window)
 
     def _choose(self, unit: Unit, passed: torch.Tensor | None) -> torch.Tensor:
         if self.force is not None:
@@ -76,6 +102,12 @@ class Run:
     @cached_property
     def causal(self) -> torch.Tensor:
         return torch.ones_like(self.diagonal).tril()
+
+
+def among_top(logit: torch.Tensor, share: float) -> torch.Tensor:
+    """The `share` of each sequence's tokens with the highest logits, [B, T]: the top-k of MoD (arXiv 2404.02258)."""
+    k = max(1, round(share * logit.shape[-1]))
+    return torch.zeros_like(logit, dtype=torch.bool).scatter(-1, logit.topk(k).indices, True)
 
 
 def dense_mask(run: Run, mask: torch.Tensor | None, stored, keep) -> torch.Tensor | None:

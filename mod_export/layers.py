@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mod_export.decisions import Run, cached_mask, dense_mask
 from mod_export.hf import LayerParts
@@ -30,6 +31,7 @@ class LayerRouting:
         self._patched: list[nn.Module] = []
         self._h: torch.Tensor | None = None  # the residual stream where the current sublayer reads it
         self._ffn_reads_layer_input = parts.ffn_entry is None
+        self.attn = parts.attn
         # a module can have two roles; the later wrapper is the outer one
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
@@ -59,7 +61,23 @@ class LayerRouting:
         self._patched.append(module)
 
     def _layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
-        run, layer = self.run, self.index
+        run = self.run
+        if not run.recompute or not torch.is_grad_enabled():
+            return self._layer_of(run, inner, h, kwargs)
+
+        def again(h: torch.Tensor):
+            # in the backward pass the run is over
+            before, self.run = self.run, run
+            try:
+                return self._layer_of(run, inner, h, dict(kwargs))
+            finally:
+                self.run = before
+                self.attn.__dict__.pop("_mod_keys", None)
+
+        return checkpoint(again, h, use_reentrant=False)
+
+    def _layer_of(self, run: Run, inner: Callable, h: torch.Tensor, kwargs: dict):
+        layer = self.index
         self._h = h
         keep = run.decide((layer, "kv"), h)
         block = run.decide((layer, "block"), h)
@@ -69,8 +87,12 @@ class LayerRouting:
         stored = attn if block is None else block
         if run.cache is not None:
             return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
-        kwargs["attention_mask"] = dense_mask(run, kwargs.get("attention_mask"), stored, keep)
+        if run.relax is None:
+            kwargs["attention_mask"] = dense_mask(run, kwargs.get("attention_mask"), stored, keep)
+        elif (keys := run.key_bias(layer)) is not None:
+            self.attn.__dict__["_mod_keys"] = keys  # relax.py's attention function finds it there
         out = inner(h, **kwargs)
+        self.attn.__dict__.pop("_mod_keys", None)
         return out if block is None else _replace(out, self._end_block(h, _first(out)))
 
     def _end_block(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -79,6 +101,8 @@ class LayerRouting:
             self.run.observe(unit, h, y - h)
         if (gate := self.run.gate.get(unit)) is not None:
             y = h + gate.unsqueeze(-1).to(h.dtype) * (y - h)
+        if self.run.relax is not None:
+            return y  # the gate is 0 where not active, and has a gradient there
         return torch.where(self.run.active[unit].unsqueeze(-1), y, h)
 
     def _layer_sparse(self, inner: Callable, h: torch.Tensor, kwargs: dict, keep, stored, skips: bool):
@@ -134,6 +158,8 @@ class LayerRouting:
                 run.observe(unit, self._h, delta)
             if (gate := run.gate.get(unit)) is not None:
                 delta = gate.unsqueeze(-1).to(delta.dtype) * delta
+            if run.relax is not None:
+                return _replace(out, delta)
             return _replace(out, torch.where(run.active[unit].unsqueeze(-1), delta, 0.0))
 
         return gated

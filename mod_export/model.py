@@ -13,7 +13,7 @@ For studies without routers, `from_base(base, tokenizer)` needs no config, and d
 They stand in for a router's decisions, sinks included, and may name any unit of any layer. `observe(unit, h, delta)`
 is called for each block, attn and ffn unit that decides, with its input h and what it would add, [B, T, n_embd].
 Other keywords go to the base model, e.g. `logits_to_keep`. Use torch.inference_mode() unless gradients are wanted:
-those flow through the active tokens only, the decisions are hard.
+those flow through the active tokens only, the decisions are hard; `relax` gives decisions a gradient (relax.py).
 
 `model.force = "active"` is the dense model, "inactive" skips every unit for every token, sinks included; `shift`
 moves all thresholds, in logit space. A base model carries one MoDModel at a time: wrapping it again, or `detach`,
@@ -34,15 +34,20 @@ from mod_export.config import MoDConfig
 from mod_export.decisions import Run, Unit
 from mod_export.errors import UserError
 from mod_export.layers import LayerRouting
+from mod_export.relax import is_relaxed
 from mod_export.router import Router
 
 
 @dataclass
 class Trace:
-    """Router logits and decisions, both [B, T, n_units], units in the order of config.routed()."""
+    """Router logits and decisions, both [B, T, n_units], units in the order of config.routed().
+
+    hidden: residual stream before each layer and at the end, as transformers gives it, where it was asked for
+    """
 
     logit: torch.Tensor
     active: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] | None = None
 
 
 class MoDModel(nn.Module):
@@ -65,6 +70,7 @@ class MoDModel(nn.Module):
         self.routers.to(base.device)
         self.force: str | None = None
         self.shift = 0.0
+        self.top_k: dict[str, float] = {}
         self.layers = [LayerRouting(index, part) for index, part in enumerate(parts)]
         base.__dict__["_mod_model"] = self  # past nn.Module's registry: as a submodule it would be a cycle
 
@@ -98,21 +104,24 @@ class MoDModel(nn.Module):
         self.base.__dict__.pop("_mod_model", None)
 
     def forward(
-        self, input_ids, attention_mask=None, *, decisions=None, kv_window=None, trace=False, observe=None, **kwargs
+        self, input_ids, attention_mask=None, *, decisions=None, kv_window=None, trace=False, observe=None,
+        relax=None, recompute=False, **kwargs
     ):
         """Dense masked form: input_ids [B, T] -> logits [B, T, n_vocab], with `trace` (logits, Trace).
 
         attention_mask: [B, T], 0 for padding on either side; positions count from the first token that is none.
         """
+        if relax is not None and not is_relaxed(self.base):
+            raise ValueError("relaxed decisions need the attention of `with relaxed(base)`")
         position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
             position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = position
-        run = self._run(position, given=decisions or {}, observe=observe)
+        run = self._run(position, given=decisions or {}, observe=observe, relax=relax, recompute=recompute)
         if kv_window is not None:
             run = replace(run, kv_window=kv_window)
-        logits = self._forward(run, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return (logits, self._trace(run)) if trace else logits
+        out = self._forward(run, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        return (out.logits, replace(self._trace(run), hidden=out.hidden_states)) if trace else out.logits
 
     def new_cache(self) -> MoDCache:
         """An empty cache for `step`."""
@@ -128,7 +137,7 @@ class MoDModel(nn.Module):
         cache.start(position)
         logits = self._forward(
             run, input_ids=input_ids, position_ids=position[None], past_key_values=cache, use_cache=True, **kwargs
-        )
+        ).logits
         cache.finish(run.kv_window)
         return (logits, self._trace(run)) if trace else logits
 
@@ -147,18 +156,19 @@ class MoDModel(nn.Module):
             scale_output=self.config.scale_output,
             shift=self.shift,
             force=self.force,
+            top_k=self.top_k,
             additive_masks=self.base.config._attn_implementation == "eager",
             **kwargs,
         )
 
-    def _forward(self, run: Run, **kwargs) -> torch.Tensor:
+    def _forward(self, run: Run, **kwargs):
         if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
             # its second forward would come when the run is over, and would be that of the dense model
-            raise UserError("gradient checkpointing is on", "turn it off: the routed forward cannot be repeated")
+            raise UserError("gradient checkpointing is on", "turn it off, and use recompute=True")
         for layer in self.layers:
             layer.run = run
         try:
-            return self.base(**kwargs).logits
+            return self.base(**kwargs)
         finally:
             for layer in self.layers:
                 layer.run = None

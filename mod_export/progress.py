@@ -34,7 +34,7 @@ class Progress:
         try:
             for i, (item, weight) in enumerate(zip(items, weights, strict=True)):
                 left = (time.monotonic() - start) / done * (sum(weights) - done) if done else None
-                self._show(f"{label}: {i + 1} of {len(items)}" + (f", {_clock(left)} left" if left is not None else ""))
+                self.show(f"{label}: {i + 1} of {len(items)}" + (f", {clock(left)} left" if left is not None else ""))
                 yield item
                 done += weight
         finally:
@@ -42,12 +42,13 @@ class Progress:
 
     def tell(self, label: str, done: float, total: float, note: str = "", before: float = 0.0) -> None:
         """Shows `label: 34 %, note, 0:40 left`. before: how much of `done` was there when this progress was made."""
-        share, elapsed = min(1.0, done / total) if total else 1.0, self.seconds
-        left = elapsed / (done - before) * max(0.0, total - done) if done > before else None
-        parts = [f"{share:.0%}", *filter(None, [note]), *([f"{_clock(left)} left"] if left is not None else [])]
-        self._show(f"{label}: {', '.join(parts)}")
+        share = min(1.0, done / total) if total else 1.0
+        left = self.seconds / (done - before) * max(0.0, total - done) if done > before else None
+        parts = [f"{share:.0%}", *filter(None, [note]), *([f"{clock(left)} left"] if left is not None else [])]
+        self.show(f"{label}: {', '.join(parts)}")
 
-    def _show(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Shows a line: at once on a terminal, elsewhere every EVERY seconds."""
         if self.terminal:
             print(f"\r{text}\033[K", end="", file=self.stream, flush=True)
         elif time.monotonic() - self.last > EVERY:
@@ -65,5 +66,6 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -31,8 +31,8 @@ class Router(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Residual stream [..., n_embd] -> router logits [...], float32; the score is their sigmoid."""
-        x = rms_norm(h, self.eps)
-        return x @ self.weight + self.bias
+        with torch.autocast(h.device.type, enabled=False):
+            return rms_norm(h, self.eps) @ self.weight + self.bias
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:

@@ -18,6 +18,7 @@ from mod_export.errors import UserError
 COMMANDS = {
     "build": ("mod_export.cli.build:command", "Build and install the patched llama.cpp."),
     "convert": ("mod_export.cli.convert:command", "Make a Mixture-of-Depths model from an ordinary one."),
+    "train": ("mod_export.cli.train:command", "Train routers and weights, distilling from the original."),
     "export": ("mod_export.cli.export:command", "Write a MoD directory as a GGUF file."),
     "inspect": ("mod_export.cli.inspect:command", "Show what a MoD GGUF routes, and the KV it needs."),
     "fit": ("mod_export.cli.fit:command", "Tell the largest context that fits into memory."),

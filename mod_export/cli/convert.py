@@ -4,6 +4,8 @@ import time
 
 import click
 
+from mod_export.errors import UserError
+
 
 @click.command("convert")
 @click.argument("model")
@@ -19,18 +21,35 @@ import click
               help="UTF-8 text to calibrate on, may be repeated; default: the text that comes with the package.")
 @click.option("--sink-tokens", type=click.IntRange(min=0), default=4, show_default=True,
               help="First tokens of a sequence, which are always active.")
+@click.option("--adapter", metavar="ADAPTER",
+              help="Take routers, and LoRA, from an adapter instead: a directory, or the name of a packaged one.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def command(model, output, units, target_activation, kv_window, layers, calibration_text, sink_tokens, force):
+@click.pass_context
+def command(ctx, model, output, adapter, force, **options):
     """Make a Mixture-of-Depths model from MODEL, without training.
 
     MODEL is a Hugging Face directory, a GGUF file that transformers can load, or `smollm2`. Routers and
     thresholds are calibrated on text, in minutes on a CPU; docs/calibration.md says how well that works.
+    With --adapter they come from an adapter that was trained for MODEL.
     """
-    from mod_export.convert import convert
+    from mod_export.convert import convert, convert_adapter
 
     start = time.monotonic()
-    convert(
-        model, output, units, target_activation, kv_window, layers, calibration_text, sink_tokens, force,
-        say=lambda line: click.echo(line if "\n" in line else f"[{time.monotonic() - start:4.0f} s] {line}", err=True),
-    )  # fmt: skip
+
+    def say(line):
+        click.echo(line if "\n" in line else f"[{time.monotonic() - start:4.0f} s] {line}", err=True)
+
+    if adapter is None:
+        convert(model, output, target=options.pop("target_activation"), force=force, say=say, **options)
+    else:
+        refuse_given(ctx, options)
+        convert_adapter(model, output, adapter, force, say)
     click.echo(output)
+
+
+def refuse_given(ctx, options):
+    """What the adapter holds cannot be chosen anew."""
+    for name in options:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} does not go with --adapter, which has its own", f"leave out {option}")

@@ -20,7 +20,8 @@ def command(directory: Path, output: Path, quant: str | None, base: Path | None,
     """Write the MoD model in DIR as a GGUF file for the patched llama.cpp.
 
     Routers are stored as f32 whatever the type of the base weights. With --base, the weights come
-    from an existing GGUF of the same model instead of from DIR.
+    from an existing GGUF of the same model instead of from DIR. DIR may then also be an adapter, if it
+    holds routers only: a directory, or the name of a packaged one.
     """
     from mod_export.export import export
 

@@ -1,0 +1,220 @@
+"""Train the routers of a MoD model, and its weights if wanted, so that it keeps the quality of the original.
+
+    train("mod", "trained", TrainConfig(data=("texts/",), target=0.5))
+
+starts from a directory of `mod-export convert`, distils from the original model, and writes a directory of the same
+form (or an adapter). While it runs, OUT.run holds checkpoint, metrics and plots; docs/training.md says what is done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mod_export import adapter, calibrate, hf, train_state
+from mod_export.config import UnitConfig
+from mod_export.errors import UserError
+from mod_export.model import MoDModel
+from mod_export.train_config import TrainConfig
+from mod_export.train_control import Controller, groups_of
+from mod_export.train_data import PackedData, open_data, split
+from mod_export.train_log import plot
+from mod_export.train_loop import Loop
+from mod_export.train_step import Relax, Student, Weights
+
+Say = Callable[[str], None]
+SETTLE = 6  # sequences that thresholds are chosen on
+STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
+
+
+def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged", resume: bool = False,
+          force: bool = False, say: Say = lambda line: None) -> dict:  # fmt: skip
+    """Train the MoD model in `directory` and write `out`; -> figures on held-out text.
+
+    save_as: `merged`, a MoD directory, or `adapter`. Raises UserError for anything that does not fit, and SystemExit
+    after SIGTERM or SIGINT, with a checkpoint.
+    """
+    from accelerate import Accelerator
+
+    run = Path(f"{os.path.normpath(out)}.run")
+    _check(config, Path(out), run, save_as, resume, force)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.precision))
+    tell = say if accelerator.is_main_process else lambda line: None
+    tell(f"loading {directory}")
+    model = MoDModel.load(directory)
+    kinds = list(model.config.units)
+    config.validate(kinds)
+    data, held_out = _data(model, config, tell)
+    with accelerator.main_process_first():
+        run.mkdir(exist_ok=True)
+    identity = adapter.base_identity(model.base, model.tokenizer, Path(directory).name)
+    loop = prepare(directory, model, config, accelerator, data, held_out, run, identity, tell)
+    first = loop.restore() if resume else start(model, loop, config, tell)
+    tell(f"{loop.steps} steps of {config.length * config.batch * config.accumulate} tokens, "
+         f"{sum(p.numel() for p in loop.trainable()):,} parameters, {accelerator.device}, "
+         f"{accelerator.mixed_precision} mixed precision")  # fmt: skip
+    loop.go(first)
+    figures = finish(model, loop, config, tell)
+    if accelerator.is_main_process:
+        plot(run, loop.units)
+        tell(f"writing {out}")
+        write(model, out, save_as, identity, figures, force)
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, data: PackedData, held_out: PackedData, run: Path,
+            identity: dict, say: Say) -> Loop:  # fmt: skip
+    """Choose what is trained, make teacher, optimizer and controller, and give them to Accelerate."""
+    units = model.config.routed()
+    weights = Weights(config.kl_weight, config.hidden_weight, config.lm_weight)
+    teacher = None
+    if config.teacher or (config.parameters == "full" and weights.teacher):
+        teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
+    parameters = trained(model, config)
+    groups = groups_of(units, config.per_layer)
+    index = [[units.index(unit) for unit in group] for group in groups]
+    student = Student(model, teacher, index, weights, Relax(config.temperature), config.recompute,
+                      lambda: adapter.without_lora(model.base))  # fmt: skip
+    # the base weights of LoRA may be in half precision, what is trained is not
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    targets = [config.target_of(group[0][1]) for group in groups]
+    starts = [config.start_of(group[0][1]) for group in groups]
+    fixed = 0.0 if config.method != "threshold" else config.load
+    control = Controller(groups, targets, starts, round(config.anneal * config.steps(accelerator.num_processes)), fixed)
+    told = {"options": config.to_dict(), "base": identity, "data": data.fingerprint,
+            "mod": replace(model.config, calibration={}).to_dict(), "processes": accelerator.num_processes}  # fmt: skip
+    return Loop(config, accelerator, student, optimizer, control, data, held_out, run, told, say)
+
+
+def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
+    """Freeze everything, then free what is trained; -> the optimizer's groups, each with its learning rate."""
+    model.requires_grad_(False)
+    groups = []
+    if config.method == "static":
+        set_static(model, {kind: config.target_of(kind) for kind in model.config.units})
+    else:
+        routers = [p for p in model.routers.parameters()]
+        groups.append({"params": routers, "lr": config.router_lr})
+    if config.parameters == "lora":
+        lora = adapter.inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
+        groups.append({"params": lora, "lr": config.lora_lr})
+    elif config.parameters == "full":
+        ends = {p for end in (model.base.get_input_embeddings(), model.base.get_output_embeddings())
+                for p in end.parameters()}  # fmt: skip
+        groups.append({"params": [p for p in model.base.parameters() if p not in ends], "lr": config.full_lr})
+    for group in groups:
+        for p in group["params"]:
+            p.requires_grad_(True)
+    return groups
+
+
+def set_static(model: MoDModel, targets: dict[str, float]) -> None:
+    """Baseline: of each kind the units with the highest activation so far are always active, the others never."""
+    for kind, unit in model.config.units.items():
+        layers = [layer for layer, p in enumerate(unit.threshold) if p > 0]
+        by_use = sorted(layers, key=lambda layer: -unit.activation[layer])
+        kept = set(by_use[: round(targets[kind] * len(layers))])
+        for layer in layers:
+            router = model.routers[f"{layer}_{kind}"]
+            router.threshold = 0.5
+            router.weight.data.zero_()
+            router.bias.data.fill_(STATIC_LOGIT if layer in kept else -STATIC_LOGIT)
+
+
+def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
+    """Thresholds for the activation of the first step; -> 0, the step."""
+    if config.method == "threshold":
+        starts = {name: loop.control.starts[i] for i, name in enumerate(_names(loop.control.groups))}
+        _settle(model, loop, starts, say)
+    return 0
+
+
+def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
+    """Thresholds for the target, and the figures of the hard model."""
+    if config.method == "threshold":
+        _settle(model, loop, {n: loop.control.targets[i] for i, n in enumerate(_names(loop.control.groups))}, say)
+    figures = loop.evaluate()
+    say(f"held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} (dense "
+        f"{figures['perplexity_dense']:.2f}), K/V {figures['kv_share']:.3f} of dense, active "
+        + ", ".join(f"{kind} {share:.3f}" for kind, share in figures["activation"].items()))  # fmt: skip
+    model.config = _config(model, loop, config, figures)
+    return figures
+
+
+@torch.no_grad()
+def _settle(model: MoDModel, loop: Loop, targets: dict[str, float], say: Say) -> None:
+    """On training sequences, spread evenly; not on the held-out ones, which judge it."""
+    n = len(loop.train)
+    chosen = torch.stack([loop.train[i * n // SETTLE]["input_ids"] for i in range(min(SETTLE, n))])
+    groups = dict(zip(_names(loop.control.groups), loop.control.groups, strict=True))
+    loop.settled = calibrate.settle_thresholds(model, chosen, groups, targets, say=say)
+
+
+def _names(groups: list) -> list[str]:
+    return [group[0][1] if len(group) > 1 else f"{group[0][1]} {group[0][0]}" for group in groups]
+
+
+def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
+    """The model's configuration with the thresholds and activations as they are now, and a record of the training."""
+    n_layer, units = model.n_layer, {}
+    for kind, unit in model.config.units.items():
+        p, share = list(unit.threshold), list(unit.activation)
+        for layer in range(n_layer):
+            if unit.threshold[layer] > 0:
+                p[layer] = model.routers[f"{layer}_{kind}"].threshold
+                share[layer] = loop.settled.get((layer, kind), share[layer])
+        units[kind] = UnitConfig(tuple(p), tuple(share))
+    record = {**model.config.calibration, "training": {**config.to_dict(), "data": [Path(p).name for p in config.data],
+                                                       "held_out": figures}}  # fmt: skip
+    return replace(model.config, units=units, calibration=record).validate(n_layer)
+
+
+def write(model: MoDModel, out: str, save_as: str, identity: dict, figures: dict, force: bool) -> None:
+    if save_as == "adapter":
+        named = {"KL": round(figures["kl"], 4), "perplexity": round(figures["perplexity"], 2),
+                 "perplexity, dense": round(figures["perplexity_dense"], 2), "K/V of dense": round(figures["kv_share"], 3)}
+        adapter.save(out, model.config, model.router_tensors(), model.base, identity, named, force)
+        return
+    adapter.merge_lora(model.base)
+    model.save(out, force=force)
+
+
+def precision(name: str) -> str:
+    """`auto`: bf16 where a CUDA device has it. Others are Accelerate's names."""
+    if name == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return name
+
+
+def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, PackedData]:
+    longest = getattr(model.base.config, "max_position_embeddings", None) or config.length
+    if config.length > longest:
+        raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
+    data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit, say)
+    if len(data) < config.held_out + SETTLE:
+        raise UserError(f"data too short: {len(data)} sequences of {config.length} tokens",
+                        f"give at least {config.held_out + SETTLE}, or use a smaller --length")  # fmt: skip
+    return split(data, config.held_out)
+
+
+def _check(config: TrainConfig, out: Path, run: Path, save_as: str, resume: bool, force: bool) -> None:
+    """What can be known before minutes of work."""
+    if save_as == "adapter" and config.parameters == "full":
+        raise UserError("all weights are trained, which no adapter holds", "train routers or lora, or save it merged")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"there is no directory {out.absolute().parent} to write {out.name} in", "create it first")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists already", "use --force to replace it")
+    if resume:
+        train_state.load(run)
+    elif (run / train_state.NAME).exists():
+        if not force:
+            raise UserError(f"{run} holds the checkpoint of a run", "go on with --resume, or use --force to replace it")
+        shutil.rmtree(run)

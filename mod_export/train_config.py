@@ -1,0 +1,97 @@
+"""What a training run is told, and what follows from it. Knows nothing of torch.
+
+    config = TrainConfig(data=("train/",), target=0.5, parameters="routers").validate()
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from mod_export.errors import UserError
+
+METHODS = ("threshold", "topk", "static")
+PARAMETERS = ("routers", "lora", "full")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """data: files and directories; target: activation, one number or {kind: number}.
+
+    method: how tokens are chosen; topk and static are baselines (docs/training.md)
+    parameters: what is trained beside the routers: nothing (`routers`), LoRA, or all weights but embeddings
+    start: activation at the first step, None: target where units are only `kv`, else START; anneal: share of the
+        steps from start to target; per_layer: each unit meets the target, instead of all of a kind together
+    load: a constant weight of the load term, None: controlled
+    learning rates: of routers, LoRA, full weights; warmup: share of the steps
+    tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
+    loss_on: `all` tokens or only `answers` of chat data
+    """
+
+    data: tuple[str, ...]
+    target: float | dict[str, float] = 0.5
+    method: str = "threshold"
+    parameters: str = "routers"
+    teacher: str = ""
+    per_layer: bool = False
+    start: float | None = None
+    anneal: float = 0.4
+    load: float | None = None
+    kl_weight: float = 1.0
+    hidden_weight: float = 0.0
+    lm_weight: float = 0.0
+    temperature: float = 0.3
+    tokens: int = 200_000
+    length: int = 512
+    batch: int = 1
+    accumulate: int = 1
+    router_lr: float = 1e-3
+    lora_lr: float = 2e-4
+    full_lr: float = 3e-5
+    warmup: float = 0.05
+    clip: float = 1.0
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    loss_on: str = "all"
+    limit: int | None = None
+    precision: str = "auto"
+    recompute: bool = False
+    seed: int = 0
+    eval_every: int = 100
+    save_every: int = 100
+    held_out: int = 8
+
+    START = 0.95
+
+    def steps(self, processes: int = 1) -> int:
+        """Optimizer steps of the whole run."""
+        return max(1, math.ceil(self.tokens / (self.length * self.batch * self.accumulate * processes)))
+
+    def target_of(self, kind: str) -> float:
+        return self.target[kind] if isinstance(self.target, dict) else self.target
+
+    def start_of(self, kind: str) -> float:
+        """Activation of a kind at the first step: kv routers are good from the start, others have to grow into it."""
+        if self.start is not None:
+            return self.start
+        return self.target_of(kind) if kind == "kv" else max(self.START, self.target_of(kind))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def validate(self, kinds: list[str]) -> TrainConfig:
+        """Return self; raises UserError for what does not fit the model's kinds of units, or together."""
+        if isinstance(self.target, dict):
+            if unknown := sorted(set(self.target) - set(kinds)):
+                raise UserError(f"target activation for {unknown[0]}, which is not routed", f"name {', '.join(kinds)}")
+            if missing := [kind for kind in kinds if kind not in self.target]:
+                raise UserError(f"no target activation for {missing[0]}", f"write {missing[0]}=0.5 too")
+        for kind in kinds:
+            for name, value in (("target", self.target_of(kind)), ("start", self.start_of(kind))):
+                if not 0 < value <= 1:  # written so that NaN fails too
+                    raise UserError(f"{name} activation {value} is not in (0, 1]", "0.5 runs half of all units")
+        if self.method == "static" and self.parameters == "routers":
+            raise UserError("static dropping has no routers to train", "train lora or full")
+        if not (self.kl_weight or self.hidden_weight or self.lm_weight):
+            raise UserError("all weights of the loss are 0", "give --kl-weight, --hidden-weight or --lm-weight")
+        return self

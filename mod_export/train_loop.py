@@ -1,0 +1,196 @@
+"""The steps of a training run, on one device or many through Accelerate.
+
+Knows nothing of files of models: train.py makes what it works on, and writes what comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mod_export import evaluate, train_state
+from mod_export.errors import UserError
+from mod_export.relax import relaxed
+from mod_export.train_config import TrainConfig
+from mod_export.train_control import Controller
+from mod_export.train_data import PackedData, order
+from mod_export.train_log import Log
+from mod_export.train_step import Student
+
+MIN_RATE = 0.1  # of the learning rate, at the end of its decay
+
+
+@dataclass
+class Loop:
+    """student, optimizer: prepared by `accelerator`; identity: what a checkpoint must agree with."""
+
+    config: TrainConfig
+    accelerator: object
+    student: Student
+    optimizer: torch.optim.Optimizer
+    control: Controller
+    train: PackedData
+    held_out: PackedData
+    run: Path
+    identity: dict
+    say: Callable[[str], None]
+    settled: dict = field(default_factory=dict)  # activation of each unit when thresholds were last chosen
+
+    def __post_init__(self):
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.model = self.accelerator.unwrap_model(self.student).model
+        self.units = self.model.config.routed()
+        self.main = self.accelerator.is_main_process
+        self.steps = self.config.steps(self.accelerator.num_processes)
+
+    def go(self, first: int = 0) -> None:
+        """Run the steps after `first`. Raises UserError where the loss is no number, SystemExit after SIGTERM."""
+        names = [kind if len(group) > 1 else f"{kind} {layer}"
+                 for group in self.control.groups for layer, kind in group[:1]]  # fmt: skip
+        log = Log(self.run, self.steps, first, names, self.say) if self.main else None
+        try:
+            with relaxed(self.model.base), stopping() as stop:
+                self._steps(first, log, stop)
+        finally:
+            if log:
+                log.close()
+
+    def _steps(self, first: int, log: Log | None, stop: list[int]) -> None:
+        for step in range(first, self.steps):
+            row = self._step(step)
+            if log:
+                log.step({"step": step + 1, **row}, self.config.length * self.config.batch * self.config.accumulate
+                         * self.accelerator.num_processes)  # fmt: skip
+            last = step + 1 == self.steps
+            if (step + 1) % self.config.eval_every == 0 or last:
+                figures = self.evaluate()
+                if log:
+                    log.held_out({"step": step + 1, "held_out": figures})
+            stopped = self.accelerator.reduce(torch.tensor(float(bool(stop)), device=self.accelerator.device)) > 0
+            if (step + 1) % self.config.save_every == 0 or last or stopped:
+                self.save(step + 1)
+            if stopped and not last:
+                self.say(f"stopped after step {step + 1} of {self.steps}; go on with --resume")
+                raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
+
+    def _step(self, step: int) -> dict:
+        config, device = self.config, self.accelerator.device
+        rate = rate_at(step, self.steps, config.warmup)
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate
+        if config.method == "topk":
+            kinds = [group[0][1] for group in self.control.groups]
+            self.model.top_k = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
+        load, seen = self.control.weights(step).to(device), []
+        for micro in range(config.accumulate):
+            process = self.accelerator.process_index
+            train_state.seed_step(config.seed, step, micro, process)
+            ids, counts = self._batch((step * config.accumulate + micro) * self.accelerator.num_processes + process)
+            last = micro + 1 == config.accumulate
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.student):
+                with self.accelerator.autocast():
+                    loss, figures = self.student(ids, counts, load)
+                self.accelerator.backward(loss / config.accumulate)
+            seen.append(figures)
+        seen = {k: torch.stack([figures[k] for figures in seen]).mean(0) for k in seen[0]}
+        seen = {k: v.float().cpu() for k, v in self.accelerator.reduce(seen, "mean").items()}
+        norm = self.accelerator.clip_grad_norm_(self.trainable(), config.clip)
+        if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
+            raise self._not_finite(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        row = {"target": self.control.target(step).tolist(), "load": load.tolist(), "rate": rate, "norm": float(norm)}
+        self.control.update(step, seen["activation"], seen["loss"].item())
+        return {k: v.tolist() for k, v in seen.items()} | row
+
+    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and loss mask [batch, length] of the number-th forward of the run."""
+        n, items = len(self.train), []
+        for i in range(number * self.config.batch, (number + 1) * self.config.batch):
+            items.append(self.train[_order(n, self.config.seed, i // n)[i % n]])
+        device = self.accelerator.device
+        return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Hard decisions on the held-out text: KL, perplexities, agreement, activation of each kind, K/V of dense."""
+        sums, active, share = torch.zeros(4, dtype=torch.float64), 0.0, 0.0
+        self.student.eval()
+        for i in range(len(self.held_out)):
+            ids = self.held_out[i]["input_ids"].to(self.accelerator.device)
+            with self.accelerator.autocast():
+                dense, logits, trace = self.student(ids[None])
+            sums += evaluate.divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
+            active = active + trace.active[0].float().mean(0).cpu()
+            share += evaluate.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
+        n = len(self.held_out)
+        kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
+        by_kind = {}
+        for (_, kind), value in zip(self.units, (active / n).tolist(), strict=True):
+            by_kind.setdefault(kind, []).append(value)
+        return {"kl": kl, "perplexity_dense": math.exp(nll_dense), "perplexity": math.exp(nll), "top1_agreement": same,
+                "activation": {kind: sum(v) / len(v) for kind, v in by_kind.items()}, "kv_share": share / n}  # fmt: skip
+
+    def save(self, step: int) -> None:
+        thresholds = [self.model.routers[f"{layer}_{kind}"].threshold for layer, kind in self.units]
+        state = {"step": step, "control": self.control.state_dict(), "run": self.identity, "thresholds": thresholds}
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        train_state.save(self.run, self.student, optimizer, state, self.main)
+
+    def restore(self) -> int:
+        """Put the checkpoint's state back; -> its step."""
+        state = train_state.load(self.run)
+        train_state.check(state, self.identity)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        train_state.restore(self.student, optimizer, state)
+        self.control.load_state_dict(state["control"])
+        for (layer, kind), p in zip(self.units, state["thresholds"], strict=True):
+            self.model.routers[f"{layer}_{kind}"].threshold = p
+        return state["step"]
+
+    def _not_finite(self, step: int) -> UserError:
+        has = (self.run / train_state.NAME).is_file()
+        kept = f"the last good checkpoint is in {self.run}" if has else "there is no checkpoint yet"
+        return UserError(f"the loss is not a number at step {step + 1}; {kept}",
+                         "try lower learning rates, and --precision no")  # fmt: skip
+
+
+_order = functools.lru_cache(maxsize=2)(order)
+
+
+def rate_at(step: int, steps: int, warmup: float) -> float:
+    """Share of the learning rate at a step: linear warm-up, then cosine decay to MIN_RATE."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to: the step is finished first. A second signal stops at once."""
+    stop: list[int] = []
+
+    def handler(number, _frame):
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

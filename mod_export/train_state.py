@@ -1,0 +1,79 @@
+"""Checkpoints of a training run: one file, whole or not at all, with only what is trained.
+
+Noise is seeded by step (`seed_step`), and data by position, so that a step number is all the state that they have: a
+resumed run gives the losses of one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mod_export.errors import UserError
+from mod_export.files import atomic_file
+
+NAME = "checkpoint.pt"
+
+
+def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
+    """Gather trainable weights and the optimizer's state (all processes call it) and write them on the main one.
+
+    state: anything torch.save takes: step, controller, what the run was told. Raises UserError, with the former
+    checkpoint left as it was, where the file cannot be written.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, moments = get_state_dict(student, optimizer, options=options)
+    if not main:
+        return
+    path = run / NAME
+    try:
+        with atomic_file(path, force=True) as tmp:
+            torch.save({"weights": weights, "optimizer": moments, **state}, tmp)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}", "free some space and --resume") from error
+
+
+def load(run: Path) -> dict:
+    """The checkpoint of a run directory. Raises UserError where there is none or it is damaged."""
+    path = run / NAME
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}", "start without --resume")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})", "start without --resume") from error
+
+
+def restore(student, optimizer, state: dict) -> None:
+    """Put weights and the optimizer's state back. Raises UserError for those of another model."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    try:
+        set_state_dict(student, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"],
+                       options=options)  # fmt: skip
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the checkpoint does not fit the model ({reason})", "start without --resume") from error
+
+
+def check(state: dict, expected: dict) -> None:
+    """Raise UserError naming the first thing in which the run that left the checkpoint differs from this one."""
+    for name, value in expected.items():
+        if state["run"].get(name) != value:
+            was = state["run"].get(name)
+            raise UserError(f"the checkpoint was made with another {name}: {_short(was)}, now {_short(value)}",
+                            "resume with the same arguments, or start without --resume")  # fmt: skip
+
+
+def seed_step(seed: int, step: int, micro: int, process: int) -> None:
+    """The noise of one forward, the same whenever that step is run."""
+    torch.manual_seed(hash((seed, step, micro, process)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

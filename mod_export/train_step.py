@@ -1,0 +1,89 @@
+"""One forward of training as a module, so that Accelerate can wrap it: student, teacher, losses.
+
+    student = Student(model, teacher=None, groups, weights)
+    loss, seen = student(ids, counts, load_weights)     # ids, counts [B, T]; backward through loss
+    dense, logits, trace = student(ids)                 # hard decisions, for evaluation
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mod_export.model import MoDModel
+from mod_export.relax import Relax
+from mod_export.router import threshold_logit
+from mod_export.train_loss import hidden_loss, logit_loss
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the terms of the loss: distillation on logits, hidden states, language model."""
+
+    kl: float = 1.0
+    hidden: float = 0.0
+    lm: float = 0.0
+
+    @property
+    def teacher(self) -> bool:
+        return self.kl > 0 or self.hidden > 0
+
+
+class Student(nn.Module):
+    """The MoD model with its teacher, the original model.
+
+    teacher: a frozen copy; None: the model itself with every unit active (and LoRA off), which costs no memory, where
+    the base weights stay as they are. groups: index into the routed units of each group of the load term.
+    """
+
+    def __init__(self, model: MoDModel, teacher: nn.Module | None, groups: list[list[int]], weights: Weights,
+                 relax: Relax | None = None, recompute: bool = False, original=contextlib.nullcontext):  # fmt: skip
+        super().__init__()
+        self.model, self.teacher, self.groups, self.weights = model, teacher, groups, weights
+        self.relax, self.recompute, self.original = relax or Relax(), recompute, original
+
+    def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, load: torch.Tensor | None = None):
+        """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of each unit.
+
+        ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; load: [n_groups] weights of the load terms.
+        """
+        if load is None:
+            return self._dense(ids, {})[0], *self.model(ids, trace=True)
+        states = {"output_hidden_states": True} if self.weights.hidden else {}
+        with torch.no_grad():
+            dense, dense_states = self._dense(ids, states) if self.weights.teacher else (None, None)
+        logits, trace = self.model(ids, trace=True, relax=self.relax, recompute=self.recompute, **states)
+        weight = counts[:, 1:].float()
+        rows = (logits[:, :-1].flatten(0, 1), None if dense is None else dense[:, :-1].flatten(0, 1))
+        loss, kl, nll = logit_loss(*rows, ids[:, 1:].flatten(), weight.flatten(), self.weights.kl, self.weights.lm)
+        seen = {"kl": kl, "nll": nll}
+        if self.weights.hidden:
+            distance = hidden_loss([h[:, :-1] for h in trace.hidden], [h[:, :-1] for h in dense_states], weight)
+            loss = loss + self.weights.hidden * distance
+            seen["hidden"] = distance.detach()
+        seen["loss"] = loss.detach()
+        soft, hard = torch.sigmoid(trace.logit - self._thresholds(ids.device)), trace.active.float()
+        units = hard.mean((0, 1))
+        seen |= {"units": units, "activation": torch.stack([units[group].mean() for group in self.groups])}
+        terms = torch.stack([soft[..., group].mean() for group in self.groups])
+        return loss + (load * terms).sum(), seen
+
+    def _thresholds(self, device) -> torch.Tensor:
+        routers = self.model.routers.values()
+        return torch.tensor([threshold_logit(r.threshold) + self.model.shift for r in routers], device=device)
+
+    def _dense(self, ids: torch.Tensor, states: dict):
+        """The original model's logits and hidden states (None where they were not asked for)."""
+        if self.teacher is not None:
+            out = self.teacher(input_ids=ids, use_cache=False, **states)
+            return out.logits, out.hidden_states
+        before, self.model.force = self.model.force, "active"
+        try:
+            with self.original():
+                logits, trace = self.model(ids, trace=True, **states)
+        finally:
+            self.model.force = before
+        return logits, trace.hidden
