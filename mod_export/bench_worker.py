@@ -25,31 +25,18 @@ class Variant:
                  chunk: int = 512, threads: int | None = None, flash_attn: bool = True, type_k: int = 1,
                  type_v: int = 1, unified: bool = True, force: str = "none"):
         from mod_export.runtime import MoDLlama
+        from mod_export.sequences import new_context
 
         # llama_cpp.Llama knows one sequence only: this small context gives way to one for `batch` sequences
         self.llm = MoDLlama(file, n_ctx=256, threads=threads, n_batch=256, n_ubatch=256, flash_attn=flash_attn,
                             type_k=type_k, type_v=type_v)
-        self._new_context(n_ctx=batch * -(-(context + tail) // 256) * 256, n_batch=chunk, n_ubatch=ubatch,
-                          n_seq_max=batch, kv_unified=unified)
+        new_context(self.llm, n_ctx=batch * -(-(context + tail) // 256) * 256, n_batch=chunk, n_ubatch=ubatch,
+                    n_seq_max=batch, kv_unified=unified)
         if force != "none" and self.llm.units:  # a dense file by mistake is told of by bench.py
             self.llm.force = force
         self.context = context
         self.tokens = [prompt_tokens(self.llm, text, context + tail, seq, batch) for seq in range(batch)]
         self.seen: dict[str, np.ndarray] = {}  # kind -> active and all tokens of the prompts so far
-
-    def _new_context(self, **params) -> None:
-        from llama_cpp import _internals
-
-        llm = self.llm
-        llm._ctx.close()
-        for name, value in params.items():
-            setattr(llm.context_params, name, value)
-        with llm._log() as log:
-            try:
-                llm._ctx = _internals.LlamaContext(model=llm._model, params=llm.context_params, verbose=False)
-            except ValueError as exc:
-                raise UserError(f"cannot create a context of {params['n_ctx']} tokens: {log[0] if log else exc}",
-                                "use a smaller context") from exc
 
     def describe(self) -> dict:
         llm = self.llm
@@ -114,21 +101,9 @@ class Variant:
 
     def _decode(self, step: list[tuple[int, int, bool]]) -> float:
         """One batch of (sequence, position, whether its logits are wanted); ms."""
-        import llama_cpp
+        from mod_export.sequences import decode
 
-        batch = llama_cpp.llama_batch_init(len(step), 0, 1)
-        batch.n_tokens = len(step)
-        for i, (seq, pos, logits) in enumerate(step):
-            batch.token[i], batch.pos[i] = self.tokens[seq][pos], pos
-            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, seq, logits
-        with self.llm._log() as log:
-            start = time.perf_counter()
-            code = llama_cpp.llama_decode(self.llm.ctx, batch)
-            llama_cpp.llama_synchronize(self.llm.ctx)
-            ms = (time.perf_counter() - start) * 1e3
-        llama_cpp.llama_batch_free(batch)
-        if code:
-            raise UserError(f"llama_decode returned {code}{': ' + log[0] if log else ''}", "use a smaller context")
+        ms = decode(self.llm, [(self.tokens[seq][pos], pos, seq, logits) for seq, pos, logits in step])
         self.llm.n_tokens += len(step)
         return ms
 

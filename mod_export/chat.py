@@ -63,7 +63,7 @@ class Chat:
     turn: Turn = field(default_factory=Turn)
 
     def __post_init__(self):
-        self._format = _formatter(self.llm)
+        self._format = formatter(self.llm)
         self.llm.set_seed(self.sampling.seed)
 
     def ask(self, text: str) -> Iterator[str]:
@@ -197,7 +197,8 @@ def _mb(n: int) -> str:
     return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} kB"
 
 
-def _formatter(llm: MoDLlama):
+def formatter(llm: MoDLlama):
+    """The model's chat template: formatter(llm)(messages=[...]).prompt ends where the answer begins."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = llm.metadata.get("tokenizer.chat_template")

@@ -21,6 +21,11 @@ class Progress:
         self.terminal = self.stream.isatty()
         self.start = self.last = time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        """Since this was made."""
+        return time.monotonic() - self.start
+
     def count(self, label: str, items: Iterable, weights: list[float] | None = None) -> Iterator:
         """Yields the items, telling how many are done. weights: how long each takes, in any unit."""
         items = list(items)
@@ -37,8 +42,8 @@ class Progress:
 
     def tell(self, label: str, done: float, total: float, note: str = "", before: float = 0.0) -> None:
         """Shows `label: 34 %, note, 0:40 left`. before: how much of `done` was there when this progress was made."""
-        share, elapsed = min(1.0, done / total) if total else 1.0, time.monotonic() - self.start
-        left = elapsed / (done - before) * max(0.0, total - done) if done > before else None
+        share = min(1.0, done / total) if total else 1.0
+        left = self.seconds / (done - before) * max(0.0, total - done) if done > before else None
         parts = [f"{share:.0%}", *filter(None, [note]), *([f"{clock(left)} left"] if left is not None else [])]
         self.show(f"{label}: {', '.join(parts)}")
 
@@ -54,6 +59,11 @@ class Progress:
         """Wipes the terminal's line, so that other output can follow."""
         if self.terminal:
             print("\r\033[K", end="", file=self.stream, flush=True)
+
+
+def to_stderr(line: str) -> None:
+    """Where what is said goes by default: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

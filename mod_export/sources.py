@@ -130,7 +130,6 @@ def _from_json(path: Path, number: int, line: str) -> Iterator[Piece]:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
-        line.encode()
         json.dumps(record, ensure_ascii=False).encode()  # escapes can hide halves of surrogate pairs
     except ValueError as exc:  # JSONDecodeError and UnicodeEncodeError are both
         raise UserError(f"{where}: no JSON: {exc}", "JSONL has one JSON object a line") from exc

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from mod_export import conversations, data, llama_source, sources
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
-from mod_export.progress import Progress
+from mod_export.progress import Progress, to_stderr
 
 VERSION = 1  # of the entries; goes up with every change of what is in them
 BATCH = 1 << 20  # bytes of text tokenised in one call
@@ -48,10 +47,6 @@ class Tokens:
         if self.answers is None:
             return ids, np.ones(n, bool)
         return ids, np.memmap(self.folder / "answers.bin", np.uint8, "r", start, n).astype(bool)
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def tokens_of(tokenizer, paths: Sequence[str | Path], answers: bool = False, limit: int | None = None,

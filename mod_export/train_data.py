@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from mod_export.errors import UserError
-from mod_export.token_cache import Tokens, to_stderr, tokens_of
+from mod_export.progress import to_stderr
+from mod_export.token_cache import Tokens, tokens_of
 
 LOSS_ON = ("all", "answers")
 

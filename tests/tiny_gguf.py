@@ -1,7 +1,8 @@
 """Tiny random llama GGUF files with routers, and their forward pass in numpy as a second, independent oracle.
 
-The file has no tokenizer: tokens are numbers. Router biases are placed in gaps between the scores of
-given token sequences, so that float noise cannot flip a decision (see `place_biases`).
+The file has no tokenizer: tokens are numbers; with `vocab` they are the printable characters of ASCII. Router
+biases are placed in gaps between the scores of given token sequences, so that float noise cannot flip a decision (see
+`place_biases`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Tiny:
     seed: int = 0
     arch: str = "llama"
     n_ctx: int = 4096
+    vocab: bool = False
+    template: str = ""  # of chats, with a vocabulary
     routers: dict = field(default_factory=dict)
     tensors: dict = field(default_factory=dict)
 
@@ -232,7 +235,7 @@ class Tiny:
         w.add_rope_freq_base(10000.0)
         w.add_vocab_size(self.n_vocab)
         w.add_file_type(0)
-        w.add_tokenizer_model("no_vocab")
+        self._write_vocab(w)
         for key, (value, kind, sub) in (self.mod_keys() | (keys or {})).items():
             if value is not None:
                 w.add_key_value(f"{self.arch}.mod.{key}", value, kind, sub)
@@ -248,6 +251,19 @@ class Tiny:
         w.write_tensors_to_file()
         w.close()
         return path
+
+    def _write_vocab(self, w: gguf.GGUFWriter) -> None:
+        """A token for each printable character of ASCII, and the last one to end a turn."""
+        if not self.vocab:
+            return w.add_tokenizer_model("no_vocab")
+        assert self.n_vocab == 96
+        w.add_tokenizer_model("gpt2")
+        w.add_token_list(["\u0120", *map(chr, range(33, 127)), "</s>"])
+        w.add_token_types([gguf.TokenType.NORMAL] * 95 + [gguf.TokenType.CONTROL])
+        w.add_token_merges(["~ ~"])  # one has to be there
+        w.add_eos_token_id(95)
+        if self.template:
+            w.add_chat_template(self.template)
 
     def mod_keys(self) -> dict:
         """Key without its `{arch}.mod.` -> (value, type, type of the elements); nothing for a dense model."""

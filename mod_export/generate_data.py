@@ -1,0 +1,213 @@
+"""Training text written by a model itself: it answers questions, continues texts, or makes up conversations.
+
+For models whose training data is unknown: distilled on such text, a MoD model stays close to what the original says.
+
+    llm = open_model("dense.gguf", Options(parallel=8))
+    generate(llm, "out.jsonl.gz", Options(parallel=8, count=1000), prompts=["chat.jsonl.gz"])
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mod_export import sources
+from mod_export.chat import formatter
+from mod_export.errors import UserError
+from mod_export.files import atomic_file
+from mod_export.partial import Partial
+from mod_export.progress import Progress, to_stderr
+from mod_export.runtime import MoDLlama
+from mod_export.sequences import Job, Sampling, new_context, write
+from mod_export.worker import has_vocab
+
+MARK = "mod-export-user"  # stands for the user's words where only what is around them is wanted
+HOPELESS = 200  # results in a row that came to nothing
+
+
+@dataclass(frozen=True)
+class Options:
+    """count: texts to write; None: one for each prompt. max_tokens: of each answer, continuation, made-up question.
+
+    ctx: tokens of a prompt and what follows; longer prompts are left out. prompt_tokens: how much of a document is
+    its beginning. parallel: sequences at a time.
+    """
+
+    count: int | None = None
+    max_tokens: int = 512
+    ctx: int = 2048
+    prompt_tokens: int = 64
+    parallel: int = 8
+    threads: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.ctx - self.max_tokens
+
+
+def open_model(file: str | Path, options: Options) -> MoDLlama:
+    """The model with a context for `options.parallel` sequences; a MoD model with every unit active."""
+    if options.longest_prompt < 2:
+        raise UserError(f"{options.max_tokens} new tokens leave no room for a prompt in {options.ctx}",
+                        "use a larger --ctx, or fewer --max-tokens")
+    # this small context gives way to one for several sequences
+    llm = MoDLlama(file, n_ctx=256, threads=options.threads, n_batch=256)
+    if not has_vocab(llm):
+        raise UserError(f"{file} has no tokenizer", "give a model that can read text")
+    each = -(-options.ctx // 256) * 256
+    # a cache of its own for each sequence where the library can: no time for the others' masked cells
+    new_context(llm, n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units))
+    if llm.units:
+        llm.force = "active"
+    return llm
+
+
+def generate(llm: MoDLlama, out: str | Path, options: Options, prompts: Sequence[str | Path] = (),
+             force: bool = False, say: Callable[[str], None] = to_stderr) -> int:
+    """Write texts to `out` (.jsonl or .jsonl.gz), which appears when all are written; how many there are.
+
+    prompts: files of conversations, whose first question is answered, and of text, whose documents' beginnings are
+    continued. Without, the model makes up conversations, or texts if it has no chat template.
+    A stopped run goes on where it was when it is started again: see partial.py.
+    """
+    if not str(out).endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{out} must end in .jsonl or .jsonl.gz", "training data are told apart by their names")
+    if not prompts and options.count is None:
+        raise UserError("it is not said how many texts to make up", "use --count, or give --prompts")
+    files = sources.find(prompts) if prompts else []
+    with Partial(out, _identity(llm, options, files)) as partial:
+        with atomic_file(out, force) as tmp:
+            writer = _Writer(llm, options, sources.Mixed(files) if files else None)
+            try:
+                _run(writer, partial)
+            except (KeyboardInterrupt, SystemExit):
+                if partial.count:
+                    say(f"{partial.count} texts are kept in {partial.path}; the same command goes on from there")
+                raise
+            if not partial.count:
+                raise UserError("the model wrote nothing", f"prompts must have at most {options.longest_prompt} tokens")
+            with (gzip.open if str(out).endswith(".gz") else open)(tmp, "wb") as file:
+                file.writelines(itertools.islice(partial.lines(), options.count))
+        partial.done()
+    written = min(partial.count, options.count or partial.count)
+    say(f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, {writer.dropped} left out (empty, "
+        "or with too long a prompt)")
+    return written
+
+
+def _identity(llm: MoDLlama, options: Options, files: list[Path]) -> dict:
+    """What decides the texts, to tell whether a partial file belongs to this run; more texts may be wanted now."""
+    path = Path(llm.model_path)
+    deciding = {name: getattr(options, name) for name in ("max_tokens", "ctx", "prompt_tokens")}
+    return {"model": path.name, "bytes": path.stat().st_size, "prompts": sources.digest(files),
+            **deciding, **asdict(options.sampling)}
+
+
+def _run(writer: _Writer, partial: Partial) -> None:
+    """Fill the partial file; in the order of the jobs, whichever ends first."""
+    options, following, before = writer.options, partial.following, partial.count
+    total = len(writer.prompts) if options.count is None else options.count
+    progress, tokens, hopeless, waiting = Progress(), 0, 0, {}
+    jobs = writer.jobs(following)
+    done = write(writer.llm, jobs, options.parallel, options.max_tokens, options.sampling.sampler, following)
+    while partial.count < total and (ended := next(done, None)):
+        number, record, n = ended
+        waiting[number], tokens = record, tokens + n
+        while following in waiting and partial.count < total:
+            record = waiting.pop(following)
+            if record is not None:
+                partial.add({"id": following} | record)
+            hopeless, following = 0 if record else hopeless + 1, following + 1
+        if hopeless > HOPELESS:
+            raise UserError(f"{hopeless} texts in a row came to nothing",
+                            "the prompts are too long, or the model answers with nothing")
+        note = f"{partial.count} of {total}, {tokens / (progress.seconds or 1):.0f} tokens/s"
+        progress.tell("generating", partial.count, total, note, before)
+    progress.clear()
+
+
+class _Writer:
+    """Jobs for `sequences.write`, one for each text. Counts what was cut short and left out."""
+
+    def __init__(self, llm: MoDLlama, options: Options, prompts: sources.Mixed | None):
+        self.llm, self.options, self.prompts = llm, options, prompts
+        self.cut = self.dropped = 0
+        self.chat = None if "tokenizer.chat_template" not in llm.metadata else formatter(llm)
+
+    def jobs(self, first: int) -> Iterator[Job]:
+        """From number `first` on; the prompts over and over where a number of texts is wanted."""
+        if self.prompts is None:
+            make = self._invent if self.chat else self._begin
+            return (make() for _ in itertools.count(first))
+        n = len(self.prompts)
+        numbers = range(first, n) if self.options.count is None else itertools.count(first)
+        return (self._from(self.prompts[i % n]) for i in numbers)
+
+    def _from(self, piece: sources.Piece) -> Job:
+        if piece.messages is not None:
+            return self._answer(_question(piece.messages), piece.where)
+        # more characters than the tokens can have, but not the whole document
+        start = self.llm.tokenize(piece.text[: 32 * self.options.prompt_tokens].encode(), add_bos=True)
+        return self._continue(start[: self.options.prompt_tokens])
+
+    def _answer(self, messages: list[dict], where: str = "a made-up question") -> Job:
+        prompt = self._prompt(messages, where) if messages else []
+        if not 0 < len(prompt) <= self.options.longest_prompt:
+            return self._drop()
+        written = yield prompt
+        text = self._text(written.tokens).strip()
+        self.cut += not written.ended
+        return {"messages": [*messages, {"role": "assistant", "content": text}]} if text else self._drop()
+
+    def _invent(self) -> Job:
+        """The template up to the user's words; the model writes these, as a user would, and then the answer."""
+        written = yield self._tokens(self._render([{"role": "user", "content": MARK}]).partition(MARK)[0])
+        question = self._text(written.tokens).strip()
+        if not written.ended or not question:
+            return self._drop()
+        return (yield from self._answer([{"role": "user", "content": question}]))
+
+    def _begin(self) -> Job:
+        """A text from nothing; the model needs one token to begin with."""
+        bos, eos = self.llm.token_bos(), self.llm.token_eos()
+        return (yield from self._continue([bos if bos >= 0 else max(eos, 0)]))
+
+    def _continue(self, start: list[int]) -> Job:
+        if not 0 < len(start) <= self.options.longest_prompt:
+            return self._drop()
+        written = yield start
+        self.cut += not written.ended
+        text = self._text(start + written.tokens)
+        return {"text": text} if text.strip() else self._drop()
+
+    def _prompt(self, messages: list[dict], where: str) -> list[int]:
+        if self.chat is None:
+            raise UserError(f"{where} is a conversation, and {self.llm.model_path} has no chat template",
+                            "use text as prompts, or a model tuned for chat")
+        try:
+            return self._tokens(self._render(messages))
+        except Exception as exc:  # whatever the template raises
+            raise UserError(f"{where}: the model's chat template refuses this conversation: {exc}") from exc
+
+    def _render(self, messages: list[dict]) -> str:
+        return self.chat(messages=messages).prompt
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.llm.tokenize(text.encode(), add_bos=False, special=True)
+
+    def _text(self, tokens: list[int]) -> str:
+        """Without the half of a character where a text was cut."""
+        return b"".join(map(self.llm.piece, tokens)).decode("utf-8", "ignore")
+
+    def _drop(self) -> None:
+        self.dropped += 1
+
+
+def _question(messages: list[dict]) -> list[dict]:
+    """A conversation up to its first question, the system prompt included; nothing where no user speaks."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    return [] if first is None else messages[: first + 1]
