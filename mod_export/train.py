@@ -132,15 +132,14 @@ def set_static(model: MoDModel, targets: dict[str, float]) -> None:
 def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
     """Thresholds for the activation of the first step; -> 0, the step."""
     if config.method == "threshold":
-        starts = {name: loop.control.starts[i] for i, name in enumerate(_names(loop.control.groups))}
-        _settle(model, loop, config, starts, say)
+        _settle(model, loop, config, loop.control.starts, say)
     return 0
 
 
 def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
     """Thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
-        _settle(model, loop, config, {n: loop.control.targets[i] for i, n in enumerate(_names(loop.control.groups))}, say)
+        _settle(model, loop, config, loop.control.targets, say)
     figures = loop.evaluate()
     say(f"held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} (dense "
         f"{figures['perplexity_dense']:.2f}), K/V {figures['kv_share']:.3f} of dense, active "
@@ -150,17 +149,14 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
 
 
 @torch.no_grad()
-def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: dict[str, float], say: Say) -> None:
+def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float], say: Say) -> None:
     """On training sequences, spread evenly; not on the held-out ones, which judge it."""
     n = len(loop.train)
     count = min(n, max(MIN_SEQUENCES, SETTLE // config.length))
     chosen = torch.stack([loop.train[i * n // count]["input_ids"] for i in range(count)])
-    groups = dict(zip(_names(loop.control.groups), loop.control.groups, strict=True))
-    loop.settled = calibrate.settle_thresholds(model, chosen, groups, targets, say=say)
-
-
-def _names(groups: list) -> list[str]:
-    return [group[0][1] if len(group) > 1 else f"{group[0][1]} {group[0][0]}" for group in groups]
+    names = loop.control.names
+    groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
+    loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
 
 
 def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
@@ -180,8 +176,8 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
 
 def write(model: MoDModel, out: str, save_as: str, identity: dict, figures: dict, force: bool) -> None:
     if save_as == "adapter":
-        named = {"KL": round(figures["kl"], 4), "perplexity": round(figures["perplexity"], 2),
-                 "perplexity, dense": round(figures["perplexity_dense"], 2), "K/V of dense": round(figures["kv_share"], 3)}
+        names = {"kl": "KL", "perplexity": "perplexity", "perplexity_dense": "of dense", "kv_share": "K/V of dense"}
+        named = {name: f"{figures[key]:.4g}" for key, name in names.items()}
         adapter.save(out, model.config, model.router_tensors(), model.base, identity, named, force)
         return
     adapter.merge_lora(model.base)

@@ -40,6 +40,11 @@ class Controller:
         self.integral = torch.zeros(len(self.groups))
         self.seen = torch.tensor(self.starts)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the groups: the kind, and the layer where each unit is one."""
+        return [group[0][1] if len(group) > 1 else f"{group[0][1]} {group[0][0]}" for group in self.groups]
+
     def target(self, step: int) -> torch.Tensor:
         """Of each group at this step."""
         share = min(1.0, step / self.anneal) if self.anneal else 1.0

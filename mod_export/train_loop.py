@@ -53,9 +53,7 @@ class Loop:
 
     def go(self, first: int = 0) -> None:
         """Run the steps after `first`. Raises UserError where the loss is no number, SystemExit after SIGTERM."""
-        names = [kind if len(group) > 1 else f"{kind} {layer}"
-                 for group in self.control.groups for layer, kind in group[:1]]  # fmt: skip
-        log = Log(self.run, self.steps, first, names, self.say) if self.main else None
+        log = Log(self.run, self.steps, first, self.control.names, self.say) if self.main else None
         try:
             with relaxed(self.model.base), stopping() as stop:
                 self._steps(first, log, stop)
@@ -139,8 +137,9 @@ class Loop:
         by_kind = {}
         for (_, kind), value in zip(self.units, (active / n).tolist(), strict=True):
             by_kind.setdefault(kind, []).append(value)
+        activation = {kind: sum(values) / len(values) for kind, values in by_kind.items()}
         return {"kl": kl, "perplexity_dense": math.exp(nll_dense), "perplexity": math.exp(nll), "top1_agreement": same,
-                "activation": {kind: sum(v) / len(v) for kind, v in by_kind.items()}, "kv_share": share / n}  # fmt: skip
+                "activation": activation, "kv_share": share / n}  # fmt: skip
 
     def save(self, step: int) -> None:
         thresholds = [self.model.routers[f"{layer}_{kind}"].threshold for layer, kind in self.units]

@@ -67,7 +67,7 @@ def test_distillation_lowers_the_divergence(files, tmp_path):
                  start=0.5, router_lr=3e-4)  # fmt: skip
     figures = train(files / "mod", tmp_path / "out", run)
     untrained = train(files / "mod", tmp_path / "none", replace(run, tokens=1, full_lr=1e-12, router_lr=1e-12))
-    assert figures["kl"] < 0.7 * untrained["kl"]
+    assert figures["kl"] < 0.9 * untrained["kl"]
     assert figures["perplexity_dense"] == pytest.approx(untrained["perplexity_dense"])  # the teacher is the original
     seen = [row["activation"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if row["step"] > 60 and
             "loss" in row]  # fmt: skip

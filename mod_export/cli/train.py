@@ -39,7 +39,8 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--limit", type=COUNT, help="Read at most this many tokens, of all files in proportion.")
 @click.option("--loss-on", type=click.Choice(["all", "answers"]), default=D.loss_on, show_default=True,
               help="Tokens that count: all, or only the assistant's answers in conversations.")
-@click.option("--teacher", default="", metavar="MODEL", help="Model to distil from. [default: DIR with all units active]")
+@click.option("--teacher", default="", metavar="MODEL",
+              help="Model to distil from. [default: DIR with all units active]")
 @click.option("--method", type=click.Choice(METHODS), default=D.method, show_default=True,
               help="threshold; topk and static are baselines that cannot be exported, and that drop whole units.")
 @click.option("--per-layer", is_flag=True, help="Each unit meets the target, instead of all of a kind together.")
@@ -57,7 +58,8 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--router-lr", type=POSITIVE, default=D.router_lr, show_default=True, help="Learning rate of routers.")
 @click.option("--lora-lr", type=POSITIVE, default=D.lora_lr, show_default=True, help="Learning rate of LoRA.")
 @click.option("--full-lr", type=POSITIVE, default=D.full_lr, show_default=True, help="Learning rate of all weights.")
-@click.option("--warmup", type=SHARE, default=D.warmup, show_default=True, help="Share of the steps; then cosine decay.")
+@click.option("--warmup", type=SHARE, default=D.warmup, show_default=True,
+              help="Share of the steps; then cosine decay.")
 @click.option("--clip", type=POSITIVE, default=D.clip, show_default=True, help="Largest norm of the gradient.")
 @click.option("--lora-rank", type=COUNT, default=D.lora_rank, show_default=True)
 @click.option("--lora-alpha", type=POSITIVE, default=D.lora_alpha, show_default=True)
