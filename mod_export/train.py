@@ -69,8 +69,8 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     return figures
 
 
-def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, data: PackedData, held_out: PackedData, run: Path,
-            identity: dict, say: Say) -> Loop:  # fmt: skip
+def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, data: PackedData,
+            held_out: PackedData, run: Path, identity: dict, say: Say) -> Loop:  # fmt: skip
     """Choose what is trained, make teacher, optimizer and controller, and give them to Accelerate."""
     units = model.config.routed()
     weights = Weights(config.kl_weight, config.hidden_weight, config.lm_weight)
