@@ -35,7 +35,7 @@ STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
 def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged", resume: bool = False,
           force: bool = False, say: Say = lambda line: None) -> dict:  # fmt: skip
-    """Train the MoD model in `directory` and write `out`; -> figures on held-out text.
+    """Train the MoD model in `directory` and write `out`; -> figures on held-out text. `say` is called on one process.
 
     save_as: `merged`, a MoD directory, or `adapter`. Raises UserError for anything that does not fit, and SystemExit
     after SIGTERM or SIGINT, with a checkpoint.
@@ -50,21 +50,21 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     model = MoDModel.load(directory)
     kinds = list(model.config.units)
     config.validate(kinds)
-    data, held_out = _data(model, config, tell)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # the others find the tokens in the cache
+        data, held_out = _data(model, config, tell)
         run.mkdir(exist_ok=True)
     identity = adapter.base_identity(model.base, model.tokenizer, Path(directory).name)
     loop = prepare(directory, model, config, accelerator, data, held_out, run, identity, tell)
     first = loop.restore() if resume else start(model, loop, config, tell)
-    tell(f"{loop.steps} steps of {config.length * config.batch * config.accumulate} tokens, "
+    tell(f"{loop.steps} steps of {loop.tokens} tokens, "
          f"{sum(p.numel() for p in loop.trainable()):,} parameters, {accelerator.device}, "
          f"{accelerator.mixed_precision} mixed precision")  # fmt: skip
     loop.go(first)
     figures = finish(model, loop, config, tell)
     if accelerator.is_main_process:
         plot(run, loop.units)
-        tell(f"writing {out}")
         write(model, out, save_as, identity, figures, force)
+        tell(f"{out} is written; metrics and plots are in {run}")
     accelerator.wait_for_everyone()
     return figures
 

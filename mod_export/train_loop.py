@@ -49,7 +49,9 @@ class Loop:
         self.model = self.accelerator.unwrap_model(self.student).model
         self.units = self.model.config.routed()
         self.main = self.accelerator.is_main_process
-        self.steps = self.config.steps(self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        self.steps = self.config.steps(processes)
+        self.tokens = self.config.length * self.config.batch * self.config.accumulate * processes  # of a step
 
     def go(self, first: int = 0) -> None:
         """Run the steps after `first`. Raises UserError where the loss is no number, SystemExit after SIGTERM."""
@@ -65,8 +67,7 @@ class Loop:
         for step in range(first, self.steps):
             row = self._step(step)
             if log:
-                log.step({"step": step + 1, **row}, self.config.length * self.config.batch * self.config.accumulate
-                         * self.accelerator.num_processes)  # fmt: skip
+                log.step({"step": step + 1, **row}, self.tokens)
             last = step + 1 == self.steps
             if (step + 1) % self.config.eval_every == 0 or last:
                 figures = self.evaluate()

@@ -85,4 +85,3 @@ def command(directory, output, data, save_as, resume, force, **options):
     begin = time.monotonic()
     say = lambda line: click.echo(f"[{time.monotonic() - begin:5.0f} s] {line}", err=True)  # noqa: E731
     train(directory, output, TrainConfig(data=data, **options), save_as, resume, force, say)
-    click.echo(output)

@@ -1,0 +1,34 @@
+"""The points of the training study: what is routed, how much of it, and how it is trained.
+
+ways: `calibrated` is the conversion without training; `window` keeps sinks and a window of the same K/V; the others
+are training methods of mod_export.train, all with the same tokens.
+"""
+
+WAYS = {
+    "calibrated": {"train": None},
+    "routers": {"train": {"parameters": "routers"}},
+    "lora": {"train": {"parameters": "lora"}},
+    "full": {"train": {"parameters": "full"}},
+    "topk": {"train": {"parameters": "lora", "method": "topk"}},
+    "no-distillation": {"train": {"parameters": "routers", "kl_weight": 0.0, "lm_weight": 1.0}},
+    "lora-no-distillation": {"train": {"parameters": "lora", "kl_weight": 0.0, "lm_weight": 1.0}},
+    "static": {"train": {"parameters": "lora", "method": "static"}},
+}
+KV_TARGETS = (0.5, 0.25, 0.125)  # of the dense model's K/V; the activation that gives it follows (training.py)
+COMPUTE_TARGETS = (0.9, 0.8, 0.6)
+
+
+def _points() -> dict[str, dict]:
+    found = {}
+    for share in KV_TARGETS:
+        for way in (*WAYS, "window"):
+            options = WAYS.get(way, {"train": None})
+            found[f"kv-{share}-{way}"] = {"units": "kv", "kv_share": share, "way": way, **options}
+    for kind in ("block", "attn", "ffn"):
+        for target in COMPUTE_TARGETS:
+            for way, options in WAYS.items():
+                found[f"{kind}-{target}-{way}"] = {"units": kind, "target": target, "way": way, **options}
+    return found
+
+
+POINTS = _points()

@@ -1,0 +1,79 @@
+"""Make and judge one point of the training study."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mod_export import data, evaluate, hf
+from mod_export.config import UnitConfig
+from mod_export.convert import convert
+from mod_export.model import MoDModel
+from mod_export.train import train
+from mod_export.train_config import TrainConfig
+
+WINDOW, SINKS = 64, 4
+FIRST = 2  # layers that keep all K/V, as convert leaves them
+
+
+def activation_for(kv_share: float, length: int, n_layer: int) -> float:
+    """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense K/V at its end."""
+    of_units = (kv_share * n_layer - FIRST) / (n_layer - FIRST)
+    recent = (WINDOW - 1) / length
+    return min(1.0, max(0.005, (of_units - recent) / (1 - recent)))
+
+
+def make_point(name: str, point: dict, out: Path, model: str, data: tuple, tokens: int, length: int, precision: str,
+               batch: int, train_length: int, **_):  # fmt: skip
+    """-> the MoDModel of a point, and what is known of how it was made."""
+    if "kv_share" in point:
+        n_layer = 30 if model == "smollm2" else hf.load(model)[0].config.num_hidden_layers
+        target = activation_for(point["kv_share"], length, n_layer)
+    else:
+        target = point["target"]
+    start = out / f"{point['units']}-{target:.4f}"
+    if not start.exists():
+        convert(model, start, units=point["units"], target=target, kv_window=WINDOW, sink_tokens=SINKS, say=print)
+    if point["way"] == "window":
+        return as_window(MoDModel.load(start), target, length), {"target": target}
+    if point["train"] is None:
+        return MoDModel.load(start), {"target": target}
+    made = out / name
+    config = TrainConfig(data=tuple(data), target=target, tokens=tokens, length=train_length, batch=batch,
+                         precision=precision, limit=4 * tokens, **point["train"])  # fmt: skip
+    resume = Path(f"{made}.run/checkpoint.pt").exists()
+    figures = train(str(start), str(made), config, resume=resume, force=True, say=print)
+    found = MoDModel.load(made)
+    if config.method == "topk":
+        found.top_k = {point["units"]: target}
+    return found, {"target": target, "held_out": figures}
+
+
+def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
+    """Sinks and a recent window that hold as many K/V at the end of `length` tokens as routers of this activation."""
+    never = tuple(0.999 if p else 0.0 for p in model.config.units["kv"].threshold)
+    window = round(target * (length - WINDOW)) + WINDOW - SINKS
+    config = replace(model.config, kv_window=window, units={"kv": UnitConfig(never, never)})
+    routers = {unit: (torch.zeros_like(w), torch.full_like(b, -20)) for unit, (w, b) in model.router_tensors().items()}
+    return MoDModel.from_base(model.base, model.tokenizer, config, routers)
+
+
+@torch.inference_mode()
+def judge_point(made: MoDModel, model: str, texts: tuple, length: int, count: int, **_) -> dict:
+    """KL and perplexities against the original `model`, on each text; with activation and K/V."""
+    original = hf.load(model)[0]
+    found = {}
+    for name, _, file in (text.partition("=") for text in texts):
+        sums, active, share, tokens = torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 0
+        for ids in data.pack(made.tokenizer, data.read_texts([file]), length, count):
+            dense = original(ids[None], use_cache=False).logits[0]
+            logits, trace = made(ids[None], trace=True)
+            sums += evaluate.divergence(dense, logits[0], ids)
+            active += trace.active.float().mean().item() / count
+            share += evaluate.kv_share(made.config, trace.active[0], made.n_layer) / count
+            tokens += len(ids) - 1
+        kl, nll_dense, nll, same = (sums / tokens).tolist()
+        found[name] = {"kl": kl, "perplexity_dense": math.exp(nll_dense), "perplexity": math.exp(nll),
+                       "top1_agreement": same, "activation": active, "kv_share": share}  # fmt: skip
+    return found

@@ -1,0 +1,85 @@
+"""Train and judge many ways to make a Mixture-of-Depths model: the figures of docs/quality.md.
+
+    T="--data train/ --text wiki=wiki.txt --text book=book.txt --out study"
+    python scripts/training_study.py list
+    python scripts/training_study.py run $T 'kv-*'          # points by name, with wildcards
+    python scripts/training_study.py report --out study     # table and plots from the rows
+
+Each point starts from the calibrated conversion of its kind (made once), is trained by mod_export.train, and judged by
+mod_export.evaluate with hard decisions on sequences of --length tokens. A finished row goes to rows.jsonl at once; rows
+that are there are not computed again, and an interrupted training goes on from its checkpoint.
+"""
+
+import fnmatch
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from study.points import POINTS  # noqa: E402
+
+
+@click.group()
+def study():
+    """Compare ways to train a Mixture-of-Depths model."""
+
+
+@study.command("list")
+def list_points():
+    """Name every point."""
+    for name, point in POINTS.items():
+        click.echo(f"{name:32} {point}")
+
+
+@study.command()
+@click.argument("patterns", nargs=-1, required=True)
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--data", multiple=True, required=True, help="To train on.")
+@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
+@click.option("--tokens", default=100_000, show_default=True, help="Of each training.")
+@click.option("--length", default=2048, show_default=True, help="Tokens in a sequence to judge by.")
+@click.option("--count", default=2, show_default=True, help="Sequences of each text.")
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--batch", default=1, show_default=True)
+@click.option("--train-length", default=512, show_default=True, help="Tokens in a sequence to train on.")
+def run(patterns, out, **given):
+    """Train and judge the points whose names match."""
+    from study.training import judge_point, make_point
+
+    names = [name for name in POINTS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        raise click.BadParameter(f"no point matches {' '.join(patterns)}")
+    out.mkdir(exist_ok=True)
+    rows = out / "rows.jsonl"
+    key = {k: given[k] for k in ("tokens", "length", "count", "train_length")}
+    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    for name in names:
+        if any(row["name"] == name and row["settings"] == key for row in done):
+            click.echo(f"{name}: done already")
+            continue
+        begin = time.monotonic()
+        model, record = make_point(name, POINTS[name], out, **given)
+        row = {"name": name, "settings": key, **POINTS[name], **record, "texts": judge_point(model, **given)}
+        row["seconds"] = round(time.monotonic() - begin)
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        click.echo(json.dumps(row))
+
+
+@study.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--docs", type=click.Path(path_type=Path), help="Folder for the plots; default: --out.")
+def report(out, docs):
+    """Print the table and draw the plots."""
+    from study.training_report import report as make
+
+    click.echo(make([json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()], docs or out))
+
+
+if __name__ == "__main__":
+    study()
