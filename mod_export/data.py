@@ -50,18 +50,18 @@ def pack(tokenizer, text: str, length: int, count: int | None = None):
     """
     import torch
 
-    bos = _bos(tokenizer)
+    begin = bos(tokenizer)
     ids = tokenize(tokenizer, text)
-    body = length - len(bos)
+    body = length - len(begin)
     available = len(ids) // body
     if available < (count or 1):
         need = (count or 1) * body
         raise UserError(f"text too short: {len(ids)} tokens where {need} are needed", "give more text")
     chosen = range(available) if count is None else [i * available // count for i in range(count)]
-    return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in chosen])
+    return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen])
 
 
-def _bos(tokenizer) -> list[int]:
+def bos(tokenizer) -> list[int]:
     """The beginning token in a list where the tokenizer itself would put it, else an empty list."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first if first and first == [tokenizer.bos_token_id] else []
