@@ -85,6 +85,8 @@ def read_tasks(paths: Sequence[str | Path], limit: int | None = None) -> tuple[l
     for path in paths:
         for where, raw in _lines(Path(path)):
             task = raw.get("task", Path(path).stem)
+            if not isinstance(task, str):
+                raise _bad(where, "has no text as its task", "write a string")
             if raw.get("choices") is None and task not in GREEDY:
                 skipped[task] += 1
             elif limit is None or count[task] < limit:
@@ -121,6 +123,8 @@ def _item(where: str, task: str, raw: dict) -> Item:
         choices, answer = [answer], 0
     if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise _bad(where, "has choices that are no texts", "write them as a list of strings")
+    if len(choices) > len(LETTERS):
+        raise _bad(where, f"has more than {len(LETTERS)} choices", "leave some out")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise _bad(where, f"has the answer {answer!r}, which is none of its {len(choices)} choices",
                    "give the index of the right one, from 0")
@@ -133,7 +137,7 @@ def _item(where: str, task: str, raw: dict) -> Item:
 def _texts(where: str, task: str, raw: dict, choices: list[str], index: int) -> tuple[str, str]:
     """What is given and what is scored of one choice; white space at the seam belongs to what is scored."""
     before, slot, after = raw["question"].partition("_")
-    fields = {"question": raw["question"], "choice": choices[index], "letter": LETTERS[index % len(LETTERS)],
+    fields = {"question": raw["question"], "choice": choices[index], "letter": LETTERS[index],
               "lettered": "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))}
     fields |= {key: raw[key] for key in ("passage", "subject") if key in raw}
     if slot:

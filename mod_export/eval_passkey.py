@@ -92,10 +92,12 @@ def _chat(tokenizer, text: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return text + "\n\n"
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as exc:  # whatever the template raises
+        raise UserError(f"the model's chat template refuses a question: {exc}") from exc
 
 
-@torch.no_grad()
 def retrieve(pair: Pair, trials: Sequence[Trial], progress: Callable = iter) -> list[Cell]:
     """Ask both models; a cell for each length and depth, in the order of the trials."""
     cells: dict[tuple, Cell] = {}
@@ -103,26 +105,30 @@ def retrieve(pair: Pair, trials: Sequence[Trial], progress: Callable = iter) -> 
         cell = cells.setdefault((trial.length, trial.depth), Cell(trial.length, trial.depth))
         cell.trials += 1
         for name, reader in pair.readers().items():
-            cell.right[name] = cell.right.get(name, 0) + (answer(reader, trial) == trial.key)
+            text = generate(reader, trial.prompt, trial.n_answer + SPARE)
+            cell.right[name] = cell.right.get(name, 0) + (first_number(text) == trial.key)
         cell.usage.add(pair.measured)
     return list(cells.values())
 
 
-def answer(reader: Reader, trial: Trial) -> str | None:
-    """The first number in what the model generates, None if there is none."""
+def first_number(text: str) -> str | None:
+    """What counts as a model's answer."""
+    found = re.search(r"\d+", text)
+    return found[0] if found else None
+
+
+@torch.no_grad()
+def generate(reader: Reader, prompt: list[int], n_tokens: int) -> str:
+    """Greedy continuation of the prompt, at most n_tokens, not beyond the end of a number."""
     reader.reset()
-    row, ids, text = reader.last(trial.prompt), [], ""
-    for _ in range(trial.n_answer + SPARE):
-        token = int(row.argmax())
-        if token == reader.tokenizer.eos_token_id:
-            break
+    row, ids, text = reader.last(prompt), [], ""
+    while len(ids) < n_tokens and (token := int(row.argmax())) != reader.tokenizer.eos_token_id:
         ids.append(token)
         text = reader.tokenizer.decode(ids)
         if re.search(r"\d\D", text):
             break
         row = reader.last([token])
-    found = re.search(r"\d+", text)
-    return found[0] if found else None
+    return text
 
 
 def by_length(cells: Sequence[Cell]) -> list[dict]:

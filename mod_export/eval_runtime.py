@@ -52,12 +52,12 @@ class RuntimeReader(Reader):
         self._open(CHUNK)
         if not has_vocab(self.llm):
             raise UserError(f"{path} has no tokenizer", "give a file that has one")
+        self.tokenizer = _Tokenizer(self)
         self.units = [(unit.layer, unit.kind) for unit in self.llm.units]
         self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()
 
     def _open(self, n_ctx: int) -> None:
         self.llm = _Llama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)
-        self.tokenizer = _Tokenizer(self.llm)
         if self.llm.units:
             self.llm.force = self.force
 
@@ -98,18 +98,18 @@ class RuntimeReader(Reader):
 
 
 class _Tokenizer:
-    """A file's vocabulary behind as much of a transformers tokenizer as eval needs."""
+    """The file's vocabulary behind as much of a transformers tokenizer as eval needs."""
 
-    def __init__(self, llm: MoDLlama):
-        self._llm = llm
-        self.bos_token_id, self.eos_token_id = llm.token_bos(), llm.token_eos()
-        self.chat_template = llm.metadata.get("tokenizer.chat_template")
+    def __init__(self, reader: RuntimeReader):
+        self._reader = reader  # not its llm, which gives way to another in `reserve`
+        self.bos_token_id, self.eos_token_id = reader.llm.token_bos(), reader.llm.token_eos()
+        self.chat_template = reader.llm.metadata.get("tokenizer.chat_template")
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": self._llm.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
+        return {"input_ids": self._reader.llm.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(self._llm.piece(token, special=True) for token in ids).decode("utf-8", "replace")
+        return b"".join(self._reader.llm.piece(token, special=True) for token in ids).decode("utf-8", "replace")
 
     def apply_chat_template(self, messages: list[dict], **_options) -> str:
         return self._format(messages=messages).prompt
@@ -118,6 +118,5 @@ class _Tokenizer:
     def _format(self):
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        bos, eos = (self._llm.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
-                    for token in (self.bos_token_id, self.eos_token_id))  # fmt: skip
+        bos, eos = (self.decode([token]) if token >= 0 else "" for token in (self.bos_token_id, self.eos_token_id))
         return Jinja2ChatFormatter(template=self.chat_template, bos_token=bos, eos_token=eos)

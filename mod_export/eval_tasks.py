@@ -12,7 +12,7 @@ from itertools import chain
 
 import torch
 
-from mod_export.eval_items import Encoded
+from mod_export.eval_items import Encoded, Item
 from mod_export.eval_models import Pair, Reader, Usage
 
 
@@ -67,20 +67,13 @@ class _Task:
         self.usage = Usage()
 
     def add(self, pair: Pair, encoded: Encoded) -> None:
-        picks = {}
+        picks = set()
         for name, reader in pair.readers().items():
             found = likelihoods(reader, encoded, self.usage if reader is pair.measured else None)
-            if encoded.item.greedy:
-                picks[name] = found[0][1]
-                self.hits[name].append((found[0][1], None))
-                continue
-            n_bytes = [len(scored.strip().encode()) for _, scored in encoded.item.texts]
-            plain = [total for total, _ in found]
-            by_byte = [total / n for total, n in zip(plain, n_bytes, strict=True)]
-            chosen = [scores.index(max(scores)) for scores in (plain, by_byte)]
-            picks[name] = chosen[0]
-            self.hits[name].append(tuple(choice == encoded.item.answer for choice in chosen))
-        self.same += len(set(picks.values())) == 1
+            pick, right = choose(encoded.item, found)
+            picks.add(pick)
+            self.hits[name].append(right)
+        self.same += len(picks) == 1
 
     def row(self, pair: Pair) -> dict:
         n = len(self.hits["dense"])
@@ -88,6 +81,19 @@ class _Task:
         if pair.mod is None:
             return row | dict.fromkeys(("agreement", "activation", "kv_share"))
         return row | {"agreement": self.same / n} | self.usage.shares()
+
+
+def choose(item: Item, found: list[tuple[float, bool]]) -> tuple[int, tuple[bool, bool | None]]:
+    """From `likelihoods`: the choice taken, and whether it is right by likelihood and by likelihood per byte.
+
+    Of a GREEDY item: whether greedy decoding gives its answer; nothing by byte.
+    """
+    if item.greedy:
+        return int(found[0][1]), (found[0][1], None)
+    plain = [total for total, _ in found]
+    by_byte = [total / len(scored.strip().encode()) for total, (_, scored) in zip(plain, item.texts, strict=True)]
+    first, second = (scores.index(max(scores)) for scores in (plain, by_byte))
+    return first, (first == item.answer, second == item.answer)
 
 
 def _shares(hits: list[tuple[bool, bool | None]]) -> dict:
