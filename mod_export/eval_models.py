@@ -237,7 +237,10 @@ def _open(path, shift: float, threads: int | None, device: str) -> Reader:
         torch.set_num_threads(threads)
     model = MoDModel.load(path) if _is_mod(path) else MoDModel.from_base(*hf.load(path))
     model.shift = shift
-    return TorchReader(model.to(device), path)
+    try:
+        return TorchReader(model.to(device), path)
+    except (RuntimeError, AssertionError) as exc:  # torch's words for a device that is unknown, missing or full
+        raise UserError(f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out for the CPU") from exc
 
 
 def _is_mod(path) -> bool:

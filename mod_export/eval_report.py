@@ -70,8 +70,8 @@ def _passkey(rows: list[dict]) -> tuple[dict, list[dict]]:
 
 def as_json(result: dict) -> str:
     """JSON with one row on each line."""
-    parts = [f'"about": {json.dumps(result["about"], indent=1)}']
+    parts = [f'"about": {json.dumps(result["about"], indent=1, default=str)}']
     for key, rows in result.items():
         if key != "about":
-            parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
+            parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row, default=str) for row in rows) + "\n]")
     return "{" + ",\n".join(parts) + "}"

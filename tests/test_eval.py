@@ -11,8 +11,7 @@ from byte_text import byte_tokenizer
 from tiny import one_thread  # noqa: F401  (a fixture)
 from tiny_gguf import Tiny
 
-from mod_export import bindings, data, eval_loss, eval_passkey, eval_tasks, evaluate, hf
-from mod_export.errors import UserError
+from mod_export import bindings, data, eval_loss, eval_passkey, eval_tasks, evaluate
 from mod_export.eval_items import encode, read_tasks
 from mod_export.eval_models import ROWS, TorchReader, Usage, open_pair, torch_pair
 from mod_export.evaluate import Plan
@@ -204,40 +203,6 @@ def test_dense_models_and_another_dense_model(folder, tmp_path):
     assert same.kl < 1e-5 and same.activation == same.kv_share == 1
 
 
-def test_passkeys_are_found_by_a_model_that_can():
-    """SmolLM2's own GGUF; the same prompt without the key gives another answer."""
-    pair = open_pair(hf.embedded_gguf(), threads=1)
-    pair.reserve(200)
-    trials = eval_passkey.make_trials(pair.dense.tokenizer, TEXT, [200], depths=[0.3], n=1)
-    (cell,) = eval_passkey.retrieve(pair, trials)
-    assert cell.right == {"dense": 1} and cell.trials == 1
-    (row,) = eval_passkey.by_length([cell])
-    assert row["dense_by_depth"] == {"0.3": 1.0} and row["mod"] is row["kv_share"] is None
-
-
-def test_passkey_prompts():
-    tokenizer = tiny.tokenizer()
-    trials = eval_passkey.make_trials(tokenizer, "A long shore. " * 40, [256, 700], depths=[0, 0.5, 1], n=2)
-    assert len(trials) == 12 and len({trial.key for trial in trials}) == 12
-    for trial in trials:
-        text = tokenizer.decode(trial.prompt)
-        assert text.endswith("<|im_start|>assistant\nThe pass key is") and text.count(trial.key) == 2
-        assert len(trial.prompt) + trial.n_answer + eval_passkey.SPARE == trial.length
-        body = text[text.index("memorize it.") : text.index("What is the pass key")]
-        assert body.index(trial.key) / len(body) == pytest.approx(trial.depth, abs=0.25)
-    again = eval_passkey.make_trials(tokenizer, "A long shore. " * 40, [700], depths=[1], n=1)
-    assert again[0] == trials[10], "a trial depends on others"
-    with pytest.raises(UserError, match="does not fit into 64 tokens; use 1"):
-        eval_passkey.make_trials(tokenizer, TEXT, [64])
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [(" 12345.", "12345"), (" **12345", "12345"), (" the lamp", None), (" 1, 2", "1")]
-)
-def test_number_in_an_answer(text, number):
-    assert eval_passkey.first_number(text) == number
-
-
 def test_the_command(folder, tmp_path, run_cli):
     common = ("eval", folder / "mod.gguf", "--text", folder / "text.txt", "--length", 128, "--count", 1, "--threads", 1,
               "--tasks", folder / "tasks.jsonl", "--passkey", folder / "text.txt", "--passkey-lengths", "200,256",
@@ -275,6 +240,7 @@ def test_the_command(folder, tmp_path, run_cli):
         (["bare", "--text", "text.txt"], "cannot load bare"),
         (["mod", "--dense", "other", "--text", "text.txt"], "have different tokenizers"),
         (["other", "--text", "text.txt", "--threshold-shift", "1"], "no thresholds to shift"),
+        (["mod", "--text", "text.txt", "--device", "abacus"], "cannot use --device abacus"),
         (["numbers.gguf", "--text", "text.txt"], "numbers.gguf has no tokenizer"),
     ],
 )
