@@ -240,7 +240,7 @@ def _open(path, shift: float, threads: int | None, device: str) -> Reader:
     try:
         return TorchReader(model.to(device), path)
     except (RuntimeError, AssertionError) as exc:  # torch's words for a device that is unknown, missing or full
-        raise UserError(f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out for the CPU") from exc
+        raise UserError(f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out") from exc
 
 
 def _is_mod(path) -> bool:
