@@ -26,7 +26,7 @@ QUESTION = (
     "Some important information is hidden in the following text. Find it and memorize it.\n\n{text}\n\n"
     "What is the pass key mentioned in the text?"
 )
-ANSWER = "The pass key is"  # begun for the model, which goes on with the key
+ANSWER = "The pass key is {key}."  # begun for the model, which goes on with the key
 SPARE = 4  # tokens that an answer may be longer than the expected one, such as a line break
 
 
@@ -77,14 +77,16 @@ def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Ran
 
     key = str(rng.randrange(10000, 100000))
     before, after = _chat(tokenizer, QUESTION.format(text="\0")).split("\0")
-    head, tail, needle, answer = map(encode, (before, after + ANSWER, NEEDLE.format(key=key), f" {key}."))
-    n_hay = length - sum(map(len, (head, tail, needle, answer))) - SPARE
+    head, tail, needle = map(encode, (before, after + ANSWER.format(key=key), NEEDLE.format(key=key)))
+    # the model is given all before the first digit: left alone after `is`, it may tell of the key instead of giving it
+    asked = next(i for i in range(len(encode(after)), len(tail)) if re.search(r"\d", tokenizer.decode(tail[i : i + 1])))
+    n_hay = length - sum(map(len, (head, tail, needle))) - SPARE
     if n_hay < 1:
         raise UserError(f"a passkey prompt does not fit into {length} tokens", f"use {length - n_hay + 1} or more")
     start = rng.randrange(max(1, len(hay) - n_hay + 1))
     text = (hay[start:] + hay * -(-n_hay // len(hay)))[:n_hay]
     cut = round(depth * n_hay)
-    return Trial(length, depth, key, head + text[:cut] + needle + text[cut:] + tail, len(answer))
+    return Trial(length, depth, key, head + text[:cut] + needle + text[cut:] + tail[:asked], len(tail) - asked)
 
 
 def _chat(tokenizer, text: str) -> str:

@@ -28,7 +28,7 @@ def test_passkey_prompts():
     assert len(trials) == 12 and len({trial.key for trial in trials}) == 12
     for trial in trials:
         text = tokenizer.decode(trial.prompt)
-        assert text.endswith("<|im_start|>assistant\nThe pass key is") and text.count(trial.key) == 2
+        assert text.endswith("<|im_start|>assistant\nThe pass key is ") and text.count(trial.key) == 2
         assert len(trial.prompt) + trial.n_answer + eval_passkey.SPARE == trial.length
         body = text[text.index("memorize it.") : text.index("What is the pass key")]
         assert body.index(trial.key) / len(body) == pytest.approx(trial.depth, abs=0.25)
