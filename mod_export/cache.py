@@ -7,6 +7,7 @@ cells can stand in any order; positions are kept beside them.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,13 @@ class MoDCache(Cache):
         self.cell_positions: torch.Tensor | None = None
         self._step: torch.Tensor | None = None
         self._pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def fork(self) -> MoDCache:
+        """A cache of the same sequence: what is appended to one of them does not show in the other."""
+        other = MoDCache(len(self.cells))
+        other.cells = [copy.copy(cells) for cells in self.cells]  # tensors are replaced, never written to
+        other.n_tokens = self.n_tokens
+        return other
 
     def counts(self) -> list[int]:
         """Cells in use of each layer."""

@@ -1,59 +1,170 @@
-"""How much a Mixture-of-Depths model loses against its dense base: perplexity, KL, K/V, passkey retrieval.
+"""How much a Mixture-of-Depths model loses against its dense base: perplexity, KL, accuracy, passkeys, K/V.
 
-The base is the same weights with every unit active. Knows nothing of GGUF files or of the runtime.
+The base is the same weights with every unit active, or another model.
 
-    model = MoDModel.load("mod")
-    loss(model, pack(model.tokenizer, text, 2048, count=4))   # Loss(perplexity=..., kl=..., kv_share=...)
-    passkey(model, haystack_text, length=2048)                # {"mod": 0.9, "dense": 1.0, "trials": 20}
+    result = evaluate("mod.gguf", Plan(texts=["wiki.txt"], tasks=["tasks.jsonl"]))     # what `mod-export eval` does
+
+    model = MoDModel.load("mod")                                        # the same on a model that is at hand
+    loss(model, pack(model.tokenizer, text, 2048, count=4))             # Loss(perplexity=..., kl=..., kv_share=...)
+    passkey(model, haystack_text, length=2048)                          # {"mod": 0.9, "dense": 1.0, "trials": 20, ...}
+    accuracy(model, ["tasks.jsonl"], limit=50)                          # [{"task": "piqa", "mod": {"acc": ...}}, ...]
 """
 
 from __future__ import annotations
 
-import math
-import random
+import os
+import shlex
+import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from mod_export import __version__, data, eval_items, eval_loss, eval_passkey, eval_tasks
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
+from mod_export.eval_loss import Loss, divergence
+from mod_export.eval_models import Pair, open_pair, torch_pair, visible_share
+from mod_export.eval_passkey import DEPTHS, LENGTHS
 from mod_export.model import MoDModel
+from mod_export.progress import Progress
 
-_ROWS = 256  # rows of logits [_ROWS, n_vocab] that are turned into float32 probabilities at a time
+__all__ = ["Loss", "Plan", "accuracy", "dense_logits", "divergence", "evaluate", "kv_share", "loss", "passkey"]
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Means over the tokens that count. kl: nats, dense against MoD; kv_share: cells at the end against dense ones."""
+class Plan:
+    """What to measure.
 
-    tokens: int
-    perplexity_dense: float
-    perplexity: float
-    kl: float
-    top1_agreement: float
-    activation: float
-    kv_share: float
+    texts: files for perplexity and KL, `count` sequences of `length` tokens from each, of which the first `skip` do not
+    count. tasks: JSONL files, see eval_items.py; task_limit: items of each task. haystack: text for passkeys, in
+    prompts of passkey_lengths tokens (None: those of LENGTHS that fit the model), `passkey_trials` for each depth.
+    """
+
+    texts: Sequence[str] = ()
+    length: int = 2048
+    count: int = 4
+    skip: int = 0
+    tasks: Sequence[str] = ()
+    task_limit: int | None = None
+    haystack: str | None = None
+    passkey_lengths: Sequence[int] | None = None
+    passkey_depths: Sequence[float] = DEPTHS
+    passkey_trials: int = 2
+
+    def __post_init__(self):
+        if not (self.texts or self.tasks or self.haystack):
+            raise UserError("nothing to measure", "give --text, --tasks or --passkey")
+        if not 0 <= self.skip < self.length - 1:
+            raise UserError(f"skipping {self.skip} of {self.length} tokens leaves none", "use a smaller --skip")
 
 
-@torch.inference_mode()
-def loss(model: MoDModel, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter) -> Loss:
+def evaluate(target, plan: Plan, dense=None, shift: float = 0.0, threads: int | None = None, device: str = "cpu",
+             progress: Progress | None = None, say: Callable = print, done: Callable = lambda name, rows: None,
+             ) -> dict:  # fmt: skip
+    """Measure target beside dense, see eval_models.open_pair; {"about", "texts", "tasks", "passkey"} with rows each.
+
+    done: called with the name and the rows of each part as soon as it is there. docs/evaluate.md has the rows' keys.
+    Raises UserError for what cannot be read or measured, before anything is measured.
+    """
+    texts = {path: data.read_texts([path]) for path in plan.texts}
+    items, skipped = eval_items.read_tasks(plan.tasks, plan.task_limit)
+    haystack = data.read_texts([plan.haystack]) if plan.haystack else None
+    pair = open_pair(target, dense, shift, threads, device)
+    about = _about(target, dense, shift, threads, plan, pair) | {"skipped_tasks": skipped}
+    for task, n in skipped.items():
+        say(f"note: {n} items of {task} left out: they have no choices")
+    work = _Work(pair, plan, texts, items, haystack)
+    pair.reserve(work.longest())
+    result = {"about": about}
+    for name, run in (("texts", work.losses), ("tasks", work.accuracies), ("passkey", work.passkeys)):
+        result[name] = run(progress or Progress())
+        if result[name]:
+            done(name, result[name])
+    return result
+
+
+class _Work:
+    """A plan as tokens, and its three parts."""
+
+    def __init__(self, pair: Pair, plan: Plan, texts: dict[str, str], items: list, haystack: str | None):
+        self.pair, tokenizer = pair, pair.measured.tokenizer
+        self.skip = plan.skip
+        if plan.texts:
+            pair.reserve(plan.length)  # told first: a text is mostly too short for a length that is too long
+        self.sequences = {path: _pack(tokenizer, path, text, plan) for path, text in texts.items()}
+        self.items = [eval_items.encode(tokenizer, item) for item in items]
+        n_ctx = min(reader.n_ctx for reader in pair.readers().values())
+        lengths = plan.passkey_lengths or [n for n in LENGTHS if n <= n_ctx] or [n_ctx]
+        self.trials = eval_passkey.make_trials(
+            tokenizer, haystack, lengths, plan.passkey_depths, plan.passkey_trials
+        ) if haystack is not None else []  # fmt: skip
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence of all."""
+        lengths = [ids.shape[1] for ids in self.sequences.values()] + [trial.length for trial in self.trials]
+        return max(lengths + [len(ids) for item in self.items for ids in item.ids])
+
+    def losses(self, progress: Progress) -> list[dict]:
+        rows = []
+        for path, ids in self.sequences.items():
+            found = eval_loss.loss(self.pair, ids, self.skip, lambda x, path=path: progress.count(path, x))
+            rows.append({"text": path, "sequences": len(ids), "length": ids.shape[1], **asdict(found)})
+        return rows
+
+    def accuracies(self, progress: Progress) -> list[dict]:
+        weights = [float(item.n_tokens) for item in self.items]
+        return eval_tasks.accuracy(self.pair, self.items, lambda x: progress.count("tasks", x, weights))
+
+    def passkeys(self, progress: Progress) -> list[dict]:
+        weights = [float(trial.length) for trial in self.trials]
+        cells = eval_passkey.retrieve(self.pair, self.trials, lambda x: progress.count("passkeys", x, weights))
+        return eval_passkey.by_length(cells)
+
+
+def _pack(tokenizer, path: str, text: str, plan: Plan) -> torch.Tensor:
+    try:
+        return data.pack(tokenizer, text, plan.length, plan.count)
+    except UserError as exc:
+        raise UserError(f"{path}: {exc.message}", "give more text, or use a smaller --count or --length") from exc
+
+
+def _about(target, dense, shift: float, threads: int | None, plan: Plan, pair: Pair) -> dict:
+    """What the figures hold for."""
+    return {
+        "command": shlex.join(["mod-export", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__, "target": str(target), "dense": str(dense) if dense else None, "shift": shift,
+        "in": {name: type(reader).__name__.removesuffix("Reader").lower() for name, reader in pair.readers().items()},
+        "threads": threads or len(os.sched_getaffinity(0)), "plan": asdict(plan),
+    }  # fmt: skip
+
+
+# --- on a model in torch
+
+
+def loss(model: MoDModel, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter,
+         whole: bool = False) -> Loss:  # fmt: skip
     """Compare `model` with its dense base on sequences [n, T]; the first `skip` positions of each do not count.
 
-    Early tokens of a sequence lie within every window and tell little of what is forgotten later, hence `skip`.
+    whole: run each sequence at once in the dense form, as decisions that look at a whole sequence need (top-k).
     """
-    sums = torch.zeros(4, dtype=torch.float64)
-    active, share, count = 0.0, 0.0, 0
-    for ids in progress(sequences):
-        dense = dense_logits(model, ids[None])[0, skip:]
-        logits, trace = model(ids[None], trace=True)
-        sums += divergence(dense, logits[0, skip:], ids[skip:])
-        active += trace.active.float().mean().item() if trace.active.numel() else 1.0
-        share += kv_share(model.config, trace.active[0], model.n_layer)
-        count += len(ids) - skip - 1
-    kl, nll_dense, nll, same = (sums / count).tolist()
-    n = len(sequences)
-    return Loss(count, math.exp(nll_dense), math.exp(nll), kl, same, active / n, share / n)
+    return eval_loss.loss(torch_pair(model, whole=whole), sequences, skip, progress)
+
+
+def accuracy(model: MoDModel, paths: Sequence[str], limit: int | None = None, progress: Callable = iter) -> list[dict]:
+    """Rows of eval_tasks.accuracy for task files; `limit` items of each task."""
+    items, _ = eval_items.read_tasks(paths, limit)
+    encoded = [eval_items.encode(model.tokenizer, item) for item in items]
+    return eval_tasks.accuracy(torch_pair(model), encoded, progress)
+
+
+def passkey(model: MoDModel, haystack: str, length: int, depths: Sequence[float] = DEPTHS, keys: int = 4,
+            seed: int = 0, progress: Callable = iter) -> dict:  # fmt: skip
+    """The row of eval_passkey.by_length for prompts of `length` tokens, `keys` at each depth."""
+    trials = eval_passkey.make_trials(model.tokenizer, haystack, [length], depths, keys, seed)
+    (row,) = eval_passkey.by_length(eval_passkey.retrieve(torch_pair(model), trials, progress))
+    return row
 
 
 def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -65,105 +176,9 @@ def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
         model.force = before
 
 
-def divergence(dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sums over the positions that have a next token, float64 [4]: KL, NLL of dense, NLL of other, same best token.
-
-    dense, other: logits [T, n_vocab]; ids: [T].
-    """
-    sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(ids) - 1, _ROWS):
-        rows = slice(start, min(start + _ROWS, len(ids) - 1))
-        target = ids[start + 1 : rows.stop + 1, None]
-        p, q = dense[rows].float().log_softmax(-1), other[rows].float().log_softmax(-1)
-        sums += torch.stack([
-            (p.exp() * (p - q)).sum().double(),
-            -p.gather(1, target).sum().double(),
-            -q.gather(1, target).sum().double(),
-            (p.argmax(-1) == q.argmax(-1)).sum().double(),
-        ])  # fmt: skip
-    return sums
-
-
 def kv_share(config: MoDConfig, active: torch.Tensor, n_layer: int) -> float:
     """Cells whose K/V a next token could see, over those of the dense model.
 
     active: decisions [T, n_units] in the order of config.routed().
     """
-    n_tokens, cells = len(active), dict.fromkeys(range(n_layer), float(len(active)))
-    recent = torch.arange(n_tokens) >= n_tokens + 1 - config.kv_window  # the next token's window holds one token less
-    stored = {}
-    for index, (layer, kind) in enumerate(config.routed()):
-        if kind in ("block", "attn"):
-            stored[layer] = stored.get(layer, torch.ones(n_tokens, dtype=torch.bool)) & active[:, index]
-        elif kind == "kv":
-            visible = active[:, index] | recent
-            stored[layer] = stored.get(layer, torch.ones(n_tokens, dtype=torch.bool)) & visible
-    cells.update({layer: mask.sum().item() for layer, mask in stored.items()})
-    return sum(cells.values()) / (n_layer * n_tokens)
-
-
-NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = (
-    "Some important information is hidden in the following text. Find it and memorize it.\n\n{text}\n\n"
-    "What is the pass key mentioned in the text?"
-)
-DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
-@torch.inference_mode()
-def passkey(
-    model: MoDModel,
-    haystack: str,
-    length: int,
-    depths: Sequence[float] = DEPTHS,
-    keys: int = 4,
-    seed: int = 0,
-    progress: Callable = iter,
-) -> dict:
-    """Share of 5-digit keys, hidden at `depths` in a prompt of about `length` tokens, that greedy decoding retrieves.
-
-    The answer is begun with "The pass key is "; its digits are checked in one forward: greedy decoding gives them
-    exactly if each is the best token after those before it (passkey task: Mohtashami and Jaggi, arXiv 2305.16300).
-    """
-    rng = random.Random(seed)
-    trials = [(depth, rng.randrange(10000, 100000)) for _ in range(keys) for depth in depths]
-    right = {"dense": {}, "mod": {}}
-    for depth, key in progress(trials):
-        ids, n_answer = _passkey_prompt(model.tokenizer, haystack, length, depth, key, rng)
-        for name, run in (("dense", lambda x, **kw: dense_logits(model, x, **kw)), ("mod", model)):
-            best = run(ids, logits_to_keep=n_answer + 1)[0, :-1].argmax(-1)
-            right[name].setdefault(depth, []).append(bool((best == ids[0, -n_answer:]).all()))
-    result = {"length": length, "trials": len(trials)}
-    for name, by_depth in right.items():
-        result[name] = sum(map(sum, by_depth.values())) / len(trials)
-        result[f"{name}_by_depth"] = {str(depth): sum(hits) / len(hits) for depth, hits in by_depth.items()}
-    return result
-
-
-def _passkey_prompt(tokenizer, haystack: str, length: int, depth: float, key: int, rng) -> tuple[torch.Tensor, int]:
-    """Prompt and answer as ids [1, about length], and the number of answer tokens."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    needle, answer = encode("\n\n" + NEEDLE.format(key=key) + "\n\n"), encode(f"{key}.")
-    before, after = _chat(tokenizer, QUESTION.format(text="\0")).split("\0")
-    head, tail = encode(before), encode(after + "The pass key is ")
-    n_hay = length - len(head) - len(tail) - len(needle) - len(answer)
-    if n_hay < 16:
-        raise UserError(f"a passkey prompt does not fit into {length} tokens", "use a longer context")
-    chars = 8 * n_hay  # more than enough: English has 4 to 5 characters in a token
-    if len(haystack) < chars:
-        raise UserError(f"haystack too short for {length} tokens", "give a longer text")
-    start = rng.randrange(len(haystack) - chars + 1)
-    hay = encode(haystack[start : start + chars])[:n_hay]
-    cut = int(depth * len(hay))
-    return torch.tensor([head + hay[:cut] + needle + hay[cut:] + tail + answer]), len(answer)
-
-
-def _chat(tokenizer, text: str) -> str:
-    """`text` as a user's message in the model's chat format; as it is where the tokenizer has no such format."""
-    if not getattr(tokenizer, "chat_template", None):
-        return text + "\n\n"
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return visible_share(config.routed(), config.kv_window, active, n_layer)

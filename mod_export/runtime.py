@@ -304,12 +304,15 @@ class MoDLlama(llama_cpp.Llama):
     def _eval_batch(self, tokens: list[int]) -> None:
         with self._log() as log:
             try:
-                super().eval(tokens)
+                self._decode(tokens)
             except RuntimeError as exc:
                 reason = "no free KV cell" if str(exc).endswith(" 1") else (_reason(log) or str(exc))
                 raise UserError(f"llama.cpp cannot decode: {reason}", "use a larger context") from exc
         if self._recording is not None:
             self._recording.append(self.trace())
+
+    def _decode(self, tokens: list[int]) -> None:
+        super().eval(tokens)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of a token; those of a control token only with `special`."""

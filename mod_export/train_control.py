@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 Unit = tuple[int, str]
-INTEGRAL, PROPORTIONAL = 0.5, 50.0  # of the error, times the loss
-SMOOTH = 0.9  # of the running mean of the loss
+INTEGRAL, PROPORTIONAL = 0.2, 50.0  # of the error, times the loss
+SMOOTH, SMOOTH_SEEN = 0.9, 0.5  # of the running means of loss and activation: one sequence is not like another
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Controller:
 
     def update(self, step: int, activation: torch.Tensor, loss: float) -> None:
         """activation: of each group in this step, hard; loss: without the load term."""
-        self.seen = activation
+        self.seen = SMOOTH_SEEN * self.seen + (1 - SMOOTH_SEEN) * activation
         self.loss = loss if self.loss == 0 else SMOOTH * self.loss + (1 - SMOOTH) * loss
         self.integral = self.integral + INTEGRAL * self.loss * (activation - self.target(step))
 

@@ -130,7 +130,7 @@ def test_eval_of_a_saved_model(model_dir, text, tmp_path, run_cli):
 
     out = tmp_path / "mod"
     convert(model_dir, out, layers="2-5", kv_window=8, calibration_text=[text])
-    result = run_cli("eval", out, "--text", text, "--length", 256, "--count", 2, "--json", OMP_NUM_THREADS="1")
+    result = run_cli("eval", out, "--text", text, "--length", 256, "--count", 2, "--json", "-", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)["texts"]
     base = tiny.base()

@@ -26,7 +26,7 @@ COMMANDS = {
     "chat": ("mod_export.cli.chat:command", "Talk to a model."),
     "trace": ("mod_export.cli.trace:command", "Draw which tokens run which units."),
     "bench": ("mod_export.cli.bench:command", "Measure speed and KV memory against the dense model."),
-    "eval": ("mod_export.cli.eval:command", "Measure perplexity and KL against the dense model."),
+    "eval": ("mod_export.cli.eval:command", "Measure quality against the dense model: KL, tasks, passkeys."),
     "generate-data": ("mod_export.cli.generate_data:command", "Let a model write training text."),
     "synth": ("mod_export.cli.synth:command", "Write a MoD GGUF of any shape with random weights, to measure speed."),
 }

@@ -1,64 +1,83 @@
 """`mod-export eval`: options for evaluate.py."""
 
-import json
+from collections.abc import Callable
 
 import click
 
 
+def _list(kind: Callable, low: float, high: float, example: str) -> Callable:
+    """A callback that reads numbers with commas between them, each from low to high."""
+
+    def read(_ctx, _param, value: str | None):
+        if value is None:
+            return None
+        try:
+            values = tuple(kind(part) for part in value.split(","))
+        except ValueError:
+            values = ()
+        if not values or not all(low <= v <= high for v in values):
+            raise click.BadParameter(f"{value!r} is no list of numbers from {low} to {high}, such as {example}")
+        return tuple(dict.fromkeys(values))
+
+    return read
+
+
 @click.command("eval")
-@click.argument("directory", type=click.Path(), metavar="DIR")
-@click.option("--text", "texts", multiple=True, type=click.Path(), metavar="FILE", help="UTF-8 text; may be repeated.")
-@click.option("--length", type=click.IntRange(min=16), default=1024, show_default=True, help="Tokens in a sequence.")
+@click.argument("target", type=click.Path())
+@click.option("--dense", type=click.Path(), metavar="MODEL",
+              help="Compare with this directory or GGUF.  [default: TARGET with every unit active]")
+@click.option("--text", "texts", multiple=True, type=click.Path(), metavar="FILE",
+              help="Perplexity and KL on this text; may be repeated.")
+@click.option("--length", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens in a sequence.")
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True,
               help="Sequences of each text, spread evenly over it.")
+@click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Leave out the first tokens of each sequence.")
+@click.option("--tasks", multiple=True, type=click.Path(), metavar="FILE",
+              help="Multiple choice, JSONL of question, choices, answer; may be repeated.")
+@click.option("--task-limit", type=click.IntRange(min=1), help="Items of each task.  [default: all]")
 @click.option("--passkey", "haystack", type=click.Path(), metavar="FILE",
-              help="Also hide 5-digit keys in this text and ask for them.")
-@click.option("--passkey-lengths", default="1024,2048", show_default=True, help="Prompt lengths in tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(directory, texts, length, count, haystack, passkey_lengths, as_json):
-    """Measure what the MoD model in DIR loses against its dense base: perplexity, KL, K/V, passkey retrieval."""
-    from mod_export.errors import UserError
+              help="Hide 5-digit keys in this text and ask for them.")
+@click.option("--passkey-lengths", callback=_list(int, 128, 1 << 30, "1024,2048"),
+              help="Prompt lengths in tokens.  [default: of 1024,2048,4096 those that fit the model]")
+@click.option("--passkey-depths", callback=_list(float, 0, 1, "0.1,0.5,0.9"), default="0.05,0.25,0.5,0.75,0.95",
+              show_default=True, help="Where the keys are: 0 is the beginning.")
+@click.option("--passkey-trials", type=click.IntRange(min=1), default=2, show_default=True,
+              help="Keys for each length and depth.")
+@click.option("--threshold-shift", type=float, default=0.0, show_default=True,
+              help="Shift of all thresholds in logit space: above 0 fewer tokens are active.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@click.option("--device", default="cpu", show_default=True, help="Where torch models run, such as cuda.")
+@click.option("--plots", type=click.Path(), help="Directory for PNG plots: passkeys as a heat map, accuracies.")
+@click.option("--json", "json_file", type=click.Path(), help="Write all figures here too; `-` is stdout.")
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
+@click.option("--force", is_flag=True, help="Replace existing outputs.")
+def command(target, dense, threshold_shift, threads, device, plots, json_file, markdown, force, **options):
+    """Measure what TARGET, a MoD directory or GGUF file, loses against the dense model.
 
-    if not texts and not haystack:
-        raise UserError("nothing to measure", "give --text FILE or --passkey FILE")
-    from mod_export import data, evaluate
-    from mod_export.model import MoDModel
+    A dense TARGET without --dense gets its own figures alone.
+    """
+    from mod_export import bench_plots, eval_plots, eval_report, evaluate
+    from mod_export.files import atomic_file
 
-    lengths = parse_lengths(passkey_lengths)
-    contents = {path: data.read_texts([path]) for path in (*texts, *([haystack] if haystack else []))}
-    model = MoDModel.load(directory)
-    result = {"model": directory, "texts": [], "passkey": []}
-    for path in texts:
-        click.echo(f"{path}: {count} sequences of {length} tokens", err=True)
-        found = evaluate.loss(model, data.pack(model.tokenizer, contents[path], length, count))
-        result["texts"].append({"text": path, **vars(found)})
-    for tokens in lengths if haystack else ():
-        click.echo(f"passkey retrieval at {tokens} tokens", err=True)
-        result["passkey"].append(evaluate.passkey(model, contents[haystack], tokens))
-    click.echo(json.dumps(result, indent=1) if as_json else as_text(result))
+    plan = evaluate.Plan(**options)
+    if plots:
+        bench_plots.check_folder(plots, force)
 
+    def show(name: str, rows: list[dict]) -> None:
+        click.echo(eval_report.table(name, rows, markdown) + "\n", err=json_file == "-")
 
-def parse_lengths(lengths: str) -> list[int]:
-    """`1024,2048` -> [1024, 2048]. Raises UserError for anything else."""
-    from mod_export.errors import UserError
+    def run() -> dict:
+        return evaluate.evaluate(target, plan, dense, threshold_shift, threads, device,
+                                 say=lambda line: click.echo(line, err=True), done=show)  # fmt: skip
 
-    parts = [part.strip() for part in lengths.split(",")]
-    if not all(part.isdigit() and 64 <= int(part) <= 10**6 for part in parts):
-        raise UserError(f"cannot read lengths {lengths!r}", "write whole numbers from 64 on, such as 1024,2048")
-    return [int(part) for part in parts]
-
-
-def as_text(result: dict) -> str:
-    """The tables for people."""
-    from mod_export.tables import format_table
-
-    tables = []
-    if result["texts"]:
-        header = ["text", "tokens", "perplexity dense", "MoD", "KL", "same best token", "activation", "KV of dense"]
-        keys = ("text", "tokens", "perplexity_dense", "perplexity", "kl", "top1_agreement", "activation", "kv_share")
-        tables.append(format_table(header, [[row[key] for key in keys] for row in result["texts"]]))
-    if result["passkey"]:
-        keys = ("length", "trials", "dense", "mod")
-        tables.append(format_table(["passkey: tokens", "trials", "dense", "MoD"],
-                                   [[row[key] for key in keys] for row in result["passkey"]]))  # fmt: skip
-    return "\n\n".join(tables)
+    if json_file in (None, "-"):
+        result = run()
+        if json_file:
+            click.echo(eval_report.as_json(result))
+    else:
+        with atomic_file(json_file, force) as tmp:  # asked for first: a long run must not end in a name that is taken
+            result = run()
+            tmp.write_text(eval_report.as_json(result) + "\n")
+    for path in eval_plots.draw(result, plots, force) if plots else ():
+        click.echo(f"drew {path}", err=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mod_export import data, evaluate, hf
+from mod_export.calibrate import settle_thresholds
 from mod_export.config import UnitConfig
 from mod_export.convert import convert
 from mod_export.model import MoDModel
@@ -59,12 +60,25 @@ def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
     return MoDModel.from_base(model.base, model.tokenizer, config, routers)
 
 
+def meet(made: MoDModel, sequences: torch.Tensor, target: float) -> None:
+    """Shift the thresholds of each kind for the target on these sequences: ways are compared at equal activation."""
+    kinds = made.config.units
+    groups = {kind: [unit for unit in made.config.routed() if unit[1] == kind] for kind in kinds}
+    settle_thresholds(made, sequences, groups, dict.fromkeys(groups, target), rounds=2, say=print)
+
+
 @torch.inference_mode()
-def judge_point(made: MoDModel, model: str, texts: tuple, length: int, count: int, **_) -> dict:
-    """KL and perplexities against the original `model`, on each text; with activation and K/V."""
-    original = hf.load(model)[0]
-    found = {}
-    for name, _, file in (text.partition("=") for text in texts):
+def judge_point(made: MoDModel, target: float | None, model: str, texts: tuple, length: int, count: int, **_) -> dict:
+    """KL and perplexities against the original `model`, on each text; with activation and K/V.
+
+    target: thresholds are moved, all alike, until these texts have this activation; None: they are left as they are.
+    """
+    original, found = hf.load(model)[0], {}
+    files = dict(text.split("=", 1) for text in texts)
+    if target is not None:
+        firsts = [data.pack(made.tokenizer, data.read_texts([file]), length, 1) for file in files.values()]
+        meet(made, torch.cat(firsts), target)
+    for name, file in files.items():
         sums, active, share, tokens = torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 0
         for ids in data.pack(made.tokenizer, data.read_texts([file]), length, count):
             dense = original(ids[None], use_cache=False).logits[0]

@@ -9,15 +9,15 @@ def report(rows: list[dict], docs: Path) -> str:
     """Draws training.png in docs; -> the table as Markdown."""
     table, points = [], []
     for row in rows:
-        texts = row["texts"]
+        texts = row.get("equal", row["texts"])
         kl = sum(text["kl"] for text in texts.values()) / len(texts)
         ratio = [text["perplexity"] / text["perplexity_dense"] for text in texts.values()]
         activation, share = (sum(t[key] for t in texts.values()) / len(texts) for key in ("activation", "kv_share"))
-        points.append({**row, "kl": kl, "ratio": max(ratio), "activation": activation, "share": share})
+        points.append({**row, "judged": texts, "kl": kl, "ratio": max(ratio), "activation": activation, "share": share})
     names = list(rows[0]["texts"]) if rows else []
     for point in sorted(points, key=lambda p: (p["units"], -p.get("kv_share", p.get("target", 0)), p["kl"])):
         goal = point.get("kv_share", point.get("target"))
-        of_texts = [f"{text['perplexity']:.2f} / {text['perplexity_dense']:.2f}" for text in point["texts"].values()]
+        of_texts = [f"{text['perplexity']:.2f} / {text['perplexity_dense']:.2f}" for text in point["judged"].values()]
         figures = [f"{point['activation']:.3f}", f"{point['share']:.3f}", *of_texts]
         table.append([point["units"], goal, point["way"], *figures, f"{point['ratio']:.4f}", f"{point['kl']:.4f}"])
     plot(points, docs)
