@@ -4,6 +4,7 @@
         team.ask("ceiling", do="prefill", seq=0, start=0, n=512)
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -65,7 +66,8 @@ class Worker:
         """Ends the process, whatever it does."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # a question that was never read
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
