@@ -75,7 +75,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     units = model.config.routed()
     weights = Weights(config.kl_weight, config.hidden_weight, config.lm_weight)
     teacher = None
-    if config.teacher or (config.parameters == "full" and weights.teacher):
+    if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
     parameters = trained(model, config)
     groups = groups_of(units, config.per_layer)
