@@ -55,6 +55,11 @@ class MoDConfig:
         unit = self.units.get(kind)
         return unit.threshold[layer] if unit and layer < len(unit.threshold) else 0.0
 
+    def top_k(self) -> dict[str, float]:
+        """Of a model trained to choose by top-k, a baseline: kind -> share of a sequence's tokens; else empty."""
+        training = self.calibration.get("training", {})
+        return training.get("top_k", {}) if isinstance(training, dict) else {}
+
     def validate(self, n_layer: int) -> MoDConfig:
         """Return self, or raise UserError naming the first key that breaks a rule of the schema."""
         _check_scalars(self)

@@ -47,6 +47,8 @@ def export(
         config, routers = read_adapter(adapter, base)
     else:
         config, routers = read_directory(directory)
+    if config.top_k():
+        raise UserError(f"{directory} chooses by top-k, which looks at later tokens", "use --method threshold to train")
     if base is not None:
         check_base(GGUFFile.open(base), config, routers)
     with atomic_file(output, force) as target, tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as tmp:

@@ -70,7 +70,7 @@ class MoDModel(nn.Module):
         self.routers.to(base.device)
         self.force: str | None = None
         self.shift = 0.0
-        self.top_k: dict[str, float] = {}
+        self.top_k: dict[str, float] = config.top_k()
         self.layers = [LayerRouting(index, part) for index, part in enumerate(parts)]
         base.__dict__["_mod_model"] = self  # past nn.Module's registry: as a submodule it would be a cycle
 

@@ -169,8 +169,10 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
                 p[layer] = model.routers[f"{layer}_{kind}"].threshold
                 share[layer] = loop.settled.get((layer, kind), share[layer])
         units[kind] = UnitConfig(tuple(p), tuple(share))
-    record = {**model.config.calibration, "training": {**config.to_dict(), "data": [Path(p).name for p in config.data],
-                                                       "held_out": figures}}  # fmt: skip
+    training = {**config.to_dict(), "data": [Path(p).name for p in config.data], "held_out": figures}
+    if config.method == "topk":
+        training["top_k"] = {kind: config.target_of(kind) for kind in units}
+    record = {**model.config.calibration, "training": training}
     return replace(model.config, units=units, calibration=record).validate(n_layer)
 
 

@@ -16,6 +16,7 @@ from tiny import one_thread  # noqa: F401
 from mod_export import adapter, data, train_loop, train_state
 from mod_export.checkpoint import router_tensor_name
 from mod_export.errors import UserError
+from mod_export.export import export
 from mod_export.model import MoDModel
 from mod_export.train import train
 from mod_export.train_config import TrainConfig
@@ -130,6 +131,9 @@ def test_sigterm_saves_and_exits(files, tmp_path):
 def test_baselines_run_from_the_same_code(files, tmp_path):
     topk = train(files / "mod", tmp_path / "topk", config(files, method="topk"))
     assert topk["activation"]["attn"] == pytest.approx(0.7, abs=0.06)  # two sinks of 32 tokens beside the top 70 %
+    assert MoDModel.load(tmp_path / "topk").top_k == {"kv": 0.5, "attn": 0.7}
+    with pytest.raises(UserError, match="chooses by top-k, which looks at later tokens"):
+        export(tmp_path / "topk", tmp_path / "topk.gguf")
     static = train(files / "mod", tmp_path / "static", config(files, method="static", parameters="lora", lora_rank=2))
     model = MoDModel.load(tmp_path / "static")
     assert model.config.units["kv"].activation[2:4] in ((1.0, 0.5), (0.5, 1.0), (0.5, 0.5))

@@ -45,10 +45,7 @@ def make_point(name: str, point: dict, out: Path, model: str, data: tuple, token
                          precision=precision, limit=4 * tokens, **point["train"])  # fmt: skip
     resume = Path(f"{made}.run/checkpoint.pt").exists()
     figures = train(str(start), str(made), config, resume=resume, force=True, say=print)
-    found = MoDModel.load(made)
-    if config.method == "topk":
-        found.top_k = {point["units"]: target}
-    return found, {"target": target, "held_out": figures}
+    return MoDModel.load(made), {"target": target, "held_out": figures}
 
 
 def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
