@@ -90,8 +90,7 @@ class MoDModel(nn.Module):
 
     def router_tensors(self) -> dict[Unit, tuple]:
         """{(layer, kind): (weight [n_embd], bias [1])}."""
-        routers = {unit: self.routers[_key(unit)] for unit in self.config.routed()}
-        return {unit: (router.weight.detach(), router.bias.detach()) for unit, router in routers.items()}
+        return {unit: self.routers[_key(unit)].plain() for unit in self.config.routed()}
 
     @property
     def n_layer(self) -> int:

@@ -20,19 +20,32 @@ class Router(nn.Module):
     """Linear router on the RMS-normed residual stream.
 
     weight: [n_embd], bias: [1]; eps: the model's own norm eps; threshold: p in (0, 1).
+    center: [n_embd], taken from the normed input while training, else zero; `plain` has it in the bias.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, threshold: float, eps: float):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone())
         self.bias = nn.Parameter(bias.detach().float().reshape(1).clone())
+        self.register_buffer("center", torch.zeros_like(self.weight), persistent=False)
         self.threshold = threshold
         self.eps = eps
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Residual stream [..., n_embd] -> router logits [...], float32; the score is their sigmoid."""
         with torch.autocast(h.device.type, enabled=False):
-            return rms_norm(h, self.eps) @ self.weight + self.bias
+            return (rms_norm(h, self.eps) - self.center) @ self.weight + self.bias
+
+    @torch.no_grad()
+    def set_center(self, center: torch.Tensor) -> None:
+        """Another center for the same logits."""
+        self.bias += (center - self.center) @ self.weight
+        self.center.copy_(center)
+
+    @torch.no_grad()
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the router without a center."""
+        return self.weight.detach(), self.bias.detach() - self.center @ self.weight
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from mod_export import adapter, calibrate, hf, train_state
 from mod_export.config import UnitConfig
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
+from mod_export.router import rms_norm
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller, groups_of
 from mod_export.train_data import PackedData, open_data, split
@@ -30,6 +31,8 @@ from mod_export.train_step import Relax, Student, Weights
 Say = Callable[[str], None]
 SETTLE = 16384  # tokens that thresholds are chosen on, in at least MIN_SEQUENCES sequences
 MIN_SEQUENCES = 6
+CENTER = 2048  # tokens that routers' inputs are centered on
+BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
 
@@ -77,6 +80,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     teacher = None
     if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
+    center_routers(model, data)
     parameters = trained(model, config)
     groups = groups_of(units, config.per_layer)
     index = [[units.index(unit) for unit in group] for group in groups]
@@ -101,8 +105,9 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
     if config.method == "static":
         set_static(model, {kind: config.target_of(kind) for kind in model.config.units})
     else:
-        routers = [p for p in model.routers.parameters()]
-        groups.append({"params": routers, "lr": config.router_lr})
+        routers = model.routers.values()
+        groups.append({"params": [router.weight for router in routers], "lr": config.router_lr})
+        groups.append({"params": [router.bias for router in routers], "lr": BIAS_RATE * config.router_lr})
     if config.parameters == "lora":
         lora = adapter.inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
         groups.append({"params": lora, "lr": config.lora_lr})
@@ -114,6 +119,31 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
         for p in group["params"]:
             p.requires_grad_(True)
     return groups
+
+
+@torch.no_grad()
+def center_routers(model: MoDModel, data: PackedData) -> None:
+    """Take the mean from the routers' inputs, for the same logits.
+
+    The mean is large: with it in, a step of the weights moves all tokens' logits alike, by more than it tells them
+    apart, and the activation swings.
+    """
+    sums, hooks = {}, []
+    count = max(1, CENTER // data.length)
+    chosen = torch.stack([data[i * len(data) // count]["input_ids"] for i in range(min(count, len(data)))])
+    for name, router in model.routers.items():
+        def add(module, args, _out, name=name):
+            sums[name] = sums.get(name, 0.0) + rms_norm(args[0], module.eps).mean((0, 1)) / len(chosen)
+
+        hooks.append(router.register_forward_hook(add))
+    before, model.force = model.force, "active"  # the original model's, which a resumed run finds again
+    for ids in chosen:
+        model(ids[None].to(model.base.device), logits_to_keep=1)
+    model.force = before
+    for hook in hooks:
+        hook.remove()
+    for name, mean in sums.items():
+        model.routers[name].set_center(mean)
 
 
 def set_static(model: MoDModel, targets: dict[str, float]) -> None:

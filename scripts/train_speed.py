@@ -1,0 +1,79 @@
+"""Speed of training against plain fine-tuning: same model, batch, trained weights and precision, step by step in turn.
+
+    python scripts/train_speed.py mod --text book.txt --train lora --length 512 --precision bf16
+
+Plain fine-tuning is the original model with transformers' own language-model loss. Routers alone have no plain twin:
+there it is fine-tuning of all weights but the embeddings.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+@click.command()
+@click.argument("directory")
+@click.option("--text", required=True)
+@click.option("--train", "parameters", type=click.Choice(["routers", "lora", "full"]), default="routers")
+@click.option("--length", default=512, show_default=True)
+@click.option("--batch", default=1, show_default=True)
+@click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def main(directory, text, parameters, length, batch, precision, rounds):
+    """Print tokens/s of both and the ratio."""
+    import torch
+
+    from mod_export import adapter, data
+    from mod_export.model import MoDModel
+    from mod_export.relax import relaxed
+    from mod_export.tables import format_table
+    from mod_export.train import trained
+    from mod_export.train_config import TrainConfig
+    from mod_export.train_step import Student, Weights
+
+    model = MoDModel.load(directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = data.pack(model.tokenizer, data.read_texts([text]), length, batch).to(device)
+    model.to(device)
+    optimizer = torch.optim.AdamW(trained(model, TrainConfig((), parameters=parameters)))
+    student = Student(model, None, [list(range(len(model.config.routed())))], Weights(),
+                      original=lambda: adapter.without_lora(model.base))  # fmt: skip
+    twin, of_twin = model.base, optimizer
+    if parameters == "routers":
+        other = MoDModel.load(directory).to(device)
+        of_twin = torch.optim.AdamW(trained(other, TrainConfig((), parameters="full"))[1:])
+        twin = other.base
+    load, counts = torch.full((1,), 0.03, device=device), torch.ones_like(ids, dtype=torch.bool)
+
+    def ours():
+        with relaxed(model.base):
+            return student(ids, counts, load)[0], optimizer
+
+    def plain():
+        return twin(ids, labels=ids, use_cache=False).loss, of_twin
+
+    seconds = {ours: [], plain: []}
+    for _ in range(rounds + 1):
+        for step in (ours, plain):
+            begin = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                loss, steps = step()
+            loss.backward()
+            steps.step()
+            steps.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[step].append(time.perf_counter() - begin)
+    a, b = (ids.numel() / statistics.median(seconds[step][1:]) for step in (ours, plain))  # the first warms up
+    header = ["trained", "length", "batch", "precision", "device", "tokens/s", "plain fine-tuning", "ratio"]
+    print(format_table(header, [[parameters, length, batch, precision, device, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}"]],
+                       markdown=True))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
