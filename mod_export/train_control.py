@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 
 Unit = tuple[int, str]
-INTEGRAL, PROPORTIONAL = 0.2, 50.0  # of the error, times the loss
-SMOOTH, SMOOTH_SEEN = 0.9, 0.5  # of the running means of loss and activation: one sequence is not like another
+INTEGRAL, PROPORTIONAL = 0.1, 20.0  # of the error, times the loss
+SMOOTH = 0.9  # of the running means: the activation of one sequence may be five times that of the next
+PRICE = 4.0  # of the first step's load term, times its loss: what calibrated kv units cost at the margin
 
 
 @dataclass
@@ -59,9 +60,11 @@ class Controller:
 
     def update(self, step: int, activation: torch.Tensor, loss: float) -> None:
         """activation: of each group in this step, hard; loss: without the load term."""
-        self.seen = SMOOTH_SEEN * self.seen + (1 - SMOOTH_SEEN) * activation
-        self.loss = loss if self.loss == 0 else SMOOTH * self.loss + (1 - SMOOTH) * loss
-        self.integral = self.integral + INTEGRAL * self.loss * (activation - self.target(step))
+        self.seen = SMOOTH * self.seen + (1 - SMOOTH) * activation
+        if self.loss == 0:
+            self.loss, self.integral = loss, self.integral + PRICE * loss
+        self.loss = SMOOTH * self.loss + (1 - SMOOTH) * loss
+        self.integral = self.integral + INTEGRAL * self.loss * (self.seen - self.target(step))
 
     def state_dict(self) -> dict:
         return {"integral": self.integral, "seen": self.seen, "loss": self.loss}
