@@ -85,9 +85,9 @@ def test_the_controller_reaches_its_targets_and_holds_them():
     control = Controller(groups, [0.5, 0.8], [0.88, 0.88], anneal=100)
     assert control.target(0).tolist() == pytest.approx([0.88, 0.88])
     assert control.target(50).tolist() == pytest.approx([0.69, 0.84])
-    path = simulate(control, 600, torch.tensor([0.05, 0.002]))
-    assert (path[400:].mean(0) - torch.tensor([0.5, 0.8])).abs().max() < 0.03
-    assert (path[400:] - torch.tensor([0.5, 0.8])).abs().max() < 0.1
+    path = simulate(control, 1000, torch.tensor([0.05, 0.002]))
+    assert (path[600:].mean(0) - torch.tensor([0.5, 0.8])).abs().max() < 0.03
+    assert (path[600:] - torch.tensor([0.5, 0.8])).abs().max() < 0.1
 
 
 def test_a_fixed_weight_stays_and_a_state_goes_on():
