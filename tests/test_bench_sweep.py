@@ -159,5 +159,9 @@ def test_ctrl_c_ends_the_processes(folder, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert process.stderr.read().splitlines()[-1] == "error: interrupted"
-    assert len(children) == 6 and not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert len(children) == 6
+    # one that was just being started ends by itself when it finds its pipe closed
+    while (left := [child for child in children if os.path.exists(f"/proc/{child}")]) and time.monotonic() - start < 90:
+        time.sleep(0.1)
+    assert not left
     assert not list(tmp_path.iterdir())
