@@ -77,7 +77,7 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
         subset = sequences[:: math.ceil(len(sequences) / 6)]
         groups = {kind: [unit for unit in plan.routed() if unit[1] == kind] for kind in plan.units}
         activation = settle_thresholds(model, subset, groups, dict.fromkeys(groups, plan.target), plan.rounds, say)
-        thresholds = {kind: model.routers[f"{units[0][0]}_{kind}"].threshold for kind, units in groups.items()}
+        thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
         say("measuring activation on held-out text")
         _, held = _traces(model, held_out)
     finally:
@@ -172,8 +172,8 @@ def settle_thresholds(
             break
         for name, units in groups.items():
             p = quantile_threshold(torch.stack([logits[unit] for unit in units]), targets[name])
-            for layer, kind in units:
-                model.routers[f"{layer}_{kind}"].threshold = p
+            for unit in units:
+                model.router(unit).threshold = p
     return activation
 
 

@@ -120,11 +120,8 @@ class TorchReader(Reader):
     def _run(self, run: Callable, tokens: list[int], *args, **kwargs) -> torch.Tensor:
         """Logits [n, n_vocab] of a forward of the model."""
         ids = torch.tensor([tokens], device=self.model.base.device)
-        before, self.model.force = self.model.force, self.force
-        try:
+        with self.model.forced(self.force):
             logits, trace = run(ids, *args, trace=True, **kwargs)
-        finally:
-            self.model.force = before
         self._decisions.append(trace.active[0].cpu())
         return logits[0].float()
 

@@ -169,11 +169,8 @@ def passkey(model: MoDModel, haystack: str, length: int, depths: Sequence[float]
 
 def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
     """Logits [B, T, n_vocab] of the model with every unit active."""
-    before, model.force = model.force, "active"
-    try:
+    with model.forced("active"):
         return model(ids, **kwargs)
-    finally:
-        model.force = before
 
 
 def kv_share(config: MoDConfig, active: torch.Tensor, n_layer: int) -> float:

@@ -22,6 +22,8 @@ ends the former.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,7 +92,20 @@ class MoDModel(nn.Module):
 
     def router_tensors(self) -> dict[Unit, tuple]:
         """{(layer, kind): (weight [n_embd], bias [1])}."""
-        return {unit: self.routers[_key(unit)].plain() for unit in self.config.routed()}
+        return {unit: self.router(unit).plain() for unit in self.config.routed()}
+
+    def router(self, unit: Unit) -> Router:
+        """The router of a routed unit, (layer, kind)."""
+        return self.routers[_key(unit)]
+
+    @contextmanager
+    def forced(self, force: str | None) -> Iterator[None]:
+        """`force` for a while: `with model.forced("active")` the model is the dense one."""
+        before, self.force = self.force, force
+        try:
+            yield
+        finally:
+            self.force = before
 
     @property
     def n_layer(self) -> int:
@@ -149,7 +164,7 @@ class MoDModel(nn.Module):
             raise ValueError(f"force is {self.force!r}, not None, 'active' or 'inactive'")
         return Run(
             position=position,
-            routers={unit: self.routers[_key(unit)] for unit in self.config.routed()},
+            routers={unit: self.router(unit) for unit in self.config.routed()},
             sink_tokens=self.config.sink_tokens,
             kv_window=self.config.kv_window,
             scale_output=self.config.scale_output,

@@ -136,10 +136,9 @@ def center_routers(model: MoDModel, data: PackedData) -> None:
             sums[name] = sums.get(name, 0.0) + rms_norm(args[0], module.eps).mean((0, 1)) / len(chosen)
 
         hooks.append(router.register_forward_hook(add))
-    before, model.force = model.force, "active"  # the original model's, which a resumed run finds again
-    for ids in chosen:
-        model(ids[None].to(model.base.device), logits_to_keep=1)
-    model.force = before
+    with model.forced("active"):  # the original model's, which a resumed run finds again
+        for ids in chosen:
+            model(ids[None].to(model.base.device), logits_to_keep=1)
     for hook in hooks:
         hook.remove()
     for name, mean in sums.items():
@@ -153,7 +152,7 @@ def set_static(model: MoDModel, targets: dict[str, float]) -> None:
         by_use = sorted(layers, key=lambda layer: -unit.activation[layer])
         kept = set(by_use[: round(targets[kind] * len(layers))])
         for layer in layers:
-            router = model.routers[f"{layer}_{kind}"]
+            router = model.router((layer, kind))
             router.threshold = 0.5
             router.weight.data.zero_()
             router.bias.data.fill_(STATIC_LOGIT if layer in kept else -STATIC_LOGIT)
@@ -196,7 +195,7 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
         p, share = list(unit.threshold), list(unit.activation)
         for layer in range(n_layer):
             if unit.threshold[layer] > 0:
-                p[layer] = model.routers[f"{layer}_{kind}"].threshold
+                p[layer] = model.router((layer, kind)).threshold
                 share[layer] = loop.settled.get((layer, kind), share[layer])
         units[kind] = UnitConfig(tuple(p), tuple(share))
     training = {**config.to_dict(), "data": [Path(p).name for p in config.data], "held_out": figures}

@@ -1,6 +1,6 @@
 """What a training run is told, and what follows from it. Knows nothing of torch.
 
-    config = TrainConfig(data=("train/",), target=0.5, parameters="routers").validate()
+    config = TrainConfig(data=("train/",), target=0.5, parameters="routers").validate(["kv"])
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TrainConfig:
 
     method: how tokens are chosen; topk and static are baselines (docs/training.md)
     parameters: what is trained beside the routers: nothing (`routers`), LoRA, or all weights but embeddings
-    start: activation at the first step, None: target where units are only `kv`, else START; anneal: share of the
+    start: activation at the first step, None: the target for `kv`, START for other kinds; anneal: share of the
         steps from start to target; per_layer: each unit meets the target, instead of all of a kind together
     load: a constant weight of the load term, None: controlled
     learning rates: of routers, LoRA, full weights; warmup: share of the steps

@@ -143,20 +143,18 @@ class Loop:
                 "activation": activation, "kv_share": share / n}  # fmt: skip
 
     def save(self, step: int) -> None:
-        thresholds = [self.model.routers[f"{layer}_{kind}"].threshold for layer, kind in self.units]
+        thresholds = [self.model.router(unit).threshold for unit in self.units]
         state = {"step": step, "control": self.control.state_dict(), "run": self.identity, "thresholds": thresholds}
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        train_state.save(self.run, self.student, optimizer, state, self.main)
+        train_state.save(self.run, self.student, self.optimizer, state, self.main)
 
     def restore(self) -> int:
         """Put the checkpoint's state back; -> its step."""
         state = train_state.load(self.run)
         train_state.check(state, self.identity)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        train_state.restore(self.student, optimizer, state)
+        train_state.restore(self.student, self.optimizer, state)
         self.control.load_state_dict(state["control"])
-        for (layer, kind), p in zip(self.units, state["thresholds"], strict=True):
-            self.model.routers[f"{layer}_{kind}"].threshold = p
+        for unit, p in zip(self.units, state["thresholds"], strict=True):
+            self.model.router(unit).threshold = p
         return state["step"]
 
     def _not_finite(self, step: int) -> UserError:

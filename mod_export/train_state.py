@@ -25,7 +25,7 @@ def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights, moments = get_state_dict(student, optimizer, options=options)
+    weights, moments = get_state_dict(student, _plain(optimizer), options=options)
     if not main:
         return
     path = run / NAME
@@ -53,8 +53,8 @@ def restore(student, optimizer, state: dict) -> None:
 
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     try:
-        set_state_dict(student, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"],
-                       options=options)  # fmt: skip
+        set_state_dict(student, _plain(optimizer), model_state_dict=state["weights"],
+                       optim_state_dict=state["optimizer"], options=options)  # fmt: skip
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit the model ({reason})", "start without --resume") from error
@@ -72,6 +72,11 @@ def check(state: dict, expected: dict) -> None:
 def seed_step(seed: int, step: int, micro: int, process: int) -> None:
     """The noise of one forward, the same whenever that step is run."""
     torch.manual_seed(hash((seed, step, micro, process)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _plain(optimizer):
+    """torch's optimizer, of one that Accelerate has wrapped too."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _short(value) -> str:

@@ -80,10 +80,6 @@ class Student(nn.Module):
         if self.teacher is not None:
             out = self.teacher(input_ids=ids, use_cache=False, **states)
             return out.logits, out.hidden_states
-        before, self.model.force = self.model.force, "active"
-        try:
-            with self.original():
-                logits, trace = self.model(ids, trace=True, **states)
-        finally:
-            self.model.force = before
+        with self.model.forced("active"), self.original():
+            logits, trace = self.model(ids, trace=True, **states)
         return logits, trace.hidden

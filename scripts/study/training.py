@@ -1,15 +1,16 @@
 """Make and judge one point of the training study."""
 
-import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from mod_export import data, evaluate, hf
+from mod_export import data, hf
 from mod_export.calibrate import settle_thresholds
 from mod_export.config import UnitConfig
 from mod_export.convert import convert
+from mod_export.eval_loss import loss
+from mod_export.eval_models import Pair, TorchReader
 from mod_export.model import MoDModel
 from mod_export.train import train
 from mod_export.train_config import TrainConfig
@@ -75,16 +76,9 @@ def judge_point(made: MoDModel, target: float | None, model: str, texts: tuple, 
     if target is not None:
         firsts = [data.pack(made.tokenizer, data.read_texts([file]), length, 1) for file in files.values()]
         meet(made, torch.cat(firsts), target)
+    dense = TorchReader(MoDModel.from_base(original, made.tokenizer), model)
+    # top-k looks at a whole sequence
+    pair = Pair(dense, TorchReader(made, whole=bool(made.top_k)))
     for name, file in files.items():
-        sums, active, share, tokens = torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 0
-        for ids in data.pack(made.tokenizer, data.read_texts([file]), length, count):
-            dense = original(ids[None], use_cache=False).logits[0]
-            logits, trace = made(ids[None], trace=True)
-            sums += evaluate.divergence(dense, logits[0], ids)
-            active += trace.active.float().mean().item() / count
-            share += evaluate.kv_share(made.config, trace.active[0], made.n_layer) / count
-            tokens += len(ids) - 1
-        kl, nll_dense, nll, same = (sums / tokens).tolist()
-        found[name] = {"kl": kl, "perplexity_dense": math.exp(nll_dense), "perplexity": math.exp(nll),
-                       "top1_agreement": same, "activation": active, "kv_share": share}  # fmt: skip
+        found[name] = asdict(loss(pair, data.pack(made.tokenizer, data.read_texts([file]), length, count)))
     return found
