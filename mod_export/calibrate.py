@@ -33,6 +33,7 @@ Say = Callable[[str], None]
 
 DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
 PENALTIES = {"kv": 0.01, "block": 0.3, "attn": 0.3, "ffn": 0.3}  # of the ridge, against inputs of variance 1
+STEADY = 3.0  # weight of how much a router follows the kind of text and its length, see steady.py and fit.py
 SEQUENCE = 1024  # tokens; shorter where the text is short, longer for a wide window
 MIN_SEQUENCES = 4
 SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
@@ -110,6 +111,7 @@ def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say
         for unit, (h, costs) in tape.measure(text, wanted, context):
             rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
             (cost,) = costs.values()
+            fits[unit].add_means(rms_norm(h, eps))
             fits[unit].add(rms_norm(h[rows], eps), log_cost(cost[rows]))
     return fits
 
@@ -138,10 +140,10 @@ def log_cost(cost: torch.Tensor) -> torch.Tensor:
 
 
 def solve(
-    fits: dict[Unit, Ridge], penalties: Mapping[str, float] = PENALTIES
+    fits: dict[Unit, Ridge], penalties: Mapping[str, float] = PENALTIES, steady: float = STEADY
 ) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
     """Routers in logits common to all units of a kind, and the share of variance each explains."""
-    routers = {unit: fit.solve(penalties[unit[1]]) for unit, fit in fits.items()}
+    routers = {unit: fit.solve(penalties[unit[1]], steady) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
     for kind in {kind for _, kind in fits}:
         of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]

@@ -17,7 +17,8 @@ from mod_export.config import KINDS
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
 
-FIRST_ROUTED = 2  # by default the first layers stay whole: they decide with too little context, and one must
+# By default the first layers stay whole: they decide with too little context. One must have complete K/V.
+FIRST_ROUTED = {"kv": 1, "attn": 2, "ffn": 2, "block": 2}
 
 
 def convert(
@@ -49,8 +50,7 @@ def convert(
         say(f"loading {model}")
         base, tokenizer = hf.load(model)
         n_layer = len(hf.decoder_layers(base))
-        routed = layers_of(chosen, n_layer)
-        plan = Plan({kind: routed for kind in kinds}, target, kv_window, sink_tokens, text)
+        plan = Plan({kind: layers_of(chosen, n_layer, kind) for kind in kinds}, target, kv_window, sink_tokens, text)
         config, routers = calibrate(base, tokenizer, plan, say)
         say(f"writing {out}")
         MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)  # over the empty tmp
@@ -112,12 +112,12 @@ def parse_layers(layers: str) -> list[int] | None:
     return sorted(chosen)
 
 
-def layers_of(chosen: list[int] | None, n_layer: int) -> list[int]:
-    """The layers to route. Raises UserError for one the model does not have, and for a model with too few."""
+def layers_of(chosen: list[int] | None, n_layer: int, kind: str) -> list[int]:
+    """The layers to route units of a kind in. Raises UserError for one the model does not have, and for a model with too few."""
     if chosen is None:
-        if n_layer <= FIRST_ROUTED:
+        if n_layer <= max(FIRST_ROUTED.values()):
             raise UserError(f"the model has only {n_layer} layers", "name the ones to route with --layers")
-        return list(range(FIRST_ROUTED, n_layer))
+        return list(range(FIRST_ROUTED[kind], n_layer))
     if chosen[-1] >= n_layer:
         raise UserError(f"there is no layer {chosen[-1]}", f"the model has layers 0 to {n_layer - 1}")
     return chosen

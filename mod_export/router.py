@@ -20,32 +20,43 @@ class Router(nn.Module):
     """Linear router on the RMS-normed residual stream.
 
     weight: [n_embd], bias: [1]; eps: the model's own norm eps; threshold: p in (0, 1).
-    center: [n_embd], taken from the normed input while training, else zero; `plain` has it in the bias.
+    Training may reparametrise it (steady.py): then center, [n_embd], is taken from the normed input, and weight v
+    stands for start + v - back^T drift v; `plain` has the weight and bias of files.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, threshold: float, eps: float):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone())
         self.bias = nn.Parameter(bias.detach().float().reshape(1).clone())
-        self.register_buffer("center", torch.zeros_like(self.weight), persistent=False)
+        for name in ("start", "center"):
+            self.register_buffer(name, torch.zeros_like(self.weight), persistent=False)
+        for name in ("drift", "back"):
+            self.register_buffer(name, self.weight.new_zeros(0, len(self.weight)), persistent=False)
         self.threshold = threshold
         self.eps = eps
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Residual stream [..., n_embd] -> router logits [...], float32; the score is their sigmoid."""
         with torch.autocast(h.device.type, enabled=False):
-            return (rms_norm(h, self.eps) - self.center) @ self.weight + self.bias
+            return (rms_norm(h, self.eps) - self.center) @ self._weight() + self.bias
 
     @torch.no_grad()
-    def set_center(self, center: torch.Tensor) -> None:
-        """Another center for the same logits."""
-        self.bias += (center - self.center) @ self.weight
-        self.center.copy_(center)
+    def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor) -> None:
+        """The same logits from other parameters. center: [n_embd]; drift, back: [k, n_embd], as of steady.damp."""
+        weight, bias = (tensor.clone() for tensor in self.plain())
+        self.start, self.center, self.drift, self.back = (x.clone() for x in (weight, center, drift, back))
+        self.weight.zero_()
+        self.bias.copy_(bias + center @ weight)
 
     @torch.no_grad()
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of the router without a center."""
-        return self.weight.detach(), self.bias.detach() - self.center @ self.weight
+        """Weight and bias of the router without these."""
+        weight = self._weight().detach()
+        return weight, self.bias.detach() - self.center @ weight
+
+    def _weight(self) -> torch.Tensor:
+        weight = self.start + self.weight
+        return weight - (self.drift @ self.weight) @ self.back if len(self.drift) else weight
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.convert import FIRST_ROUTED, parse_layers, parse_units
+from mod_export.convert import parse_layers, parse_units
 from mod_export.errors import UserError
 from mod_export.synth_weights import Weights, rng_of, table_values
 
@@ -36,7 +36,7 @@ def routing(
     """
     kinds = parse_units(units)
     shares = parse_activation(activation, kinds)
-    text = f"{FIRST_ROUTED}-" if layers.strip() == "auto" else layers
+    text = "2-" if layers.strip() == "auto" else layers
     # an open end is the last layer
     text = re.sub(r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", text)
     chosen = parse_layers(text)

@@ -20,7 +20,7 @@ from mod_export import adapter, calibrate, hf, train_state
 from mod_export.config import UnitConfig
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
-from mod_export.router import rms_norm
+from mod_export.steady import hold_steady
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller, groups_of
 from mod_export.train_data import PackedData, open_data, split
@@ -31,7 +31,7 @@ from mod_export.train_step import Relax, Student, Weights
 Say = Callable[[str], None]
 SETTLE = 16384  # tokens that thresholds are chosen on, in at least MIN_SEQUENCES sequences
 MIN_SEQUENCES = 6
-CENTER = 2048  # tokens that routers' inputs are centered on
+DRIFT = 16384  # tokens that drift is measured on
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
@@ -80,7 +80,8 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     teacher = None
     if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
-    center_routers(model, data)
+    if config.method != "static":
+        hold_steady(model, _spread(data, max(1, DRIFT // config.length)), config.steady)
     parameters = trained(model, config)
     groups = groups_of(units, config.per_layer)
     index = [[units.index(unit) for unit in group] for group in groups]
@@ -121,30 +122,6 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
     return groups
 
 
-@torch.no_grad()
-def center_routers(model: MoDModel, data: PackedData) -> None:
-    """Take the mean from the routers' inputs, for the same logits.
-
-    The mean is large: with it in, a step of the weights moves all tokens' logits alike, by more than it tells them
-    apart, and the activation swings.
-    """
-    sums, hooks = {}, []
-    count = max(1, CENTER // data.length)
-    chosen = torch.stack([data[i * len(data) // count]["input_ids"] for i in range(min(count, len(data)))])
-    for name, router in model.routers.items():
-        def add(module, args, _out, name=name):
-            sums[name] = sums.get(name, 0.0) + rms_norm(args[0], module.eps).mean((0, 1)) / len(chosen)
-
-        hooks.append(router.register_forward_hook(add))
-    with model.forced("active"):  # the original model's, which a resumed run finds again
-        for ids in chosen:
-            model(ids[None].to(model.base.device), logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    for name, mean in sums.items():
-        model.routers[name].set_center(mean)
-
-
 def set_static(model: MoDModel, targets: dict[str, float]) -> None:
     """Baseline: of each kind the units with the highest activation so far are always active, the others never."""
     for kind, unit in model.config.units.items():
@@ -180,12 +157,17 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
 @torch.no_grad()
 def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float], say: Say) -> None:
     """On training sequences, spread evenly; not on the held-out ones, which judge it."""
-    n = len(loop.train)
-    count = min(n, max(MIN_SEQUENCES, SETTLE // config.length))
-    chosen = torch.stack([loop.train[i * n // count]["input_ids"] for i in range(count)])
+    chosen = _spread(loop.train, max(MIN_SEQUENCES, SETTLE // config.length))
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
+
+
+def _spread(data: PackedData, count: int) -> torch.Tensor:
+    """At most `count` sequences [count, T] from all over the data."""
+    n = len(data)
+    count = min(n, count)
+    return torch.stack([data[i * n // count]["input_ids"] for i in range(count)])
 
 
 def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):

@@ -22,7 +22,7 @@ class TrainConfig:
     parameters: what is trained beside the routers: nothing (`routers`), LoRA, or all weights but embeddings
     start: activation at the first step, None: the target for `kv`, START for other kinds; anneal: share of the
         steps from start to target; per_layer: each unit meets the target, instead of all of a kind together
-    load: a constant weight of the load term, None: controlled
+    load: a constant weight of the load term, None: controlled; steady: steady.py
     learning rates: of routers, LoRA, full weights; warmup: share of the steps
     tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
     loss_on: `all` tokens or only `answers` of chat data
@@ -37,6 +37,7 @@ class TrainConfig:
     start: float | None = None
     anneal: float = 0.4
     load: float | None = None
+    steady: float = 10.0
     kl_weight: float = 1.0
     hidden_weight: float = 0.0
     lm_weight: float = 0.0

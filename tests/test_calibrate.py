@@ -9,7 +9,7 @@ from mod_export import data, evaluate, hf
 from mod_export.calibrate import Plan, calibrate
 from mod_export.convert import FIRST_ROUTED
 from mod_export.errors import UserError
-from mod_export.fit import Ridge, logistic
+from mod_export.fit import CHUNK, Ridge, logistic
 from mod_export.model import MoDModel
 from mod_export.observe import prepared
 from mod_export.targets import SCORES, Tape, attention, received
@@ -144,6 +144,22 @@ def test_ridge_is_least_squares_and_logistic_stands_at_its_optimum():
     assert residual.mean().abs() < 1e-5 and (x.T @ residual / 400 / x.std(0)).abs().max() < 1e-4
 
 
+def test_ridge_tells_less_of_what_drifts():
+    """The first input moves with the chunk, and the target with it: told apart within a chunk by the second alone."""
+    torch.manual_seed(0)
+    fit = Ridge(6)
+    for _ in range(8):
+        x = torch.randn(CHUNK, 6)
+        x[:, 0] = 0.1 * x[:, 0] + torch.randn(1)
+        fit.add(x, x[:, 0] + x[:, 1])
+        fit.add_means(x)
+    plain, steady = fit.solve(1e-6)[0], fit.solve(1e-6, steady=10.0)[0]
+    assert torch.allclose(plain, torch.tensor([1.0, 1, 0, 0, 0, 0]), atol=1e-3)
+    assert steady[0].abs() < 0.15 and steady[1] == pytest.approx(1.0, abs=0.1)
+    moved = [(w.double() @ fit.drift() @ w.double()).item() for w in (plain, steady)]
+    assert moved[1] < 0.05 * moved[0]
+
+
 @pytest.mark.parametrize(("kinds", "target"), [(["kv"], 0.5), (["kv", "ffn"], 0.35), (["attn"], 0.7), (["block"], 0.9)])
 def test_target_activation_is_met(tokenizer, kinds, target):
     """Within 0.02 on calibration text, measured while the model skips; thresholds are ordinary ones."""
@@ -190,7 +206,7 @@ def calibrated():
     base, tokenizer = hf.load("smollm2")
     text, held_out = data.default_texts()
     text = "\n\n\n".join(document[:1800] for document in text.split("\n\n\n"))
-    plan = Plan({"kv": range(FIRST_ROUTED, 30)}, 0.35, kv_window=32, text=text, rounds=1)
+    plan = Plan({"kv": range(FIRST_ROUTED["kv"], 30)}, 0.35, kv_window=32, text=text, rounds=1)
     config, routers = calibrate(base, tokenizer, plan)
     return MoDModel.from_base(base, tokenizer, config, routers), data.pack(tokenizer, held_out, 512, count=2)
 

@@ -29,16 +29,17 @@ def text(tmp_path):
 
 
 def test_layers():
-    assert parse_layers("auto") is None and layers_of(None, 5) == [2, 3, 4]
+    assert parse_layers("auto") is None and layers_of(None, 5, "attn") == [2, 3, 4]
+    assert layers_of(None, 5, "kv") == [1, 2, 3, 4]
     assert parse_layers("3-5") == [3, 4, 5] and parse_layers(" 7, 2-3,3 ") == [2, 3, 7]
-    assert layers_of([1, 4], 5) == [1, 4]
+    assert layers_of([1, 4], 5, "kv") == [1, 4]
     for wrong in ("", "3-", "-3", "a", "3..5", "1,,2", "5-3", "2-3-4", "1.5", "all"):
         with pytest.raises(UserError, match="layers"):
             parse_layers(wrong)
     with pytest.raises(UserError, match="there is no layer 5"):
-        layers_of([2, 5], 5)
+        layers_of([2, 5], 5, "kv")
     with pytest.raises(UserError, match="only 2 layers"):
-        layers_of(None, 2)
+        layers_of(None, 2, "kv")
 
 
 def test_units():

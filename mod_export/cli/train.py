@@ -49,6 +49,8 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--anneal", type=SHARE, default=D.anneal, show_default=True,
               help="Share of the steps from start to target activation.")
 @click.option("--load-weight", "load", type=WEIGHT, help="Of the load term. [default: steered to the target]")
+@click.option("--steady", type=WEIGHT, default=D.steady, show_default=True,
+              help="How much routers are kept from following the kind of text and its length.")
 @click.option("--kl-weight", type=WEIGHT, default=D.kl_weight, show_default=True, help="Of KL to the teacher's logits.")
 @click.option("--hidden-weight", type=WEIGHT, default=D.hidden_weight, show_default=True,
               help="Of the distance to the teacher's hidden states.")

@@ -51,7 +51,7 @@ class Study:
         torch.set_num_threads(threads)
         self.out, self.kinds, self.only = out, convert_kinds(kinds), only
         self.base, self.tokenizer = hf.load(model)
-        self.layers = convert.layers_of(convert.parse_layers(layers), len(hf.decoder_layers(self.base)))
+        self.layers = convert.layers_of(convert.parse_layers(layers), len(hf.decoder_layers(self.base)), "attn")
         self.samples = self._samples(sequences, kv_window, sinks)
         pairs = [text.split("=", 1) for text in texts]
         packed = {n: data.pack(self.tokenizer, data.read_texts([p]), length, count) for n, p in pairs}
@@ -124,9 +124,9 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
 
         rows.add(f"window {window} {target}", make, window=window, layers=f"{study.layers[0]}-{study.layers[-1]}")
     judge.kv_window = usual
-    bytes_all = len(convert.layers_of(None, n_layer)) * (tokens - kept)  # saved with the default layers
+    bytes_all = len(convert.layers_of(None, n_layer, "attn")) * (tokens - kept)  # saved with the default layers
     for layers in layer_sets:
-        chosen = convert.layers_of(convert.parse_layers(layers), n_layer)
+        chosen = convert.layers_of(convert.parse_layers(layers), n_layer, "attn")
 
         def make(chosen=chosen):
             some = Samples({u: x for u, x in samples.x.items() if u[0] in chosen}, samples.cost)

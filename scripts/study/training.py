@@ -8,7 +8,7 @@ import torch
 from mod_export import data, hf
 from mod_export.calibrate import settle_thresholds
 from mod_export.config import UnitConfig
-from mod_export.convert import convert
+from mod_export.convert import FIRST_ROUTED, convert
 from mod_export.eval_loss import loss
 from mod_export.eval_models import Pair, TorchReader
 from mod_export.model import MoDModel
@@ -16,12 +16,12 @@ from mod_export.train import train
 from mod_export.train_config import TrainConfig
 
 WINDOW, SINKS = 64, 4
-FIRST = 2  # layers that keep all K/V, as convert leaves them
 
 
 def activation_for(kv_share: float, length: int, n_layer: int) -> float:
     """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense K/V at its end."""
-    of_units = (kv_share * n_layer - FIRST) / (n_layer - FIRST)
+    whole = FIRST_ROUTED["kv"]
+    of_units = (kv_share * n_layer - whole) / (n_layer - whole)
     recent = (WINDOW - 1) / length
     return min(1.0, max(0.005, (of_units - recent) / (1 - recent)))
 

@@ -1,0 +1,88 @@
+"""Keep routers from following what drifts: their share of active tokens shall be that of any text, at any length.
+
+A router sees more than the token: the kind of text, and how much came before, move the hidden states of hundreds of
+tokens together, and with them the share that reaches p. What moves is measured as the covariance of the inputs' means
+over chunks of text; a weight that says the same within a chunk, and little about it, is found in closed form
+(`damp`; calibration has the same term in its ridge, fit.py).
+
+    hold_steady(model, sequences, steady=10.0)      # before training: changes no logit, but what training can reach
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mod_export.fit import CHUNK
+from mod_export.model import MoDModel
+from mod_export.router import rms_norm
+
+PENALTY = 0.01  # on the weights, against inputs of their own variance, as for kv in calibrate.py
+
+
+@torch.no_grad()
+def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float) -> None:
+    """Reparametrise all routers on the original model's hidden states: Router.reparametrise.
+
+    sequences: [n, T] tokens, of all the kinds of text that there are; steady: how much more a variance from chunk to
+    chunk weighs than one within: 0 takes the mean from the inputs and no more.
+    """
+    seen = {name: Moments(router.weight) for name, router in model.routers.items()}
+    hooks = []
+    for name, router in model.routers.items():
+        def add(router, args, _out, moments=seen[name]):
+            moments.add(rms_norm(args[0][0], router.eps))
+
+        hooks.append(router.register_forward_hook(add))
+    try:
+        with model.forced("active"):  # the original model's, which a resumed run finds again
+            for ids in sequences:
+                model(ids[None].to(model.base.device), logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, router in model.routers.items():
+        router.reparametrise(seen[name].mean(), *damp(seen[name].within(), seen[name].drift(), steady))
+
+
+class Moments:
+    """Of a router's inputs: their covariance within chunks, and the chunks' means."""
+
+    def __init__(self, like: torch.Tensor):
+        self.n, self.means = 0, []
+        self.inside = torch.zeros(len(like), len(like), device=like.device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: [T, n_embd], consecutive inputs of one sequence."""
+        for chunk in x.split(CHUNK):
+            mean = chunk.mean(0)
+            self.means.append(mean)
+            self.inside += (chunk - mean).T @ (chunk - mean)
+            self.n += len(chunk)
+
+    def mean(self) -> torch.Tensor:
+        """[n_embd], each chunk counted alike."""
+        return torch.stack(self.means).mean(0)
+
+    def within(self) -> torch.Tensor:
+        """[n_embd, n_embd]."""
+        return self.inside / self.n
+
+    def drift(self) -> torch.Tensor:
+        """[n_chunk, n_embd] whose Gram matrix is the covariance of the chunks' means."""
+        return (torch.stack(self.means) - self.mean()) / len(self.means) ** 0.5
+
+
+def damp(within: torch.Tensor, drift: torch.Tensor, steady: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (drift B [n_chunk, n_embd], back P [n_chunk, n_embd]), such that w = v - P^T B v minimises
+
+        (w - v)^T A (w - v) + steady w^T B^T B w,    A: `within` and a small penalty.
+
+    It is (A + steady B^T B)^-1 A v; by Woodbury's identity n_chunk rows are all that has to be kept.
+    """
+    if steady == 0:
+        return drift[:0], drift[:0]
+    a = within.double() + torch.diag(PENALTY * within.diagonal().clamp(min=1e-12)).double()
+    solved = torch.linalg.solve(a, drift.double().T)  # A^-1 B^T, [n_embd, n_chunk]
+    small = torch.eye(len(drift), dtype=torch.float64, device=a.device) / steady + drift.double() @ solved
+    back = torch.linalg.solve(small, solved.T)  # (I / steady + B A^-1 B^T)^-1 B A^-1
+    return drift, back.to(drift.dtype)

@@ -1,0 +1,73 @@
+"""steady.py: a reparametrisation that keeps the logits, and what training can no longer reach quickly."""
+
+import pytest
+import torch
+
+from mod_export.router import Router
+from mod_export.steady import CHUNK, Moments, damp
+
+N = 24
+
+
+@pytest.fixture
+def moments():
+    """Inputs whose first coordinates move from chunk to chunk."""
+    torch.manual_seed(0)
+    found = Moments(torch.zeros(N))
+    for _ in range(6):
+        x = torch.randn(4 * CHUNK, N) + 0.5
+        x[:, :3] += 2 * torch.randn(4, 3).repeat_interleave(CHUNK, 0)
+        found.add(x)
+    return found
+
+
+def test_logits_stay_and_come_back_plain(moments):
+    router = Router(torch.randn(N), torch.tensor([0.3]), 0.5, 1e-5)
+    h, (weight, bias) = torch.randn(50, N), router.plain()
+    weight, bias, before = weight.clone(), bias.clone(), router(h)
+    for steady in (0.0, 10.0, 1000.0):
+        router.reparametrise(moments.mean(), *damp(moments.within(), moments.drift(), steady))
+        assert torch.allclose(router(h), before, atol=1e-5)
+        again, offset = router.plain()
+        assert torch.allclose(again, weight, atol=1e-5) and torch.allclose(offset, bias, atol=1e-5)
+
+
+def test_damp_is_the_minimum(moments):
+    v, steady = torch.randn(N, dtype=torch.float64), 10.0
+    drift, back = (x.double() for x in damp(moments.within(), moments.drift(), steady))
+    w = (v - back.T @ (drift @ v)).requires_grad_(True)
+    a = moments.within().double()
+    a = a + 0.01 * torch.diag(a.diagonal())
+    loss = (w - v) @ a @ (w - v) + steady * (drift @ w).pow(2).sum()
+    loss.backward()
+    assert w.grad.abs().max() < 1e-4 < (2 * steady * drift.T @ (drift @ v)).abs().max()
+
+
+def test_a_step_moves_tokens_and_not_chunks(moments):
+    """The same gradient on the logits of all tokens of one chunk moves their mean little, where steady is large."""
+    router = Router(torch.randn(N), torch.zeros(1), 0.5, 1e-5)
+    x = torch.zeros(N)
+    x[0] = 1.0  # along what drifts
+
+    def moved(steady):
+        router.reparametrise(moments.mean(), *damp(moments.within(), moments.drift(), steady))
+        router.weight.grad = None
+        router(x).backward()
+        before = router(x)
+        with torch.no_grad():
+            router.weight -= 0.01 * router.weight.grad
+        return (before - router(x)).item()
+
+    assert moved(100.0) < 0.2 * moved(0.0)
+
+
+def test_moments_match_the_plain_ones(moments):
+    total = moments.within() + moments.drift().T @ moments.drift()
+    torch.manual_seed(0)
+    pieces = []
+    for _ in range(6):
+        x = torch.randn(4 * CHUNK, N) + 0.5
+        x[:, :3] += 2 * torch.randn(4, 3).repeat_interleave(CHUNK, 0)
+        pieces.append(x)
+    x = torch.cat(pieces)
+    assert torch.allclose(total, torch.cov(x.T, correction=0), atol=1e-3)
