@@ -71,7 +71,8 @@ def _plan(rows: list[dict], swept: bool) -> list[tuple[Callable, str, list[dict]
     for figure in () if swept else (latency_context, memory_context, ratios_context):
         add(figure, base, SETTING, lambda group, figure=figure: figure is not ratios_context or group[0]["ratios"])
     add(latency_batch, base, ("context", *SETTING[1:]), lambda group: len({row["batch"] for row in group}) > 1)
-    add(latency_activation, rows, ("context", *SETTING), lambda group: len({row["shift"] for row in group}) > 1)
+    add(latency_activation, rows, ("context", *SETTING),
+        lambda group: len({row["shift"] for row in group}) > 1 and all("mod/ceiling" in r["ratios"] for r in group))
     return found
 
 
@@ -139,22 +140,25 @@ def ratios_context(rows: list[dict], title: str):
 
 
 def latency_activation(rows: list[dict], title: str):
-    """Time of the MoD file over shifts of its thresholds, between floor and ceiling."""
+    """Time of the MoD file over dense, for shifts of its thresholds; median and quartiles of the turns' ratios.
+
+    Ratios, because the two took turns: a slow spell of the machine is a spike in milliseconds and none in these.
+    """
     fig, axes = _panels(2, title)
     for ax, phase in zip(axes, PHASES, strict=True):
         mine = sorted((row for row in rows if row["phase"] == phase), key=lambda row: row["work"])
         floor = "floor" if any("floor" in row["ms"] for row in mine) else "none_active"
-        ends = {n: _median([row["ms"][n] for row in mine if n in row["ms"]]) for n in ("ceiling", floor)}
-        for name, y in ends.items():
-            if y is not None:
-                ax.axhline(y, color=STYLES[name][0], linewidth=1.5, linestyle="--", label=NAMES[name])
-        if None not in ends.values():
-            ax.plot([0, 1], [ends[floor], ends["ceiling"]], color="#999999", linewidth=1, linestyle=":",
-                    label="proportional to work")
-        ax.plot([row["work"] for row in mine], [row["ms"]["mod"] for row in mine], color=STYLES["mod"][0],
-                marker=STYLES["mod"][1], markersize=5, label=NAMES["mod"])
-        unit = "ms per prompt" if phase == "prefill" else "ms per step"
-        ax.set(title=f"{phase} at {mine[0]['context']} tokens", ylabel=unit, xlim=(-0.02, 1.02),
+        least = _median([row["ms"][floor] / row["ms"]["ceiling"] for row in mine if floor in row["ms"]])
+        ax.axhline(1, color=STYLES["ceiling"][0], linewidth=1.5, linestyle="--", label=NAMES["ceiling"])
+        if least is not None:
+            ax.axhline(least, color=STYLES[floor][0], linewidth=1.5, linestyle="--", label=NAMES[floor])
+            ax.plot([0, 1], [least, 1], color="#999999", linewidth=1, linestyle=":", label="proportional to work")
+        found = [row["ratios"]["mod/ceiling"] for row in mine]
+        low, middle, high = ([ratio[key] for ratio in found] for key in ("q1", "median", "q3"))
+        spread = [[m - q for m, q in zip(middle, low, strict=True)], [q - m for m, q in zip(middle, high, strict=True)]]
+        ax.errorbar([row["work"] for row in mine], middle, spread, color=STYLES["mod"][0], marker=STYLES["mod"][1],
+                    markersize=5, capsize=3, label=NAMES["mod"])
+        ax.set(title=f"{phase} at {mine[0]['context']} tokens", ylabel="time / dense", xlim=(-0.02, 1.02),
                xlabel="activation (share of the routed work)")
     return _finish(fig, axes)
 

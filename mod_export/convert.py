@@ -113,7 +113,10 @@ def parse_layers(layers: str) -> list[int] | None:
 
 
 def layers_of(chosen: list[int] | None, n_layer: int, kind: str) -> list[int]:
-    """The layers to route units of a kind in. Raises UserError for one the model does not have, and for a model with too few."""
+    """The layers to route units of a kind in.
+
+    Raises UserError for one the model does not have, and for a model with too few.
+    """
     if chosen is None:
         if n_layer <= max(FIRST_ROUTED.values()):
             raise UserError(f"the model has only {n_layer} layers", "name the ones to route with --layers")

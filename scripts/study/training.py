@@ -18,9 +18,11 @@ from mod_export.train_config import TrainConfig
 WINDOW, SINKS = 64, 4
 
 
-def activation_for(kv_share: float, length: int, n_layer: int) -> float:
-    """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense K/V at its end."""
-    whole = FIRST_ROUTED["kv"]
+def activation_for(kv_share: float, length: int, n_layer: int, whole: int = FIRST_ROUTED["kv"]) -> float:
+    """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense K/V at its end.
+
+    whole: layers without a router.
+    """
     of_units = (kv_share * n_layer - whole) / (n_layer - whole)
     recent = (WINDOW - 1) / length
     return min(1.0, max(0.005, (of_units - recent) / (1 - recent)))

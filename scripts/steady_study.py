@@ -1,0 +1,81 @@
+"""What it costs, and brings, to keep calibrated kv routers from following the text: docs/calibration.md, "Steady".
+
+    python scripts/steady_study.py --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out steady
+
+For each strength: KL and perplexity at equal activation on the texts, and the activation by position in sequences of
+4096 tokens, with thresholds of the calibration text. Rows go to OUT.jsonl; rows that are there are not measured again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+BOUNDS = (0, 512, 1024, 2048, 4096)  # tokens
+
+
+@click.command()
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
+@click.option("--kv-share", default=0.5, show_default=True, help="K/V of dense at the end of 2048 tokens.")
+@click.option("--layers", default="1-29,2-29", show_default=True, help="Sets of layers to route, for strength 0.")
+@click.option("--strengths", default="0,1,3,10,30", show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of fits and rows.")
+@torch.no_grad()
+def main(model, texts, kv_share, layers, strengths, out):
+    from study.training import WINDOW, activation_for, judge_point
+
+    from mod_export import data, hf
+    from mod_export.calibrate import PENALTIES, Plan, measure, settle_thresholds, solve
+    from mod_export.config import MoDConfig, UnitConfig
+    from mod_export.convert import parse_layers
+    from mod_export.model import MoDModel
+
+    out.mkdir(parents=True, exist_ok=True)
+    base, tokenizer = hf.load(model)
+    n_layer = len(hf.decoder_layers(base))
+    sequences = data.pack(tokenizer, data.default_texts()[0], 1024)
+    sets = [parse_layers(part) for part in layers.split(",")]
+    if not (out / "fits.pt").exists():
+        every = sorted({layer for some in sets for layer in some})
+        torch.save(measure(base, tokenizer, sequences, Plan({"kv": every}), print), out / "fits.pt")
+    fits, path = torch.load(out / "fits.pt", weights_only=False), out / "rows.jsonl"
+    rows = [json.loads(line) for line in path.open()] if path.exists() else []
+    done = {(row["layers"], row["steady"], row["kv_share"]) for row in rows}
+
+    for number, some in enumerate(sets):
+        for steady in [float(part) for part in strengths.split(",")][: None if number == 0 else 1]:
+            name = f"{some[0]}-{some[-1]}"
+            if (name, steady, kv_share) in done:
+                continue
+            target = activation_for(kv_share, 2048, n_layer, n_layer - len(some))
+            routers, _ = solve({unit: fit for unit, fit in fits.items() if unit[0] in some}, PENALTIES, steady)
+            p = tuple(0.5 if layer in some else 0.0 for layer in range(n_layer))
+            share = tuple(target if layer in some else 1.0 for layer in range(n_layer))
+            config = MoDConfig(sink_tokens=4, kv_window=WINDOW, units={"kv": UnitConfig(p, share)})
+            mod = MoDModel.from_base(base, tokenizer, config, routers)
+            settle_thresholds(mod, sequences[::3], {"kv": list(routers)}, {"kv": target})
+            row = {"layers": name, "steady": steady, "kv_share": kv_share, "target": target}
+            row["activation"] = {text: positions(mod, file) for text, file in (pair.split("=", 1) for pair in texts)}
+            row["equal"] = judge_point(mod, target, model, texts, 2048, 1)
+            mod.detach()
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            click.echo(json.dumps(row))
+
+
+def positions(mod, file: str) -> list[float]:
+    """Share of active tokens between BOUNDS, in the first sequence of a file."""
+    from mod_export import data
+
+    (ids,) = data.pack(mod.tokenizer, data.read_texts([file]), BOUNDS[-1], 1)
+    _, trace = mod(ids[None], trace=True, logits_to_keep=1)
+    active = trace.active[0].float().mean(-1)
+    return [round(active[start:stop].mean().item(), 4) for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False)]
+
+
+if __name__ == "__main__":
+    main()
