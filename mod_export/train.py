@@ -29,7 +29,8 @@ from mod_export.train_loop import Loop
 from mod_export.train_step import Relax, Student, Weights
 
 Say = Callable[[str], None]
-SETTLE = 16384  # tokens that thresholds are chosen on, in at least MIN_SEQUENCES sequences
+SETTLE = 16384  # tokens that thresholds are chosen on, in at least MIN_SEQUENCES sequences of training
+LONG = 4096  # tokens that these are joined to: activation is a little higher in the first ones, memory counts later
 MIN_SEQUENCES = 6
 DRIFT = 16384  # tokens that drift is measured on
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
@@ -156,8 +157,8 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
 
 @torch.no_grad()
 def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float], say: Say) -> None:
-    """On training sequences, spread evenly; not on the held-out ones, which judge it."""
-    chosen = _spread(loop.train, max(MIN_SEQUENCES, SETTLE // config.length))
+    """On training sequences, spread evenly and joined; not on the held-out ones, which judge it."""
+    chosen = _joined(model, _spread(loop.train, max(MIN_SEQUENCES, SETTLE // config.length)))
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
@@ -168,6 +169,14 @@ def _spread(data: PackedData, count: int) -> torch.Tensor:
     n = len(data)
     count = min(n, count)
     return torch.stack([data[i * n // count]["input_ids"] for i in range(count)])
+
+
+def _joined(model: MoDModel, sequences: torch.Tensor) -> torch.Tensor:
+    """[n, T] -> fewer sequences of up to LONG tokens, as far as the model's context goes."""
+    n, length = sequences.shape
+    context = getattr(model.base.config, "max_position_embeddings", None) or length
+    together = min(n, max(1, min(LONG, context) // length))
+    return sequences[: n // together * together].reshape(-1, together * length)
 
 
 def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 
 Unit = tuple[int, str]
-INTEGRAL, PROPORTIONAL = 0.1, 20.0  # of the error, times the loss
+INTEGRAL, PROPORTIONAL = 0.3, 20.0  # of the error, times the loss
 SMOOTH = 0.9  # of the running means: the activation of one sequence may be five times that of the next
-PRICE = 4.0  # of the first step's load term, times its loss: what calibrated kv units cost at the margin
+PRICE = 3.0  # of the first step's load term, times its loss: what calibrated kv units cost at the margin
 
 
 @dataclass
