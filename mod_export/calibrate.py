@@ -110,9 +110,9 @@ def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say
         text, context = with_repetition(tokenizer, ids, wanted)
         for unit, (h, costs) in tape.measure(text, wanted, context):
             rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
-            (cost,) = costs.values()
-            fits[unit].add_means(rms_norm(h, eps))
-            fits[unit].add(rms_norm(h[rows], eps), log_cost(cost[rows]))
+            (cost,), x = costs.values(), rms_norm(h, eps)
+            fits[unit].add_means(x)
+            fits[unit].add(x[rows], log_cost(cost[rows]))
     return fits
 
 

@@ -17,7 +17,10 @@ CHUNK = 256  # tokens, over which a mean is taken to see what drifts
 
 
 class Ridge:
-    """Least squares with a penalty on standardised inputs. Memory is one matrix [n_embd, n_embd], whatever N."""
+    """Least squares with a penalty on standardised inputs.
+
+    Memory is one matrix [n_embd, n_embd], whatever N, and a mean [n_embd] for each CHUNK of add_means.
+    """
 
     def __init__(self, n_embd: int):
         self.n = 0
