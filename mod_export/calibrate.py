@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from mod_export import data, hf
-from mod_export.config import KINDS, MoDConfig, UnitConfig
+from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig
 from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
-from mod_export.targets import REPEAT_PROMPT, Tape, Unit
+from mod_export.targets import REPEAT_PROMPT, Tape
 
 Say = Callable[[str], None]
 
@@ -76,7 +76,7 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
     model = MoDModel.from_base(base, tokenizer, first, routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
-        groups = {kind: [unit for unit in plan.routed() if unit[1] == kind] for kind in plan.units}
+        groups = first.by_kind()
         activation = settle_thresholds(model, subset, groups, dict.fromkeys(groups, plan.target), plan.rounds, say)
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
         say("measuring activation on held-out text")
@@ -223,7 +223,7 @@ def _config(base: nn.Module, plan: Plan, thresholds: dict, activation: dict | No
 def _sequence_length(base: nn.Module, plan: Plan) -> int:
     """Tokens of a sequence. Raises UserError where the model's own context is too short for the window."""
     needed = 4 * plan.kv_window if "kv" in plan.units else 0
-    limit = getattr(base.config, "max_position_embeddings", None) or max(SEQUENCE, needed)
+    limit = hf.context_length(base) or max(SEQUENCE, needed)
     if limit < needed:
         raise UserError(f"a window of {plan.kv_window} is too wide for a context of {limit} tokens",
                         f"use --kv-window {limit // 4} or less")  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 
 from mod_export.errors import UserError
@@ -19,6 +20,7 @@ from mod_export.errors import UserError
 VERSION = 1
 GATING_FUNC = "sigmoid"
 KINDS = ("kv", "block", "attn", "ffn")  # in the order in which they decide within a layer
+Unit = tuple[int, str]  # (layer, kind)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class MoDConfig:
     units: dict[str, UnitConfig] = field(default_factory=dict)
     calibration: dict = field(default_factory=dict)
 
-    def routed(self) -> list[tuple[int, str]]:
-        """(layer, kind) of each routed unit, in the order in which they decide."""
+    def routed(self) -> list[Unit]:
+        """Each routed unit, in the order in which they decide."""
         n_layer = max((len(unit.threshold) for unit in self.units.values()), default=0)
         return [(layer, kind) for layer in range(n_layer) for kind in KINDS if self.threshold(layer, kind) > 0]
+
+    def by_kind(self) -> dict[str, list[Unit]]:
+        """The routed units of each kind."""
+        return by_kind(self.routed())
 
     def threshold(self, layer: int, kind: str) -> float:
         """p of one unit, 0 where it is not routed."""
@@ -85,6 +91,14 @@ class MoDConfig:
             raise UserError("mod.calibration is not an object", "write it as {...} or leave it out")
         units = {kind: _unit_from_dict(kind, data[kind]) for kind in KINDS if kind in data}
         return cls(**{name: data[name] for name in _SCALARS}, units=units, calibration=calibration)
+
+
+def by_kind(units: Iterable[Unit]) -> dict[str, list[Unit]]:
+    """The units of each kind, both in the order given."""
+    groups = {}
+    for unit in units:
+        groups.setdefault(unit[1], []).append(unit)
+    return groups
 
 
 _SCALARS = tuple(f.name for f in fields(MoDConfig) if f.name not in ("units", "calibration"))

@@ -9,10 +9,9 @@ from functools import cached_property
 import torch
 
 from mod_export.cache import MoDCache
+from mod_export.config import Unit
 from mod_export.relax import KeyBias, Relax
 from mod_export.router import Router, is_active, threshold_logit
-
-Unit = tuple[int, str]  # (layer, kind)
 
 
 @dataclass

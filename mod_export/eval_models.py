@@ -103,7 +103,7 @@ class TorchReader(Reader):
         self.model, self.name, self.force, self.whole = model, str(name), force, whole
         self.tokenizer, self.n_layer = model.tokenizer, model.n_layer
         self.units, self.kv_window = model.config.routed(), model.config.kv_window
-        self.n_ctx = getattr(model.base.config, "max_position_embeddings", None) or UNLIMITED
+        self.n_ctx = hf.context_length(model.base) or UNLIMITED
         self.n_vocab = model.base.get_output_embeddings().weight.shape[0]
         self._cache = self._kept = model.new_cache()
 

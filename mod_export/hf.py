@@ -114,6 +114,11 @@ def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
 
 
+def context_length(base: nn.Module) -> int | None:
+    """Tokens of the longest sequence that the model was made for; None where its config does not say."""
+    return getattr(base.config, "max_position_embeddings", None) or None
+
+
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
     """The parts of every decoder layer, first layer first. Raises UserError if the architecture is not supported."""
     names = ARCHITECTURES.get(base.config.model_type, Names())

@@ -32,8 +32,8 @@ from torch import nn
 
 from mod_export import checkpoint, generation, hf
 from mod_export.cache import MoDCache
-from mod_export.config import MoDConfig
-from mod_export.decisions import Run, Unit
+from mod_export.config import MoDConfig, Unit
+from mod_export.decisions import Run
 from mod_export.errors import UserError
 from mod_export.layers import LayerRouting
 from mod_export.relax import is_relaxed

@@ -34,10 +34,9 @@ import torch
 from torch import nn
 
 from mod_export import hf
+from mod_export.config import Unit
 from mod_export.errors import UserError
 from mod_export.observe import Seen, first, observing, prepared
-
-Unit = tuple[int, str]  # (layer, kind)
 
 SUBLAYER_SCORES = ("size", "cosine", "gradient")
 ATTENTION_SCORES = ("max", "sum", "max_value", "sum_value", "max_relative")

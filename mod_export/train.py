@@ -174,7 +174,7 @@ def _spread(data: PackedData, count: int) -> torch.Tensor:
 def _joined(model: MoDModel, sequences: torch.Tensor) -> torch.Tensor:
     """[n, T] -> fewer sequences of up to LONG tokens, as far as the model's context goes."""
     n, length = sequences.shape
-    context = getattr(model.base.config, "max_position_embeddings", None) or length
+    context = hf.context_length(model.base) or length
     together = min(n, max(1, min(LONG, context) // length))
     return sequences[: n // together * together].reshape(-1, together * length)
 
@@ -214,7 +214,7 @@ def precision(name: str) -> str:
 
 
 def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, PackedData]:
-    longest = getattr(model.base.config, "max_position_embeddings", None) or config.length
+    longest = hf.context_length(model.base) or config.length
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
     data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit, say)

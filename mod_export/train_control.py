@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-Unit = tuple[int, str]
+from mod_export.config import Unit, by_kind
+
 INTEGRAL, PROPORTIONAL = 0.3, 20.0  # of the error, times the loss
 SMOOTH = 0.9  # of the running means: the activation of one sequence may be five times that of the next
 PRICE = 3.0  # of the first step's load term, times its loss: what calibrated kv units cost at the margin
@@ -77,5 +78,4 @@ def groups_of(units: list[Unit], per_layer: bool) -> list[list[Unit]]:
     """All units of a kind together, so that layers share its budget; or each unit alone."""
     if per_layer:
         return [[unit] for unit in units]
-    kinds = list(dict.fromkeys(kind for _, kind in units))
-    return [[unit for unit in units if unit[1] == kind] for kind in kinds]
+    return list(by_kind(units).values())

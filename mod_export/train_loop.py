@@ -135,10 +135,9 @@ class Loop:
             share += evaluate.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
-        by_kind = {}
-        for (_, kind), value in zip(self.units, (active / n).tolist(), strict=True):
-            by_kind.setdefault(kind, []).append(value)
-        activation = {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+        of_unit = dict(zip(self.units, (active / n).tolist(), strict=True))
+        activation = {kind: sum(of_unit[unit] for unit in units) / len(units)
+                      for kind, units in self.model.config.by_kind().items()}  # fmt: skip
         return {"kl": kl, "perplexity_dense": math.exp(nll_dense), "perplexity": math.exp(nll), "top1_agreement": same,
                 "activation": activation, "kv_share": share / n}  # fmt: skip
 

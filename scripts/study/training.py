@@ -62,8 +62,7 @@ def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
 
 def meet(made: MoDModel, sequences: torch.Tensor, target: float) -> None:
     """Shift the thresholds of each kind for the target on these sequences: ways are compared at equal activation."""
-    kinds = made.config.units
-    groups = {kind: [unit for unit in made.config.routed() if unit[1] == kind] for kind in kinds}
+    groups = made.config.by_kind()
     settle_thresholds(made, sequences, groups, dict.fromkeys(groups, target), rounds=2, say=print)
 
 
