@@ -3,7 +3,8 @@
     T="--data train/ --text wiki=wiki.txt --text book=book.txt --out study"
     python scripts/training_study.py list
     python scripts/training_study.py run $T 'kv-*'          # points by name, with wildcards
-    python scripts/training_study.py report --out study     # table and plots from the rows
+    python scripts/training_study.py time --out study '*-lora'   # their decode time, by the runtime
+    python scripts/training_study.py report --out study     # tables and plots from the rows
 
 Each point starts from the calibrated conversion of its kind (made once), is trained by mod_export.train, and judged by
 mod_export.evaluate with hard decisions on sequences of --length tokens. A finished row goes to rows.jsonl at once; rows
@@ -21,6 +22,8 @@ import click
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from study.points import POINTS  # noqa: E402
+
+ROWS, TIMES = "rows.jsonl", "times.jsonl"
 
 
 @click.group()
@@ -51,13 +54,11 @@ def run(patterns, out, **given):
     """Train and judge the points whose names match."""
     from study.training import judge_point, make_point
 
-    names = [name for name in POINTS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    if not names:
-        raise click.BadParameter(f"no point matches {' '.join(patterns)}")
+    names = matching(patterns)
     out.mkdir(exist_ok=True)
-    rows = out / "rows.jsonl"
+    rows = out / ROWS
     key = {k: given[k] for k in ("tokens", "length", "count", "train_length")}
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    done = read(rows)
     for name in names:
         if any(row["name"] == name and row["settings"] == key for row in done):
             click.echo(f"{name}: done already")
@@ -69,8 +70,25 @@ def run(patterns, out, **given):
         if POINTS[name]["way"] not in ("window", "static", "topk"):  # these meet it by construction
             row["equal"] = judge_point(model, record["target"], **given)
         row["seconds"] = round(time.monotonic() - begin)
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(rows, row)
+        click.echo(json.dumps(row))
+
+
+@study.command("time")
+@click.argument("patterns", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--context", default=4096, show_default=True, help="Tokens before those that are timed.")
+@click.option("--rounds", default=6, show_default=True)
+def time_points(patterns, out, context, rounds):
+    """Time the points that are trained and whose names match, through the runtime."""
+    from study.frontier import time_point
+
+    done = {row["name"] for row in read(out / TIMES)}
+    for name in matching(patterns):
+        if name in done or not (out / name).is_dir():
+            continue
+        row = {"name": name, **time_point(out / name, context, rounds)}
+        append(out / TIMES, row)
         click.echo(json.dumps(row))
 
 
@@ -78,10 +96,29 @@ def run(patterns, out, **given):
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--docs", type=click.Path(path_type=Path), help="Folder for the plots; default: --out.")
 def report(out, docs):
-    """Print the table and draw the plots."""
-    from study.training_report import report as make
+    """Print the tables and draw the plots."""
+    from study import frontier, training_report
 
-    click.echo(make([json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()], docs or out))
+    rows, times = read(out / ROWS), read(out / TIMES)
+    click.echo(training_report.report(rows, docs or out))
+    if times:
+        click.echo("\n" + frontier.report(rows, times, docs or out))
+
+
+def matching(patterns: tuple[str, ...]) -> list[str]:
+    names = [name for name in POINTS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        raise click.BadParameter(f"no point matches {' '.join(patterns)}")
+    return names
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""What quality costs in decode time and K/V: points of the training study, timed as GGUF files by the runtime."""
+
+from pathlib import Path
+
+from mod_export.bench import Options, bench
+from mod_export.export import export
+from mod_export.tables import format_table
+
+QUANT = "q8_0"
+
+
+def time_point(made: Path, context: int, rounds: int) -> dict:
+    """Decode time and K/V of a made model beside the dense one, with its own thresholds, after `context` tokens."""
+    dense, file = made.parent / f"dense-{QUANT}.gguf", made.with_suffix(".gguf")
+    if not dense.exists():
+        export(made, dense, quant=QUANT, dense=True)  # the original's weights, or others of the same shape: as fast
+    export(made, file, quant=QUANT, force=True)
+    try:
+        options = Options(contexts=(context,), variants=("ceiling", "mod"), rounds=rounds, seconds=0.0)
+        rows = {row["phase"]: row for row in bench(file, dense, options)["rows"]}
+    finally:
+        file.unlink()
+    kv = rows["decode"]["kv_bytes"]["mod"]
+    ratios = {phase: row["ratios"]["mod/ceiling"] for phase, row in rows.items()}
+    return {"context": context, **ratios, "activation": rows["decode"]["activation"],
+            "kv": kv["used"] / kv["dense"]}  # fmt: skip
+
+
+def report(rows: list[dict], times: list[dict], docs: Path) -> str:
+    """Draws frontier.png in docs; -> the table as Markdown. Quality and time both with the points' own thresholds."""
+    timed, points, table = {row["name"]: row for row in times}, [], []
+    for row in rows:
+        if row["name"] in timed:
+            texts, time = row["texts"].values(), timed[row["name"]]
+            ratio = sum(text["perplexity"] / text["perplexity_dense"] for text in texts) / len(texts)
+            points.append({**row, "ratio": ratio, **time})
+    for p in sorted(points, key=lambda p: (p["units"], p["ratio"])):
+        of_phase = [f"{p[phase]['median']:.3f} ({p[phase]['q1']:.3f} to {p[phase]['q3']:.3f})"
+                    for phase in ("prefill", "decode")]  # fmt: skip
+        table.append([p["name"], f"{p['activation']:.3f}", *of_phase, f"{p['kv']:.3f}", f"{p['ratio']:.4f}"])
+    plot(points, docs)
+    header = ["point", "activation", "prefill / dense", "decode / dense", "K/V of dense", "perplexity / dense"]
+    return format_table(header, table, markdown=True)
+
+
+def plot(points: list[dict], docs: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    of_x = {"decode time / dense": lambda p: p["decode"]["median"], "K/V of dense": lambda p: p["kv"]}
+    for axis, (label, x) in zip(axes, of_x.items(), strict=True):
+        for number, units in enumerate(dict.fromkeys(p["units"] for p in points)):
+            some = [p for p in points if p["units"] == units]
+            axis.plot([x(p) for p in some], [p["ratio"] - 1 for p in some], "osD^vPX*"[number % 8], label=units)
+            for p in some:
+                axis.annotate(p["name"].removeprefix(f"{units}-"), (x(p), p["ratio"] - 1), fontsize=7,
+                              xytext=(4, 3), textcoords="offset points")  # fmt: skip
+        axis.set(xlabel=f"{label}, context {points[0]['context']}" if points else label, yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("perplexity / dense - 1")
+    axes[0].legend(fontsize=8)
+    fig.savefig(docs / "frontier.png", dpi=110)
+    plt.close(fig)
