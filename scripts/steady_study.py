@@ -21,12 +21,13 @@ BOUNDS = (0, 512, 1024, 2048, 4096)  # tokens
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
 @click.option("--kv-share", default=0.5, show_default=True, help="K/V of dense at the end of 2048 tokens.")
+@click.option("--window", default=256, show_default=True)
 @click.option("--layers", default="1-29,2-29", show_default=True, help="Sets of layers to route, for strength 0.")
 @click.option("--strengths", default="0,1,3,10,30", show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of fits and rows.")
 @torch.no_grad()
-def main(model, texts, kv_share, layers, strengths, out):
-    from study.training import WINDOW, activation_for, judge_point
+def main(model, texts, kv_share, window, layers, strengths, out):
+    from study.training import activation_for, judge_point
 
     from mod_export import data, hf
     from mod_export.calibrate import PENALTIES, Plan, measure, settle_thresholds, solve
@@ -39,26 +40,27 @@ def main(model, texts, kv_share, layers, strengths, out):
     n_layer = len(hf.decoder_layers(base))
     sequences = data.pack(tokenizer, data.default_texts()[0], 1024)
     sets = [parse_layers(part) for part in layers.split(",")]
-    if not (out / "fits.pt").exists():
+    saved = out / f"fits-{window}.pt"
+    if not saved.exists():
         every = sorted({layer for some in sets for layer in some})
-        torch.save(measure(base, tokenizer, sequences, Plan({"kv": every}), print), out / "fits.pt")
-    fits, path = torch.load(out / "fits.pt", weights_only=False), out / "rows.jsonl"
+        torch.save(measure(base, tokenizer, sequences, Plan({"kv": every}, kv_window=window), print), saved)
+    fits, path = torch.load(saved, weights_only=False), out / "rows.jsonl"
     rows = [json.loads(line) for line in path.open()] if path.exists() else []
-    done = {(row["layers"], row["steady"], row["kv_share"]) for row in rows}
+    done = {(row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows}
 
     for number, some in enumerate(sets):
         for steady in [float(part) for part in strengths.split(",")][: None if number == 0 else 1]:
             name = f"{some[0]}-{some[-1]}"
-            if (name, steady, kv_share) in done:
+            if (name, steady, kv_share, window) in done:
                 continue
-            target = activation_for(kv_share, 2048, n_layer, n_layer - len(some))
+            target = activation_for(kv_share, window, 2048, n_layer, n_layer - len(some))
             routers, _ = solve({unit: fit for unit, fit in fits.items() if unit[0] in some}, PENALTIES, steady)
             p = tuple(0.5 if layer in some else 0.0 for layer in range(n_layer))
             share = tuple(target if layer in some else 1.0 for layer in range(n_layer))
-            config = MoDConfig(sink_tokens=4, kv_window=WINDOW, units={"kv": UnitConfig(p, share)})
+            config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, share)})
             mod = MoDModel.from_base(base, tokenizer, config, routers)
             settle_thresholds(mod, sequences[::3], {"kv": list(routers)}, {"kv": target})
-            row = {"layers": name, "steady": steady, "kv_share": kv_share, "target": target}
+            row = {"layers": name, "steady": steady, "kv_share": kv_share, "window": window, "target": target}
             row["activation"] = {text: positions(mod, file) for text, file in (pair.split("=", 1) for pair in texts)}
             row["equal"] = judge_point(mod, target, model, texts, 2048, 1)
             mod.detach()

@@ -14,8 +14,7 @@ from mod_export.errors import UserError
               help="What a token may skip: kv (being remembered), attn, block, ffn; combined with +.")
 @click.option("--target-activation", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.5,
               show_default=True, help="Share of (token, unit) pairs that are to run.")
-@click.option("--kv-window", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Recent tokens that kv units always see.")
+@click.option("--kv-window", type=click.IntRange(min=1), help="Recent tokens that kv units always see. [default: 256]")
 @click.option("--layers", default="auto", show_default=True, help="Layers to route: auto, 3-28, 2,4,8-11.")
 @click.option("--calibration-text", multiple=True, type=click.Path(), metavar="FILE",
               help="UTF-8 text to calibrate on, may be repeated; default: the text that comes with the package.")

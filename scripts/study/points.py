@@ -14,16 +14,17 @@ WAYS = {
     "lora-no-distillation": {"train": {"parameters": "lora", "kl_weight": 0.0, "lm_weight": 1.0}},
     "static": {"train": {"parameters": "lora", "method": "static"}},
 }
-KV_TARGETS = (0.5, 0.25, 0.125)  # of the dense model's K/V; the activation that gives it follows (training.py)
+# of the dense model's K/V -> window; the activation that gives it follows (training.py)
+KV_TARGETS = {0.5: 256, 0.25: 256, 0.125: 128}
 COMPUTE_TARGETS = (0.9, 0.8, 0.6)
 
 
 def _points() -> dict[str, dict]:
     found = {}
-    for share in KV_TARGETS:
+    for share, window in KV_TARGETS.items():
         for way in (*WAYS, "window"):
             options = WAYS.get(way, {"train": None})
-            found[f"kv-{share}-{way}"] = {"units": "kv", "kv_share": share, "way": way, **options}
+            found[f"kv-{share}-{way}"] = {"units": "kv", "kv_share": share, "window": window, "way": way, **options}
     for kind in ("block", "attn", "ffn"):
         for target in COMPUTE_TARGETS:
             for way, options in WAYS.items():

@@ -15,16 +15,16 @@ from mod_export.model import MoDModel
 from mod_export.train import train
 from mod_export.train_config import TrainConfig
 
-WINDOW, SINKS = 64, 4
+SINKS = 4
 
 
-def activation_for(kv_share: float, length: int, n_layer: int, whole: int = FIRST_ROUTED["kv"]) -> float:
+def activation_for(kv_share: float, window: int, length: int, n_layer: int, whole: int = FIRST_ROUTED["kv"]) -> float:
     """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense K/V at its end.
 
     whole: layers without a router.
     """
     of_units = (kv_share * n_layer - whole) / (n_layer - whole)
-    recent = (WINDOW - 1) / length
+    recent = (window - 1) / length
     return min(1.0, max(0.005, (of_units - recent) / (1 - recent)))
 
 
@@ -33,12 +33,13 @@ def make_point(name: str, point: dict, out: Path, model: str, data: tuple, token
     """-> the MoDModel of a point, and what is known of how it was made."""
     if "kv_share" in point:
         n_layer = 30 if model == "smollm2" else hf.load(model)[0].config.num_hidden_layers
-        target = activation_for(point["kv_share"], length, n_layer)
+        target = activation_for(point["kv_share"], point["window"], length, n_layer)
     else:
         target = point["target"]
-    start = out / f"{point['units']}-{target:.4f}"
+    start = out / "-".join([point["units"], *map(str, [point["window"]] if "window" in point else []), f"{target:.4f}"])
     if not start.exists():
-        convert(model, start, units=point["units"], target=target, kv_window=WINDOW, sink_tokens=SINKS, say=print)
+        convert(model, start, units=point["units"], target=target, kv_window=point.get("window"), sink_tokens=SINKS,
+                say=print)  # fmt: skip
     if point["way"] == "window":
         return as_window(MoDModel.load(start), target, length), {"target": target}
     if point["train"] is None:
@@ -54,7 +55,8 @@ def make_point(name: str, point: dict, out: Path, model: str, data: tuple, token
 def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
     """Sinks and a recent window that hold as many K/V at the end of `length` tokens as routers of this activation."""
     never = tuple(0.999 if p else 0.0 for p in model.config.units["kv"].threshold)
-    window = round(target * (length - WINDOW)) + WINDOW - SINKS
+    least = model.config.kv_window
+    window = round(target * (length - least)) + least - SINKS
     config = replace(model.config, kv_window=window, units={"kv": UnitConfig(never, never)})
     routers = {unit: (torch.zeros_like(w), torch.full_like(b, -20)) for unit, (w, b) in model.router_tensors().items()}
     return MoDModel.from_base(model.base, model.tokenizer, config, routers)
