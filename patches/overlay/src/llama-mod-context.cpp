@@ -7,6 +7,8 @@
 #include "llama-mod-model.h"
 #include "llama-model.h"
 
+#include "ggml-mod.h"
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -17,6 +19,18 @@ static float logit(float p) {
 
 static bool mod_is_cpu(const std::vector<ggml_backend_ptr> & backends) {
     return backends.size() == 1 && ggml_backend_dev_type(ggml_backend_get_device(backends[0].get())) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+// asked of the registry: a device may say yes to any custom op (RPC does)
+static bool mod_has_ops(const llama_model & model) {
+    for (int32_t il = 0; il < (int32_t) model.hparams.n_layer(); ++il) {
+        auto * dev = model.dev_layer(il);
+        if (ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU &&
+            !ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), GGML_MOD_OPS_PROC)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 llama_mod_context::llama_mod_context(llama_context & lctx) :
@@ -35,7 +49,7 @@ llama_mod_context::llama_mod_context(llama_context & lctx) :
     whole.first     = true;
     whole.last      = true;
     whole.reserve   = true;
-    whole.is_cpu    = is_cpu;
+    whole.has_ops   = mod_has_ops(lctx.model);
     whole.eps       = lctx.model.hparams.f_norm_rms_eps;
     whole.t1        = 2*lctx.model.hparams.n_layer();
 

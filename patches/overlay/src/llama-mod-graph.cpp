@@ -4,6 +4,8 @@
 #include "llama-kv-cache-mod.h"
 #include "llama-mod-model.h"
 
+#include "ggml-mod.h"
+
 #include <cmath>
 
 float llama_mod_decider::gate(int32_t u, float score) const {
@@ -130,50 +132,6 @@ void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf) {
 // decisions inside a graph
 //
 
-static float mod_dot(const float * x, const float * y, int64_t n) {
-    // lanes that the compiler turns into vectors
-    float sum[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int j = 0; j < 16; ++j) {
-            sum[j] += x[i + j]*y[i + j];
-        }
-    }
-    double res = 0.0;
-    for (int j = 0; j < 16; ++j) {
-        res += sum[j];
-    }
-    for (; i < n; ++i) {
-        res += x[i]*y[i];
-    }
-    return res;
-}
-
-// 1/RMS
-static float mod_scale(const llm_mod_segment & seg, const float * h, int64_t n) {
-    return 1.0f/sqrtf(mod_dot(h, h, n)/n + seg.eps);
-}
-
-static float mod_logit(const llm_mod_segment & seg, int32_t u, const float * h, int64_t n, float scale) {
-    return scale*mod_dot(h, seg.model->w.data() + u*n, n) + seg.model->b[u];
-}
-
-// dst: F32 [u1 - u0, n_tokens]; src[0]: F32 [n_embd, n_tokens]
-static void mod_score(ggml_tensor * dst, int ith, int nth, void * data) {
-    const auto & r = *(const llm_mod_router *) data;
-
-    const int64_t n = dst->src[0]->ne[0];
-    for (int64_t i = ith; i < dst->ne[1]; i += nth) {
-        const float * h = (const float *) ((const char *) dst->src[0]->data + i*dst->src[0]->nb[1]);
-        float *     out = (float *) ((char *) dst->data + i*dst->nb[1]);
-
-        const float scale = mod_scale(*r.seg, h, n);
-        for (int32_t u = r.u0; u < r.u1; ++u) {
-            out[u - r.u0] = mod_logit(*r.seg, u, h, n, scale);
-        }
-    }
-}
-
 // dst: F32 [1], the gate of the unit; src[0]: F32 [n_embd], h
 static void mod_route(ggml_tensor * dst, int ith, int /*nth*/, void * data) {
     if (ith != 0) {
@@ -186,11 +144,11 @@ static void mod_route(ggml_tensor * dst, int ith, int /*nth*/, void * data) {
     const float * h = (const float *) dst->src[0]->data;
     const int64_t n = dst->src[0]->ne[0];
 
-    const float scale = mod_scale(seg, h, n);
+    const float scale = ggml_mod_rms_scale(h, n, seg.eps);
 
     for (; r; r = r->next) {
         for (int32_t u = r->u0; u < r->u1; ++u) {
-            seg.score [u] = mod_logit(seg, u, h, n, scale);
+            seg.score [u] = ggml_mod_logit(h, scale, seg.model->w.data() + u*n, seg.model->b[u], n);
             seg.active[u] = seg.decider->active(u, seg.score[u], seg.pos);
         }
         if (r->unit < 0) {
@@ -428,24 +386,16 @@ void llm_mod_graph::build_end(ggml_tensor * cur) {
 void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
     const int64_t n = u1 - u0;
 
-    if (seg->is_cpu) {
-        seg->routers.push_back({ seg, u0, u1, -1, nullptr, {}, nullptr });
-
-        ggml_tensor * s = ggml_custom_4d(g.ctx0, GGML_TYPE_F32, n, cur->ne[1], 1, 1, &cur, 1, mod_score, GGML_N_TASKS_MAX, &seg->routers.back());
-        g.cb(s, "mod_scores", -1);
-
-        ggml_set_output(s);
-        ggml_build_forward_expand(g.gf, s);
-
-        seg->out.push_back({ u0, (int32_t) n, s });
-        return;
-    }
-
     ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
     ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b, n, u0*ggml_element_size(seg->b));
 
-    ggml_tensor * s = ggml_rms_norm(g.ctx0, cur, g.norm_rms_eps);
-    s = ggml_add(g.ctx0, ggml_mul_mat(g.ctx0, w, s), b);
+    ggml_tensor * s;
+    if (seg->has_ops) {
+        s = ggml_mod_score(g.ctx0, cur, w, b, seg->eps);
+    } else {
+        s = ggml_rms_norm(g.ctx0, cur, seg->eps);
+        s = ggml_add(g.ctx0, ggml_mul_mat(g.ctx0, w, s), b);
+    }
     g.cb(s, "mod_scores", -1);
 
     ggml_set_output(s);

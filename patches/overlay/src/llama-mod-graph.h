@@ -74,7 +74,7 @@ struct llm_mod_segment {
 
     float eps = 0.0f; // of the RMS norm
 
-    bool is_cpu = false; // the only backend
+    bool has_ops = false; // all devices of the layers run those of ggml-mod.h
 
     // set before each run of a unit's segment
     bool                 gather = false; // rows of h; else the first n_tokens
