@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 
-from mod_export import llama_source, llama_wheel
+from mod_export import cuda_toolkit, llama_source, llama_wheel
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
 
@@ -33,7 +33,6 @@ FLAGS |= {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON", "LLAMA_OPENS
 # one plain libx.so for each library (a wheel holds no links), found beside the one that needs it
 FLAGS |= {"CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON"}
 FLAGS |= {"CMAKE_BUILD_WITH_INSTALL_RPATH": "ON", "CMAKE_INSTALL_RPATH": "$ORIGIN"}
-CUDA_FLAGS = {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "native"}
 MARKER = "build.json"
 BYTES_PER_JOB = 2 << 30  # what the largest compilation units take
 
@@ -45,22 +44,27 @@ def build(
     cuda: bool = False,
     stock: bool = False,
     force: bool = False,
+    cuda_arch: str | None = None,
     sdist: Path | None = None,
     extra: dict[str, str] | None = None,
     say: Say = print,
 ) -> Path:
     """Return the directory of the built libraries, building them where the cache has none (or with `force`).
 
+    `cuda_arch`: GPU architectures to compile for ("75,86"), default: those of this machine's GPUs.
     `extra`: cmake options of a build for a purpose of its own (scripts/sanitize), which stock_lib() and
     patched_lib() do not find.
 
     Raises UserError naming what is missing, or the last error of the build and its log.
     """
-    missing = missing_tools(cuda)
+    missing = missing_tools()
     if missing:
         packages = " ".join(sorted(set(missing.values())))
         raise UserError(f"missing: {', '.join(missing)}", f"install them (Debian: apt-get install {packages})")
-    flags = FLAGS | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]} | (CUDA_FLAGS if cuda else {})
+    flags = FLAGS | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]}
+    if cuda:
+        toolkit = cuda_toolkit.find()
+        flags |= toolkit.flags(toolkit.architectures(cuda_arch))
     flags |= extra or {}
     name = f"{'stock' if stock else 'patched'}-{_key(flags, stock)}"
     lib = llama_source.cache_dir() / "lib" / name
@@ -75,9 +79,9 @@ def build(
     return lib
 
 
-def missing_tools(cuda: bool = False) -> dict[str, str]:
-    """What a build needs and this machine lacks: tool -> Debian package."""
-    tools = {"cmake": "cmake", "ninja": "ninja-build", "git": "git"} | ({"nvcc": "nvidia-cuda-toolkit"} if cuda else {})
+def missing_tools() -> dict[str, str]:
+    """What a build needs and this machine lacks: tool -> Debian package. For CUDA see cuda_toolkit.py."""
+    tools = {"cmake": "cmake", "ninja": "ninja-build", "git": "git"}
     missing = {tool: package for tool, package in tools.items() if not _which(tool)}
     if not _compiler("CC", "cc", "gcc", "clang"):
         missing["a C compiler"] = "build-essential"
@@ -144,7 +148,7 @@ def _compiler(variable: str, *names: str) -> str | None:
 def _key(flags: dict[str, str], stock: bool) -> str:
     source = llama_source.read_pin().sha256 if stock else llama_source.patches_digest()
     compilers = [_compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")]
-    compilers += [_which("nvcc")] if "GGML_CUDA" in flags else []
+    compilers += [flags["CMAKE_CUDA_COMPILER"]] if "CMAKE_CUDA_COMPILER" in flags else []
     versions = [subprocess.run([c, "--version"], capture_output=True, text=True).stdout for c in compilers if c]
     parts = [source, sorted(flags.items()), compilers, versions, os.environ.get("CXXFLAGS"), _cpu()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
