@@ -1,5 +1,7 @@
 #include "llama-mod-buffer.h"
 
+#include "ggml-mod.h"
+
 // the buffer interface is internal to ggml; the source is pinned
 #include "../ggml/src/ggml-backend-impl.h"
 
@@ -138,7 +140,25 @@ static bool is_lazy(ggml_backend_buffer_t buf) {
 
 #endif // LLAMA_MOD_LAZY
 
+// of the buffer's device, where it has such memory
+static const ggml_mod_vmm * get_vmm(ggml_backend_buffer_type_t buft) {
+    auto * dev = ggml_backend_buft_get_device(buft);
+    auto * reg = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+
+    return reg ? (const ggml_mod_vmm *) ggml_backend_reg_get_proc_address(reg, GGML_MOD_VMM_PROC) : nullptr;
+}
+
+static const ggml_mod_vmm * get_vmm(ggml_backend_buffer_t buf) {
+    const auto * vmm = buf ? get_vmm(buf->buft) : nullptr;
+
+    return vmm && vmm->is_vmm(buf) ? vmm : nullptr;
+}
+
 ggml_backend_buffer_type_t llama_mod_kv_buft(ggml_backend_buffer_type_t buft) {
+    if (const auto * vmm = get_vmm(buft)) {
+        auto * res = vmm->buffer_type(ggml_backend_buft_get_device(buft));
+        return res ? res : buft;
+    }
 #ifdef LLAMA_MOD_LAZY
     if (buft == ggml_backend_cpu_buffer_type()) {
         return lazy_buft();
@@ -148,6 +168,9 @@ ggml_backend_buffer_type_t llama_mod_kv_buft(ggml_backend_buffer_type_t buft) {
 }
 
 bool llama_mod_kv_commit(ggml_backend_buffer_t buf, void * data, size_t size) {
+    if (const auto * vmm = get_vmm(buf)) {
+        return vmm->commit(buf, data, size);
+    }
 #ifdef LLAMA_MOD_LAZY
     const page_range r(data, size, /*inside =*/ false);
     if (is_lazy(buf) && !r.empty()) {
@@ -184,6 +207,9 @@ void llama_mod_kv_discard(ggml_backend_buffer_t buf, void * data, size_t size) {
 }
 
 void llama_mod_kv_release(ggml_backend_buffer_t buf, void * data, size_t size) {
+    if (const auto * vmm = get_vmm(buf)) {
+        vmm->release(buf, data, size);
+    }
 #ifdef LLAMA_MOD_LAZY
     const page_range r(data, size, /*inside =*/ true);
     if (is_lazy(buf) && !r.empty()) {
@@ -222,6 +248,9 @@ static bool count_pages(const page_range & r, size_t & n) {
 #endif
 
 size_t llama_mod_kv_backed(ggml_backend_buffer_t buf, const void * data, size_t size) {
+    if (const auto * vmm = get_vmm(buf)) {
+        return vmm->backed(buf, data, size);
+    }
 #ifdef LLAMA_MOD_LAZY
     const page_range r(data, size, /*inside =*/ false);
     if (is_lazy(buf)) {

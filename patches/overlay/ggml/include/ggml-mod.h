@@ -110,6 +110,28 @@ GGML_API float ggml_mod_rms_scale(const float * h, int64_t n, float eps);
 
 GGML_API float ggml_mod_logit(const float * h, float scale, const float * w, float b, int64_t n);
 
+// Device memory that is reserved as addresses and committed page by page, for K/V that grow with use. Commit and release
+// take any range inside a buffer; the device must not be writing there. Committed pages read as zeros at first.
+struct ggml_mod_vmm {
+    // NULL: the device has no virtual memory
+    ggml_backend_buffer_type_t (*buffer_type)(ggml_backend_dev_t dev);
+
+    // was the buffer allocated by such a type? the other functions take no others
+    bool   (*is_vmm) (ggml_backend_buffer_t buf);
+
+    // all pages that the range touches; false: out of memory, nothing changed
+    bool   (*commit) (ggml_backend_buffer_t buf, void * data, size_t size);
+
+    // the pages that lie inside, once the device is idle
+    void   (*release)(ggml_backend_buffer_t buf, void * data, size_t size);
+
+    // bytes of the committed pages that begin in the range
+    size_t (*backed) (ggml_backend_buffer_t buf, const void * data, size_t size);
+};
+
+// the name under which a backend's registry has a const struct ggml_mod_vmm *
+#define GGML_MOD_VMM_PROC "ggml_backend_mod_vmm"
+
 #ifdef  __cplusplus
 }
 #endif
