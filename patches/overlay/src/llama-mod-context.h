@@ -87,6 +87,9 @@ private:
     // all backends are the CPU: nodes can be switched and fitted between two runs of a graph
     const bool is_cpu;
 
+    // LLAMA_MOD_DECODE=graph: one token is one graph on devices, too, and on the CPU the one that devices would run
+    const bool on_device;
+
     bool can_fit() const;
 
     // a graph that is kept
@@ -133,6 +136,9 @@ private:
     void init_plan(std::vector<piece> & plan, bool cut_kv);
 
     void set_decider();
+
+    void write_decider(const llm_mod_segment & seg) const;
+    void read_routes  (const llm_mod_segment & seg);
 
     bool can_skip(const llama_ubatch & ubatch) const;
     bool can_join(const llama_ubatch & ubatch) const;

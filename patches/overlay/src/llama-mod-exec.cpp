@@ -8,6 +8,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 // How llama_mod_context runs a ubatch.
@@ -86,7 +87,7 @@ bool llama_mod_context::can_fit() const {
 
 // can the model run as one graph whose routers skip?
 bool llama_mod_context::can_skip(const llama_ubatch & ubatch) const {
-    return is_cpu && ubatch.n_tokens == 1 && lctx.n_outputs == 1 && !lctx.cparams.warmup;
+    return (is_cpu || on_device) && ubatch.n_tokens == 1 && lctx.n_outputs == 1 && !lctx.cparams.warmup;
 }
 
 // does no token of the batch leave the window of another one? then kv decisions can wait until the graph has run
@@ -138,6 +139,7 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
         seg.reserve   = false;
         seg.kv_inside = false;
         seg.skips     = true;
+        seg.on_device = on_device;
         skipping = make_variant(seg, lctx.get_gf_res_reserve()->get_max_nodes());
     }
 
@@ -147,11 +149,19 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
     seg.score   = scores.data();
     seg.active  = active.data();
 
+    if (on_device) {
+        write_decider(seg);
+    }
+
     params.ubatch = ubatch;
     if (!compute(skipping.get(), seg, params, ret)) {
         return false;
     }
     ggml_backend_sched_synchronize(lctx.sched.get());
+
+    if (on_device) {
+        read_routes(seg);
+    }
     {
         const timer time(perf.us_slots);
 
@@ -169,6 +179,26 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
 
     res_last = skipping->res.get();
     return true;
+}
+
+void llama_mod_context::write_decider(const llm_mod_segment & seg) const {
+    const int32_t always = seg.pos < decider.n_sink;
+
+    ggml_backend_tensor_set(seg.limit,  decider.limit.data(), 0, ggml_nbytes(seg.limit));
+    ggml_backend_tensor_set(seg.always, &always,              0, ggml_nbytes(seg.always));
+}
+
+void llama_mod_context::read_routes(const llm_mod_segment & seg) {
+    const timer time(perf.us_read);
+
+    // of each unit: the number of active tokens, their index, score, gate
+    std::vector<int32_t> data(ggml_nelements(seg.routes));
+    ggml_backend_tensor_get(seg.routes, data.data(), 0, ggml_nbytes(seg.routes));
+
+    for (int32_t u = 0; u < n_units; ++u) {
+        active[u] = data[4*u] > 0;
+        memcpy(&scores[u], &data[4*u + 2], sizeof(float));
+    }
 }
 
 //

@@ -285,6 +285,12 @@ ggml_tensor * llm_mod_graph::build_enter(ggml_tensor * cur, int t) {
 }
 
 ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int t) {
+    if (route && t == t_leave) {
+        ggml_build_forward_expand(g.gf, ggml_mod_scatter(g.ctx0, view_h(), cur, route, route_unit));
+        route = nullptr;
+
+        return view_h();
+    }
     if (!router || t != t_leave) {
         return cur;
     }
@@ -404,6 +410,33 @@ void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
     seg->out.push_back({ u0, (int32_t) n, s });
 }
 
+ggml_tensor * llm_mod_graph::build_route(ggml_tensor * cur, int32_t u0, int32_t u1, int32_t unit) {
+    const int64_t n = u1 - u0;
+
+    ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
+    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b,     n, u0*ggml_element_size(seg->b));
+    ggml_tensor * l = ggml_view_1d(g.ctx0, seg->limit, n, u0*ggml_element_size(seg->limit));
+
+    ggml_tensor * res = ggml_mod_route(g.ctx0, cur, w, b, l, seg->always, seg->eps, seg->model->scale_output);
+    g.cb(res, "mod_route", -1);
+
+    // all decisions lie together, to be read at once
+    ggml_backend_tensor_alloc(seg->routes->buffer, res, (char *) seg->routes->data + u0*seg->routes->nb[1]);
+    ggml_build_forward_expand(g.gf, res);
+
+    if (unit < 0) {
+        return cur;
+    }
+
+    const auto & x = seg->model->units[unit];
+
+    route      = res;
+    route_unit = unit - u0;
+    t_leave    = 2*x.layer + (x.kind == LLAMA_MOD_KIND_ATTN ? 0 : 1);
+
+    return ggml_mod_gather(g.ctx0, cur, route, route_unit);
+}
+
 ggml_tensor * llm_mod_graph::build_router(ggml_tensor * cur, int32_t u0, int32_t u1) {
     int32_t unit = -1;
     for (int32_t u = u0; u < u1; ++u) {
@@ -416,6 +449,10 @@ ggml_tensor * llm_mod_graph::build_router(ggml_tensor * cur, int32_t u0, int32_t
     if (unit >= 0 && cur->view_src != seg->h) {
         ggml_build_forward_expand(g.gf, ggml_cpy(g.ctx0, cur, view_h()));
         cur = view_h();
+    }
+
+    if (seg->on_device) {
+        return build_route(cur, u0, u1, unit);
     }
 
     seg->routers.push_back({ seg, u0, u1, unit, nullptr, {}, nullptr });

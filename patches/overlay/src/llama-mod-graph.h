@@ -61,6 +61,10 @@ struct llm_mod_segment {
     // all units inside, for one token: the routers are nodes of the graph that switch those of their units on or off
     bool skips = false;
 
+    // with skips: the routers do not switch nodes but decide by ggml_mod_route(), and a unit's result is only taken over
+    // where it is active. Runs on any device that has the operations
+    bool on_device = false;
+
     // the worst case that is only reserved, never run: one KQ mask serves all layers
     bool reserve = false;
 
@@ -71,6 +75,11 @@ struct llm_mod_segment {
     ggml_tensor * h = nullptr; // F32 [n_embd, n_ubatch + 1], the last row takes what padding computes
     ggml_tensor * w = nullptr; // F32 [n_embd, n_units]
     ggml_tensor * b = nullptr; // F32 [n_units]
+
+    // with on_device
+    ggml_tensor * limit  = nullptr; // F32 [n_units], the decider's
+    ggml_tensor * always = nullptr; // I32 [1], is the token a sink?
+    ggml_tensor * routes = nullptr; // I32 [4, n_units], what is decided
 
     float eps = 0.0f; // of the RMS norm
 
@@ -150,12 +159,17 @@ private:
     int              t_leave = -1; // its last half
     int              i_node  = 0;  // its first node
 
+    // the same with on_device
+    ggml_tensor * route      = nullptr;
+    int           route_unit = 0; // in the route
+
     llm_graph_input_attn_kv * inp_base = nullptr; // shared by the layers with complete K/V
     ggml_tensor *             mask_any = nullptr; // the last KQ mask made
 
     void build_scores(ggml_tensor * cur, int32_t u0, int32_t u1);
 
     ggml_tensor * build_router(ggml_tensor * cur, int32_t u0, int32_t u1);
+    ggml_tensor * build_route (ggml_tensor * cur, int32_t u0, int32_t u1, int32_t unit);
     ggml_tensor * build_gated (ggml_tensor * cur) const;
 
     ggml_tensor * view_h() const;
