@@ -1,0 +1,75 @@
+"""One token as the graph that devices run (LLAMA_MOD_DECODE=graph), on the CPU: routers decide by ggml_mod_route()."""
+
+import numpy as np
+import pytest
+from raw import Raw
+from test_runtime import CASES, TOKENS, N, close, make
+
+from mod_export import bindings
+
+pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+
+
+@pytest.fixture()
+def device_graph(monkeypatch):
+    monkeypatch.setenv("LLAMA_MOD_DECODE", "graph")
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["hard", "scaled"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_oracle(case, scale, device_graph, tmp_path):
+    """Behind a prompt, so that segments and this graph share the cells."""
+    tiny = make(case, scale_output=scale)
+    expected = tiny.forward(TOKENS[0])
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        logits, active = r.decode_cut(TOKENS[0][:50], 50)
+        single, single_active = r.decode_cut(TOKENS[0][50:], 1)
+        used = r.kv().n_used
+    np.testing.assert_array_equal(np.concatenate([active, single_active]), expected.active)
+    noise = 3e-4 * max(1.0, np.abs(expected.logits).std())
+    close(np.concatenate([logits, single]), expected.logits, noise)
+    assert used > 0
+
+
+@pytest.mark.parametrize("fa", [False, True])
+def test_takes_the_same_cells_as_the_cpu_graph(fa, tmp_path, monkeypatch):
+    path = make("all").write(tmp_path / "mod.gguf")
+    results = []
+    for mode in (None, "graph"):
+        if mode:
+            monkeypatch.setenv("LLAMA_MOD_DECODE", mode)
+        with Raw(path, fa=fa) as r:
+            logits, active = r.decode_cut(TOKENS[0], 1)
+            results.append((logits, active, [r.kv(layer).n_used for layer in range(5)]))
+    (a, a_active, a_used), (b, b_active, b_used) = results
+    assert a_used == b_used
+    np.testing.assert_array_equal(a_active, b_active)
+    close(a, b, 1e-2 if fa else 3e-4)
+
+
+@pytest.mark.parametrize("force", ["active", "inactive"])
+def test_forced(force, device_graph, tmp_path):
+    """All active is the model without gates; inactive goes for sinks, too."""
+    tiny = make("all", scale_output=True)
+    expected = tiny.forward(TOKENS[0][:40], force=force).logits
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        r.set(force=force)
+        logits, active = r.decode_cut(TOKENS[0][:40], 1)
+    assert (active == (force == "active")).all()
+    close(logits, expected, 3e-4 * max(1.0, np.abs(expected).std()))
+
+
+def test_taking_back_a_tail(device_graph, tmp_path):
+    tiny = make("all")
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        logits, _ = r.decode_cut(TOKENS[0], 1)
+        assert r.seq_rm(0, N - 20)
+        again, _ = r.decode_cut(TOKENS[0][N - 20 :], 1)
+    close(again, logits[N - 20 :])
+
+
+def test_unknown_values_are_refused(tmp_path, monkeypatch):
+    path = make("kv").write(tmp_path / "mod.gguf")
+    monkeypatch.setenv("LLAMA_MOD_DECODE", "segments")
+    with pytest.raises(AssertionError, match="cannot create the context"):
+        Raw(path)
