@@ -47,15 +47,24 @@ def test_takes_the_same_cells_as_the_cpu_graph(fa, tmp_path, monkeypatch):
     close(a, b, 1e-2 if fa else 3e-4)
 
 
-@pytest.mark.parametrize("force", ["active", "inactive"])
-def test_forced(force, device_graph, tmp_path):
-    """All active is the model without gates; inactive goes for sinks, too."""
+def test_forced_active_is_the_dense_model(device_graph, tmp_path):
+    """Without gates."""
     tiny = make("all", scale_output=True)
-    expected = tiny.forward(TOKENS[0][:40], force=force).logits
+    with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        r.set(force="active")
+        for token in TOKENS[0][:40, None]:
+            close(r.decode(token), dense.decode(token))
+            assert r.trace()[0].all()
+
+
+def test_forced_inactive(device_graph, tmp_path):
+    """Sinks too."""
+    tiny = make("all")
+    expected = tiny.forward(TOKENS[0][:40], force="inactive").logits
     with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
-        r.set(force=force)
+        r.set(force="inactive")
         logits, active = r.decode_cut(TOKENS[0][:40], 1)
-    assert (active == (force == "active")).all()
+    assert not active.any()
     close(logits, expected, 3e-4 * max(1.0, np.abs(expected).std()))
 
 
