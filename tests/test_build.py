@@ -92,7 +92,7 @@ def test_a_patch_that_does_not_fit(cache, patches):
 
 def test_a_failed_build_tells_its_error_and_keeps_the_log(cache, patches):
     """Broken by an error in a file that compiles early."""
-    (patches / "overlay/ggml/src").mkdir(parents=True)
+    (patches / "overlay/ggml/src").mkdir(parents=True, exist_ok=True)
     for name in ("ggml.c", "ggml-alloc.c", "ggml-quants.c", "ggml-backend.cpp", "gguf.cpp", "ggml-threading.cpp"):
         (patches / "overlay/ggml/src" / name).write_text("#error this build is meant to fail\n")
     with pytest.raises(UserError) as caught:
