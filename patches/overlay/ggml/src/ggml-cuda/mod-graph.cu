@@ -1,0 +1,112 @@
+#include "mod-graph.cuh"
+
+#include "ggml-mod.h"
+
+// the functions of CUDA 12.4 have other signatures
+#if defined(USE_CUDA_GRAPH) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA) && CUDART_VERSION >= 13000
+
+// no other part of the backend captures on it
+static constexpr int MOD_STREAM = GGML_CUDA_MAX_STREAMS - 1;
+
+static __global__ void mod_set_condition_kernel(cudaGraphConditionalHandle handle, const int32_t * count) {
+    cudaGraphSetConditional(handle, *count > 0);
+}
+
+static bool mod_is(const ggml_tensor * node, ggml_mod_op op) {
+    const ggml_mod_params * params = ggml_mod_get_params(node);
+    return params && params->op == op;
+}
+
+// the end of the region that node i begins, if all of it is in this graph
+static const ggml_tensor * mod_find_end(const ggml_cgraph * cgraph, int i) {
+    const ggml_tensor * route = cgraph->nodes[i];
+    for (int j = i + 1; j < cgraph->n_nodes; ++j) {
+        const ggml_tensor * node = cgraph->nodes[j];
+        if (mod_is(node, GGML_MOD_OP_SCATTER)) {
+            return node->src[2] == route ? node : nullptr;
+        }
+        if (mod_is(node, GGML_MOD_OP_ROUTE)) {
+            return nullptr;
+        }
+    }
+    return nullptr;
+}
+
+// adds an IF node behind what has been captured, and returns its body
+static cudaGraph_t mod_add_condition(cudaStream_t stream, const int32_t * count) {
+    cudaStreamCaptureStatus   status;
+    cudaGraph_t               graph;
+    const cudaGraphNode_t   * deps;
+    const cudaGraphEdgeData * edges;
+    size_t                    n_deps;
+
+    CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr));
+    GGML_ASSERT(status == cudaStreamCaptureStatusActive);
+
+    cudaGraphConditionalHandle handle;
+    CUDA_CHECK(cudaGraphConditionalHandleCreate(&handle, graph, 0, cudaGraphCondAssignDefault));
+
+    mod_set_condition_kernel<<<1, 1, 0, stream>>>(handle, count);
+    CUDA_CHECK(cudaGetLastError());
+
+    CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, &deps, &edges, &n_deps));
+
+    cudaGraphNodeParams params = {};
+    params.type               = cudaGraphNodeTypeConditional;
+    params.conditional.handle = handle;
+    params.conditional.type   = cudaGraphCondTypeIf;
+    params.conditional.size   = 1;
+
+    cudaGraphNode_t node;
+    CUDA_CHECK(cudaGraphAddNode(&node, graph, deps, edges, n_deps, &params));
+    CUDA_CHECK(cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1, cudaStreamSetCaptureDependencies));
+
+    return params.conditional.phGraph_out[0];
+}
+
+static bool mod_driver_has_conditions() {
+    static const bool res = [] {
+        int version = 0;
+        CUDA_CHECK(cudaDriverGetVersion(&version));
+        return version >= 12040;
+    }();
+    return res;
+}
+
+void ggml_cuda_mod_capture(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
+    const ggml_tensor * node = cgraph->nodes[i];
+
+    if (mod_is(node, GGML_MOD_OP_SCATTER) && ctx.curr_stream_no == MOD_STREAM) {
+        cudaGraph_t body;
+        CUDA_CHECK(cudaStreamEndCapture(ctx.stream(), &body));
+        ctx.curr_stream_no = 0;
+        return;
+    }
+
+    if (!mod_is(node, GGML_MOD_OP_ROUTE) || node->src[0]->ne[1] != 1 || !mod_driver_has_conditions()) {
+        return;
+    }
+
+    // several streams would have to join inside the body
+    const ggml_tensor * end = ctx.stream_context().concurrent_events.empty() ? mod_find_end(cgraph, i) : nullptr;
+    if (!end) {
+        return; // runs always, which is slower, not wrong
+    }
+
+    const int32_t * route = (const int32_t *) node->data + ggml_mod_get_params(end)->unit*node->ne[0];
+    cudaGraph_t     body  = mod_add_condition(ctx.stream(), route);
+
+    // kernels, pools and cuBLAS handles go by the number of the stream
+    ctx.curr_stream_no = MOD_STREAM;
+    CUDA_CHECK(cudaStreamBeginCaptureToGraph(ctx.stream(), body, nullptr, nullptr, 0, cudaStreamCaptureModeRelaxed));
+}
+
+#else
+
+void ggml_cuda_mod_capture(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
+    GGML_UNUSED(ctx);
+    GGML_UNUSED(cgraph);
+    GGML_UNUSED(i);
+}
+
+#endif
