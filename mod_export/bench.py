@@ -38,7 +38,8 @@ class Options:
 
     contexts: prompt tokens, None for the default ones that the model was trained for. kv_types: K and V, or `K/V`.
     shifts: of the thresholds, in logit space. rounds, seconds: least number of turns, and time for a phase, see
-    bench_measure.measure. starts: how often the processes are started anew, each time for all of that.
+    bench_measure.measure. starts: how often the processes are started anew, each time for all of that. gpu_layers:
+    how many layers lie on the GPU, -1: all; needs a CUDA build.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -52,6 +53,7 @@ class Options:
     seconds: float = 10.0
     starts: int = 1
     threads: int | None = None
+    gpu_layers: int = 0
 
     def __post_init__(self):
         if unknown := set(self.variants) - set(VARIANTS):
@@ -65,15 +67,17 @@ def bench(file, dense, options: Options | None = None, text: str | None = None, 
     text: the prompts', by default the packaged one. stock: directory of the stock library, by default the cached one,
     built if there is none. Raises UserError for files that do not load or do not belong together.
     """
-    from mod_export import bindings, data
+    from mod_export import bindings, data, gpu
 
     bindings.require()
     options = options or Options()
+    if options.gpu_layers and not gpu.gpus():
+        raise UserError("this llama.cpp sees no GPU", "run `mod-export build --cuda`, or leave out --gpu-layers")
     mod_file, dense_file = check_files(file, dense, say)
     n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
     options = replace(options, contexts=options.contexts or tuple(
         c for c in DEFAULT_CONTEXTS if c <= max(n_ctx_train, DEFAULT_CONTEXTS[0])))
-    stock = stock or _stock_lib(say)
+    stock = stock or _stock_lib(bool(options.gpu_layers), say)
     text = text or "\n\n".join(data.default_texts())
     about = describe(mod_file, dense_file, options, stock)
     with tempfile.TemporaryDirectory(prefix="mod-export-bench-") as folder:
@@ -151,10 +155,11 @@ class _Bench:
 
     def _groups(self, step: Step, variants: list[str]) -> list[list[str]]:
         cells = step.batch * (step.context + TAIL)
+        on_gpu = self.options.gpu_layers != 0
         need = {name: processes.process_bytes(self._file(name), cells,
-                                              processes.bytes_per_cell(self._file(name), *step.types))
+                                              processes.bytes_per_cell(self._file(name), *step.types), on_gpu)
                 for name in variants}  # fmt: skip
-        return processes.groups(variants, need, processes.available_memory(), self.say)
+        return processes.groups(variants, need, processes.available_memory(on_gpu), self.say)
 
     def _that_shift(self, group: list[str]) -> list[str]:
         """The variants to measure again at another shift: what it changes, and what that is compared with."""
@@ -169,14 +174,15 @@ class _Bench:
         setup = {"file": str(self._file(name).path), "text": self.text, "context": step.context, "tail": TAIL,
                  "batch": step.batch, "ubatch": step.ubatch, "chunk": step.chunk, "threads": self.options.threads,
                  "flash_attn": step.flash_attn, "type_k": step.types[0], "type_v": step.types[1],
+                 "gpu_layers": self.options.gpu_layers,
                  "unified": name != "ceiling_split", "force": processes.FORCE.get(name, "none")}
         return setup, self.stock if name in processes.STOCK else None
 
 
-def _stock_lib(say: Callable) -> Path:
+def _stock_lib(cuda: bool, say: Callable) -> Path:
     from mod_export import llama_build
 
-    return llama_build.stock_lib() or llama_build.build(stock=True, say=say)
+    return llama_build.stock_lib(cuda) or llama_build.build(stock=True, cuda=cuda, say=say)
 
 
 def _make_floor(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, folder: str) -> GGUFFile | None:
@@ -195,6 +201,8 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, stock: 
 
     import llama_cpp
 
+    from mod_export.gpu import gpus
+
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
@@ -204,7 +212,8 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, stock: 
         "cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "threads": options.threads or len(os.sched_getaffinity(0)), "llama_cpp": llama_cpp.__version__,
         "build_patched": _build(Path(patched)), "build_stock": _build(stock), "rounds": options.rounds,
-        "starts": options.starts,
+        "starts": options.starts, "gpu_layers": options.gpu_layers,
+        "gpus": [[gpu.name, gpu.total] for gpu in gpus()] if options.gpu_layers else [],
         "files": {name: {"file": str(f.path), "bytes": f.path.stat().st_size} for name, f in
                   (("mod", mod_file), ("dense", dense_file))},
         "routed": routed(mod_file), "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",

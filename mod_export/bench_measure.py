@@ -49,7 +49,7 @@ class Step:
 @dataclass
 class Run:
     """One variant's measurements of a phase. ms, activation: [repeats, turns]; perf: sums of the runtime's counters;
-    units: kind -> [active, seen]; kv, rss_peak: at the end of the phase, bytes."""
+    units: kind -> [active, seen]; kv, rss_peak, vram (None without a GPU): at the end of the phase, bytes."""
 
     ms: np.ndarray
     activation: np.ndarray
@@ -58,6 +58,7 @@ class Run:
     sample_ms: list[float] = field(default_factory=list)
     kv: dict = field(default_factory=dict)
     rss_peak: int = 0
+    vram: int | None = None
 
     @classmethod
     def of(cls, answers: list[list[dict]]) -> "Run":
@@ -86,7 +87,7 @@ def _join(runs: list[Run]) -> Run:
         perf.update(run.perf)  # a sum of counters would leave out zeros
     return Run(np.concatenate([run.ms for run in runs]), np.concatenate([run.activation for run in runs]), perf,
                {kind: sum(run.units[kind] for run in runs) for kind in units},
-               [ms for run in runs for ms in run.sample_ms], last.kv, max(run.rss_peak for run in runs))
+               [ms for run in runs for ms in run.sample_ms], last.kv, max(run.rss_peak for run in runs), last.vram)
 
 
 def measure(team: Team, names: list[str], step: Step, shift: float, rounds: int, seconds: float, progress: Progress,
@@ -150,7 +151,7 @@ def _take_turns(team: Team, names: list[str], least: tuple[int, float], weights:
     runs = {name: Run.of([[turns[name] for turns in repeat] for repeat in answers]) for name in names}
     for name, run in runs.items():
         state = team.ask(name, do="state")
-        run.kv, run.rss_peak = state["kv"], state["rss_peak"]
+        run.kv, run.rss_peak, run.vram = state["kv"], state["rss_peak"], state.get("vram")
     return runs
 
 

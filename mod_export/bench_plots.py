@@ -100,7 +100,7 @@ def latency_batch(rows: list[dict], title: str):
 
 
 def memory_context(rows: list[dict], title: str):
-    """K/V of the MoD file against dense, and each variant's peak resident memory."""
+    """K/V of the MoD file against dense, and each variant's GPU memory, without a GPU its peak resident memory."""
     mine = [row for row in rows if row["phase"] == "decode"]
     fig, axes = _panels(2, title)
     if "mod" in mine[0]["kv_bytes"]:
@@ -109,10 +109,12 @@ def memory_context(rows: list[dict], title: str):
                  "committed": (*STYLES["mod"], "MoD: memory committed")}  # fmt: skip
         _against(axes[0], mine, "context", kv, looks)
         axes[0].legend(frameon=False, fontsize=8)
-    _against(axes[1], mine, "context", {n: [r["rss_peak_bytes"].get(n, float("nan")) / 1e6 for r in mine]
+    on_gpu = any(row.get("vram_bytes") for row in mine)
+    sizes = [row["vram_bytes" if on_gpu else "rss_peak_bytes"] for row in mine]
+    _against(axes[1], mine, "context", {n: [size.get(n, float("nan")) / 1e6 for size in sizes]
                                         for n in _present(mine)})
     axes[0].set(title="K/V", ylabel="MB")
-    axes[1].set(title="peak resident memory (model file included)", ylabel="MB")
+    axes[1].set(title="GPU memory" if on_gpu else "peak resident memory (model file included)", ylabel="MB")
     return _finish(fig, axes[1:])
 
 

@@ -29,6 +29,7 @@ GROUPINGS = (
 # ggml's CPU backend copies weights of these types into a layout of its own, which processes do not share
 REPACKED = {2, 10, 12, 13, 14, 20, 39}  # q4_0, q2_k, q4_k, q5_k, q6_k, iq4_nl, mxfp4
 PROCESS = 300 << 20  # bytes of Python, libraries and compute buffers, about
+GPU_PROCESS = 1 << 30  # bytes of kernels and compute buffers on a GPU, a guess
 
 
 class Worker:
@@ -123,10 +124,13 @@ def groups(variants: list[str], bytes_of: dict[str, int], available: int, say: C
     return found
 
 
-def process_bytes(file: GGUFFile, cells: int, bytes_per_cell: float) -> int:
-    """Memory that a process takes for itself, about. The mapped file is shared, repacked weights are not."""
-    repacked = sum(t.nbytes for t in file.tensors.values() if t.type in REPACKED)
-    return int(repacked + cells * bytes_per_cell + PROCESS)
+def process_bytes(file: GGUFFile, cells: int, bytes_per_cell: float, on_gpu: bool = False) -> int:
+    """Memory that a process takes for itself, about; on a GPU, of the GPU's.
+
+    The mapped file is shared, repacked weights are not, and neither is anything on a GPU.
+    """
+    own = sum(t.nbytes for t in file.tensors.values() if on_gpu or t.type in REPACKED)
+    return int(own + cells * bytes_per_cell + (GPU_PROCESS if on_gpu else PROCESS))
 
 
 def bytes_per_cell(file: GGUFFile, type_k: int, type_v: int) -> float:
@@ -135,7 +139,11 @@ def bytes_per_cell(file: GGUFFile, type_k: int, type_v: int) -> float:
     return sum(bytes_per_token(file, layer, k, v) for layer in range(model_number(file, "block_count")))
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, a tenth left over."""
+def available_memory(on_gpu: bool = False) -> int:
+    """Bytes that can be taken without swapping, of all GPUs together, a tenth left over."""
+    if on_gpu:
+        from mod_export.gpu import gpus
+
+        return sum(gpu.free for gpu in gpus()) * 9 // 10
     with open("/proc/meminfo") as f:
         return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024 * 9 // 10

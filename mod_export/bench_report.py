@@ -77,13 +77,15 @@ def _memory(rows: list[dict], markdown: bool) -> str:
     settings, names = _settings(rows), _present(rows)
     head = [h for _, h in settings] + ["after", "KV dense", "used", "committed", "used / dense", "committed / used"]
     head += [f"peak RSS {NAMES[n]}" for n in names]
+    on_gpu = [n for n in names if any(n in row.get("vram_bytes", {}) for row in rows)]
+    head += [f"GPU {NAMES[n]}" for n in on_gpu]
     body = []
     for row in rows:
         kv = row["kv_bytes"].get("mod")
         cells = [f"{kv[k] / 1e6:.2f}" for k in ("dense", "used", "committed")] if kv else [None] * 3
         cells += [_share(kv["used"] / kv["dense"]), _share(kv["committed"] / kv["used"])] if kv else [None] * 2
-        rss = [row["rss_peak_bytes"].get(n) for n in names]
-        body.append(_setting_cells(row, settings) + [row["phase"], *cells] + [x and round(x / 1e6) for x in rss])
+        sizes = [row["rss_peak_bytes"].get(n) for n in names] + [row["vram_bytes"].get(n) for n in on_gpu]
+        body.append(_setting_cells(row, settings) + [row["phase"], *cells] + [x and round(x / 1e6) for x in sizes])
     return format_table(head, body, markdown)
 
 

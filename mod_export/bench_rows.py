@@ -67,6 +67,7 @@ def _memory(runs: dict[str, Run]) -> dict:
     out = {"kv_bytes": {name: {k: run.kv[k] for k in ("dense", "used", "committed", "reserved")}
                         for name, run in runs.items()},
            "rss_peak_bytes": {name: run.rss_peak for name, run in runs.items()},
+           "vram_bytes": {name: run.vram for name, run in runs.items() if run.vram is not None},
            "perf": {name: dict(run.perf) for name, run in runs.items() if run.perf},
            "raw_ms": {name: run.ms.round(3).tolist() for name, run in runs.items()}}
     return out

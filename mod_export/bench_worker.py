@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,13 +24,13 @@ class Variant:
 
     def __init__(self, file: str, text: str, context: int, tail: int, batch: int = 1, ubatch: int = 512,
                  chunk: int = 512, threads: int | None = None, flash_attn: bool = True, type_k: int = 1,
-                 type_v: int = 1, unified: bool = True, force: str = "none"):
+                 type_v: int = 1, unified: bool = True, force: str = "none", gpu_layers: int = 0):
         from mod_export.runtime import MoDLlama
         from mod_export.sequences import new_context
 
         # llama_cpp.Llama knows one sequence only: this small context gives way to one for `batch` sequences
         self.llm = MoDLlama(file, n_ctx=256, threads=threads, n_batch=256, n_ubatch=256, flash_attn=flash_attn,
-                            type_k=type_k, type_v=type_v)
+                            type_k=type_k, type_v=type_v, n_gpu_layers=gpu_layers)
         new_context(self.llm, n_ctx=batch * -(-(context + tail) // 256) * 256, n_batch=chunk, n_ubatch=ubatch,
                     n_seq_max=batch, kv_unified=unified)
         if force != "none" and self.llm.units:  # a dense file by mistake is told of by bench.py
@@ -129,18 +130,33 @@ class Variant:
 
 
 def serve(make) -> None:
-    """Reads the setup, then commands: {"do": name of a method, and its arguments}."""
+    """Reads the setup, then commands: {"do": name of a method, and its arguments}.
+
+    With layers on a GPU each answer tells the GPU memory that this process has taken so far, in bytes: `vram`.
+    """
     answer = answers()
     try:
-        worker = make(**json.loads(sys.stdin.readline()))
-        answer(worker.describe())
+        setup = json.loads(sys.stdin.readline())
+        during, vram = _metered(setup.get("gpu_layers", 0))
+        worker = during(make, **setup)
+        answer(worker.describe() | vram())
         for line in sys.stdin:
             command = json.loads(line)
-            answer(getattr(worker, command.pop("do"))(**command))
+            answer(during(getattr(worker, command.pop("do")), **command) | vram())
     except UserError as exc:
         answer({"error": exc.message, "cure": exc.cure})
     except Exception as exc:  # a bug: its one line is all that the user sees of this process
         answer({"error": f"{type(exc).__name__}: {exc}", "cure": ""})
+
+
+def _metered(gpu_layers: int) -> tuple[Callable, Callable]:
+    """A function that calls another, and one that gives {"vram": what such calls have taken}, if there is a GPU."""
+    if not gpu_layers:
+        return lambda f, **kwargs: f(**kwargs), dict
+    from mod_export.gpu import Meter
+
+    meter = Meter()
+    return meter.during, lambda: {"vram": meter.used}
 
 
 if __name__ == "__main__":

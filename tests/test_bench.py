@@ -7,7 +7,7 @@ import pytest
 from raw import Raw, stock_lib
 from tiny_gguf import Tiny
 
-from mod_export import bench, bench_process, bench_report, bench_stats, bindings
+from mod_export import bench, bench_process, bench_report, bench_stats, bindings, gpu
 from mod_export.errors import UserError
 from mod_export.gguf_file import GGUFFile
 from mod_export.prune import block_floor, prune
@@ -163,6 +163,14 @@ def test_efficiency():
     assert bench_stats.efficiency(floor, floor, floor, a) is None
 
 
+def test_memory_on_a_gpu_in_tables():
+    row = {"context": 64, "batch": 1, "ubatch": 512, "kv_type": "f16", "flash_attn": True, "shift": 0.0,
+           "beyond_training": False, "phase": "decode", "kv_bytes": {}, "ms": {"mod": 1.0, "ceiling": 2.0},
+           "rss_peak_bytes": {"mod": 3e6}, "vram_bytes": {"mod": 7e6}}
+    assert "GPU MoD" in (table := bench_report._memory([row], False)) and " 7" in table
+    assert "GPU" not in bench_report._memory([row | {"vram_bytes": {}}], False)
+
+
 def test_groups_keep_what_is_compared_together():
     variants = [v for v in bench.VARIANTS if v != "ceiling_split"]
     need, said = dict.fromkeys(variants, 10), []
@@ -178,8 +186,24 @@ def test_groups_keep_what_is_compared_together():
 
 
 @patched
+def test_gpu(files, monkeypatch):
+    """Memory that processes take of a GPU is theirs alone, so fewer run at once; a CPU build has none."""
+    with pytest.raises(UserError, match="sees no GPU; run `mod-export build --cuda`"):
+        run(*files, gpu_layers=-1)
+    free = iter([100, 100, 80, 75, 75])
+    monkeypatch.setattr(gpu, "gpus", lambda: [gpu.Gpu("a", next(free), 200)])
+    meter = gpu.Meter()
+    assert [meter.during(lambda x: x, x) for x in "ab"] == ["a", "b"] and meter.used == 20
+    monkeypatch.setattr(gpu, "gpus", lambda: [gpu.Gpu("a", 1000, 2000), gpu.Gpu("b", 500, 2000)])
+    assert bench_process.available_memory(on_gpu=True) == 1350
+    dense = GGUFFile.open(files[1])
+    more = bench_process.process_bytes(dense, 0, 1, on_gpu=True) - bench_process.GPU_PROCESS
+    assert more == sum(t.nbytes for t in dense.tensors.values())
+
+
+@patched
 def test_groups_are_measured_one_after_the_other(files, monkeypatch):
-    monkeypatch.setattr(bench_process, "available_memory", lambda: 3 * bench_process.PROCESS + (100 << 20))
+    monkeypatch.setattr(bench_process, "available_memory", lambda _: 3 * bench_process.PROCESS + (100 << 20))
     rows = run(*files)["rows"]
     assert set(rows[0]["ratios"]) == {"dense_patched/ceiling", "all_active/ceiling", "none_active/floor", "mod/ceiling"}
 
