@@ -57,7 +57,7 @@ def build(
 
     Raises UserError naming what is missing, or the last error of the build and its log.
     """
-    missing = missing_tools()
+    missing = missing_tools(patching=not llama_source.is_unpacked(stock))
     if missing:
         packages = " ".join(sorted(set(missing.values())))
         raise UserError(f"missing: {', '.join(missing)}", f"install them (Debian: apt-get install {packages})")
@@ -79,9 +79,9 @@ def build(
     return lib
 
 
-def missing_tools() -> dict[str, str]:
+def missing_tools(patching: bool = True) -> dict[str, str]:
     """What a build needs and this machine lacks: tool -> Debian package. For CUDA see cuda_toolkit.py."""
-    tools = {"cmake": "cmake", "ninja": "ninja-build", "git": "git"}
+    tools = {"cmake": "cmake", "ninja": "ninja-build"} | ({"git": "git"} if patching else {})
     missing = {tool: package for tool, package in tools.items() if not _which(tool)}
     if not _compiler("CC", "cc", "gcc", "clang"):
         missing["a C compiler"] = "build-essential"

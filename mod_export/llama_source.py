@@ -125,9 +125,7 @@ def _pip_download(pin: Pin) -> Path:
 
 def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
     """The unpacked source in the cache, patched unless `stock`; made where it is not there yet."""
-    pin = read_pin()
-    name = f"stock-{pin.sha256[:12]}" if stock else f"patched-{patches_digest()[:12]}"
-    path = cache_dir() / "source" / name
+    path = _source_path(stock)
     if not path.is_dir():
         path.parent.mkdir(exist_ok=True)
         with atomic_dir(path, force=True, marker="PKG-INFO") as tmp:
@@ -135,6 +133,16 @@ def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
             if not stock:
                 apply_patches(tmp / "vendor/llama.cpp")
     return path
+
+
+def is_unpacked(stock: bool = False) -> bool:
+    """Whether source_dir() has nothing to do."""
+    return _source_path(stock).is_dir()
+
+
+def _source_path(stock: bool) -> Path:
+    name = f"stock-{read_pin().sha256[:12]}" if stock else f"patched-{patches_digest()[:12]}"
+    return cache_dir() / "source" / name
 
 
 def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:

@@ -29,11 +29,11 @@ ROUNDS = 8  # a unit's scores depend on the decisions before it: activations set
 
 def onto(base: str | os.PathLike, output: str | os.PathLike, units: str = "kv", activation: str = "0.5",
          layers: str = "2-", sinks: int = 4, kv_window: int = 64, seed: int = 0, force: bool = False,
-         text: str | None = None, say: Callable[[str], None] = lambda line: None) -> None:
+         text: str | None = None, rounds: int = ROUNDS, say: Callable[[str], None] = lambda line: None) -> None:
     """Write `output`: the weights of `base`, random routers, biases such that `activation` of the text's tokens run.
 
     Options as in synth_routers.routing; text: by default the packaged one. The activation is met within a few points
-    in each unit. Raises UserError for a base that is no dense GGUF or has no vocabulary, and for an existing output.
+    in each unit, in fewer rounds less closely. Raises UserError for a base that is no dense GGUF or has no vocabulary, and for an existing output.
     """
     file = GGUFFile.open(base)
     n_embd = model_number(file, "embedding_length")
@@ -46,10 +46,10 @@ def onto(base: str | os.PathLike, output: str | os.PathLike, units: str = "kv", 
                np.zeros(1, np.float32)) for unit in config.routed()
     }  # fmt: skip
     with atomic_file(output, force) as tmp:
-        for number in range(ROUNDS):
+        for number in range(rounds):
             write_routers(Path(base), tmp, config, routers)
             active, score = _trace(tmp, text)
-            say(f"fitting biases, round {number + 1} of {ROUNDS}: activation {active.mean():.3f}, "
+            say(f"fitting biases, round {number + 1} of {rounds}: activation {active.mean():.3f}, "
                 f"by unit {active.mean(0).min():.3f} to {active.mean(0).max():.3f}")
             _move_biases(config, routers, score[sinks:])
         write_routers(Path(base), tmp, config, routers)

@@ -1,0 +1,122 @@
+"""Synthetic models on the GPU, by `mod-export bench`'s own code. Result: bench.jsonl, a line for each finished point.
+
+A point is a shape, a quantisation, a kind of units and a context: the dense model, the floor, everything active, nothing
+active, and activations of about 0.75, 0.5 and 0.25, taking turns. Points that are there are not measured again; one that is
+not likely to end in time is not begun. SHAPES, QUANTS, UNITS and CONTEXTS choose (with commas).
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from common import GPU_LAYERS, REHEARSE, RESULTS, WORK, machine, part
+
+from mod_export.bench import Options, bench
+from mod_export.errors import UserError
+from mod_export.progress import Progress
+from mod_export.synth import synth
+from mod_export.synth_routers import routing
+from mod_export.synth_shape import preset_named
+
+# shifts of the thresholds for 0.5, 0.75 and 0.25: the routers' logits have a standard deviation of 2
+SHIFTS = (0.0, -1.35, 1.35)
+VARIANTS = ("ceiling", "floor", "dense_patched", "mod", "all_active", "none_active")
+OPTIONS = Options(ubatches=(1024,), shifts=SHIFTS, variants=VARIANTS, seconds=2.0, gpu_layers=GPU_LAYERS)
+FIRST = 150.0  # s; what a point may take as long as none is known
+if REHEARSE:
+    DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv", "CONTEXTS": "64,128"}
+    SMALL = {"layers": 4, "embd": 512, "heads": 8, "heads_kv": 2, "ff": 1024, "vocab": 2048}
+    OPTIONS = replace(OPTIONS, ubatches=(64,), rounds=1, seconds=0.0)
+else:
+    DEFAULTS = {"SHAPES": "8b,1b,3b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv",
+                "CONTEXTS": "8192,32768,2048,65536"}  # fmt: skip
+    SMALL = {}
+
+
+@dataclass(frozen=True)
+class Point:
+    shape: str
+    quant: str
+    units: str
+    context: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.quant} {self.units} {self.context}"
+
+
+def main() -> bool:
+    end = time.monotonic() + 60 * float(os.environ["MINUTES"])
+    lines, plan = finished(RESULTS / "bench.jsonl"), points()
+    took = {line["point"]: line["seconds"] for line in lines}
+    left = [point for point in plan if point.name not in took]
+    for point in left:
+        expected = max([1.3 * s for name, s in took.items() if name.split()[0] == point.shape] or [FIRST])
+        if time.monotonic() + expected > end and not REHEARSE:
+            print(f"{sum(p.name not in took for p in plan)} of {len(plan)} points are left: call again to go on")
+            sys.exit(3)
+        start = time.monotonic()
+        line = {"point": point.name, "machine": machine()} | measure(point)
+        took[point.name] = line["seconds"] = round(time.monotonic() - start, 1)
+        append(line)
+        print(f"{point.name}: {line['seconds']} s{', failed: ' + line['error'] if 'error' in line else ''}", flush=True)
+    failed = [line["point"] for line in finished(RESULTS / "bench.jsonl") if "error" in line]
+    print(f"all {len(plan)} points are there" + (f", {len(failed)} of them failed: {', '.join(failed)}" if failed else ""))
+    return not failed
+
+
+def points() -> list[Point]:
+    chosen = [os.environ.get(name, default).split(",") for name, default in DEFAULTS.items()]
+    try:
+        return [Point(shape, quant, units, int(context)) for shape, quant, context, units in
+                product(*chosen[:2], chosen[3], chosen[2])]  # fmt: skip
+    except ValueError as exc:
+        raise UserError(f"CONTEXTS is {os.environ['CONTEXTS']!r}", "give numbers of tokens, with commas") from exc
+
+
+def measure(point: Point) -> dict:
+    """The result of bench(), or the error: a point that does not fit the GPU must not end the others."""
+    dense, mod = files(point)
+    try:
+        return bench(mod, dense, replace(OPTIONS, contexts=(point.context,)), say=lambda line: print(line, flush=True),
+                     progress=Progress())  # fmt: skip
+    except UserError as exc:
+        return {"error": exc.message}
+
+
+def files(point: Point) -> tuple[Path, Path]:
+    """The point's dense and MoD file; those of other shapes and types are removed, they take much space."""
+    folder = WORK / "models" / f"{point.shape}-{point.quant}"
+    for path in (WORK / "models").glob("*/*.gguf"):
+        if path.parent != folder:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    dense, mod = folder / "dense.gguf", folder / f"{point.units}.gguf"
+    if not mod.is_file():
+        shape = replace(preset_named(point.shape), **SMALL).checked()
+        synth(mod, shape, point.quant, routing(shape.layers, point.units, "0.5"), None if dense.is_file() else dense)
+    return dense, mod
+
+
+def finished(path: Path) -> list[dict]:
+    """The lines; a last one that was cut off does not count."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def append(line: dict) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "bench.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    part(main)

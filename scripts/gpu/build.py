@@ -1,0 +1,47 @@
+"""Builds both libraries and test-backend-ops; an interrupted build goes on at the next call. Result: build.json."""
+
+import subprocess
+import time
+
+from common import REHEARSE, WORK, part, patched_lib, read, save
+
+from mod_export import llama_build, llama_source
+
+
+def main() -> bool:
+    for stock in (False, True):
+        timed("stock" if stock else "patched", lambda stock=stock: llama_build.build(cuda=not REHEARSE, stock=stock))
+    timed("test-backend-ops", build_tests)
+    return True
+
+
+def timed(name: str, build) -> None:
+    """Seconds of each call, those that were cut off included; a call that finds it built adds none."""
+    start = time.monotonic()
+    try:
+        build()
+    finally:
+        took = round(time.monotonic() - start, 1)
+        seconds = read("build.json").get("seconds", {})
+        if took > 2 or name not in seconds:
+            save("build.json", {"seconds": seconds | {name: [*seconds.get(name, []), took]}})
+
+
+def build_tests() -> None:
+    """One file against the built library: cmake would build a great deal more for it."""
+    target, root = WORK / "test-backend-ops", llama_source.source_dir() / "vendor/llama.cpp"
+    lib = patched_lib()
+    if target.is_file() and target.stat().st_mtime > (lib / llama_build.MARKER).stat().st_mtime:
+        return
+    print("compiling test-backend-ops", flush=True)
+    compiler = llama_build._compiler("CXX", "c++", "g++", "clang++")
+    command = [compiler, "-std=c++17", "-O1", f"-I{root}/ggml/include", f"{root}/tests/test-backend-ops.cpp"]
+    command += [f"-L{lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{lib}", f"-Wl,-rpath-link,{lib}"]
+    # cuBLAS and the driver are found at run time
+    command += ["-Wl,--allow-shlib-undefined", "-pthread", "-o", f"{target}.tmp"]
+    subprocess.run(command, check=True)
+    (WORK / "test-backend-ops.tmp").replace(target)
+
+
+if __name__ == "__main__":
+    part(main)

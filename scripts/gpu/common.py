@@ -1,0 +1,67 @@
+"""What the parts of scripts/gpu_check.sh share: where things are, results as JSON files, and what ran them.
+
+gpu_check.sh sets GPU_WORK, GPU_RESULTS, and MOD_REHEARSE=1 for the same on a CPU build with the smallest sizes.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mod_export import llama_build
+from mod_export.errors import UserError
+from mod_export.files import atomic_file
+
+REHEARSE = os.environ.get("MOD_REHEARSE") == "1"
+WORK, RESULTS = Path(os.environ["GPU_WORK"]), Path(os.environ["GPU_RESULTS"])
+GPU_LAYERS = 0 if REHEARSE else -1
+OPS = "MOD_SCORE,MOD_ROUTE,MOD_GATHER,MOD_SCATTER,MOD_MASK"
+
+
+def patched_lib() -> Path:
+    lib = llama_build.patched_lib(cuda=not REHEARSE)
+    if lib is None:
+        raise UserError("the library is not built", "run the part `build` first")
+    return lib
+
+
+def read(name: str) -> dict:
+    """A result so far; what a rehearsal found is no result."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save(name: str, data: dict) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with atomic_file(RESULTS / name, force=True) as tmp:
+        tmp.write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")
+
+
+def machine() -> dict:
+    """What the figures hold for."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.machine())  # fmt: skip
+    return {"date": time.strftime("%Y-%m-%d"), "gpus": _said(query), "nvcc": _said(["nvcc", "--version"])[-2:],
+            "cpu": cpu, "cores": os.cpu_count(), "rehearsal": REHEARSE}  # fmt: skip
+
+
+def _said(command: list[str]) -> list[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    except OSError:
+        return []
+
+
+def part(main: Callable[[], bool]) -> None:
+    """Ends the process: 0 where main() says that all is well, 1 where not, 2 for what the user can cure."""
+    try:
+        sys.exit(0 if main() else 1)
+    except UserError as exc:
+        sys.exit(print(f"error: {exc}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(124)  # time is up; gpu_check.sh says it

@@ -1,0 +1,37 @@
+"""Our operations on the GPU against the CPU, by test-backend-ops. Result: ops.json."""
+
+import re
+import subprocess
+import time
+from collections import Counter
+
+from common import OPS, REHEARSE, WORK, part, save
+
+BACKEND = "CPU" if REHEARSE else "CUDA0"
+
+
+def main() -> bool:
+    start = time.monotonic()
+    done = subprocess.run(command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip() for line in done.stdout.splitlines()]
+    counts, bad = Counter(), []
+    for line in lines:
+        if found := re.match(r"(MOD_\w+)\(.*\): ", line):
+            counts[found[1]] += 1
+            if not line.endswith(": OK"):
+                bad.append(line)
+    missing = sorted(set(OPS.split(",")) - set(counts))
+    passed = done.returncode == 0 and not bad and not missing
+    save("ops.json", {"backend": BACKEND, "cases": counts, "failed": bad, "missing": missing, "passed": passed,
+                      "exit": done.returncode, "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
+    print("\n".join([*(bad or ([] if passed else lines[-10:])), f"{sum(counts.values())} cases on {BACKEND}: "
+                     f"{'all passed' if passed else f'{len(bad)} failed, no case of {missing}, exit {done.returncode}'}"]))
+    return passed
+
+
+def command() -> list[str]:
+    return [str(WORK / "test-backend-ops"), "test", "-o", OPS, "-b", BACKEND]
+
+
+if __name__ == "__main__":
+    part(main)

