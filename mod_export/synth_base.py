@@ -33,7 +33,8 @@ def onto(base: str | os.PathLike, output: str | os.PathLike, units: str = "kv", 
     """Write `output`: the weights of `base`, random routers, biases such that `activation` of the text's tokens run.
 
     Options as in synth_routers.routing; text: by default the packaged one. The activation is met within a few points
-    in each unit, in fewer rounds less closely. Raises UserError for a base that is no dense GGUF or has no vocabulary, and for an existing output.
+    in each unit, in fewer rounds less closely. Raises UserError for a base that is no dense GGUF or has no vocabulary,
+    and for an existing output.
     """
     file = GGUFFile.open(base)
     n_embd = model_number(file, "embedding_length")

@@ -1,8 +1,8 @@
 """Synthetic models on the GPU, by `mod-export bench`'s own code. Result: bench.jsonl, a line for each finished point.
 
-A point is a shape, a quantisation, a kind of units and a context: the dense model, the floor, everything active, nothing
-active, and activations of about 0.75, 0.5 and 0.25, taking turns. Points that are there are not measured again; one that is
-not likely to end in time is not begun. SHAPES, QUANTS, UNITS and CONTEXTS choose (with commas).
+A point is a shape, a quantisation, a kind of units and a context: the dense model, the floor, everything active,
+nothing active, and activations of about 0.75, 0.5 and 0.25, taking turns. Points that are there are not measured again;
+one that is not likely to end in time is not begun. SHAPES, QUANTS, UNITS and CONTEXTS choose (with commas).
 """
 
 import json
@@ -65,7 +65,7 @@ def main() -> bool:
         append(line)
         print(f"{point.name}: {line['seconds']} s{', failed: ' + line['error'] if 'error' in line else ''}", flush=True)
     failed = [line["point"] for line in finished(RESULTS / "bench.jsonl") if "error" in line]
-    print(f"all {len(plan)} points are there" + (f", {len(failed)} of them failed: {', '.join(failed)}" if failed else ""))
+    print("all points are there" + (f", {len(failed)} failed: {', '.join(failed)}" if failed else ""))
     return not failed
 
 

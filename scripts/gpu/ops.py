@@ -24,8 +24,9 @@ def main() -> bool:
     passed = done.returncode == 0 and not bad and not missing
     save("ops.json", {"backend": BACKEND, "cases": counts, "failed": bad, "missing": missing, "passed": passed,
                       "exit": done.returncode, "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
-    print("\n".join([*(bad or ([] if passed else lines[-10:])), f"{sum(counts.values())} cases on {BACKEND}: "
-                     f"{'all passed' if passed else f'{len(bad)} failed, no case of {missing}, exit {done.returncode}'}"]))
+    if not passed:
+        print("\n".join([*(bad or lines[-10:]), *(f"no case of {op}" for op in missing)]))
+    print(f"{sum(counts.values())} cases on {BACKEND}: " + ("all passed" if passed else f"exit {done.returncode}"))
     return passed
 
 

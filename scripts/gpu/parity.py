@@ -1,7 +1,7 @@
 """SmolLM2 in F32 with routers, on the GPU against the CPU: decisions and logits. Result: parity.json.
 
-A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The CPU's run is one with the
-same library and no GPU to be seen. Up to the first decision that differs both sides compute the same function:
+A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The CPU's run is one with
+the same library and no GPU to be seen. Up to the first decision that differs both sides compute the same function:
 there KL must be at most 1e-4 without flash attention, and the differing score lie within 1e-3 of its threshold.
 """
 
@@ -61,7 +61,8 @@ def main() -> bool:
             run(file, WORK / f"cpu-{flash_attn:d}.npz", Case("cpu", flash_attn, (("CUDA_VISIBLE_DEVICES", ""),), 0))
         for case in left:
             run(file, WORK / "gpu.npz", case)
-            found[f"{units}: {case.name}"] = result = compare(WORK / f"cpu-{case.flash_attn:d}.npz", WORK / "gpu.npz", case)
+            result = compare(WORK / f"cpu-{case.flash_attn:d}.npz", WORK / "gpu.npz", case)
+            found[f"{units}: {case.name}"] = result
             save("parity.json", {"prompt": PROMPT, "decoded": DECODED, "cases": found})
             print(f"{units}: {case.name}: {'; '.join(result['failures']) or 'passed'}", flush=True)
         file.unlink()
@@ -105,25 +106,26 @@ def run(file: Path, output: Path, case: Case) -> None:
     # cuBLAS would multiply F32 in TF32
     env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"} | dict(case.env)
     command = [sys.executable, __file__, str(file), str(output), str(int(case.flash_attn)), str(layers)]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(command, env=env, **pipes)
     if done.returncode:
         last = (done.stdout.strip().splitlines() or [f"code {done.returncode}"])[-1]
         raise UserError(f"the run `{case.name}` ended with code {done.returncode}: {last}")
 
 
-def evaluate(file: str, output: str, flash_attn: str, layers: str, prompt: int = PROMPT, decoded: int = DECODED) -> None:
+def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
     """Logits [T, n_vocab], decisions and router logits [T, n_units] of the packaged text's first tokens."""
     from mod_export import data
     from mod_export.runtime import MoDLlama
     from mod_export.worker import prompt_tokens
 
     fast = flash_attn == "1"
-    llm = MoDLlama(file, n_ctx=prompt + decoded, n_batch=UBATCH, n_ubatch=UBATCH, logits_all=True, flash_attn=fast,
+    llm = MoDLlama(file, n_ctx=PROMPT + DECODED, n_batch=UBATCH, n_ubatch=UBATCH, logits_all=True, flash_attn=fast,
                    type_k=int(fast), type_v=int(fast), n_gpu_layers=int(layers))  # fmt: skip
-    tokens = prompt_tokens(llm, data.default_texts()[0], prompt + decoded)
+    tokens = prompt_tokens(llm, data.default_texts()[0], PROMPT + DECODED)
     with llm.recording() as batches:
-        llm.eval(tokens[:prompt])
-        for token in tokens[prompt:]:
+        llm.eval(tokens[:PROMPT])
+        for token in tokens[PROMPT:]:
             llm.eval([token])
     active, score = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     np.savez(output, logits=llm.scores[: len(tokens)], active=active.astype(bool), score=score,

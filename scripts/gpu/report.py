@@ -1,8 +1,8 @@
 """Tables and plots of bench.jsonl: bench.md, and a folder of PNG files for each model and kind of units."""
 
+import bench
 from common import RESULTS, part
 
-import bench
 from mod_export import bench_plots, bench_report
 from mod_export.errors import UserError
 from mod_export.files import atomic_file
@@ -17,7 +17,8 @@ def main() -> bool:
         raise UserError(f"there is no finished point in {RESULTS / 'bench.jsonl'}", "run the part `bench` first")
     text = [f"# Benchmark on {', '.join(name for name, _ in gpus(groups)) or 'a CPU, a rehearsal'}\n"]
     for name, lines in groups.items():
-        rows = sorted((row for line in lines for row in line["rows"]), key=lambda row: (row["context"], row["shift"] != 0))
+        rows = [row for line in lines for row in line["rows"]]
+        rows.sort(key=lambda row: (row["context"], row["shift"] != 0))
         result = {"about": lines[0]["about"], "rows": rows}
         text += [f"\n## {name}\n", bench_report.tables(result, markdown=True), ""]
         text += [f"\n![{path.stem}]({path.relative_to(RESULTS)})" for path in draw(result, name)]

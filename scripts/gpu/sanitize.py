@@ -1,6 +1,7 @@
 """compute-sanitizer's memcheck and racecheck on our operations and on a short decode each way. Result: sanitize.json.
 
-The decode is of three layers of random weights with attn, ffn and kv units. A rehearsal runs the commands without the sanitizer.
+The decode is of three layers of random weights with attn, ffn and kv units. A rehearsal runs the commands without the
+sanitizer.
 """
 
 import os
@@ -37,9 +38,9 @@ def main() -> bool:
             if name in found:
                 continue
             prefix = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", str(FOUND)]
-            found[name] = run(([] if REHEARSE else prefix) + command, env)
+            found[name] = result = run(([] if REHEARSE else prefix) + command, env)
             save("sanitize.json", {"runs": found})
-            print(f"{name}: {found[name]['summary']}, exit {found[name]['exit']}, {found[name]['seconds']} s", flush=True)
+            print(f"{name}: {result['summary']}, exit {result['exit']}, {result['seconds']} s", flush=True)
     return all(run["exit"] == 0 for run in found.values())
 
 
