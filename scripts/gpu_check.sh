@@ -19,7 +19,7 @@ pieces=$(realpath -m "$2") work=$(realpath -m "$3") python=${PYTHON:-python3}
 
 unpack "$pieces/build" "$work" "$python"
 [ "$part" != parity ] || unpack "$pieces/model" "$work" "$python"
-export MOD_EXPORT_CACHE=$work/cache MINUTES=${MINUTES:-8} GPU_WORK=$work
+export PYTHONUNBUFFERED=1 MOD_EXPORT_CACHE=$work/cache MINUTES=${MINUTES:-8} GPU_WORK=$work
 kind=patched-cuda
 [ "${MOD_REHEARSE:-}" != 1 ] || { kind=patched RESULTS=$work/results; }
 export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/benchmarks/gpu}")
