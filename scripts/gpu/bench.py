@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from common import GPU_LAYERS, REHEARSE, RESULTS, WORK, machine, part
+from common import GPU_LAYERS, REHEARSE, RESULTS, THREADS, WORK, machine, part
 
 from mod_export.bench import Options, bench
 from mod_export.errors import UserError
@@ -25,7 +25,8 @@ from mod_export.synth_shape import preset_named
 # shifts of the thresholds for 0.5, 0.75 and 0.25: the routers' logits have a standard deviation of 2
 SHIFTS = (0.0, -1.35, 1.35)
 VARIANTS = ("ceiling", "floor", "dense_patched", "mod", "all_active", "none_active")
-OPTIONS = Options(ubatches=(1024,), shifts=SHIFTS, variants=VARIANTS, seconds=2.0, gpu_layers=GPU_LAYERS)
+OPTIONS = Options(ubatches=(1024,), shifts=SHIFTS, variants=VARIANTS, seconds=2.0, threads=THREADS,
+                  gpu_layers=GPU_LAYERS)  # fmt: skip
 FIRST = 150.0  # s; what a point may take as long as none is known
 if REHEARSE:
     DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv", "CONTEXTS": "64,128"}
@@ -51,8 +52,9 @@ class Point:
 
 def main() -> bool:
     end = time.monotonic() + 60 * float(os.environ["MINUTES"])
-    lines, plan = finished(RESULTS / "bench.jsonl"), points()
-    took = {line["point"]: line["seconds"] for line in lines}
+    plan, build = points(), machine()["build"]
+    # lines of an earlier build stay for comparison, and the report takes the last of each point
+    took = {line["point"]: line["seconds"] for line in finished() if line["machine"]["build"] == build}
     left = [point for point in plan if point.name not in took]
     for point in left:
         expected = max([1.3 * s for name, s in took.items() if name.split()[0] == point.shape] or [FIRST])
@@ -64,7 +66,7 @@ def main() -> bool:
         took[point.name] = line["seconds"] = round(time.monotonic() - start, 1)
         append(line)
         print(f"{point.name}: {line['seconds']} s{', failed: ' + line['error'] if 'error' in line else ''}", flush=True)
-    failed = [line["point"] for line in finished(RESULTS / "bench.jsonl") if "error" in line]
+    failed = [line["point"] for line in finished() if line["machine"]["build"] == build and "error" in line]
     print("all points are there" + (f", {len(failed)} failed: {', '.join(failed)}" if failed else ""))
     return not failed
 
@@ -102,8 +104,9 @@ def files(point: Point) -> tuple[Path, Path]:
     return dense, mod
 
 
-def finished(path: Path) -> list[dict]:
-    """The lines; a last one that was cut off does not count."""
+def finished() -> list[dict]:
+    """The lines of bench.jsonl; a last one that was cut off does not count."""
+    path = RESULTS / "bench.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 

@@ -19,6 +19,7 @@ from mod_export.files import atomic_file
 REHEARSE = os.environ.get("MOD_REHEARSE") == "1"
 WORK, RESULTS = Path(os.environ["GPU_WORK"]), Path(os.environ["GPU_RESULTS"])
 GPU_LAYERS = 0 if REHEARSE else -1
+THREADS = 1 if REHEARSE else None  # a rehearsal may have to share its cores
 OPS = "MOD_SCORE,MOD_ROUTE,MOD_GATHER,MOD_SCATTER,MOD_MASK"
 
 
@@ -30,9 +31,10 @@ def patched_lib() -> Path:
 
 
 def read(name: str) -> dict:
-    """A result so far; what a rehearsal found is no result."""
+    """A result so far; empty where it is of another build."""
     path = RESULTS / name
-    return json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("machine", {}).get("build") == machine()["build"] else {}
 
 
 def save(name: str, data: dict) -> None:
@@ -46,8 +48,16 @@ def machine() -> dict:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.machine())  # fmt: skip
-    return {"date": time.strftime("%Y-%m-%d"), "gpus": _said(query), "nvcc": _said(["nvcc", "--version"])[-2:],
-            "cpu": cpu, "cores": os.cpu_count(), "rehearsal": REHEARSE}  # fmt: skip
+    lib = llama_build.patched_lib(cuda=not REHEARSE)
+    return {
+        "build": lib and lib.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "gpus": _said(query),
+        "nvcc": _said(["nvcc", "--version"])[-2:],
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "rehearsal": REHEARSE,
+    }
 
 
 def _said(command: list[str]) -> list[str]:

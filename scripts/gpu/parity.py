@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from common import GPU_LAYERS, REHEARSE, WORK, part, read, save
+from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, read, save
 
 from mod_export.errors import UserError
 from mod_export.tables import format_table
@@ -95,6 +95,8 @@ def widen(source: Path, target: Path) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = 0, True, os.cpu_count()
     tmp = target.with_suffix(".tmp")
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, None)
     if llama_cpp.llama_model_quantize(str(source).encode(), str(tmp).encode(), params):
         raise UserError(f"cannot make an F32 file of {source}")
     tmp.replace(target)
@@ -121,7 +123,7 @@ def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
 
     fast = flash_attn == "1"
     llm = MoDLlama(file, n_ctx=PROMPT + DECODED, n_batch=UBATCH, n_ubatch=UBATCH, logits_all=True, flash_attn=fast,
-                   type_k=int(fast), type_v=int(fast), n_gpu_layers=int(layers))  # fmt: skip
+                   type_k=int(fast), type_v=int(fast), n_gpu_layers=int(layers), threads=THREADS)  # fmt: skip
     tokens = prompt_tokens(llm, data.default_texts()[0], PROMPT + DECODED)
     with llm.recording() as batches:
         llm.eval(tokens[:PROMPT])

@@ -10,7 +10,7 @@ from mod_export.files import atomic_file
 
 def main() -> bool:
     groups: dict[str, list[dict]] = {}
-    for line in bench.finished(RESULTS / "bench.jsonl"):
+    for line in {line["point"]: line for line in bench.finished()}.values():
         if "error" not in line:
             groups.setdefault("-".join(line["point"].split()[:3]), []).append(line)
     if not groups:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ops
-from common import GPU_LAYERS, REHEARSE, WORK, part, read, save
+from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, read, save
 
 from mod_export.errors import UserError
 
@@ -73,7 +73,7 @@ def decode(file: str) -> None:
     from mod_export.runtime import MoDLlama
     from mod_export.worker import prompt_tokens
 
-    llm = MoDLlama(file, n_ctx=256, n_batch=32, n_ubatch=32, n_gpu_layers=GPU_LAYERS)
+    llm = MoDLlama(file, n_ctx=256, n_batch=32, n_ubatch=32, n_gpu_layers=GPU_LAYERS, threads=THREADS)
     llm.kv_rollback = 0
     tokens = prompt_tokens(llm, "", 48)
     llm.eval(tokens[:40])
