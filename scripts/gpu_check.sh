@@ -17,7 +17,7 @@ pieces=$(realpath -m "$2") work=$(realpath -m "$3") python=${PYTHON:-python3}
 "$python" -c 'import sys, numpy, jinja2, typing_extensions; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
     || die "$python is no Python 3.11 or later with numpy, jinja2 and typing_extensions"
 
-unpack "$pieces/build" "$work" "$python"
+[ "$part" = report ] || unpack "$pieces/build" "$work" "$python"
 [ "$part" != parity ] || unpack "$pieces/model" "$work" "$python"
 export PYTHONUNBUFFERED=1 MOD_EXPORT_CACHE=$work/cache MINUTES=${MINUTES:-8} GPU_WORK=$work
 kind=patched-cuda
@@ -26,7 +26,7 @@ export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/benchmarks/gpu}")
 # llama_cpp is used from its source, with the library that was built: nothing is installed into the machine's Python
 sources=("$work"/cache/source/patched-*)
 export PYTHONPATH=$PWD:$work/site:${sources[0]} PATH=$work/site/bin:$PATH
-if [ "$part" != build ]; then
+if [ "$part" != build ] && [ "$part" != report ]; then
     [ -f "$work/cache/log/last-$kind" ] || die "the library is not built; run the part build first"
     export LLAMA_CPP_LIB_PATH=$work/cache/lib/$(cat "$work/cache/log/last-$kind")
 fi

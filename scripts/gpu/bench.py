@@ -29,7 +29,7 @@ OPTIONS = Options(ubatches=(1024,), shifts=SHIFTS, variants=VARIANTS, seconds=2.
                   gpu_layers=GPU_LAYERS)  # fmt: skip
 FIRST = 150.0  # s; what a point may take as long as none is known
 if REHEARSE:
-    DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv", "CONTEXTS": "64,128"}
+    DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0", "UNITS": "attn,block", "CONTEXTS": "64,128"}
     SMALL = {"layers": 4, "embd": 512, "heads": 8, "heads_kv": 2, "ff": 1024, "vocab": 2048}
     OPTIONS = replace(OPTIONS, ubatches=(64,), rounds=1, seconds=0.0)
 else:
