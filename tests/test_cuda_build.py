@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import zipfile
+from importlib import machinery, util
 from pathlib import Path
 
 import pytest
 
-from mod_export import cuda_toolkit, llama_build
+from mod_export import cuda_toolkit, llama_build, llama_source
 from mod_export.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,3 +156,51 @@ def test_cuda_check_compiles_what_the_patches_touch(tmp_path):
     assert all("code=sm_75" in line and "code=sm_120a" in line for line in (tmp_path / "log").read_text().splitlines())
     result = cuda_check("acc.cu", CUDACXX=str(nvcc))
     assert result.returncode == 2 and "not among the touched files: acc.cu" in result.stderr
+
+
+@pytest.fixture()
+def checker(machine, monkeypatch):
+    """scripts/cuda_check as a module, for a source tree with one file of its own and an nvcc that counts."""
+    loader = machinery.SourceFileLoader("cuda_check", str(ROOT / "scripts/cuda_check"))
+    module = util.module_from_spec(util.spec_from_loader("cuda_check", loader))
+    loader.exec_module(module)
+    monkeypatch.setattr(llama_source, "source_dir", lambda: machine / "source")
+    monkeypatch.setattr(llama_source, "cache_dir", lambda: machine / "cache")
+    touch(machine / "source/vendor/llama.cpp" / module.FOLDER / "mod.cu", machine / "cublas/include/cublas_v2.h")
+    (machine / "cache").mkdir()
+    counts = f'    *) echo x >>{machine}/log; exit $(cat {machine}/code 2>/dev/null || echo 0) ;;\nesac\n'
+    script(machine / "bin/nvcc", NVCC.format(root=machine / "toolkit", version="13.0").replace("esac\n", counts))
+    return module
+
+
+def test_cuda_check_compiles_once_what_does_not_change(checker, machine):
+    def compiled(cached=True):
+        (machine / "log").write_text("")
+        failed = checker.check(["mod.cu"], "75", machine / "cublas", cached, fetch=False)
+        return failed, len((machine / "log").read_text().split())
+
+    (machine / "code").write_text("1")
+    assert compiled() == (1, 1)  # what fails is tried again
+    (machine / "code").unlink()
+    assert [compiled(), compiled(), compiled(cached=False)] == [(0, 1), (0, 0), (0, 1)]
+    (machine / "source/vendor/llama.cpp/ggml/src/ggml-cuda/common.cuh").write_text("// a header")
+    assert compiled() == (0, 1)
+
+
+def test_cuda_check_takes_headers_out_of_the_package(checker, machine, monkeypatch):
+    def pip(command, **_):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "x.whl"), "w") as wheel:
+            for name in ("nvidia/cu13/include/cublas_v2.h", "nvidia/cu13/lib/libcublas.so.13"):
+                wheel.writestr(name, "")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(checker.subprocess, "run", pip)
+    include = checker.fetch_cublas()
+    assert [path.name for path in include.iterdir()] == ["cublas_v2.h"] and include.parent.parent == machine / "cache"
+    assert len(list((machine / "cache").iterdir())) == 1
+    monkeypatch.setattr(checker, "CUBLAS", "0")
+    failed = subprocess.CompletedProcess([], 1, "", "no network\n")
+    monkeypatch.setattr(checker.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="cannot fetch nvidia-cublas 0: no network"):
+        checker.fetch_cublas()
+    assert len(list((machine / "cache").iterdir())) == 1
