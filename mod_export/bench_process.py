@@ -37,8 +37,7 @@ class Worker:
 
     def __init__(self, name: str, setup: dict, lib: Path | None = None, module: str = "mod_export.bench_worker"):
         self.name = name
-        # LD_LIBRARY_PATH too: a user's own must not mix the libraries of two builds
-        env = os.environ | ({"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": str(lib)} if lib else {})
+        env = os.environ | ({"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": library_path(lib)} if lib else {})
         # a session of its own: Ctrl-C reaches us alone, and we end the process
         self.process = subprocess.Popen([sys.executable, "-m", module], env=env, text=True, start_new_session=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -70,6 +69,14 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # a question that was never read
             self.process.stdin.close()
         self.process.stdout.close()
+
+
+def library_path(lib: Path) -> str:
+    """LD_LIBRARY_PATH with `lib` first, so that the user's own does not mix the libraries of two builds.
+
+    The user's stays behind it: a GPU's driver may be found through it alone.
+    """
+    return os.pathsep.join(filter(None, [str(lib), os.environ.get("LD_LIBRARY_PATH")]))
 
 
 class Team:

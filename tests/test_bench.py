@@ -185,6 +185,13 @@ def test_groups_keep_what_is_compared_together():
     assert "may end or swap" in said[-1]
 
 
+def test_library_path_keeps_the_users_behind_ours(monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/driver")
+    assert bench_process.library_path("/lib") == "/lib:/driver"
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    assert bench_process.library_path("/lib") == "/lib"
+
+
 @patched
 def test_gpu(files, monkeypatch):
     """Memory that processes take of a GPU is theirs alone, so fewer run at once; a CPU build has none."""
