@@ -24,8 +24,10 @@ kind=patched-cuda
 [ "${MOD_REHEARSE:-}" != 1 ] || { kind=patched RESULTS=$work/results; }
 export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/benchmarks/gpu}")
 # llama_cpp is used from its source, with the library that was built: nothing is installed into the machine's Python
-sources=("$work"/cache/source/patched-*)
-export PYTHONPATH=$PWD:$work/site:${sources[0]} PATH=$work/site/bin:$PATH
+export PYTHONPATH=$PWD:$work/site PATH=$work/site/bin:$PATH
+source=$("$python" -c 'from mod_export import llama_source as s; print(s.source_dir() if s.is_unpacked() else "")')
+[ "$part" = report ] || [ -n "$source" ] || die "the pieces are of other patches than this checkout; pack them again"
+export PYTHONPATH=$PYTHONPATH:$source
 if [ "$part" != build ] && [ "$part" != report ]; then
     [ -f "$work/cache/log/last-$kind" ] || die "the library is not built; run the part build first"
     export LLAMA_CPP_LIB_PATH=$work/cache/lib/$(cat "$work/cache/log/last-$kind")

@@ -43,6 +43,8 @@ def test_pieces_and_back(tmp_path):
     assert shell(unpack).returncode == 0 and (tmp_path / "w/b/file").read_text() == "text"
     (tmp_path / "p/piece.00").write_text("damaged")
     assert shell(unpack).returncode == 0  # it was done before
+    (tmp_path / "p/SHA256SUMS").write_text("of other pieces")
+    assert shell(unpack).returncode == 2
     result = shell(unpack.replace(f"{tmp_path}/w", f"{tmp_path}/v"))
     assert result.returncode == 2 and "missing or damaged" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "v").exists()
@@ -56,7 +58,7 @@ def test_what_is_wrong_is_one_line(tmp_path):
     one_line(shell(f"{check} build {tmp_path} {tmp_path}/w", **python), f"there are no pieces in {tmp_path}/build")
     one_line(shell(f"{check} ops {tmp_path} {tmp_path}/w", PYTHON="/none"), "/none is no Python")
     assert shell(f"source {ROOT}/scripts/_gpu; mkdir {tmp_path}/e; pieces {tmp_path}/build {tmp_path}/e").stderr == ""
-    one_line(shell(f"{check} --rehearse ops {tmp_path} {tmp_path}/w", **python), "run the part build first")
+    one_line(shell(f"{check} --rehearse ops {tmp_path} {tmp_path}/w", **python), "other patches than this checkout")
     pack = f"{ROOT}/scripts/gpu_pack"
     one_line(shell(f"{pack} {tmp_path}", **python), "exists already")
     one_line(shell(f"{pack} {tmp_path}/new {tmp_path}/none", **python), "there is no")

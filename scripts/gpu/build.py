@@ -7,6 +7,7 @@ import time
 from common import REHEARSE, WORK, part, patched_lib, save
 
 from mod_export import llama_build, llama_source
+from mod_export.errors import UserError
 
 
 def main() -> bool:
@@ -43,7 +44,8 @@ def build_tests() -> None:
     command += [f"-L{lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{lib}", f"-Wl,-rpath-link,{lib}"]
     # cuBLAS and the driver are found at run time
     command += ["-Wl,--allow-shlib-undefined", "-pthread", "-o", f"{target}.tmp"]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise UserError("test-backend-ops does not compile", "see the compiler's words above")
     (WORK / "test-backend-ops.tmp").replace(target)
 
 

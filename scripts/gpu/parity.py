@@ -3,6 +3,7 @@
 A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The CPU's run is one with
 the same library and no GPU to be seen. Up to the first decision that differs both sides compute the same function:
 there KL must be at most 1e-4 without flash attention, and the differing score lie within 1e-3 of its threshold.
+Runs that are there are not made again; to make them anew remove parity.json.
 """
 
 import os
