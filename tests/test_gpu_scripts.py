@@ -81,6 +81,18 @@ def test_sources_are_trimmed(part, tmp_path):
     assert found == set(names) - left_out
 
 
+def test_without_a_gpu_nothing_is_compared(part, monkeypatch, capsys):
+    common = part("common")
+    monkeypatch.setattr(common, "REHEARSE", False)
+    monkeypatch.setattr("mod_export.gpu.gpus", list)
+    with pytest.raises(SystemExit) as exit:
+        common.part(lambda: True)
+    assert exit.value.code == 2 and "sees no GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        common.part(lambda: True, needs_gpu=False)
+    assert exit.value.code == 0
+
+
 @pytest.mark.parametrize("bad", [None, "  MOD_MASK(n=1): FAIL", "  MOD_MASK(n=1): not supported [CUDA0]"])
 def test_ops_reads_test_backend_ops(bad, part, tmp_path):
     ops = part("ops")

@@ -50,4 +50,4 @@ def build_tests() -> None:
 
 
 if __name__ == "__main__":
-    part(main)
+    part(main, needs_gpu=False)

@@ -67,9 +67,19 @@ def _said(command: list[str]) -> list[str]:
         return []
 
 
-def part(main: Callable[[], bool]) -> None:
+def require_gpu() -> None:
+    """Without one the CPU would be compared with itself, and pass."""
+    from mod_export.gpu import gpus
+
+    if not gpus():
+        raise UserError("the library sees no GPU", "check nvidia-smi, CUDA_VISIBLE_DEVICES and the driver's version")
+
+
+def part(main: Callable[[], bool], needs_gpu: bool = True) -> None:
     """Ends the process: 0 where main() says that all is well, 1 where not, 2 for what the user can cure."""
     try:
+        if needs_gpu and not REHEARSE:
+            require_gpu()
         sys.exit(0 if main() else 1)
     except UserError as exc:
         sys.exit(print(f"error: {exc}", file=sys.stderr) or 2)

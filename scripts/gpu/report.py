@@ -40,4 +40,4 @@ def draw(result: dict, name: str) -> list:
 
 
 if __name__ == "__main__":
-    part(main)
+    part(main, needs_gpu=False)
