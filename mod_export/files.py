@@ -51,6 +51,7 @@ def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "conf
     try:
         tmp.mkdir()
         yield tmp
+        _share(tmp)
         if target.exists():
             target.rename(old)
         tmp.rename(target)
@@ -80,3 +81,11 @@ def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike) -> Exception:
     """A UserError where the output is the trouble (permissions, a full disk), else the exception itself."""
     concerns_output = exc.filename is None or str(exc.filename).startswith(str(tmp))
     return UserError(f"cannot write {path}: {exc.strerror or exc}", "choose another output") if concerns_output else exc
+
+
+def _share(directory: Path) -> None:
+    """Let others read the files as far as the directory: safetensors writes files for their owner alone."""
+    mode = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

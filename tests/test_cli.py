@@ -95,7 +95,9 @@ def test_atomic_dir(tmp_path):
     for text in ("first", "second"):
         with atomic_dir(target, force=True) as tmp:
             (tmp / "config.json").write_text(text)
+            (tmp / "config.json").chmod(0o600)
     assert (target / "config.json").read_text() == "second"
+    assert target.stat().st_mode & 0o666 == (target / "config.json").stat().st_mode & 0o777
     with pytest.raises(RuntimeError), atomic_dir(target, force=True) as tmp:
         raise RuntimeError
     assert (target / "config.json").read_text() == "second" and list(tmp_path.iterdir()) == [target]
