@@ -83,9 +83,9 @@ def missing_tools(patching: bool = True) -> dict[str, str]:
     """What a build needs and this machine lacks: tool -> Debian package. For CUDA see cuda_toolkit.py."""
     tools = {"cmake": "cmake", "ninja": "ninja-build"} | ({"git": "git"} if patching else {})
     missing = {tool: package for tool, package in tools.items() if not _which(tool)}
-    if not _compiler("CC", "cc", "gcc", "clang"):
+    if not compiler("CC", "cc", "gcc", "clang"):
         missing["a C compiler"] = "build-essential"
-    if not _compiler("CXX", "c++", "g++", "clang++"):
+    if not compiler("CXX", "c++", "g++", "clang++"):
         missing["a C++ compiler"] = "build-essential"
     return missing
 
@@ -138,7 +138,7 @@ def _which(tool: str) -> str | None:
     return shutil.which(tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
-def _compiler(variable: str, *names: str) -> str | None:
+def compiler(variable: str, *names: str) -> str | None:
     """Path of the compiler that cmake will take: the environment's choice, else the first that is there."""
     if choice := os.environ.get(variable, "").split():
         return _which(choice[0])
@@ -147,7 +147,7 @@ def _compiler(variable: str, *names: str) -> str | None:
 
 def _key(flags: dict[str, str], stock: bool) -> str:
     source = llama_source.read_pin().sha256 if stock else llama_source.patches_digest()
-    compilers = [_compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")]
+    compilers = [compiler("CC", "cc", "gcc", "clang"), compiler("CXX", "c++", "g++", "clang++")]
     compilers += [flags["CMAKE_CUDA_COMPILER"]] if "CMAKE_CUDA_COMPILER" in flags else []
     versions = [subprocess.run([c, "--version"], capture_output=True, text=True).stdout for c in compilers if c]
     parts = [source, sorted(flags.items()), compilers, versions, os.environ.get("CXXFLAGS"), _cpu()]

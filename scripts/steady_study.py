@@ -3,10 +3,9 @@
     python scripts/steady_study.py --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out steady
 
 For each strength: KL and perplexity at equal activation on the texts, and the activation by position in sequences of
-4096 tokens, with thresholds of the calibration text. Rows go to OUT.jsonl; rows that are there are not measured again.
+4096 tokens, with thresholds of the calibration text. Rows go to OUT/rows.jsonl and are not measured again.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ BOUNDS = (0, 512, 1024, 2048, 4096)  # tokens
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of fits and rows.")
 @torch.no_grad()
 def main(model, texts, kv_share, window, layers, strengths, out):
+    from study import rows
     from study.training import activation_for, judge_point
 
     from mod_export import data, hf
@@ -45,8 +45,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
         every = sorted({layer for some in sets for layer in some})
         torch.save(measure(base, tokenizer, sequences, Plan({"kv": every}, kv_window=window), print), saved)
     fits, path = torch.load(saved, weights_only=False), out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.open()] if path.exists() else []
-    done = {(row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows}
+    done = {(row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows.read(path)}
 
     for number, some in enumerate(sets):
         for steady in [float(part) for part in strengths.split(",")][: None if number == 0 else 1]:
@@ -64,9 +63,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
             row["activation"] = {text: positions(mod, file) for text, file in (pair.split("=", 1) for pair in texts)}
             row["equal"] = judge_point(mod, target, model, texts, 2048, 1)
             mod.detach()
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            click.echo(json.dumps(row))
+            rows.append(path, row)
 
 
 def positions(mod, file: str) -> list[float]:

@@ -12,7 +12,6 @@ that are there are not computed again, and an interrupted training goes on from 
 """
 
 import fnmatch
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import click
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from study.points import POINTS  # noqa: E402
+from study.rows import append, read  # noqa: E402
 
 ROWS, TIMES = "rows.jsonl", "times.jsonl"
 
@@ -71,7 +71,6 @@ def run(patterns, out, **given):
             row["equal"] = judge_point(model, record["target"], **given)
         row["seconds"] = round(time.monotonic() - begin)
         append(rows, row)
-        click.echo(json.dumps(row))
 
 
 @study.command("time")
@@ -89,7 +88,6 @@ def time_points(patterns, out, context, rounds):
             continue
         row = {"name": name, **time_point(out / name, context, rounds)}
         append(out / TIMES, row)
-        click.echo(json.dumps(row))
 
 
 @study.command()
@@ -110,15 +108,6 @@ def matching(patterns: tuple[str, ...]) -> list[str]:
     if not names:
         raise click.BadParameter(f"no point matches {' '.join(patterns)}")
     return names
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def build_tests() -> None:
     if target.is_file() and target.stat().st_mtime > (lib / llama_build.MARKER).stat().st_mtime:
         return
     print("compiling test-backend-ops", flush=True)
-    compiler = llama_build._compiler("CXX", "c++", "g++", "clang++")
+    compiler = llama_build.compiler("CXX", "c++", "g++", "clang++")
     command = [compiler, "-std=c++17", "-O1", f"-I{root}/ggml/include", f"{root}/tests/test-backend-ops.cpp"]
     command += [f"-L{lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{lib}", f"-Wl,-rpath-link,{lib}"]
     # cuBLAS and the driver are found at run time

@@ -58,7 +58,8 @@ def plot(points: list[dict], docs: Path) -> None:
             for p in some:
                 axis.annotate(p["name"].removeprefix(f"{units}-"), (x(p), p["ratio"] - 1), fontsize=7,
                               xytext=(4, 3), textcoords="offset points")  # fmt: skip
-        axis.set(xlabel=f"{label}, context {points[0]['context']}" if points else label, yscale="log")
+        axis.set(xlabel=f"{label}, context {points[0]['context']}" if points else label)
+        axis.set_yscale("symlog", linthresh=1e-3)  # a perplexity may be below that of dense
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity / dense - 1")
     axes[0].legend(fontsize=8)

@@ -36,7 +36,7 @@ def make_point(name: str, point: dict, out: Path, model: str, data: tuple, token
         target = activation_for(point["kv_share"], point["window"], length, n_layer)
     else:
         target = point["target"]
-    start = out / "-".join([point["units"], *map(str, [point["window"]] if "window" in point else []), f"{target:.4f}"])
+    start = out / f"{point['units']}-{target:.4f}"  # a window has a target of its own
     if not start.exists():
         convert(model, start, units=point["units"], target=target, kv_window=point.get("window"), sink_tokens=SINKS,
                 say=print)  # fmt: skip
