@@ -27,14 +27,16 @@ from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
+from mod_export.steady import observe
 from mod_export.targets import REPEAT_PROMPT, Tape
 
 Say = Callable[[str], None]
 
 DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
 PENALTIES = {"kv": 0.01, "block": 0.3, "attn": 0.3, "ffn": 0.3}  # of the ridge, against inputs of variance 1
-STEADY = 3.0  # weight of how much a router follows the kind of text and its length, see steady.py and fit.py
+STEADY = 3.0  # weight of how much a router follows the kind of text and its length, see steady.py
 SEQUENCE = 1024  # tokens; shorter where the text is short, longer for a wide window
+LONG = 4096  # tokens in a sequence to see what drifts, as far as the model's context goes
 MIN_SEQUENCES = 4
 SPREAD = 1.7  # a standard deviation of predicted log cost in logits: then p is close to the share skipped
 LATE = 0.75  # keys after this part of a sequence without its last window have too few later queries to judge them by
@@ -72,7 +74,8 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
     first = _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
     fits = measure(base, tokenizer, sequences, plan, say)
-    routers, explained = solve(fits)
+    say("measuring what drifts from one part of a text to the next")
+    routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, first))
     model = MoDModel.from_base(base, tokenizer, first, routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
@@ -111,9 +114,26 @@ def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say
         for unit, (h, costs) in tape.measure(text, wanted, context):
             rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
             (cost,), x = costs.values(), rms_norm(h, eps)
-            fits[unit].add_means(x)
             fits[unit].add(x[rows], log_cost(cost[rows]))
     return fits
+
+
+def drift(base: nn.Module, tokenizer, sequences: torch.Tensor, config: MoDConfig) -> dict[Unit, torch.Tensor]:
+    """Of the inputs of each router, [k, n_embd] (steady.py). sequences: [n, T], consecutive parts of a text."""
+    blank = {unit: (torch.zeros(hf.n_embd(base)), torch.zeros(1)) for unit in config.routed()}
+    model = MoDModel.from_base(base, tokenizer, config, blank)
+    try:
+        n, length = sequences.shape
+        many = together(base, length, n)
+        joined = sequences[: n // many * many].reshape(-1, many * length)
+        return {unit: seen.drift() for unit, seen in observe(model, joined).items()}
+    finally:
+        model.detach()
+
+
+def together(base: nn.Module, length: int, n: int) -> int:
+    """How many of n sequences of `length` tokens, one after the other, make one of LONG tokens."""
+    return min(n, max(1, min(LONG, hf.context_length(base) or length) // length))
 
 
 def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
@@ -140,10 +160,15 @@ def log_cost(cost: torch.Tensor) -> torch.Tensor:
 
 
 def solve(
-    fits: dict[Unit, Ridge], penalties: Mapping[str, float] = PENALTIES, steady: float = STEADY
+    fits: dict[Unit, Ridge], penalties: Mapping[str, float] = PENALTIES, steady: float = STEADY,
+    drift: Mapping[Unit, torch.Tensor] | None = None,
 ) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
-    """Routers in logits common to all units of a kind, and the share of variance each explains."""
-    routers = {unit: fit.solve(penalties[unit[1]], steady) for unit, fit in fits.items()}
+    """Routers in logits common to all units of a kind, and the share of variance each explains.
+
+    drift: of each unit's inputs, as of the function; None: routers may follow it. steady: how much it weighs.
+    """
+    drifts = {unit: drift[unit] * math.sqrt(steady) if drift else None for unit in fits}
+    routers = {unit: fit.solve(penalties[unit[1]], drifts[unit]) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
     for kind in {kind for _, kind in fits}:
         of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]

@@ -13,13 +13,11 @@ from collections.abc import Iterable
 
 import torch
 
-CHUNK = 256  # tokens, over which a mean is taken to see what drifts
-
 
 class Ridge:
     """Least squares with a penalty on standardised inputs.
 
-    Memory is one matrix [n_embd, n_embd], whatever N, and a mean [n_embd] for each CHUNK of add_means.
+    Memory is one matrix [n_embd, n_embd], whatever N.
     """
 
     def __init__(self, n_embd: int):
@@ -27,7 +25,6 @@ class Ridge:
         self.xx = torch.zeros(n_embd, n_embd, dtype=torch.float64)
         self.x, self.xy = torch.zeros(2, n_embd, dtype=torch.float64)
         self.y, self.yy = 0.0, 0.0
-        self.means: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x [N, n_embd], y [N]."""
@@ -39,31 +36,21 @@ class Ridge:
         self.y += y.sum().item()
         self.yy += y.pow(2).sum().item()
 
-    def add_means(self, x: torch.Tensor) -> None:
-        """x [T, n_embd]: consecutive inputs of one sequence, whose means over every CHUNK show what drifts."""
-        self.means += [chunk.double().mean(0) for chunk in x.split(CHUNK) if len(chunk) == CHUNK]
-
-    def drift(self) -> torch.Tensor:
-        """Covariance of the chunks' means, [n_embd, n_embd]."""
-        if not self.means:
-            return torch.zeros_like(self.xx)
-        means = torch.stack(self.means)
-        means = means - means.mean(0)
-        return means.T @ means / len(means)
-
     def moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean of x [n_embd], covariance of x [n_embd, n_embd], covariance of x with y [n_embd]."""
         mean = self.x / self.n
         return mean, self.xx / self.n - mean.outer(mean), self.xy / self.n - mean * (self.y / self.n)
 
-    def solve(self, penalty: float, steady: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, penalty: float, drift: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """weight [n_embd] and bias [1], float32. penalty: against a variance of 1 of each input.
 
-        steady: against the variance of the prediction's mean over a chunk, from one chunk of text to another.
+        drift: [k, n_embd]; the squares of drift @ weight are added to what is minimised.
         """
         mean, cov, cross = self.moments()
         scale = cov.diagonal().clamp(min=1e-12).sqrt()
-        gram = (cov + steady * self.drift()) / scale.outer(scale)
+        if drift is not None:
+            cov = cov + drift.double().T @ drift.double()
+        gram = cov / scale.outer(scale)
         gram.diagonal().add_(penalty)
         weight = torch.linalg.solve(gram, cross / scale) / scale
         bias = self.y / self.n - mean @ weight

@@ -2,8 +2,8 @@
 
 A router sees more than the token: the kind of text, and how much came before, move the hidden states of hundreds of
 tokens together, and with them the share that reaches p. What moves is measured as the covariance of the inputs' means
-over chunks of text; a weight that says the same within a chunk, and little about it, is found in closed form
-(`damp`; calibration has the same term in its ridge, fit.py).
+over chunks of text, and above all of what all texts have in common at a place; a weight that says the same within a
+chunk, and little about it, is found in closed form (`damp`; calibration has the same term in its ridge).
 
     hold_steady(model, sequences, steady=10.0)      # before training: changes no logit, but what training can reach
 """
@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import torch
 
-from mod_export.fit import CHUNK
+from mod_export.config import Unit
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
 
+CHUNK = 256  # tokens, over which a mean is taken to see what drifts
+# How much more than a chunk's mean the mean of all texts at a place weighs. It is known less well and does more: it has
+# one sign at the beginning of each text, and the other thousands of tokens later.
+PLACE = 500.0
 PENALTY = 0.01  # on the weights, against inputs of their own variance, as for kv in calibrate.py
 
 
@@ -23,39 +27,47 @@ PENALTY = 0.01  # on the weights, against inputs of their own variance, as for k
 def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float) -> None:
     """Reparametrise all routers on the original model's hidden states: Router.reparametrise.
 
-    sequences: [n, T] tokens, of all the kinds of text that there are; steady: how much more a variance from chunk to
-    chunk weighs than one within: 0 takes the mean from the inputs and no more.
+    sequences: [n, T] tokens, of all the kinds of text that there are, as long as can be; steady: how much more a
+    variance from chunk to chunk weighs than one within: 0 takes the mean from the inputs and no more.
     """
-    seen = {name: Moments(router.weight) for name, router in model.routers.items()}
+    for unit, seen in observe(model, sequences).items():
+        model.router(unit).reparametrise(seen.mean(), *damp(seen.within(), seen.drift(), steady))
+
+
+@torch.no_grad()
+def observe(model: MoDModel, sequences: torch.Tensor) -> dict[Unit, Moments]:
+    """What each router reads in the original model (which a resumed run finds again), on sequences [n, T]."""
+    units = model.config.routed()
+    seen = {unit: Moments(model.router(unit).weight) for unit in units}
     hooks = []
-    for name, router in model.routers.items():
-        def add(router, args, _out, moments=seen[name]):
+    for unit in units:
+        def add(router, args, _out, moments=seen[unit]):
             moments.add(rms_norm(args[0][0], router.eps))
 
-        hooks.append(router.register_forward_hook(add))
+        hooks.append(model.router(unit).register_forward_hook(add))
     try:
-        with model.forced("active"):  # the original model's, which a resumed run finds again
+        with model.forced("active"):
             for ids in sequences:
                 model(ids[None].to(model.base.device), logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
-    for name, router in model.routers.items():
-        router.reparametrise(seen[name].mean(), *damp(seen[name].within(), seen[name].drift(), steady))
+    return seen
 
 
 class Moments:
     """Of a router's inputs: their covariance within chunks, and the chunks' means."""
 
     def __init__(self, like: torch.Tensor):
-        self.n, self.means = 0, []
+        self.n, self.means, self.places = 0, [], []
         self.inside = torch.zeros(len(like), len(like), device=like.device)
 
     def add(self, x: torch.Tensor) -> None:
-        """x: [T, n_embd], consecutive inputs of one sequence."""
-        for chunk in x.split(CHUNK):
+        """x: [T, n_embd], the inputs of one sequence from its beginning."""
+        for number, chunk in enumerate(x.split(CHUNK)):
             mean = chunk.mean(0)
             self.means.append(mean)
+            self.places.append(number.bit_length())  # 1, 1, 2, 4, ... chunks: what moves slows down
             self.inside += (chunk - mean).T @ (chunk - mean)
             self.n += len(chunk)
 
@@ -68,21 +80,24 @@ class Moments:
         return self.inside / self.n
 
     def drift(self) -> torch.Tensor:
-        """[n_chunk, n_embd] whose Gram matrix is the covariance of the chunks' means."""
-        return (torch.stack(self.means) - self.mean()) / len(self.means) ** 0.5
+        """[k, n_embd] whose Gram matrix is the covariance of the chunks' means, and PLACE times that of the places'."""
+        means, places = torch.stack(self.means), torch.tensor(self.places)
+        of_places = torch.stack([means[places == place].mean(0) for place in sorted(set(self.places))])
+        parts = ((means, 1.0), (of_places, PLACE))
+        return torch.cat([(x - x.mean(0)) * (weight / len(x)) ** 0.5 for x, weight in parts])
 
 
 def damp(within: torch.Tensor, drift: torch.Tensor, steady: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (drift B [n_chunk, n_embd], back P [n_chunk, n_embd]), such that w = v - P^T B v minimises
+    """-> (drift B [k, n_embd], back P [k, n_embd]), such that w = v - P^T B v minimises
 
         (w - v)^T A (w - v) + steady w^T B^T B w,    A: `within` and a small penalty.
 
-    It is (A + steady B^T B)^-1 A v; by Woodbury's identity n_chunk rows are all that has to be kept.
+    It is (A + steady B^T B)^-1 A v; by Woodbury's identity k rows are all that has to be kept.
     """
     if steady == 0:
         return drift[:0], drift[:0]
     a = within.double() + torch.diag(PENALTY * within.diagonal().clamp(min=1e-12)).double()
-    solved = torch.linalg.solve(a, drift.double().T)  # A^-1 B^T, [n_embd, n_chunk]
+    solved = torch.linalg.solve(a, drift.double().T)  # A^-1 B^T, [n_embd, k]
     small = torch.eye(len(drift), dtype=torch.float64, device=a.device) / steady + drift.double() @ solved
     back = torch.linalg.solve(small, solved.T)  # (I / steady + B A^-1 B^T)^-1 B A^-1
     return drift, back.to(drift.dtype)

@@ -29,10 +29,9 @@ from mod_export.train_loop import Loop
 from mod_export.train_step import Relax, Student, Weights
 
 Say = Callable[[str], None]
-SETTLE = 16384  # tokens that thresholds are chosen on, in at least MIN_SEQUENCES sequences of training
-LONG = 4096  # tokens that these are joined to: activation is a little higher in the first ones, memory counts later
-MIN_SEQUENCES = 6
-DRIFT = 16384  # tokens that drift is measured on
+SETTLE = 16384  # tokens that thresholds are chosen on, in long sequences: memory counts there
+DRIFT = 24576  # tokens that drift is measured on
+MIN_SEQUENCES = 6  # of training, for either
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
@@ -82,7 +81,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
     if config.method != "static":
-        hold_steady(model, _spread(data, max(1, DRIFT // config.length)), config.steady)
+        hold_steady(model, _long(model, data, DRIFT), config.steady)
     parameters = trained(model, config)
     groups = groups_of(units, config.per_layer)
     index = [[units.index(unit) for unit in group] for group in groups]
@@ -158,25 +157,19 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
 @torch.no_grad()
 def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float], say: Say) -> None:
     """On training sequences, spread evenly and joined; not on the held-out ones, which judge it."""
-    chosen = _joined(model, _spread(loop.train, max(MIN_SEQUENCES, SETTLE // config.length)))
+    chosen = _long(model, loop.train, SETTLE)
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
 
 
-def _spread(data: PackedData, count: int) -> torch.Tensor:
-    """At most `count` sequences [count, T] from all over the data."""
-    n = len(data)
-    count = min(n, count)
-    return torch.stack([data[i * n // count]["input_ids"] for i in range(count)])
-
-
-def _joined(model: MoDModel, sequences: torch.Tensor) -> torch.Tensor:
-    """[n, T] -> fewer sequences of up to LONG tokens, as far as the model's context goes."""
-    n, length = sequences.shape
-    context = hf.context_length(model.base) or length
-    together = min(n, max(1, min(LONG, context) // length))
-    return sequences[: n // together * together].reshape(-1, together * length)
+def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:
+    """Sequences of calibrate.LONG tokens, each of consecutive ones of the data, from all over it; `tokens` in all."""
+    many = calibrate.together(model.base, data.length, len(data))
+    available = len(data) // many
+    count = min(available, max(-(-MIN_SEQUENCES // many), tokens // (many * data.length)))
+    starts = [i * available // count * many for i in range(count)]
+    return torch.stack([torch.cat([data[k]["input_ids"] for k in range(at, at + many)]) for at in starts])
 
 
 def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):

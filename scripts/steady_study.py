@@ -30,7 +30,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     from study.training import activation_for, judge_point
 
     from mod_export import data, hf
-    from mod_export.calibrate import PENALTIES, Plan, measure, settle_thresholds, solve
+    from mod_export.calibrate import Plan, drift, measure, settle_thresholds, solve
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.convert import parse_layers
     from mod_export.model import MoDModel
@@ -43,8 +43,11 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     saved = out / f"fits-{window}.pt"
     if not saved.exists():
         every = sorted({layer for some in sets for layer in some})
-        torch.save(measure(base, tokenizer, sequences, Plan({"kv": every}, kv_window=window), print), saved)
-    fits, path = torch.load(saved, weights_only=False), out / "rows.jsonl"
+        p = tuple(0.5 if layer in every else 0.0 for layer in range(n_layer))
+        config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, p)})
+        fits = measure(base, tokenizer, sequences, Plan({"kv": every}, kv_window=window), print)
+        torch.save((fits, drift(base, tokenizer, sequences, config)), saved)
+    (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
     done = {(row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows.read(path)}
 
     for number, some in enumerate(sets):
@@ -53,7 +56,8 @@ def main(model, texts, kv_share, window, layers, strengths, out):
             if (name, steady, kv_share, window) in done:
                 continue
             target = activation_for(kv_share, window, 2048, n_layer, n_layer - len(some))
-            routers, _ = solve({unit: fit for unit, fit in fits.items() if unit[0] in some}, PENALTIES, steady)
+            routed = {unit: fit for unit, fit in fits.items() if unit[0] in some}
+            routers, _ = solve(routed, steady=steady, drift=drifts)
             p = tuple(0.5 if layer in some else 0.0 for layer in range(n_layer))
             share = tuple(target if layer in some else 1.0 for layer in range(n_layer))
             config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, share)})

@@ -9,9 +9,10 @@ from mod_export import data, evaluate, hf
 from mod_export.calibrate import Plan, calibrate
 from mod_export.convert import FIRST_ROUTED
 from mod_export.errors import UserError
-from mod_export.fit import CHUNK, Ridge, logistic
+from mod_export.fit import Ridge, logistic
 from mod_export.model import MoDModel
 from mod_export.observe import prepared
+from mod_export.steady import CHUNK, Moments
 from mod_export.targets import SCORES, Tape, attention, received
 
 
@@ -147,17 +148,17 @@ def test_ridge_is_least_squares_and_logistic_stands_at_its_optimum():
 def test_ridge_tells_less_of_what_drifts():
     """The first input moves with the chunk, and the target with it: told apart within a chunk by the second alone."""
     torch.manual_seed(0)
-    fit = Ridge(6)
+    fit, seen = Ridge(6), Moments(torch.zeros(6))
     for _ in range(8):
         x = torch.randn(CHUNK, 6)
         x[:, 0] = 0.1 * x[:, 0] + torch.randn(1)
         fit.add(x, x[:, 0] + x[:, 1])
-        fit.add_means(x)
-    plain, steady = fit.solve(1e-6)[0], fit.solve(1e-6, steady=10.0)[0]
+        seen.add(x)
+    drift = seen.drift()
+    plain, steady = fit.solve(1e-6)[0], fit.solve(1e-6, 10**0.5 * drift)[0]
     assert torch.allclose(plain, torch.tensor([1.0, 1, 0, 0, 0, 0]), atol=1e-3)
     assert steady[0].abs() < 0.15 and steady[1] == pytest.approx(1.0, abs=0.1)
-    moved = [(w.double() @ fit.drift() @ w.double()).item() for w in (plain, steady)]
-    assert moved[1] < 0.05 * moved[0]
+    assert (drift @ steady).pow(2).sum() < 0.05 * (drift @ plain).pow(2).sum()
 
 
 @pytest.mark.parametrize(("kinds", "target"), [(["kv"], 0.5), (["kv", "ffn"], 0.35), (["attn"], 0.7), (["block"], 0.9)])
