@@ -87,5 +87,5 @@ def test_what_all_texts_have_at_a_place_weighs_most():
     assert len(places) == 4 and places[:, 1].pow(2).sum().item() == pytest.approx(PLACE * 0.75, rel=0.1)
     drift, back = damp(found.within(), found.drift(), 1.0)
     w = torch.ones(N) - back.T @ (drift @ torch.ones(N))
-    assert w[1].abs() < 0.1 and w[2:].min() > 0.9
+    assert w[1].abs() < 0.1 and w[2:].min() > 0.8
     assert (places @ w).abs().max() < 0.02 * places.sum(1).abs().max()
