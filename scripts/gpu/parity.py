@@ -41,6 +41,7 @@ CASES = (
     Case("segments"),
     Case("segments, no CUDA graphs", env=(PLAIN,)),
     Case("segments, K/V that grow", env=(("LLAMA_MOD_KV", "grow"),)),
+    Case("segments, each input on its own", env=(("LLAMA_MOD_INPUTS", "each"),)),
     Case("segments, half the layers", layers=15),
     Case("segments, no flash attention", flash_attn=False),
     Case("graph", env=(GRAPH,)),

@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
+#include <string>
 
 static float logit(float p) {
     return logf(p) - logf(1.0f - p);
@@ -35,17 +35,27 @@ static bool mod_has_ops(const llama_model & model) {
     return true;
 }
 
-static bool mod_wants_graph() {
-    const char * env = getenv("LLAMA_MOD_DECODE");
-    if (env && strcmp(env, "graph") != 0) {
-        throw std::runtime_error(format("LLAMA_MOD_DECODE=%s: known is graph", env));
+// what an environment variable says, -1: nothing
+static int mod_get_choice(const char * name, const std::vector<std::string> & known) {
+    const char * env = getenv(name);
+    if (!env) {
+        return -1;
     }
-    return env != nullptr;
+    const auto it = std::find(known.begin(), known.end(), env);
+    if (it == known.end()) {
+        std::string all;
+        for (const auto & k : known) {
+            all += (all.empty() ? "" : " or ") + k;
+        }
+        throw std::runtime_error(format("%s=%s: known is %s", name, env, all.c_str()));
+    }
+    return it - known.begin();
 }
 
 llama_mod_context::llama_mod_context(llama_context & lctx) :
     model(*lctx.get_model().mod), lctx(lctx), n_units(model.units.size()), is_cpu(mod_is_cpu(lctx.backends)),
-    on_device(mod_wants_graph() && mod_has_ops(lctx.model)) {
+    on_device(mod_get_choice("LLAMA_MOD_DECODE", { "graph" }) == 0 && mod_has_ops(lctx.model)),
+    inputs((io) (mod_get_choice("LLAMA_MOD_INPUTS", { "block", "each" }) + 1)) {
 
     for (const auto & u : model.units) {
         thresholds.push_back(u.threshold);
@@ -76,7 +86,7 @@ void llama_mod_context::init_tensors() {
     const int64_t n_embd   = lctx.model.hparams.n_embd;
     const int64_t n_ubatch = lctx.cparams.n_ubatch;
 
-    ggml_init_params ip = { 6*ggml_tensor_overhead(), nullptr, true };
+    ggml_init_params ip = { 4*ggml_tensor_overhead(), nullptr, true };
     ctx.reset(ggml_init(ip));
 
     whole.model = &model;
@@ -84,22 +94,21 @@ void llama_mod_context::init_tensors() {
     whole.w = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_units);
     whole.b = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_units);
 
-    whole.limit  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_units);
-    whole.always = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
     whole.routes = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 4, n_units);
 
     ggml_set_name(whole.h, "mod_h");
     ggml_set_name(whole.w, "mod_w");
     ggml_set_name(whole.b, "mod_b");
 
-    ggml_set_name(whole.limit,  "mod_limit");
-    ggml_set_name(whole.always, "mod_always");
     ggml_set_name(whole.routes, "mod_routes");
 
     // where the layers are: with several devices that of the first layer, the scheduler copies for the others
     auto * buft = ggml_backend_dev_buffer_type(lctx.model.dev_layer(0));
     buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
-    if (!buf) {
+
+    // scores of all units at most once, or the routes
+    const size_t n_read = std::max<size_t>(n_ubatch*n_units*sizeof(float), ggml_nbytes(whole.routes));
+    if (!buf || !outputs.init(lctx.model.dev_layer(0), n_read)) {
         throw std::runtime_error("mod: failed to allocate the residual stream");
     }
 

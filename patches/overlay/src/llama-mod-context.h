@@ -2,6 +2,7 @@
 
 #include "llama-graph.h"
 #include "llama-mod-graph.h"
+#include "llama-mod-io.h"
 #include "llama-mod.h"
 
 #include "ggml-cpp.h"
@@ -90,6 +91,13 @@ private:
     // LLAMA_MOD_DECODE=graph: one token is one graph on devices, too, and on the CPU the one that devices would run
     const bool on_device;
 
+    // what LLAMA_MOD_INPUTS says: inputs of kept graphs in one block, which is what devices get, also on the CPU; or
+    // each copied by the scheduler
+    enum class io { unset, block, each };
+    const io inputs;
+
+    llama_mod_outputs outputs; // of one segment
+
     bool can_fit() const;
 
     // a graph that is kept
@@ -97,6 +105,7 @@ private:
         llm_mod_segment        seg;
         ggml_backend_sched_ptr sched;
         llm_graph_result_ptr   res;
+        std::unique_ptr<llama_mod_inputs> inputs; // null: the scheduler copies each
         bool                   built = false;
         uint64_t               generation = 0; // of the K/V that it was built on
     };
@@ -137,8 +146,13 @@ private:
 
     void set_decider();
 
-    void write_decider(const llm_mod_segment & seg) const;
-    void read_routes  (const llm_mod_segment & seg);
+    void read_routes(const llm_mod_segment & seg);
+
+    // null where the device has no backend of its own
+    ggml_backend_t get_backend(ggml_backend_dev_t dev) const;
+
+    // whose memory the inputs of a segment's graphs go to in one block, null: each goes its way
+    ggml_backend_t get_input_backend(const llm_mod_segment & seg) const;
 
     bool can_skip(const llama_ubatch & ubatch) const;
     bool can_join(const llama_ubatch & ubatch) const;

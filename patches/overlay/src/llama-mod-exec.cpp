@@ -149,18 +149,14 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
     seg.score   = scores.data();
     seg.active  = active.data();
 
-    if (on_device) {
-        write_decider(seg);
-    }
-
     params.ubatch = ubatch;
     if (!compute(skipping.get(), seg, params, ret)) {
         return false;
     }
-    ggml_backend_sched_synchronize(lctx.sched.get());
-
     if (on_device) {
         read_routes(seg);
+    } else {
+        ggml_backend_sched_synchronize(lctx.sched.get());
     }
     {
         const timer time(perf.us_slots);
@@ -181,19 +177,14 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
     return true;
 }
 
-void llama_mod_context::write_decider(const llm_mod_segment & seg) const {
-    const int32_t always = seg.pos < decider.n_sink;
-
-    ggml_backend_tensor_set(seg.limit,  decider.limit.data(), 0, ggml_nbytes(seg.limit));
-    ggml_backend_tensor_set(seg.always, &always,              0, ggml_nbytes(seg.always));
-}
-
 void llama_mod_context::read_routes(const llm_mod_segment & seg) {
     const timer time(perf.us_read);
 
+    outputs.reset();
+
     // of each unit: the number of active tokens, their index, score, gate
-    std::vector<int32_t> data(ggml_nelements(seg.routes));
-    ggml_backend_tensor_get(seg.routes, data.data(), 0, ggml_nbytes(seg.routes));
+    const auto * data = (const int32_t *) outputs.read(get_backend(lctx.model.dev_layer(0)), seg.routes);
+    ggml_backend_sched_synchronize(lctx.sched.get());
 
     for (int32_t u = 0; u < n_units; ++u) {
         active[u] = data[4*u] > 0;
@@ -349,12 +340,17 @@ void llama_mod_context::read_scores(const llm_mod_segment & seg, const std::vect
 
     const timer time(perf.us_read);
 
+    outputs.reset();
+
+    std::vector<const float *> found;
+    for (const auto & o : seg.out) {
+        found.push_back((const float *) outputs.read(ggml_backend_sched_get_tensor_backend(lctx.sched.get(), o.t), o.t));
+    }
     ggml_backend_sched_synchronize(lctx.sched.get());
 
-    std::vector<float> data;
-    for (const auto & o : seg.out) {
-        data.resize(ggml_nelements(o.t));
-        ggml_backend_tensor_get(o.t, data.data(), 0, ggml_nbytes(o.t));
+    for (size_t k = 0; k < seg.out.size(); ++k) {
+        const auto  & o    = seg.out[k];
+        const auto  * data = found[k];
         for (size_t i = 0; i < rows.size(); ++i) {
             const size_t at = (size_t) rows[i]*n_units;
             for (int32_t j = 0; j < o.n; ++j) {
@@ -375,8 +371,34 @@ std::unique_ptr<llama_mod_context::variant> llama_mod_context::make_variant(cons
     v->res.reset(new llm_graph_result(n_nodes));
     v->sched.reset(ggml_backend_sched_new(lctx.backend_ptrs.data(), lctx.backend_buft.data(), lctx.backend_ptrs.size(),
             n_nodes, false, lctx.cparams.op_offload));
+    if (auto * backend = get_input_backend(seg)) {
+        v->inputs = std::make_unique<llama_mod_inputs>(backend);
+    }
 
     return v;
+}
+
+ggml_backend_t llama_mod_context::get_backend(ggml_backend_dev_t dev) const {
+    for (auto * backend : lctx.backend_ptrs) {
+        if (ggml_backend_get_device(backend) == dev) {
+            return backend;
+        }
+    }
+    return nullptr;
+}
+
+ggml_backend_t llama_mod_context::get_input_backend(const llm_mod_segment & seg) const {
+    const int32_t last = (int32_t) lctx.model.hparams.n_layer() - 1;
+
+    auto * dev = lctx.model.dev_layer(std::min(seg.t0/2, last));
+    for (int32_t il = seg.t0/2; 2*il < seg.t1; ++il) {
+        if (lctx.model.dev_layer(il) != dev) {
+            return nullptr;
+        }
+    }
+    const bool is_host = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+
+    return inputs == io::block || (inputs == io::unset && !is_host) ? get_backend(dev) : nullptr;
 }
 
 llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows, bool gather) {
@@ -420,7 +442,13 @@ bool llama_mod_context::compute(variant * v, llm_mod_segment & seg, llm_graph_pa
     {
         const timer time(perf.us_inputs);
 
-        res->set_inputs(&params.ubatch);
+        if (v && v->inputs) {
+            // between devices the scheduler copies behind the backends' backs
+            const bool wait = ggml_backend_sched_get_n_splits(lctx.sched.get()) > 1;
+            v->inputs->fill([&] { res->set_inputs(&params.ubatch); }, wait);
+        } else {
+            res->set_inputs(&params.ubatch);
+        }
     }
     const timer time(perf.us_compute);
 
@@ -446,7 +474,7 @@ bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_par
     ggml_backend_sched_set_eval_callback(lctx.sched.get(), lctx.cparams.cb_eval, lctx.cparams.cb_eval_user_data);
 
     auto * gf = lctx.model.build_graph(params);
-    if (!ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
+    if ((v && v->inputs && !v->inputs->place(gf)) || !ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
         LLAMA_LOG_ERROR("%s: failed to allocate graph\n", __func__);
         ret = GGML_STATUS_ALLOC_FAILED;
         return false;

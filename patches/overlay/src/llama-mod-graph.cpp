@@ -45,6 +45,28 @@ public:
     const llm_mod_segment * seg;
 };
 
+// what the routers of a graph on a device need to decide about its token
+class llm_graph_input_mod_decider : public llm_graph_input_i {
+public:
+    llm_graph_input_mod_decider(const llm_mod_segment * seg) : seg(seg) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        const int32_t is_sink = ubatch->pos[0] < seg->decider->n_sink;
+
+        ggml_backend_tensor_set(limit,  seg->decider->limit.data(), 0, ggml_nbytes(limit));
+        ggml_backend_tensor_set(always, &is_sink,                   0, ggml_nbytes(always));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return params.mod == seg;
+    }
+
+    ggml_tensor * limit  = nullptr; // F32 [n_units]
+    ggml_tensor * always = nullptr; // I32 [1]
+
+    const llm_mod_segment * seg;
+};
+
 // the cache of one layer: as usual, but the mask is kept up to date by the cache, and hides what kv units dropped
 class llm_graph_input_attn_mod : public llm_graph_input_attn_kv {
 public:
@@ -413,11 +435,24 @@ void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
 ggml_tensor * llm_mod_graph::build_route(ggml_tensor * cur, int32_t u0, int32_t u1, int32_t unit) {
     const int64_t n = u1 - u0;
 
-    ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
-    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b,     n, u0*ggml_element_size(seg->b));
-    ggml_tensor * l = ggml_view_1d(g.ctx0, seg->limit, n, u0*ggml_element_size(seg->limit));
+    if (!inp_limit) {
+        auto inp = std::make_unique<llm_graph_input_mod_decider>(seg);
 
-    ggml_tensor * res = ggml_mod_route(g.ctx0, cur, w, b, l, seg->always, seg->eps, seg->model->scale_output);
+        inp->limit  = inp_limit  = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_F32, seg->model->units.size());
+        inp->always = inp_always = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, 1);
+        ggml_set_input(inp_limit);
+        ggml_set_input(inp_always);
+        ggml_set_name(inp_limit,  "mod_limit");
+        ggml_set_name(inp_always, "mod_always");
+
+        g.res->add_input(std::move(inp));
+    }
+
+    ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
+    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b,    n, u0*ggml_element_size(seg->b));
+    ggml_tensor * l = ggml_view_1d(g.ctx0, inp_limit, n, u0*ggml_element_size(inp_limit));
+
+    ggml_tensor * res = ggml_mod_route(g.ctx0, cur, w, b, l, inp_always, seg->eps, seg->model->scale_output);
     g.cb(res, "mod_route", -1);
 
     // all decisions lie together, to be read at once

@@ -76,10 +76,7 @@ struct llm_mod_segment {
     ggml_tensor * w = nullptr; // F32 [n_embd, n_units]
     ggml_tensor * b = nullptr; // F32 [n_units]
 
-    // with on_device
-    ggml_tensor * limit  = nullptr; // F32 [n_units], the decider's
-    ggml_tensor * always = nullptr; // I32 [1], is the token a sink?
-    ggml_tensor * routes = nullptr; // I32 [4, n_units], what is decided
+    ggml_tensor * routes = nullptr; // I32 [4, n_units], what is decided, with on_device
 
     float eps = 0.0f; // of the RMS norm
 
@@ -162,6 +159,8 @@ private:
     // the same with on_device
     ggml_tensor * route      = nullptr;
     int           route_unit = 0; // in the route
+    ggml_tensor * inp_limit  = nullptr; // F32 [n_units], the decider's
+    ggml_tensor * inp_always = nullptr; // I32 [1], is the token a sink?
 
     llm_graph_input_attn_kv * inp_base = nullptr; // shared by the layers with complete K/V
     ggml_tensor *             mask_any = nullptr; // the last KQ mask made
