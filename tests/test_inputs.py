@@ -1,4 +1,4 @@
-"""Inputs of kept graphs in one block, as devices get them (LLAMA_MOD_INPUTS=block), on the CPU: nothing else changes."""
+"""Inputs of kept graphs in one block, as devices get them (LLAMA_MOD_INPUTS=block), on the CPU: the same bits."""
 
 import numpy as np
 import pytest
