@@ -2,8 +2,14 @@
 
 #include "ggml-mod.h"
 
-// the functions of CUDA 12.4 have other signatures
-#if defined(USE_CUDA_GRAPH) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA) && CUDART_VERSION >= 13000
+#if defined(USE_CUDA_GRAPH) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA) && CUDART_VERSION >= 12040
+
+// CUDA 13 dropped the older forms of these functions and gave the newest their names
+#if CUDART_VERSION >= 13000
+#define MOD_CUDA_V(name, version) name
+#else
+#define MOD_CUDA_V(name, version) name##_v##version
+#endif
 
 // no other part of the backend captures on it
 static constexpr int MOD_STREAM = GGML_CUDA_MAX_STREAMS - 1;
@@ -40,7 +46,7 @@ static cudaGraph_t mod_add_condition(cudaStream_t stream, const int32_t * count)
     const cudaGraphEdgeData * edges;
     size_t                    n_deps;
 
-    CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr));
+    CUDA_CHECK(MOD_CUDA_V(cudaStreamGetCaptureInfo, 3)(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr));
     GGML_ASSERT(status == cudaStreamCaptureStatusActive);
 
     cudaGraphConditionalHandle handle;
@@ -49,7 +55,7 @@ static cudaGraph_t mod_add_condition(cudaStream_t stream, const int32_t * count)
     mod_set_condition_kernel<<<1, 1, 0, stream>>>(handle, count);
     CUDA_CHECK(cudaGetLastError());
 
-    CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, &deps, &edges, &n_deps));
+    CUDA_CHECK(MOD_CUDA_V(cudaStreamGetCaptureInfo, 3)(stream, &status, nullptr, &graph, &deps, &edges, &n_deps));
 
     cudaGraphNodeParams params = {};
     params.type               = cudaGraphNodeTypeConditional;
@@ -58,8 +64,8 @@ static cudaGraph_t mod_add_condition(cudaStream_t stream, const int32_t * count)
     params.conditional.size   = 1;
 
     cudaGraphNode_t node;
-    CUDA_CHECK(cudaGraphAddNode(&node, graph, deps, edges, n_deps, &params));
-    CUDA_CHECK(cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1, cudaStreamSetCaptureDependencies));
+    CUDA_CHECK(MOD_CUDA_V(cudaGraphAddNode, 2)(&node, graph, deps, edges, n_deps, &params));
+    CUDA_CHECK(MOD_CUDA_V(cudaStreamUpdateCaptureDependencies, 2)(stream, &node, nullptr, 1, cudaStreamSetCaptureDependencies));
 
     return params.conditional.phGraph_out[0];
 }
