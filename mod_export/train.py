@@ -8,6 +8,7 @@ form (or an adapter). While it runs, OUT.run holds checkpoint, metrics and plots
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,7 @@ SETTLE = 16384  # tokens that thresholds are chosen on, in long sequences: memor
 DRIFT = 24576  # tokens that drift is measured on
 MIN_SEQUENCES = 6  # of training, for either
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
+TRAVEL, FASTEST = 2.0, 0.1  # or more: the way from start to target so many times while it anneals, logits a step
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
 
@@ -82,7 +84,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
     if config.method != "static":
         hold_steady(model, _long(model, data, DRIFT), config.steady)
-    parameters = trained(model, config)
+    parameters = trained(model, config, anneal := round(config.anneal * config.steps(accelerator.num_processes)))
     groups = groups_of(units, config.per_layer)
     index = [[units.index(unit) for unit in group] for group in groups]
     student = Student(model, teacher, index, weights, Relax(config.temperature), config.recompute,
@@ -93,14 +95,17 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     targets = [config.target_of(group[0][1]) for group in groups]
     starts = [config.start_of(group[0][1]) for group in groups]
     fixed = 0.0 if config.method != "threshold" else config.load
-    control = Controller(groups, targets, starts, round(config.anneal * config.steps(accelerator.num_processes)), fixed)
+    control = Controller(groups, targets, starts, anneal, fixed)
     told = {"options": config.to_dict(), "base": identity, "data": data.fingerprint,
             "mod": replace(model.config, calibration={}).to_dict(), "processes": accelerator.num_processes}  # fmt: skip
     return Loop(config, accelerator, student, optimizer, control, data, held_out, run, told, say)
 
 
-def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
-    """Freeze everything, then free what is trained; -> the optimizer's groups, each with its learning rate."""
+def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
+    """Freeze everything, then free what is trained; -> the optimizer's groups, each with its learning rate.
+
+    anneal: steps from start to target activation.
+    """
     model.requires_grad_(False)
     groups = []
     if config.method == "static":
@@ -108,7 +113,9 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
     else:
         routers = model.routers.values()
         groups.append({"params": [router.weight for router in routers], "lr": config.router_lr})
-        groups.append({"params": [router.bias for router in routers], "lr": BIAS_RATE * config.router_lr})
+        ways = [_logit(config.start_of(kind)) - _logit(config.target_of(kind)) for kind in model.config.units]
+        needed = min(FASTEST, TRAVEL * max(map(abs, ways)) / max(1, anneal))
+        groups.append({"params": [router.bias for router in routers], "lr": max(BIAS_RATE * config.router_lr, needed)})
     if config.parameters == "lora":
         lora = adapter.inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
         groups.append({"params": lora, "lr": config.lora_lr})
@@ -120,6 +127,11 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
         for p in group["params"]:
             p.requires_grad_(True)
     return groups
+
+
+def _logit(share: float) -> float:
+    share = min(max(share, 0.01), 0.99)
+    return math.log(share / (1 - share))
 
 
 def set_static(model: MoDModel, targets: dict[str, float]) -> None:

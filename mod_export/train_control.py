@@ -2,7 +2,8 @@
 
 The load term of the loss is `weight * mean sigmoid(z)` of each group of units (a kind; a single unit with targets per
 layer). Its weight is the price of activation, in nats; what a fair price is depends on the model, the text and the
-target, so a controller finds it: proportional and integral, in units of the loss itself.
+target, so a controller finds it: proportional and integral, in units of loss / (1 - activation). That is half of what
+the next skip costs where the cheapest ones are made first and the loss grows with the square of their number.
 
     control = Controller(groups, targets, starts, anneal=200)
     weights = control.weights(step)              # before the forward
@@ -17,9 +18,10 @@ import torch
 
 from mod_export.config import Unit, by_kind
 
-INTEGRAL, PROPORTIONAL = 0.3, 20.0  # of the error, times the loss
+INTEGRAL, PROPORTIONAL = 0.18, 12.0  # of the error, in the unit of the price
 SMOOTH = 0.9  # of the running means: the activation of one sequence may be five times that of the next
-PRICE = 3.0  # of the first step's load term, times its loss: what calibrated kv units cost at the margin
+PRICE = 1.8  # of the first step's load term, in this unit: what calibrated kv units cost at the margin
+ROOM = 0.02  # the least 1 - activation that counts
 
 
 @dataclass
@@ -57,15 +59,20 @@ class Controller:
         """Of each group's load term."""
         if self.fixed is not None:
             return torch.full((len(self.groups),), self.fixed)
-        return self.integral + PROPORTIONAL * self.loss * (self.seen - self.target(step))
+        return self.integral + PROPORTIONAL * self._unit() * (self.seen - self.target(step))
 
     def update(self, step: int, activation: torch.Tensor, loss: float) -> None:
         """activation: of each group in this step, hard; loss: without the load term."""
         self.seen = SMOOTH * self.seen + (1 - SMOOTH) * activation
         if self.loss == 0:
-            self.loss, self.integral = loss, self.integral + PRICE * loss
+            self.loss = loss
+            self.integral = self.integral + PRICE * self._unit()
         self.loss = SMOOTH * self.loss + (1 - SMOOTH) * loss
-        self.integral = self.integral + INTEGRAL * self.loss * (self.seen - self.target(step))
+        self.integral = self.integral + INTEGRAL * self._unit() * (self.seen - self.target(step))
+
+    def _unit(self) -> torch.Tensor:
+        """Of the price of each group, nats."""
+        return self.loss / (1 - self.seen).clamp(min=ROOM)
 
     def state_dict(self) -> dict:
         return {"integral": self.integral, "seen": self.seen, "loss": self.loss}
