@@ -21,6 +21,7 @@ from mod_export.config import Unit, by_kind
 INTEGRAL, PROPORTIONAL = 0.18, 12.0  # of the error, in the unit of the price
 SMOOTH = 0.9  # of the running means: the activation of one sequence may be five times that of the next
 PRICE = 1.8  # of the first step's load term, in this unit: what calibrated kv units cost at the margin
+EARLY = 0.6  # the same where the way to the target is still to go: what is lost at first heals, and more is too much
 ROOM = 0.02  # the least 1 - activation that counts
 
 
@@ -66,7 +67,8 @@ class Controller:
         self.seen = SMOOTH * self.seen + (1 - SMOOTH) * activation
         if self.loss == 0:
             self.loss = loss
-            self.integral = self.integral + PRICE * self._unit()
+            there = torch.tensor(self.starts) == torch.tensor(self.targets)
+            self.integral = self.integral + torch.where(there, PRICE, EARLY) * self._unit()
         self.loss = SMOOTH * self.loss + (1 - SMOOTH) * loss
         self.integral = self.integral + INTEGRAL * self._unit() * (self.seen - self.target(step))
 
