@@ -27,7 +27,7 @@ from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
 from mod_export.router import rms_norm
-from mod_export.steady import observe
+from mod_export.steady import Means, observe
 from mod_export.targets import REPEAT_PROMPT, Tape
 
 Say = Callable[[str], None]
@@ -72,10 +72,10 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
-    first = _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
+    first = _first(base, plan)
     fits = measure(base, tokenizer, sequences, plan, say)
     say("measuring what drifts from one part of a text to the next")
-    routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, first))
+    routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, plan))
     model = MoDModel.from_base(base, tokenizer, first, routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
@@ -118,15 +118,15 @@ def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say
     return fits
 
 
-def drift(base: nn.Module, tokenizer, sequences: torch.Tensor, config: MoDConfig) -> dict[Unit, torch.Tensor]:
+def drift(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan) -> dict[Unit, torch.Tensor]:
     """Of the inputs of each router, [k, n_embd] (steady.py). sequences: [n, T], consecutive parts of a text."""
-    blank = {unit: (torch.zeros(hf.n_embd(base)), torch.zeros(1)) for unit in config.routed()}
-    model = MoDModel.from_base(base, tokenizer, config, blank)
+    blank = {unit: (torch.zeros(hf.n_embd(base)), torch.zeros(1)) for unit in plan.routed()}
+    model = MoDModel.from_base(base, tokenizer, _first(base, plan), blank)
     try:
         n, length = sequences.shape
         many = together(base, length, n)
         joined = sequences[: n // many * many].reshape(-1, many * length)
-        return {unit: seen.drift() for unit, seen in observe(model, joined).items()}
+        return {unit: seen.drift() for unit, seen in observe(model, joined, Means).items()}
     finally:
         model.detach()
 
@@ -229,6 +229,11 @@ def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict[Unit, torch.
 def _mean(activation: dict[Unit, float], kind: str) -> float:
     values = [value for unit, value in activation.items() if unit[1] == kind]
     return round(sum(values) / len(values), 4)
+
+
+def _first(base: nn.Module, plan: Plan) -> MoDConfig:
+    """Before there are thresholds."""
+    return _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
 
 
 def _config(base: nn.Module, plan: Plan, thresholds: dict, activation: dict | None, record: dict) -> MoDConfig:

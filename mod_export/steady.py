@@ -30,19 +30,19 @@ def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float) -> None
     sequences: [n, T] tokens, of all the kinds of text that there are, as long as can be; steady: how much more a
     variance from chunk to chunk weighs than one within: 0 takes the mean from the inputs and no more.
     """
-    for unit, seen in observe(model, sequences).items():
+    for unit, seen in observe(model, sequences, Moments).items():
         model.router(unit).reparametrise(seen.mean(), *damp(seen.within(), seen.drift(), steady))
 
 
 @torch.no_grad()
-def observe(model: MoDModel, sequences: torch.Tensor) -> dict[Unit, Moments]:
+def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means]) -> dict[Unit, Means]:
     """What each router reads in the original model (which a resumed run finds again), on sequences [n, T]."""
     units = model.config.routed()
-    seen = {unit: Moments(model.router(unit).weight) for unit in units}
+    seen = {unit: kind(model.router(unit).weight) for unit in units}
     hooks = []
     for unit in units:
-        def add(router, args, _out, moments=seen[unit]):
-            moments.add(rms_norm(args[0][0], router.eps))
+        def add(router, args, _out, means=seen[unit]):
+            means.add(rms_norm(args[0][0], router.eps))
 
         hooks.append(model.router(unit).register_forward_hook(add))
     try:
@@ -55,29 +55,21 @@ def observe(model: MoDModel, sequences: torch.Tensor) -> dict[Unit, Moments]:
     return seen
 
 
-class Moments:
-    """Of a router's inputs: their covariance within chunks, and the chunks' means."""
+class Means:
+    """Of a router's inputs over chunks, and the chunks' places."""
 
     def __init__(self, like: torch.Tensor):
-        self.n, self.means, self.places = 0, [], []
-        self.inside = torch.zeros(len(like), len(like), device=like.device)
+        self.means, self.places = [], []
 
     def add(self, x: torch.Tensor) -> None:
         """x: [T, n_embd], the inputs of one sequence from its beginning."""
         for number, chunk in enumerate(x.split(CHUNK)):
-            mean = chunk.mean(0)
-            self.means.append(mean)
+            self.means.append(chunk.mean(0))
             self.places.append(number.bit_length())  # 1, 1, 2, 4, ... chunks: what moves slows down
-            self.inside += (chunk - mean).T @ (chunk - mean)
-            self.n += len(chunk)
 
     def mean(self) -> torch.Tensor:
         """[n_embd], each chunk counted alike."""
         return torch.stack(self.means).mean(0)
-
-    def within(self) -> torch.Tensor:
-        """[n_embd, n_embd]."""
-        return self.inside / self.n
 
     def drift(self) -> torch.Tensor:
         """[k, n_embd] whose Gram matrix is the covariance of the chunks' means, and PLACE times that of the places'."""
@@ -85,6 +77,25 @@ class Moments:
         of_places = torch.stack([means[places == place].mean(0) for place in sorted(set(self.places))])
         parts = ((means, 1.0), (of_places, PLACE))
         return torch.cat([(x - x.mean(0)) * (weight / len(x)) ** 0.5 for x, weight in parts])
+
+
+class Moments(Means):
+    """And the inputs' covariance within chunks."""
+
+    def __init__(self, like: torch.Tensor):
+        super().__init__(like)
+        self.n, self.inside = 0, torch.zeros(len(like), len(like), device=like.device)
+
+    def add(self, x: torch.Tensor) -> None:
+        super().add(x)
+        for chunk in x.split(CHUNK):
+            chunk = chunk - chunk.mean(0)
+            self.inside += chunk.T @ chunk
+            self.n += len(chunk)
+
+    def within(self) -> torch.Tensor:
+        """[n_embd, n_embd]."""
+        return self.inside / self.n
 
 
 def damp(within: torch.Tensor, drift: torch.Tensor, steady: float) -> tuple[torch.Tensor, torch.Tensor]:

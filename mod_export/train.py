@@ -8,7 +8,6 @@ form (or an adapter). While it runs, OUT.run holds checkpoint, metrics and plots
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from mod_export import adapter, calibrate, hf, train_state
 from mod_export.config import UnitConfig
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
+from mod_export.router import threshold_logit
 from mod_export.steady import hold_steady
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller, groups_of
@@ -34,7 +34,9 @@ SETTLE = 16384  # tokens that thresholds are chosen on, in long sequences: memor
 DRIFT = 24576  # tokens that drift is measured on
 MIN_SEQUENCES = 6  # of training, for either
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
-TRAVEL, FASTEST = 2.0, 0.1  # or more: the way from start to target so many times while it anneals, logits a step
+# In a short run a bias learns faster: it could go TRAVEL times the way from start to target, in logits, while the
+# target anneals; but at most FASTEST logits a step.
+TRAVEL, FASTEST = 2.0, 0.1
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
 
@@ -84,7 +86,8 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
     if config.method != "static":
         hold_steady(model, _long(model, data, DRIFT), config.steady)
-    parameters = trained(model, config, anneal := round(config.anneal * config.steps(accelerator.num_processes)))
+    anneal = round(config.anneal * config.steps(accelerator.num_processes))
+    parameters = trained(model, config, anneal)
     groups = groups_of(units, config.per_layer)
     index = [[units.index(unit) for unit in group] for group in groups]
     student = Student(model, teacher, index, weights, Relax(config.temperature), config.recompute,
@@ -113,8 +116,8 @@ def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
     else:
         routers = model.routers.values()
         groups.append({"params": [router.weight for router in routers], "lr": config.router_lr})
-        ways = [_logit(config.start_of(kind)) - _logit(config.target_of(kind)) for kind in model.config.units]
-        needed = min(FASTEST, TRAVEL * max(map(abs, ways)) / max(1, anneal))
+        way = max(abs(_logit(config.start_of(kind)) - _logit(config.target_of(kind))) for kind in model.config.units)
+        needed = min(FASTEST, TRAVEL * way / max(1, anneal))
         groups.append({"params": [router.bias for router in routers], "lr": max(BIAS_RATE * config.router_lr, needed)})
     if config.parameters == "lora":
         lora = adapter.inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
@@ -130,8 +133,8 @@ def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
 
 
 def _logit(share: float) -> float:
-    share = min(max(share, 0.01), 0.99)
-    return math.log(share / (1 - share))
+    """Of an activation, which may be 1."""
+    return threshold_logit(min(max(share, 0.01), 0.99))
 
 
 def set_static(model: MoDModel, targets: dict[str, float]) -> None:

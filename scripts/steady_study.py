@@ -43,10 +43,9 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     saved = out / f"fits-{window}.pt"
     if not saved.exists():
         every = sorted({layer for some in sets for layer in some})
-        p = tuple(0.5 if layer in every else 0.0 for layer in range(n_layer))
-        config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, p)})
-        fits = measure(base, tokenizer, sequences, Plan({"kv": every}, kv_window=window), print)
-        torch.save((fits, drift(base, tokenizer, sequences, config)), saved)
+        plan = Plan({"kv": every}, kv_window=window)
+        fits = measure(base, tokenizer, sequences, plan, print)
+        torch.save((fits, drift(base, tokenizer, sequences, plan)), saved)
     (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
     done = {(row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows.read(path)}
 

@@ -10,11 +10,11 @@ from mod_export import bindings
 pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
 
 
-def run(path, n_ctx: int, fa: bool, scattered: bool) -> list[np.ndarray]:
+def run(path, fa: bool, scattered: bool) -> list[np.ndarray]:
     """Logits and decisions of two sequences: a prompt, batches of 1 to 8 tokens, and back to single ones."""
     results = []
     rng = np.random.default_rng(4)
-    with Raw(path, n_ctx=n_ctx, fa=fa) as r:
+    with Raw(path, fa=fa) as r:
         results.append(r.decode(TOKENS[0][:40]))
         at = [40, 0]
         for n in [1, 1, 8, 3, 8, 5, 2, 6, 1, 8, 4, 8, 7, 1]:
@@ -38,7 +38,7 @@ def test_one_block_gives_the_same_bits(case, decode, fa, scale, tmp_path, monkey
     results = []
     for way in ("each", "block"):
         monkeypatch.setenv("LLAMA_MOD_INPUTS", way)
-        results.append(run(path, 512, fa, scattered=not fa))
+        results.append(run(path, fa, scattered=not fa))
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
 

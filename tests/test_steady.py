@@ -40,7 +40,8 @@ def test_damp_is_the_minimum(moments):
     a = a + 0.01 * torch.diag(a.diagonal())
     loss = (w - v) @ a @ (w - v) + steady * (drift @ w).pow(2).sum()
     loss.backward()
-    assert w.grad.abs().max() < 1e-6 * (2 * steady * drift.T @ (drift @ v)).abs().max()
+    slope = (2 * steady * drift.T @ (drift @ v)).abs().max()
+    assert w.grad.abs().max() < 5e-8 * slope and slope > 1e-4
 
 
 def test_a_step_moves_tokens_and_not_chunks(moments):
