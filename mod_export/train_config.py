@@ -23,7 +23,7 @@ class TrainConfig:
     start: activation at the first step, None: the target for `kv`, START for other kinds; anneal: share of the
         steps from start to target; per_layer: each unit meets the target, instead of all of a kind together
     load: a constant weight of the load term, None: controlled; steady: steady.py
-    learning rates: of routers, LoRA, full weights; warmup: share of the steps
+    learning rates: of routers, LoRA, full weights, None: rate_of(); warmup: share of the steps
     tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
     loss_on: `all` tokens or only `answers` of chat data
     """
@@ -47,8 +47,8 @@ class TrainConfig:
     batch: int = 1
     accumulate: int = 1
     router_lr: float = 1e-3
-    lora_lr: float = 2e-4
-    full_lr: float = 3e-5
+    lora_lr: float | None = None
+    full_lr: float | None = None
     warmup: float = 0.05
     clip: float = 1.0
     lora_rank: int = 16
@@ -63,6 +63,7 @@ class TrainConfig:
     held_out: int = 8
 
     START = 0.95
+    LORA_LR, WIDTH = 1e-3, 576
 
     def steps(self, processes: int = 1) -> int:
         """Optimizer steps of the whole run."""
@@ -76,6 +77,17 @@ class TrainConfig:
         if self.start is not None:
             return self.start
         return self.target_of(kind) if kind == "kv" else max(self.START, self.target_of(kind))
+
+    def rate_of(self, n_embd: int) -> float:
+        """Learning rate of LoRA or of all weights: best for SmolLM2-135M (docs/quality.md), less where there is more.
+
+        How it falls with the width, and that all weights have a tenth of LoRA's, is as Schulman et al. found it ("LoRA
+        Without Regret", 2025).
+        """
+        lora = self.LORA_LR * math.sqrt(self.WIDTH / n_embd)
+        if self.parameters == "lora":
+            return lora if self.lora_lr is None else self.lora_lr
+        return 0.1 * lora if self.full_lr is None else self.full_lr
 
     def to_dict(self) -> dict:
         return asdict(self)

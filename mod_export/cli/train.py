@@ -58,8 +58,9 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--temperature", type=POSITIVE, default=D.temperature, show_default=True,
               help="Of the relaxed decisions about keys.")
 @click.option("--router-lr", type=POSITIVE, default=D.router_lr, show_default=True, help="Learning rate of routers.")
-@click.option("--lora-lr", type=POSITIVE, default=D.lora_lr, show_default=True, help="Learning rate of LoRA.")
-@click.option("--full-lr", type=POSITIVE, default=D.full_lr, show_default=True, help="Learning rate of all weights.")
+@click.option("--lora-lr", type=POSITIVE, help="Learning rate of LoRA. [default: 0.001 at a width of 576, falls with "
+              "its root]")
+@click.option("--full-lr", type=POSITIVE, help="Learning rate of all weights. [default: a tenth of LoRA's]")
 @click.option("--warmup", type=SHARE, default=D.warmup, show_default=True,
               help="Share of the steps; then cosine decay.")
 @click.option("--clip", type=POSITIVE, default=D.clip, show_default=True, help="Largest norm of the gradient.")
