@@ -110,7 +110,7 @@ def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
     anneal: steps from start to target activation.
     """
     model.requires_grad_(False)
-    groups = []
+    groups, rate = [], config.rate_of(hf.n_embd(model.base))
     if config.method == "static":
         set_static(model, {kind: config.target_of(kind) for kind in model.config.units})
     else:
@@ -121,11 +121,11 @@ def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
         groups.append({"params": [router.bias for router in routers], "lr": max(BIAS_RATE * config.router_lr, needed)})
     if config.parameters == "lora":
         lora = adapter.inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
-        groups.append({"params": lora, "lr": config.rate_of(hf.n_embd(model.base))})
+        groups.append({"params": lora, "lr": rate})
     elif config.parameters == "full":
         ends = {p for end in (model.base.get_input_embeddings(), model.base.get_output_embeddings())
                 for p in end.parameters()}  # fmt: skip
-        groups.append({"params": [p for p in model.base.parameters() if p not in ends], "lr": config.rate_of(hf.n_embd(model.base))})
+        groups.append({"params": [p for p in model.base.parameters() if p not in ends], "lr": rate})
     for group in groups:
         for p in group["params"]:
             p.requires_grad_(True)
