@@ -75,6 +75,13 @@ def test_distillation_lowers_the_divergence(files, tmp_path):
     assert torch.tensor(seen).mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.1)
 
 
+def test_learning_rates_fall_with_the_width():
+    lora, full = TrainConfig((), parameters="lora"), TrainConfig((), parameters="full")
+    assert lora.rate_of(576) == pytest.approx(1e-3) and lora.rate_of(4 * 576) == pytest.approx(5e-4)
+    assert full.rate_of(576) == pytest.approx(1e-4)
+    assert replace(lora, lora_lr=7e-4).rate_of(4096) == 7e-4 and replace(full, full_lr=2e-5).rate_of(4096) == 2e-5
+
+
 def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path):
     run = config(files, parameters="lora", lora_rank=2, lora_lr=0.01)
     train(files / "mod", tmp_path / "adapter", run, save_as="adapter")
