@@ -42,7 +42,8 @@ def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means]) -> dict
     hooks = []
     for unit in units:
         def add(router, args, _out, means=seen[unit]):
-            means.add(rms_norm(args[0][0], router.eps))
+            with torch.autocast(args[0].device.type, enabled=False):
+                means.add(rms_norm(args[0][0], router.eps))
 
         hooks.append(model.router(unit).register_forward_hook(add))
     try:

@@ -85,7 +85,8 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
         teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
     if config.method != "static":
-        hold_steady(model, _long(model, data, DRIFT), config.steady)
+        with accelerator.autocast():
+            hold_steady(model, _long(model, data, DRIFT), config.steady)
     anneal = round(config.anneal * config.steps(accelerator.num_processes))
     parameters = trained(model, config, anneal)
     groups = groups_of(units, config.per_layer)
@@ -175,7 +176,8 @@ def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[floa
     chosen = _long(model, loop.train, SETTLE)
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
-    loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
+    with loop.accelerator.autocast():
+        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
 
 
 def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:
