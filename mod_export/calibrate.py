@@ -206,11 +206,16 @@ def settle_thresholds(
 
 def quantile_threshold(logits: torch.Tensor, target: float) -> float:
     """p that the share `target` of the logits reaches."""
+    return torch.sigmoid(torch.tensor(quantile_logit(logits, target), dtype=torch.float64)).item()
+
+
+def quantile_logit(logits: torch.Tensor, target: float) -> float:
+    """What the share `target` of the logits reaches, at most MAX_LOGIT from 0."""
     ordered = logits.flatten().sort().values
     skipped = min(max(round((1 - target) * len(ordered)), 0), len(ordered) - 1)
     lower = ordered[max(skipped - 1, 0)]
     middle = (lower + ordered[skipped]) / 2  # in the gap between two tokens: float noise decides nothing
-    return torch.sigmoid(middle.double().clamp(-MAX_LOGIT, MAX_LOGIT)).item()
+    return middle.double().clamp(-MAX_LOGIT, MAX_LOGIT).item()
 
 
 def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:

@@ -68,7 +68,7 @@ class Run:
         return self.active[unit]
 
     def _relax(self, unit: Unit, logit: torch.Tensor, p: float) -> None:
-        z = logit - (threshold_logit(p) + self.shift)
+        z = logit - (threshold_logit(p) + self.shift) + self.relax.lever.get(unit, 0.0)
         if unit[1] != "kv":
             scale = self.gate.get(unit, 1.0)
             self.gate[unit] = scale * self.relax.gate(z, self.active[unit])

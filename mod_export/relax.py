@@ -15,9 +15,9 @@ Sources: straight-through estimator, Bengio et al., arXiv 1308.3432; Gumbel-sigm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,14 @@ _NAME = "mod_relaxed"  # of our attention function in the registry of transforme
 
 @dataclass(frozen=True)
 class Relax:
-    """temperature, noise: of the keys' samples; without noise they are deterministic."""
+    """temperature, noise: of the keys' samples; without noise they are deterministic.
+
+    lever: of units, a zero that is added to each z: its gradient is that of all of them together
+    """
 
     temperature: float = 0.3
     noise: bool = True
+    lever: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
     def gate(self, z: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         """1 where active, 0 elsewhere, with the gradient of sigmoid(z); [B, T]."""

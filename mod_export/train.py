@@ -20,7 +20,6 @@ from mod_export import adapter, calibrate, hf, train_state
 from mod_export.config import UnitConfig
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
-from mod_export.router import threshold_logit
 from mod_export.steady import hold_steady
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller, groups_of
@@ -34,9 +33,6 @@ SETTLE = 16384  # tokens that thresholds are chosen on, in long sequences: memor
 DRIFT = 24576  # tokens that drift is measured on
 MIN_SEQUENCES = 6  # of training, for either
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
-# In a short run a bias learns faster: it could go TRAVEL times the way from start to target, in logits, while the
-# target anneals; but at most FASTEST logits a step.
-TRAVEL, FASTEST = 2.0, 0.1
 STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
 
 
@@ -88,7 +84,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
         with accelerator.autocast():
             hold_steady(model, _long(model, data, DRIFT), config.steady)
     anneal = round(config.anneal * config.steps(accelerator.num_processes))
-    parameters = trained(model, config, anneal)
+    parameters = trained(model, config)
     groups = groups_of(units, config.per_layer)
     index = [[units.index(unit) for unit in group] for group in groups]
     student = Student(model, teacher, index, weights, Relax(config.temperature), config.recompute,
@@ -105,11 +101,8 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     return Loop(config, accelerator, student, optimizer, control, data, held_out, run, told, say)
 
 
-def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
-    """Freeze everything, then free what is trained; -> the optimizer's groups, each with its learning rate.
-
-    anneal: steps from start to target activation.
-    """
+def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
+    """Freeze everything, then free what is trained; -> the optimizer's groups, each with its learning rate."""
     model.requires_grad_(False)
     groups, rate = [], config.rate_of(hf.n_embd(model.base))
     if config.method == "static":
@@ -117,9 +110,7 @@ def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
     else:
         routers = model.routers.values()
         groups.append({"params": [router.weight for router in routers], "lr": config.router_lr})
-        way = max(abs(_logit(config.start_of(kind)) - _logit(config.target_of(kind))) for kind in model.config.units)
-        needed = min(FASTEST, TRAVEL * way / max(1, anneal))
-        groups.append({"params": [router.bias for router in routers], "lr": max(BIAS_RATE * config.router_lr, needed)})
+        groups.append({"params": [router.bias for router in routers], "lr": BIAS_RATE * config.router_lr})
     if config.parameters == "lora":
         lora = adapter.inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
         groups.append({"params": lora, "lr": rate})
@@ -131,11 +122,6 @@ def trained(model: MoDModel, config: TrainConfig, anneal: int) -> list[dict]:
         for p in group["params"]:
             p.requires_grad_(True)
     return groups
-
-
-def _logit(share: float) -> float:
-    """Of an activation, which may be 1."""
-    return threshold_logit(min(max(share, 0.01), 0.99))
 
 
 def set_static(model: MoDModel, targets: dict[str, float]) -> None:

@@ -1,13 +1,15 @@
-"""Brings the mean activation to its target and holds it there.
+"""Holds the mean activation at its target, and finds the price that lets units share it out.
 
-The load term of the loss is `weight * mean sigmoid(z)` of each group of units (a kind; a single unit with targets per
-layer). Its weight is the price of activation, in nats; what a fair price is depends on the model, the text and the
-target, so a controller finds it: proportional and integral, in units of loss / (1 - activation). That is half of what
-the next skip costs where the cheapest ones are made first and the loss grows with the square of their number.
+Two things, for each group of units (a kind; a single unit with targets per layer), so that neither has to be tuned:
+
+* the thresholds of a group follow the running quantile of its logits, all alike: the activation is the target's.
+* the load term of the loss, `price * mean sigmoid(z)`, says what it costs to be active, in nats. At the fair price it
+  cancels what the loss gains if all logits of the group rise together: routers are left to tell tokens and layers
+  apart. So the price is the ratio of two slopes, Lagrange's multiplier of the constraint, measured in each step.
 
     control = Controller(groups, targets, starts, anneal=200)
-    weights = control.weights(step)              # before the forward
-    control.update(step, activation, loss)       # after it
+    loss, seen = student(ids, counts, control.prices(step), control.shares(step))     # shares: where to look
+    shift = control.update(step, seen["quantile"], rise, seen["slope"])               # of the thresholds, in logits
 """
 
 from __future__ import annotations
@@ -18,16 +20,13 @@ import torch
 
 from mod_export.config import Unit, by_kind
 
-INTEGRAL, PROPORTIONAL = 0.18, 12.0  # of the error, in the unit of the price
-SMOOTH = 0.9  # of the running means: the activation of one sequence may be five times that of the next
-PRICE = 1.8  # of the first step's load term, in this unit: what calibrated kv units cost at the margin
-EARLY = 0.6  # the same where the way to the target is still to go: what is lost at first heals, and more is too much
-ROOM = 0.02  # the least 1 - activation that counts
+MEMORY = 0.95  # of the running slopes: those of one sequence are noisy
+FOLLOW = 0.05  # of the way to a step's quantile; the activation of one sequence may be five times that of the next
 
 
 @dataclass
 class Controller:
-    """groups: units whose mean activation has one target; fixed: a constant weight instead of a controlled one.
+    """groups: units whose mean activation has one target; fixed: a constant price, and thresholds that stay.
 
     targets, starts: activation of each group at the end and at the beginning; anneal: steps from one to the other.
     """
@@ -37,13 +36,11 @@ class Controller:
     starts: list[float]
     anneal: int = 0
     fixed: float | None = None
-    integral: torch.Tensor = field(default=None)
-    seen: torch.Tensor = field(default=None)
-    loss: float = 0.0
+    rise: torch.Tensor = field(default=None)
+    slope: torch.Tensor = field(default=None)
 
     def __post_init__(self):
-        self.integral = torch.zeros(len(self.groups))
-        self.seen = torch.tensor(self.starts)
+        self.rise, self.slope = torch.zeros(len(self.groups)), torch.zeros(len(self.groups))
 
     @property
     def names(self) -> list[str]:
@@ -56,31 +53,34 @@ class Controller:
         start, end = torch.tensor(self.starts), torch.tensor(self.targets)
         return start + share * (end - start)
 
-    def weights(self, step: int) -> torch.Tensor:
-        """Of each group's load term."""
+    def prices(self, step: int) -> torch.Tensor:
+        """Of each group's activation, in nats; 0 before anything is known."""
         if self.fixed is not None:
             return torch.full((len(self.groups),), self.fixed)
-        return self.integral + PROPORTIONAL * self._unit() * (self.seen - self.target(step))
+        return torch.where(self.slope > 0, -self.rise / self.slope.clamp(min=1e-12), 0.0)
 
-    def update(self, step: int, activation: torch.Tensor, loss: float) -> None:
-        """activation: of each group in this step, hard; loss: without the load term."""
-        self.seen = SMOOTH * self.seen + (1 - SMOOTH) * activation
-        if self.loss == 0:
-            self.loss = loss
-            there = torch.tensor(self.starts) == torch.tensor(self.targets)
-            self.integral = self.integral + torch.where(there, PRICE, EARLY) * self._unit()
-        self.loss = SMOOTH * self.loss + (1 - SMOOTH) * loss
-        self.integral = self.integral + INTEGRAL * self._unit() * (self.seen - self.target(step))
+    def shares(self, step: int) -> torch.Tensor:
+        """[n_groups, 2]: activation of this step and the next, whose quantiles `update` needs."""
+        return torch.stack([self.target(step), self.target(step + 1)], dim=1)
 
-    def _unit(self) -> torch.Tensor:
-        """Of the price of each group, nats."""
-        return self.loss / (1 - self.seen).clamp(min=ROOM)
+    def update(self, step: int, quantile: torch.Tensor, rise: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """-> what to add to the thresholds' logits, [n_groups].
+
+        quantile: [n_groups, 2] of z, which is the logits' distance to the threshold, that the shares reach;
+        rise: of the loss without the load term, if all z of a group rise; slope: of mean sigmoid(z).
+        """
+        self.rise = MEMORY * self.rise + (1 - MEMORY) * rise
+        self.slope = MEMORY * self.slope + (1 - MEMORY) * slope
+        if self.fixed is not None:
+            return torch.zeros(len(self.groups))
+        now, then = quantile.unbind(1)
+        return then - now + FOLLOW * now
 
     def state_dict(self) -> dict:
-        return {"integral": self.integral, "seen": self.seen, "loss": self.loss}
+        return {"rise": self.rise, "slope": self.slope}
 
     def load_state_dict(self, state: dict) -> None:
-        self.integral, self.seen, self.loss = state["integral"], state["seen"], state["loss"]
+        self.rise, self.slope = state["rise"], state["slope"]
 
 
 def groups_of(units: list[Unit], per_layer: bool) -> list[list[Unit]]:

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from mod_export import evaluate, train_state
+from mod_export.calibrate import MAX_LOGIT
 from mod_export.errors import UserError
 from mod_export.relax import relaxed
+from mod_export.router import threshold_logit
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller
 from mod_export.train_data import PackedData, order
@@ -88,7 +90,8 @@ class Loop:
         if config.method == "topk":
             kinds = [group[0][1] for group in self.control.groups]
             self.model.top_k = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
-        load, seen = self.control.weights(step).to(device), []
+        prices, shares = self.control.prices(step), self.control.shares(step)
+        seen, student = [], self.accelerator.unwrap_model(self.student)
         for micro in range(config.accumulate):
             process = self.accelerator.process_index
             train_state.seed_step(config.seed, step, micro, process)
@@ -96,9 +99,9 @@ class Loop:
             last = micro + 1 == config.accumulate
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.student):
                 with self.accelerator.autocast():
-                    loss, figures = self.student(ids, counts, load)
+                    loss, figures = self.student(ids, counts, prices.to(device), shares)
                 self.accelerator.backward(loss / config.accumulate)
-            seen.append(figures)
+            seen.append(figures | {"rise": student.lever.grad * (config.accumulate / self._scale())})
         seen = {k: torch.stack([figures[k] for figures in seen]).mean(0) for k in seen[0]}
         seen = {k: v.float().cpu() for k, v in self.accelerator.reduce(seen, "mean").items()}
         norm = self.accelerator.clip_grad_norm_(self.trainable(), config.clip)
@@ -106,9 +109,21 @@ class Loop:
             raise self._not_finite(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        row = {"target": self.control.target(step).tolist(), "load": load.tolist(), "rate": rate, "norm": float(norm)}
-        self.control.update(step, seen["activation"], seen["loss"].item())
+        row = {"target": shares[:, 0].tolist(), "price": prices.tolist(), "rate": rate, "norm": float(norm)}
+        self._move(self.control.update(step, *(seen.pop(name) for name in ("quantile", "rise", "slope"))))
         return {k: v.tolist() for k, v in seen.items()} | row
+
+    def _scale(self) -> float:
+        """Of the gradients, in float16."""
+        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+
+    def _move(self, shift: torch.Tensor) -> None:
+        """Add to the logits of each group's thresholds."""
+        for group, more in zip(self.control.groups, shift.tolist(), strict=True):
+            for unit in group:
+                router = self.model.router(unit)
+                logit = min(max(threshold_logit(router.threshold) + more, -MAX_LOGIT), MAX_LOGIT)
+                router.threshold = 1 / (1 + math.exp(-logit))
 
     def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and loss mask [batch, length] of the number-th forward of the run."""

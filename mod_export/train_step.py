@@ -1,18 +1,20 @@
 """One forward of training as a module, so that Accelerate can wrap it: student, teacher, losses.
 
     student = Student(model, teacher=None, groups, weights)
-    loss, seen = student(ids, counts, load_weights)     # ids, counts [B, T]; backward through loss
+    loss, seen = student(ids, counts, prices, shares)   # ids, counts [B, T]; backward through loss
+    student.lever.grad                                  # [n_groups] what the loss gains if all logits of a group rise
     dense, logits, trace = student(ids)                 # hard decisions, for evaluation
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from mod_export.calibrate import quantile_logit
 from mod_export.model import MoDModel
 from mod_export.relax import Relax
 from mod_export.router import threshold_logit
@@ -44,18 +46,24 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.teacher, self.groups, self.weights = model, teacher, groups, weights
         self.relax, self.recompute, self.original = relax or Relax(), recompute, original
+        self.lever = None
 
-    def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, load: torch.Tensor | None = None):
-        """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of each unit.
+    def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, prices: torch.Tensor | None = None,
+                shares: torch.Tensor | None = None):  # fmt: skip
+        """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of each unit, and of
+        each group the slope of mean sigmoid(z), and the quantiles of z that `shares` reach.
 
-        ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; load: [n_groups] weights of the load terms.
+        ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; prices: [n_groups] of activation, nats;
+        shares: [n_groups, 2].
         """
-        if load is None:
+        if prices is None:
             return self._dense(ids, {})[0], *self.model(ids, trace=True)
         states = {"output_hidden_states": True} if self.weights.hidden else {}
         with torch.no_grad():
             dense, dense_states = self._dense(ids, states) if self.weights.teacher else (None, None)
-        logits, trace = self.model(ids, trace=True, relax=self.relax, recompute=self.recompute, **states)
+        self.lever = torch.zeros(len(self.groups), device=ids.device, requires_grad=True)
+        relax = replace(self.relax, lever=self._levers())
+        logits, trace = self.model(ids, trace=True, relax=relax, recompute=self.recompute, **states)
         weight = counts[:, 1:].float()
         rows = (logits[:, :-1].flatten(0, 1), None if dense is None else dense[:, :-1].flatten(0, 1))
         loss, kl, nll = logit_loss(*rows, ids[:, 1:].flatten(), weight.flatten(), self.weights.kl, self.weights.lm)
@@ -65,11 +73,24 @@ class Student(nn.Module):
             loss = loss + self.weights.hidden * distance
             seen["hidden"] = distance.detach()
         seen["loss"] = loss.detach()
-        soft, hard = torch.sigmoid(trace.logit - self._thresholds(ids.device)), trace.active.float()
-        units = hard.mean((0, 1))
-        seen |= {"units": units, "activation": torch.stack([units[group].mean() for group in self.groups])}
+        z, hard = trace.logit - self._thresholds(ids.device), trace.active.float()
+        soft, units = torch.sigmoid(z), hard.mean((0, 1))
         terms = torch.stack([soft[..., group].mean() for group in self.groups])
-        return loss + (load * terms).sum(), seen
+        seen |= {"units": units, "activation": torch.stack([units[group].mean() for group in self.groups])}
+        return loss + (prices * terms).sum(), seen | self._slopes(z.detach().clone(), soft.detach(), shares)
+
+    def _slopes(self, z: torch.Tensor, soft: torch.Tensor, shares: torch.Tensor) -> dict:
+        """Of each group: slope of the mean of `soft`, and the quantiles of z. z, soft: [B, T, n_units]."""
+        z[:, : self.model.config.sink_tokens] = float("inf")  # always active
+        quantiles = [[quantile_logit(z[..., group], share) for share in of_group]
+                     for group, of_group in zip(self.groups, shares.tolist(), strict=True)]  # fmt: skip
+        slope = soft * (1 - soft)
+        return {"slope": torch.stack([slope[..., group].mean() for group in self.groups]),
+                "quantile": torch.tensor(quantiles, device=z.device)}  # fmt: skip
+
+    def _levers(self) -> dict:
+        units = self.model.config.routed()
+        return {units[i]: self.lever[number] for number, group in enumerate(self.groups) for i in group}
 
     def _thresholds(self, device) -> torch.Tensor:
         routers = self.model.routers.values()

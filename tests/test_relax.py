@@ -1,5 +1,7 @@
 """Relaxed decisions: hard ones in the limit, gradients against finite differences, attention in chunks."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ from tiny import one_thread  # noqa: F401
 from mod_export import relax as relaxation
 from mod_export.relax import Relax, relaxed
 from mod_export.router import threshold_logit
+from mod_export.train_step import Student, Weights
 
 HARD = Relax(temperature=1e-4, noise=False)
 SMOOTH = Relax(temperature=1.0, noise=False)
@@ -135,3 +138,27 @@ def test_top_k_runs_as_many_tokens_of_each_sequence_as_it_says():
 def test_relaxed_decisions_need_their_attention():
     with pytest.raises(ValueError, match="with relaxed"):
         tiny.mod_model({"kv": [2]}, IDS)(IDS, relax=Relax())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_lever_has_the_gradient_of_all_logits_of_a_group(recompute):
+    units = {"kv": [2, 4], "attn": [3], "ffn": [3, 5]}
+    model = tiny.mod_model(units, IDS)
+    teacher = copy.deepcopy(tiny.base()).requires_grad_(False)
+    routed = model.config.routed()
+    groups = [[i for i, unit in enumerate(routed) if unit[1] == kind] for kind in units]
+    student = Student(model, teacher, groups, Weights(), SMOOTH, recompute)
+    counts, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]] * 3)
+    with relaxed(model.base):
+        loss, seen = student(IDS, counts, torch.zeros(3), shares)
+        loss.backward()
+    expected = [sum(model.router(routed[i]).bias.grad.item() for i in group) for group in groups]
+    assert min(map(abs, expected)) > 1e-6
+    assert student.lever.grad.tolist() == pytest.approx(expected, rel=1e-4)
+    for quantile, group in zip(seen["quantile"], groups, strict=True):
+        for unit in (routed[i] for i in group):  # thresholds moved to a quantile give its share
+            router = model.router(unit)
+            router.threshold = torch.sigmoid(threshold_logit(router.threshold) + quantile[1].double()).item()
+    with relaxed(model.base):
+        # what later units see has changed with the decisions of earlier ones
+        assert student(IDS, counts, torch.zeros(3), shares)[1]["activation"][0] == pytest.approx(0.25, abs=0.1)

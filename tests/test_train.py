@@ -225,7 +225,7 @@ def test_a_full_disk_costs_nothing(files, tmp_path):
 def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
     train(files / "mod", tmp_path / "out", config(files, tokens=2 * 2 * LENGTH))
     rows = [json.loads(line) for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "kl", "nll", "activation", "units", "target", "load", "rate", "norm", "tokens_per_second",
+    assert {"step", "loss", "kl", "nll", "activation", "units", "target", "price", "rate", "norm", "tokens_per_second",
             "seconds"} <= set(rows[0])  # fmt: skip
     assert set(rows[-1]["held_out"]) == {"kl", "perplexity_dense", "perplexity", "top1_agreement", "activation",
                                          "kv_share"}  # fmt: skip

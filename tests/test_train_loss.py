@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mod_export import train_loss
+from mod_export.calibrate import quantile_logit
 from mod_export.train_control import Controller, groups_of
 from mod_export.train_loss import hidden_loss, logit_loss
 
@@ -64,39 +65,65 @@ def test_hidden_states_are_compared_relative_to_their_size():
     assert hidden_loss(student, teacher, weight).item() == pytest.approx((1 + 0.01) / 2, rel=1e-4)
 
 
-def simulate(control, steps, price, rate=0.02, noise=0.02):
-    """Routers under Adam: the gradient of an activation is the load term's weight less what the activation is worth."""
-    g, x, path = torch.Generator().manual_seed(0), torch.full((len(price),), 2.0), []
-    mean, square = torch.zeros(len(price)), torch.zeros(len(price))
+def train_biases(control, worth, steps, rate=0.02, tokens=64):
+    """Units whose only parameters are biases, under Adam: the lower a unit's logit, the less what it is worth to a token.
+
+    worth: of each group, of each of its units. -> activation [steps, n_groups], and of the last step that of each unit.
+    """
+    g, path, threshold = torch.Generator().manual_seed(0), [], torch.zeros(len(worth))
+    biases = [torch.nn.Parameter(torch.full_like(w, 2.0)) for w in worth]
+    adam = torch.optim.Adam(biases, lr=rate, betas=(0.9, 0.95))
     for step in range(steps):
-        activation = (torch.sigmoid(x) + noise * torch.randn(len(price), generator=g)).clamp(0, 1)
-        worth = price * (1 - torch.sigmoid(x)) + price * torch.randn(len(price), generator=g)  # of one batch
-        slope = torch.sigmoid(x) * (1 - torch.sigmoid(x)) * (control.weights(step) - worth)
-        mean, square = 0.9 * mean + 0.1 * slope, 0.95 * square + 0.05 * slope**2
-        x = x - rate * mean / (square.sqrt() + 1e-12)
-        control.update(step, activation, loss=0.01)
-        path.append(torch.sigmoid(x))
-    return torch.stack(path)
+        of_text = torch.randn((), generator=g)  # moves the logits of a whole sequence
+        z = [b - t + of_text + 2 * torch.randn(tokens, len(b), generator=g)
+             for b, t in zip(biases, threshold, strict=True)]  # fmt: skip
+        soft = [torch.sigmoid(x) for x in z]
+        # a loss whose gradient at an activation s is -worth (1 - s), with the noise of a batch
+        gain = [-w * (1 - s.mean(0)).detach() * (1 + torch.randn(len(w), generator=g))
+                for w, s in zip(worth, soft, strict=True)]  # fmt: skip
+        prices = control.prices(step)
+        loss = sum(((gains + price) * s.mean(0)).mean() for gains, price, s in zip(gain, prices, soft, strict=True))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        slopes = [(s * (1 - s)).mean(0).detach() for s in soft]
+        quantile = [[quantile_logit(x.detach(), share) for share in shares]
+                    for x, shares in zip(z, control.shares(step).tolist(), strict=True)]  # fmt: skip
+        rise = torch.stack([(a * b).mean() for a, b in zip(gain, slopes, strict=True)])
+        slope = torch.stack([s.mean() for s in slopes])
+        threshold = threshold + control.update(step, torch.tensor(quantile), rise, slope)
+        path.append(torch.stack([(x >= 0).float().mean() for x in z]))
+    return torch.stack(path), [(x >= 0).float().mean(0) for x in z]
 
 
-def test_the_controller_reaches_its_targets_and_holds_them():
-    groups = groups_of([(1, "kv"), (2, "kv"), (2, "ffn")], per_layer=False)
-    assert groups == [[(1, "kv"), (2, "kv")], [(2, "ffn")]]
-    control = Controller(groups, [0.5, 0.8], [0.88, 0.88], anneal=100)
-    assert control.target(0).tolist() == pytest.approx([0.88, 0.88])
-    assert control.target(50).tolist() == pytest.approx([0.69, 0.84])
-    path = simulate(control, 1000, torch.tensor([0.05, 0.002]))
-    assert (path[600:].mean(0) - torch.tensor([0.5, 0.8])).abs().max() < 0.03
-    assert (path[600:] - torch.tensor([0.5, 0.8])).abs().max() < 0.1
+def test_the_controller_follows_its_targets_and_finds_the_price():
+    groups = groups_of([(1, "kv"), (2, "kv"), (2, "ffn"), (3, "ffn")], per_layer=False)
+    assert groups == [[(1, "kv"), (2, "kv")], [(2, "ffn"), (3, "ffn")]]
+    control = Controller(groups, [0.5, 0.8], [0.84, 0.84], anneal=200)
+    assert control.target(0).tolist() == pytest.approx([0.84, 0.84])
+    assert control.target(100).tolist() == pytest.approx([0.67, 0.82])
+    worth = [torch.tensor([0.04, 0.08]), torch.tensor([0.001, 0.004])]
+    path, units = train_biases(control, worth, 1000)
+    for start in (0, 50, 100, 200, 600):  # also on the way
+        steps = range(start, start + 50)
+        targets = torch.stack([control.target(step) for step in steps]).mean(0)
+        assert (path[start : start + 50].mean(0) - targets).abs().max() < 0.06, start
+    assert (path[600:].mean(0) - torch.tensor([0.5, 0.8])).abs().max() < 0.02
+    for few, many in units:
+        assert few < many - 0.1  # the budget goes where it is worth more
+    # at its optimum each unit's worth (1 - s) is the price; the means of both units are
+    assert control.prices(1000).tolist() == pytest.approx([0.028, 0.0004], rel=0.5)
 
 
-def test_a_fixed_weight_stays_and_a_state_goes_on():
+def test_a_fixed_price_stays_and_a_state_goes_on():
     groups = [[(1, "kv")], [(2, "kv")]]
     assert groups_of([(1, "kv"), (2, "kv")], per_layer=True) == groups
+    look, slopes = torch.tensor([[0.3, 0.2], [0.3, 0.2]]), (torch.tensor([-0.2, 0.1]), torch.tensor([0.1, 0.1]))
     fixed = Controller(groups, [0.5, 0.5], [0.5, 0.5], fixed=0.1)
-    fixed.update(0, torch.tensor([0.9, 0.9]), 1.0)
-    assert fixed.weights(1).tolist() == pytest.approx([0.1, 0.1])
+    assert fixed.update(0, look, *slopes).tolist() == [0, 0]
+    assert fixed.prices(1).tolist() == pytest.approx([0.1, 0.1])
     first, second = (Controller(groups, [0.5, 0.5], [0.9, 0.9], anneal=10) for _ in range(2))
-    simulate(first, 5, torch.tensor([0.1, 0.1]))
+    assert first.prices(0).tolist() == [0, 0]
+    assert first.update(0, look, *slopes).tolist() == pytest.approx([-0.085, -0.085])
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first.weights(5), second.weights(5)) and first.weights(5).abs().sum() > 0
+    assert first.prices(1).tolist() == second.prices(1).tolist() == pytest.approx([2, -1])
