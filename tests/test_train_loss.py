@@ -66,7 +66,7 @@ def test_hidden_states_are_compared_relative_to_their_size():
 
 
 def train_biases(control, worth, steps, rate=0.02, tokens=64):
-    """Units whose only parameters are biases, under Adam: the lower a unit's logit, the less what it is worth to a token.
+    """Units whose only parameters are biases, under Adam.
 
     worth: of each group, of each of its units. -> activation [steps, n_groups], and of the last step that of each unit.
     """
