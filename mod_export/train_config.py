@@ -22,7 +22,7 @@ class TrainConfig:
     parameters: what is trained beside the routers: nothing (`routers`), LoRA, or all weights but embeddings
     start: activation at the first step, None: the target for `kv`, START for other kinds; anneal: share of the
         steps from start to target; per_layer: each unit meets the target, instead of all of a kind together
-    load: a constant weight of the load term, None: controlled; steady: steady.py
+    load: a constant weight of the load term, None: train_control.py finds it; steady: steady.py
     learning rates: of routers, LoRA, full weights, None: rate_of(); warmup: share of the steps
     tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
     loss_on: `all` tokens or only `answers` of chat data

@@ -48,7 +48,7 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
               help="At the first step. [default: the target for kv, 0.95 with other kinds]")
 @click.option("--anneal", type=SHARE, default=D.anneal, show_default=True,
               help="Share of the steps from start to target activation.")
-@click.option("--load-weight", "load", type=WEIGHT, help="Of the load term. [default: steered to the target]")
+@click.option("--load-weight", "load", type=WEIGHT, help="Price of activation, in nats. [default: measured]")
 @click.option("--steady", type=WEIGHT, default=D.steady, show_default=True,
               help="How much routers are kept from following the kind of text and its length.")
 @click.option("--kl-weight", type=WEIGHT, default=D.kl_weight, show_default=True, help="Of KL to the teacher's logits.")
