@@ -35,7 +35,7 @@ class TrainConfig:
     teacher: str = ""
     per_layer: bool = False
     start: float | None = None
-    anneal: float = 0.4
+    anneal: float = 0.1
     load: float | None = None
     steady: float = 10.0
     kl_weight: float = 1.0
