@@ -4,7 +4,7 @@ Two things, for each group of units (a kind; a single unit with targets per laye
 
 * the thresholds of a group follow the running quantile of its logits, all alike: the activation is the target's.
 * the load term of the loss, `price * mean sigmoid(z)`, says what it costs to be active, in nats. At the fair price it
-  cancels what the loss gains if all logits of the group rise together: routers are left to tell tokens and layers
+  cancels what the loss falls by if all logits of the group rise together: routers are left to tell tokens and layers
   apart. So the price is the ratio of two slopes, Lagrange's multiplier of the constraint, measured in each step.
 
     control = Controller(groups, targets, starts, anneal=200)
@@ -67,7 +67,7 @@ class Controller:
         """-> what to add to the thresholds' logits, [n_groups].
 
         quantile: [n_groups, 2] of z, which is the logits' distance to the threshold, that the shares reach;
-        rise: of the loss without the load term, if all z of a group rise; slope: of mean sigmoid(z).
+        rise: slope of the loss without the load term, if all z of a group rise; slope: that of mean sigmoid(z).
         """
         self.rise = MEMORY * self.rise + (1 - MEMORY) * rise
         self.slope = MEMORY * self.slope + (1 - MEMORY) * slope

@@ -105,12 +105,15 @@ class Loop:
         seen = {k: torch.stack([figures[k] for figures in seen]).mean(0) for k in seen[0]}
         seen = {k: v.float().cpu() for k, v in self.accelerator.reduce(seen, "mean").items()}
         norm = self.accelerator.clip_grad_norm_(self.trainable(), config.clip)
-        if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
+        scaled = self.accelerator.scaler is not None  # float16: a step that overflows is left out
+        if not math.isfinite(seen["loss"]) or not (scaled or math.isfinite(norm)):
             raise self._not_finite(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         row = {"target": shares[:, 0].tolist(), "price": prices.tolist(), "rate": rate, "norm": float(norm)}
-        self._move(self.control.update(step, *(seen.pop(name) for name in ("quantile", "rise", "slope"))))
+        slopes = [seen.pop(name) for name in ("quantile", "rise", "slope")]
+        if math.isfinite(norm):
+            self._move(self.control.update(step, *slopes))
         return {k: v.tolist() for k, v in seen.items()} | row
 
     def _scale(self) -> float:

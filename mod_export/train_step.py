@@ -2,7 +2,7 @@
 
     student = Student(model, teacher=None, groups, weights)
     loss, seen = student(ids, counts, prices, shares)   # ids, counts [B, T]; backward through loss
-    student.lever.grad                                  # [n_groups] what the loss gains if all logits of a group rise
+    student.lever.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
     dense, logits, trace = student(ids)                 # hard decisions, for evaluation
 """
 
