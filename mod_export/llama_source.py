@@ -148,14 +148,16 @@ def _source_path(stock: bool) -> Path:
 def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
     """Extract the used parts of the sdist, or the files `only`, into the directory `target` (vendor/, llama_cpp/)."""
 
-    def used(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        member.name = member.name.partition("/")[2]  # without the leading llama_cpp_python-x.y.z/
-        if not member.name or any(member.name == part or member.name.startswith(part + "/") for part in UNUSED):
-            return None
-        return tarfile.data_filter(member, path) if only is None or member.name in only else None
-
+    members = []
     with tarfile.open(sdist) as archive:
-        archive.extractall(target, filter=used)
+        # Python before 3.11.4 (Debian 12 has 3.11.2) knows no filters; the archive is known by its hash
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        for member in archive:
+            member.name = member.name.partition("/")[2]  # without the leading llama_cpp_python-x.y.z/
+            unused = not member.name or any(member.name == part or member.name.startswith(part + "/") for part in UNUSED)
+            if not unused and (only is None or member.name in only):
+                members.append(member)
+        archive.extractall(target, members)
 
 
 def apply_patches(root: Path) -> None:
