@@ -154,8 +154,8 @@ def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
         archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         for member in archive:
             member.name = member.name.partition("/")[2]  # without the leading llama_cpp_python-x.y.z/
-            unused = not member.name or any(member.name == part or member.name.startswith(part + "/") for part in UNUSED)
-            if not unused and (only is None or member.name in only):
+            unused = any(f"{member.name}/".startswith(f"{part}/") for part in UNUSED)
+            if member.name and not unused and (only is None or member.name in only):
                 members.append(member)
         archive.extractall(target, members)
 
