@@ -26,7 +26,7 @@ from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig
 from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
-from mod_export.router import rms_norm
+from mod_export.router import logit_threshold, rms_norm
 from mod_export.steady import Means, observe
 from mod_export.targets import REPEAT_PROMPT, Tape
 
@@ -206,7 +206,7 @@ def settle_thresholds(
 
 def quantile_threshold(logits: torch.Tensor, target: float) -> float:
     """p that the share `target` of the logits reaches."""
-    return torch.sigmoid(torch.tensor(quantile_logit(logits, target), dtype=torch.float64)).item()
+    return logit_threshold(quantile_logit(logits, target))
 
 
 def quantile_logit(logits: torch.Tensor, target: float) -> float:

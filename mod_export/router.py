@@ -71,6 +71,11 @@ def threshold_logit(p: float) -> float:
     return math.log(p) - math.log1p(-p)
 
 
+def logit_threshold(logit: float) -> float:
+    """p of a logit: the inverse of threshold_logit."""
+    return torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
+
+
 def is_active(logit: torch.Tensor, p: float, shift: float = 0.0) -> torch.Tensor:
     """The threshold rule: logit >= logit(p) + shift, in float32. A positive shift makes fewer tokens active."""
     return logit >= torch.tensor(threshold_logit(p) + shift, dtype=torch.float32, device=logit.device)

@@ -20,7 +20,7 @@ from mod_export import evaluate, train_state
 from mod_export.calibrate import MAX_LOGIT
 from mod_export.errors import UserError
 from mod_export.relax import relaxed
-from mod_export.router import threshold_logit
+from mod_export.router import logit_threshold, threshold_logit
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller
 from mod_export.train_data import PackedData, order
@@ -126,7 +126,7 @@ class Loop:
             for unit in group:
                 router = self.model.router(unit)
                 logit = min(max(threshold_logit(router.threshold) + more, -MAX_LOGIT), MAX_LOGIT)
-                router.threshold = 1 / (1 + math.exp(-logit))
+                router.threshold = logit_threshold(logit)
 
     def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and loss mask [batch, length] of the number-th forward of the run."""
