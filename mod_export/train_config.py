@@ -26,6 +26,7 @@ class TrainConfig:
     learning rates: of routers, LoRA, full weights, None: rate_of(); warmup: share of the steps
     tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
     loss_on: `all` tokens or only `answers` of chat data
+    recall: share of sequences that end with pieces of what they began with (train_data.py)
     """
 
     data: tuple[str, ...]
@@ -54,6 +55,7 @@ class TrainConfig:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     loss_on: str = "all"
+    recall: float = 0.0
     limit: int | None = None
     precision: str = "auto"
     recompute: bool = False

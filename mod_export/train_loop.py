@@ -23,7 +23,7 @@ from mod_export.relax import relaxed
 from mod_export.router import logit_threshold, threshold_logit
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller
-from mod_export.train_data import PackedData, order
+from mod_export.train_data import PackedData, order, recall
 from mod_export.train_log import Log
 from mod_export.train_step import Student
 
@@ -132,7 +132,8 @@ class Loop:
         """Ids and loss mask [batch, length] of the number-th forward of the run."""
         n, items = len(self.train), []
         for i in range(number * self.config.batch, (number + 1) * self.config.batch):
-            items.append(self.train[_order(n, self.config.seed, i // n)[i % n]])
+            item = self.train[_order(n, self.config.seed, i // n)[i % n]]
+            items.append(recall(item, self.config.recall, self.config.seed, i))
         device = self.accelerator.device
         return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
 
