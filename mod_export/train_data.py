@@ -118,4 +118,5 @@ def recall(item: dict[str, torch.Tensor], share: float, seed: int, number: int) 
     size = min(PIECE, rest)
     starts = rng.randint(0, rest - size + 1, -(-tail // size))
     pieces = torch.cat([ids[at : at + size] for at in starts])[:tail]
-    return {"input_ids": torch.cat((ids[:rest], pieces)), "loss": torch.cat((loss[:rest], torch.ones(tail, dtype=bool)))}
+    counts = torch.cat((loss[:rest], torch.ones(tail, dtype=torch.bool)))
+    return {"input_ids": torch.cat((ids[:rest], pieces)), "loss": counts}

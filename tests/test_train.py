@@ -97,7 +97,7 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
 
 
 @pytest.mark.parametrize("options", [{}, {"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True},
-                                     {"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1}],
+                                     {"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1, "recall": 0.5}],
                          ids=["routers", "lora", "terms"])  # fmt: skip
 def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_path, options, monkeypatch):
     run = config(files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=3, **options)
