@@ -52,13 +52,11 @@ def save(
     identity: dict,
     figures: dict | None = None,
     force: bool = False,
-    state_dict: dict | None = None,
 ) -> None:
     """Write the directory, whole or not at all: routers, and the LoRA that inject_lora put on `base`, if any.
 
-    identity: of the model before training; figures: {what: number} for the README; state_dict: the whole one of
-    `base`, where FSDP has its parameters in pieces. Raises UserError if `path` exists and `force` is not set, and for
-    routers that do not fit or are not finite.
+    identity: of the model before training; figures: {what: number} for the README. Raises UserError if `path` exists
+    and `force` is not set, and for routers that do not fit or are not finite.
     """
     check_routers(config.validate(identity["n_layer"]), routers, identity["n_embd"])
     tensors = {
@@ -68,7 +66,7 @@ def save(
     }
     with atomic_dir(path, force, marker=MOD_JSON) as directory:
         if lora_of(base) is not None:
-            write_lora(base, directory, identity["name"], state_dict)
+            write_lora(base, directory, identity["name"])
         save_file(tensors, directory / ROUTERS, metadata={"format": "pt"})
         data = {"mod": config.to_dict(), "base": identity}
         (directory / MOD_JSON).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -183,14 +183,15 @@ def solve(
 
 def settle_thresholds(
     model: MoDModel, sequences: torch.Tensor, groups: Mapping[str, Sequence[Unit]], targets: Mapping[str, float],
-    rounds: int = 4, say: Say = lambda line: None,
+    rounds: int = 4, say: Say = lambda line: None, forward: Callable | None = None,
 ) -> dict[Unit, float]:
     """Find one p for each group of units such that, with the model skipping, its target is met; sets it on the model.
 
-    groups: name -> units; targets: name -> activation. Returns the activation of each unit.
+    groups: name -> units; targets: name -> activation. Returns the activation of each unit. forward: ids [1, T] ->
+    anything, trace; None: the model's own.
     """
     for number in range(rounds + 1):
-        logits, activation = _traces(model, sequences)
+        logits, activation = _traces(model, sequences, forward)
         means = {name: sum(activation[unit] for unit in units) / len(units) for name, units in groups.items()}
         say(f"choosing thresholds, round {number + 1}: activation "
             + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4]))  # fmt: skip
@@ -218,12 +219,14 @@ def quantile_logit(logits: torch.Tensor, target: float) -> float:
     return middle.double().clamp(-MAX_LOGIT, MAX_LOGIT).item()
 
 
-def _traces(model: MoDModel, sequences: torch.Tensor) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
+def _traces(model: MoDModel, sequences: torch.Tensor, forward: Callable | None = None
+            ) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:  # fmt: skip
     """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in it."""
     units, parts = model.config.routed(), []
     active = torch.zeros(len(units))
     for ids in sequences:
-        _, trace = model(ids[None].to(model.base.device), trace=True, logits_to_keep=1)
+        ids = ids[None].to(model.base.device)
+        *_, trace = forward(ids) if forward else model(ids, trace=True, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")
         active += trace.active[0].float().mean(0).cpu()
         parts.append(trace.logit[0].cpu())

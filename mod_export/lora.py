@@ -24,8 +24,6 @@ from mod_export.adapter_files import CURE, LORA_CONFIG, LORA_WEIGHTS
 from mod_export.errors import UserError
 from mod_export.router_files import read_json, safetensors_header
 
-_PREFIX = "base_model.model."  # of the names that PEFT writes
-
 
 def inject_lora(
     base: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None = None, seed: int | None = None
@@ -95,13 +93,11 @@ def lora_of(base: nn.Module):
     return base.__dict__.get("_lora")
 
 
-def write_lora(base: nn.Module, directory: Path, name: str, state_dict: dict | None = None) -> None:
-    """PEFT's files. name: of the model; state_dict: the base's whole one where its parameters are sharded."""
+def write_lora(base: nn.Module, directory: Path, name: str) -> None:
+    """PEFT's files. name: of the model."""
     peft = lora_of(base)
     peft.peft_config["default"].base_model_name_or_path = name  # else PEFT notes a path of this machine
-    if state_dict is not None:
-        state_dict = {_PREFIX + key: value for key, value in state_dict.items()}
-    peft.save_pretrained(str(directory), state_dict=state_dict, **_NO_EMBEDDINGS)
+    peft.save_pretrained(str(directory), **_NO_EMBEDDINGS)
 
 
 def read_lora(directory: Path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mod_export import adapter, calibrate, hf, train_state
+from mod_export import adapter, calibrate, hf, sharding, train_state
 from mod_export.config import UnitConfig
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
@@ -64,6 +64,7 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
          f"{accelerator.mixed_precision} mixed precision")  # fmt: skip
     loop.go(first)
     figures = finish(model, loop, config, tell)
+    sharding.gather(loop.student, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         plot(run, loop.units)
         write(model, out, save_as, identity, figures, force)
@@ -91,6 +92,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
                       lambda: adapter.without_lora(model.base))  # fmt: skip
     # the base weights of LoRA may be in half precision, what is trained is not
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+    sharding.configure(accelerator)
     student, optimizer = accelerator.prepare(student, optimizer)
     targets = [config.target_of(group[0][1]) for group in groups]
     starts = [config.start_of(group[0][1]) for group in groups]
@@ -163,7 +165,7 @@ def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[floa
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     with loop.accelerator.autocast():
-        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say)
+        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=loop.hard)
 
 
 def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from mod_export.calibrate import MAX_LOGIT
 from mod_export.errors import UserError
 from mod_export.relax import relaxed
 from mod_export.router import logit_threshold, threshold_logit
+from mod_export.sharding import number
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller
 from mod_export.train_data import PackedData, order, recall
@@ -104,13 +105,13 @@ class Loop:
             seen.append(figures | {"rise": student.lever.grad * (config.accumulate / self._scale())})
         seen = {k: torch.stack([figures[k] for figures in seen]).mean(0) for k in seen[0]}
         seen = {k: v.float().cpu() for k, v in self.accelerator.reduce(seen, "mean").items()}
-        norm = self.accelerator.clip_grad_norm_(self.trainable(), config.clip)
+        norm = number(self.accelerator.clip_grad_norm_(self.trainable(), config.clip))
         scaled = self.accelerator.scaler is not None  # float16: a step that overflows is left out
         if not math.isfinite(seen["loss"]) or not (scaled or math.isfinite(norm)):
             raise self._not_finite(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        row = {"target": shares[:, 0].tolist(), "price": prices.tolist(), "rate": rate, "norm": float(norm)}
+        row = {"target": shares[:, 0].tolist(), "price": prices.tolist(), "rate": rate, "norm": norm}
         slopes = [seen.pop(name) for name in ("quantile", "rise", "slope")]
         if math.isfinite(norm):
             self._move(self.control.update(step, *slopes))
@@ -136,6 +137,11 @@ class Loop:
             items.append(recall(item, self.config.recall, self.config.seed, i))
         device = self.accelerator.device
         return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
+
+    @torch.no_grad()
+    def hard(self, ids: torch.Tensor) -> tuple:
+        """Hard decisions on ids [1, T]: through the prepared module, as its parameters may be in pieces elsewhere."""
+        return self.student(ids, teach=False, logits_to_keep=1)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -4,6 +4,7 @@
     loss, seen = student(ids, counts, prices, shares)   # ids, counts [B, T]; backward through loss
     student.lever.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
     dense, logits, trace = student(ids)                 # hard decisions, for evaluation
+    _, logits, trace = student(ids, teach=False, logits_to_keep=1)
 """
 
 from __future__ import annotations
@@ -48,8 +49,13 @@ class Student(nn.Module):
         self.relax, self.recompute, self.original = relax or Relax(), recompute, original
         self.lever = None
 
+    @property
+    def _no_split_modules(self):
+        """For Accelerate: what FSDP makes a unit of, as transformers has it."""
+        return self.model.base._no_split_modules
+
     def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, prices: torch.Tensor | None = None,
-                shares: torch.Tensor | None = None):  # fmt: skip
+                shares: torch.Tensor | None = None, teach: bool = True, **kwargs):  # fmt: skip
         """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of each unit, and of
         each group the slope of mean sigmoid(z), and the quantiles of z that `shares` reach.
 
@@ -57,7 +63,7 @@ class Student(nn.Module):
         shares: [n_groups, 2].
         """
         if prices is None:
-            return self._dense(ids, {})[0], *self.model(ids, trace=True)
+            return self._dense(ids, kwargs)[0] if teach else None, *self.model(ids, trace=True, **kwargs)
         states = {"output_hidden_states": True} if self.weights.hidden else {}
         with torch.no_grad():
             dense, dense_states = self._dense(ids, states) if self.weights.teacher else (None, None)

@@ -6,9 +6,8 @@ import re
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401  (a fixture)
-from tiny_adapter import IDS, TOKENIZER, fill_lora, saved, trained
+from tiny_adapter import IDS, TOKENIZER, fill_lora, trained
 
 from mod_export.adapter import apply, inject_lora, load, merge_lora, save, without_lora
 from mod_export.errors import UserError
@@ -116,19 +115,6 @@ def test_peft_alone_reads_the_files(tmp_path):
     assert torch.equal(theirs(IDS).logits, model.base(IDS).logits)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
-
-
-def test_a_whole_state_dict_stands_in_for_the_parameters(tmp_path):
-    """As FSDP gathers it: the parameters in place are then not what is to be saved."""
-    model, identity = trained()
-    whole = {name: value.clone() for name, value in model.base.state_dict().items()}
-    expected = saved(tmp_path / "plain")
-    with torch.no_grad():
-        for parameter in model.base.parameters():
-            parameter.zero_()
-    save(tmp_path / "whole", model.config, expected.router_tensors(), model.base, identity, state_dict=whole)
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "plain"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_an_unmerged_model_is_no_checkpoint(tmp_path):

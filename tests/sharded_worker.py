@@ -1,0 +1,83 @@
+"""One process of a training on several: torchrun --nproc-per-node 2 sharded_worker.py ddp|fsdp DIR
+
+Trains DIR/mod in three ways, one of them interrupted and resumed, into DIR/ddp-... or DIR/fsdp-....
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+
+from mod_export import train_loop
+from mod_export.train import train
+from mod_export.train_config import TrainConfig
+
+WAYS = {
+    "routers": ({"parameters": "routers"}, "merged"),
+    "lora": ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, "adapter"),
+    "full": ({"parameters": "full", "hidden_weight": 0.5}, "merged"),
+}
+STEPS, LENGTH, CUT = 6, 32, 4
+
+
+def shard() -> None:
+    """What `accelerate launch --use_fsdp` does: Accelerate offers it on accelerators only, torch can do it on CPUs."""
+    init = Accelerator.__init__
+
+    def sharded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        PartialState().distributed_type = self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+
+    Accelerator.__init__ = sharded
+
+
+def check(is_sharded: bool) -> None:
+    """That runs are what they are meant to be."""
+    go = train_loop.Loop.go
+
+    def checked(self, first=0):
+        assert isinstance(self.student, FSDPModule) == is_sharded
+        go(self, first)
+
+    train_loop.Loop.go = checked
+
+
+def interrupted(*args, **kwargs) -> None:
+    step = train_loop.Loop._step
+
+    def stopped(self, number):
+        if number == CUT:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    train_loop.Loop._step = stopped
+    try:
+        train(*args, **kwargs)
+    except KeyboardInterrupt:
+        train_loop.Loop._step = step
+
+
+def main(mode: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    check(mode == "fsdp")
+    if mode == "fsdp":
+        shard()
+    for name, (options, save_as) in WAYS.items():
+        tokens = STEPS * 2 * LENGTH * 2 * options.get("accumulate", 1)
+        config = TrainConfig(data=(str(folder / "text.txt"),), target={"kv": 0.5, "attn": 0.7}, tokens=tokens, batch=2,
+                             length=LENGTH, held_out=3, eval_every=100, save_every=2, **options)  # fmt: skip
+        args = (str(folder / "mod"), str(folder / f"{mode}-{name}"), config, save_as)
+        if mode == "fsdp":
+            interrupted(*args)
+        train(*args, resume=mode == "fsdp")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
