@@ -5,6 +5,7 @@
     python scripts/training_study.py run $T 'kv-*'          # points by name, with wildcards
     python scripts/training_study.py time --out study '*-lora'   # their decode time, by the runtime
     python scripts/training_study.py report --out study     # tables and plots from the rows
+    python scripts/training_study.py judge trained --target 0.5 --text wiki=wiki.txt    # any MoD model, as points are
 
 Each point starts from the calibrated conversion of its kind (made once), is trained by mod_export.train, and judged by
 mod_export.evaluate with hard decisions on sequences of --length tokens. A finished row goes to rows.jsonl at once; rows
@@ -71,6 +72,28 @@ def run(patterns, out, **given):
             row["equal"] = judge_point(model, record["target"], **given)
         row["seconds"] = round(time.monotonic() - begin)
         append(rows, row)
+
+
+@study.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.option("--target", type=float, help="Activation that thresholds are shifted to.  [default: they stay]")
+@click.option("--model", default="smollm2", show_default=True, help="The original.")
+@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
+@click.option("--length", default=2048, show_default=True, help="Tokens in a sequence.")
+@click.option("--count", default=1, show_default=True, help="Sequences of each text.")
+def judge(directory, target, **given):
+    """Judge the MoD model in DIRECTORY as `run` judges its points."""
+    from study.training import judge_point
+
+    from mod_export.model import MoDModel
+    from mod_export.tables import format_table
+
+    found = judge_point(MoDModel.load(directory), target, **given)
+    rows = [[name, f"{text['kl']:.4f}", f"{text['perplexity'] / text['perplexity_dense']:.4f}",
+             f"{text['activation']:.3f}", f"{text['kv_share']:.3f}"] for name, text in found.items()]  # fmt: skip
+    mean = sum(text["kl"] for text in found.values()) / len(found)
+    rows.append(["mean", f"{mean:.4f}", "", "", ""])
+    click.echo(format_table(["text", "KL", "perplexity / dense", "activation", "K/V of dense"], rows, markdown=True))
 
 
 @study.command("time")
