@@ -26,7 +26,7 @@ class TrainConfig:
     learning rates: of routers, LoRA, full weights, None: rate_of(); warmup: share of the steps
     tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
     loss_on: `all` tokens or only `answers` of chat data
-    recall: share of sequences that end with pieces of what they began with (train_data.py)
+    recall: share of sequences that ask for passages of their own text (recall.py)
     """
 
     data: tuple[str, ...]

@@ -22,7 +22,6 @@ from mod_export.progress import to_stderr
 from mod_export.token_cache import Tokens, tokens_of
 
 LOSS_ON = ("all", "answers")
-RECALLED, PIECE = 1 / 4, 64  # of a sequence with recall: how much of it are repeated pieces, and tokens of a piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,23 +99,3 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     """
     # RandomState: its streams are frozen, so an order outlives numpy's versions
     return np.random.RandomState([seed, epoch]).permutation(n)
-
-
-def recall(item: dict[str, torch.Tensor], share: float, seed: int, number: int) -> dict[str, torch.Tensor]:
-    """In `share` of the items (as in PackedData) the last quarter becomes pieces of the rest, from random places.
-
-    A model that is to say them again needs the K/V of what cannot be guessed, such as names and numbers, however far
-    back: ordinary text seldom asks for that. All tokens of the pieces are to be predicted. After KVzip (Kim et al.,
-    arXiv 2505.23416), which scores K/V by their use in repeating the context.
-    """
-    rng = np.random.RandomState([seed, 1, number])
-    ids, loss = item["input_ids"], item["loss"]
-    tail = int(RECALLED * len(ids))
-    if rng.random_sample() >= share or not tail:
-        return item
-    rest = len(ids) - tail
-    size = min(PIECE, rest)
-    starts = rng.randint(0, rest - size + 1, -(-tail // size))
-    pieces = torch.cat([ids[at : at + size] for at in starts])[:tail]
-    counts = torch.cat((loss[:rest], torch.ones(tail, dtype=torch.bool)))
-    return {"input_ids": torch.cat((ids[:rest], pieces)), "loss": counts}

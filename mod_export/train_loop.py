@@ -19,12 +19,13 @@ import torch
 from mod_export import evaluate, train_state
 from mod_export.calibrate import MAX_LOGIT
 from mod_export.errors import UserError
+from mod_export.recall import recall
 from mod_export.relax import relaxed
 from mod_export.router import logit_threshold, threshold_logit
 from mod_export.sharding import number
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller
-from mod_export.train_data import PackedData, order, recall
+from mod_export.train_data import PackedData, order
 from mod_export.train_log import Log
 from mod_export.train_step import Student
 
@@ -134,7 +135,7 @@ class Loop:
         n, items = len(self.train), []
         for i in range(number * self.config.batch, (number + 1) * self.config.batch):
             item = self.train[_order(n, self.config.seed, i // n)[i % n]]
-            items.append(recall(item, self.config.recall, self.config.seed, i))
+            items.append(recall(self.model.tokenizer, item, self.config.recall, self.config.seed, i))
         device = self.accelerator.device
         return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
 

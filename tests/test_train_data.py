@@ -17,7 +17,7 @@ from byte_text import TEXT, byte_tokenizer
 
 from mod_export import data, sources, token_cache
 from mod_export.errors import UserError
-from mod_export.train_data import open_data, order, recall, split
+from mod_export.train_data import open_data, order, split
 
 CHAT = [
     {"role": "user", "content": "Hi  there"},
@@ -287,29 +287,6 @@ def test_order_is_a_permutation_that_depends_on_its_arguments_only():
     assert order(1000, 3, 5).tolist() == wanted
     assert wanted not in (order(1000, 3, 6).tolist(), order(1000, 5, 3).tolist(), order(1000, 4, 5).tolist())
     assert order(8, 0, 0).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]  # for good: a run may be resumed years later
-
-
-def test_recall_repeats_pieces_of_the_rest():
-    item = {"input_ids": torch.arange(1000, 1512), "loss": torch.zeros(512, dtype=torch.bool)}
-    before = {name: tensor.clone() for name, tensor in item.items()}
-    made = recall(item, 1.0, seed=0, number=3)
-    assert all(torch.equal(item[name], before[name]) for name in item)
-    ids, rest = made["input_ids"], 384
-    assert torch.equal(ids[:rest], item["input_ids"][:rest])
-    for piece in ids[rest:].split(64):
-        assert piece.max() < 1000 + rest and torch.equal(piece, torch.arange(piece[0], piece[0] + 64))
-    assert len({int(piece[0]) for piece in ids[rest:].split(64)}) == 2
-    assert not made["loss"][:rest].any() and made["loss"][rest:].all()
-    assert torch.equal(recall(item, 1.0, 0, 3)["input_ids"], ids)
-    others = [recall(item, 1.0, *at)["input_ids"] for at in ((1, 3), (0, 4))]
-    assert not any(torch.equal(other, ids) for other in others)
-
-
-@pytest.mark.parametrize("share, least, most", [(0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)])
-def test_recall_takes_a_share_of_the_sequences(share, least, most):
-    item = {"input_ids": torch.arange(64), "loss": torch.ones(64, dtype=torch.bool)}
-    taken = sum(recall(item, share, 0, k) is not item for k in range(200))
-    assert least <= taken <= most
 
 
 def test_data_are_sent_to_worker_processes(opened, tmp_path):

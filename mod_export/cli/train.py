@@ -40,7 +40,7 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--loss-on", type=click.Choice(["all", "answers"]), default=D.loss_on, show_default=True,
               help="Tokens that count: all, or only the assistant's answers in conversations.")
 @click.option("--recall", type=SHARE, default=D.recall, show_default=True,
-              help="Share of sequences whose end repeats pieces of them: what is to be kept for later questions.")
+              help="Share of sequences that are a conversation about their text, which asks for passages of it.")
 @click.option("--teacher", default="", metavar="MODEL",
               help="Model to distil from. [default: DIR with all units active]")
 @click.option("--method", type=click.Choice(METHODS), default=D.method, show_default=True,
