@@ -15,6 +15,7 @@ import torch
 
 from mod_export import data
 from mod_export.conversations import render
+from mod_export.errors import UserError
 from mod_export.sources import Piece
 
 TEXT = 3 / 4  # of the sequence, at most; the rest are questions and answers
@@ -26,7 +27,7 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
     """`share` of the items made such conversations, in the model's chat format where it has one; others as they are.
 
     item: input_ids [T] and loss [T] as PackedData has them. The same for the same seed and number. All tokens count.
-    Raises UserError where the chat template refuses the conversation.
+    Raises UserError where the chat template refuses the conversation, or leaves parts of it out.
     """
     rng = np.random.RandomState([seed, 1, number])
     if rng.random_sample() >= share:
@@ -39,7 +40,9 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
         before = "" if messages else tokenizer.decode(text, skip_special_tokens=True).strip() + "\n\n"
         messages += [{"role": "user", "content": before + REQUEST.format(words.strip())},
                      {"role": "assistant", "content": passage.strip()}]  # fmt: skip
-        made = data.bos(tokenizer) + _encode(tokenizer, messages)
+        so_far, made = len(made), data.bos(tokenizer) + _encode(tokenizer, messages)
+        if len(made) <= so_far:
+            raise UserError("the model's chat template leaves messages out", "train without --recall")
     loss = torch.ones(length, dtype=torch.bool)
     loss[0] = False
     return {"input_ids": torch.tensor(made[:length]), "loss": loss}

@@ -58,8 +58,10 @@ def test_a_share_of_the_sequences_is_changed(tokenizer, share, least, most):
     assert all(len(one["input_ids"]) == 64 for one in made)
 
 
-def test_a_template_that_refuses_is_quoted():
+@pytest.mark.parametrize("template, message", [("{{ raise_exception('no users here') }}", "no users here"),
+                                               ("{{ messages[-1].content }}", "leaves messages out")])  # fmt: skip
+def test_templates_that_cannot_be_used(template, message):
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
-    with pytest.raises(UserError, match="no users here"):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
         recall(tokenizer, item(tokenizer), 1.0, 0, 0)
