@@ -14,6 +14,7 @@ docs/calibration.md has the comparison behind the defaults.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,8 +188,8 @@ def settle_thresholds(
 ) -> dict[Unit, float]:
     """Find one p for each group of units such that, with the model skipping, its target is met; sets it on the model.
 
-    groups: name -> units; targets: name -> activation. Returns the activation of each unit. forward: ids [1, T] ->
-    anything, trace; None: the model's own.
+    groups: name -> units; targets: name -> activation. Returns the activation of each unit. forward: the model's own,
+    or what gives its trace last.
     """
     for number in range(rounds + 1):
         logits, activation = _traces(model, sequences, forward)
@@ -223,10 +224,11 @@ def _traces(model: MoDModel, sequences: torch.Tensor, forward: Callable | None =
             ) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:  # fmt: skip
     """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in it."""
     units, parts = model.config.routed(), []
+    forward = forward or functools.partial(model, trace=True)
     active = torch.zeros(len(units))
     for ids in sequences:
         ids = ids[None].to(model.base.device)
-        *_, trace = forward(ids) if forward else model(ids, trace=True, logits_to_keep=1)
+        *_, trace = forward(ids, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")
         active += trace.active[0].float().mean(0).cpu()
         parts.append(trace.logit[0].cpu())

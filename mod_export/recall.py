@@ -34,12 +34,13 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
         return item
     ids, length = item["input_ids"].tolist(), len(item["input_ids"])
     text, messages, made = ids[: int(TEXT * length)], [], []
+    document = tokenizer.decode(text, skip_special_tokens=True).strip() + "\n\n"
     while len(made) < length:
         start = rng.randint(0, max(1, len(text) - PASSAGE))
         words, passage = (tokenizer.decode(text[start : start + n], skip_special_tokens=True) for n in (WORDS, PASSAGE))
-        before = "" if messages else tokenizer.decode(text, skip_special_tokens=True).strip() + "\n\n"
-        messages += [{"role": "user", "content": before + REQUEST.format(words.strip())},
+        messages += [{"role": "user", "content": document + REQUEST.format(words.strip())},
                      {"role": "assistant", "content": passage.strip()}]  # fmt: skip
+        document = ""  # is given once
         so_far, made = len(made), data.bos(tokenizer) + _encode(tokenizer, messages)
         if len(made) <= so_far:
             raise UserError("the model's chat template leaves messages out", "train without --recall")

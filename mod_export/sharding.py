@@ -14,10 +14,12 @@ from mod_export.errors import UserError
 
 
 def configure(accelerator) -> None:
-    """Before `prepare`. Raises UserError for FSDP1, which cannot hold frozen and trained parameters in one layer."""
-    if str(accelerator.distributed_type).endswith("FSDP"):
+    """Before `prepare`. Raises UserError for FSDP1, which has no parameters of a module's own to gather."""
+    from accelerate import DistributedType
+
+    if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
-            raise UserError("training by FSDP1", "launch it with --fsdp_version 2")
+            raise UserError("FSDP1 is not supported", "launch it with --fsdp_version 2")
         # pieces are put together in their own type: routers are float32, and autocast rounds the rest as on one device
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
 

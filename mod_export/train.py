@@ -8,6 +8,7 @@ form (or an adapter). While it runs, OUT.run holds checkpoint, metrics and plots
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -165,7 +166,9 @@ def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[floa
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     with loop.accelerator.autocast():
-        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=loop.hard)
+        # through the prepared module: anywhere else its parameters may be in pieces
+        forward = functools.partial(loop.student, teach=False)
+        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=forward)
 
 
 def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:

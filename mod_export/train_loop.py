@@ -139,11 +139,6 @@ class Loop:
         device = self.accelerator.device
         return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
 
-    @torch.no_grad()
-    def hard(self, ids: torch.Tensor) -> tuple:
-        """Hard decisions on ids [1, T]: through the prepared module, as its parameters may be in pieces elsewhere."""
-        return self.student(ids, teach=False, logits_to_keep=1)
-
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 

@@ -1,6 +1,6 @@
 """One process of a training on several: torchrun --nproc-per-node 2 sharded_worker.py ddp|fsdp DIR
 
-Trains DIR/mod in three ways, one of them interrupted and resumed, into DIR/ddp-... or DIR/fsdp-....
+Trains DIR/mod in three ways into DIR/ddp-..., or into DIR/fsdp-..., each of these interrupted and resumed.
 """
 
 import sys

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 from sharded_worker import STEPS, WAYS
 
@@ -56,6 +57,6 @@ def test_in_pieces_and_interrupted_training_is_the_same(way, folder):
 
 
 def test_fsdp1_is_refused():
-    accelerator = SimpleNamespace(distributed_type="DistributedType.FSDP", is_fsdp2=False)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(UserError, match="FSDP1"):
         sharding.configure(accelerator)
