@@ -218,10 +218,15 @@ def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, P
     longest = hf.context_length(model.base) or config.length
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
+    window = model.config.kv_window
+    if "kv" in model.config.units and config.length <= window:
+        raise UserError(f"sequences of {config.length} tokens fit in the window of {window}: nothing is forgotten",
+                        f"use a --length well above {window}, or convert with a smaller --kv-window")  # fmt: skip
     data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit, say)
-    if len(data) < config.held_out + MIN_SEQUENCES:
+    least = config.held_out + MIN_SEQUENCES
+    if len(data) < least:
         raise UserError(f"data too short: {len(data)} sequences of {config.length} tokens",
-                        f"give at least {config.held_out + MIN_SEQUENCES}, or use a smaller --length")  # fmt: skip
+                        f"give at least {least}: more text, a larger --limit or a smaller --length")  # fmt: skip
     return split(data, config.held_out)
 
 

@@ -48,11 +48,12 @@ def main(directory, text, parameters, length, batch, precision, rounds):
         other = MoDModel.load(directory).to(device)
         of_twin = torch.optim.AdamW(trained(other, TrainConfig((), parameters="full"))[1:])
         twin = other.base
-    load, counts = torch.full((1,), 0.03, device=device), torch.ones_like(ids, dtype=torch.bool)
+    prices, shares = torch.full((1,), 0.03, device=device), torch.full((1, 2), 0.5, device=device)
+    counts = torch.ones_like(ids, dtype=torch.bool)
 
     def ours():
         with relaxed(model.base):
-            return student(ids, counts, load)[0], optimizer
+            return student(ids, counts, prices, shares)[0], optimizer
 
     def plain():
         return twin(ids, labels=ids, use_cache=False).loss, of_twin

@@ -168,6 +168,7 @@ def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path):
     ({"target": {"kv": 0.5}}, "no target activation for attn"),
     ({"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}}, "target activation for ffn, which is not routed"),
     ({"length": 4096}, "the model's context is 2048"),
+    ({"length": 8}, "8 tokens fit in the window of 8"),
     ({"length": 2000}, "data too short"),
     ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
     ({"method": "static"}, "static dropping has no routers"),

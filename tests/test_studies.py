@@ -1,0 +1,120 @@
+"""The commands behind the figures of docs/quality.md and docs/calibration.md, on a tiny model: they keep running.
+
+What they measure is tested where it is made; here every stage runs, and its rows and tables hold what they should.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from byte_text import TEXT, byte_tokenizer
+from click.testing import CliRunner
+from tiny import one_thread  # noqa: F401
+
+from mod_export import data
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def invoke(command, *args) -> str:
+    result = CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def little_to_calibrate_on(monkeypatch):
+    parts = tuple(text[:15000] for text in data.default_texts())
+    monkeypatch.setattr(data, "default_texts", lambda: parts)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model and two texts."""
+    path = tmp_path_factory.mktemp("study")
+    tiny.base().save_pretrained(path / "base")
+    byte_tokenizer().save_pretrained(path / "base")
+    text = TEXT * 10
+    (path / "train.txt").write_text(text[:20000])
+    (path / "a.txt").write_text(text[20000:80000])
+    return path
+
+
+def test_training_study(place):
+    study, out = script("training_study").study, place / "out"
+    names = ["attn-0.8-calibrated", "attn-0.8-lora", "attn-0.8-static", "attn-0.8-topk", "attn-0.8-no-distillation",
+             "kv-0.5-routers", "kv-0.5-window"]  # fmt: skip
+    assert set(names) < {line.split()[0] for line in invoke(study, "list").splitlines()}
+    texts = ("--text", f"a={place}/a.txt")
+    run = ("run", "--model", place / "base", "--out", out, "--data", place / "train.txt", *texts, "--tokens", 1280,
+           "--train-length", 320, "--length", 512, "--count", 1)  # fmt: skip
+    invoke(study, *run, *names[:3])
+    invoke(study, *run, *names)
+    found = {row["name"]: row for row in rows(out / "rows.jsonl")}
+    assert sorted(found) == sorted(names) == sorted(row["name"] for row in rows(out / "rows.jsonl"))  # none twice
+    for name, row in found.items():
+        assert row["texts"]["a"]["kl"] > 0, name
+        if "equal" in row:
+            assert row["equal"]["a"]["activation"] == pytest.approx(row["target"], abs=0.01), name
+    assert {name for name, row in found.items() if "equal" not in row} == {n for n in names if n.endswith(
+        ("static", "topk", "window"))}  # fmt: skip
+
+    judged = invoke(study, "judge", out / "attn-0.8-lora", "--model", place / "base", "--target", 0.8, *texts,
+                    "--length", 512)  # fmt: skip
+    assert f"{found['attn-0.8-lora']['equal']['a']['kl']:.4f}" in judged
+
+    named = place / "named"  # GGUF files need a tokenizer that llama.cpp knows
+    named.mkdir()
+    tiny.save_dir(named / "attn-0.8-lora", {"attn": [3, 4]})
+    invoke(study, "time", "attn-0.8-lora", "--out", named, "--context", 128, "--rounds", 2)
+    (named / "times.jsonl").rename(out / "times.jsonl")
+    (timed,) = rows(out / "times.jsonl")
+    assert timed["decode"]["median"] > 0 and not (named / "attn-0.8-lora.gguf").exists()
+    table = invoke(study, "report", "--out", out)
+    assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
+    assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in ("training.png", "frontier.png"))
+
+
+@pytest.mark.parametrize("parameters", ["routers", "lora", "full"])
+def test_train_speed(place, parameters):
+    if not (place / "mod").exists():
+        tiny.save_dir(place / "mod", {"kv": [2, 3], "attn": [4]})
+    table = invoke(script("train_speed").main, place / "mod", "--text", place / "a.txt", "--train", parameters,
+                   "--length", 64, "--rounds", 1)  # fmt: skip
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert cells[:3] == [parameters, "64", "1"] and float(cells[-1]) > 0
+
+
+def test_steady_study(place):
+    (place / "long.txt").write_text("\n".join([TEXT] * 3))
+    run = ("--model", place / "base", "--text", f"a={place}/long.txt", "--out", place / "steady", "--strengths", "0,10",
+           "--layers", "1-5,2-5")  # fmt: skip
+    invoke(script("steady_study").main, *run)
+    invoke(script("steady_study").main, *run)
+    found = rows(place / "steady" / "rows.jsonl")
+    assert [(row["layers"], row["steady"]) for row in found] == [("1-5", 0.0), ("1-5", 10.0), ("2-5", 0.0)]
+    assert all(len(row["activation"]["a"]) == 4 and row["equal"]["a"]["kl"] > 0 for row in found)
+
+
+def test_calibration_study(place):
+    study, out = script("calibration_study").study, place / "calibration"
+    given = ("--model", place / "base", "--text", f"a={place}/a.txt", "--out", out, "--length", 256, "--sequences", 1,
+             "--kinds", "kv,ffn", "--kv-window", 16, "--threads", 1)  # fmt: skip
+    invoke(study, "scores", *given)
+    invoke(study, "table", *given, "--targets", "0.7,0.5")
+    table = invoke(study, "report", "--out", out)
+    assert "ffn" in (out / "study.md").read_text() + table
+    assert all(row["kl"] > 0 for path in out.glob("*.jsonl") for row in rows(path))
