@@ -43,6 +43,13 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return ids
 
 
+def same_tokens(first, second) -> bool:
+    """Do two tokenizers make the same of a text with words, numbers, spaces, other scripts and a special token?"""
+    text = "The keeper's 3 lamps, 27 stairs and 1840 steps:\n\n\t* naïve 東京 <|im_end|>"
+    made = [tokenizer(text, verbose=False)["input_ids"] for tokenizer in (first, second)]
+    return made[0] == made[1]
+
+
 def pack(tokenizer, text: str, length: int, count: int | None = None):
     """Cut `text` into sequences of `length` tokens, LongTensor [n, length] with n >= 1; a remainder is dropped.
 

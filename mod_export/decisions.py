@@ -13,6 +13,8 @@ from mod_export.config import Unit
 from mod_export.relax import KeyBias, Relax
 from mod_export.router import Router, is_active, threshold_logit
 
+ALL_ACTIVE = 10.0  # how far below the lowest logit the cut lies where top-k takes every token
+
 
 @dataclass
 class Run:
@@ -57,18 +59,19 @@ class Run:
         if router is not None:
             logit = self.logit[unit] = router(h)
             if unit[1] in self.top_k:
-                passed = among_top(logit, self.top_k[unit[1]])
+                passed, cut = among_top(logit, self.top_k[unit[1]])
             else:
-                passed = is_active(logit, router.threshold, self.shift)
+                passed, cut = is_active(logit, router.threshold, self.shift), None
             if self.scale_output and self.force is None:
                 self.gate[unit] = torch.where(passed, torch.sigmoid(logit), 1.0)  # a sink below p runs unscaled
         self.active[unit] = self._choose(unit, passed)
         if self.relax is not None and router is not None and self.force is None:
-            self._relax(unit, logit, router.threshold)
+            self._relax(unit, logit, threshold_logit(router.threshold) + self.shift if cut is None else cut)
         return self.active[unit]
 
-    def _relax(self, unit: Unit, logit: torch.Tensor, p: float) -> None:
-        z = logit - (threshold_logit(p) + self.shift) + self.relax.lever.get(unit, 0.0)
+    def _relax(self, unit: Unit, logit: torch.Tensor, cut: float | torch.Tensor) -> None:
+        """cut: the logit, of each sequence [B, 1] or of all, that divides active from inactive."""
+        z = logit - cut + self.relax.lever.get(unit, 0.0)
         if unit[1] != "kv":
             scale = self.gate.get(unit, 1.0)
             self.gate[unit] = scale * self.relax.gate(z, self.active[unit])
@@ -104,10 +107,17 @@ class Run:
         return torch.ones_like(self.diagonal).tril()
 
 
-def among_top(logit: torch.Tensor, share: float) -> torch.Tensor:
-    """The `share` of each sequence's tokens with the highest logits, [B, T]: the top-k of MoD (arXiv 2404.02258)."""
-    k = max(1, round(share * logit.shape[-1]))
-    return torch.zeros_like(logit, dtype=torch.bool).scatter(-1, logit.topk(k).indices, True)
+def among_top(logit: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `share` of each sequence's tokens with the highest logits, [B, T]: the top-k of MoD (arXiv 2404.02258).
+
+    Also the logit half way between the last that is active and the first that is not, [B, 1], without gradient.
+    """
+    n = logit.shape[-1]
+    k = min(max(1, round(share * n)), n)
+    best = logit.detach().topk(min(k + 1, n))
+    last = best.values[:, k - 1 : k]
+    cut = (last + best.values[:, k:]) / 2 if k < n else last - ALL_ACTIVE
+    return torch.zeros_like(logit, dtype=torch.bool).scatter(-1, best.indices[:, :k], True), cut
 
 
 def dense_mask(run: Run, mask: torch.Tensor | None, stored, keep) -> torch.Tensor | None:

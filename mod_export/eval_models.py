@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from mod_export import hf
+from mod_export.data import same_tokens
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
 
@@ -33,7 +34,7 @@ class Reader(abc.ABC):
     """Reads one sequence at a time.
 
     name: where it was opened from. tokenizer: called as those of transformers are. units: (layer, kind) of the routed
-    ones. n_ctx: tokens that the model was made for. n_vocab: width of the logits.
+    ones. n_ctx: tokens that the model was made for. n_vocab: width of the logits. whole: reads a sequence at once.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Reader(abc.ABC):
     n_layer: int
     n_ctx: int
     n_vocab: int
+    whole: bool = False
 
     def __init__(self):
         self._decisions: list[torch.Tensor] = []
@@ -196,9 +198,9 @@ def visible_share(units: list[tuple[int, str]], kv_window: int, active: torch.Te
     return cells / (n_layer * n_tokens)
 
 
-def torch_pair(model: MoDModel, name: str = "the model", whole: bool = False) -> Pair:
-    """A MoD model and its dense base; for a model that routes nothing the base alone. whole: see TorchReader."""
-    reader = TorchReader(model, name, whole=whole)
+def torch_pair(model: MoDModel, name: str = "the model") -> Pair:
+    """A MoD model and its dense base; for a model that routes nothing the base alone."""
+    reader = TorchReader(model, name, whole=bool(model.top_k))
     return Pair(reader.dense(), reader if reader.units else None)
 
 
@@ -235,7 +237,7 @@ def _open(path, shift: float, threads: int | None, device: str) -> Reader:
     model = MoDModel.load(path) if _is_mod(path) else MoDModel.from_base(*hf.load(path))
     model.shift = shift
     try:
-        return TorchReader(model.to(device), path)
+        return TorchReader(model.to(device), path, whole=bool(model.top_k))
     except (RuntimeError, AssertionError) as exc:  # torch's words for a device that is unknown, missing or full
         raise UserError(f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out") from exc
 
@@ -250,7 +252,5 @@ def _is_mod(path) -> bool:
 
 def _check_same_tokens(a: Reader, b: Reader) -> None:
     """Raises UserError unless both read a text as the same tokens."""
-    text = "The keeper's 3 lamps, 27 stairs and 1840 steps:\n\n\t* naïve 東京 <|im_end|>"
-    first, second = (reader.tokenizer(text, verbose=False)["input_ids"] for reader in (a, b))
-    if a.n_vocab != b.n_vocab or first != second:
+    if a.n_vocab != b.n_vocab or not same_tokens(a.tokenizer, b.tokenizer):
         raise UserError(f"{a.name} and {b.name} have different tokenizers", "give the dense model of the same family")

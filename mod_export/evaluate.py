@@ -90,6 +90,9 @@ class _Work:
 
     def __init__(self, pair: Pair, plan: Plan, texts: dict[str, str], items: list, haystack: str | None):
         self.pair, tokenizer = pair, pair.measured.tokenizer
+        if (items or haystack is not None) and any(reader.whole for reader in pair.readers().values()):
+            raise UserError(f"{pair.measured.name} chooses by top-k, which looks at later tokens: it cannot generate",
+                            "measure it on --text only")  # fmt: skip
         self.skip = plan.skip
         if plan.texts:
             pair.reserve(plan.length)  # told first: a text is mostly too short for a length that is too long
@@ -143,13 +146,9 @@ def _about(target, dense, shift: float, threads: int | None, plan: Plan, pair: P
 # --- on a model in torch
 
 
-def loss(model: MoDModel, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter,
-         whole: bool = False) -> Loss:  # fmt: skip
-    """Compare `model` with its dense base on sequences [n, T]; the first `skip` positions of each do not count.
-
-    whole: run each sequence at once in the dense form, as decisions that look at a whole sequence need (top-k).
-    """
-    return eval_loss.loss(torch_pair(model, whole=whole), sequences, skip, progress)
+def loss(model: MoDModel, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter) -> Loss:
+    """Compare `model` with its dense base on sequences [n, T]; the first `skip` positions of each do not count."""
+    return eval_loss.loss(torch_pair(model), sequences, skip, progress)
 
 
 def accuracy(model: MoDModel, paths: Sequence[str], limit: int | None = None, progress: Callable = iter) -> list[dict]:

@@ -42,11 +42,7 @@ def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "conf
     With `force` an existing directory is replaced whole, but only one that is empty or holds `marker`:
     a mistyped `-o ~ --force` must not cost a home directory. Raises UserError as atomic_file does.
     """
-    target = _check_target(path, force)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{path} exists and is not a directory", "choose another output name")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise UserError(f"{path} holds no {marker}, so it is not replaced", "choose another output directory")
+    target = check_dir(path, force, marker)
     tmp, old = _beside(target), _beside(target)
     try:
         tmp.mkdir()
@@ -64,12 +60,24 @@ def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "conf
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Path:
+    """-> where atomic_dir would write; raises UserError where it would refuse. For before the hours of work."""
+    target = _check_target(path, force)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{path} exists and is not a directory", "choose another output name")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise UserError(f"{path} holds no {marker}, so it is not replaced", "choose another output directory")
+    return target
+
+
 def _check_target(path: str | os.PathLike, force: bool) -> Path:
     target = Path(os.path.realpath(path))  # the file a link points to is the one to replace
     if not target.parent.is_dir():
         raise UserError(f"there is no directory {target.parent} to write {target.name} in", "create it first")
     if target.exists() and not force:
         raise UserError(f"{path} exists already", "use --force to replace it")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: no permission in {target.parent}", "choose another output")
     return target
 
 

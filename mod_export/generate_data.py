@@ -81,7 +81,10 @@ def generate(llm: MoDLlama, out: str | Path, options: Options, prompts: Sequence
     files = sources.find(prompts) if prompts else []
     with Partial(out, _identity(llm, options, files)) as partial:
         with atomic_file(out, force) as tmp:
-            writer = _Writer(llm, options, sources.Mixed(files) if files else None)
+            pieces = sources.Mixed(files) if files else None
+            if pieces is not None and not len(pieces):
+                raise UserError(f"there is no text in {', '.join(map(str, prompts))}", "give prompts that have some")
+            writer = _Writer(llm, options, pieces)
             try:
                 _run(writer, partial)
             except (KeyboardInterrupt, SystemExit):

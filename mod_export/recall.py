@@ -14,20 +14,23 @@ import numpy as np
 import torch
 
 from mod_export import data
-from mod_export.conversations import render
+from mod_export.conversations import encode, render
 from mod_export.errors import UserError
 from mod_export.sources import Piece
 
 TEXT = 3 / 4  # of the sequence, at most; the rest are questions and answers
 WORDS, PASSAGE = 8, 48  # tokens: of a passage that the question gives, and of all of it
+HERE = Path("the training text")  # for messages
 REQUEST = "Repeat the passage that begins with: {}"
 
 
-def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, number: int) -> dict[str, torch.Tensor]:
+def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, number: int,
+           answers: bool = False) -> dict[str, torch.Tensor]:  # fmt: skip
     """`share` of the items made such conversations, in the model's chat format where it has one; others as they are.
 
-    item: input_ids [T] and loss [T] as PackedData has them. The same for the same seed and number. All tokens count.
-    Raises UserError where the chat template refuses the conversation, or leaves parts of it out.
+    item: input_ids [T] and loss [T] as PackedData has them. The same for the same seed and number. All tokens count,
+    or, with `answers`, those of the passages only. Raises UserError where the chat template refuses the conversation,
+    or leaves parts of it out.
     """
     rng = np.random.RandomState([seed, 1, number])
     if rng.random_sample() >= share:
@@ -45,6 +48,9 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
         if len(made) <= so_far:
             raise UserError("the model's chat template leaves messages out", "train without --recall")
     loss = torch.ones(length, dtype=torch.bool)
+    if answers:
+        _, (marks,) = encode(tokenizer, [Piece(HERE, messages=messages)], mark=True)
+        loss[len(made) - len(marks) :] = torch.from_numpy(marks)[: length - (len(made) - len(marks))]
     loss[0] = False
     return {"input_ids": torch.tensor(made[:length]), "loss": loss}
 
@@ -53,5 +59,5 @@ def _encode(tokenizer, messages: list[dict]) -> list[int]:
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in messages)
     else:
-        text = render(tokenizer, Piece(Path("the training text"), messages=messages))
+        text = render(tokenizer, Piece(HERE, messages=messages))
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -15,13 +15,17 @@ from mod_export.errors import UserError
 
 def configure(accelerator) -> None:
     """Before `prepare`. Raises UserError for FSDP1, which has no parameters of a module's own to gather."""
-    from accelerate import DistributedType
-
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if is_sharded(accelerator):
         if not accelerator.is_fsdp2:
             raise UserError("FSDP1 is not supported", "launch it with --fsdp_version 2")
         # pieces are put together in their own type: routers are float32, and autocast rounds the rest as on one device
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def is_sharded(accelerator) -> bool:
+    from accelerate import DistributedType
+
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def gather(module: nn.Module, keep: bool) -> None:

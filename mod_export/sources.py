@@ -131,7 +131,7 @@ def _from_json(path: Path, number: int, line: str) -> Iterator[Piece]:
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()  # escapes can hide halves of surrogate pairs
-    except ValueError as exc:  # JSONDecodeError and UnicodeEncodeError are both
+    except (ValueError, RecursionError) as exc:  # JSONDecodeError and UnicodeEncodeError are the former
         raise UserError(f"{where}: no JSON: {exc}", "JSONL has one JSON object a line") from exc
     if isinstance(record, dict) and "messages" in record:
         yield Piece(path, number, messages=_checked(record["messages"], where))

@@ -19,7 +19,9 @@ import torch
 
 from mod_export import adapter, calibrate, hf, sharding, train_state
 from mod_export.config import UnitConfig
+from mod_export.data import same_tokens
 from mod_export.errors import UserError
+from mod_export.files import check_dir
 from mod_export.model import MoDModel
 from mod_export.steady import hold_steady
 from mod_export.train_config import TrainConfig
@@ -53,6 +55,8 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     tell(f"loading {directory}")
     model = MoDModel.load(directory)
     kinds = list(model.config.units)
+    if not model.config.routed():
+        raise UserError(f"{directory} routes nothing", "make a MoD model with mod-export convert first")
     config.validate(kinds)
     with accelerator.main_process_first():  # the others find the tokens in the cache
         data, held_out = _data(model, config, tell)
@@ -63,13 +67,19 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     tell(f"{loop.steps} steps of {loop.tokens} tokens, "
          f"{sum(p.numel() for p in loop.trainable()):,} parameters, {accelerator.device}, "
          f"{accelerator.mixed_precision} mixed precision")  # fmt: skip
+    if not resume and accelerator.is_main_process:
+        clear(run)
+    accelerator.wait_for_everyone()
     loop.go(first)
     figures = finish(model, loop, config, tell)
     sharding.gather(loop.student, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        plot(run, loop.units)
         write(model, out, save_as, identity, figures, force)
         tell(f"{out} is written; metrics and plots are in {run}")
+        try:
+            plot(run, loop.units)
+        except ModuleNotFoundError as error:  # where there is no network to install it
+            tell(f"no plots: {error.name} is not installed")
     accelerator.wait_for_everyone()
     return figures
 
@@ -79,10 +89,15 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     """Choose what is trained, make teacher, optimizer and controller, and give them to Accelerate."""
     units = model.config.routed()
     weights = Weights(config.kl_weight, config.hidden_weight, config.lm_weight)
+    model.top_k = {}  # of a baseline that this one may start from; the loop sets it
     teacher = None
     if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
-        teacher = hf.load(config.teacher or directory)[0].requires_grad_(False)
+        teacher, tokenizer = hf.load(config.teacher or directory)
+        teacher.requires_grad_(False)
+        check_teacher(teacher, tokenizer, model, config)
     if config.method != "static":
+        if not sharding.is_sharded(accelerator):
+            model.to(accelerator.device)
         with accelerator.autocast():
             hold_steady(model, _long(model, data, DRIFT), config.steady)
     anneal = round(config.anneal * config.steps(accelerator.num_processes))
@@ -99,7 +114,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     starts = [config.start_of(group[0][1]) for group in groups]
     fixed = 0.0 if config.method != "threshold" else config.load
     control = Controller(groups, targets, starts, anneal, fixed)
-    told = {"options": config.to_dict(), "base": identity, "data": data.fingerprint,
+    told = {"options": config.fixed(), "base": identity, "data": data.fingerprint,
             "mod": replace(model.config, calibration={}).to_dict(), "processes": accelerator.num_processes}  # fmt: skip
     return Loop(config, accelerator, student, optimizer, control, data, held_out, run, told, say)
 
@@ -143,7 +158,7 @@ def set_static(model: MoDModel, targets: dict[str, float]) -> None:
 def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
     """Thresholds for the activation of the first step; -> 0, the step."""
     if config.method == "threshold":
-        _settle(model, loop, config, loop.control.starts, say)
+        _settle(model, loop, config, loop.control.target(0).tolist(), say)
     return 0
 
 
@@ -151,6 +166,7 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
     """Thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
         _settle(model, loop, config, loop.control.targets, say)
+    loop.choose(loop.steps)
     figures = loop.evaluate()
     say(f"held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} (dense "
         f"{figures['perplexity_dense']:.2f}), K/V {figures['kv_share']:.3f} of dense, active "
@@ -183,12 +199,13 @@ def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:
 def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
     """The model's configuration with the thresholds and activations as they are now, and a record of the training."""
     n_layer, units = model.n_layer, {}
+    activation = loop.settled if config.method == "threshold" else loop.active
     for kind, unit in model.config.units.items():
         p, share = list(unit.threshold), list(unit.activation)
         for layer in range(n_layer):
             if unit.threshold[layer] > 0:
                 p[layer] = model.router((layer, kind)).threshold
-                share[layer] = loop.settled.get((layer, kind), share[layer])
+                share[layer] = activation[layer, kind]
         units[kind] = UnitConfig(tuple(p), tuple(share))
     training = {**config.to_dict(), "data": [Path(p).name for p in config.data], "held_out": figures}
     if config.method == "topk":
@@ -230,17 +247,30 @@ def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, P
     return split(data, config.held_out)
 
 
+def check_teacher(teacher, tokenizer, model: MoDModel, config: TrainConfig) -> None:
+    """Raises UserError for a teacher whose tokens, or hidden states where they are compared, are others."""
+    rows = [base.get_output_embeddings().weight.shape[0] for base in (teacher, model.base)]
+    if rows[0] != rows[1] or not same_tokens(tokenizer, model.tokenizer):
+        raise UserError(f"the teacher {config.teacher} has another tokenizer", "give a model of the same family")
+    shapes = [f"{len(hf.decoder_layers(base))} layers of {hf.n_embd(base)}" for base in (teacher, model.base)]
+    if config.hidden_weight and shapes[0] != shapes[1]:
+        raise UserError(f"the teacher has {shapes[0]}, the model {shapes[1]}",
+                        "leave out --hidden-weight, which compares them layer by layer")  # fmt: skip
+
+
 def _check(config: TrainConfig, out: Path, run: Path, save_as: str, resume: bool, force: bool) -> None:
     """What can be known before minutes of work."""
     if save_as == "adapter" and config.parameters == "full":
         raise UserError("all weights are trained, which no adapter holds", "train routers or lora, or save it merged")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"there is no directory {out.absolute().parent} to write {out.name} in", "create it first")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists already", "use --force to replace it")
+    check_dir(out, force, *([adapter.MOD_JSON] if save_as == "adapter" else []))
     if resume:
         train_state.load(run)
     elif (run / train_state.NAME).exists():
         if not force:
             raise UserError(f"{run} holds the checkpoint of a run", "go on with --resume, or use --force to replace it")
-        shutil.rmtree(run)
+
+
+def clear(run: Path) -> None:
+    """Remove what a former run left, once nothing is in the way of this one."""
+    for path in run.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

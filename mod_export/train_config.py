@@ -64,6 +64,7 @@ class TrainConfig:
     save_every: int = 100
     held_out: int = 8
 
+    FREE = ("data", "router_lr", "lora_lr", "full_lr", "clip", "precision", "recompute", "eval_every", "save_every")
     START = 0.95
     LORA_LR, WIDTH = 1e-3, 576
 
@@ -93,6 +94,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def fixed(self) -> dict:
+        """What has to stay as it is when a run is resumed; learning rates may change, and where the data lie."""
+        return {name: value for name, value in self.to_dict().items() if name not in self.FREE}
 
     def validate(self, kinds: list[str]) -> TrainConfig:
         """Return self; raises UserError for what does not fit the model's kinds of units, or together."""

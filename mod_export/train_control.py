@@ -26,7 +26,7 @@ FOLLOW = 0.05  # of the way to a step's quantile; the activation of one sequence
 
 @dataclass
 class Controller:
-    """groups: units whose mean activation has one target; fixed: a constant price, and thresholds that stay.
+    """groups: units whose mean activation has one target; fixed: a constant price instead of the fair one.
 
     targets, starts: activation of each group at the end and at the beginning; anneal: steps from one to the other.
     """
@@ -71,8 +71,6 @@ class Controller:
         """
         self.rise = MEMORY * self.rise + (1 - MEMORY) * rise
         self.slope = MEMORY * self.slope + (1 - MEMORY) * slope
-        if self.fixed is not None:
-            return torch.zeros(len(self.groups))
         now, then = quantile.unbind(1)
         return then - now + FOLLOW * now
 

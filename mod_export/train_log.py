@@ -18,7 +18,7 @@ class Log:
         kept = [row for row in read(self.path) if row["step"] <= first] if first else []
         with atomic_file(self.path, force=True) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.progress, self.board = Progress(), _tensorboard(run)
+        self.progress, self.board = Progress(), _tensorboard(run, first)
         self.start, self.first, self.tokens = time.monotonic(), first, 0
 
     def step(self, row: dict, tokens: int) -> None:
@@ -84,10 +84,12 @@ def plot(run: Path, units: list[tuple[int, str]]) -> None:
     top.plot([row["step"] for row in held], [row["held_out"]["kl"] for row in held], "o-",
              label="KL on held-out text, hard decisions")
     top.set(yscale="log", ylabel="nats per token")
-    for i, name in enumerate(dict.fromkeys(kind for _, kind in units)):
-        if len(steps[0]["activation"]) > i and len(steps[0]["activation"]) < 5:
-            low.plot(x, _smooth([row["activation"][i] for row in steps]), label=f"{name} (running mean)")
-            low.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
+    kinds = list(dict.fromkeys(kind for _, kind in units))
+    many = len(steps[0]["activation"])
+    names = kinds if many == len(kinds) else [f"{layer} {kind}" for layer, kind in units]  # each unit has its target
+    for i, name in enumerate(names if many < 5 else ()):
+        low.plot(x, _smooth([row["activation"][i] for row in steps]), label=f"{name} (running mean)")
+        low.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
     low.set(xlabel="step", ylabel="activation", ylim=(0, 1.02))
     for axis in (top, low):
         axis.grid(alpha=0.3)
@@ -122,12 +124,12 @@ def _smooth(values, share: float = 0.9) -> list[float]:
     return out
 
 
-def _tensorboard(run: Path):
+def _tensorboard(run: Path, first: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(run / "tensorboard")
+    return SummaryWriter(run / "tensorboard", purge_step=first + 1 if first else None)
 
 
 def _flat(row: dict, prefix: str = ""):

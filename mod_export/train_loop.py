@@ -47,6 +47,7 @@ class Loop:
     identity: dict
     say: Callable[[str], None]
     settled: dict = field(default_factory=dict)  # activation of each unit when thresholds were last chosen
+    active: dict = field(default_factory=dict)  # on the held-out text, when that was last looked at
 
     def __post_init__(self):
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -68,40 +69,56 @@ class Loop:
                 log.close()
 
     def _steps(self, first: int, log: Log | None, stop: list[int]) -> None:
+        figures = {}
         for step in range(first, self.steps):
-            row = self._step(step)
+            seen = self._gradients(step)
+            # not before a loss has seen the weights: a step may have spoilt them
+            if self._stopped(stop):
+                self.save(step)
+                self._stop(step, stop)
+            if step % self.config.save_every == 0 and step > first:
+                self.save(step)
+            row = self._update(step, seen)
             if log:
                 log.step({"step": step + 1, **row}, self.tokens)
-            last = step + 1 == self.steps
-            if (step + 1) % self.config.eval_every == 0 or last:
+            if (step + 1) % self.config.eval_every == 0 or step + 1 == self.steps:
                 figures = self.evaluate()
                 if log:
                     log.held_out({"step": step + 1, "held_out": figures})
-            stopped = self.accelerator.reduce(torch.tensor(float(bool(stop)), device=self.accelerator.device)) > 0
-            if (step + 1) % self.config.save_every == 0 or last or stopped:
-                self.save(step + 1)
-            if stopped and not last:
-                self.say(f"stopped after step {step + 1} of {self.steps}; go on with --resume")
-                raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
+        if figures:
+            if not math.isfinite(figures["kl"]):
+                raise self._not_finite(self.steps - 1)
+            self.save(self.steps)
+        if self._stopped(stop):
+            self._stop(self.steps, stop)
 
-    def _step(self, step: int) -> dict:
+    def _stopped(self, stop: list[int]) -> bool:
+        """Has any process been told to?"""
+        return bool(self.accelerator.reduce(torch.tensor(float(bool(stop)), device=self.accelerator.device)) > 0)
+
+    def _stop(self, step: int, stop: list[int]) -> None:
+        self.say(f"stopped after step {step} of {self.steps}; go on with --resume")
+        raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
+
+    def _gradients(self, step: int) -> dict:
+        """Forwards and backwards of a step; -> their mean figures, with the gradients' norm. Raises UserError where
+        the loss is no number."""
         config, device = self.config, self.accelerator.device
-        rate = rate_at(step, self.steps, config.warmup)
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
-        if config.method == "topk":
-            kinds = [group[0][1] for group in self.control.groups]
-            self.model.top_k = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
+        self.choose(step)
         prices, shares = self.control.prices(step), self.control.shares(step)
-        seen, student = [], self.accelerator.unwrap_model(self.student)
-        for micro in range(config.accumulate):
-            process = self.accelerator.process_index
+        seen, student, process = [], self.accelerator.unwrap_model(self.student), self.accelerator.process_index
+        first = step * config.accumulate
+        batches = [self._batch((first + micro) * self.accelerator.num_processes + process)
+                   for micro in range(config.accumulate)]  # fmt: skip
+        # mean over forwards and devices of what each counts: so every token weighs the same in the step
+        total = torch.stack([counts[:, 1:].sum() for _, counts in batches]).float().mean()
+        total = self.accelerator.reduce(total, "mean")
+        for micro, (ids, counts) in enumerate(batches):
             train_state.seed_step(config.seed, step, micro, process)
-            ids, counts = self._batch((step * config.accumulate + micro) * self.accelerator.num_processes + process)
             last = micro + 1 == config.accumulate
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.student):
                 with self.accelerator.autocast():
-                    loss, figures = self.student(ids, counts, prices.to(device), shares)
+                    loss, figures = self.student(ids, counts, prices.to(device), shares, total)
                 self.accelerator.backward(loss / config.accumulate)
             seen.append(figures | {"rise": student.lever.grad * (config.accumulate / self._scale())})
         seen = {k: torch.stack([figures[k] for figures in seen]).mean(0) for k in seen[0]}
@@ -110,13 +127,29 @@ class Loop:
         scaled = self.accelerator.scaler is not None  # float16: a step that overflows is left out
         if not math.isfinite(seen["loss"]) or not (scaled or math.isfinite(norm)):
             raise self._not_finite(step)
+        return seen | {"norm": norm}
+
+    def _update(self, step: int, seen: dict) -> dict:
+        """Move weights and thresholds; -> the step's row of metrics."""
+        rate = rate_at(step, self.steps, self.config.warmup)
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate
+        prices, targets, norm = self.control.prices(step), self.control.target(step), seen.pop("norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        row = {"target": shares[:, 0].tolist(), "price": prices.tolist(), "rate": rate, "norm": norm}
         slopes = [seen.pop(name) for name in ("quantile", "rise", "slope")]
         if math.isfinite(norm):
-            self._move(self.control.update(step, *slopes))
-        return {k: v.tolist() for k, v in seen.items()} | row
+            shift = self.control.update(step, *slopes)
+            if self.config.method == "threshold":
+                self._move(shift)
+        told = {"target": targets.tolist(), "price": prices.tolist(), "rate": rate, "norm": norm}
+        return {k: v.tolist() for k, v in seen.items()} | told
+
+    def choose(self, step: int) -> None:
+        """The share of a sequence that top-k takes at this step."""
+        if self.config.method == "topk":
+            kinds = [group[0][1] for group in self.control.groups]
+            self.model.top_k = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
 
     def _scale(self) -> float:
         """Of the gradients, in float16."""
@@ -135,7 +168,8 @@ class Loop:
         n, items = len(self.train), []
         for i in range(number * self.config.batch, (number + 1) * self.config.batch):
             item = self.train[_order(n, self.config.seed, i // n)[i % n]]
-            items.append(recall(self.model.tokenizer, item, self.config.recall, self.config.seed, i))
+            items.append(recall(self.model.tokenizer, item, self.config.recall, self.config.seed, i,
+                                self.config.loss_on == "answers"))  # fmt: skip
         device = self.accelerator.device
         return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
 
@@ -157,12 +191,15 @@ class Loop:
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
         of_unit = dict(zip(self.units, (active / n).tolist(), strict=True))
+        self.active = of_unit
         activation = {kind: sum(of_unit[unit] for unit in units) / len(units)
                       for kind, units in self.model.config.by_kind().items()}  # fmt: skip
-        return {"kl": kl, "perplexity_dense": math.exp(nll_dense), "perplexity": math.exp(nll), "top1_agreement": same,
+        of_dense, perplexity = torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()  # may be infinite
+        return {"kl": kl, "perplexity_dense": of_dense, "perplexity": perplexity, "top1_agreement": same,
                 "activation": activation, "kv_share": share / n}  # fmt: skip
 
     def save(self, step: int) -> None:
+        """A checkpoint from which `step` steps are done."""
         thresholds = [self.model.router(unit).threshold for unit in self.units]
         state = {"step": step, "control": self.control.state_dict(), "run": self.identity, "thresholds": thresholds}
         train_state.save(self.run, self.student, self.optimizer, state, self.main)
@@ -181,7 +218,7 @@ class Loop:
         has = (self.run / train_state.NAME).is_file()
         kept = f"the last good checkpoint is in {self.run}" if has else "there is no checkpoint yet"
         return UserError(f"the loss is not a number at step {step + 1}; {kept}",
-                         "try lower learning rates, and --precision no")  # fmt: skip
+                         f"{'--resume' if has else 'start again'} with lower learning rates, or --precision no")
 
 
 _order = functools.lru_cache(maxsize=2)(order)

@@ -16,8 +16,7 @@ ROWS, CPU_ROWS = 256, 16
 
 class _LogitLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, teacher, targets, weight, kl_weight, lm_weight):
-        total = weight.sum().clamp(min=1.0)
+    def forward(ctx, logits, teacher, targets, weight, total, kl_weight, lm_weight):
         kl = nll = logits.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(logits)
         step = CPU_ROWS if logits.device.type == "cpu" else ROWS
@@ -35,8 +34,8 @@ class _LogitLoss(torch.autograd.Function):
                 kl = kl + (w * (p * (log_p - log_q))).sum()
                 slope.sub_(p, alpha=kl_weight)
             slope.scatter_add_(1, targets[rows, None], torch.full_like(of_target, -lm_weight))
-            gradient[rows] = (slope * (w / total)).to(gradient.dtype)
-        ctx.save_for_backward(gradient)
+            gradient[rows] = (slope * w).to(gradient.dtype)  # not over total: float16 would lose most of it
+        ctx.save_for_backward(gradient, total)
         kl, nll = kl / total, nll / total
         loss = lm_weight * nll + (kl_weight * kl if teacher is not None else 0.0)
         ctx.mark_non_differentiable(kl, nll)
@@ -44,24 +43,33 @@ class _LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer, *_):
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), None, None, None, None, None
+        gradient, total = ctx.saved_tensors
+        scale, step = outer.float() / total, CPU_ROWS if gradient.device.type == "cpu" else ROWS
+        scaled = torch.empty_like(gradient)
+        for at in range(0, len(gradient), step):  # in float32: the scale of float16 training is no number of float16
+            scaled[at : at + step] = gradient[at : at + step].float() * scale
+        return scaled, None, None, None, None, None, None
 
 
-def logit_loss(logits, teacher, targets, weight, kl_weight: float = 1.0, lm_weight: float = 0.0):
+def logit_loss(logits, teacher, targets, weight, kl_weight: float = 1.0, lm_weight: float = 0.0, total=None):
     """kl_weight KL(teacher || logits) + lm_weight NLL(targets), in nats per token; and both alone, without gradient.
 
-    logits, teacher (or None): [N, n_vocab]; targets: [N] token ids; weight: [N], what each row counts.
+    logits, teacher (or None): [N, n_vocab]; targets: [N] token ids; weight: [N], what each row counts; total: what the
+    sum is divided by, None: the sum of the weights.
     """
-    return _LogitLoss.apply(logits, teacher, targets, weight.float(), kl_weight, lm_weight)
+    return _LogitLoss.apply(logits, teacher, targets, weight.float(), _total(weight, total), kl_weight, lm_weight)
 
 
-def hidden_loss(states, teacher, weight: torch.Tensor) -> torch.Tensor:
+def _total(weight: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    return (weight.float().sum() if total is None else total).clamp(min=1e-6)
+
+
+def hidden_loss(states, teacher, weight: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
     """Squared distance of hidden states [B, T, n_embd] of each layer to the teacher's, relative to their size.
 
-    states, teacher: tuples as transformers gives them; weight: [B, T]. Mean over layers and tokens.
+    states, teacher: tuples as transformers gives them; weight: [B, T]; total: see logit_loss. Mean over layers.
     """
-    total, parts = weight.sum().clamp(min=1.0), []
+    total, parts = _total(weight, total), []
     for mine, other in zip(states[1:], teacher[1:], strict=True):
         distance = (mine.float() - other.float()).pow(2).sum(-1) / other.float().pow(2).sum(-1).clamp(min=1e-6)
         parts.append((distance * weight).sum() / total)

@@ -14,6 +14,7 @@ from mod_export.errors import UserError
 from mod_export.files import atomic_file
 
 NAME = "checkpoint.pt"
+PARTS = {"weights", "optimizer", "step", "control", "run", "thresholds"}
 
 
 def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
@@ -42,9 +43,12 @@ def load(run: Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "start without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})", "start without --resume") from error
+    if not isinstance(state, dict) or not PARTS <= state.keys():
+        raise UserError(f"{path} is no checkpoint of a training run", "start without --resume")
+    return state
 
 
 def restore(student, optimizer, state: dict) -> None:
@@ -62,9 +66,10 @@ def restore(student, optimizer, state: dict) -> None:
 
 def check(state: dict, expected: dict) -> None:
     """Raise UserError naming the first thing in which the run that left the checkpoint differs from this one."""
-    for name, value in expected.items():
-        if state["run"].get(name) != value:
-            was = state["run"].get(name)
+    before, now = _flat(state["run"]), _flat(expected)
+    for name in (*now, *before):
+        if before.get(name) != now.get(name):
+            was, value = before.get(name), now.get(name)
             raise UserError(f"the checkpoint was made with another {name}: {_short(was)}, now {_short(value)}",
                             "resume with the same arguments, or start without --resume")  # fmt: skip
 
@@ -77,6 +82,15 @@ def seed_step(seed: int, step: int, micro: int, process: int) -> None:
 def _plain(optimizer):
     """torch's optimizer, of one that Accelerate has wrapped too."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _flat(run: dict) -> dict:
+    """{"options": {"length": 512}} -> {"length": 512}; of other groups the name stays: "base hidden_size"."""
+    found = {}
+    for name, value in run.items():
+        parts = value.items() if isinstance(value, dict) else [(None, value)]
+        found |= {" ".join(filter(None, (name if name != "options" else None, part))): x for part, x in parts}
+    return found
 
 
 def _short(value) -> str:

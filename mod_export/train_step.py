@@ -1,7 +1,7 @@
 """One forward of training as a module, so that Accelerate can wrap it: student, teacher, losses.
 
     student = Student(model, teacher=None, groups, weights)
-    loss, seen = student(ids, counts, prices, shares)   # ids, counts [B, T]; backward through loss
+    loss, seen = student(ids, counts, prices, shares, total)   # ids, counts [B, T]; backward through loss
     student.lever.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
     dense, logits, trace = student(ids)                 # hard decisions, for evaluation
     _, logits, trace = student(ids, teach=False, logits_to_keep=1)
@@ -55,12 +55,13 @@ class Student(nn.Module):
         return self.model.base._no_split_modules
 
     def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, prices: torch.Tensor | None = None,
-                shares: torch.Tensor | None = None, teach: bool = True, **kwargs):  # fmt: skip
+                shares: torch.Tensor | None = None, total: torch.Tensor | None = None, teach: bool = True,
+                **kwargs):  # fmt: skip
         """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of each unit, and of
         each group the slope of mean sigmoid(z), and the quantiles of z that `shares` reach.
 
         ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; prices: [n_groups] of activation, nats;
-        shares: [n_groups, 2].
+        shares: [n_groups, 2]; total: what sums over tokens are divided by, None: the tokens that count here.
         """
         if prices is None:
             return self._dense(ids, kwargs)[0] if teach else None, *self.model(ids, trace=True, **kwargs)
@@ -72,10 +73,12 @@ class Student(nn.Module):
         logits, trace = self.model(ids, trace=True, relax=relax, recompute=self.recompute, **states)
         weight = counts[:, 1:].float()
         rows = (logits[:, :-1].flatten(0, 1), None if dense is None else dense[:, :-1].flatten(0, 1))
-        loss, kl, nll = logit_loss(*rows, ids[:, 1:].flatten(), weight.flatten(), self.weights.kl, self.weights.lm)
+        of_loss = (self.weights.kl, self.weights.lm, total)
+        loss, kl, nll = logit_loss(*rows, ids[:, 1:].flatten(), weight.flatten(), *of_loss)
         seen = {"kl": kl, "nll": nll}
         if self.weights.hidden:
-            distance = hidden_loss([h[:, :-1] for h in trace.hidden], [h[:, :-1] for h in dense_states], weight)
+            states = ([h[:, :-1] for h in parts] for parts in (trace.hidden, dense_states))
+            distance = hidden_loss(*states, weight, total)
             loss = loss + self.weights.hidden * distance
             seen["hidden"] = distance.detach()
         seen["loss"] = loss.detach()

@@ -50,18 +50,18 @@ def check(is_sharded: bool) -> None:
 
 
 def interrupted(*args, **kwargs) -> None:
-    step = train_loop.Loop._step
+    gradients = train_loop.Loop._gradients
 
     def stopped(self, number):
         if number == CUT:
             raise KeyboardInterrupt
-        return step(self, number)
+        return gradients(self, number)
 
-    train_loop.Loop._step = stopped
+    train_loop.Loop._gradients = stopped
     try:
         train(*args, **kwargs)
     except KeyboardInterrupt:
-        train_loop.Loop._step = step
+        train_loop.Loop._gradients = gradients
 
 
 def main(mode: str, folder: Path) -> None:

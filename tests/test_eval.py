@@ -13,7 +13,7 @@ from tiny_gguf import Tiny
 
 from mod_export import bindings, data, eval_loss, eval_passkey, eval_tasks, evaluate
 from mod_export.eval_items import encode, read_tasks
-from mod_export.eval_models import ROWS, TorchReader, Usage, open_pair, torch_pair
+from mod_export.eval_models import ROWS, Pair, TorchReader, Usage, open_pair, torch_pair
 from mod_export.evaluate import Plan
 from mod_export.export import export
 
@@ -158,7 +158,8 @@ def test_loss_by_hand(skip):
             active.append(trace.active[0])
     share = sum(evaluate.kv_share(model.config, a, model.n_layer) for a in active) / 2
     expected = [*(sums / n).tolist(), torch.cat(active).float().mean().item(), share]
-    for found in (evaluate.loss(model, ids, skip), evaluate.loss(model, ids, skip, whole=True)):
+    whole = TorchReader(model, whole=True)
+    for found in (evaluate.loss(model, ids, skip), eval_loss.loss(Pair(whole.dense(), whole), ids, skip)):
         assert found.tokens == n
         figures = [found.kl, math.log(found.perplexity_dense), math.log(found.perplexity), found.top1_agreement,
                    found.activation, found.kv_share]  # fmt: skip

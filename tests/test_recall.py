@@ -42,6 +42,18 @@ def test_the_text_is_followed_by_questions_about_it(tokenizer):
         assert written.startswith("<user>") and written.count("<assistant>") >= 2
 
 
+def test_only_the_passages_count_where_only_answers_do():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+                               "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    made = recall(tokenizer, item(tokenizer), 1.0, seed=0, number=3, answers=True)
+    every = recall(tokenizer, item(tokenizer), 1.0, seed=0, number=3)
+    assert torch.equal(made["input_ids"], every["input_ids"])
+    written = tokenizer.decode(made["input_ids"][made["loss"]])
+    expected = [part.split("</>")[0] + "</>" for part in tokenizer.decode(made["input_ids"]).split("<assistant>")[1:]]
+    assert written.startswith(expected[0]) and "Repeat" not in written and len(expected) >= 2
+
+
 def test_it_depends_on_seed_and_number_alone(tokenizer):
     plain = item(tokenizer)
     ids = recall(tokenizer, plain, 1.0, 0, 3)["input_ids"]

@@ -135,6 +135,22 @@ def test_top_k_runs_as_many_tokens_of_each_sequence_as_it_says():
     assert bool((chosen >= trace.logit.masked_fill(trace.active, -torch.inf).amax(1)).all())
 
 
+@pytest.mark.parametrize("units", [UNITS["kv"], UNITS["kv+attn+ffn"], UNITS["kv+block"]], ids=["kv", "three", "block"])
+def test_top_k_is_relaxed_around_its_own_cut(units):
+    model = tiny.mod_model(units, IDS)
+    for router in model.routers.values():
+        router.bias.data += 20  # the threshold says nothing here
+    model.top_k = dict.fromkeys(units, 0.25)
+    expected, trace = model(IDS, trace=True)
+    with relaxed(model.base):
+        # tokens may lie as close to the cut as they like
+        logits, relaxed_trace = model(IDS, trace=True, relax=Relax(temperature=1e-7, noise=False))
+    assert torch.equal(relaxed_trace.active, trace.active)
+    assert_close(logits, expected)
+    model.top_k = dict.fromkeys(units, 1.0)
+    assert bool(model(IDS, trace=True)[1].active.all())
+
+
 def test_relaxed_decisions_need_their_attention():
     with pytest.raises(ValueError, match="with relaxed"):
         tiny.mod_model({"kv": [2]}, IDS)(IDS, relax=Relax())

@@ -47,6 +47,30 @@ def test_without_a_teacher_and_in_half_precision():
     assert student.grad.dtype == torch.bfloat16 and student.grad.abs().sum() > 0
 
 
+def test_parts_of_a_step_add_up_where_they_share_a_total():
+    student, teacher, targets, counts = inputs()
+    (expected,) = torch.autograd.grad(logit_loss(student, teacher, targets, counts, 0.7, 0.2)[0], student)
+    parts, total = (slice(0, 5), slice(5, None)), counts.sum() / 2
+    assert counts[parts[0]].sum() != counts[parts[1]].sum()
+    given = (student, teacher, targets, counts)
+    losses = [logit_loss(*(x[rows] for x in given), 0.7, 0.2, total)[0] for rows in parts]
+    (found,) = torch.autograd.grad(sum(losses) / 2, student)
+    torch.testing.assert_close(found, expected)
+
+
+def test_float16_keeps_small_gradients_and_takes_a_large_scale():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(64, 20000, generator=g) for _ in range(2))
+    targets, counts, total = torch.zeros(64, dtype=torch.long), torch.ones(64), torch.tensor(2048.0)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        logits = student.clone().to(dtype).requires_grad_()
+        loss = logit_loss(logits, teacher, targets, counts, total=total)[0]
+        (65536.0 * loss).backward()  # the scale that float16 training begins with
+        found.append(logits.grad.float())
+    assert (found[1] - found[0]).norm() < 0.01 * found[0].norm()
+
+
 def test_nothing_that_counts():
     student, teacher, targets, counts = inputs()
     loss = logit_loss(student, teacher, targets, torch.zeros_like(counts))[0]
@@ -120,7 +144,8 @@ def test_a_fixed_price_stays_and_a_state_goes_on():
     assert groups_of([(1, "kv"), (2, "kv")], per_layer=True) == groups
     look, slopes = torch.tensor([[0.3, 0.2], [0.3, 0.2]]), (torch.tensor([-0.2, 0.1]), torch.tensor([0.1, 0.1]))
     fixed = Controller(groups, [0.5, 0.5], [0.5, 0.5], fixed=0.1)
-    assert fixed.update(0, look, *slopes).tolist() == [0, 0]
+    assert fixed.update(0, look, *slopes).tolist() == Controller(groups, [0.5, 0.5], [0.5, 0.5]).update(
+        0, look, *slopes).tolist()  # thresholds follow all the same
     assert fixed.prices(1).tolist() == pytest.approx([0.1, 0.1])
     first, second = (Controller(groups, [0.5, 0.5], [0.9, 0.9], anneal=10) for _ in range(2))
     assert first.prices(0).tolist() == [0, 0]

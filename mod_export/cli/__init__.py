@@ -6,6 +6,7 @@ come as one line on stderr and exit code 2; Ctrl-C is 130; MOD_EXPORT_DEBUG=1 sh
 
 import importlib
 import os
+import re
 import signal
 import sys
 
@@ -30,6 +31,8 @@ COMMANDS = {
     "generate-data": ("mod_export.cli.generate_data:command", "Let a model write training text."),
     "synth": ("mod_export.cli.synth:command", "Write a MoD GGUF of any shape with random weights, to measure speed."),
 }
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's words, GPU and CPU
 
 
 class LazyGroup(click.Group):
@@ -77,6 +80,10 @@ def _run(args: list[str] | None) -> int:
         return _fail(str(exc))
     except ModuleNotFoundError as exc:
         return _fail(f"the Python module {exc.name} is missing", cure="install mod-export with its dependencies")
+    except (MemoryError, RuntimeError) as exc:
+        if not isinstance(exc, MemoryError) and not OUT_OF_MEMORY.search(str(exc)):
+            raise
+        return _fail("out of memory", cure="use shorter sequences or fewer at a time (train: --batch, --recompute)")
     except OSError as exc:
         return _fail(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}")
 

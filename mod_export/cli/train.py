@@ -44,13 +44,14 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--teacher", default="", metavar="MODEL",
               help="Model to distil from. [default: DIR with all units active]")
 @click.option("--method", type=click.Choice(METHODS), default=D.method, show_default=True,
-              help="threshold; topk and static are baselines that cannot be exported, and that drop whole units.")
+              help="How units are chosen: by threshold, or as baselines by top-k of each sequence (which cannot be "
+              "exported) or the same ones for all tokens.")
 @click.option("--per-layer", is_flag=True, help="Each unit meets the target, instead of all of a kind together.")
 @click.option("--start-activation", "start", type=SHARE, metavar="SHARE",
               help="At the first step. [default: the target for kv, 0.95 with other kinds]")
 @click.option("--anneal", type=SHARE, default=D.anneal, show_default=True,
               help="Share of the steps from start to target activation.")
-@click.option("--load-weight", "load", type=WEIGHT, help="Price of activation, in nats. [default: measured]")
+@click.option("--load-weight", "load", type=WEIGHT, help="A fixed price of activation, in nats. [default: measured]")
 @click.option("--steady", type=WEIGHT, default=D.steady, show_default=True,
               help="How much routers are kept from following the kind of text and its length.")
 @click.option("--kl-weight", type=WEIGHT, default=D.kl_weight, show_default=True, help="Of KL to the teacher's logits.")
@@ -74,7 +75,7 @@ def _target(_ctx, _param, value: str) -> float | dict[str, float]:
 @click.option("--held-out", type=COUNT, default=D.held_out, show_default=True, help="Sequences to evaluate on.")
 @click.option("--eval-every", type=COUNT, default=D.eval_every, show_default=True, help="Steps.")
 @click.option("--save-every", type=COUNT, default=D.save_every, show_default=True, help="Steps between checkpoints.")
-@click.option("--seed", type=click.IntRange(0), default=D.seed, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=D.seed, show_default=True)
 @click.option("--save", "save_as", type=click.Choice(["merged", "adapter"]), default="merged", show_default=True,
               help="A whole MoD directory, or routers and LoRA only.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.run.")
