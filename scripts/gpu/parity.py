@@ -20,7 +20,8 @@ from mod_export.tables import format_table
 from mod_export.verify import Bounds, Sums, judge
 
 UNITS = ("attn+ffn+kv",) if REHEARSE else ("kv", "attn", "block", "attn+ffn+kv")
-PROMPT, DECODED, UBATCH = (48, 16, 32) if REHEARSE else (384, 128, 128)
+PROMPT, DECODED, UBATCH = (48, 16, 32) if REHEARSE else (448, 128, 128)
+LONG = 512 if REHEARSE else 12288  # tokens whose K/V take several pages of 2 MiB in each tensor
 STRICT = Bounds(0, 0, float("inf"), mean_kl=1e-4, margin=1e-3)
 # flash attention takes K and V as f16 on a GPU
 ROUNDED = Bounds(0, 0, float("inf"), mean_kl=1e-3, margin=0.05)
@@ -68,8 +69,24 @@ def main() -> bool:
             save("parity.json", {"prompt": PROMPT, "decoded": DECODED, "cases": found})
             print(f"{units}: {case.name}: {'; '.join(result['failures']) or 'passed'}", flush=True)
         file.unlink()
+    pages = read("parity.json").get("pages") or compare_pages(found)
     print(table(found))
-    return not any(result["failures"] for result in found.values())
+    print(f"K/V over many pages, memory on demand against all at once: largest difference {pages['difference']:.1e}")
+    return not any(result["failures"] for result in (*found.values(), pages))
+
+
+def compare_pages(found: dict) -> dict:
+    """Pages of K/V mapped, unmapped and mapped again, against all of them from the start: the same kernels and bits."""
+    file, logits = mod_file("kv"), []
+    for env in ((), (("LLAMA_MOD_KV", "full"),)):
+        run(file, WORK / "pages.npy", Case("pages", env=env), "pages")
+        logits.append(np.load(WORK / "pages.npy"))
+    file.unlink()
+    difference = float(np.abs(logits[0] - logits[1]).max())
+    failures = [] if difference < 1e-4 else [f"logits differ by {difference:.1e}"]
+    pages = {"tokens": LONG, "difference": difference, "failures": failures}
+    save("parity.json", {"prompt": PROMPT, "decoded": DECODED, "cases": found, "pages": pages})
+    return pages
 
 
 def table(found: dict) -> str:
@@ -104,12 +121,12 @@ def widen(source: Path, target: Path) -> None:
     tmp.replace(target)
 
 
-def run(file: Path, output: Path, case: Case) -> None:
-    """In a process of its own: the library reads its environment once."""
+def run(file: Path, output: Path, case: Case, what: str = "tokens") -> None:
+    """`what` of WHAT in a process of its own: the library reads its environment once."""
     layers = GPU_LAYERS if case.layers is None or REHEARSE else case.layers
     # cuBLAS would multiply F32 in TF32
     env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"} | dict(case.env)
-    command = [sys.executable, __file__, str(file), str(output), str(int(case.flash_attn)), str(layers)]
+    command = [sys.executable, __file__, what, str(file), str(output), str(int(case.flash_attn)), str(layers)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     done = subprocess.run(command, env=env, **pipes)
     if done.returncode:
@@ -136,6 +153,27 @@ def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
              p=np.array(llm.thresholds), units=np.array([(u.layer, u.kind) for u in llm.units]))  # fmt: skip
 
 
+def refill(file: str, output: str, flash_attn: str, layers: str) -> None:
+    """Logits [2, n_vocab] after most of the context was filled, and after it was emptied and filled with others."""
+    import llama_cpp
+
+    from mod_export import data
+    from mod_export.runtime import MoDLlama
+    from mod_export.worker import prompt_tokens
+
+    llm = MoDLlama(file, n_ctx=LONG, n_batch=4 * UBATCH, n_ubatch=4 * UBATCH, flash_attn=flash_attn == "1", type_k=1,
+                   type_v=1, n_gpu_layers=int(layers), threads=THREADS)  # fmt: skip
+    tokens, rows = prompt_tokens(llm, data.default_texts()[0], LONG), []
+    for some in (tokens[: LONG * 3 // 4], tokens[LONG // 4 :]):
+        llm.reset()
+        llm.eval(some)
+        rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy())
+    np.save(output, np.stack(rows))
+
+
+WHAT = {"tokens": evaluate, "pages": refill}
+
+
 def compare(cpu: Path, gpu: Path, case: Case) -> dict:
     a, b = np.load(cpu), np.load(gpu)
     sums = Sums([(int(layer), str(kind)) for layer, kind in a["units"]], a["p"].tolist())
@@ -147,6 +185,6 @@ def compare(cpu: Path, gpu: Path, case: Case) -> dict:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        evaluate(*sys.argv[1:])
+        WHAT[sys.argv[1]](*sys.argv[2:])
     else:
         part(main)

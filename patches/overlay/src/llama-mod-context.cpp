@@ -27,8 +27,9 @@ static bool mod_is_cpu(const std::vector<ggml_backend_ptr> & backends) {
 static bool mod_has_ops(const llama_model & model) {
     for (int32_t il = 0; il < (int32_t) model.hparams.n_layer(); ++il) {
         auto * dev = model.dev_layer(il);
+        auto * reg = ggml_backend_dev_backend_reg(dev); // none: a device made of several
         if (ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU &&
-            !ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), GGML_MOD_OPS_PROC)) {
+            (!reg || !ggml_backend_reg_get_proc_address(reg, GGML_MOD_OPS_PROC))) {
             return false;
         }
     }

@@ -386,9 +386,11 @@ ggml_tensor * llm_mod_graph::build_gated(ggml_tensor * cur) const {
     return cur;
 }
 
-// can the tensor's values be written to h right away? elementwise nodes may read there what they replace
-static bool mod_can_alias(const ggml_tensor * t) {
-    return !t->view_src && !t->data && t->type == GGML_TYPE_F32 && (t->op == GGML_OP_ADD || t->op == GGML_OP_GET_ROWS);
+// can the tensor's values be written to h right away? elementwise nodes may read there what they replace; embeddings lie
+// in the CPU's memory, and a node that had to run where h is would take all of them there
+static bool mod_can_alias(const ggml_tensor * t, const ggml_tensor * h) {
+    const bool can = t->op == GGML_OP_ADD || (t->op == GGML_OP_GET_ROWS && ggml_backend_buffer_is_host(h->buffer));
+    return can && !t->view_src && !t->data && t->type == GGML_TYPE_F32;
 }
 
 void llm_mod_graph::build_end(ggml_tensor * cur) {
@@ -397,7 +399,7 @@ void llm_mod_graph::build_end(ggml_tensor * cur) {
     ggml_tensor * out = cur;
     if (inp_rows) {
         out = ggml_set_rows(g.ctx0, seg->h, cur, inp_rows_out);
-    } else if (mod_can_alias(cur)) {
+    } else if (mod_can_alias(cur, seg->h)) {
         ggml_backend_tensor_alloc(seg->h->buffer, cur, seg->h->data);
     } else {
         out = ggml_cpy(g.ctx0, cur, view_h());

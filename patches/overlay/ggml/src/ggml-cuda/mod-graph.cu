@@ -79,6 +79,21 @@ static bool mod_driver_has_conditions() {
     return res;
 }
 
+void ggml_cuda_mod_prepare(ggml_backend_cuda_context & ctx) {
+    // regions use cuBLAS only where the rest does
+    auto & handles = ctx.cublas_handles[ctx.device];
+    if (ctx.curr_stream_no != 0 || !handles[0] || handles[MOD_STREAM]) {
+        return;
+    }
+    cudaStreamCaptureStatus status;
+    CUDA_CHECK(cudaStreamIsCapturing(ctx.stream(), &status));
+    if (status == cudaStreamCaptureStatusNone) {
+        ctx.curr_stream_no = MOD_STREAM;
+        ctx.cublas_handle();
+        ctx.curr_stream_no = 0;
+    }
+}
+
 void ggml_cuda_mod_capture(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
     const ggml_tensor * node = cgraph->nodes[i];
 
@@ -108,6 +123,10 @@ void ggml_cuda_mod_capture(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
 }
 
 #else
+
+void ggml_cuda_mod_prepare(ggml_backend_cuda_context & ctx) {
+    GGML_UNUSED(ctx);
+}
 
 void ggml_cuda_mod_capture(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
     GGML_UNUSED(ctx);

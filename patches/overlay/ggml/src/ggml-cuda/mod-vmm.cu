@@ -7,6 +7,8 @@
 // Buffers say that they are of the device's ordinary type, since all that is done with them on the device is the same.
 // Only their memory is our own.
 
+static constexpr size_t MOD_VMM_SPARE = 256*1024*1024; // bytes of the device that are not committed
+
 struct mod_vmm_buffer {
     int         device;
     CUdeviceptr base;
@@ -106,6 +108,22 @@ static void mod_vmm_get_tensor(ggml_backend_buffer_t buf, const ggml_tensor * te
     CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
 }
 
+static void mod_vmm_set_tensor_2d(ggml_backend_buffer_t buf, ggml_tensor * tensor, const void * data,
+        size_t offset, size_t size, size_t n_copies, size_t stride_tensor, size_t stride_data) {
+    ggml_cuda_set_device(mod_get(buf).device);
+    CUDA_CHECK(cudaMemcpy2DAsync((char *) tensor->data + offset, stride_tensor, data, stride_data, size, n_copies,
+            cudaMemcpyHostToDevice, cudaStreamPerThread));
+    CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
+}
+
+static void mod_vmm_get_tensor_2d(ggml_backend_buffer_t buf, const ggml_tensor * tensor, void * data,
+        size_t offset, size_t size, size_t n_copies, size_t stride_tensor, size_t stride_data) {
+    ggml_cuda_set_device(mod_get(buf).device);
+    CUDA_CHECK(cudaMemcpy2DAsync(data, stride_data, (const char *) tensor->data + offset, stride_tensor, size, n_copies,
+            cudaMemcpyDeviceToHost, cudaStreamPerThread));
+    CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
+}
+
 static void mod_vmm_clear(ggml_backend_buffer_t buf, uint8_t value) {
     auto & b = mod_get(buf);
     GGML_ASSERT(value == 0); // what pages begin with
@@ -125,8 +143,8 @@ static const ggml_backend_buffer_i mod_vmm_buffer_interface = {
     /* .memset_tensor = */ mod_vmm_memset_tensor,
     /* .set_tensor    = */ mod_vmm_set_tensor,
     /* .get_tensor    = */ mod_vmm_get_tensor,
-    /* .set_tensor_2d = */ nullptr,
-    /* .get_tensor_2d = */ nullptr,
+    /* .set_tensor_2d = */ mod_vmm_set_tensor_2d,
+    /* .get_tensor_2d = */ mod_vmm_get_tensor_2d,
     /* .cpy_tensor    = */ nullptr,
     /* .clear         = */ mod_vmm_clear,
     /* .reset         = */ nullptr,
@@ -174,6 +192,10 @@ static ggml_backend_buffer_type_t mod_vmm_buffer_type(ggml_backend_dev_t dev) {
     static std::mutex mutex;
     std::lock_guard<std::mutex> lock(mutex);
 
+    // pages of the device alone would not be lent from the host
+    if (getenv("GGML_CUDA_ENABLE_UNIFIED_MEMORY") != nullptr) {
+        return nullptr;
+    }
     for (int i = 0; i < ggml_backend_cuda_get_device_count(); ++i) {
         if (ggml_backend_cuda_buffer_type(i)->device != dev || !ggml_cuda_info().devices[i].vmm) {
             continue;
@@ -219,6 +241,17 @@ static bool mod_vmm_commit(ggml_backend_buffer_t buf, void * data, size_t size) 
     }
 
     ggml_cuda_set_device(b.device);
+
+    // what is allocated later and cannot do without (compute buffers, graphs, cuBLAS) would end the process
+    size_t missing = 0;
+    b.for_runs(p0, p1, false, [&](size_t, size_t n) { missing += n*b.page; return true; });
+    if (missing > 0) {
+        size_t free, total;
+        CUDA_CHECK(cudaMemGetInfo(&free, &total));
+        if (free < missing + MOD_VMM_SPARE) {
+            return false;
+        }
+    }
 
     const std::vector<bool> before = b.mapped;
 

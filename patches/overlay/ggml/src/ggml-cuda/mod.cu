@@ -1,4 +1,5 @@
 #include "mod.cuh"
+#include "mod-graph.cuh"
 #include "mod-mask.cuh"
 #include "mod-route.cuh"
 #include "mod-rows.cuh"
@@ -14,12 +15,14 @@ bool ggml_cuda_op_mod(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             ggml_cuda_op_mod_score(ctx, dst);
             return true;
         case GGML_MOD_OP_ROUTE:
+            ggml_cuda_mod_prepare(ctx);
             ggml_cuda_op_mod_route(ctx, dst);
             return true;
         case GGML_MOD_OP_GATHER:
             ggml_cuda_op_mod_gather(ctx, dst);
             return true;
         case GGML_MOD_OP_SCATTER:
+            ggml_cuda_mod_prepare(ctx);
             ggml_cuda_op_mod_scatter(ctx, dst);
             return true;
         case GGML_MOD_OP_MASK:
