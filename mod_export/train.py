@@ -272,5 +272,6 @@ def _check(config: TrainConfig, out: Path, run: Path, save_as: str, resume: bool
 
 def clear(run: Path) -> None:
     """Remove what a former run left, once nothing is in the way of this one."""
-    for path in run.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (train_state.NAME, "metrics.jsonl", "loss.png", "units.png"):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
