@@ -242,6 +242,14 @@ def test_arguments_that_do_not_fit(files, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_matplotlib_there_are_no_plots_but_a_model(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = []
+    train(files / "mod", tmp_path / "out", config(files, tokens=2 * LENGTH), say=told.append)
+    assert MoDModel.load(tmp_path / "out").config.units["kv"]
+    assert told[-1] == "no plots: matplotlib is not installed"
+
+
 def test_teachers(files, tmp_path):
     short, other = tmp_path / "short", tmp_path / "other"
     tiny.base(n_layer=3, n_vocab=len(tiny.tokenizer())).save_pretrained(short)
