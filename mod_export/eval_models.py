@@ -102,7 +102,8 @@ class TorchReader(Reader):
 
     def __init__(self, model: MoDModel, name: str = "the model", force: str | None = None, whole: bool = False):
         super().__init__()
-        self.model, self.name, self.force, self.whole = model, str(name), force, whole
+        self.model, self.name, self.force = model, str(name), force
+        self.whole = whole or bool(model.top_k)
         self.tokenizer, self.n_layer = model.tokenizer, model.n_layer
         self.units, self.kv_window = model.config.routed(), model.config.kv_window
         self.n_ctx = hf.context_length(model.base) or UNLIMITED
@@ -200,7 +201,7 @@ def visible_share(units: list[tuple[int, str]], kv_window: int, active: torch.Te
 
 def torch_pair(model: MoDModel, name: str = "the model") -> Pair:
     """A MoD model and its dense base; for a model that routes nothing the base alone."""
-    reader = TorchReader(model, name, whole=bool(model.top_k))
+    reader = TorchReader(model, name)
     return Pair(reader.dense(), reader if reader.units else None)
 
 
@@ -237,7 +238,7 @@ def _open(path, shift: float, threads: int | None, device: str) -> Reader:
     model = MoDModel.load(path) if _is_mod(path) else MoDModel.from_base(*hf.load(path))
     model.shift = shift
     try:
-        return TorchReader(model.to(device), path, whole=bool(model.top_k))
+        return TorchReader(model.to(device), path)
     except (RuntimeError, AssertionError) as exc:  # torch's words for a device that is unknown, missing or full
         raise UserError(f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out") from exc
 

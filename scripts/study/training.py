@@ -80,8 +80,7 @@ def judge_point(made: MoDModel, target: float | None, model: str, texts: tuple, 
         firsts = [data.pack(made.tokenizer, data.read_texts([file]), length, 1) for file in files.values()]
         meet(made, torch.cat(firsts), target)
     dense = TorchReader(MoDModel.from_base(original, made.tokenizer), model)
-    # top-k looks at a whole sequence
-    pair = Pair(dense, TorchReader(made, whole=bool(made.top_k)))
+    pair = Pair(dense, TorchReader(made))
     for name, file in files.items():
         found[name] = asdict(loss(pair, data.pack(made.tokenizer, data.read_texts([file]), length, count)))
     return found
