@@ -110,13 +110,19 @@ class Run:
 def among_top(logit: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The `share` of each sequence's tokens with the highest logits, [B, T]: the top-k of MoD (arXiv 2404.02258).
 
-    Also the logit half way between the last that is active and the first that is not, [B, 1], without gradient.
+    Also the cut, [B, 1]: the logit half way between the last that is active and the first that is not. As many run
+    whatever the logits are, so its gradient is that of the cut which keeps the sum of sigmoid(logit - cut): without it
+    each token would only be told to rise above a cut that rises with it.
     """
     n = logit.shape[-1]
     k = min(max(1, round(share * n)), n)
     best = logit.detach().topk(min(k + 1, n))
     last = best.values[:, k - 1 : k]
     cut = (last + best.values[:, k:]) / 2 if k < n else last - ALL_ACTIVE
+    soft = torch.sigmoid(logit.detach() - cut)
+    slope = soft * (1 - soft)
+    share_of_cut = slope / slope.sum(-1, keepdim=True).clamp(min=1e-12)
+    cut = cut + (share_of_cut * (logit - logit.detach())).sum(-1, keepdim=True)
     return torch.zeros_like(logit, dtype=torch.bool).scatter(-1, best.indices[:, :k], True), cut
 
 

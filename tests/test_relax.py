@@ -9,6 +9,7 @@ from test_model import IDS, UNITS, assert_close
 from tiny import one_thread  # noqa: F401
 
 from mod_export import relax as relaxation
+from mod_export.decisions import among_top
 from mod_export.relax import Relax, relaxed
 from mod_export.router import threshold_logit
 from mod_export.train_step import Student, Weights
@@ -149,6 +150,18 @@ def test_top_k_is_relaxed_around_its_own_cut(units):
     assert_close(logits, expected)
     model.top_k = dict.fromkeys(units, 1.0)
     assert bool(model(IDS, trace=True)[1].active.all())
+
+
+def test_the_cut_of_top_k_moves_with_the_logits_so_that_as_many_run():
+    torch.manual_seed(0)
+    logit, worth = torch.randn(2, 40, requires_grad=True), torch.rand(2, 40)
+    cut = among_top(logit, 0.3)[1]
+    (number,) = torch.autograd.grad(torch.sigmoid(logit - cut).sum(), logit)
+    torch.testing.assert_close(number, torch.zeros_like(number), atol=1e-6, rtol=0)
+    (grad,) = torch.autograd.grad((worth * torch.sigmoid(logit - among_top(logit, 0.3)[1])).sum(), logit)
+    torch.testing.assert_close(grad.sum(-1), torch.zeros(2), atol=1e-6, rtol=0)
+    assert bool((grad.gather(-1, worth.argmax(-1, keepdim=True)) > 0).all())  # what counts is worth above the others'
+    assert bool((grad.gather(-1, worth.argmin(-1, keepdim=True)) < 0).all())
 
 
 def test_relaxed_decisions_need_their_attention():
