@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mod_export.data import default_texts
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,6 +50,26 @@ def test_pieces_and_back(tmp_path):
     result = shell(unpack.replace(f"{tmp_path}/w", f"{tmp_path}/v"))
     assert result.returncode == 2 and "missing or damaged" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "v").exists()
+
+
+def test_gpu_train(tmp_path):
+    """The packaged adapter trained on for two steps, and judged."""
+    text = "\n\n".join(default_texts())
+    (tmp_path / "data/dev").mkdir(parents=True)
+    (tmp_path / "data/train.txt").write_text(text[:18000])
+    (tmp_path / "data/dev/a.txt").write_text(text[-15000:])
+    (tmp_path / "unpacked-pieces").touch()
+    command = f"{ROOT}/scripts/gpu_train {tmp_path}/pieces {tmp_path} 528"
+    env = {"PYTHON": sys.executable, "LENGTH": "264", "BATCH": "1", "COUNT": "1"}
+    one_line(shell(command, PYTHON="/none"), "/none lacks torch")
+    early = shell(command, **env, MINUTES="0.01")
+    assert early.returncode == 2 and "give more MINUTES" in early.stderr and not (tmp_path / "trained").exists()
+    result = shell(command, **env)
+    assert result.returncode == 0, result.stderr
+    before, after = (json.loads((tmp_path / f"eval-{name}.json").read_text()) for name in ("start", "mod"))
+    losses = [row["loss"] for row in map(json.loads, (tmp_path / "trained.run/metrics.jsonl").open()) if "loss" in row]
+    assert len(losses) == 2 and (tmp_path / "trained/routers.safetensors").exists()
+    assert before["texts"][0]["kl"] != after["texts"][0]["kl"] < 0.05
 
 
 def test_what_is_wrong_is_one_line(tmp_path):
