@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny import one_thread  # noqa: F401  (a fixture)
 from tiny_adapter import IDS, TOKENIZER, UNITS, saved, trained
 
-from mod_export import adapter, adapter_files
+from mod_export import adapter, adapter_files, hf
 from mod_export.adapter import apply, load, save
 from mod_export.convert import convert_adapter
+from mod_export.data import default_texts
 from mod_export.errors import UserError
+from mod_export.eval_loss import divergence
 from mod_export.lora import lora_of
 from mod_export.model import MoDModel
 
@@ -289,6 +291,21 @@ def one_line(result, folder) -> str:
     assert len(error) == 1 and error[0].startswith("error: ")
     assert list(folder.iterdir()) == []
     return error[0]
+
+
+@pytest.mark.parametrize("name", adapter_files.packaged_names())
+@torch.inference_mode()
+def test_what_comes_with_the_package_fits_the_embedded_model(name):
+    base, tokenizer = hf.load("smollm2")
+    ids = tokenizer(default_texts()[1], return_tensors="pt").input_ids[:, :1024]
+    dense, said = base(ids).logits[0], []
+    model = apply(load(adapter_files.resolve(name)), base, tokenizer, say=said.append)
+    logits, trace = model(ids, trace=True)
+    assert said == []  # exactly these weights
+    kl, _, _, same = (divergence(dense, logits[0], ids[0]) / (ids.shape[1] - 1)).tolist()
+    assert 0 < kl < 0.1 and same > 0.85
+    target = model.config.calibration["training"]["target"]
+    assert trace.active.float().mean().item() == pytest.approx(target, abs=0.1)
 
 
 OPTIONS = {"--units": "kv", "--target-activation": 0.5, "--kv-window": 64, "--layers": "auto",
