@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mod_export import data
@@ -55,6 +56,7 @@ def convert(
         kv_window = kv_window or min(WINDOW, max(1, (hf.context_length(base) or 8 * WINDOW) // 8))
         plan = Plan({kind: layers_of(chosen, n_layer, kind) for kind in kinds}, target, kv_window, sink_tokens, text)
         config, routers = calibrate(base, tokenizer, plan, say)
+        config = replace(config, calibration={"model": hf.name_of(model), **config.calibration})
         say(f"writing {out}")
         MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)  # over the empty tmp
     say(summary(config, n_layer))

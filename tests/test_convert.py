@@ -57,7 +57,7 @@ def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_p
     assert model.config.routed() == [(2, "kv"), (2, "ffn"), (3, "kv"), (3, "ffn"), (4, "kv"), (4, "ffn")]
     assert (model.config.kv_window, model.config.sink_tokens) == (12, 3)
     record = model.config.calibration
-    assert record["target_activation"] == 0.4 and record["text"] == "given"
+    assert record["target_activation"] == 0.4 and record["text"] == "given" and record["model"] == "base"
     assert [(unit["layer"], unit["kind"]) for unit in record["units"]] == model.config.routed()
     assert all(0 <= unit[key] <= 1 for unit in record["units"] for key in ("activation", "held_out"))
     assert record["held_out"]["tokens"] > 0 and any("sequence 1 of" in line for line in told)

@@ -87,9 +87,13 @@ def test_learning_rates_fall_with_the_width():
 
 def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path):
     run = config(files, parameters="lora", lora_rank=2, lora_lr=0.01)
-    train(files / "mod", tmp_path / "adapter", run, save_as="adapter")
-    train(files / "mod", tmp_path / "merged", run)
     model = MoDModel.load(files / "mod")
+    model.config = replace(model.config, calibration={"model": "its original"})
+    model.save(tmp_path / "mod")
+    train(tmp_path / "mod", tmp_path / "adapter", run, save_as="adapter")
+    train(tmp_path / "mod", tmp_path / "merged", run)
+    assert adapter.load(tmp_path / "adapter").base["name"] == "its original"
+    assert "model" not in MoDModel.load(tmp_path / "merged").config.calibration  # its weights are no more
     applied = adapter.apply(adapter.load(tmp_path / "adapter"), model.base, model.tokenizer)
     merged, ids = MoDModel.load(tmp_path / "merged"), torch.arange(100, 160)[None]
     with torch.inference_mode():
