@@ -5,7 +5,8 @@
     python scripts/training_study.py run $T 'kv-*'          # points by name, with wildcards
     python scripts/training_study.py time --out study '*-lora'   # their decode time, by the runtime
     python scripts/training_study.py report --out study     # tables and plots from the rows
-    python scripts/training_study.py judge trained --target 0.5 --text wiki=wiki.txt    # any MoD model, as points are
+    python scripts/training_study.py judge trained --target 0.5 --text wiki=wiki.txt    # any MoD model, as points are;
+                                                             # with --out study it is a row, and can be timed
 
 Each point starts from the calibrated conversion of its kind (made once), is trained by mod_export.train, and judged by
 mod_export.evaluate with hard decisions on sequences of --length tokens. A finished row goes to rows.jsonl at once; rows
@@ -81,14 +82,26 @@ def run(patterns, out, **given):
 @click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
 @click.option("--length", default=2048, show_default=True, help="Tokens in a sequence.")
 @click.option("--count", default=1, show_default=True, help="Sequences of each text.")
-def judge(directory, target, **given):
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of results that it becomes a row of.")
+def judge(directory, target, out, **given):
     """Judge the MoD model in DIRECTORY as `run` judges its points."""
     from study.training import judge_point
 
     from mod_export.model import MoDModel
     from mod_export.tables import format_table
 
-    found = judge_point(MoDModel.load(directory), target, **given)
+    made, path = MoDModel.load(directory), Path(directory).resolve()
+    row = {"name": path.name, "settings": {k: given[k] for k in ("length", "count")}, "way": "trained",
+           "units": "+".join(made.config.units), "target": target, "directory": str(path)}  # fmt: skip
+    if out is not None and any(other["name"] == path.name for other in read(out / ROWS)):
+        raise click.UsageError(f"{out / ROWS} has a row {path.name} already")
+    begin = time.monotonic()
+    found = own = judge_point(made, None, **given) if out is not None or target is None else None
+    if target is not None:
+        row["equal"] = found = judge_point(made, target, **given)
+    if out is not None:
+        out.mkdir(exist_ok=True)
+        append(out / ROWS, {**row, "texts": own, "seconds": round(time.monotonic() - begin)})
     rows = [[name, f"{text['kl']:.4f}", f"{text['perplexity'] / text['perplexity_dense']:.4f}",
              f"{text['activation']:.3f}", f"{text['kv_share']:.3f}"] for name, text in found.items()]  # fmt: skip
     mean = sum(text["kl"] for text in found.values()) / len(found)
@@ -102,14 +115,16 @@ def judge(directory, target, **given):
 @click.option("--context", default=4096, show_default=True, help="Tokens before those that are timed.")
 @click.option("--rounds", default=6, show_default=True)
 def time_points(patterns, out, context, rounds):
-    """Time the points that are trained and whose names match, through the runtime."""
+    """Time the points that are trained and whose names match, and models judged with --out, through the runtime."""
     from study.frontier import time_point
 
     done = {row["name"] for row in read(out / TIMES)}
-    for name in matching(patterns):
-        if name in done or not (out / name).is_dir():
+    judged = {row["name"]: Path(row["directory"]) for row in read(out / ROWS) if "directory" in row}
+    made = {name: out / name for name in POINTS} | judged
+    for name in matching(patterns, made):
+        if name in done or not made[name].is_dir():
             continue
-        row = {"name": name, **time_point(out / name, context, rounds)}
+        row = {"name": name, **time_point(made[name], out, context, rounds)}
         append(out / TIMES, row)
 
 
@@ -126,8 +141,8 @@ def report(out, docs):
         click.echo("\n" + frontier.report(rows, times, docs or out))
 
 
-def matching(patterns: tuple[str, ...]) -> list[str]:
-    names = [name for name in POINTS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+def matching(patterns: tuple[str, ...], known=POINTS) -> list[str]:
+    names = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if not names:
         raise click.BadParameter(f"no point matches {' '.join(patterns)}")
     return names

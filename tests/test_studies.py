@@ -5,6 +5,7 @@ What they measure is tested where it is made; here every stage runs, and its row
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ def script(name):
     return module
 
 
-def invoke(command, *args) -> str:
+def invoke(command, *args, code=0) -> str:
     result = CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result.output
 
 
@@ -75,14 +76,22 @@ def test_training_study(place):
     judged = invoke(study, "judge", out / "attn-0.8-lora", "--model", place / "base", "--target", 0.8, *texts,
                     "--length", 512)  # fmt: skip
     assert f"{found['attn-0.8-lora']['equal']['a']['kl']:.4f}" in judged
+    again = place / "another"
+    (out / "attn-0.8-lora").rename(again)
+    judge = ("judge", again, "--model", place / "base", "--target", 0.8, *texts, "--length", 512, "--out", out)
+    invoke(study, *judge)
+    (row,) = (row for row in rows(out / "rows.jsonl") if row["name"] == "another")
+    for key in ("texts", "equal"):
+        assert row[key]["a"]["kl"] == pytest.approx(found["attn-0.8-lora"][key]["a"]["kl"], rel=1e-4)
+    assert "has a row another already" in invoke(study, *judge, code=2)
 
-    named = place / "named"  # GGUF files need a tokenizer that llama.cpp knows
-    named.mkdir()
-    tiny.save_dir(named / "attn-0.8-lora", {"attn": [3, 4]})
-    invoke(study, "time", "attn-0.8-lora", "--out", named, "--context", 128, "--rounds", 2)
-    (named / "times.jsonl").rename(out / "times.jsonl")
-    (timed,) = rows(out / "times.jsonl")
-    assert timed["decode"]["median"] > 0 and not (named / "attn-0.8-lora.gguf").exists()
+    shutil.rmtree(again)  # GGUF files need a tokenizer that llama.cpp knows
+    tiny.save_dir(again, {"attn": [3, 4]})
+    tiny.save_dir(out / "attn-0.8-lora", {"attn": [3, 4]})
+    invoke(study, "time", "attn-0.8-lora", "another", "--out", out, "--context", 128, "--rounds", 2)
+    timed = rows(out / "times.jsonl")
+    assert sorted(row["name"] for row in timed) == ["another", "attn-0.8-lora"]
+    assert all(row["decode"]["median"] > 0 for row in timed) and [*out.glob("*.gguf")] == [out / "dense-q8_0.gguf"]
     table = invoke(study, "report", "--out", out)
     assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
     assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in ("training.png", "frontier.png"))

@@ -1,5 +1,6 @@
 """What quality costs in decode time and K/V: points of the training study, timed as GGUF files by the runtime."""
 
+import tempfile
 from pathlib import Path
 
 from mod_export.bench import Options, bench
@@ -9,17 +10,16 @@ from mod_export.tables import format_table
 QUANT = "q8_0"
 
 
-def time_point(made: Path, context: int, rounds: int) -> dict:
+def time_point(made: Path, out: Path, context: int, rounds: int) -> dict:
     """Decode time and K/V of a made model beside the dense one, with its own thresholds, after `context` tokens."""
-    dense, file = made.parent / f"dense-{QUANT}.gguf", made.with_suffix(".gguf")
+    dense = out / f"dense-{QUANT}.gguf"
     if not dense.exists():
         export(made, dense, quant=QUANT, dense=True)  # the original's weights, or others of the same shape: as fast
-    export(made, file, quant=QUANT, force=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        file = Path(folder) / "mod.gguf"
+        export(made, file, quant=QUANT)
         options = Options(contexts=(context,), variants=("ceiling", "mod"), rounds=rounds, seconds=0.0)
         rows = {row["phase"]: row for row in bench(file, dense, options)["rows"]}
-    finally:
-        file.unlink()
     kv = rows["decode"]["kv_bytes"]["mod"]
     ratios = {phase: row["ratios"]["mod/ceiling"] for phase, row in rows.items()}
     return {"context": context, **ratios, "activation": rows["decode"]["activation"],
