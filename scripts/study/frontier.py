@@ -60,6 +60,7 @@ def plot(points: list[dict], docs: Path) -> None:
                               xytext=(4, 3), textcoords="offset points")  # fmt: skip
         axis.set(xlabel=f"{label}, context {points[0]['context']}" if points else label)
         axis.set_yscale("symlog", linthresh=1e-3)  # a perplexity may be below that of dense
+        axis.margins(x=0.12, y=0.08)  # for the names
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity / dense - 1")
     axes[0].legend(fontsize=8)
