@@ -92,13 +92,14 @@ def judge(directory, target, out, **given):
 
     made, path = MoDModel.load(directory), Path(directory).resolve()
     row = {"name": path.name, "settings": {k: given[k] for k in ("length", "count")}, "way": "trained",
-           "units": "+".join(made.config.units), "target": target, "directory": str(path)}  # fmt: skip
+           "units": "+".join(made.config.units), "directory": str(path)}  # fmt: skip
     if out is not None and any(other["name"] == path.name for other in read(out / ROWS)):
         raise click.UsageError(f"{out / ROWS} has a row {path.name} already")
     begin = time.monotonic()
     found = own = judge_point(made, None, **given) if out is not None or target is None else None
     if target is not None:
-        row["equal"] = found = judge_point(made, target, **given)
+        row["target"], row["equal"] = target, judge_point(made, target, **given)
+        found = row["equal"]
     if out is not None:
         out.mkdir(exist_ok=True)
         append(out / ROWS, {**row, "texts": own, "seconds": round(time.monotonic() - begin)})

@@ -85,6 +85,9 @@ def test_training_study(place):
         assert row[key]["a"]["kl"] == pytest.approx(found["attn-0.8-lora"][key]["a"]["kl"], rel=1e-4)
     assert "has a row another already" in invoke(study, *judge, code=2)
 
+    shutil.copytree(out / "kv-0.5-routers", place / "without-target")
+    invoke(study, "judge", place / "without-target", *judge[2:4], *texts, "--length", 512, "--out", out)
+
     shutil.rmtree(again)  # GGUF files need a tokenizer that llama.cpp knows
     tiny.save_dir(again, {"attn": [3, 4]})
     tiny.save_dir(out / "attn-0.8-lora", {"attn": [3, 4]})
@@ -94,6 +97,7 @@ def test_training_study(place):
     assert all(row["decode"]["median"] > 0 for row in timed) and [*out.glob("*.gguf")] == [out / "dense-q8_0.gguf"]
     table = invoke(study, "report", "--out", out)
     assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
+    assert any(line.split("|")[2].strip() == "" for line in table.splitlines() if "trained" in line)  # without a goal
     assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in ("training.png", "frontier.png"))
 
 

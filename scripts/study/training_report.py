@@ -16,7 +16,7 @@ def report(rows: list[dict], docs: Path) -> str:
         points.append({**row, "judged": texts, "kl": kl, "ratio": max(ratio), "activation": activation, "share": share})
     names = list(rows[0]["texts"]) if rows else []
     for point in sorted(points, key=lambda p: (p["units"], -p.get("kv_share", p.get("target", 0)), p["kl"])):
-        goal = point.get("kv_share", point.get("target"))
+        goal = point.get("kv_share", point.get("target", ""))  # a judged model may have none
         of_texts = [f"{text['perplexity']:.2f} / {text['perplexity_dense']:.2f}" for text in point["judged"].values()]
         figures = [f"{point['activation']:.3f}", f"{point['share']:.3f}", *of_texts]
         table.append([point["units"], goal, point["way"], *figures, f"{point['ratio']:.4f}", f"{point['kl']:.4f}"])
@@ -32,7 +32,7 @@ def plot(points: list[dict], docs: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [kind for kind in ("kv", "attn", "ffn", "block") if any(p["units"] == kind for p in points)]
+    kinds = sorted({p["units"] for p in points}, key=lambda units: (units != "kv", units))
     fig, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.5), layout="constrained", squeeze=False)
     ways = list(dict.fromkeys(p["way"] for p in points))
     for axis, kind in zip(axes[0], kinds, strict=True):
