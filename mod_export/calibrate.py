@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mod_export import data, hf
-from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig
+from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig, of_kinds
 from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
@@ -49,11 +49,12 @@ MAX_LOGIT = 12.0  # thresholds stay within sigmoid(+-12), where float32 still te
 class Plan:
     """What to calibrate. units: kind -> layers; scores: kind -> score (targets.SCORES).
 
-    target: share of (token, unit) pairs that are to run, per kind; text, held_out: None = the packaged ones.
+    target: share of (token, unit) pairs that are to run, one number or kind -> number; text, held_out: None is the
+    packaged ones.
     """
 
     units: Mapping[str, Sequence[int]]
-    target: float = 0.5
+    target: float | Mapping[str, float] = 0.5
     kv_window: int = 64
     sink_tokens: int = 4
     text: str | None = None
@@ -81,7 +82,7 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: No
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
         groups = first.by_kind()
-        activation = settle_thresholds(model, subset, groups, dict.fromkeys(groups, plan.target), plan.rounds, say)
+        activation = settle_thresholds(model, subset, groups, of_kinds(plan.target, groups), plan.rounds, say)
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
         say("measuring activation on held-out text")
         _, held = _traces(model, held_out)

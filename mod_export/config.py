@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from mod_export.errors import UserError
@@ -99,6 +99,21 @@ def by_kind(units: Iterable[Unit]) -> dict[str, list[Unit]]:
     for unit in units:
         groups.setdefault(unit[1], []).append(unit)
     return groups
+
+
+def of_kinds(target: float | Mapping[str, float], kinds: Iterable[str]) -> dict[str, float]:
+    """The target activation of each kind: one number for all, or kind -> number, which names just these kinds.
+
+    Raises UserError for a kind too many or too few.
+    """
+    if not isinstance(target, Mapping):
+        return dict.fromkeys(kinds, target)
+    kinds = list(kinds)
+    if unknown := sorted(set(target) - set(kinds)):
+        raise UserError(f"target activation for {unknown[0]}, which is not routed", f"name {', '.join(kinds)}")
+    if missing := [kind for kind in kinds if kind not in target]:
+        raise UserError(f"no target activation for {missing[0]}", f"write {missing[0]}=0.5 too")
+    return {kind: target[kind] for kind in kinds}
 
 
 _SCALARS = tuple(f.name for f in fields(MoDConfig) if f.name not in ("units", "calibration"))

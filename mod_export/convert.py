@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mod_export import data
-from mod_export.config import KINDS
+from mod_export.config import KINDS, of_kinds
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
 
@@ -27,7 +27,7 @@ def convert(
     model: str,
     out: str | Path,
     units: str = "kv",
-    target: float = 0.5,
+    target: float | dict[str, float] = 0.5,
     kv_window: int | None = None,
     layers: str = "auto",
     calibration_text: Sequence[str | Path] = (),
@@ -37,13 +37,15 @@ def convert(
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
-    kv_window: None is WINDOW, or an eighth of the model's context where that is less.
+    target: activation, one number or {kind: number}; kv_window: None is WINDOW, or an eighth of the model's context
+    where that is less.
     Raises UserError for anything in the arguments, the model or the text that does not fit.
     """
     kinds = parse_units(units)
     chosen = parse_layers(layers)
-    if not 0 < target < 1:  # written so that NaN fails too
-        raise UserError(f"--target-activation {target} is not between 0 and 1", "0.5 runs half of all units")
+    for share in of_kinds(target, kinds).values():
+        if not 0 < share < 1:  # written so that NaN fails too
+            raise UserError(f"--target-activation {share} is not between 0 and 1", "0.5 runs half of all units")
     text = data.read_texts(calibration_text) if calibration_text else None
     with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
         from mod_export import hf

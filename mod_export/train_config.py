@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from mod_export.config import of_kinds
 from mod_export.errors import UserError
 
 METHODS = ("threshold", "topk", "static")
@@ -101,11 +102,7 @@ class TrainConfig:
 
     def validate(self, kinds: list[str]) -> TrainConfig:
         """Return self; raises UserError for what does not fit the model's kinds of units, or together."""
-        if isinstance(self.target, dict):
-            if unknown := sorted(set(self.target) - set(kinds)):
-                raise UserError(f"target activation for {unknown[0]}, which is not routed", f"name {', '.join(kinds)}")
-            if missing := [kind for kind in kinds if kind not in self.target]:
-                raise UserError(f"no target activation for {missing[0]}", f"write {missing[0]}=0.5 too")
+        of_kinds(self.target, kinds)
         for kind in kinds:
             for name, value in (("target", self.target_of(kind)), ("start", self.start_of(kind))):
                 if not 0 < value <= 1:  # written so that NaN fails too

@@ -25,6 +25,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from study.points import POINTS  # noqa: E402
 from study.rows import append, read  # noqa: E402
 
+from mod_export.cli.shares import shares  # noqa: E402
+
 ROWS, TIMES = "rows.jsonl", "times.jsonl"
 
 
@@ -77,7 +79,8 @@ def run(patterns, out, **given):
 
 @study.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
-@click.option("--target", type=float, help="Activation that thresholds are shifted to.  [default: they stay]")
+@click.option("--target", callback=lambda *given: given[-1] and shares(*given), metavar="SHARE",
+              help="Activation that thresholds are shifted to; of each kind: kv=0.1,attn=0.8.  [default: they stay]")
 @click.option("--model", default="smollm2", show_default=True, help="The original.")
 @click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
 @click.option("--length", default=2048, show_default=True, help="Tokens in a sequence.")

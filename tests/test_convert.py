@@ -70,6 +70,14 @@ def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_p
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_each_kind_has_its_own_target(model_dir, text, tmp_path):
+    out, target = tmp_path / "mod", {"kv": 0.3, "ffn": 0.8}
+    convert(model_dir, out, "kv+ffn", target, 12, calibration_text=[text])
+    record = MoDModel.load(out).config.calibration
+    assert record["target_activation"] == target
+    assert record["activation"] == pytest.approx(target, abs=0.02)
+
+
 def test_existing_output_is_refused_and_kept(model_dir, text, tmp_path):
     out = tmp_path / "mod"
     out.mkdir()
@@ -92,6 +100,9 @@ def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):
         ({"layers": "4-9"}, "there is no layer 9"),
         ({"layers": "0-5"}, "no layer keeps complete K/V"),
         ({"units": "depth"}, "unknown kind of unit 'depth'"),
+        ({"target": {"kv": 0.5, "ffn": 0.5}}, "target activation for ffn, which is not routed; name kv"),
+        ({"units": "kv+ffn", "target": {"kv": 0.5}}, "no target activation for ffn; write ffn=0.5 too"),
+        ({"target": {"kv": 1.5}}, "--target-activation 1.5 is not between 0 and 1"),
         ({"out": tmp_path / "no" / "such" / "mod"}, "there is no directory"),
     ):
         given = {"model": model_dir, "out": work / "mod", "calibration_text": [text], "kv_window": 8} | wrong
@@ -112,6 +123,8 @@ def test_unwritable_output(model_dir, text, run_cli):
     [
         (["--target-activation", "1"], "--target-activation"),
         (["--target-activation", "nan"], "--target-activation"),
+        (["--target-activation", "kv=half"], "'kv=half' is neither a number nor kinds such as kv=0.5,attn=0.8"),
+        (["--target-activation", "attn=0.5"], "target activation for attn, which is not routed"),
         (["--kv-window", "0"], "--kv-window"),
         (["--sink-tokens", "-1"], "--sink-tokens"),
         (["--layers", "5-3"], "run backwards"),

@@ -4,6 +4,7 @@ import time
 
 import click
 
+from mod_export.cli.shares import shares
 from mod_export.errors import UserError
 
 
@@ -12,8 +13,8 @@ from mod_export.errors import UserError
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="DIR", help="Directory to write.")
 @click.option("--units", default="kv", show_default=True, metavar="KINDS",
               help="What a token may skip: kv (being remembered), attn, block, ffn; combined with +.")
-@click.option("--target-activation", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.5,
-              show_default=True, help="Share of (token, unit) pairs that are to run.")
+@click.option("--target-activation", default="0.5", show_default=True, callback=shares, metavar="SHARE",
+              help="Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8.")
 @click.option("--kv-window", type=click.IntRange(min=1), help="Recent tokens that kv units always see. [default: 256]")
 @click.option("--layers", default="auto", show_default=True, help="Layers to route: auto, 3-28, 2,4,8-11.")
 @click.option("--calibration-text", multiple=True, type=click.Path(), metavar="FILE",

@@ -4,6 +4,7 @@ import time
 
 import click
 
+from mod_export.cli.shares import shares
 from mod_export.train_config import METHODS, PARAMETERS, TrainConfig
 
 SHARE = click.FloatRange(0, 1)
@@ -13,22 +14,12 @@ COUNT = click.IntRange(1)
 D = TrainConfig(())
 
 
-def _target(_ctx, _param, value: str) -> float | dict[str, float]:
-    """`0.5` or `kv=0.5,attn=0.8`."""
-    try:
-        if "=" not in value:
-            return float(value)
-        return {kind.strip(): float(share) for kind, _, share in (part.partition("=") for part in value.split(","))}
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor kinds such as kv=0.5,attn=0.8") from None
-
-
 @click.command("train")
 @click.argument("directory", type=click.Path(), metavar="DIR")
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="OUT", help="Directory to write.")
 @click.option("--data", "-d", multiple=True, required=True, type=click.Path(), metavar="PATH",
               help="Text, .gz, JSONL with messages, or a directory of these; may be repeated.")
-@click.option("--target-activation", "target", default="0.5", show_default=True, callback=_target, metavar="SHARE",
+@click.option("--target-activation", "target", default="0.5", show_default=True, callback=shares, metavar="SHARE",
               help="Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8.")
 @click.option("--train", "parameters", type=click.Choice(PARAMETERS), default=D.parameters, show_default=True,
               help="What is trained: routers only, LoRA too, or all weights but the embeddings.")

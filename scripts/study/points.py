@@ -17,6 +17,9 @@ WAYS = {
 # of the dense model's K/V -> window; the activation that gives it follows (training.py)
 KV_TARGETS = {0.5: 256, 0.25: 256, 0.125: 128}
 COMPUTE_TARGETS = (0.9, 0.8, 0.6)
+# beside the kv of a quarter: the activation of each kind
+COMBINED = {"attn+kv": {"attn": 0.8, "kv": 0.1138}, "ffn+kv": {"ffn": 0.9, "kv": 0.1138},
+            "block+kv": {"block": 0.9, "kv": 0.1138}}  # fmt: skip
 
 
 def _points() -> dict[str, dict]:
@@ -29,6 +32,10 @@ def _points() -> dict[str, dict]:
         for target in COMPUTE_TARGETS:
             for way, options in WAYS.items():
                 found[f"{kind}-{target}-{way}"] = {"units": kind, "target": target, "way": way, **options}
+    for units, targets in COMBINED.items():
+        name = "+".join(f"{kind}-{target}" for kind, target in targets.items())
+        options = {"units": units, "target": targets, "window": KV_TARGETS[0.25], "way": "lora"}
+        found[f"{name}-lora"] = options | WAYS["lora"]
     return found
 
 

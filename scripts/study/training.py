@@ -7,7 +7,7 @@ import torch
 
 from mod_export import data, hf
 from mod_export.calibrate import settle_thresholds
-from mod_export.config import UnitConfig
+from mod_export.config import UnitConfig, of_kinds
 from mod_export.convert import FIRST_ROUTED, convert
 from mod_export.eval_loss import loss
 from mod_export.eval_models import Pair, TorchReader
@@ -36,7 +36,8 @@ def make_point(name: str, point: dict, out: Path, model: str, data: tuple, token
         target = activation_for(point["kv_share"], point["window"], length, n_layer)
     else:
         target = point["target"]
-    start = out / f"{point['units']}-{target:.4f}"  # a window has a target of its own
+    shares = of_kinds(target, point["units"].split("+")).values()
+    start = out / "-".join([point["units"], *(f"{share:.4f}" for share in shares)])  # a window has a target of its own
     if not start.exists():
         convert(model, start, units=point["units"], target=target, kv_window=point.get("window"), sink_tokens=SINKS,
                 say=print)  # fmt: skip
@@ -62,14 +63,15 @@ def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
     return MoDModel.from_base(model.base, model.tokenizer, config, routers)
 
 
-def meet(made: MoDModel, sequences: torch.Tensor, target: float) -> None:
+def meet(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
     """Shift the thresholds of each kind for the target on these sequences: ways are compared at equal activation."""
     groups = made.config.by_kind()
-    settle_thresholds(made, sequences, groups, dict.fromkeys(groups, target), rounds=2, say=print)
+    settle_thresholds(made, sequences, groups, of_kinds(target, groups), rounds=2, say=print)
 
 
 @torch.inference_mode()
-def judge_point(made: MoDModel, target: float | None, model: str, texts: tuple, length: int, count: int, **_) -> dict:
+def judge_point(made: MoDModel, target: float | dict | None, model: str, texts: tuple, length: int, count: int,
+                **_) -> dict:  # fmt: skip
     """KL and perplexities against the original `model`, on each text; with activation and K/V.
 
     target: thresholds are moved, all alike, until these texts have this activation; None: they are left as they are.

@@ -15,8 +15,10 @@ def report(rows: list[dict], docs: Path) -> str:
         activation, share = (sum(t[key] for t in texts.values()) / len(texts) for key in ("activation", "kv_share"))
         points.append({**row, "judged": texts, "kl": kl, "ratio": max(ratio), "activation": activation, "share": share})
     names = list(rows[0]["texts"]) if rows else []
-    for point in sorted(points, key=lambda p: (p["units"], -p.get("kv_share", p.get("target", 0)), p["kl"])):
+    for point in sorted(points, key=lambda p: (p["units"], -p["activation"] if p["units"] != "kv" else -p["share"])):
         goal = point.get("kv_share", point.get("target", ""))  # a judged model may have none
+        if isinstance(goal, dict):
+            goal = ", ".join(f"{kind} {share}" for kind, share in goal.items())
         of_texts = [f"{text['perplexity']:.2f} / {text['perplexity_dense']:.2f}" for text in point["judged"].values()]
         figures = [f"{point['activation']:.3f}", f"{point['share']:.3f}", *of_texts]
         table.append([point["units"], goal, point["way"], *figures, f"{point['ratio']:.4f}", f"{point['kl']:.4f}"])
