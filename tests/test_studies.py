@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from byte_text import TEXT, byte_tokenizer
 from click.testing import CliRunner
 from tiny import one_thread  # noqa: F401
 
-from mod_export import data
+from mod_export import data, hf
+from mod_export.model import MoDModel
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -109,6 +111,48 @@ def test_train_speed(place, parameters):
                    "--length", 64, "--rounds", 1)  # fmt: skip
     cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
     assert cells[:3] == [parameters, "64", "1"] and float(cells[-1]) > 0
+
+
+def test_worth_is_what_the_divergence_rises_by(place):
+    """Against switching units one by one. They are made to add little, so that the KL is about quadratic."""
+    worth_study = script("worth_study")
+    model = tiny.save_dir(place / "ffn", {"ffn": [2, 3, 4]})
+    for layer in hf.decoder_layers(model.base):
+        layer.ffn.down_proj.weight.data *= 0.1
+    model.save(place / "ffn", force=True)
+    dense = MoDModel.from_base(hf.load(place / "ffn")[0], model.tokenizer)
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 250, (40,))
+    worth, _, z, active, kl, x = worth_study.measure(model, dense, ids, draws=100, autocast=False)
+    assert 0.2 < active.mean() < 0.9 and kl.sum() > 0 and x.shape[:2] == (3, 40)
+    units, expected, found = model.config.routed(), [], []
+    log_p = dense(ids[None])[0].log_softmax(-1)
+
+    def divergence(decided):
+        given = {unit: decided[None, :, i] for i, unit in enumerate(units)}
+        return (log_p.exp() * (log_p - model(ids[None], decisions=given)[0].log_softmax(-1))).sum().item()
+
+    for token in range(4, 40, 3):
+        for i in range(3):
+            both = []
+            for state in (True, False):
+                decided = active.bool().clone()
+                decided[token, i] = state
+                both.append(divergence(decided))
+            expected.append(both[1] - both[0])
+            found.append(worth[token, i].item())
+    assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > 0.95
+    assert sum(found) == pytest.approx(sum(expected), rel=0.1)
+
+    table = invoke(worth_study.main, place / "ffn", "-d", place / "a.txt", "--original", place / "ffn",
+                   "--sequences", 6, "--length", 64, "--float32")  # fmt: skip
+    cells = [line.split("|") for line in table.splitlines() if line.count("|") == 3][2:]
+    lost = {name.strip(): float(value) for _, name, value, _ in cells}
+    assert set(lost) == {"as trained", "by the curvature itself", "at random", *worth_study.FITS}
+    assert lost["by the curvature itself"] < lost["at random"]
+    tiny.save_dir(place / "attn", {"attn": [2]})
+    assert "only ffn units" in invoke(worth_study.main, place / "attn", "-d", place / "a.txt", code=1)
 
 
 def test_steady_study(place):
