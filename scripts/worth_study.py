@@ -6,7 +6,7 @@ Of each token and `ffn` unit: how much the KL to the original rises without it, 
 KL is about quadratic, so that this is -(slope at one half) = C (G - 1/2) - slope at G, with the curvature C from
 gradients of log-likelihoods of tokens drawn from the model (Fisher information). Routers are fitted anew to that, on
 two thirds of the sequences, and all are compared on the rest at equal activation: the worth of what they skip, summed
-over units.
+over units. Choosing by the curvature itself is a bound and no way: its noise is in the worth too.
 """
 
 import sys
