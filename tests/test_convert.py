@@ -124,6 +124,7 @@ def test_unwritable_output(model_dir, text, run_cli):
         (["--target-activation", "1"], "--target-activation"),
         (["--target-activation", "nan"], "--target-activation"),
         (["--target-activation", "kv=half"], "'kv=half' is neither a number nor kinds such as kv=0.5,attn=0.8"),
+        (["--target-activation", "kv=0.5,kv=0.4"], "'kv=0.5,kv=0.4' names a kind twice"),
         (["--target-activation", "attn=0.5"], "target activation for attn, which is not routed"),
         (["--kv-window", "0"], "--kv-window"),
         (["--sink-tokens", "-1"], "--sink-tokens"),
