@@ -1,5 +1,7 @@
 """One token as the graph that devices run (LLAMA_MOD_DECODE=graph), on the CPU: routers decide by ggml_mod_route()."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from raw import Raw
@@ -45,6 +47,29 @@ def test_takes_the_same_cells_as_the_cpu_graph(fa, tmp_path, monkeypatch):
     assert a_used == b_used
     np.testing.assert_array_equal(a_active, b_active)
     close(a, b, 1e-2 if fa else 3e-4)
+
+
+@pytest.mark.parametrize("fa", [False, True])
+def test_is_built_anew_for_the_complete_layers_only(fa, tmp_path, monkeypatch):
+    """Each cache passes multiples of 256 cells at times of its own; the graph has room for more."""
+    n = 1100
+    tokens = np.random.default_rng(1).integers(0, 96, (1, n))
+    path = make("all", sequences=tokens).write(tmp_path / "mod.gguf")
+    results = []
+    for mode in (None, "graph"):
+        if mode:
+            monkeypatch.setenv("LLAMA_MOD_DECODE", mode)
+        with Raw(path, fa=fa, n_ctx=1280) as r:
+            logits, active = r.decode_cut(tokens[0], 1)
+            perf = bindings.llama_mod_perf()
+            assert bindings.llama_mod_get_perf(r.ctx, ctypes.byref(perf))
+            results.append((logits, active, [r.kv(layer).n_used for layer in range(5)]))
+    (a, a_active, a_used), (b, b_active, b_used) = results
+    assert a_used == b_used and sum(used > 256 for used in a_used) >= 3
+    np.testing.assert_array_equal(a_active, b_active)
+    close(a, b, 1e-2 if fa else 3e-4)
+    # without flash attention tensors grow as well, each at a time of its own
+    assert perf.n_graphs == n and (not fa or n - perf.n_graphs_reused == 1 + n // 256)
 
 
 def test_forced_active_is_the_dense_model(device_graph, tmp_path):

@@ -147,11 +147,19 @@ def test_bench_goes_on_after_a_line_that_was_cut_off(part, tmp_path, monkeypatch
 def test_bench_begins_no_point_that_would_not_end(part, tmp_path, monkeypatch):
     bench = part("bench")
     monkeypatch.setattr(bench, "REHEARSE", False)
-    for name, value in {"SHAPES": "8b", "QUANTS": "q4_0", "UNITS": "kv", "CONTEXTS": "64,128", "MINUTES": "1"}.items():
+    # one graph is another way for attn only
+    chosen = {"SHAPES": "8b", "QUANTS": "q4_0", "UNITS": "attn,kv", "WAYS": "graph,segments", "CONTEXTS": "64"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert [(p.units, p.way) for p in bench.points()] == [("attn", "graph"), ("attn", "segments"), ("kv", "segments")]
+    monkeypatch.setenv("WAYS", "graphs")
+    with pytest.raises(bench.UserError, match="WAYS has graphs"):
+        bench.points()
+    for name, value in {"UNITS": "kv", "WAYS": "segments", "CONTEXTS": "64,128", "MINUTES": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(bench, "machine", lambda: {"build": "this"})
     for build, seconds in (("earlier", 1.0), ("this", 70.0)):
-        bench.append({"point": "8b q4_0 kv 64", "machine": {"build": build}, "seconds": seconds})
+        bench.append({"point": "8b q4_0 kv segments 64", "machine": {"build": build}, "seconds": seconds})
     monkeypatch.setattr(bench, "measure", lambda point: {"error": "no memory"})
     with pytest.raises(SystemExit) as exit:
         bench.main()

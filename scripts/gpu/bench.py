@@ -1,8 +1,9 @@
 """Synthetic models on the GPU, by `mod-export bench`'s own code. Result: bench.jsonl, a line for each finished point.
 
-A point is a shape, a quantisation, a kind of units and a context: the dense model, the floor, everything active,
-nothing active, and activations of about 0.75, 0.5 and 0.25, taking turns. Points that are there are not measured again;
-one that is not likely to end in time is not begun. SHAPES, QUANTS, UNITS and CONTEXTS choose (with commas).
+A point is a shape, a quantisation, a kind of units, a way to decode (segments, or one graph for a token, which kv units
+are anyway) and a context: the dense model, the floor, everything active, nothing active, and activations of about 0.75,
+0.5 and 0.25, taking turns. Points that are there are not measured again; one that is not likely to end in time is not
+begun. SHAPES, QUANTS, UNITS, WAYS and CONTEXTS choose (with commas).
 """
 
 import json
@@ -29,11 +30,12 @@ OPTIONS = Options(ubatches=(1024,), shifts=SHIFTS, variants=VARIANTS, seconds=2.
                   gpu_layers=GPU_LAYERS)  # fmt: skip
 FIRST = 150.0  # s; what a point may take as long as none is known
 if REHEARSE:
-    DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0", "UNITS": "attn,block", "CONTEXTS": "64,128"}
+    DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0", "UNITS": "attn,block", "WAYS": "segments,graph",
+                "CONTEXTS": "64,128"}  # fmt: skip
     SMALL = {"layers": 4, "embd": 512, "heads": 8, "heads_kv": 2, "ff": 1024, "vocab": 2048}
     OPTIONS = replace(OPTIONS, ubatches=(64,), rounds=1, seconds=0.0)
 else:
-    DEFAULTS = {"SHAPES": "8b,1b,3b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv",
+    DEFAULTS = {"SHAPES": "8b,1b,3b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv", "WAYS": "segments,graph",
                 "CONTEXTS": "8192,32768,2048,65536"}  # fmt: skip
     SMALL = {}
 
@@ -43,11 +45,12 @@ class Point:
     shape: str
     quant: str
     units: str
+    way: str
     context: int
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.quant} {self.units} {self.context}"
+        return f"{self.shape} {self.quant} {self.units} {self.way} {self.context}"
 
 
 def main() -> bool:
@@ -72,10 +75,14 @@ def main() -> bool:
 
 
 def points() -> list[Point]:
-    chosen = [os.environ.get(name, default).split(",") for name, default in DEFAULTS.items()]
+    shapes, quants, kinds, ways, contexts = (
+        os.environ.get(name, default).split(",") for name, default in DEFAULTS.items()
+    )
+    if unknown := set(ways) - {"segments", "graph"}:
+        raise UserError(f"WAYS has {', '.join(sorted(unknown))}", "known are segments and graph")
     try:
-        return [Point(shape, quant, units, int(context)) for shape, quant, context, units in
-                product(*chosen[:2], chosen[3], chosen[2])]  # fmt: skip
+        return [Point(shape, quant, units, way, int(context)) for shape, quant, context, units, way in
+                product(shapes, quants, contexts, kinds, ways) if (units, way) != ("kv", "graph")]  # fmt: skip
     except ValueError as exc:
         raise UserError(f"CONTEXTS is {os.environ['CONTEXTS']!r}", "give numbers of tokens, with commas") from exc
 
@@ -83,6 +90,9 @@ def points() -> list[Point]:
 def measure(point: Point) -> dict:
     """The result of bench(), or the error: a point that does not fit the GPU must not end the others."""
     dense, mod = files(point)
+    os.environ.pop("LLAMA_MOD_DECODE", None)  # the processes of the variants read it
+    if point.way == "graph":
+        os.environ["LLAMA_MOD_DECODE"] = "graph"
     try:
         return bench(mod, dense, replace(OPTIONS, contexts=(point.context,)), say=lambda line: print(line, flush=True),
                      progress=Progress())  # fmt: skip

@@ -12,7 +12,7 @@ def main() -> bool:
     groups: dict[str, list[dict]] = {}
     for line in {line["point"]: line for line in bench.finished()}.values():
         if "error" not in line:
-            groups.setdefault("-".join(line["point"].split()[:3]), []).append(line)
+            groups.setdefault("-".join(line["point"].split()[:-1]), []).append(line)
     if not groups:
         raise UserError(f"there is no finished point in {RESULTS / 'bench.jsonl'}", "run the part `bench` first")
     text = [f"# Benchmark on {', '.join(name for name, _ in gpus(groups)) or 'a CPU, a rehearsal'}\n"]

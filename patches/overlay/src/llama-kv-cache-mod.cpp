@@ -19,6 +19,9 @@ static constexpr llama_pos POS_MAX = std::numeric_limits<llama_pos>::max();
 // memory is given back to the system when more than this many tokens are removed at once
 static constexpr uint32_t MOD_N_TRIM = 64;
 
+// cells that a graph has room for beyond those in use, where it takes them all
+static constexpr uint32_t MOD_N_ROOM = 256;
+
 //
 // llama_kv_cache_mod
 //
@@ -503,7 +506,9 @@ int32_t llama_kv_cache_mod::reserve(int32_t il) {
     while (c.head < cells.size() && !cells.is_empty(c.head)) {
         ++c.head;
     }
-    const bool ok = c.head < cells.size() && c.rows->reserve(std::max(c.head + 1, cells.used_max_p1()));
+    const uint32_t n_room = slack_used == slack::room ? MOD_N_ROOM : 0;
+
+    const bool ok = c.head < cells.size() && c.rows->reserve(std::max(c.head + 1, cells.used_max_p1()) + n_room);
 
     return ok ? (int32_t) c.head : -1;
 }
@@ -532,8 +537,8 @@ bool llama_kv_cache_mod::has_f32() const {
     return base->type_k() == GGML_TYPE_F32 || base->type_v() == GGML_TYPE_F32;
 }
 
-void llama_kv_cache_mod::set_slack(bool value) {
-    slack = value;
+void llama_kv_cache_mod::set_slack(slack value) {
+    slack_used = value;
 }
 
 const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t cell) {
@@ -542,11 +547,17 @@ const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t c
     if (!c.one) {
         c.one = std::make_unique<llama_kv_cache_context>(c.kv);
     }
-    // as llama_kv_cache::get_n_kv(), with the reserved cell. one graph has many caches: without slack, one or the
-    // other would outgrow it every few tokens
+    // as llama_kv_cache::get_n_kv(), with the reserved cell and the slack
     const uint32_t n_pad  = std::max(c.kv->n_pad, 256u);
     const uint32_t n_used = get_n_used(il, cell);
-    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(slack ? n_used + n_used/4 + n_pad : n_used, n_pad));
+
+    uint32_t n = n_used;
+    switch (slack_used) {
+        case slack::none:                        break;
+        case slack::fit:  n += n_used/4 + n_pad; break;
+        case slack::room: n += MOD_N_ROOM;       break;
+    }
+    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(n, n_pad));
 
     return c.one.get();
 }

@@ -80,8 +80,14 @@ public:
 
     bool has_f32() const; // K or V
 
-    // graphs of one token adjust the range of cells that they take: they can be built for a larger one
-    void set_slack(bool value);
+    // for how many cells a graph of one token is built. one graph has many caches: without slack, one or the other would
+    // outgrow it every few tokens
+    enum class slack {
+        none, // those in use, rounded up
+        fit,  // more: each run adjusts the range that it takes
+        room, // some more, whose memory is there: each run takes them all
+    };
+    void set_slack(slack value);
 
     // for graphs of one token: what the layer attends to with the reserved cell; valid until the next call
     const llama_kv_cache_context * get_one(int32_t il, int32_t cell);
@@ -149,8 +155,8 @@ private:
 
     const uint32_t n_seq_max;
 
-    uint32_t rollback = 64;
-    bool     slack    = false;
+    uint32_t rollback   = 64;
+    slack    slack_used = slack::none;
 
     std::unique_ptr<llama_mod_rows> base_rows;
     llama_kv_cache *                base; // of base_rows

@@ -36,6 +36,24 @@ static bool mod_has_ops(const llama_model & model) {
     return true;
 }
 
+// one graph for a token pays where its device skips inside it. With layers on several devices it would not: the residual
+// stream is on the first one, so the units of the others are cut. The CPU computes everything there, which is for tests
+static bool mod_skips_inside(const llama_model & model) {
+    auto * dev = model.dev_layer(0);
+    for (int32_t il = 1; il < (int32_t) model.hparams.n_layer(); ++il) {
+        if (model.dev_layer(il) != dev) {
+            return false;
+        }
+    }
+    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return true;
+    }
+    auto * reg   = ggml_backend_dev_backend_reg(dev);
+    auto * skips = reg ? (ggml_mod_skips_t) ggml_backend_reg_get_proc_address(reg, GGML_MOD_SKIPS_PROC) : nullptr;
+
+    return skips && skips();
+}
+
 // what an environment variable says, -1: nothing
 static int mod_get_choice(const char * name, const std::vector<std::string> & known) {
     const char * env = getenv(name);
@@ -53,9 +71,20 @@ static int mod_get_choice(const char * name, const std::vector<std::string> & kn
     return it - known.begin();
 }
 
+static bool mod_decodes_as_graph(const llama_model & model) {
+    if (mod_get_choice("LLAMA_MOD_DECODE", { "graph" }) != 0) {
+        return false;
+    }
+    const bool ok = mod_has_ops(model) && mod_skips_inside(model);
+    if (!ok) {
+        LLAMA_LOG_WARN("%s: LLAMA_MOD_DECODE=graph needs all layers on one device that skips inside CUDA graphs: segments instead\n", __func__);
+    }
+    return ok;
+}
+
 llama_mod_context::llama_mod_context(llama_context & lctx) :
     model(*lctx.get_model().mod), lctx(lctx), n_units(model.units.size()), is_cpu(mod_is_cpu(lctx.backends)),
-    on_device(mod_get_choice("LLAMA_MOD_DECODE", { "graph" }) == 0 && mod_has_ops(lctx.model)),
+    on_device(mod_decodes_as_graph(lctx.model)),
     inputs((io) (mod_get_choice("LLAMA_MOD_INPUTS", { "block", "each" }) + 1)) {
 
     for (const auto & u : model.units) {

@@ -88,7 +88,8 @@ private:
     // all backends are the CPU: nodes can be switched and fitted between two runs of a graph
     const bool is_cpu;
 
-    // LLAMA_MOD_DECODE=graph: one token is one graph on devices, too, and on the CPU the one that devices would run
+    // LLAMA_MOD_DECODE=graph: one token is one graph on a device that skips inside it, too, and on the CPU the one that
+    // the device would run
     const bool on_device;
 
     // what LLAMA_MOD_INPUTS says: inputs of kept graphs in one block, which is what devices get, also on the CPU; or

@@ -125,14 +125,15 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
     {
         const timer time(perf.us_slots);
 
+        using slack = llama_kv_cache_mod::slack;
+        get_memory()->set_slack(on_device ? slack::room : can_fit() ? slack::fit : slack::none);
+
         for (int32_t il = 0; il < n_layer; ++il) {
             if (!mctx->reserve(il)) {
                 return false;
             }
         }
     }
-
-    get_memory()->set_slack(can_fit());
 
     if (!skipping) {
         auto seg = whole;
@@ -482,7 +483,7 @@ bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_par
 
     if (v) {
         v->built = true;
-        if (can_fit()) {
+        if (can_fit() && !v->seg.on_device) {
             llm_mod_graph_fit(v->seg, gf);
         }
     }

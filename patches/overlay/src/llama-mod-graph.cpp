@@ -102,7 +102,7 @@ public:
 
         return self_k_idxs->ne[0]  == params.ubatch.n_tokens &&
                self_kq_mask->ne[1] == params.ubatch.n_tokens &&
-               (fitted.empty() ? n_kv == mctx->get_n_kv() : n_kv >= mctx_mod->get_n_used(il));
+               n_kv >= mctx_mod->get_n_used(il) && (!fitted.empty() || n_kv <= mctx->get_n_kv());
     }
 
     // where the one token's K and V go; a transposed V has a place for each of its values

@@ -16,6 +16,12 @@ extern "C" {
 // the name under which a backend's registry has an address, if its devices run these ops
 #define GGML_MOD_OPS_PROC "ggml_backend_mod_ops"
 
+// the name under which it has a ggml_mod_skips_t: can its devices skip what lies between a ggml_mod_route() of one token
+// and its ggml_mod_scatter()? Others compute it whatever is decided
+#define GGML_MOD_SKIPS_PROC "ggml_backend_mod_skips"
+
+typedef bool (*ggml_mod_skips_t)(void);
+
 enum ggml_mod_op {
     GGML_MOD_OP_SCORE,
     GGML_MOD_OP_ROUTE,

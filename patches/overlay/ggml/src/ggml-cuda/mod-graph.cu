@@ -2,6 +2,8 @@
 
 #include "ggml-mod.h"
 
+#include <cstdlib>
+
 #if defined(USE_CUDA_GRAPH) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA) && CUDART_VERSION >= 12040
 
 // CUDA 13 dropped the older forms of these functions and gave the newest their names
@@ -79,6 +81,14 @@ static bool mod_driver_has_conditions() {
     return res;
 }
 
+bool ggml_cuda_mod_skips() {
+    // as upstream reads them
+    const char * optimized = getenv("GGML_CUDA_GRAPH_OPT");
+    const bool   disabled  = getenv("GGML_CUDA_DISABLE_GRAPHS") != nullptr || (optimized && atoi(optimized) == 1);
+
+    return !disabled && mod_driver_has_conditions();
+}
+
 void ggml_cuda_mod_prepare(ggml_backend_cuda_context & ctx) {
     // regions use cuBLAS only where the rest does
     auto & handles = ctx.cublas_handles[ctx.device];
@@ -123,6 +133,10 @@ void ggml_cuda_mod_capture(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
 }
 
 #else
+
+bool ggml_cuda_mod_skips() {
+    return false;
+}
 
 void ggml_cuda_mod_prepare(ggml_backend_cuda_context & ctx) {
     GGML_UNUSED(ctx);

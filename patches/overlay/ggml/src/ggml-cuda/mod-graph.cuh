@@ -1,5 +1,8 @@
 #include "common.cuh"
 
+// Are there conditional nodes, and are CUDA graphs in use?
+bool ggml_cuda_mod_skips();
+
 // Called with each route and scatter. What a region would have to allocate inside a capture is there before the first.
 void ggml_cuda_mod_prepare(ggml_backend_cuda_context & ctx);
 
