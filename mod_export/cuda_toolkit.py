@@ -50,8 +50,11 @@ class Toolkit:
         return next((file for file in files if file.is_file()), None)
 
     def architectures(self, wanted: str | None = None) -> list[str]:
-        """Those of `wanted` ("75,86"), else of this machine's GPUs; UserError where there are none or nvcc lacks it."""
-        archs = wanted.replace(" ", "").split(",") if wanted else _gpus()
+        """Those of `wanted` ("75,86"), else ("native", None) of this machine's GPUs, in ascending order.
+
+        UserError where there is no GPU, or nvcc lacks an architecture.
+        """
+        archs = wanted.replace(" ", "").split(",") if wanted not in (None, "native") else _gpus()
         if not archs:
             cure = f"say for which to build: --cuda-arch {','.join(ARCHITECTURES)}, or some of these"
             raise UserError("no GPU is found here (nvidia-smi)", cure)

@@ -8,7 +8,7 @@ import click
 @click.command("build")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Compilers at once; default: one per core.")
 @click.option("--cuda", is_flag=True, help="Build for NVIDIA GPUs; needs nvcc and cuBLAS.")
-@click.option("--cuda-arch", metavar="75,86,...", help="Their architectures; default: those of this machine's GPUs.")
+@click.option("--cuda-arch", metavar="75,86,...", help="Their architectures; default: native, this machine's.")
 @click.option("--stock", is_flag=True, help="Build the unpatched library beside it, as the bench's ceiling.")
 @click.option("--force", is_flag=True, help="Build again what is built already.")
 @click.option("--sdist", type=click.Path(path_type=Path), help="Source distribution that is here already.")
