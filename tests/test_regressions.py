@@ -193,3 +193,39 @@ def test_any_number_of_sinks(tmp_path):
     with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
         r.decode(TOKENS[:30])
         assert r.trace()[0].all()
+
+
+@pytest.mark.parametrize("decode", [None, "graph"])
+def test_layers_share_the_rotation_of_quantised_keys(decode, tmp_path, monkeypatch):
+    # each routed layer had one of its own, filled anew for each token
+    if decode:
+        monkeypatch.setenv("LLAMA_MOD_DECODE", decode)
+    tiny = Tiny(n_layer=3, n_embd=128, n_head=2, n_head_kv=1, n_ff=64).route((1, 2), "attn+kv")
+    tiny.place_biases([TOKENS])
+    kv = {"fa": True, "kv": llama_cpp.GGML_TYPE_Q8_0}
+    with Raw(tiny.write(tmp_path / "mod.gguf"), **kv) as r, Raw(tiny.dense().write(tmp_path / "dense.gguf"), **kv) as d:
+        r.set(force="active")
+        a, b = (np.concatenate([x.decode(TOKENS[:40])] + [x.decode(t) for t in TOKENS[40:80, None]]) for x in (r, d))
+    np.testing.assert_allclose(a, b, rtol=0, atol=0.1)
+    assert a.std() > 0.5
+
+
+def test_backend_samplers_feed_the_graph_that_runs(tmp_path, monkeypatch):
+    # a sampler writes its random numbers to the graph that was built last, which was not always the one that ran
+    path, _ = make(tmp_path, "attn+kv")
+    drawn = []
+    for disable in ("0", "1"):
+        monkeypatch.setenv("LLAMA_GRAPH_REUSE_DISABLE", disable)
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(7))
+        with Raw(path) as r:
+            assert llama_cpp.llama_set_sampler(r.ctx, 0, chain)
+            tokens = []
+            for start in (0, 60):  # the second prompt builds a graph after the one for single tokens
+                for part in (TOKENS[start : start + 40], *TOKENS[start + 40 : start + 60, None]):
+                    assert r.try_decode(part, logits=[0] * (len(part) - 1) + [1]) == 0
+                    tokens.append(llama_cpp.llama_get_sampled_token_ith(r.ctx, len(part) - 1))
+            assert llama_cpp.llama_set_sampler(r.ctx, 0, None)
+        llama_cpp.llama_sampler_free(chain)
+        drawn.append(tokens)
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 10

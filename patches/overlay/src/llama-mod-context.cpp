@@ -38,15 +38,15 @@ static bool mod_has_ops(const llama_model & model) {
 
 // one graph for a token pays where its device skips inside it. With layers on several devices it would not: the residual
 // stream is on the first one, so the units of the others are cut. The CPU computes everything there, which is for tests
-static bool mod_skips_inside(const llama_model & model) {
+static bool mod_skips_inside(const llama_model & model, bool is_cpu) {
     auto * dev = model.dev_layer(0);
     for (int32_t il = 1; il < (int32_t) model.hparams.n_layer(); ++il) {
         if (model.dev_layer(il) != dev) {
             return false;
         }
     }
-    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-        return true;
+    if (is_cpu || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return is_cpu;
     }
     auto * reg   = ggml_backend_dev_backend_reg(dev);
     auto * skips = reg ? (ggml_mod_skips_t) ggml_backend_reg_get_proc_address(reg, GGML_MOD_SKIPS_PROC) : nullptr;
@@ -71,11 +71,11 @@ static int mod_get_choice(const char * name, const std::vector<std::string> & kn
     return it - known.begin();
 }
 
-static bool mod_decodes_as_graph(const llama_model & model) {
+static bool mod_decodes_as_graph(const llama_model & model, bool is_cpu) {
     if (mod_get_choice("LLAMA_MOD_DECODE", { "graph" }) != 0) {
         return false;
     }
-    const bool ok = mod_has_ops(model) && mod_skips_inside(model);
+    const bool ok = mod_has_ops(model) && mod_skips_inside(model, is_cpu);
     if (!ok) {
         LLAMA_LOG_WARN("%s: LLAMA_MOD_DECODE=graph needs all layers on one device that skips inside CUDA graphs: segments instead\n", __func__);
     }
@@ -84,7 +84,7 @@ static bool mod_decodes_as_graph(const llama_model & model) {
 
 llama_mod_context::llama_mod_context(llama_context & lctx) :
     model(*lctx.get_model().mod), lctx(lctx), n_units(model.units.size()), is_cpu(mod_is_cpu(lctx.backends)),
-    on_device(mod_decodes_as_graph(lctx.model)),
+    on_device(mod_decodes_as_graph(lctx.model, is_cpu)),
     inputs((io) (mod_get_choice("LLAMA_MOD_INPUTS", { "block", "each" }) + 1)) {
 
     for (const auto & u : model.units) {
@@ -227,6 +227,7 @@ void llama_mod_context::reset() {
     }
     skipping.reset();
     res_shared.reset();
+    res_sampled = nullptr;
     res_last = nullptr;
 }
 

@@ -89,8 +89,8 @@ private:
     const bool is_cpu;
 
     // LLAMA_MOD_DECODE=graph: one token is one graph on a device that skips inside it, too, and on the CPU the one that
-    // the device would run
-    const bool on_device;
+    // the device would run; until a graph turns out to be cut inside a unit
+    bool on_device;
 
     // what LLAMA_MOD_INPUTS says: inputs of kept graphs in one block, which is what devices get, also on the CPU; or
     // each copied by the scheduler
@@ -126,6 +126,9 @@ private:
 
     llm_graph_result_ptr res_shared;
 
+    // whose inputs the backend samplers write: those of the graph that was built last
+    const llm_graph_result * res_sampled = nullptr;
+
     llm_mod_segment * cur = nullptr; // the segment being built or run
 
     // the scheduler that the context uses now is this one's; the context's own waits in its place
@@ -155,6 +158,9 @@ private:
     // whose memory the inputs of a segment's graphs go to in one block, null: each goes its way
     ggml_backend_t get_input_backend(const llm_mod_segment & seg) const;
 
+    // is each unit of the graph for one token on one backend? cut, it would run whatever is decided
+    bool has_whole_units(ggml_cgraph * gf) const;
+
     bool can_skip(const llama_ubatch & ubatch) const;
     bool can_join(const llama_ubatch & ubatch) const;
 
@@ -163,7 +169,8 @@ private:
 
     // all false on failure, with ret set
 
-    // also false, with nothing done and nothing failed, where a layer is full: it may not need the cell
+    // also false, with nothing done and nothing failed, where a layer is full (it may not need the cell), and where the
+    // graph would be cut
     bool run_skipping(const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, ggml_status & ret);
 
     bool run_pieces(const llama_ubatch & ubatch, llm_graph_params & params, llama_kv_cache_mod_context * mctx, ggml_status & ret);

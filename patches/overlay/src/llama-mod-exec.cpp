@@ -7,6 +7,8 @@
 #include "llama-mod-model.h"
 #include "llama-model.h"
 
+#include "ggml-mod.h"
+
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -85,6 +87,27 @@ bool llama_mod_context::can_fit() const {
     return is_cpu && lctx.cparams.flash_attn && !get_memory()->has_f32();
 }
 
+bool llama_mod_context::has_whole_units(ggml_cgraph * gf) const {
+    int i_route = -1;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const auto * op = ggml_mod_get_params(ggml_graph_node(gf, i));
+        if (op && op->op == GGML_MOD_OP_ROUTE) {
+            i_route = i;
+        }
+        if (!op || op->op != GGML_MOD_OP_SCATTER) {
+            continue;
+        }
+        auto * backend = ggml_backend_sched_get_tensor_backend(lctx.sched.get(), ggml_graph_node(gf, i_route));
+        for (int j = i_route; j <= i; ++j) {
+            auto * other = ggml_backend_sched_get_tensor_backend(lctx.sched.get(), ggml_graph_node(gf, j));
+            if (other && other != backend) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 // can the model run as one graph whose routers skip?
 bool llama_mod_context::can_skip(const llama_ubatch & ubatch) const {
     return (is_cpu || on_device) && ubatch.n_tokens == 1 && lctx.n_outputs == 1 && !lctx.cparams.warmup;
@@ -152,6 +175,10 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
 
     params.ubatch = ubatch;
     if (!compute(skipping.get(), seg, params, ret)) {
+        if (seg.on_device && !on_device) {
+            restore_sched();
+            skipping.reset();
+        }
         return false;
     }
     if (on_device) {
@@ -434,7 +461,9 @@ bool llama_mod_context::compute(variant * v, llm_mod_segment & seg, llm_graph_pa
     perf.n_graphs++;
     perf.n_graphs_small += v != nullptr;
 
-    if (v && v->built && !lctx.graph_reuse_disable && res->can_reuse(params)) {
+    const bool sampled = !seg.last || params.samplers.empty() || res == res_sampled;
+
+    if (v && v->built && !lctx.graph_reuse_disable && sampled && res->can_reuse(params)) {
         perf.n_graphs_reused++;
         lctx.n_reused += seg.last;
     } else if (!build(v, res, params, ret)) {
@@ -479,6 +508,15 @@ bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_par
         LLAMA_LOG_ERROR("%s: failed to allocate graph\n", __func__);
         ret = GGML_STATUS_ALLOC_FAILED;
         return false;
+    }
+
+    if (v && v->seg.on_device && !has_whole_units(gf)) {
+        LLAMA_LOG_WARN("%s: one graph for a token would be cut inside a unit: segments instead\n", __func__);
+        on_device = false;
+        return false;
+    }
+    if (cur->last && !params.samplers.empty()) {
+        res_sampled = res;
     }
 
     if (v) {

@@ -88,11 +88,11 @@ public:
         }
         mctx_mod->fill_mask(self_kq_mask, *ubatch, il);
 
-        if (self_k_rot && self_k_rot->buffer) {
-            mctx->set_input_k_rot(self_k_rot);
+        if (k_rot && k_rot->buffer) {
+            mctx->set_input_k_rot(k_rot);
         }
-        if (self_v_rot && self_v_rot->buffer) {
-            mctx->set_input_v_rot(self_v_rot);
+        if (v_rot && v_rot->buffer) {
+            mctx->set_input_v_rot(v_rot);
         }
     }
 
@@ -128,6 +128,10 @@ public:
     const int il;
 
     uint32_t n_kv = 0; // cells that the graph was built for
+
+    // self_k_rot and self_v_rot, of the first layer that has them; null in the others that share them
+    ggml_tensor * k_rot = nullptr;
+    ggml_tensor * v_rot = nullptr;
 
     std::vector<ggml_tensor *> fitted;
 };
@@ -330,6 +334,16 @@ ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int t) {
     return view_h();
 }
 
+// K and V that are quantised are rotated before, by a matrix that layers with heads of the same size have in common
+static ggml_tensor * share_rot(ggml_tensor * & shared, ggml_tensor * & own) {
+    if (!own || !shared || own->ne[0] != shared->ne[0]) {
+        shared = own;
+        return own;
+    }
+    own = nullptr;
+    return shared;
+}
+
 llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv * inp, int il) {
     if (!seg) {
         return inp;
@@ -359,8 +373,10 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv 
     }
     res->self_kq_mask_cnv = mask_any = res->self_kq_mask;
 
-    res->self_k_rot = mctx->build_input_k_rot(g.ctx0);
-    res->self_v_rot = mctx->build_input_v_rot(g.ctx0);
+    res->k_rot = mctx->build_input_k_rot(g.ctx0);
+    res->v_rot = mctx->build_input_v_rot(g.ctx0);
+    res->self_k_rot = share_rot(k_rot, res->k_rot);
+    res->self_v_rot = share_rot(v_rot, res->v_rot);
     res->n_kv       = mctx->get_n_kv();
 
     seg->attn.push_back(res.get());

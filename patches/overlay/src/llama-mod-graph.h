@@ -165,6 +165,9 @@ private:
     llm_graph_input_attn_kv * inp_base = nullptr; // shared by the layers with complete K/V
     ggml_tensor *             mask_any = nullptr; // the last KQ mask made
 
+    ggml_tensor * k_rot = nullptr; // the last made, for quantised K and V
+    ggml_tensor * v_rot = nullptr;
+
     void build_scores(ggml_tensor * cur, int32_t u0, int32_t u1);
 
     ggml_tensor * build_router(ggml_tensor * cur, int32_t u0, int32_t u1);

@@ -26,7 +26,8 @@ bool llama_mod_inputs::place(ggml_cgraph * gf) {
 
         bool here = true;
         for (auto * src : node->src) {
-            here = here && !(src && src->buffer && !ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(src->buffer)));
+            auto * buf = src ? (src->view_src ? src->view_src : src)->buffer : nullptr;
+            here = here && !(buf && !ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(buf)));
         }
         for (auto * src : node->src) {
             // inputs are read through views, too
