@@ -41,12 +41,18 @@ class Router(nn.Module):
             return (rms_norm(h, self.eps) - self.center) @ self._weight() + self.bias
 
     @torch.no_grad()
-    def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor) -> None:
-        """The same logits from other parameters. center: [n_embd]; drift, back: [k, n_embd], as of steady.damp."""
+    def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor,
+                      damped: bool = False) -> None:  # fmt: skip
+        """The same logits from other parameters. center: [n_embd]; drift, back: [k, n_embd], as of steady.damp.
+
+        damped: what is there already loses its drift, as what is learnt from now on; the logits' mean stays.
+        """
         weight, bias = (tensor.clone() for tensor in self.plain())
+        self.bias.copy_(bias + center @ weight)
+        if damped:
+            weight = weight - (drift @ weight) @ back
         self.start, self.center, self.drift, self.back = (x.clone() for x in (weight, center, drift, back))
         self.weight.zero_()
-        self.bias.copy_(bias + center @ weight)
 
     @torch.no_grad()
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:

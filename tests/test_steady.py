@@ -32,6 +32,20 @@ def test_logits_stay_and_come_back_plain(moments):
         assert torch.allclose(again, weight, atol=1e-5) and torch.allclose(offset, bias, atol=1e-5)
 
 
+def test_a_damped_start_loses_its_drift_and_keeps_its_mean(moments):
+    router = Router(torch.ones(N), torch.tensor([0.3]), 0.5, 1e-5)
+    drift, back = damp(moments.within(), moments.drift(), 100.0)
+    weight, bias = (x.clone() for x in router.plain())
+    router.reparametrise(moments.mean(), drift, back, damped=True)
+    again, offset = router.plain()
+    assert (drift @ again).norm() < 0.1 * (drift @ weight).norm()
+    assert torch.allclose(moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-5)
+    # what tells tokens apart within a chunk stays
+    inside = torch.randn(400, N)
+    inside[:, :3] = 0
+    assert torch.corrcoef(torch.stack([inside @ again, inside @ weight]))[0, 1] > 0.95
+
+
 def test_damp_is_the_minimum(moments):
     v, steady = torch.randn(N, dtype=torch.float64), 10.0
     drift, back = (x.double() for x in damp(moments.within(), moments.drift(), steady))
