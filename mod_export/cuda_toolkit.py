@@ -54,7 +54,7 @@ class Toolkit:
 
         UserError where there is no GPU, or nvcc lacks an architecture.
         """
-        archs = wanted.replace(" ", "").split(",") if wanted not in (None, "native") else _gpus()
+        archs = wanted.replace(" ", "").split(",") if wanted and wanted != "native" else _gpus()
         if not archs:
             cure = f"say for which to build: --cuda-arch {','.join(ARCHITECTURES)}, or some of these"
             raise UserError("no GPU is found here (nvidia-smi)", cure)

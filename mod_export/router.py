@@ -49,9 +49,9 @@ class Router(nn.Module):
         """
         weight, bias = (tensor.clone() for tensor in self.plain())
         self.bias.copy_(bias + center @ weight)
-        if damped:
-            weight = weight - (drift @ weight) @ back
         self.start, self.center, self.drift, self.back = (x.clone() for x in (weight, center, drift, back))
+        if damped:
+            self.start -= self._drift_of(weight)
         self.weight.zero_()
 
     @torch.no_grad()
@@ -62,7 +62,11 @@ class Router(nn.Module):
 
     def _weight(self) -> torch.Tensor:
         weight = self.start + self.weight
-        return weight - (self.drift @ self.weight) @ self.back if len(self.drift) else weight
+        return weight - self._drift_of(self.weight) if len(self.drift) else weight
+
+    def _drift_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """What damp() takes from a weight."""
+        return (self.drift @ weight) @ self.back
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:
