@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mod_export import bindings  # first: it says what to do where llama_cpp is missing
+from mod_export.errors import UserError
 
 GGML_BACKEND_DEVICE_TYPE_GPU = 1  # ggml-backend.h
 
@@ -47,6 +48,12 @@ def gpus() -> list[Gpu]:
             _lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
             found.append(Gpu(_lib.ggml_backend_dev_description(device).decode(), free.value, total.value))
     return found
+
+
+def require() -> None:
+    """Raises UserError where the loaded llama.cpp sees no GPU."""
+    if not gpus():
+        raise UserError("this llama.cpp sees no GPU", "run `mod-export build --cuda`, or leave out --gpu-layers")
 
 
 class Meter:

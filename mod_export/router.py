@@ -43,8 +43,9 @@ class Router(nn.Module):
     @torch.no_grad()
     def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor,
                       damped: bool = False) -> None:  # fmt: skip
-        """The same logits, unless damped, from other parameters. center: [n_embd]; drift, back: [k, n_embd], as of steady.damp.
+        """The same logits, unless damped, from other parameters.
 
+        center: [n_embd]; drift, back: [k, n_embd], as of steady.damp.
         damped: what is there already loses its drift, as what is learnt from now on; the logits' mean stays.
         """
         weight, bias = (tensor.clone() for tensor in self.plain())

@@ -11,35 +11,15 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from mod_export import bindings, hf
+from mod_export import bindings
 from mod_export.chat import Chat, Sampling, is_script
-from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
-from mod_export.export import write_routers
 from mod_export.runtime import MoDLlama
 
 ROOT = Path(__file__).parent.parent
 STATUS = r"\[\d+ tokens(, [\d.]+ tokens/s)?, "
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    """SmolLM2, with random kv and ffn routers where the library can run them."""
-    if not bindings.patched():
-        return hf.embedded_gguf()
-    rng = np.random.default_rng(0)
-    units, routers = {}, {}
-    for kind, layers in {"kv": range(3, 28), "ffn": (10, 20)}.items():
-        half = [0.5 * (layer in layers) for layer in range(30)]
-        units[kind] = UnitConfig(tuple(half), tuple(1 - x for x in half))
-        for layer in layers:
-            routers[layer, kind] = rng.standard_normal(576, np.float32) / 24, np.array([0.5], np.float32)
-    path = tmp_path_factory.mktemp("chat") / "mod.gguf"
-    write_routers(hf.embedded_gguf(), path, MoDConfig(kv_window=16, units=units), routers)
-    return path
 
 
 def test_one_shot_prints_the_answer_alone(model, run_cli):

@@ -25,6 +25,7 @@ COMMANDS = {
     "fit": ("mod_export.cli.fit:command", "Tell the largest context that fits into memory."),
     "verify": ("mod_export.cli.verify:command", "Compare a GGUF in the runtime with its torch model."),
     "chat": ("mod_export.cli.chat:command", "Talk to a model."),
+    "serve": ("mod_export.cli.serve:command", "Serve a model over HTTP, with OpenAI's API."),
     "trace": ("mod_export.cli.trace:command", "Draw which tokens run which units."),
     "bench": ("mod_export.cli.bench:command", "Measure speed and KV memory against the dense model."),
     "eval": ("mod_export.cli.eval:command", "Measure quality against the dense model: KL, tasks, passkeys."),

@@ -4,13 +4,13 @@ import sys
 
 import click
 
+from mod_export.cli.model import model_options, open_model
+
 
 @click.command()
 @click.argument("file", type=click.Path())
 @click.option("--prompt", help="Answer this once and leave; `-` reads it from stdin.")
 @click.option("--system", default="", help="System prompt.")
-@click.option("--ctx", type=click.IntRange(min=0), default=4096, show_default=True,
-              help="Context in tokens; 0: what the model was trained for.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
 @click.option("--temp", type=click.FloatRange(min=0), default=0.2, show_default=True,
               help="Temperature; 0: always the likeliest token.")
@@ -18,10 +18,8 @@ import click
 @click.option("--repeat-penalty", type=click.FloatRange(min=0, min_open=True), default=1.1, show_default=True,
               help="Penalty of tokens that occurred among the last 64; 1: none.")
 @click.option("--seed", type=click.IntRange(min=1), default=1, show_default=True, help="Seed of the sampling.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--threshold-shift", type=float, default=0.0, show_default=True,
-              help="Shift of all thresholds in logit space: above 0 fewer tokens are active; /threshold changes it.")
-def command(file, prompt, ctx, threads, threshold_shift, system, **sampling):
+@model_options
+def command(file, prompt, ctx, threads, gpu_layers, threshold_shift, system, **sampling):
     """Talk to the model in the GGUF FILE; /help lists the commands.
 
     With --prompt the answer goes to stdout and nothing else. Piped input is one prompt too, unless one of its
@@ -29,10 +27,8 @@ def command(file, prompt, ctx, threads, threshold_shift, system, **sampling):
     """
 
     from mod_export import chat as c
-    from mod_export.runtime import MoDLlama
 
-    # a batch is the longest wait after Ctrl-C
-    llm = MoDLlama(file, n_ctx=ctx, threads=threads, n_batch=256, threshold_shift=threshold_shift)
+    llm = open_model(file, ctx, threads, gpu_layers, threshold_shift)
     talk = c.Chat(llm, system, c.Sampling(**sampling), say=lambda line: click.echo(line, err=True))
     if prompt is None and sys.stdin.isatty():
         click.echo(c.welcome(llm), err=True)
