@@ -22,7 +22,7 @@ from mod_export import adapter_files
 from mod_export.adapter_files import MOD_JSON, ROUTERS, is_adapter, packaged, resolve
 from mod_export.checkpoint import router_tensor_name
 from mod_export.config import MoDConfig
-from mod_export.files import atomic_dir
+from mod_export.files import atomic_dir, safetensors_errors
 from mod_export.identity import ROUNDING, base_identity, compare
 from mod_export.lora import attach_lora, inject_lora, lora_of, merge_lora, read_lora, without_lora, write_lora
 from mod_export.model import MoDModel, check_routers
@@ -64,7 +64,7 @@ def save(
         for unit in config.routed()
         for part, tensor in zip(("weight", "bias"), routers[unit], strict=True)
     }
-    with atomic_dir(path, force, marker=MOD_JSON) as directory:
+    with atomic_dir(path, force, marker=MOD_JSON) as directory, safetensors_errors():
         if lora_of(base) is not None:
             write_lora(base, directory, identity["name"])
         save_file(tensors, directory / ROUTERS, metadata={"format": "pt"})

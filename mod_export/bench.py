@@ -71,8 +71,7 @@ def bench(file, dense, options: Options | None = None, text: str | None = None, 
 
     bindings.require()
     options = options or Options()
-    if options.gpu_layers:
-        gpu.require()
+    gpu.check(options.gpu_layers)
     mod_file, dense_file = check_files(file, dense, say)
     n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
     options = replace(options, contexts=options.contexts or tuple(

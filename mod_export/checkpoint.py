@@ -17,7 +17,7 @@ from mod_export import hf
 from mod_export.adapter_files import is_adapter
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.files import atomic_dir
+from mod_export.files import atomic_dir, safetensors_errors
 from mod_export.lora import lora_of
 
 _ROUTER_TENSOR = re.compile(r"model\.layers\.(\d+)\.mod_(\w+)\.(weight|bias)")
@@ -40,7 +40,7 @@ def save(path: str | Path, base, tokenizer, config: MoDConfig, routers: dict, fo
     for (layer, kind), (weight, bias) in routers.items():
         state[router_tensor_name(layer, kind, "weight")] = weight.detach().float().cpu()
         state[router_tensor_name(layer, kind, "bias")] = bias.detach().float().cpu()
-    with atomic_dir(path, force) as directory, hf.quiet():
+    with atomic_dir(path, force) as directory, safetensors_errors(), hf.quiet():
         base.config.mod = config.to_dict()
         try:
             base.save_pretrained(directory, state_dict=state, **kwargs)

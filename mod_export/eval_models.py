@@ -205,32 +205,34 @@ def torch_pair(model: MoDModel, name: str = "the model") -> Pair:
     return Pair(reader.dense(), reader if reader.units else None)
 
 
-def open_pair(target, dense=None, shift: float = 0.0, threads: int | None = None, device: str = "cpu") -> Pair:
+def open_pair(target, dense=None, shift: float = 0.0, threads: int | None = None, device: str = "cpu",
+              gpu_layers: int = 0) -> Pair:  # fmt: skip
     """Open what is to be measured, and what it is compared with.
 
     target: a MoD directory, a plain Hugging Face directory, `smollm2`, or a GGUF file, MoD or dense. dense: the same,
     by default target with every unit active. shift: of all thresholds of target, in logit space.
+    device: of models in torch; gpu_layers: of GGUF files, -1 for all.
     Raises UserError for what cannot be opened, and for two that do not have the same tokens.
     """
     if not math.isfinite(shift):
         raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(target, shift, threads, device)
+    reader = _open(target, shift, threads, device, gpu_layers)
     if shift and not reader.units:
         raise UserError(f"{target} is a dense model, so it has no thresholds to shift", "leave out --threshold-shift")
     if dense is None:
         return Pair(reader.dense(), reader) if reader.units else Pair(reader, None)
-    other = _open(dense, 0.0, threads, device)
+    other = _open(dense, 0.0, threads, device, gpu_layers)
     if other.units:
         other = other.dense()
     _check_same_tokens(other, reader)
     return Pair(other, reader)
 
 
-def _open(path, shift: float, threads: int | None, device: str) -> Reader:
+def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int) -> Reader:
     if Path(path).is_file():
         from mod_export.eval_runtime import RuntimeReader
 
-        return RuntimeReader(path, shift=shift, threads=threads)
+        return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
     if not Path(path).exists() and str(path) != hf.EMBEDDED:
         raise UserError(f"no such model: {path}", "give a MoD directory or a GGUF file")
     if threads:

@@ -10,6 +10,7 @@ import functools
 import numpy as np
 import torch
 
+from mod_export import gpu
 from mod_export.errors import UserError
 from mod_export.eval_models import CHUNK, UNLIMITED, Reader
 from mod_export.gguf_file import GGUFFile
@@ -40,11 +41,12 @@ class RuntimeReader(Reader):
     run as they are used.
     """
 
-    def __init__(self, path, force: str = "none", shift: float = 0.0, threads: int | None = None):
+    def __init__(self, path, force: str = "none", shift: float = 0.0, threads: int | None = None, gpu_layers: int = 0):
         super().__init__()
+        gpu.check(gpu_layers)
         file = GGUFFile.open(path)
         self.name, self.force = str(path), force
-        self._options = {"n_batch": CHUNK, "threads": threads, "threshold_shift": shift}
+        self._options = {"n_batch": CHUNK, "threads": threads, "n_gpu_layers": gpu_layers, "threshold_shift": shift}
         if file.get("general.file_type") == 0:
             self._options |= {"flash_attn": False, "type_k": 0, "type_v": 0}
         self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED
@@ -62,7 +64,7 @@ class RuntimeReader(Reader):
             self.llm.force = self.force
 
     def dense(self) -> RuntimeReader:
-        return RuntimeReader(self.name, force="active", threads=self._options["threads"])
+        return RuntimeReader(self.name, "active", 0.0, self._options["threads"], self._options["n_gpu_layers"])
 
     def read(self, tokens: list[int], all_rows: bool) -> torch.Tensor:
         self.llm.all_rows = all_rows

@@ -61,8 +61,8 @@ class Plan:
 
 
 def evaluate(target, plan: Plan, dense=None, shift: float = 0.0, threads: int | None = None, device: str = "cpu",
-             progress: Progress | None = None, say: Callable = print, done: Callable = lambda name, rows: None,
-             ) -> dict:  # fmt: skip
+             gpu_layers: int = 0, progress: Progress | None = None, say: Callable = print,
+             done: Callable = lambda name, rows: None) -> dict:  # fmt: skip
     """Measure target beside dense, see eval_models.open_pair; {"about", "texts", "tasks", "passkey"} with rows each.
 
     done: called with the name and the rows of each part as soon as it is there. docs/evaluate.md has the rows' keys.
@@ -71,7 +71,7 @@ def evaluate(target, plan: Plan, dense=None, shift: float = 0.0, threads: int | 
     texts = {path: data.read_texts([path]) for path in plan.texts}
     items, skipped = eval_items.read_tasks(plan.tasks, plan.task_limit)
     haystack = data.read_texts([plan.haystack]) if plan.haystack else None
-    pair = open_pair(target, dense, shift, threads, device)
+    pair = open_pair(target, dense, shift, threads, device, gpu_layers)
     about = _about(target, dense, shift, threads, plan, pair) | {"skipped_tasks": skipped}
     for task, n in skipped.items():
         say(f"note: {n} items of {task} left out: they have no choices")

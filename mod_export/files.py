@@ -60,6 +60,17 @@ def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "conf
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def safetensors_errors() -> Iterator[None]:
+    """Inside, what safetensors cannot write is an OSError, as it is of every other file; its own is none."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as exc:
+        raise OSError(str(exc).rpartition("I/O error: ")[2]) from exc
+
+
 def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Path:
     """-> where atomic_dir would write; raises UserError where it would refuse. For before the hours of work."""
     target = _check_target(path, force)

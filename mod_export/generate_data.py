@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mod_export import sources
+from mod_export import gpu, sources
 from mod_export.chat import formatter
 from mod_export.errors import UserError
 from mod_export.files import atomic_file
@@ -42,6 +42,7 @@ class Options:
     prompt_tokens: int = 64
     parallel: int = 8
     threads: int | None = None
+    gpu_layers: int = 0
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -55,7 +56,8 @@ def open_model(file: str | Path, options: Options) -> MoDLlama:
         raise UserError(f"{options.max_tokens} new tokens leave no room for a prompt in {options.ctx}",
                         "use a larger --ctx, or fewer --max-tokens")
     # this small context gives way to one for several sequences
-    llm = MoDLlama(file, n_ctx=256, threads=options.threads, n_batch=256)
+    gpu.check(options.gpu_layers)
+    llm = MoDLlama(file, n_ctx=256, threads=options.threads, n_batch=256, n_gpu_layers=options.gpu_layers)
     if not has_vocab(llm):
         raise UserError(f"{file} has no tokenizer", "give a model that can read text")
     each = -(-options.ctx // 256) * 256

@@ -50,9 +50,9 @@ def gpus() -> list[Gpu]:
     return found
 
 
-def require() -> None:
-    """Raises UserError where the loaded llama.cpp sees no GPU."""
-    if not gpus():
+def check(layers: int) -> None:
+    """Raises UserError where there are to be layers on a GPU (not 0) and the loaded llama.cpp sees none."""
+    if layers and not gpus():
         raise UserError("this llama.cpp sees no GPU", "run `mod-export build --cuda`, or leave out --gpu-layers")
 
 

@@ -54,6 +54,9 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     tell = say if accelerator.is_main_process else lambda line: None
     tell(f"loading {directory}")
     model = MoDModel.load(directory)
+    if not config.teacher and _is_trained(model.config):
+        raise UserError(f"the weights of {directory} are trained, so they are not the original's",
+                        "name the original with --teacher")  # fmt: skip
     kinds = list(model.config.units)
     if not model.config.routed():
         raise UserError(f"{directory} routes nothing", "make a MoD model with mod-export convert first")
@@ -75,7 +78,10 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     figures = finish(model, loop, config, tell)
     sharding.gather(loop.student, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        write(model, out, save_as, identity, figures, force)
+        try:
+            write(model, out, save_as, identity, figures, force)
+        except UserError as error:  # such as a full disk, after hours
+            raise UserError(error.message, f"{run} has the last step: make room, then go on with --resume") from error
         tell(f"{out} is written; metrics and plots are in {run}")
         try:
             plot(run, loop.units)
@@ -271,6 +277,11 @@ def _check(config: TrainConfig, out: Path, run: Path, save_as: str, resume: bool
     elif (run / train_state.NAME).exists():
         if not force:
             raise UserError(f"{run} holds the checkpoint of a run", "go on with --resume, or use --force to replace it")
+
+
+def _is_trained(config) -> bool:
+    """Whether a training has changed the base weights: see _config."""
+    return "training" in config.calibration and "model" not in config.calibration
 
 
 def clear(run: Path) -> None:

@@ -71,7 +71,7 @@ class Loop:
     def _steps(self, first: int, log: Log | None, stop: list[int]) -> None:
         figures = {}
         for step in range(first, self.steps):
-            seen = self._gradients(step)
+            seen = self._gradients(step, stop)
             # not before a loss has seen the weights: a step may have spoilt them
             if self._stopped(stop):
                 self.save(step)
@@ -100,9 +100,9 @@ class Loop:
         self.say(f"stopped after step {step} of {self.steps}; go on with --resume")
         raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
 
-    def _gradients(self, step: int) -> dict:
-        """Forwards and backwards of a step; -> their mean figures, with the gradients' norm. Raises UserError where
-        the loss is no number."""
+    def _gradients(self, step: int, stop: list[int]) -> dict:
+        """Forwards and backwards of a step; -> their mean figures, with the gradients' norm. After the first, none more
+        where `stop` says so: these gradients are not used. Raises UserError where the loss is no number."""
         config, device = self.config, self.accelerator.device
         self.choose(step)
         prices, shares = self.control.prices(step), self.control.shares(step)
@@ -121,6 +121,8 @@ class Loop:
                     loss, figures = self.student(ids, counts, prices.to(device), shares, total)
                 self.accelerator.backward(loss / config.accumulate)
             seen.append(figures | {"rise": student.lever.grad * (config.accumulate / self._scale())})
+            if not last and self._stopped(stop):
+                break
         seen = {k: torch.stack([figures[k] for figures in seen]).mean(0) for k in seen[0]}
         seen = {k: v.float().cpu() for k, v in self.accelerator.reduce(seen, "mean").items()}
         norm = number(self.accelerator.clip_grad_norm_(self.trainable(), config.clip))

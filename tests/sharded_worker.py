@@ -1,6 +1,6 @@
 """One process of a training on several: torchrun --nproc-per-node 2 sharded_worker.py ddp|fsdp DIR
 
-Trains DIR/mod in three ways into DIR/ddp-..., or into DIR/fsdp-..., each of these interrupted and resumed.
+Trains DIR/mod-... in several ways into DIR/ddp-..., or into DIR/fsdp-..., each of these interrupted and resumed.
 """
 
 import sys
@@ -20,6 +20,8 @@ WAYS = {
     "routers": ({"parameters": "routers"}, "merged"),
     "lora": ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, "adapter"),
     "full": ({"parameters": "full", "hidden_weight": 0.5}, "merged"),
+    # without noise, which is another on each process, and without thresholds, which follow the mean of their quantiles
+    "static": ({"parameters": "full", "method": "static", "target": 0.5}, "merged"),
 }
 STEPS, LENGTH, CUT = 6, 32, 4
 
@@ -52,10 +54,10 @@ def check(is_sharded: bool) -> None:
 def interrupted(*args, **kwargs) -> None:
     gradients = train_loop.Loop._gradients
 
-    def stopped(self, number):
+    def stopped(self, number, stop):
         if number == CUT:
             raise KeyboardInterrupt
-        return gradients(self, number)
+        return gradients(self, number, stop)
 
     train_loop.Loop._gradients = stopped
     try:
@@ -64,16 +66,21 @@ def interrupted(*args, **kwargs) -> None:
         train_loop.Loop._gradients = gradients
 
 
+def config(folder: Path, options: dict, batch: int = 2, processes: int = 2) -> TrainConfig:
+    tokens = STEPS * batch * LENGTH * processes * options.get("accumulate", 1)
+    base = {"data": (str(folder / "text.txt"),), "target": {"kv": 0.5, "attn": 0.7}, "tokens": tokens, "batch": batch,
+            "length": LENGTH, "held_out": 3, "eval_every": 100, "save_every": 2}  # fmt: skip
+    return TrainConfig(**base | options)
+
+
 def main(mode: str, folder: Path) -> None:
     torch.set_num_threads(1)
     check(mode == "fsdp")
     if mode == "fsdp":
         shard()
     for name, (options, save_as) in WAYS.items():
-        tokens = STEPS * 2 * LENGTH * 2 * options.get("accumulate", 1)
-        config = TrainConfig(data=(str(folder / "text.txt"),), target={"kv": 0.5, "attn": 0.7}, tokens=tokens, batch=2,
-                             length=LENGTH, held_out=3, eval_every=100, save_every=2, **options)  # fmt: skip
-        args = (str(folder / "mod"), str(folder / f"{mode}-{name}"), config, save_as)
+        mod = folder / ("mod-ffn" if name == "static" else "mod")
+        args = (str(mod), str(folder / f"{mode}-{name}"), config(folder, options), save_as)
         if mode == "fsdp":
             interrupted(*args)
         train(*args, resume=mode == "fsdp")

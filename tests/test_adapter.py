@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 
 import pytest
 import tiny
@@ -44,6 +45,18 @@ def model_dir(tmp_path_factory):
 
 
 # --- files
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        for lora in (False, True):
+            with pytest.raises(UserError, match="cannot write .*adapter: File too large"):
+                saved(tmp_path / "adapter", lora=lora)
+            assert not list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""Training on two processes: with the parameters in pieces (FSDP2) it is what it is with a copy on each (DDP)."""
+"""Training on two processes: with the parameters in pieces (FSDP2) it is what it is with a copy on each (DDP), and that
+is what one process does with the batches of both."""
 
 import os
 import subprocess
@@ -11,10 +12,11 @@ import tiny
 import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
-from sharded_worker import STEPS, WAYS
+from sharded_worker import STEPS, WAYS, config
 
 from mod_export import data, sharding
 from mod_export.errors import UserError
+from mod_export.train import train
 from mod_export.train_log import read
 
 
@@ -30,6 +32,7 @@ def launch(mode: str, folder: Path) -> None:
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding")
     tiny.save_dir(path / "mod", {"kv": [2, 3], "attn": [4]})
+    tiny.save_dir(path / "mod-ffn", {"ffn": [3, 4]})
     (path / "text.txt").write_text(data.default_texts()[0][:30000])
     for mode in ("ddp", "fsdp"):
         launch(mode, path)
@@ -52,8 +55,22 @@ def test_in_pieces_and_interrupted_training_is_the_same(way, folder):
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
-    start = tensors(folder / "mod")
+    start = tensors(folder / ("mod-ffn" if way == "static" else "mod"))
     assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items() if name in start) or way == "lora"
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batch(folder, tmp_path):
+    options, _ = WAYS["static"]
+    train(folder / "mod-ffn", tmp_path / "one", config(folder, options, batch=4, processes=1))
+    one, two = ([row for row in read(run / "metrics.jsonl") if "loss" in row]
+                for run in (tmp_path / "one.run", folder / "ddp-static.run"))  # fmt: skip
+    assert len(one) == len(two) == STEPS
+    for name in ("loss", "kl", "activation", "price", "norm"):
+        expected, found = (torch.tensor([row[name] for row in rows]) for rows in (one, two))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    expected, found = tensors(tmp_path / "one"), tensors(folder / "ddp-static")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_fsdp1_is_refused():

@@ -1,15 +1,18 @@
 """Training runs on a tiny model with a real tokenizer: what is trained and what is not, resume, errors."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from byte_text import byte_tokenizer
 from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401
@@ -24,6 +27,7 @@ from mod_export.model import MoDModel
 from mod_export.train import train
 from mod_export.train_config import TrainConfig
 from mod_export.train_log import read
+from mod_export.train_step import Student
 
 UNITS = {"kv": [2, 3], "attn": [4]}
 LENGTH = 32
@@ -112,10 +116,10 @@ def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_pat
     train(files / "mod", tmp_path / "whole", run)
     gradients = train_loop.Loop._gradients
 
-    def stopped_at_five(self, number):
+    def stopped_at_five(self, number, stop):
         if number == 5:
             raise KeyboardInterrupt
-        return gradients(self, number)
+        return gradients(self, number, stop)
 
     monkeypatch.setattr(train_loop.Loop, "_gradients", stopped_at_five)
     with pytest.raises(KeyboardInterrupt):
@@ -141,6 +145,62 @@ def test_sigterm_saves_and_exits(files, tmp_path):
     assert "go on with --resume" in errors
     assert train_state.load(tmp_path / "out.run")["step"] == read(metrics)[-1]["step"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_does_not_wait_for_the_rest_of_a_step(files, tmp_path, monkeypatch):
+    forward, stop, forwards = Student.forward, [], []
+
+    def counted(self, *args, **kwargs):
+        forwards.extend([1] if kwargs.get("teach", True) else [])
+        if len(forwards) == 10:  # the second of the second step
+            stop.append(signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Student, "forward", counted)
+    monkeypatch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext(stop))
+    run = config(files, accumulate=8, batch=1, tokens=4 * 8 * LENGTH)
+    with pytest.raises(SystemExit) as ended:
+        train(files / "mod", tmp_path / "out", run)
+    assert ended.value.code == 128 + signal.SIGTERM and len(forwards) == 10
+    assert train_state.load(tmp_path / "out.run")["step"] == 1
+
+
+def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
+    """bf16, as all models of docs/quality.md were trained, stays near float32; and where TensorBoard is, it is told."""
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, step, value))
+
+        def close(self):
+            told.append("closed")
+
+    run = config(files, parameters="lora", lora_rank=2)
+    plain = train(files / "mod", tmp_path / "plain", run)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    AcceleratorState._reset_state(True)  # a process has one precision
+    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"))
+    AcceleratorState._reset_state(True)
+    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1) and half["kl"] != plain["kl"]
+    assert half["activation"]["attn"] == pytest.approx(plain["activation"]["attn"], abs=0.05)
+    assert told[0] == (tmp_path / "half.run" / "tensorboard", None) and told[-1] == "closed"
+    steps = [row for row in read(tmp_path / "half.run" / "metrics.jsonl") if "loss" in row]
+    assert [entry[1:] for entry in told if entry[0] == "loss"] == [(row["step"], row["loss"]) for row in steps]
+
+
+def test_trained_weights_are_no_teacher(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=2, tokens=2 * 2 * LENGTH)
+    train(files / "mod", tmp_path / "first", run)
+    with pytest.raises(UserError, match="are trained, so .* not the original's; name the original with --teacher"):
+        train(tmp_path / "first", tmp_path / "second", run)
+    assert not (tmp_path / "second.run").exists()
+    first = train(files / "mod", tmp_path / "first", run, force=True)
+    second = train(tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod")))
+    assert second["perplexity_dense"] == pytest.approx(first["perplexity_dense"])
 
 
 def test_baselines_run_from_the_same_code(files, tmp_path):
@@ -321,6 +381,22 @@ def test_a_full_disk_costs_nothing(files, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write")
     assert not list(tmp_path.glob("out.run/*.pt")) and not list(tmp_path.glob("out.run/.*tmp"))
+
+
+def test_a_disk_too_full_for_the_model_costs_nothing(files, tmp_path):
+    """The checkpoint of routers fits, what is written at the end does not; with room, --resume writes it."""
+    limit = LIMITED.replace("300_000", "30_000")
+    options = list(map(str, ["train", files / "mod", "-o", tmp_path / "out", "-d", files / "text.txt", "--length",
+                             LENGTH, "--tokens", 500, "--held-out", 2]))  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", limit, *options], capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and last.startswith("error: cannot write"), last
+    assert "too large" in last and "--resume" in last
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.run"]
+    steps = losses(tmp_path / "out.run")
+    again = [sys.executable, "-m", "mod_export", *options, "--resume"]
+    assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
+    assert (tmp_path / "out").is_dir() and losses(tmp_path / "out.run") == steps
 
 
 def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):

@@ -69,7 +69,7 @@ def config(units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, 
         )
         for kind, layers in units.items()
     }
-    return MoDConfig(**{"sink_tokens": 2, "kv_window": 8, **kwargs}, units=made)
+    return MoDConfig(**{"sink_tokens": 2, "kv_window": 8, "calibration": {"model": "tiny"}, **kwargs}, units=made)
 
 
 def wrap(base_model, mod_config: MoDConfig, ids: torch.Tensor | None = None, tokenizer=None, seed: int = 0) -> MoDModel:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import click
 
+from mod_export.cli.model import gpu_layers_option
+
 
 def _list(kind: Callable, least: float | None = None, example: str = "") -> Callable:
     """A callback that reads values with commas between them."""
@@ -53,8 +55,7 @@ def _switch(value: str) -> bool:
 @click.option("--starts", type=click.IntRange(min=1), default=1, show_default=True,
               help="Times the processes are started anew: where one lies in memory makes some percent alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True,
-              help="Layers on the GPU; -1: all. With a CUDA build.")
+@gpu_layers_option
 @click.option("--text", type=click.Path(), help="Text of the prompts; default: the packaged one, repeated.")
 @click.option("--sweep-activation", "sweep", is_flag=True,
               help="The speed/quality curve: shifts that give --activations, with KL to dense and time of each.")

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import click
 
+from mod_export.cli.model import gpu_layers_option
+
 
 def _list(kind: Callable, low: float, high: float, example: str) -> Callable:
     """A callback that reads numbers with commas between them, each from low to high."""
@@ -47,12 +49,13 @@ def _list(kind: Callable, low: float, high: float, example: str) -> Callable:
 @click.option("--threshold-shift", type=float, default=0.0, show_default=True,
               help="Shift of all thresholds in logit space: above 0 fewer tokens are active.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@gpu_layers_option
 @click.option("--device", default="cpu", show_default=True, help="Where torch models run, such as cuda.")
 @click.option("--plots", type=click.Path(), help="Directory for PNG plots: passkeys as a heat map, accuracies.")
 @click.option("--json", "json_file", type=click.Path(), help="Write all figures here too; `-` is stdout.")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
-def command(target, dense, threshold_shift, threads, device, plots, json_file, markdown, force, **options):
+def command(target, dense, threshold_shift, threads, gpu_layers, device, plots, json_file, markdown, force, **options):
     """Measure what TARGET, a MoD directory or GGUF file, loses against the dense model.
 
     A dense TARGET without --dense gets its own figures alone.
@@ -68,7 +71,7 @@ def command(target, dense, threshold_shift, threads, device, plots, json_file, m
         click.echo(eval_report.table(name, rows, markdown) + "\n", err=json_file == "-")
 
     def run() -> dict:
-        return evaluate.evaluate(target, plan, dense, threshold_shift, threads, device,
+        return evaluate.evaluate(target, plan, dense, threshold_shift, threads, device, gpu_layers,
                                  say=lambda line: click.echo(line, err=True), done=show)  # fmt: skip
 
     if json_file in (None, "-"):

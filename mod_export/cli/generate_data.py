@@ -2,6 +2,8 @@
 
 import click
 
+from mod_export.cli.model import gpu_layers_option
+
 
 @click.command("generate-data")
 @click.argument("file", type=click.Path(), metavar="MODEL")
@@ -25,6 +27,7 @@ import click
 @click.option("--parallel", type=click.IntRange(min=1, max=256), default=8, show_default=True,
               help="Texts written at a time.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@gpu_layers_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def command(file, out, prompts, force, temperature, top_p, min_p, seed, **options):
     """Let the original MODEL (GGUF) write training text for its MoD conversion; a MoD file runs with all units active.
