@@ -12,6 +12,8 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+SKIPPED = "llama_cpp/server/"  # needs packages of its own, and no part of this project uses it
+
 
 def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
     """Write llama_cpp_python-{version}-py3-none-{platform}.whl into `folder` and return its path.
@@ -37,7 +39,7 @@ def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
 def _package(source: Path, version: str) -> dict[str, bytes]:
     """The Python files, with the new version in __init__.py."""
     paths = {str(path.relative_to(source)): path for path in sorted((source / "llama_cpp").rglob("*.py*"))}
-    files = {name: path.read_bytes() for name, path in paths.items()}
+    files = {name: path.read_bytes() for name, path in paths.items() if not name.startswith(SKIPPED)}
     plain = version.partition("+")[0]
     init = files["llama_cpp/__init__.py"]
     files["llama_cpp/__init__.py"] = init.replace(f'"{plain}"'.encode(), f'"{version}"'.encode())

@@ -13,16 +13,23 @@ from mod_export.cli.model import model_options, open_model
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--api-key", envvar="MOD_EXPORT_API_KEY", show_envvar=True,
               help="Key that clients have to send; default: none.")
-@click.option("--name", help="What /v1/models calls it; default: the file's name.")
+@click.option("--name", help="What answers call the model; default: the file's name.")
 @model_options
 def command(file, host, port, api_key, name, **model):
     """Serve the model in the GGUF FILE over HTTP, with OpenAI's API.
 
-    Any client of that API works: its base URL is http://localhost:8000/v1.
-    Requests wait for one another; GET /extras/mod tells the activation and the
-    KV memory.
+    Its clients' base URL is http://localhost:8000/v1: chats and completions, whole or streamed, one at a time.
+    GET /mod tells the activation and the KV memory.
     """
-    from mod_export import serve
+    from mod_export.serve import listen, serve
 
-    llm = open_model(file, **model)
-    serve.run(llm, name or Path(file).stem, host, port, api_key, say=lambda line: click.echo(line, err=True))
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    with listen(host, port) as sock:
+        llm, name = open_model(file, **model), name or Path(file).stem
+        where = f"[{host}]" if ":" in host else host
+        say(f"{name} at http://{where}:{sock.getsockname()[1]}/v1; Ctrl-C ends it")
+        if "tokenizer.chat_template" not in llm.metadata:
+            say("the model has no chat template: only /v1/completions")
+        serve(llm, name, sock, api_key, say)
