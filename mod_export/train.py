@@ -53,7 +53,7 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.precision))
     tell = say if accelerator.is_main_process else lambda line: None
     tell(f"loading {directory}")
-    model = MoDModel.load(directory)
+    model = MoDModel.load(directory, getattr(torch, config.dtype))
     if not config.teacher and _is_trained(model.config):
         raise UserError(f"the weights of {directory} are trained, so they are not the original's",
                         "name the original with --teacher")  # fmt: skip
@@ -99,7 +99,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     model.top_k = {}  # of a baseline that this one may start from; the loop sets it
     teacher = None
     if config.teacher or config.parameters == "full":  # held-out figures are against the original in any case
-        teacher, tokenizer = hf.load(config.teacher or directory)
+        teacher, tokenizer = hf.load(config.teacher or directory, getattr(torch, config.dtype))
         teacher.requires_grad_(False)
         check_teacher(teacher, tokenizer, model, config)
     if config.method != "static":
@@ -113,7 +113,7 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
     index = [[units.index(unit) for unit in group] for group in groups]
     student = Student(model, teacher, index, weights, Relax(config.temperature), config.recompute,
                       lambda: adapter.without_lora(model.base))  # fmt: skip
-    # the base weights of LoRA may be in half precision, what is trained is not
+    # whatever --dtype the base weights have, routers and LoRA are float32
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
     sharding.configure(accelerator)
     student, optimizer = accelerator.prepare(student, optimizer)

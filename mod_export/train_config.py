@@ -13,6 +13,7 @@ from mod_export.errors import UserError
 
 METHODS = ("threshold", "topk", "static")
 PARAMETERS = ("routers", "lora", "full")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TrainConfig:
     learning rates: of routers, LoRA, full weights, None: rate_of(); warmup: share of the steps
     tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a step
     loss_on: `all` tokens or only `answers` of chat data
+    precision: of autocast; dtype: of the weights that are not trained, and of a merged model
     recall: share of sequences that ask for passages of their own text (recall.py)
     """
 
@@ -59,6 +61,7 @@ class TrainConfig:
     recall: float = 0.0
     limit: int | None = None
     precision: str = "auto"
+    dtype: str = "float32"
     recompute: bool = False
     seed: int = 0
     eval_every: int = 100
@@ -109,6 +112,8 @@ class TrainConfig:
                     raise UserError(f"{name} activation {value} is not in (0, 1]", "0.5 runs half of all units")
         if self.method == "static" and self.parameters == "routers":
             raise UserError("static dropping has no routers to train", "train lora or full")
+        if self.dtype != "float32" and self.parameters == "full":
+            raise UserError(f"all weights are to be trained, which {self.dtype} is too coarse for", "leave out --dtype")
         if not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise UserError("all weights of the loss are 0", "give --kl-weight, --hidden-weight or --lm-weight")
         return self

@@ -20,6 +20,7 @@ WAYS = {
     "routers": ({"parameters": "routers"}, "merged"),
     "lora": ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, "adapter"),
     "full": ({"parameters": "full", "hidden_weight": 0.5}, "merged"),
+    "half": ({"parameters": "lora", "lora_rank": 2, "dtype": "bfloat16"}, "merged"),
     # without noise, which is another on each process, and without thresholds, which follow the mean of their quantiles
     "static": ({"parameters": "full", "method": "static", "target": 0.5}, "merged"),
 }

@@ -192,6 +192,20 @@ def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
     assert [entry[1:] for entry in told if entry[0] == "loss"] == [(row["step"], row["loss"]) for row in steps]
 
 
+def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=2)
+    plain = train(files / "mod", tmp_path / "plain", run)
+    half = train(files / "mod", tmp_path / "half", replace(run, dtype="bfloat16"))
+    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1)
+    routers = {router_tensor_name(*unit, part) for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
+               for part in ("weight", "bias")}  # fmt: skip
+    for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
+    assert evaluate(tmp_path / "half", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))["texts"][0]["kl"] > 0
+    with pytest.raises(UserError, match="too coarse"):
+        train(files / "mod", tmp_path / "full", replace(run, parameters="full", dtype="bfloat16"))
+
+
 def test_trained_weights_are_no_teacher(files, tmp_path):
     run = config(files, parameters="lora", lora_rank=2, tokens=2 * 2 * LENGTH)
     train(files / "mod", tmp_path / "first", run)

@@ -5,7 +5,7 @@ import time
 import click
 
 from mod_export.cli.shares import shares
-from mod_export.train_config import METHODS, PARAMETERS, TrainConfig
+from mod_export.train_config import DTYPES, METHODS, PARAMETERS, TrainConfig
 
 SHARE = click.FloatRange(0, 1)
 POSITIVE = click.FloatRange(0, min_open=True)
@@ -62,6 +62,8 @@ D = TrainConfig(())
 @click.option("--lora-alpha", type=POSITIVE, default=D.lora_alpha, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "no", "bf16", "fp16"]), default=D.precision, show_default=True,
               help="Autocast; auto: bf16 on GPUs that have it.")
+@click.option("--dtype", type=click.Choice(DTYPES), default=D.dtype, show_default=True,
+              help="Of the weights that are not trained: bfloat16 takes half the memory.")
 @click.option("--recompute", is_flag=True, help="Compute layers again in the backward pass: less memory.")
 @click.option("--held-out", type=COUNT, default=D.held_out, show_default=True, help="Sequences to evaluate on.")
 @click.option("--eval-every", type=COUNT, default=D.eval_every, show_default=True, help="Steps.")
