@@ -21,10 +21,13 @@ from mod_export.runtime import MoDLlama, Stopped
 
 # name -> (least, most, default) of the numbers that choose tokens; None: of llama-cpp-python's `generate`
 SAMPLING = {"temperature": (0, 100, 0.8), "top_p": (0, 1, 0.95), "top_k": (0, 1 << 30, 40), "min_p": (0, 1, 0.05),
-            "repeat_penalty": (1e-3, 100, 1.0), "frequency_penalty": (-2, 2, 0.0), "presence_penalty": (-2, 2, 0.0)}
+            "repeat_penalty": (0.1, 10, 1.0), "frequency_penalty": (-2, 2, 0.0), "presence_penalty": (-2, 2, 0.0)}
 # what would change the answer and is not there, with the values that ask for nothing
 REFUSED = {"n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
            "tools": ([],), "functions": ([],), "audio": ()}
+
+
+BYTES = 128  # of a token, at most, where many follow one another
 
 
 class TooLong(UserError):
@@ -64,12 +67,13 @@ def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and s for s in stop):
         raise UserError("stop is a string, or up to 16 of them")
     options = {name: _number(body, name, *limits, whole=name == "top_k") for name, limits in SAMPLING.items()}
-    options["temp"] = options.pop("temperature")
+    temperature = options.pop("temperature")
+    options["temp"] = temperature if temperature >= 0.01 else 0.0  # logits over less overflow, and end in nonsense
     longest = min((n for n in (_number(body, name, 1, 1 << 30, None, whole=True)
                                for name in ("max_tokens", "max_completion_tokens")) if n), default=None)  # fmt: skip
     return Ask(chat, tokens, longest, tuple(stop), _flag(body, "stream"),
                _flag(_object(body, "stream_options"), "include_usage"),
-               _number(body, "seed", 0, (1 << 32) - 1, None, whole=True), _json(body), _bias(body, llm), options)
+               _number(body, "seed", -(1 << 63), 1 << 64, None, whole=True), _json(body), _bias(body, llm), options)
 
 
 def _chat_tokens(body: dict, llm: MoDLlama) -> list[int]:
@@ -83,7 +87,7 @@ def _chat_tokens(body: dict, llm: MoDLlama) -> list[int]:
         raise
     except Exception as exc:  # whatever the template raises, such as "System role not supported"
         raise UserError(f"the model's chat template refuses this conversation: {exc}") from exc
-    return llm.tokenize(text.encode(), add_bos=False, special=True)
+    return _tokenize(text, llm, add_bos=False)
 
 
 def _message(message: dict) -> dict:
@@ -104,10 +108,16 @@ def _text_tokens(body: dict, llm: MoDLlama) -> list[int]:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
-    tokens = llm.tokenize(prompt.encode(), special=True) if isinstance(prompt, str) else []
-    if not tokens:
+    if not isinstance(prompt, str) or not prompt:
         raise UserError("prompt is a string that is not empty, one in a request")
-    return tokens
+    return _tokenize(prompt, llm)
+
+
+def _tokenize(text: str, llm: MoDLlama, **options) -> list[int]:
+    data = text.encode()
+    if len(data) > BYTES * llm.n_ctx():  # tokenizing megabytes takes seconds, in which all others wait
+        raise TooLong(f"the prompt of {len(data)} bytes exceeds the context of {llm.n_ctx()} tokens")
+    return llm.tokenize(data, special=True, **options)
 
 
 def _number(body: dict, name: str, least: float, most: float, default, whole: bool = False):
@@ -143,8 +153,8 @@ def _json(body: dict) -> bool:
 def _bias(body: dict, llm: MoDLlama) -> dict[int, float]:
     found = {}
     for token, value in _object(body, "logit_bias").items():
-        if not token.isdecimal() or not int(token) < llm.n_vocab():
-            raise UserError(f"logit_bias has tokens from 0 to {llm.n_vocab() - 1}, not {token!r}")
+        if not token.isdecimal() or len(token) > 9 or not int(token) < llm.n_vocab():
+            raise UserError(f"logit_bias has tokens from 0 to {llm.n_vocab() - 1}, not {token[:20]!r}")
         found[int(token)] = _number({"logit_bias": value}, "logit_bias", -100, 100, 0.0)
     return found
 
@@ -186,7 +196,8 @@ class Answer:
                 logits[token] += value
             return logits
 
-        self.llm.set_seed(secrets.randbits(31) if self.ask.seed is None else self.ask.seed)
+        seed = secrets.randbits(31) if self.ask.seed is None else self.ask.seed
+        self.llm.set_seed(seed % 0xFFFFFFFF)  # which is itself llama.cpp's word for any
         grammar = LlamaGrammar.from_string(JSON_GBNF, verbose=False) if self.ask.json else None
         return self.llm.generate(self.ask.tokens, **self.ask.options, grammar=grammar,
                                  logits_processor=LogitsProcessorList([biased]) if self.ask.bias else None)

@@ -118,6 +118,8 @@ class MoDLlama(llama_cpp.Llama):
                                  n_threads=threads, n_threads_batch=threads, **kwargs)
             except ValueError as exc:
                 raise _load_error(path, n_ctx, exc, log) from exc
+        if len(self.input_ids) < self.n_ctx():  # llama.cpp rounds the context up, llama_cpp.Llama does not know
+            self.input_ids = np.zeros(self.n_ctx(), np.intc)
         self.units = self._read_units()
         if threshold_shift:
             try:

@@ -9,6 +9,7 @@ in turn. What a request has in common with the beginning of the one before is no
 
 import hmac
 import json
+import os
 import select
 import socket
 import threading
@@ -21,7 +22,9 @@ from mod_export import __version__, completions
 from mod_export.errors import UserError
 from mod_export.runtime import MoDLlama, Stopped
 
-LARGEST = 32 << 20  # bytes of a request
+LARGEST = 8 << 20  # bytes of a request
+PATIENCE = 30  # seconds that a client may not read the answer that others wait for
+GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 HERE = ("localhost", "127.0.0.1", "::1")
 STOPPED = "the server is being stopped"
 
@@ -100,25 +103,46 @@ class Handler(BaseHTTPRequestHandler):
                       "/v1/completions": lambda: self._complete(chat=False)})  # fmt: skip
 
     def log_message(self, form, *args):
-        self.server.say(f"{self.client_address[0]} {form % args}")
+        line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in form % args)
+        with suppress(OSError):  # nobody reads it any more
+            self.server.say(f"{self.client_address[0]} {line}")
 
     def _answer(self, routes: dict[str, Callable]) -> None:
         try:
-            self.body = self._read()
-            self._admit()
-            if (path := urlsplit(self.path).path) not in routes:
-                raise Refused(404, f"{self.command} {path} is not served")
-            routes[path]()
+            self._route(routes)()
         except Refused as exc:
             self._send(error(*exc.args), exc.args[0])
+        except OSError:  # the client is gone, or does not read
+            self.close_connection = True
         except Stopped:  # while it waited for its turn
             self._send(error(503, STOPPED), 503)
         except UserError as exc:
             self._send(error(400, exc), 400)
+        except Exception as exc:  # a mistake of ours: the next request may be fine
+            self.log_message("failed: %s: %s", type(exc).__name__, exc)
+            self.close_connection = True
+            if not self.streaming:
+                self._send(error(500, "the server failed, and its log says why"), 500)
+
+    def _route(self, routes: dict[str, Callable]) -> Callable:
+        """What answers the request, whose body has been read."""
+        self.streaming = False
+        try:
+            self._admit()
+            self.body = self._read()
+            path = urlsplit(self.path).path
+        except ValueError as exc:  # of urlsplit
+            self.close_connection = True
+            raise Refused(400, f"the request cannot be read: {exc}") from exc
+        if path not in routes:
+            raise Refused(404, f"{self.command} {path} is not served")
+        return routes[path]
 
     def _admit(self) -> None:
-        """Refuses clients without the key, and web pages, which a browser lets send requests to anyone."""
+        """Refuses clients without the key, and web pages, which a browser lets send requests to anyone. What these send
+        is not read."""
         host = self.headers.get("Host", "")
+        keep, self.close_connection = self.close_connection, True
         if self.server.local and urlsplit(f"//{host}").hostname not in HERE:
             raise Refused(403, f"the server answers to {', '.join(HERE)}, not to {host!r}")
         if (origin := self.headers.get("Origin")) and urlsplit(origin).netloc != host:
@@ -126,10 +150,11 @@ class Handler(BaseHTTPRequestHandler):
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.server.api_key and not hmac.compare_digest(key.encode(), self.server.api_key.encode()):
             raise Refused(401, "the API key is missing or wrong")
+        self.close_connection = keep
 
     def _read(self) -> bytes:
         size = self.headers.get("Content-Length", "0")
-        if not size.isdecimal() or int(size) > LARGEST or self.headers.get("Transfer-Encoding"):
+        if not size.isdecimal() or len(size) > 9 or int(size) > LARGEST or self.headers.get("Transfer-Encoding"):
             self.close_connection = True  # what follows is not read
             raise Refused(413, f"a request has a Content-Length of at most {LARGEST} bytes")
         return self.rfile.read(int(size))
@@ -153,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
     def _complete(self, chat: bool) -> None:
         try:
             body = json.loads(self.body)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Refused(400, f"the body is no JSON: {exc}") from exc
         if not isinstance(body, dict):
             raise Refused(400, "the body is no JSON object")
@@ -171,6 +196,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _stream(self, ask, answer, bodies) -> None:
         """Server-sent events; an error comes as one too, as the status has been sent."""
+        self.streaming = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
@@ -193,29 +219,32 @@ class Handler(BaseHTTPRequestHandler):
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Inside, the model is this request's; it stops where the client goes away."""
-        llm, done = self.server.llm, threading.Event()
+        llm, (done, end) = self.server.llm, os.pipe()
 
         def watch():
-            while not done.is_set():
-                if select.select([self.connection], [], [], 0.2)[0]:
-                    try:
-                        gone = not self.connection.recv(1, socket.MSG_PEEK)
-                    except OSError:
-                        gone = True
-                    llm.stop = llm.stop or gone
-                    done.wait(0.2)  # the next request may lie there already
+            poll = select.poll()
+            poll.register(done, select.POLLIN)
+            poll.register(self.connection, GONE)
+            if not any(fd == done for fd, _ in poll.poll()):
+                llm.stop = True
 
-        with self.server.turn:
-            llm.stop = False  # before the look at closing, which sets it again
-            if self.server.closing:
-                raise Stopped
-            watcher = threading.Thread(target=watch, daemon=True)
-            watcher.start()
-            try:
-                yield
-            finally:
-                done.set()
-                watcher.join()
+        try:
+            with self.server.turn:
+                llm.stop = False  # before the look at closing, which sets it again
+                if self.server.closing:
+                    raise Stopped
+                watcher = threading.Thread(target=watch, daemon=True)
+                watcher.start()
+                self.connection.settimeout(PATIENCE)
+                try:
+                    yield
+                finally:
+                    os.write(end, b"x")
+                    watcher.join()
+                    self.connection.settimeout(self.timeout)
+        finally:
+            os.close(done)
+            os.close(end)
 
 
 def error(status: int, what: Exception | str) -> dict:

@@ -80,7 +80,10 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     if accelerator.is_main_process:
         try:
             write(model, out, save_as, identity, figures, force)
-        except UserError as error:  # such as a full disk, after hours
+        except UserError as error:
+            if not error.message.startswith("cannot write"):
+                raise
+            # a full disk, after hours
             raise UserError(error.message, f"{run} has the last step: make room, then go on with --resume") from error
         tell(f"{out} is written; metrics and plots are in {run}")
         try:

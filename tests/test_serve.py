@@ -115,6 +115,7 @@ def test_options_do_what_they_say(client):
     assert cut_short["choices"][0]["finish_reason"] == "stop"
     hot = {"temperature": 1.5, "max_tokens": 16}
     assert client.chat(**hot, seed=1) == client.chat(**hot, seed=1) != client.chat(**hot, seed=2)
+    assert client.chat(**hot, seed=0xFFFFFFFF) == client.chat(**hot, seed=0) and client.chat(**hot, seed=-5)
     assert json.loads(client.chat(response_format={"type": "json_object"}, max_tokens=200, seed=3)) is not None
     assert client("/v1/chat/completions", CHAT)[1]["choices"][0]["message"]["content"].startswith(whole[:4])
     role = [{"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": None}, *CHAT["messages"]]
@@ -169,7 +170,28 @@ def test_refusals_are_one_line(client):
     assert client("/v1/embeddings", {})[0] == client("/nothing")[0] == client("/v1/completions")[0] == 404
     assert client("/v1/models", Host="evil.example")[0] == client("/v1/models", Origin="http://evil.example")[0] == 403
     assert client("/v1/completions", b"", **{"Content-Length": str(1 << 40)})[0] == 413
-    assert client.chat()  # and it goes on
+    for host, path in (("[::1", "/health"), ("localhost", "http://[")):
+        assert client(path, Host=host)[0] == 400
+    assert client("/v1/completions", b"[" * 100_000)[0] == 400
+    assert client("/v1/completions", b"{}", **{"Content-Length": "9" * 5000})[0] == 413
+    assert client(*chat(logit_bias={"9" * 5000: 1}))[0] == 400
+    assert "bytes" in client("/v1/completions", {"prompt": "a" * 1_000_000})[1]["error"]["message"]
+    tiny = {"temperature": 1e-38, "top_p": 1, "min_p": 0}
+    assert client.chat(**tiny, response_format={"type": "json_object"})  # llama.cpp ends the process at such logits
+    assert client.chat(**tiny) == client.chat()  # and it goes on
+
+
+def test_the_last_place_of_the_context_is_used_and_the_log_is_text(model):
+    """llama.cpp rounds a context up to 256 tokens."""
+    with served(model, "--ctx", "300") as client:
+        for n in range(280, 300, 4):
+            assert client("/v1/completions", {"prompt": "word " * n, "max_tokens": 400})[0] == 200
+        assert client("/v1/completions", {"prompt": "word " * 700})[0] == 400
+        with socket.create_connection(client.address) as raw:
+            raw.sendall(b"GET /\x1b]0;x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert raw.recv(4096).startswith(b"HTTP/1.1 404")
+        log = client.end()[1]
+        assert "\x1b" not in log and "]0;x" in log
 
 
 def test_a_client_that_leaves_does_not_hold_up_the_others(model):
@@ -179,6 +201,7 @@ def test_a_client_that_leaves_does_not_hold_up_the_others(model):
         for body in (ENDLESS, ENDLESS | {"stream": True}, reads):
             connection = client.open("/v1/chat/completions", body)
             time.sleep(1)
+            connection.sock.send(b"\r\n")  # as some clients end a request
             connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
             assert client.chat(max_tokens=2)
