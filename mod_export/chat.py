@@ -107,11 +107,7 @@ class Chat:
 
     def _tokens(self) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        try:
-            text = self._format(messages=system + self.history).prompt
-        except Exception as exc:  # whatever the template raises, such as "System role not supported"
-            raise UserError(f"the model's chat template refuses this conversation: {exc}") from exc
-        return self.llm.tokenize(text.encode(), add_bos=False, special=True)
+        return self.llm.tokenize(render(self._format, system + self.history).encode(), add_bos=False, special=True)
 
     def _stream(self, tokens: list[int]) -> Iterator[str]:
         self.turn = Turn(prompt_tokens=len(tokens))
@@ -206,6 +202,14 @@ def formatter(llm: MoDLlama):
         raise UserError(f"{llm.model_path} has no chat template", "use a model tuned for chat")
     bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))
     return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+
+
+def render(form, messages: list[dict]) -> str:
+    """The conversation as the model reads it, by its `formatter`. Raises UserError where the template refuses it."""
+    try:
+        return form(messages=messages).prompt
+    except Exception as exc:  # whatever the template raises, such as "System role not supported"
+        raise UserError(f"the model's chat template refuses this conversation: {exc}") from exc
 
 
 @contextmanager

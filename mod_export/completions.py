@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mod_export.chat import formatter
+from mod_export.chat import formatter, render
 from mod_export.errors import UserError
 from mod_export.runtime import MoDLlama, Stopped
 
@@ -80,14 +80,7 @@ def _chat_tokens(body: dict, llm: MoDLlama) -> list[int]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise UserError("messages is a list of objects with role and content")
-    messages = [_message(m) for m in messages]
-    try:
-        text = formatter(llm)(messages=messages).prompt
-    except UserError:
-        raise
-    except Exception as exc:  # whatever the template raises, such as "System role not supported"
-        raise UserError(f"the model's chat template refuses this conversation: {exc}") from exc
-    return _tokenize(text, llm, add_bos=False)
+    return _tokenize(render(formatter(llm), [_message(m) for m in messages]), llm, add_bos=False)
 
 
 def _message(message: dict) -> dict:
