@@ -103,6 +103,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     if keys is None:
         return inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     kwargs.pop("is_causal", None)
+    if query.is_cuda and torch.is_grad_enabled() and not any(x.requires_grad for x in (query, key, value)):
+        query = query.detach().requires_grad_()  # else torch's kernel does not keep what the bias's gradient needs
     n, parts = query.shape[2], []
     for start in range(0, n, CHUNK):
         stop = min(start + CHUNK, n)

@@ -89,4 +89,5 @@ def logit_threshold(logit: float) -> float:
 
 def is_active(logit: torch.Tensor, p: float, shift: float = 0.0) -> torch.Tensor:
     """The threshold rule: logit >= logit(p) + shift, in float32. A positive shift makes fewer tokens active."""
-    return logit >= torch.tensor(threshold_logit(p) + shift, dtype=torch.float32, device=logit.device)
+    # a number and no tensor: making one on a GPU would wait for all that the GPU has still to do
+    return logit >= torch.tensor(threshold_logit(p) + shift, dtype=torch.float32).item()

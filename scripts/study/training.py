@@ -77,6 +77,8 @@ def judge_point(made: MoDModel, target: float | dict | None, model: str, texts: 
     target: thresholds are moved, all alike, until these texts have this activation; None: they are left as they are.
     """
     original, found = hf.load(model)[0], {}
+    for module in (original, made):
+        module.to("cuda" if torch.cuda.is_available() else "cpu")
     files = dict(text.split("=", 1) for text in texts)
     if target is not None:
         firsts = [data.pack(made.tokenizer, data.read_texts([file]), length, 1) for file in files.values()]
