@@ -19,7 +19,7 @@ from mod_export.errors import UserError
 from mod_export.tables import format_table
 from mod_export.verify import Bounds, Sums, judge
 
-UNITS = ("attn+ffn+kv",) if REHEARSE else ("kv", "attn", "block", "attn+ffn+kv")
+UNITS = os.environ.get("UNITS", "attn+ffn+kv" if REHEARSE else "kv,attn,block,attn+ffn+kv").split(",")
 PROMPT, DECODED, UBATCH = (48, 16, 32) if REHEARSE else (448, 128, 128)
 LONG = 512 if REHEARSE else 12288  # tokens whose K/V take several pages of 2 MiB in each tensor
 STRICT = Bounds(0, 0, float("inf"), mean_kl=1e-4, margin=1e-3)
@@ -74,8 +74,10 @@ def main() -> bool:
             save("parity.json", {"prompt": PROMPT, "decoded": DECODED, "cases": found})
             print(f"{units}: {case.name}: {'; '.join(result['failures']) or 'passed'}", flush=True)
         file.unlink()
-    pages = read("parity.json").get("pages") or compare_pages(found)
     print(table(found))
+    if UNITS[0] != "kv" and not REHEARSE:
+        return not any(result["failures"] for result in found.values())
+    pages = read("parity.json").get("pages") or compare_pages(found)
     print(f"K/V over many pages, memory on demand against all at once: largest difference {pages['difference']:.1e}")
     return not any(result["failures"] for result in (*found.values(), pages))
 
