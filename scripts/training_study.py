@@ -7,6 +7,7 @@
     python scripts/training_study.py report --out study     # tables and plots from the rows
     python scripts/training_study.py judge trained --target 0.5 --text wiki=wiki.txt    # any MoD model, as points are;
                                                              # with --out study it is a row, and can be timed
+    python scripts/training_study.py lengths trained --text wiki=wiki.txt   # activation from 512 to 8192 tokens
 
 Each point starts from the calibrated conversion of its kind (made once), is trained by mod_export.train, and judged by
 mod_export.evaluate with hard decisions on sequences of --length tokens. A finished row goes to rows.jsonl at once; rows
@@ -111,6 +112,21 @@ def judge(directory, target, out, **given):
     mean = sum(text["kl"] for text in found.values()) / len(found)
     rows.append(["mean", f"{mean:.4f}", "", "", ""])
     click.echo(format_table(["text", "KL", "perplexity / dense", "activation", "K/V of dense"], rows, markdown=True))
+
+
+@study.command("lengths")
+@click.argument("model", type=click.Path(exists=True))
+@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To read.")
+@click.option("--length", "lengths", multiple=True, type=click.IntRange(min=1), default=(512, 1024, 2048, 4096, 8192),
+              show_default=True, help="Tokens; may be repeated.")
+@click.option("--count", default=7, show_default=True, type=click.IntRange(min=1), help="Sequences of each text.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of the runtime.  [default: all cores]")
+def lengths_command(model, texts, lengths, count, threads):
+    """Show which share of tokens MODEL, a MoD directory or GGUF file, takes as what it reads grows longer."""
+    from study.lengths import activation_by_length, report
+
+    files = dict(pair.split("=", 1) for pair in texts)
+    click.echo(report(activation_by_length(model, files, lengths, count, threads), lengths))
 
 
 @study.command("time")

@@ -16,6 +16,8 @@ from click.testing import CliRunner
 from tiny import one_thread  # noqa: F401
 
 from mod_export import data, hf
+from mod_export.errors import UserError
+from mod_export.export import export
 from mod_export.model import MoDModel
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -101,6 +103,33 @@ def test_training_study(place):
     assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
     assert any(line.split("|")[2].strip() == "" for line in table.splitlines() if "trained" in line)  # without a goal
     assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in ("training.png", "frontier.png"))
+
+
+def test_activation_by_length(place):
+    """As the trace of a forward says, in a directory; a GGUF file says the same."""
+    model, study = tiny.save_dir(place / "lengths", {"kv": [2, 3], "ffn": [4]}), script("training_study").study
+    from study.lengths import activation_by_length  # script() makes it importable
+
+    lengths, texts = (64, 256, 512), {"a": place / "a.txt"}
+    (found,) = activation_by_length(place / "lengths", texts, lengths, 3).values()
+    sequences = data.pack(model.tokenizer, (place / "a.txt").read_text(), 512, 3)
+    for ids, shares in zip(sequences, found, strict=True):
+        active = model(ids[None], trace=True)[1].active[0].float()
+        assert shares == pytest.approx([active[:length].mean().item() for length in lengths], abs=2e-3)
+    assert len({round(share, 4) for shares in found for share in shares}) > 3
+
+    export(place / "lengths", place / "lengths.gguf", quant="f32")
+    (runtime,) = activation_by_length(place / "lengths.gguf", texts, lengths, 3).values()
+    assert torch.tensor(runtime).sub(torch.tensor(found)).abs().max() < 2e-3
+
+    table = invoke(study, "lengths", place / "lengths", "--text", f"a={place}/a.txt", "--length", 64, "--length", 512,
+                   "--count", 3).splitlines()  # fmt: skip
+    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
+    means = [sum(shares[i] for shares in found) / 3 for i in (0, 2)]
+    assert [float(cell.split()[0]) for cell in cells[1:3]] == pytest.approx(means, abs=6e-4)
+    assert float(cells[3]) == pytest.approx(abs(means[0] - means[1]), abs=1.1e-3)
+    with pytest.raises(UserError, match="is a dense model"):
+        activation_by_length(place / "base", texts, lengths, 1)
 
 
 @pytest.mark.parametrize("parameters", ["routers", "lora", "full"])

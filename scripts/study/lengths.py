@@ -1,0 +1,46 @@
+"""How many tokens a model's routers take, by the length of what is read: sequences that begin all over a text."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+
+from mod_export import data
+from mod_export.errors import UserError
+from mod_export.eval_models import open_pair
+from mod_export.progress import Progress
+from mod_export.tables import format_table
+
+
+def activation_by_length(target: str, texts: dict[str, str], lengths: tuple[int, ...], count: int,
+                         threads: int | None = None) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Share of active (token, unit) pairs in the first so many tokens, {text: [count][len(lengths)]}.
+
+    target: a MoD directory or GGUF file, thresholds as they come; texts: {name: file}. Each of the `count` sequences,
+    spread evenly over a text, is read once, to the largest of the lengths: a decision depends on no later token.
+    Raises UserError for a dense target, a text that is too short, and lengths beyond the model's context.
+    """
+    reader = open_pair(target, threads=threads).measured
+    if not reader.units:
+        raise UserError(f"{target} is a dense model, so it decides nothing", "use a MoD model")
+    reader.reserve(max(lengths))
+    found = {}
+    for name, file in texts.items():
+        sequences, found[name] = data.pack(reader.tokenizer, data.read_texts([file]), max(lengths), count), []
+        for ids in Progress().count(name, sequences.tolist()):
+            reader.reset()
+            reader.last(ids)
+            active = reader.active.float().mean(-1)
+            found[name].append([active[:length].mean().item() for length in lengths])
+    return found
+
+
+def report(found: dict[str, list[list[float]]], lengths: tuple[int, ...]) -> str:
+    """Means over a text's sequences and (standard errors), and from the least to the most of a row's means."""
+    rows = []
+    for name, sequences in found.items():
+        columns = list(zip(*sequences, strict=True))
+        means = [mean(column) for column in columns]
+        errors = [f" ({stdev(c) / len(c) ** 0.5:.3f})" if len(c) > 1 else "" for c in columns]
+        cells = [f"{m:.3f}{e}" for m, e in zip(means, errors, strict=True)]
+        rows.append([name, *cells, f"{max(means) - min(means):.3f}"])
+    return format_table(["text", *map(str, lengths), "moves by"], rows, markdown=True)
