@@ -27,6 +27,7 @@ from study.points import POINTS  # noqa: E402
 from study.rows import append, read  # noqa: E402
 
 from mod_export.cli.shares import shares  # noqa: E402
+from mod_export.errors import UserError  # noqa: E402
 
 ROWS, TIMES = "rows.jsonl", "times.jsonl"
 
@@ -169,4 +170,8 @@ def matching(patterns: tuple[str, ...], known=POINTS) -> list[str]:
 
 
 if __name__ == "__main__":
-    study()
+    try:
+        study()
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(2)
