@@ -396,6 +396,29 @@ def test_out_of_memory_is_a_decode_without_a_slot(extra, result, way, tmp_path):
     close(np.load(str(path) + ".npy"), tiny.forward(TOKENS[0], force="active").logits, FA_NOISE)
 
 
+JUST_NOT_ENOUGH = """
+with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
+    r.set(force="active")
+    big, last = np.random.default_rng(1).integers(0, 96, 2000), [0] * 1999 + [1]
+    assert r.try_decode(big, [1] * 2000, logits=last) == 0
+    assert r.seq_rm(1, 0)
+    r.decode(TOKENS[0][:100])
+    for extra in np.linspace(20.2, 20.8, 11):  # each layer takes 4 MB
+        limit(resource.RLIMIT_DATA, "VmData", int(extra * 2**20))
+        print(r.try_decode(big, [1] * 2000, pos=np.arange(2000), logits=last))
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert cells(r, 6) == [100] * 6
+"""
+
+
+def test_memory_for_a_layer_but_not_for_the_lists_of_its_cells(tmp_path):
+    """Wherever memory ends: where the system is asked for each of them, the next small allocation fails."""
+    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(range(2, 6), "attn")
+    env = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0", "MALLOC_MMAP_THRESHOLD_": "4096"}
+    out = script(JUST_NOT_ENOUGH, tiny.write(tmp_path / "mod.gguf"), **env)
+    assert [int(line) for line in out.split()] == [1] * 11
+
+
 STATES_WITHOUT_MEMORY = """
 import ctypes
 from test_runtime_memory import restore, save

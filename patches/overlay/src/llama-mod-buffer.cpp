@@ -279,3 +279,14 @@ size_t llama_mod_kv_backed(ggml_backend_buffer_t buf, const void * data, size_t 
     GGML_UNUSED(data);
     return size;
 }
+
+bool llama_mod_has_memory(size_t size) {
+#ifdef LLAMA_MOD_LAZY
+    // not by malloc(), which would keep what it once had
+    void * data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data != MAP_FAILED && munmap(data, size) == 0;
+#else
+    GGML_UNUSED(size);
+    return true;
+#endif
+}

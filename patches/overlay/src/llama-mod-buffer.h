@@ -27,3 +27,6 @@ void llama_mod_kv_release(ggml_backend_buffer_t buf, void * data, size_t size);
 
 // bytes of the pages of [data, data + size) that are backed with memory, asked of the system; all if not lazy
 size_t llama_mod_kv_backed(ggml_backend_buffer_t buf, const void * data, size_t size);
+
+// would the process get this much memory for other things? true where that cannot be asked
+bool llama_mod_has_memory(size_t size);

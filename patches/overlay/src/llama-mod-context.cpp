@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -277,10 +278,34 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
         ret = GGML_STATUS_FAILED;
         return nullptr;
     }
+
+    bool done = false;
+    try {
+        done = run(ubatch, gtype, mctx, ret);
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: out of memory\n", __func__);
+        reset(); // graphs may be half built
+        ret = GGML_STATUS_ALLOC_FAILED;
+    }
+    cur = nullptr;
+    if (!done) {
+        return nullptr;
+    }
+
+    get_memory()->expire(mctx->is_last());
+    if (mctx->is_last()) {
+        commit();
+    }
+
+    ret = GGML_STATUS_SUCCESS;
+    return res_last;
+}
+
+bool llama_mod_context::run(const llama_ubatch & ubatch, llm_graph_type gtype, llama_kv_cache_mod_context * mctx, ggml_status & ret) {
     if (!mctx->apply()) {
         LLAMA_LOG_ERROR("%s: failed to apply memory context\n", __func__);
         ret = GGML_STATUS_FAILED;
-        return nullptr;
+        return false;
     }
 
     res_last = nullptr;
@@ -295,20 +320,10 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
     ret = GGML_STATUS_SUCCESS;
     const bool done = (can_skip(ubatch) && run_skipping(ubatch, params, mctx, ret)) ||
         (ret == GGML_STATUS_SUCCESS && run_pieces(ubatch, params, mctx, ret));
-    cur = nullptr;
-    if (!done) {
-        return nullptr;
+    if (done) {
+        record(ubatch, mctx->get_n_tokens());
     }
-
-    record(ubatch, mctx->get_n_tokens());
-
-    get_memory()->expire(mctx->is_last());
-    if (mctx->is_last()) {
-        commit();
-    }
-
-    ret = GGML_STATUS_SUCCESS;
-    return res_last;
+    return done;
 }
 
 //

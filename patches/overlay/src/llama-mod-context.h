@@ -167,7 +167,9 @@ private:
     std::unique_ptr<variant> make_variant(const llm_mod_segment & seg, size_t n_nodes) const;
     variant & get_variant(piece & p, uint32_t n_rows, bool gather);
 
-    // all false on failure, with ret set
+    // all false on failure, with ret set; what they allocate may throw std::bad_alloc
+
+    bool run(const llama_ubatch & ubatch, llm_graph_type gtype, llama_kv_cache_mod_context * mctx, ggml_status & ret);
 
     // also false, with nothing done and nothing failed, where a layer is full (it may not need the cell), and where the
     // graph would be cut

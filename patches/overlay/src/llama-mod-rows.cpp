@@ -13,6 +13,11 @@
 // graphs read a number of cells that is padded to this, see llama_kv_cache::get_n_kv()
 static constexpr uint32_t MOD_N_PAD = 256;
 
+// what must be left when rows are made usable: the lists of a cell in use, and the graph of the batch. Without it the
+// next small allocation would fail where that is no error to be handled
+static constexpr size_t MOD_N_BYTES_CELL  = 256;
+static constexpr size_t MOD_N_BYTES_GRAPH = 1 << 20;
+
 std::pair<llama_mod_kv_mode, const char *> llama_mod_rows::choose_mode(const llama_model & model, bool v_trans, bool offload) {
     // lazy is chosen anyway, where it is possible
     const char * env = getenv("LLAMA_MOD_KV");
@@ -103,7 +108,7 @@ bool llama_mod_rows::reserve(uint32_t n) {
 
     bool ok = true;
     for_rows(n_usable, n, [&](auto... range) { ok = ok && llama_mod_kv_commit(range...); });
-    if (!ok) {
+    if (!ok || !llama_mod_has_memory(MOD_N_BYTES_GRAPH + (n - n_usable)*MOD_N_BYTES_CELL)) {
         for_rows(n_usable, n, llama_mod_kv_release);
         return false;
     }
