@@ -8,6 +8,7 @@ Chat knows nothing of terminals; everything that is no answer goes through its `
 """
 
 import codecs
+import functools
 import signal
 import sys
 import time
@@ -194,13 +195,21 @@ def _mb(n: int) -> str:
 
 
 def formatter(llm: MoDLlama):
-    """The model's chat template: formatter(llm)(messages=[...]).prompt ends where the answer begins."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    """The model's chat template: formatter(llm)(messages=[...]).prompt ends where the answer begins.
 
+    Raises UserError where it has none.
+    """
     template = llm.metadata.get("tokenizer.chat_template")
     if template is None:
         raise UserError(f"{llm.model_path} has no chat template", "use a model tuned for chat")
     bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))
+    return _compiled(template, bos, eos)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(template: str, bos: str, eos: str):
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
     return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
 
 

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 
 from mod_export import gpu
+from mod_export.chat import formatter
 from mod_export.errors import UserError
 from mod_export.eval_models import CHUNK, UNLIMITED, Reader
 from mod_export.gguf_file import GGUFFile
@@ -114,11 +113,4 @@ class _Tokenizer:
         return b"".join(self._reader.llm.piece(token, special=True) for token in ids).decode("utf-8", "replace")
 
     def apply_chat_template(self, messages: list[dict], **_options) -> str:
-        return self._format(messages=messages).prompt
-
-    @functools.cached_property
-    def _format(self):
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        bos, eos = (self.decode([token]) if token >= 0 else "" for token in (self.bos_token_id, self.eos_token_id))
-        return Jinja2ChatFormatter(template=self.chat_template, bos_token=bos, eos_token=eos)
+        return formatter(self._reader.llm)(messages=messages).prompt
