@@ -1,5 +1,6 @@
 """Table and plots of the training study."""
 
+import math
 from pathlib import Path
 
 from mod_export.tables import format_table
@@ -12,7 +13,8 @@ def report(rows: list[dict], docs: Path) -> str:
         texts = row.get("equal", row["texts"])
         kl = sum(text["kl"] for text in texts.values()) / len(texts)
         ratio = [text["perplexity"] / text["perplexity_dense"] for text in texts.values()]
-        activation, share = (sum(t[key] for t in texts.values()) / len(texts) for key in ("activation", "kv_share"))
+        activation, share = (sum(t.get(key, math.nan) for t in texts.values()) / len(texts)  # not all is kept in docs/
+                             for key in ("activation", "kv_share"))  # fmt: skip
         points.append({**row, "judged": texts, "kl": kl, "ratio": max(ratio), "activation": activation, "share": share})
     names = list(rows[0]["texts"]) if rows else []
     for point in sorted(points, key=lambda p: (p["units"], -p["activation"] if p["units"] != "kv" else -p["share"])):
@@ -33,20 +35,28 @@ def plot(points: list[dict], docs: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     kinds = sorted({p["units"] for p in points}, key=lambda units: (units != "kv", units))
-    fig, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.5), layout="constrained", squeeze=False)
+    columns = min(2, len(kinds))
+    lines = -(-len(kinds) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(kinds) :]:
+        axis.remove()
     ways = list(dict.fromkeys(p["way"] for p in points))
-    for axis, kind in zip(axes[0], kinds, strict=True):
+    legend = {}
+    for axis, kind in zip(axes.flat, kinds, strict=False):
         x = "share" if kind == "kv" else "activation"
         for number, way in enumerate(ways):
             some = sorted((p for p in points if p["units"] == kind and p["way"] == way), key=lambda p: p[x])
             if some:
-                axis.plot([p[x] for p in some], [p["kl"] for p in some], "osD^vPX*"[number % 8] + "-", label=way,
-                          color=f"C{number}")  # fmt: skip
+                legend[way], = axis.plot([p[x] for p in some], [p["kl"] for p in some],
+                                         "osD^vPX*"[number % 8] + "-", color=f"C{number}")  # fmt: skip
         axis.set(title=f"{kind} units", yscale="log", ylabel="mean KL to dense, nats per token",
                  xlabel="K/V of dense" if kind == "kv" else "activation")  # fmt: skip
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    fig.legend(legend.values(), legend, loc="outside lower center", ncols=min(3, len(legend)), fontsize=9)
     fig.savefig(docs / "training.png", dpi=110)
     plt.close(fig)
