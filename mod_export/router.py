@@ -20,8 +20,8 @@ class Router(nn.Module):
     """Linear router on the RMS-normed residual stream.
 
     weight: [n_embd], bias: [1]; eps: the model's own norm eps; threshold: p in (0, 1).
-    Training may reparametrise it (steady.py): then center, [n_embd], is taken from the normed input, and weight v
-    stands for start + v - back^T drift v; `plain` has the weight and bias of files.
+    Training may reparametrise it (steady.py): then center, [n_embd], is taken from the normed input, weight v stands
+    for start + v - back^T drift v, and bias for bias + offset; `plain` has the weight and bias of files.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, threshold: float, eps: float):
@@ -30,6 +30,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(bias.detach().float().reshape(1).clone())
         for name in ("start", "center"):
             self.register_buffer(name, torch.zeros_like(self.weight), persistent=False)
+        self.register_buffer("offset", torch.zeros_like(self.bias), persistent=False)
         for name in ("drift", "back"):
             self.register_buffer(name, self.weight.new_zeros(0, len(self.weight)), persistent=False)
         self.threshold = threshold
@@ -38,36 +39,36 @@ class Router(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Residual stream [..., n_embd] -> router logits [...], float32; the score is their sigmoid."""
         with torch.autocast(h.device.type, enabled=False):
-            return (rms_norm(h, self.eps) - self.center) @ self._weight() + self.bias
+            return (rms_norm(h, self.eps) - self.center) @ self._weight() + (self.bias + self.offset)
 
     @torch.no_grad()
-    def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor,
-                      damped: bool = False) -> None:  # fmt: skip
-        """The same logits, unless damped, from other parameters.
-
-        center: [n_embd]; drift, back: [k, n_embd], as of steady.damp.
-        damped: what is there already loses its drift, as what is learnt from now on; the logits' mean stays.
-        """
+    def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor) -> None:
+        """The same logits from other parameters. center: [n_embd]; drift, back: [k, n_embd], as of steady.damp."""
         weight, bias = (tensor.clone() for tensor in self.plain())
         self.bias.copy_(bias + center @ weight)
+        self.offset.zero_()
         self.start, self.center, self.drift, self.back = (x.clone() for x in (weight, center, drift, back))
-        if damped:
-            self.start -= self._drift_of(weight)
         self.weight.zero_()
+
+    @torch.no_grad()
+    def lose(self, weight: torch.Tensor, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor) -> None:
+        """Take the drift out of `weight`, which is that of `plain`; logits of inputs whose mean is center keep theirs.
+
+        Parameters stay as they are: they may be in pieces (sharding.py).
+        """
+        lost = (drift @ weight) @ back
+        self.start -= lost
+        self.offset += (center - self.center) @ lost
 
     @torch.no_grad()
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the router without these."""
         weight = self._weight().detach()
-        return weight, self.bias.detach() - self.center @ weight
+        return weight, self.bias.detach() + self.offset - self.center @ weight
 
     def _weight(self) -> torch.Tensor:
         weight = self.start + self.weight
-        return weight - self._drift_of(self.weight) if len(self.drift) else weight
-
-    def _drift_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """What damp() takes from a weight."""
-        return (self.drift @ weight) @ self.back
+        return weight - (self.drift @ self.weight) @ self.back if len(self.drift) else weight
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:

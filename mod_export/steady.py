@@ -5,10 +5,13 @@ tokens together, and with them the share that reaches p. What moves is measured 
 over chunks of text, and above all of what all texts have in common at a place; a weight that says the same within a
 chunk, and little about it, is found in closed form (`damp`; calibration has the same term in its ridge).
 
-    hold_steady(model, sequences, steady=10.0)      # before training: of what is there, and of what can be learnt
+    hold_steady(model, sequences, steady=10.0)      # before training: of what can be learnt
+    lose_drift(model, sequences, steady, forward)   # after it: of what was
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -20,8 +23,8 @@ CHUNK = 256  # tokens, over which a mean is taken to see what drifts
 # How much more than a chunk's mean the mean of all texts at a place weighs. It is known less well and does more: it has
 # one sign at the beginning of each text, and the other thousands of tokens later.
 PLACE = 500.0
-# Kinds whose routers lose the drift that they have, too: they were calibrated on few kinds of text, and training text
-# has more. The others have not been tried.
+# Kinds whose routers lose the drift that they have before training, too: they were calibrated on few kinds of text, and
+# training text has more. The others have not been tried.
 DAMPED = ("kv",)
 PENALTY = 0.01  # on the weights, against inputs of their own variance, as for kv in calibrate.py
 
@@ -35,26 +38,44 @@ def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float) -> None
     variance from chunk to chunk weighs than one within: 0 takes the mean from the inputs and no more.
     """
     for unit, seen in observe(model, sequences, Moments).items():
-        drift, back = damp(seen.within(), seen.drift(), steady)
-        model.router(unit).reparametrise(seen.mean(), drift, back, damped=unit[1] in DAMPED)
+        router, of_drift = model.router(unit), damp(seen.within(), seen.drift(), steady)
+        router.reparametrise(seen.mean(), *of_drift)
+        if unit[1] in DAMPED:
+            router.lose(seen.weight, seen.mean(), *of_drift)
 
 
 @torch.no_grad()
-def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means]) -> dict[Unit, Means]:
-    """What each router reads in the original model (which a resumed run finds again), on sequences [n, T]."""
+def lose_drift(model: MoDModel, sequences: torch.Tensor, steady: float, forward: Callable) -> None:
+    """Take from all routers what they say about whole chunks; thresholds have to be chosen anew.
+
+    Training changes the hidden states, and with them what drifts: so this is measured on those of `forward`, which
+    decides and skips. sequences, steady: as of hold_steady.
+    """
+    for unit, seen in observe(model, sequences, Moments, forward).items():
+        model.router(unit).lose(seen.weight, seen.mean(), *damp(seen.within(), seen.drift(), steady))
+
+
+@torch.no_grad()
+def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means],
+            forward: Callable | None = None) -> dict[Unit, Means]:  # fmt: skip
+    """What each router reads on sequences [n, T].
+
+    forward: None is the original model (which a resumed run finds again).
+    """
     units = model.config.routed()
-    seen = {unit: kind(model.router(unit).weight) for unit in units}
+    seen = {unit: kind(model.router(unit).start) for unit in units}
     hooks = []
     for unit in units:
         def add(router, args, _out, means=seen[unit]):
             with torch.autocast(args[0].device.type, enabled=False):
                 means.add(rms_norm(args[0][0], router.eps))
+                means.weight, _ = router.plain()  # here, where it is whole
 
         hooks.append(model.router(unit).register_forward_hook(add))
     try:
-        with model.forced("active"):
+        with model.forced(None if forward else "active"):
             for ids in sequences:
-                model(ids[None].to(model.base.device), logits_to_keep=1)
+                (forward or model)(ids[None].to(model.base.device), logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -62,10 +83,10 @@ def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means]) -> dict
 
 
 class Means:
-    """Of a router's inputs over chunks, and the chunks' places."""
+    """Of a router's inputs over chunks, and the chunks' places. weight: the router's own, [n_embd]."""
 
     def __init__(self, like: torch.Tensor):
-        self.means, self.places = [], []
+        self.means, self.places, self.weight = [], [], like
 
     def add(self, x: torch.Tensor) -> None:
         """x: [T, n_embd], the inputs of one sequence from its beginning."""

@@ -23,7 +23,7 @@ from mod_export.data import same_tokens
 from mod_export.errors import UserError
 from mod_export.files import check_dir
 from mod_export.model import MoDModel
-from mod_export.steady import hold_steady
+from mod_export.steady import hold_steady, lose_drift
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller, groups_of
 from mod_export.train_data import PackedData, open_data, split
@@ -173,8 +173,11 @@ def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
 
 
 def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
-    """Thresholds for the target, and the figures of the hard model."""
+    """Routers that lose their drift, thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
+        say("measuring what drifts in the trained model")
+        with loop.accelerator.autocast():
+            lose_drift(model, _long(model, loop.train, DRIFT), config.steady, _forward(loop))
         _settle(model, loop, config, loop.control.targets, say)
     loop.choose(loop.steps)
     figures = loop.evaluate()
@@ -192,9 +195,12 @@ def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[floa
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     with loop.accelerator.autocast():
-        # through the prepared module: anywhere else its parameters may be in pieces
-        forward = functools.partial(loop.student, teach=False)
-        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=forward)
+        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=_forward(loop))
+
+
+def _forward(loop: Loop) -> Callable:
+    """Of the hard model, through the prepared module: anywhere else its parameters may be in pieces."""
+    return functools.partial(loop.student, teach=False)
 
 
 def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:

@@ -53,8 +53,9 @@ def test_in_pieces_and_interrupted_training_is_the_same(way, folder):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     expected, found = (tensors(folder / f"{mode}-{way}") for mode in ("ddp", "fsdp"))
     assert expected.keys() == found.keys()
+    rounding = 2e-4 if way == "half" else 1e-5  # of bfloat16 hidden states, on which drift is measured
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[name], expected[name], atol=rounding, rtol=1e-4)
     start = tensors(folder / ("mod-ffn" if way == "static" else "mod"))
     assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items() if name in start) or way == "lora"
 

@@ -1,10 +1,11 @@
 """steady.py: a reparametrisation that keeps the logits, and what training can no longer reach quickly."""
 
 import pytest
+import tiny
 import torch
 
-from mod_export.router import Router
-from mod_export.steady import CHUNK, PLACE, Moments, damp
+from mod_export.router import Router, rms_norm
+from mod_export.steady import CHUNK, PLACE, Moments, damp, lose_drift
 
 N = 24
 
@@ -36,7 +37,8 @@ def test_a_damped_start_loses_its_drift_and_keeps_its_mean(moments):
     router = Router(torch.ones(N), torch.tensor([0.3]), 0.5, 1e-5)
     drift, back = damp(moments.within(), moments.drift(), 100.0)
     weight, bias = (x.clone() for x in router.plain())
-    router.reparametrise(moments.mean(), drift, back, damped=True)
+    router.reparametrise(moments.mean(), drift, back)
+    router.lose(weight, moments.mean(), drift, back)
     again, offset = router.plain()
     assert (drift @ again).norm() < 0.1 * (drift @ weight).norm()
     assert torch.allclose(moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-5)
@@ -44,6 +46,50 @@ def test_a_damped_start_loses_its_drift_and_keeps_its_mean(moments):
     inside = torch.randn(400, N)
     inside[:, :3] = 0
     assert torch.corrcoef(torch.stack([inside @ again, inside @ weight]))[0, 1] > 0.95
+
+
+def test_what_was_learnt_is_lost_after_a_reparametrisation_too(moments):
+    """`lose` moves no parameter, and the mean that keeps its logit may be another than the one before."""
+    router = Router(torch.ones(N), torch.tensor([0.3]), 0.5, 1e-5)
+    drift, back = damp(moments.within(), moments.drift(), 100.0)
+    router.reparametrise(moments.mean() + 1, drift, back)
+    with torch.no_grad():
+        router.weight += 3 * torch.randn(N)
+    parameters, h = [p.clone() for p in router.parameters()], torch.randn(50, N)
+    weight, bias = (x.clone() for x in router.plain())
+    router.lose(weight, moments.mean(), drift, back)
+    again, offset = router.plain()
+    assert all(map(torch.equal, parameters, router.parameters()))
+    assert torch.allclose(again, weight - (drift @ weight) @ back, atol=1e-5)
+    assert torch.allclose(moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-4)
+    x = rms_norm(h, 1e-5)
+    assert torch.allclose(router(h), x @ again + offset, atol=1e-4)
+
+
+@torch.no_grad()
+def test_routers_lose_the_drift_of_the_model_that_skips():
+    """One unit never runs, so the other reads what the original model has nowhere."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (4, 4 * CHUNK))
+    ids[:, :CHUNK] = torch.randint(3, 40, (4, CHUNK))  # all texts begin with the same few tokens
+    model = tiny.mod_model({"ffn": [2], "attn": [4]})
+    never = model.router((2, "ffn"))
+    never.weight.zero_()
+    never.bias.fill_(-8)
+
+    def skipping(x, **kwargs):
+        return model(x, trace=True, **kwargs)
+
+    def logits():
+        return torch.cat([skipping(x[None])[1].logit[0, :, 1] for x in ids]).view(4, 4 * CHUNK)
+
+    before = logits()
+    lose_drift(model, ids, 10.0, skipping)
+    after = logits()
+    gap, left = ((z[:, :CHUNK].mean() - z[:, CHUNK:].mean()).abs().item() for z in (before, after))
+    assert gap > 0.05 and left < 0.05 * gap, (gap, left)
+    assert after.mean().item() == pytest.approx(before.mean().item(), abs=1e-4)
+    assert torch.corrcoef(torch.stack([before[:, CHUNK:].flatten(), after[:, CHUNK:].flatten()]))[0, 1] > 0.8
 
 
 def test_damp_is_the_minimum(moments):

@@ -70,6 +70,17 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
     assert [row["step"] for row in read(tmp_path / "out.run" / "metrics.jsonl")] == [*range(1, 13), 12]
 
 
+def test_routers_lose_their_drift_at_the_end(files, tmp_path):
+    """Nothing is learnt here; the attn router, which the start leaves as it is, comes out another."""
+    run = config(files, tokens=1, router_lr=1e-12)
+    for name, steady in (("off", 0.0), ("on", 10.0)):
+        train(files / "mod", tmp_path / name, replace(run, steady=steady))
+    start, off, on = (MoDModel.load(path).router((4, "attn")).weight for path in
+                      (files / "mod", tmp_path / "off", tmp_path / "on"))  # fmt: skip
+    assert torch.allclose(off, start, atol=1e-6) and (on - start).norm() > 0.1 * start.norm()
+    assert MoDModel.load(tmp_path / "on").config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)
+
+
 def test_distillation_lowers_the_divergence(files, tmp_path):
     run = config(files, target=0.5, tokens=100 * 2 * LENGTH, eval_every=100, parameters="full", full_lr=2e-4,
                  start=0.5, router_lr=3e-4)  # fmt: skip
