@@ -6,7 +6,7 @@ over chunks of text, and above all of what all texts have in common at a place; 
 chunk, and little about it, is found in closed form (`damp`; calibration has the same term in its ridge).
 
     hold_steady(model, sequences, steady=10.0)      # before training: of what can be learnt
-    lose_drift(model, sequences, steady, forward)   # after it: of what was
+    lose_drift(model, sequences, steady, forward)   # after it: of what there is
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CHUNK = 256  # tokens, over which a mean is taken to see what drifts
 # How much more than a chunk's mean the mean of all texts at a place weighs. It is known less well and does more: it has
 # one sign at the beginning of each text, and the other thousands of tokens later.
 PLACE = 500.0
-# Kinds whose routers lose the drift that they have before training, too: they were calibrated on few kinds of text, and
-# training text has more. The others have not been tried.
+# Kinds whose routers lose the drift that they have before training, and stay steady: they were calibrated on few kinds
+# of text, and training text has more. Others lose it after training.
 DAMPED = ("kv",)
 PENALTY = 0.01  # on the weights, against inputs of their own variance, as for kv in calibrate.py
 
@@ -45,14 +45,19 @@ def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float) -> None
 
 
 @torch.no_grad()
-def lose_drift(model: MoDModel, sequences: torch.Tensor, steady: float, forward: Callable) -> None:
-    """Take from all routers what they say about whole chunks; thresholds have to be chosen anew.
+def lose_drift(model: MoDModel, sequences: torch.Tensor, steady: float, forward: Callable,
+               say: Callable[[str], None] = lambda line: None) -> None:  # fmt: skip
+    """Take from the routers of kinds not in DAMPED what they say about whole chunks; thresholds have to be chosen anew.
 
     Training changes the hidden states, and with them what drifts: so this is measured on those of `forward`, which
     decides and skips. sequences, steady: as of hold_steady.
     """
+    if steady == 0 or set(model.config.units) <= set(DAMPED):
+        return
+    say("measuring what drifts in the trained model")
     for unit, seen in observe(model, sequences, Moments, forward).items():
-        model.router(unit).lose(seen.weight, seen.mean(), *damp(seen.within(), seen.drift(), steady))
+        if unit[1] not in DAMPED:
+            model.router(unit).lose(seen.weight, seen.mean(), *damp(seen.within(), seen.drift(), steady))
 
 
 @torch.no_grad()

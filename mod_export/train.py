@@ -175,9 +175,8 @@ def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
 def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
     """Routers that lose their drift, thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
-        say("measuring what drifts in the trained model")
         with loop.accelerator.autocast():
-            lose_drift(model, _long(model, loop.train, DRIFT), config.steady, _forward(loop))
+            lose_drift(model, _long(model, loop.train, DRIFT), config.steady, _forward(loop), say)
         _settle(model, loop, config, loop.control.targets, say)
     loop.choose(loop.steps)
     figures = loop.evaluate()

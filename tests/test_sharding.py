@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sharded_worker import STEPS, WAYS, config
 
 from mod_export import data, sharding
+from mod_export.checkpoint import router_tensor_name
 from mod_export.errors import UserError
 from mod_export.train import train
 from mod_export.train_log import read
@@ -53,9 +54,10 @@ def test_in_pieces_and_interrupted_training_is_the_same(way, folder):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     expected, found = (tensors(folder / f"{mode}-{way}") for mode in ("ddp", "fsdp"))
     assert expected.keys() == found.keys()
-    rounding = 2e-4 if way == "half" else 1e-5  # of bfloat16 hidden states, on which drift is measured
+    # what the attn router loses is measured at the end, on hidden states of three digits in bfloat16
+    rough = {router_tensor_name(4, "attn", part) for part in ("weight", "bias")} if way == "half" else ()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=rounding, rtol=1e-4)
+        torch.testing.assert_close(found[name], expected[name], atol=5e-3 if name in rough else 1e-5, rtol=1e-4)
     start = tensors(folder / ("mod-ffn" if way == "static" else "mod"))
     assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items() if name in start) or way == "lora"
 
