@@ -128,7 +128,8 @@ def drift(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan) -> di
         n, length = sequences.shape
         many = together(base, length, n)
         joined = sequences[: n // many * many].reshape(-1, many * length)
-        return {unit: seen.drift() for unit, seen in observe(model, joined, Means).items()}
+        with model.forced("active"):
+            return {unit: seen.drift() for unit, seen in observe(model, joined, Means).items()}
     finally:
         model.detach()
 

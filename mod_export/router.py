@@ -15,6 +15,8 @@ import math
 import torch
 from torch import nn
 
+Whole = tuple[torch.Tensor, torch.Tensor]  # a router's parameters: weight [n_embd], bias [1]
+
 
 class Router(nn.Module):
     """Linear router on the RMS-normed residual stream.
@@ -39,36 +41,39 @@ class Router(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Residual stream [..., n_embd] -> router logits [...], float32; the score is their sigmoid."""
         with torch.autocast(h.device.type, enabled=False):
-            return (rms_norm(h, self.eps) - self.center) @ self._weight() + (self.bias + self.offset)
+            weight = self.start + self._steady(self.weight)
+            return (rms_norm(h, self.eps) - self.center) @ weight + (self.bias + self.offset)
 
     @torch.no_grad()
-    def reparametrise(self, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor) -> None:
-        """The same logits from other parameters. center: [n_embd]; drift, back: [k, n_embd], as of steady.damp."""
-        weight, bias = (tensor.clone() for tensor in self.plain())
-        self.bias.copy_(bias + center @ weight)
-        self.offset.zero_()
-        self.start, self.center, self.drift, self.back = (x.clone() for x in (weight, center, drift, back))
-        self.weight.zero_()
+    def reparametrise(self, whole: Whole, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor,
+                      lose: bool = False) -> None:  # fmt: skip
+        """The same logits from buffers that give a step of the parameters another effect; parameters stay as they are.
 
-    @torch.no_grad()
-    def lose(self, weight: torch.Tensor, center: torch.Tensor, drift: torch.Tensor, back: torch.Tensor) -> None:
-        """Take the drift out of `weight`, which is that of `plain`; logits of inputs whose mean is center keep theirs.
-
-        Parameters stay as they are: they may be in pieces (sharding.py).
+        whole: of `whole`; center: [n_embd]; drift, back: [k, n_embd], as of steady.damp. lose: take the drift out of
+        the weight; logits of inputs whose mean is center keep theirs.
         """
-        lost = (drift @ weight) @ back
-        self.start -= lost
-        self.offset += (center - self.center) @ lost
+        weight, bias = self.plain(whole)
+        at_center = bias + center @ weight
+        if lose:
+            weight = weight - (drift @ weight) @ back
+        self.center, self.drift, self.back = (x.clone() for x in (center, drift, back))
+        self.start = weight - self._steady(whole[0])
+        self.offset = at_center - whole[1]
 
     @torch.no_grad()
-    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of the router without these."""
-        weight = self._weight().detach()
-        return weight, self.bias.detach() + self.offset - self.center @ weight
+    def whole(self) -> Whole:
+        """The parameters, which may be in pieces (sharding.py) but while a forward runs."""
+        return self.weight.detach().clone(), self.bias.detach().clone()
 
-    def _weight(self) -> torch.Tensor:
-        weight = self.start + self.weight
-        return weight - (self.drift @ self.weight) @ self.back if len(self.drift) else weight
+    @torch.no_grad()
+    def plain(self, whole: Whole | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the router without these."""
+        v, bias = whole or (self.weight.detach(), self.bias.detach())
+        weight = self.start + self._steady(v)
+        return weight, bias + self.offset - self.center @ weight
+
+    def _steady(self, v: torch.Tensor) -> torch.Tensor:
+        return v - (self.drift @ v) @ self.back if len(self.drift) else v
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:

@@ -5,8 +5,8 @@ tokens together, and with them the share that reaches p. What moves is measured 
 over chunks of text, and above all of what all texts have in common at a place; a weight that says the same within a
 chunk, and little about it, is found in closed form (`damp`; calibration has the same term in its ridge).
 
-    hold_steady(model, sequences, steady=10.0)      # before training: of what can be learnt
-    lose_drift(model, sequences, steady, forward)   # after it: of what there is
+    hold_steady(model, sequences, steady=10.0, forward=forward)                  # before training
+    hold_steady(model, sequences, steady=10.0, forward=forward, trained=True)    # halfway
 """
 
 from __future__ import annotations
@@ -24,49 +24,36 @@ CHUNK = 256  # tokens, over which a mean is taken to see what drifts
 # one sign at the beginning of each text, and the other thousands of tokens later.
 PLACE = 500.0
 # Kinds whose routers lose the drift that they have before training, and stay steady: they were calibrated on few kinds
-# of text, and training text has more. Others lose it after training.
+# of text, and training text has more. Others lose it halfway, when training has changed what drifts.
 DAMPED = ("kv",)
 PENALTY = 0.01  # on the weights, against inputs of their own variance, as for kv in calibrate.py
 
 
 @torch.no_grad()
-def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float) -> None:
-    """Reparametrise all routers on the original model's hidden states: Router.reparametrise. Logits of the kinds in
-    DAMPED change.
+def hold_steady(model: MoDModel, sequences: torch.Tensor, steady: float, forward: Callable | None = None,
+                trained: bool = False) -> None:  # fmt: skip
+    """Reparametrise routers (Router.reparametrise) on what they read in the original model; with `trained`, in the
+    model as it decides and skips, and those of kinds not in DAMPED alone.
+
+    Routers of kinds in DAMPED lose what they say about whole chunks in the former, the others in the latter: logits
+    change, and thresholds have to be chosen anew. With steady = 0 none do: the mean is taken from the inputs, no more.
 
     sequences: [n, T] tokens, of all the kinds of text that there are, as long as can be; steady: how much more a
-    variance from chunk to chunk weighs than one within: 0 takes the mean from the inputs and no more.
+    variance from chunk to chunk weighs than one within; forward: of the model, where its parameters are in pieces.
     """
-    for unit, seen in observe(model, sequences, Moments).items():
-        router, of_drift = model.router(unit), damp(seen.within(), seen.drift(), steady)
-        router.reparametrise(seen.mean(), *of_drift)
-        if unit[1] in DAMPED:
-            router.lose(seen.weight, seen.mean(), *of_drift)
-
-
-@torch.no_grad()
-def lose_drift(model: MoDModel, sequences: torch.Tensor, steady: float, forward: Callable,
-               say: Callable[[str], None] = lambda line: None) -> None:  # fmt: skip
-    """Take from the routers of kinds not in DAMPED what they say about whole chunks; thresholds have to be chosen anew.
-
-    Training changes the hidden states, and with them what drifts: so this is measured on those of `forward`, which
-    decides and skips. sequences, steady: as of hold_steady.
-    """
-    if steady == 0 or set(model.config.units) <= set(DAMPED):
-        return
-    say("measuring what drifts in the trained model")
-    for unit, seen in observe(model, sequences, Moments, forward).items():
-        if unit[1] not in DAMPED:
-            model.router(unit).lose(seen.weight, seen.mean(), *damp(seen.within(), seen.drift(), steady))
+    with model.forced(None if trained else "active"):
+        moments = observe(model, sequences, Moments, forward)
+    for unit, seen in moments.items():
+        damped = unit[1] in DAMPED
+        if not (trained and damped):
+            of_drift = damp(seen.within(), seen.drift(), steady)
+            model.router(unit).reparametrise(seen.whole, seen.mean(), *of_drift, lose=trained or damped)
 
 
 @torch.no_grad()
 def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means],
             forward: Callable | None = None) -> dict[Unit, Means]:  # fmt: skip
-    """What each router reads on sequences [n, T].
-
-    forward: None is the original model (which a resumed run finds again).
-    """
+    """What each router reads on sequences [n, T]. forward: of the model, None is its own."""
     units = model.config.routed()
     seen = {unit: kind(model.router(unit).start) for unit in units}
     hooks = []
@@ -74,13 +61,12 @@ def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means],
         def add(router, args, _out, means=seen[unit]):
             with torch.autocast(args[0].device.type, enabled=False):
                 means.add(rms_norm(args[0][0], router.eps))
-                means.weight, _ = router.plain()  # here, where it is whole
+                means.whole = router.whole()  # here they are
 
         hooks.append(model.router(unit).register_forward_hook(add))
     try:
-        with model.forced(None if forward else "active"):
-            for ids in sequences:
-                (forward or model)(ids[None].to(model.base.device), logits_to_keep=1)
+        for ids in sequences:
+            (forward or model)(ids[None].to(model.base.device), logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,10 +74,10 @@ def observe(model: MoDModel, sequences: torch.Tensor, kind: type[Means],
 
 
 class Means:
-    """Of a router's inputs over chunks, and the chunks' places. weight: the router's own, [n_embd]."""
+    """Of a router's inputs over chunks, and the chunks' places. like: [n_embd]; whole: the router's parameters."""
 
     def __init__(self, like: torch.Tensor):
-        self.means, self.places, self.weight = [], [], like
+        self.means, self.places, self.whole = [], [], None
 
     def add(self, x: torch.Tensor) -> None:
         """x: [T, n_embd], the inputs of one sequence from its beginning."""

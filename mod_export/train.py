@@ -23,7 +23,7 @@ from mod_export.data import same_tokens
 from mod_export.errors import UserError
 from mod_export.files import check_dir
 from mod_export.model import MoDModel
-from mod_export.steady import hold_steady, lose_drift
+from mod_export.steady import DAMPED, hold_steady
 from mod_export.train_config import TrainConfig
 from mod_export.train_control import Controller, groups_of
 from mod_export.train_data import PackedData, open_data, split
@@ -74,7 +74,7 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     if not resume and accelerator.is_main_process:
         clear(run)
     accelerator.wait_for_everyone()
-    loop.go(first)
+    loop.go(first, functools.partial(halfway, model, loop, config, tell))
     figures = finish(model, loop, config, tell)
     sharding.gather(loop.student, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -105,11 +105,6 @@ def prepare(directory: str, model: MoDModel, config: TrainConfig, accelerator, d
         teacher, tokenizer = hf.load(config.teacher or directory, getattr(torch, config.dtype))
         teacher.requires_grad_(False)
         check_teacher(teacher, tokenizer, model, config)
-    if config.method != "static":
-        if not sharding.is_sharded(accelerator):
-            model.to(accelerator.device)
-        with accelerator.autocast():
-            hold_steady(model, _long(model, data, DRIFT), config.steady)
     anneal = round(config.anneal * config.steps(accelerator.num_processes))
     parameters = trained(model, config)
     groups = groups_of(units, config.per_layer)
@@ -166,17 +161,29 @@ def set_static(model: MoDModel, targets: dict[str, float]) -> None:
 
 
 def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
-    """Thresholds for the activation of the first step; -> 0, the step."""
+    """Routers held steady, and thresholds for the activation of the first step; -> 0, the step."""
+    if config.method != "static":
+        say("measuring what drifts")
+        _hold(model, loop, config)
     if config.method == "threshold":
         _settle(model, loop, config, loop.control.target(0).tolist(), say)
     return 0
 
 
+def halfway(model: MoDModel, loop: Loop, config: TrainConfig, say: Say, step: int) -> None:
+    """Routers lose the drift that training has brought back, and are held steady in what it has made of the model.
+
+    The steps to come mend what that costs, and their learning rates are low: little drift comes back.
+    """
+    if config.method == "threshold" and config.steady and not set(model.config.units) <= set(DAMPED):
+        say("measuring what drifts in the model as it is now")
+        _hold(model, loop, config, trained=True)
+        _settle(model, loop, config, loop.control.target(step).tolist(), say)
+
+
 def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
-    """Routers that lose their drift, thresholds for the target, and the figures of the hard model."""
+    """Thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
-        with loop.accelerator.autocast():
-            lose_drift(model, _long(model, loop.train, DRIFT), config.steady, _forward(loop), say)
         _settle(model, loop, config, loop.control.targets, say)
     loop.choose(loop.steps)
     figures = loop.evaluate()
@@ -185,6 +192,12 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
         + ", ".join(f"{kind} {share:.3f}" for kind, share in figures["activation"].items()))  # fmt: skip
     model.config = _config(model, loop, config, figures)
     return figures
+
+
+def _hold(model: MoDModel, loop: Loop, config: TrainConfig, trained: bool = False) -> None:
+    """On training sequences, as _settle."""
+    with loop.accelerator.autocast():
+        hold_steady(model, _long(model, loop.train, DRIFT), config.steady, _forward(loop), trained)
 
 
 @torch.no_grad()

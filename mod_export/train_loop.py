@@ -58,19 +58,26 @@ class Loop:
         self.steps = self.config.steps(processes)
         self.tokens = self.config.length * self.config.batch * self.config.accumulate * processes  # of a step
 
-    def go(self, first: int = 0) -> None:
-        """Run the steps after `first`. Raises UserError where the loss is no number, SystemExit after SIGTERM."""
+    def go(self, first: int = 0, halfway: Callable[[int], None] = lambda step: None) -> None:
+        """Run the steps after `first`. Raises UserError where the loss is no number, SystemExit after SIGTERM.
+
+        halfway: called with the number of steps done when half of them are.
+        """
         log = Log(self.run, self.steps, first, self.control.names, self.say) if self.main else None
         try:
             with relaxed(self.model.base), stopping() as stop:
-                self._steps(first, log, stop)
+                self._steps(first, halfway, log, stop)
         finally:
             if log:
                 log.close()
 
-    def _steps(self, first: int, log: Log | None, stop: list[int]) -> None:
+    def _steps(self, first: int, halfway: Callable[[int], None], log: Log | None, stop: list[int]) -> None:
         figures = {}
         for step in range(first, self.steps):
+            if step == self.steps // 2 != first:  # a checkpoint of this step is written after it
+                if log:
+                    log.progress.clear()
+                halfway(step)
             seen = self._gradients(step, stop)
             # not before a loss has seen the weights: a step may have spoilt them
             if self._stopped(stop):
@@ -202,8 +209,10 @@ class Loop:
 
     def save(self, step: int) -> None:
         """A checkpoint from which `step` steps are done."""
-        thresholds = [self.model.router(unit).threshold for unit in self.units]
-        state = {"step": step, "control": self.control.state_dict(), "run": self.identity, "thresholds": thresholds}
+        routers = [self.model.router(unit) for unit in self.units]
+        state = {"step": step, "control": self.control.state_dict(), "run": self.identity,
+                 "thresholds": [router.threshold for router in routers],
+                 "buffers": [{name: x.cpu() for name, x in router.named_buffers()} for router in routers]}  # fmt: skip
         train_state.save(self.run, self.student, self.optimizer, state, self.main)
 
     def restore(self) -> int:
@@ -212,8 +221,11 @@ class Loop:
         train_state.check(state, self.identity)
         train_state.restore(self.student, self.optimizer, state)
         self.control.load_state_dict(state["control"])
-        for unit, p in zip(self.units, state["thresholds"], strict=True):
-            self.model.router(unit).threshold = p
+        for unit, p, buffers in zip(self.units, state["thresholds"], state["buffers"], strict=True):
+            router = self.model.router(unit)
+            router.threshold = p
+            for name, x in buffers.items():
+                setattr(router, name, x.to(self.accelerator.device))
         return state["step"]
 
     def _not_finite(self, step: int) -> UserError:

@@ -14,7 +14,7 @@ from mod_export.errors import UserError
 from mod_export.files import atomic_file
 
 NAME = "checkpoint.pt"
-PARTS = {"weights", "optimizer", "step", "control", "run", "thresholds"}
+PARTS = {"weights", "optimizer", "step", "control", "run", "thresholds", "buffers"}
 
 
 def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from mod_export.router import Router, rms_norm
-from mod_export.steady import CHUNK, PLACE, Moments, damp, lose_drift
+from mod_export.steady import CHUNK, PLACE, Moments, damp, hold_steady
 
 N = 24
 
@@ -27,18 +27,16 @@ def test_logits_stay_and_come_back_plain(moments):
     h, (weight, bias) = torch.randn(50, N), router.plain()
     weight, bias, before = weight.clone(), bias.clone(), router(h)
     for steady in (0.0, 10.0, 1000.0):
-        router.reparametrise(moments.mean(), *damp(moments.within(), moments.drift(), steady))
+        reparametrise(router, moments, steady)
         assert torch.allclose(router(h), before, atol=1e-5)
         again, offset = router.plain()
         assert torch.allclose(again, weight, atol=1e-5) and torch.allclose(offset, bias, atol=1e-5)
 
 
-def test_a_damped_start_loses_its_drift_and_keeps_its_mean(moments):
+def test_what_is_lost_is_the_drift_and_not_the_mean(moments):
     router = Router(torch.ones(N), torch.tensor([0.3]), 0.5, 1e-5)
-    drift, back = damp(moments.within(), moments.drift(), 100.0)
     weight, bias = (x.clone() for x in router.plain())
-    router.reparametrise(moments.mean(), drift, back)
-    router.lose(weight, moments.mean(), drift, back)
+    drift, _ = reparametrise(router, moments, 100.0, lose=True)
     again, offset = router.plain()
     assert (drift @ again).norm() < 0.1 * (drift @ weight).norm()
     assert torch.allclose(moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-5)
@@ -48,22 +46,29 @@ def test_a_damped_start_loses_its_drift_and_keeps_its_mean(moments):
     assert torch.corrcoef(torch.stack([inside @ again, inside @ weight]))[0, 1] > 0.95
 
 
-def test_what_was_learnt_is_lost_after_a_reparametrisation_too(moments):
-    """`lose` moves no parameter, and the mean that keeps its logit may be another than the one before."""
+def test_what_was_learnt_is_lost_too_and_the_parameters_stay(moments):
+    """A second time, with another mean and another drift than the first; parameters may be in pieces then."""
     router = Router(torch.ones(N), torch.tensor([0.3]), 0.5, 1e-5)
-    drift, back = damp(moments.within(), moments.drift(), 100.0)
-    router.reparametrise(moments.mean() + 1, drift, back)
+    reparametrise(router, moments, 100.0)
     with torch.no_grad():
         router.weight += 3 * torch.randn(N)
     parameters, h = [p.clone() for p in router.parameters()], torch.randn(50, N)
     weight, bias = (x.clone() for x in router.plain())
-    router.lose(weight, moments.mean(), drift, back)
+    other = Moments(torch.zeros(N))
+    for means in moments.means:
+        other.add(means.roll(5) + 1 + torch.randn(CHUNK, N))
+    drift, back = reparametrise(router, other, 30.0, lose=True)
     again, offset = router.plain()
     assert all(map(torch.equal, parameters, router.parameters()))
-    assert torch.allclose(again, weight - (drift @ weight) @ back, atol=1e-5)
-    assert torch.allclose(moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-4)
-    x = rms_norm(h, 1e-5)
-    assert torch.allclose(router(h), x @ again + offset, atol=1e-4)
+    assert torch.allclose(again, weight - (drift @ weight) @ back, atol=1e-4)
+    assert torch.allclose(other.mean() @ again + offset, other.mean() @ weight + bias, atol=1e-4)
+    assert torch.allclose(router(h), rms_norm(h, 1e-5) @ again + offset, atol=1e-4)
+
+
+def reparametrise(router, moments, steady, lose=False):
+    of_drift = damp(moments.within(), moments.drift(), steady)
+    router.reparametrise(router.whole(), moments.mean(), *of_drift, lose)
+    return of_drift
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def test_routers_lose_the_drift_of_the_model_that_skips():
         return torch.cat([skipping(x[None])[1].logit[0, :, 1] for x in ids]).view(4, 4 * CHUNK)
 
     before = logits()
-    lose_drift(model, ids, 10.0, skipping)
+    hold_steady(model, ids, 10.0, skipping, trained=True)
     after = logits()
     gap, left = ((z[:, :CHUNK].mean() - z[:, CHUNK:].mean()).abs().item() for z in (before, after))
     assert gap > 0.05 and left < 0.05 * gap, (gap, left)
@@ -111,7 +116,7 @@ def test_a_step_moves_tokens_and_not_chunks(moments):
     x[0] = 1.0  # along what drifts
 
     def moved(steady):
-        router.reparametrise(moments.mean(), *damp(moments.within(), moments.drift(), steady))
+        reparametrise(router, moments, steady)
         router.weight.grad = None
         router(x).backward()
         before = router(x)
