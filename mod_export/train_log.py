@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mod_export.files import atomic_file
@@ -32,6 +34,14 @@ class Log:
         shares = ", ".join(f"{kind} {a:.3f} of {t:.3f}" for kind, a, t in named) if len(self.kinds) < 5 else ""
         self.progress.show(f"step {row['step']} of {self.steps}: loss {row['loss']:.4f}, KL {row['kl']:.4f}, "
                            f"active {shares}, {row['tokens_per_second']:.0f} tokens/s, {clock(left)} left")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is no step, once in a run: it counts neither in tokens/s nor in the time left."""
+        self.progress.clear()
+        began = time.monotonic()
+        yield
+        self.start += time.monotonic() - began
 
     def held_out(self, row: dict) -> None:
         """Figures with hard decisions on held-out text."""

@@ -75,9 +75,8 @@ class Loop:
         figures = {}
         for step in range(first, self.steps):
             if step == self.steps // 2 != first:  # a checkpoint of this step is written after it
-                if log:
-                    log.progress.clear()
-                halfway(step)
+                with log.aside() if log else contextlib.nullcontext():
+                    halfway(step)
             seen = self._gradients(step, stop)
             # not before a loss has seen the weights: a step may have spoilt them
             if self._stopped(stop):

@@ -26,7 +26,7 @@ from mod_export.export import export
 from mod_export.model import MoDModel
 from mod_export.train import train
 from mod_export.train_config import TrainConfig
-from mod_export.train_log import read
+from mod_export.train_log import Log, read
 from mod_export.train_step import Student
 
 UNITS = {"kv": [2, 3], "attn": [4]}
@@ -79,6 +79,16 @@ def test_routers_lose_their_drift_halfway(files, tmp_path):
                       (files / "mod", tmp_path / "off", tmp_path / "on"))  # fmt: skip
     assert torch.allclose(off, start, atol=1e-6) and (on - start).norm() > 0.1 * start.norm()
     assert MoDModel.load(tmp_path / "on").config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)
+
+
+def test_what_is_no_step_does_not_count_in_the_speed(tmp_path):
+    log = Log(tmp_path, 2, 0, ["kv"], print)
+    with log.aside():
+        time.sleep(1)
+    log.step({"step": 1, "loss": 0.1, "kl": 0.1, "activation": [0.5], "target": [0.5]}, 10)
+    log.close()
+    (row,) = read(tmp_path / "metrics.jsonl")
+    assert row["seconds"] < 1
 
 
 def test_distillation_lowers_the_divergence(files, tmp_path):
