@@ -187,14 +187,15 @@ def solve(
 def settle_thresholds(
     model: MoDModel, sequences: torch.Tensor, groups: Mapping[str, Sequence[Unit]], targets: Mapping[str, float],
     rounds: int = 4, say: Say = lambda line: None, forward: Callable | None = None,
+    fresh: torch.Tensor | None = None,
 ) -> dict[Unit, float]:
     """Find one p for each group of units such that, with the model skipping, its target is met; sets it on the model.
 
     groups: name -> units; targets: name -> activation. Returns the activation of each unit. forward: the model's own,
-    or what gives its trace last.
+    or what gives its trace last. fresh: bool [n, T], the tokens whose activation counts, None: all.
     """
     for number in range(rounds + 1):
-        logits, activation = _traces(model, sequences, forward)
+        logits, activation = _traces(model, sequences, forward, fresh)
         means = {name: sum(activation[unit] for unit in units) / len(units) for name, units in groups.items()}
         say(f"choosing thresholds, round {number + 1}: activation "
             + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4]))  # fmt: skip
@@ -222,19 +223,20 @@ def quantile_logit(logits: torch.Tensor, target: float) -> float:
     return middle.double().clamp(-MAX_LOGIT, MAX_LOGIT).item()
 
 
-def _traces(model: MoDModel, sequences: torch.Tensor, forward: Callable | None = None
-            ) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:  # fmt: skip
-    """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in it."""
-    units, parts = model.config.routed(), []
+def _traces(model: MoDModel, sequences: torch.Tensor, forward: Callable | None = None,
+            fresh: torch.Tensor | None = None) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:  # fmt: skip
+    """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in it: of `fresh` ones.
+    """
+    units, parts, active = model.config.routed(), [], []
     forward = forward or functools.partial(model, trace=True)
-    active = torch.zeros(len(units))
-    for ids in sequences:
+    counted = torch.ones_like(sequences, dtype=torch.bool) if fresh is None or not fresh.any() else fresh
+    for ids, counts in zip(sequences, counted.cpu(), strict=True):
         ids = ids[None].to(model.base.device)
         *_, trace = forward(ids, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")
-        active += trace.active[0].float().mean(0).cpu()
-        parts.append(trace.logit[0].cpu())
-    logits, shares = torch.cat(parts).unbind(-1), (active / len(sequences)).tolist()
+        active.append(trace.active[0].cpu()[counts])
+        parts.append(trace.logit[0].cpu()[counts])
+    logits, shares = torch.cat(parts).unbind(-1), torch.cat(active).float().mean(0).tolist()
     return dict(zip(units, logits, strict=True)), dict(zip(units, shares, strict=True))
 
 

@@ -28,8 +28,8 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
            answers: bool = False) -> dict[str, torch.Tensor]:  # fmt: skip
     """`share` of the items made such conversations, in the model's chat format where it has one; others as they are.
 
-    item: input_ids [T] and loss [T] as PackedData has them. The same for the same seed and number. All tokens count,
-    or, with `answers`, those of the passages only. Raises UserError where the chat template refuses the conversation,
+    item: input_ids, loss and fresh [T] as PackedData has them. The same for the same seed and number. All tokens
+    count, or, with `answers`, those of the passages only. Raises UserError where the chat template refuses the conversation,
     or leaves parts of it out.
     """
     rng = np.random.RandomState([seed, 1, number])
@@ -52,7 +52,7 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
         _, (marks,) = encode(tokenizer, [Piece(HERE, messages=messages)], mark=True)
         loss[len(made) - len(marks) :] = torch.from_numpy(marks)[: length - (len(made) - len(marks))]
     loss[0] = False
-    return {"input_ids": torch.tensor(made[:length]), "loss": loss}
+    return {"input_ids": torch.tensor(made[:length]), "loss": loss, "fresh": torch.ones(length, dtype=torch.bool)}
 
 
 def _encode(tokenizer, messages: list[dict]) -> list[int]:

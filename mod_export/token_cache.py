@@ -1,14 +1,15 @@
 """Token ids of training text in memory-mapped files, made once for the same text, tokenizer and options.
 
-An entry is a directory with ids.bin (uint32), where answers are marked answers.bin (a byte for each token), and
-meta.json; it appears whole or not at all. Entries are never deleted: delete any of them, or all, at will.
+An entry is a directory with ids.bin (uint32), repeats.bin and, where answers are marked, answers.bin (a byte for each
+token), and meta.json; it appears whole or not at all. Entries are never deleted: delete any of them, or all, at will.
 
     tokens = tokens_of(tokenizer, ["books/", "chat.jsonl.gz"], answers=True)
-    ids, answers = tokens.read(0, 1024)
+    ids, answers, repeats = tokens.read(0, 1024)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,8 +22,9 @@ from mod_export import conversations, data, llama_source, sources
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
 from mod_export.progress import Progress, to_stderr
+from mod_export.repeats import Repeats
 
-VERSION = 1  # of the entries; goes up with every change of what is in them
+VERSION = 2  # of the entries; goes up with every change of what is in them
 BATCH = 1 << 20  # bytes of text tokenised in one call
 
 
@@ -40,13 +42,15 @@ class Tokens:
     begin: tuple[int, ...]
     fingerprint: str
 
-    def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens start to start + n: ids int64 [n], and bool [n], those of answers where they are marked, else all."""
+    def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens start to start + n: ids int64 [n]; bool [n], those of answers where they are marked, else all; bool
+        [n], those that repeat what was before (repeats.py)."""
         # mapped anew each time: nothing to keep open, so the object goes to worker processes as it is
         ids = np.memmap(self.folder / "ids.bin", "<u4", "r", 4 * start, n).astype(np.int64)
-        if self.answers is None:
-            return ids, np.ones(n, bool)
-        return ids, np.memmap(self.folder / "answers.bin", np.uint8, "r", start, n).astype(bool)
+        marks = [np.ones(n, bool) if name == "answers" and self.answers is None else
+                 np.memmap(self.folder / f"{name}.bin", np.uint8, "r", start, n).astype(bool)
+                 for name in ("answers", "repeats")]  # fmt: skip
+        return ids, *marks
 
 
 def tokens_of(tokenizer, paths: Sequence[str | Path], answers: bool = False, limit: int | None = None,
@@ -106,7 +110,8 @@ def _open(folder: Path) -> Tokens | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokens = Tokens(folder, meta["count"], meta["answers"], tuple(meta["begin"]), folder.name)
-        sizes = {"ids.bin": 4 * tokens.count} | ({} if tokens.answers is None else {"answers.bin": tokens.count})
+        sizes = {"ids.bin": 4 * tokens.count, "repeats.bin": tokens.count}
+        sizes |= {} if tokens.answers is None else {"answers.bin": tokens.count}
         whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -115,12 +120,15 @@ def _open(folder: Path) -> Tokens | None:
 
 def _write(tokenizer, pieces: sources.Mixed, answers: bool, limit: int | None, folder: Path) -> dict:
     """Tokenise the pieces in their order until `limit`; the entry's figures."""
-    count, marked, progress, total = 0, 0, Progress(), int(pieces.sizes.sum())
-    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "answers.bin", "wb") as answers_file:
+    count, marked, progress, total, repeats = 0, 0, Progress(), int(pieces.sizes.sum()), Repeats()
+    with contextlib.ExitStack() as stack:
+        names = ("ids", "repeats", "answers")
+        ids_file, repeats_file, answers_file = (stack.enter_context(open(folder / f"{n}.bin", "wb")) for n in names)
         for batch, done in _batches(pieces):
             ids, marks = conversations.encode(tokenizer, batch, answers)
             ids = np.concatenate(ids)[: None if limit is None else limit - count]
             ids.astype("<u4").tofile(ids_file)
+            repeats.mark(ids).astype(np.uint8).tofile(repeats_file)
             count += len(ids)
             if answers:
                 marks = np.concatenate(marks)[: len(ids)]

@@ -197,17 +197,18 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
 def _hold(model: MoDModel, loop: Loop, config: TrainConfig, trained: bool = False) -> None:
     """On training sequences, as _settle."""
     with loop.accelerator.autocast():
-        hold_steady(model, _long(model, loop.train, DRIFT), config.steady, _forward(loop), trained)
+        hold_steady(model, _long(model, loop.train, DRIFT)[0], config.steady, _forward(loop), trained)
 
 
 @torch.no_grad()
 def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float], say: Say) -> None:
     """On training sequences, spread evenly and joined; not on the held-out ones, which judge it."""
-    chosen = _long(model, loop.train, SETTLE)
+    chosen, fresh = _long(model, loop.train, SETTLE)
     names = loop.control.names
     groups, shares = (dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets))
     with loop.accelerator.autocast():
-        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=_forward(loop))
+        loop.settled = calibrate.settle_thresholds(model, chosen, groups, shares, say=say, forward=_forward(loop),
+                                                   fresh=fresh)  # fmt: skip
 
 
 def _forward(loop: Loop) -> Callable:
@@ -215,13 +216,18 @@ def _forward(loop: Loop) -> Callable:
     return functools.partial(loop.student, teach=False)
 
 
-def _long(model: MoDModel, data: PackedData, tokens: int) -> torch.Tensor:
-    """Sequences of calibrate.LONG tokens, each of consecutive ones of the data, from all over it; `tokens` in all."""
+def _long(model: MoDModel, data: PackedData, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of calibrate.LONG tokens, each of consecutive ones of the data, from all over it; `tokens` in all.
+
+    -> ids, and whether their activation counts, [n, T] each.
+    """
     many = calibrate.together(model.base, data.length, len(data))
     available = len(data) // many
     count = min(available, max(-(-MIN_SEQUENCES // many), tokens // (many * data.length)))
     starts = [i * available // count * many for i in range(count)]
-    return torch.stack([torch.cat([data[k]["input_ids"] for k in range(at, at + many)]) for at in starts])
+    joined = [[data[k] for k in range(at, at + many)] for at in starts]
+    return tuple(torch.stack([torch.cat([item[name] for item in items]) for items in joined])
+                 for name in ("input_ids", "fresh"))  # fmt: skip
 
 
 def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict):

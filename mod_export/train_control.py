@@ -2,13 +2,14 @@
 
 Two things, for each group of units (a kind; a single unit with targets per layer), so that neither has to be tuned:
 
-* the thresholds of a group follow the running quantile of its logits, all alike: the activation is the target's.
+* the thresholds of a group follow the running quantile of its logits where the text does not repeat itself
+  (repeats.py), all alike: the activation is the target's there.
 * the load term of the loss, `price * mean sigmoid(z)`, says what it costs to be active, in nats. At the fair price it
   cancels what the loss falls by if all logits of the group rise together: routers are left to tell tokens and layers
   apart. So the price is the ratio of two slopes, Lagrange's multiplier of the constraint, measured in each step.
 
     control = Controller(groups, targets, starts, anneal=200)
-    loss, seen = student(ids, counts, control.prices(step), control.shares(step))     # shares: where to look
+    loss, seen = student(ids, counts, fresh, control.prices(step), control.shares(step))   # shares: where to look
     shift = control.update(step, seen["quantile"], rise, seen["slope"])               # of the thresholds, in logits
 """
 

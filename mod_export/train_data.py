@@ -43,13 +43,15 @@ class PackedData(torch.utils.data.Dataset):
         """input_ids: LongTensor [length]. loss: BoolTensor [length], loss[t]: token t is to be predicted.
 
         The first token of a sequence never is, there being nothing to predict it from.
+        fresh: BoolTensor [length], tokens that do not repeat what the data have said before (repeats.py).
         """
         begin = np.array(self.source.begin, np.int64)
-        body = self.length - len(begin)
-        ids, loss = self.source.read(int(self.index[i]) * body, body)
-        ids, loss = np.concatenate((begin, ids)), np.concatenate((np.zeros(len(begin), bool), loss))
+        body, of_begin = self.length - len(begin), np.zeros(len(begin), bool)
+        ids, loss, repeats = self.source.read(int(self.index[i]) * body, body)
+        ids, loss = np.concatenate((begin, ids)), np.concatenate((of_begin, loss))
         loss[0] = False
-        return {"input_ids": torch.from_numpy(ids), "loss": torch.from_numpy(loss)}
+        fresh = np.concatenate((of_begin, ~repeats))
+        return {"input_ids": torch.from_numpy(ids), "loss": torch.from_numpy(loss), "fresh": torch.from_numpy(fresh)}
 
     @property
     def tokens(self) -> int:

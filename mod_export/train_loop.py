@@ -117,14 +117,14 @@ class Loop:
         batches = [self._batch((first + micro) * self.accelerator.num_processes + process)
                    for micro in range(config.accumulate)]  # fmt: skip
         # mean over forwards and devices of what each counts: so every token weighs the same in the step
-        total = torch.stack([counts[:, 1:].sum() for _, counts in batches]).float().mean()
+        total = torch.stack([counts[:, 1:].sum() for _, counts, _ in batches]).float().mean()
         total = self.accelerator.reduce(total, "mean")
-        for micro, (ids, counts) in enumerate(batches):
+        for micro, batch in enumerate(batches):
             train_state.seed_step(config.seed, step, micro, process)
             last = micro + 1 == config.accumulate
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.student):
                 with self.accelerator.autocast():
-                    loss, figures = self.student(ids, counts, prices.to(device), shares, total)
+                    loss, figures = self.student(*batch, prices.to(device), shares, total)
                 self.accelerator.backward(loss / config.accumulate)
             seen.append(figures | {"rise": student.lever.grad * (config.accumulate / self._scale())})
             if not last and self._stopped(stop):
@@ -171,34 +171,38 @@ class Loop:
                 logit = min(max(threshold_logit(router.threshold) + more, -MAX_LOGIT), MAX_LOGIT)
                 router.threshold = logit_threshold(logit)
 
-    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and loss mask [batch, length] of the number-th forward of the run."""
+    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the number-th forward of the run, [batch, length] each: ids, tokens whose loss and whose activation count.
+        """
         n, items = len(self.train), []
         for i in range(number * self.config.batch, (number + 1) * self.config.batch):
             item = self.train[_order(n, self.config.seed, i // n)[i % n]]
             items.append(recall(self.model.tokenizer, item, self.config.recall, self.config.seed, i,
                                 self.config.loss_on == "answers"))  # fmt: skip
         device = self.accelerator.device
-        return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss"))
+        return tuple(torch.stack([item[name] for item in items]).to(device) for name in ("input_ids", "loss", "fresh"))
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Hard decisions on the held-out text: KL, perplexities, agreement, activation of each kind, K/V of dense."""
-        sums, active, share = torch.zeros(4, dtype=torch.float64), 0.0, 0.0
+        """Hard decisions on the held-out text: KL, perplexities, agreement, activation of each kind where the text does
+        not repeat itself, K/V of dense."""
+        sums, active, fresh, share = torch.zeros(4, dtype=torch.float64), 0.0, 0, 0.0
         self.student.eval()
         for i in range(len(self.held_out)):
-            ids = self.held_out[i]["input_ids"].to(self.accelerator.device)
+            item = self.held_out[i]
+            ids = item["input_ids"].to(self.accelerator.device)
             with self.accelerator.autocast():
                 dense, logits, trace = self.student(ids[None])
             sums += evaluate.divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
-            active = active + trace.active[0].float().mean(0).cpu()
+            active = active + trace.active[0].cpu()[item["fresh"]].float().sum(0)
+            fresh += int(item["fresh"].sum())
             share += evaluate.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
-        of_unit = dict(zip(self.units, (active / n).tolist(), strict=True))
+        of_unit = dict(zip(self.units, (active / max(fresh, 1)).tolist(), strict=True))
         self.active = of_unit
         activation = {kind: sum(of_unit[unit] for unit in units) / len(units)
                       for kind, units in self.model.config.by_kind().items()}  # fmt: skip

@@ -1,7 +1,7 @@
 """One forward of training as a module, so that Accelerate can wrap it: student, teacher, losses.
 
     student = Student(model, teacher=None, groups, weights)
-    loss, seen = student(ids, counts, prices, shares, total)   # ids, counts [B, T]; backward through loss
+    loss, seen = student(ids, counts, fresh, prices, shares, total)   # ids, counts, fresh [B, T]; backward through loss
     student.lever.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
     dense, logits, trace = student(ids)                 # hard decisions, for evaluation
     _, logits, trace = student(ids, teach=False, logits_to_keep=1)
@@ -54,14 +54,15 @@ class Student(nn.Module):
         """For Accelerate: what FSDP makes a unit of, as transformers has it."""
         return self.model.base._no_split_modules
 
-    def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, prices: torch.Tensor | None = None,
-                shares: torch.Tensor | None = None, total: torch.Tensor | None = None, teach: bool = True,
-                **kwargs):  # fmt: skip
+    def forward(self, ids: torch.Tensor, counts: torch.Tensor | None = None, fresh: torch.Tensor | None = None,
+                prices: torch.Tensor | None = None, shares: torch.Tensor | None = None,
+                total: torch.Tensor | None = None, teach: bool = True, **kwargs):  # fmt: skip
         """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of each unit, and of
         each group the slope of mean sigmoid(z), and the quantiles of z that `shares` reach.
 
-        ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; prices: [n_groups] of activation, nats;
-        shares: [n_groups, 2]; total: what sums over tokens are divided by, None: the tokens that count here.
+        ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; fresh: bool [B, T], tokens whose activation
+        does, all where there are none; prices: [n_groups] of activation, nats; shares: [n_groups, 2]; total: what sums
+        over tokens are divided by, None: the tokens that count here.
         """
         if prices is None:
             return self._dense(ids, kwargs)[0] if teach else None, *self.model(ids, trace=True, **kwargs)
@@ -82,15 +83,17 @@ class Student(nn.Module):
             loss = loss + self.weights.hidden * distance
             seen["hidden"] = distance.detach()
         seen["loss"] = loss.detach()
-        z, hard = trace.logit - self._thresholds(ids.device), trace.active.float()
-        soft, units = torch.sigmoid(z), hard.mean((0, 1))
+        z = trace.logit - self._thresholds(ids.device)
+        fresh = fresh if fresh.any() else torch.ones_like(fresh)
+        soft, units = torch.sigmoid(z), trace.active[fresh].float().mean(0)
         terms = torch.stack([soft[..., group].mean() for group in self.groups])
         seen |= {"units": units, "activation": torch.stack([units[group].mean() for group in self.groups])}
-        return loss + (prices * terms).sum(), seen | self._slopes(z.detach().clone(), soft.detach(), shares)
+        return loss + (prices * terms).sum(), seen | self._slopes(z.detach().clone(), soft.detach(), fresh, shares)
 
-    def _slopes(self, z: torch.Tensor, soft: torch.Tensor, shares: torch.Tensor) -> dict:
+    def _slopes(self, z: torch.Tensor, soft: torch.Tensor, fresh: torch.Tensor, shares: torch.Tensor) -> dict:
         """Of each group: slope of the mean of `soft`, and the quantiles of z. z, soft: [B, T, n_units]."""
         z[:, : self.model.config.sink_tokens] = float("inf")  # always active
+        z = z[fresh]
         quantiles = [[quantile_logit(z[..., group], share) for share in of_group]
                      for group, of_group in zip(self.groups, shares.tolist(), strict=True)]  # fmt: skip
         slope = soft * (1 - soft)

@@ -53,7 +53,7 @@ def main(directory, text, parameters, length, batch, precision, rounds):
 
     def ours():
         with relaxed(model.base):
-            return student(ids, counts, prices, shares)[0], optimizer
+            return student(ids, counts, counts, prices, shares)[0], optimizer
 
     def plain():
         return twin(ids, labels=ids, use_cache=False).loss, of_twin

@@ -179,7 +179,7 @@ def test_the_lever_has_the_gradient_of_all_logits_of_a_group(recompute):
     student = Student(model, teacher, groups, Weights(), SMOOTH, recompute)
     counts, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]] * 3)
     with relaxed(model.base):
-        loss, seen = student(IDS, counts, torch.zeros(3), shares)
+        loss, seen = student(IDS, counts, counts, torch.zeros(3), shares)
         loss.backward()
     expected = [sum(model.router(routed[i]).bias.grad.item() for i in group) for group in groups]
     assert min(map(abs, expected)) > 1e-6
@@ -190,4 +190,21 @@ def test_the_lever_has_the_gradient_of_all_logits_of_a_group(recompute):
             router.threshold = torch.sigmoid(threshold_logit(router.threshold) + quantile[1].double()).item()
     with relaxed(model.base):
         # what later units see has changed with the decisions of earlier ones
-        assert student(IDS, counts, torch.zeros(3), shares)[1]["activation"][0] == pytest.approx(0.25, abs=0.1)
+        seen = student(IDS, counts, counts, torch.zeros(3), shares)[1]
+        assert seen["activation"][0] == pytest.approx(0.25, abs=0.1)
+
+
+def test_activation_is_that_of_fresh_tokens():
+    model = tiny.mod_model({"ffn": [2]}, IDS, sink_tokens=0)
+    student = Student(model, None, [[0]], Weights())
+    everything, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]])
+    fresh = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    with relaxed(model.base):
+        whole, some, none = (student(IDS, everything, mask, torch.zeros(1), shares)[1]
+                             for mask in (everything, fresh, ~everything))  # fmt: skip
+        _, trace = model(IDS, trace=True, relax=Relax(noise=False))
+    assert some["activation"].item() == pytest.approx(trace.active[fresh].float().mean().item())
+    assert none["activation"] == whole["activation"] != some["activation"]  # where no token is fresh, all count
+    z = (trace.logit - threshold_logit(model.router((2, "ffn")).threshold))[fresh]
+    for quantile, share in zip(some["quantile"][0].tolist(), shares[0].tolist(), strict=True):
+        assert (z >= quantile).float().mean().item() == pytest.approx(share, abs=1 / len(z))

@@ -17,6 +17,7 @@ from byte_text import TEXT, byte_tokenizer
 
 from mod_export import data, sources, token_cache
 from mod_export.errors import UserError
+from mod_export.repeats import PASSAGE
 from mod_export.train_data import open_data, order, split
 
 CHAT = [
@@ -114,7 +115,7 @@ def test_every_prefix_holds_the_files_in_proportion():
 
 def answers_of(tokenizer, packed) -> str:
     """The marked tokens of the whole row: those that begin a sequence too, which count for nothing there."""
-    ids, marks = packed.source.read(0, packed.source.count)
+    ids, marks, _ = packed.source.read(0, packed.source.count)
     return tokenizer.decode(ids[marks])
 
 
@@ -132,6 +133,17 @@ def test_answers_are_the_assistants_words_and_the_end_of_turn(opened, tmp_path):
     for i in range(len(packed)):
         assert packed[i]["loss"].tolist() == [False, *packed.source.read(60 * i, 60)[1][1:]]
         assert everything[i]["loss"].sum() == 59
+
+
+def test_what_is_said_again_is_not_fresh(opened, tmp_path):
+    tokenizer = tiny.tokenizer()
+    path = write(tmp_path / "c.jsonl", [{"messages": [*CHAT[:2]]}] * 3)
+    packed = opened(tokenizer, [path], 16)
+    fresh = torch.cat([packed[i]["fresh"] for i in range(len(packed))])
+    said = len(tokenizer.apply_chat_template(CHAT[:2], tokenize=True)["input_ids"])
+    assert said > 2 * PASSAGE
+    assert fresh[: said - PASSAGE].all()
+    assert not fresh[said + PASSAGE - 1 :].any()
 
 
 TEMPLATES = {  # template -> what the answers of CHAT are in it
