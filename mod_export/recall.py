@@ -29,8 +29,8 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
     """`share` of the items made such conversations, in the model's chat format where it has one; others as they are.
 
     item: input_ids, loss and fresh [T] as PackedData has them. The same for the same seed and number. All tokens
-    count, or, with `answers`, those of the passages only. Raises UserError where the chat template refuses the conversation,
-    or leaves parts of it out.
+    count, or, with `answers`, those of the passages only. Raises UserError where the chat template refuses the
+    conversation, or leaves parts of it out.
     """
     rng = np.random.RandomState([seed, 1, number])
     if rng.random_sample() >= share:

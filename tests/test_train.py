@@ -26,6 +26,7 @@ from mod_export.export import export
 from mod_export.model import MoDModel
 from mod_export.train import train
 from mod_export.train_config import TrainConfig
+from mod_export.train_data import open_data, split
 from mod_export.train_log import Log, read
 from mod_export.train_step import Student
 
@@ -68,6 +69,25 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
     for name in ("loss.png", "units.png"):
         assert (tmp_path / "out.run" / name).read_bytes().startswith(b"\x89PNG")
     assert [row["step"] for row in read(tmp_path / "out.run" / "metrics.jsonl")] == [*range(1, 13), 12]
+
+
+def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path):
+    parts = data.default_texts()[0][:20000].split(". ")
+    header = "- " * 30 + "\n"
+    (tmp_path / "text.txt").write_text("\n\n".join(header + part for part in parts))
+    run = config(files, data=(str(tmp_path / "text.txt"),), target={"kv": 0.5, "attn": 0.5}, length=2 * LENGTH)
+    train(files / "mod", tmp_path / "out", run)
+    model = MoDModel.load(tmp_path / "out")
+    text, _ = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
+    chosen, fresh = train_module._long(model, text, train_module.SETTLE)
+    assert 0.1 < (~fresh).float().mean() < 0.4
+    with torch.inference_mode():
+        active = torch.cat([model(ids[None], trace=True)[1].active for ids in chosen]).float()
+    for units in (slice(0, 2), slice(2, 3)):  # kv, attn
+        assert active[fresh][:, units].mean() == pytest.approx(0.5, abs=0.01)
+    assert abs(active[..., 2].mean() - 0.5) > 0.02
+    recorded = model.config.units["attn"].activation[4]
+    assert recorded == pytest.approx(active[fresh][:, 2].mean().item(), abs=1e-4)
 
 
 def test_routers_lose_their_drift_halfway(files, tmp_path):
