@@ -152,7 +152,7 @@ def test_the_output_is_training_data(models, prompts, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     data = open_data(tokenizer, [tmp_path / "out.jsonl.gz"], 64, "answers", cache=tmp_path / "cache")
-    ids, marks = data.source.read(0, data.source.count)
+    ids, marks, _ = data.source.read(0, data.source.count)
     with gzip.open(tmp_path / "out.jsonl.gz", "rt") as file:
         answers = [r["messages"][-1]["content"] for r in map(json.loads, file) if "messages" in r]
     assert all(answer in tokenizer.decode(ids[marks]) for answer in answers)
