@@ -1,7 +1,7 @@
 """Which tokens of a text say once more what it has said before: system prompts, headers, licences, copied passages.
 
 A router learns fast to skip such tokens, and of short conversations they are a large part. Counted in the activation,
-they let thresholds come out too low for everything else (docs/training.md).
+they let thresholds come out too low for everything else (docs/data.md).
 
     marks = Repeats()
     marks.mark(ids), marks.mark(more_ids)       # bool, of parts of one long row of tokens

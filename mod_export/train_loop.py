@@ -197,12 +197,13 @@ class Loop:
             with self.accelerator.autocast():
                 dense, logits, trace = self.student(ids[None])
             sums += evaluate.divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
-            active = active + trace.active[0].cpu()[item["fresh"]].float().sum(0)
-            fresh += int(item["fresh"].sum())
+            counted = item["fresh"] if item["fresh"].any() else torch.ones_like(item["fresh"])
+            active = active + trace.active[0].cpu()[counted].float().sum(0)
+            fresh += int(counted.sum())
             share += evaluate.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
-        of_unit = dict(zip(self.units, (active / max(fresh, 1)).tolist(), strict=True))
+        of_unit = dict(zip(self.units, (active / fresh).tolist(), strict=True))
         self.active = of_unit
         activation = {kind: sum(of_unit[unit] for unit in units) / len(units)
                       for kind, units in self.model.config.by_kind().items()}  # fmt: skip

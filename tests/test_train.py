@@ -90,6 +90,18 @@ def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path
     assert recorded == pytest.approx(active[fresh][:, 2].mean().item(), abs=1e-4)
 
 
+def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
+    (tmp_path / "text.txt").write_text("The same line again and again, and no other one.\n" * 400)
+    run = config(files, data=(str(tmp_path / "text.txt"),), tokens=2 * 2 * LENGTH)
+    figures = train(files / "mod", tmp_path / "out", run)
+    model = MoDModel.load(tmp_path / "out")
+    _, held_out = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
+    assert not any(held_out[i]["fresh"].any() for i in range(run.held_out))
+    with torch.inference_mode():
+        active = torch.cat([model(held_out[i]["input_ids"][None], trace=True)[1].active for i in range(run.held_out)])
+    assert figures["activation"]["attn"] == pytest.approx(active[..., 2].float().mean().item())
+
+
 def test_routers_lose_their_drift_halfway(files, tmp_path):
     """Nothing is learnt here; the attn router, which the start leaves as it is, comes out another."""
     run = config(files, tokens=2 * 2 * LENGTH, router_lr=1e-12)
