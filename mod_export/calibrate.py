@@ -27,6 +27,7 @@ from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig, of_kinds
 from mod_export.errors import UserError
 from mod_export.fit import Ridge
 from mod_export.model import MoDModel
+from mod_export.repeats import counted
 from mod_export.router import logit_threshold, rms_norm
 from mod_export.steady import Means, observe
 from mod_export.targets import REPEAT_PROMPT, Tape
@@ -229,8 +230,8 @@ def _traces(model: MoDModel, sequences: torch.Tensor, forward: Callable | None =
     """
     units, parts, active = model.config.routed(), [], []
     forward = forward or functools.partial(model, trace=True)
-    counted = torch.ones_like(sequences, dtype=torch.bool) if fresh is None or not fresh.any() else fresh
-    for ids, counts in zip(sequences, counted.cpu(), strict=True):
+    fresh = torch.ones_like(sequences, dtype=torch.bool) if fresh is None else fresh
+    for ids, counts in zip(sequences, counted(fresh).cpu(), strict=True):
         ids = ids[None].to(model.base.device)
         *_, trace = forward(ids, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")

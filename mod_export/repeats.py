@@ -5,6 +5,7 @@ they let thresholds come out too low for everything else (docs/data.md).
 
     marks = Repeats()
     marks.mark(ids), marks.mark(more_ids)       # bool, of parts of one long row of tokens
+    active[counted(fresh)]                      # of tokens that are none
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ import numpy as np
 PASSAGE = 8  # tokens
 SLOTS = 1 << 22  # remembered passages: 32 MB; one that comes again is remembered anew, others make room in time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: 2^64 over the golden ratio
+
+
+def counted(fresh):
+    """fresh: bool, tensor or array -> the tokens whose activation counts: these, and all where there are none."""
+    return fresh if fresh.any() else ~fresh
 
 
 class Repeats:

@@ -47,10 +47,11 @@ class Tokens:
         [n], those that repeat what was before (repeats.py)."""
         # mapped anew each time: nothing to keep open, so the object goes to worker processes as it is
         ids = np.memmap(self.folder / "ids.bin", "<u4", "r", 4 * start, n).astype(np.int64)
-        marks = [np.ones(n, bool) if name == "answers" and self.answers is None else
-                 np.memmap(self.folder / f"{name}.bin", np.uint8, "r", start, n).astype(bool)
-                 for name in ("answers", "repeats")]  # fmt: skip
-        return ids, *marks
+        answers = np.ones(n, bool) if self.answers is None else self._marks("answers", start, n)
+        return ids, answers, self._marks("repeats", start, n)
+
+    def _marks(self, name: str, start: int, n: int) -> np.ndarray:
+        return np.memmap(self.folder / f"{name}.bin", np.uint8, "r", start, n).astype(bool)
 
 
 def tokens_of(tokenizer, paths: Sequence[str | Path], answers: bool = False, limit: int | None = None,

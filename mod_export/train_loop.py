@@ -21,6 +21,7 @@ from mod_export.calibrate import MAX_LOGIT
 from mod_export.errors import UserError
 from mod_export.recall import recall
 from mod_export.relax import relaxed
+from mod_export.repeats import counted
 from mod_export.router import logit_threshold, threshold_logit
 from mod_export.sharding import number
 from mod_export.train_config import TrainConfig
@@ -197,9 +198,9 @@ class Loop:
             with self.accelerator.autocast():
                 dense, logits, trace = self.student(ids[None])
             sums += evaluate.divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
-            counted = item["fresh"] if item["fresh"].any() else torch.ones_like(item["fresh"])
-            active = active + trace.active[0].cpu()[counted].float().sum(0)
-            fresh += int(counted.sum())
+            counts = counted(item["fresh"])
+            active = active + trace.active[0].cpu()[counts].float().sum(0)
+            fresh += int(counts.sum())
             share += evaluate.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()

@@ -18,6 +18,7 @@ from torch import nn
 from mod_export.calibrate import quantile_logit
 from mod_export.model import MoDModel
 from mod_export.relax import Relax
+from mod_export.repeats import counted
 from mod_export.router import threshold_logit
 from mod_export.train_loss import hidden_loss, logit_loss
 
@@ -84,7 +85,7 @@ class Student(nn.Module):
             seen["hidden"] = distance.detach()
         seen["loss"] = loss.detach()
         z = trace.logit - self._thresholds(ids.device)
-        fresh = fresh if fresh.any() else torch.ones_like(fresh)
+        fresh = counted(fresh)
         soft, units = torch.sigmoid(z), trace.active[fresh].float().mean(0)
         terms = torch.stack([soft[..., group].mean() for group in self.groups])
         seen |= {"units": units, "activation": torch.stack([units[group].mean() for group in self.groups])}
