@@ -152,12 +152,15 @@ def time_points(patterns, out, context, rounds):
 @study.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--docs", type=click.Path(path_type=Path), help="Folder for the plots; default: --out.")
-def report(out, docs):
+@click.option("--measured", default="", metavar="WORD", help="Of the times those alone whose machine or day it names.")
+def report(out, docs, measured):
     """Print the tables and draw the plots."""
     from study import frontier, training_report
 
-    rows, times = read(out / ROWS), read(out / TIMES)
-    click.echo(training_report.report(rows, docs or out))
+    rows = read(out / ROWS)
+    times = [row for row in read(out / TIMES) if measured in row.get("measured", "")]
+    if compared := [row for row in rows if all("kl" in text for text in row["texts"].values())]:
+        click.echo(training_report.report(compared, docs or out))
     if times:
         click.echo("\n" + frontier.report(rows, times, docs or out))
 

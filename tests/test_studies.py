@@ -20,7 +20,8 @@ from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.model import MoDModel
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 
 
 def script(name):
@@ -98,11 +99,19 @@ def test_training_study(place):
     invoke(study, "time", "attn-0.8-lora", "another", "--out", out, "--context", 128, "--rounds", 2)
     timed = rows(out / "times.jsonl")
     assert sorted(row["name"] for row in timed) == ["another", "attn-0.8-lora"]
-    assert all(row["decode"]["median"] > 0 for row in timed) and [*out.glob("*.gguf")] == [out / "dense-q8_0.gguf"]
+    assert all(row["decode"]["median"] > 0 and row["measured"] > "20" for row in timed)
+    assert [*out.glob("*.gguf")] == [out / "dense-q8_0.gguf"]
     table = invoke(study, "report", "--out", out)
     assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
     assert any(line.split("|")[2].strip() == "" for line in table.splitlines() if "trained" in line)  # without a goal
     assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in ("training.png", "frontier.png"))
+    assert "decode / dense" not in invoke(study, "report", "--out", out, "--measured", "another machine")
+
+    kept = ROOT / "docs" / "benchmarks" / "frontier"  # perplexities alone
+    (place / "plots").mkdir()
+    table = invoke(study, "report", "--out", kept, "--docs", place / "plots", "--measured", "Xeon")
+    assert table.count("| kv-smollm2-kv ") == 1 and "KL" not in table
+    assert [path.name for path in (place / "plots").iterdir()] == ["frontier.png"]
 
 
 def test_activation_by_length(place):

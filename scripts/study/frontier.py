@@ -19,21 +19,21 @@ def time_point(made: Path, out: Path, context: int, rounds: int) -> dict:
         file = Path(folder) / "mod.gguf"
         export(made, file, quant=QUANT)
         options = Options(contexts=(context,), variants=("ceiling", "mod"), rounds=rounds, seconds=0.0)
-        rows = {row["phase"]: row for row in bench(file, dense, options)["rows"]}
+        found = bench(file, dense, options)
+    about, rows = found["about"], {row["phase"]: row for row in found["rows"]}
     kv = rows["decode"]["kv_bytes"]["mod"]
     ratios = {phase: row["ratios"]["mod/ceiling"] for phase, row in rows.items()}
-    return {"context": context, **ratios, "activation": rows["decode"]["activation"],
-            "kv": kv["used"] / kv["dense"]}  # fmt: skip
+    return {"measured": f"{about['date']}, {about['cpu']}", "context": context, **ratios,
+            "activation": rows["decode"]["activation"], "kv": kv["used"] / kv["dense"]}  # fmt: skip
 
 
 def report(rows: list[dict], times: list[dict], docs: Path) -> str:
     """Draws frontier.png in docs; -> the table as Markdown. Quality and time both with the points' own thresholds."""
-    timed, points, table = {row["name"]: row for row in times}, [], []
-    for row in rows:
-        if row["name"] in timed:
-            texts, time = row["texts"].values(), timed[row["name"]]
-            ratio = sum(text["perplexity"] / text["perplexity_dense"] for text in texts) / len(texts)
-            points.append({**row, "ratio": ratio, **time})
+    judged, points, table = {row["name"]: row for row in rows}, [], []
+    for time in (time for time in times if time["name"] in judged):  # a point may be timed on several machines
+        texts = judged[time["name"]]["texts"].values()
+        ratio = sum(text["perplexity"] / text["perplexity_dense"] for text in texts) / len(texts)
+        points.append({**judged[time["name"]], "ratio": ratio, **time})
     for p in sorted(points, key=lambda p: (p["units"], p["ratio"])):
         of_phase = [f"{p[phase]['median']:.3f} ({p[phase]['q1']:.3f} to {p[phase]['q3']:.3f})"
                     for phase in ("prefill", "decode")]  # fmt: skip
@@ -52,15 +52,18 @@ def plot(points: list[dict], docs: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     of_x = {"decode time / dense": lambda p: p["decode"]["median"], "K/V of dense": lambda p: p["kv"]}
     for axis, (label, x) in zip(axes, of_x.items(), strict=True):
+        middle = sum(f(map(x, points), default=0) for f in (min, max)) / 2
         for number, units in enumerate(dict.fromkeys(p["units"] for p in points)):
             some = [p for p in points if p["units"] == units]
             axis.plot([x(p) for p in some], [p["ratio"] - 1 for p in some], "osD^vPX*"[number % 8], label=units)
             for p in some:
+                left = x(p) > middle  # names stay within the axes
                 axis.annotate(p["name"].removeprefix(f"{units}-"), (x(p), p["ratio"] - 1), fontsize=7,
-                              xytext=(4, 3), textcoords="offset points")  # fmt: skip
+                              xytext=(-4 if left else 4, 3), textcoords="offset points",
+                              ha="right" if left else "left")  # fmt: skip
         axis.set(xlabel=f"{label}, context {points[0]['context']}" if points else label)
         axis.set_yscale("symlog", linthresh=1e-3)  # a perplexity may be below that of dense
-        axis.margins(x=0.12, y=0.08)  # for the names
+        axis.margins(x=0.06, y=0.08)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity / dense - 1")
     axes[0].legend(fontsize=8)
