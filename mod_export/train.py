@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mod_export import adapter, calibrate, hf, sharding, train_state
+from mod_export import adapter, calibrate, hf, precision, sharding, train_state
 from mod_export.config import UnitConfig
 from mod_export.data import same_tokens
 from mod_export.errors import UserError
@@ -33,6 +33,7 @@ from mod_export.train_step import Relax, Student, Weights
 
 Say = Callable[[str], None]
 SETTLE = 16384  # tokens that thresholds are chosen on, in long sequences: memory counts there
+SLOW = 1.2  # times as long as in float32, from which on a precision is said to be slow
 DRIFT = 24576  # tokens that drift is measured on
 MIN_SEQUENCES = 6  # of training, for either
 BIAS_RATE = 20.0  # a bias moves its unit's activation, weights tell tokens apart; learning rate over that of weights
@@ -50,8 +51,11 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
 
     run = Path(f"{os.path.normpath(out)}.run")
     _check(config, Path(out), run, save_as, resume, force)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.precision))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision.autocast(config.precision))
     tell = say if accelerator.is_main_process else lambda line: None
+    mixed = accelerator.mixed_precision
+    if mixed != "no" and accelerator.device.type == "cpu" and (times := precision.slower(mixed)) > SLOW:
+        tell(f"note: {mixed} takes {times:.1f} times as long as float32 on this CPU; --precision no is faster")
     tell(f"loading {directory}")
     model = MoDModel.load(directory, getattr(torch, config.dtype))
     if not config.teacher and _is_trained(model.config):
@@ -70,7 +74,7 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     first = loop.restore() if resume else start(model, loop, config, tell)
     tell(f"{loop.steps} steps of {loop.tokens} tokens, "
          f"{sum(p.numel() for p in loop.trainable()):,} parameters, {accelerator.device}, "
-         f"{accelerator.mixed_precision} mixed precision")  # fmt: skip
+         f"{mixed} mixed precision")  # fmt: skip
     if not resume and accelerator.is_main_process:
         clear(run)
     accelerator.wait_for_everyone()
@@ -258,13 +262,6 @@ def write(model: MoDModel, out: str, save_as: str, identity: dict, figures: dict
         return
     adapter.merge_lora(model.base)
     model.save(out, force=force)
-
-
-def precision(name: str) -> str:
-    """`auto`: bf16 where a CUDA device has it. Others are Accelerate's names."""
-    if name == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return name
 
 
 def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, PackedData]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -239,8 +240,11 @@ def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
     plain = train(files / "mod", tmp_path / "plain", run)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     AcceleratorState._reset_state(True)  # a process has one precision
-    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"))
+    said = []
+    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"), say=said.append)
     AcceleratorState._reset_state(True)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # converts every number
+        assert re.search(r"note: bf16 takes \d+\.\d times as long as float32 on this CPU", said[0])
     assert half["kl"] == pytest.approx(plain["kl"], rel=0.1) and half["kl"] != plain["kl"]
     assert half["activation"]["attn"] == pytest.approx(plain["activation"]["attn"], abs=0.05)
     assert told[0] == (tmp_path / "half.run" / "tensorboard", None) and told[-1] == "closed"
