@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,7 +62,9 @@ def answer_spans(tokenizer, piece: Piece, full: str) -> list[Span]:
         content = message["content"].strip()
         before = render(tokenizer, piece, i, prompt=True) if i else ""
         through = render(tokenizer, piece, i + 1)
-        start = len(before) if before and full.startswith(before) else full.find(content, spans[-1][1] if spans else 0)
+        # the answer lies behind all that both have in common, and what users say there
+        least = max(spans[-1][1] if spans else 0, len(os.path.commonprefix([before, full])))
+        start = len(before) if before and full.startswith(before) else full.find(content, least)
         if full.startswith(through):
             end = len(through.rstrip())
         else:

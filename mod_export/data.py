@@ -26,7 +26,7 @@ def read_texts(paths: Sequence[str | Path]) -> str:
     parts = []
     for path in paths:
         try:
-            parts.append(Path(path).read_text(encoding="utf-8"))
+            parts.append(Path(path).read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as exc:
             raise UserError(f"{path} is not UTF-8 text", "give plain text files") from exc
         except OSError as exc:
@@ -73,3 +73,9 @@ def bos(tokenizer) -> list[int]:
     """The beginning token in a list where the tokenizer itself would put it, else an empty list."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first if first and first == [tokenizer.bos_token_id] else []
+
+
+def begun(tokenizer, ids: list[int]) -> list[int]:
+    """`ids` with the beginning token, which some chat templates have written already."""
+    begin = bos(tokenizer)
+    return ids if ids[: len(begin)] == begin else begin + ids

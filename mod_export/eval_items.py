@@ -100,7 +100,7 @@ def read_tasks(paths: Sequence[str | Path], limit: int | None = None) -> tuple[l
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, object) of each line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as exc:
         raise UserError(f"{path} is not UTF-8 text", "give a JSONL task file") from exc
     except OSError as exc:
@@ -110,7 +110,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}:{number}"
             try:
                 raw = json.loads(line)
-            except ValueError:
+                json.dumps(raw, ensure_ascii=False).encode()  # no half of a surrogate pair, which is no text
+            except (ValueError, RecursionError):
                 raw = None
             if not isinstance(raw, dict) or not {"question", "answer"} <= set(raw):
                 raise _bad(where, "is no task item", 'write {"question": "...", "choices": ["..."], "answer": 0}')
@@ -119,6 +120,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _item(where: str, task: str, raw: dict) -> Item:
     choices, answer = raw.get("choices"), raw["answer"]
+    if choices is not None and task in GREEDY:
+        raise _bad(where, f"has choices, and {task} has none", "leave them out, or name another task")
     if choices is None:
         choices, answer = [answer], 0
     if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):

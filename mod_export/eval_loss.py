@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
@@ -45,9 +44,10 @@ def loss(pair: Pair, sequences: torch.Tensor, skip: int = 0, progress: Callable 
         usage.add(pair.measured)
     count = n * (length - skip - 1)
     kl, nll_dense, nll, same = (sums / count).tolist()
+    of_dense, perplexity = torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()  # may be infinite
     if pair.mod is None:
-        return Loss(count, math.exp(nll_dense))
-    return Loss(count, math.exp(nll_dense), math.exp(nll), kl, same, **usage.shares())
+        return Loss(count, of_dense)
+    return Loss(count, of_dense, perplexity, kl, same, **usage.shares())
 
 
 def _read(pair: Pair, ids: torch.Tensor, skip: int) -> torch.Tensor:

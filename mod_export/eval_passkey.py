@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mod_export.data import tokenize
+from mod_export.data import begun, tokenize
 from mod_export.errors import UserError
 from mod_export.eval_models import Pair, Reader, Usage
 
@@ -78,6 +78,7 @@ def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Ran
     key = str(rng.randrange(10000, 100000))
     before, after = _chat(tokenizer, QUESTION.format(text="\0")).split("\0")
     head, tail, needle = map(encode, (before, after + ANSWER.format(key=key), NEEDLE.format(key=key)))
+    head = begun(tokenizer, head)
     # the model is given all before the first digit: left alone after `is`, it may tell of the key instead of giving it
     asked = next(i for i in range(len(encode(after)), len(tail)) if re.search(r"\d", tokenizer.decode(tail[i : i + 1])))
     n_hay = length - sum(map(len, (head, tail, needle))) - SPARE

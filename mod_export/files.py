@@ -4,14 +4,17 @@
         write(tmp)                                        # renamed at the end, removed on any exception
 """
 
+import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mod_export.errors import UserError
+
+ANOTHER = "choose another output"
 
 
 @contextmanager
@@ -36,11 +39,13 @@ def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Iterator[Path]:
+def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json",
+               cure: str = ANOTHER) -> Iterator[Path]:  # fmt: skip
     """Yield an empty temporary directory beside `path`, which takes its place when the block ends well.
 
     With `force` an existing directory is replaced whole, but only one that is empty or holds `marker`:
-    a mistyped `-o ~ --force` must not cost a home directory. Raises UserError as atomic_file does.
+    a mistyped `-o ~ --force` must not cost a home directory. Raises UserError as atomic_file does, with `cure` where
+    the disk is full or the like.
     """
     target = check_dir(path, force, marker)
     tmp, old = _beside(target), _beside(target)
@@ -52,12 +57,41 @@ def atomic_dir(path: str | os.PathLike, force: bool = False, marker: str = "conf
             target.rename(old)
         tmp.rename(target)
     except OSError as exc:
-        raise _unwritable(exc, tmp, path) from exc
+        raise _unwritable(exc, tmp, path, cure) from exc
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike, busy: Callable[[], object]) -> Iterator[None]:
+    """Let one process at a time into the block: all that lock `path`, a directory or a file, made where there is none.
+
+    busy: called where another one is inside; it raises, or else that one is waited for. Where the file system knows no
+    locks there are none. Raises UserError where `path` cannot be opened.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as exc:
+        raise UserError(f"cannot write {path}: {exc.strerror}", "check its permissions and the disk's room") from exc
+    try:
+        lock(handle, busy)
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock(file, busy: Callable[[], object]) -> None:
+    """The same of an open file, until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass
 
 
 @contextmanager
@@ -96,10 +130,10 @@ def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike) -> Exception:
+def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike, cure: str = ANOTHER) -> Exception:
     """A UserError where the output is the trouble (permissions, a full disk), else the exception itself."""
     concerns_output = exc.filename is None or str(exc.filename).startswith(str(tmp))
-    return UserError(f"cannot write {path}: {exc.strerror or exc}", "choose another output") if concerns_output else exc
+    return UserError(f"cannot write {path}: {exc.strerror or exc}", cure) if concerns_output else exc
 
 
 def _share(directory: Path) -> None:

@@ -8,7 +8,6 @@ A build is found again under a key made from the source's hash, the patches, the
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from mod_export import cuda_toolkit, llama_source, llama_wheel
 from mod_export.errors import UserError
-from mod_export.files import atomic_dir
+from mod_export.files import atomic_dir, locked
 
 # the libraries that llama_cpp loads, and nothing that links against curl, common or a web page
 FLAGS = {name: "OFF" for name in "COMMON TESTS TOOLS EXAMPLES SERVER APP".split()}
@@ -167,12 +166,7 @@ def _lock(name: str, say: Say) -> Iterator[None]:
     """Let one process at a time build `name`; the next one finds it built."""
     folder = llama_source.cache_dir() / "log"
     folder.mkdir(exist_ok=True)
-    with open(folder / f"{name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is building the same; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(folder / f"{name}.lock", lambda: say("another process is building the same; waiting for it")):
         yield
 
 

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.files import lock
 
 
 class Partial:
     """The file beside `out`; records have an "id" that grows. A line that was being written at the end is dropped.
 
     count: records in it; following: the id after the last. A file without records does not stay.
-    Raises UserError where the file is that of another run.
+    Raises UserError where the file is that of another run, or another process writes it.
     """
 
     def __init__(self, out: str | Path, identity: dict):
@@ -28,11 +29,12 @@ class Partial:
         self.count = self.following = 0
         self._start = len(head)
         try:
-            new = not self.path.exists() or self.path.stat().st_size == 0
-            self._file = open(self.path, "w+b" if new else "r+b")
+            self._file = open(self.path, "a+b")
         except OSError as exc:
             raise UserError(f"cannot write {self.path}: {exc.strerror}", "choose another output") from exc
-        if new:
+        lock(self._file, self._busy)
+        self._file.seek(0)
+        if self.path.stat().st_size == 0:
             self._file.write(head)
             self._file.flush()
         else:
@@ -51,6 +53,10 @@ class Partial:
         self._file.close()
         if not self.count:
             self.path.unlink(missing_ok=True)
+
+    def _busy(self) -> None:
+        self._file.close()
+        raise UserError(f"another process is writing {self.path}", "wait for it, or choose another output")
 
     def _find_end(self) -> None:
         end = self._start

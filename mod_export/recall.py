@@ -44,7 +44,7 @@ def recall(tokenizer, item: dict[str, torch.Tensor], share: float, seed: int, nu
         messages += [{"role": "user", "content": document + REQUEST.format(words.strip())},
                      {"role": "assistant", "content": passage.strip()}]  # fmt: skip
         document = ""  # is given once
-        so_far, made = len(made), data.bos(tokenizer) + _encode(tokenizer, messages)
+        so_far, made = len(made), data.begun(tokenizer, _encode(tokenizer, messages))
         if len(made) <= so_far:
             raise UserError("the model's chat template leaves messages out", "train without --recall")
     loss = torch.ones(length, dtype=torch.bool)

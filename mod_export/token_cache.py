@@ -20,11 +20,12 @@ import numpy as np
 
 from mod_export import conversations, data, llama_source, sources
 from mod_export.errors import UserError
-from mod_export.files import atomic_dir
+from mod_export.files import atomic_dir, locked
 from mod_export.progress import Progress, to_stderr
 from mod_export.repeats import Repeats
 
-VERSION = 2  # of the entries; goes up with every change of what is in them
+VERSION = 3  # of the entries; goes up with every change of what is in them
+CURE = "set MOD_EXPORT_CACHE"
 BATCH = 1 << 20  # bytes of text tokenised in one call
 
 
@@ -67,13 +68,14 @@ def tokens_of(tokenizer, paths: Sequence[str | Path], answers: bool = False, lim
                "piece": sources.PIECE, "answers": answers, "limit": limit}
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
     folder = _cache_folder(cache)
-    found = _open(folder / key)
-    if found is None:
-        pieces = _mixed(files, folder)
-        with atomic_dir(folder / key, force=True, marker="meta.json") as tmp:
-            meta = _write(tokenizer, pieces, answers, limit, tmp)
-            (tmp / "meta.json").write_text(json.dumps(meta | {"options": options}, indent=1))
-        found = _open(folder / key)
+    if (found := _open(folder / key)) is None:
+        with locked(folder, lambda: say("another process tokenises; waiting for it")):  # it may be the same text
+            if (found := _open(folder / key)) is None:
+                pieces = _mixed(files, folder)
+                with atomic_dir(folder / key, force=True, marker="meta.json", cure=CURE) as tmp:
+                    meta = _write(tokenizer, pieces, answers, limit, tmp)
+                    (tmp / "meta.json").write_text(json.dumps(meta | {"options": options}, indent=1))
+                found = _open(folder / key)
     marked = f", {found.answers} of them in answers" if answers else ""
     say(f"{found.count} tokens from {len(files)} file{'s' * (len(files) > 1)}{marked}")
     return found
@@ -94,7 +96,7 @@ def _cache_folder(cache: str | Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise UserError(f"cannot create the cache directory {folder}: {exc.strerror}", "set MOD_EXPORT_CACHE") from exc
+        raise UserError(f"cannot create the cache directory {folder}: {exc.strerror}", CURE) from exc
     return folder
 
 
@@ -102,8 +104,7 @@ def _mixed(files: Sequence[Path], folder: Path) -> sources.Mixed:
     try:
         return sources.Mixed(files, folder)
     except OSError as exc:  # trouble with a file of text is a UserError already
-        raise UserError(f"cannot write to the cache directory {folder}: {exc.strerror}", "set MOD_EXPORT_CACHE"
-                        ) from exc
+        raise UserError(f"cannot write to the cache directory {folder}: {exc.strerror}", CURE) from exc
 
 
 def _open(folder: Path) -> Tokens | None:

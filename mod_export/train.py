@@ -8,10 +8,11 @@ form (or an adapter). While it runs, OUT.run holds checkpoint, metrics and plots
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mod_export import adapter, calibrate, hf, precision, sharding, train_state
 from mod_export.config import UnitConfig
 from mod_export.data import same_tokens
 from mod_export.errors import UserError
-from mod_export.files import check_dir
+from mod_export.files import check_dir, locked
 from mod_export.model import MoDModel
 from mod_export.steady import DAMPED, hold_steady
 from mod_export.train_config import TrainConfig
@@ -53,9 +54,9 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     _check(config, Path(out), run, save_as, resume, force)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision.autocast(config.precision))
     tell = say if accelerator.is_main_process else lambda line: None
-    mixed = accelerator.mixed_precision
-    if mixed != "no" and accelerator.device.type == "cpu" and (times := precision.slower(mixed)) > SLOW:
-        tell(f"note: {mixed} takes {times:.1f} times as long as float32 on this CPU; --precision no is faster")
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and accelerator.mixed_precision == "bf16" and (times := precision.slower()) > SLOW:
+        tell(f"note: bf16 takes {times:.1f} times as long as float32 on this CPU; --precision no is faster")
     tell(f"loading {directory}")
     model = MoDModel.load(directory, getattr(torch, config.dtype))
     if not config.teacher and _is_trained(model.config):
@@ -68,13 +69,30 @@ def train(directory: str, out: str, config: TrainConfig, save_as: str = "merged"
     with accelerator.main_process_first():  # the others find the tokens in the cache
         data, held_out = _data(model, config, tell)
         run.mkdir(exist_ok=True)
+    with alone(run) if accelerator.is_main_process else contextlib.nullcontext():
+        return _run(directory, out, model, config, accelerator, data, held_out, run, save_as, resume, force, tell)
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Raises UserError where another process trains into the run directory."""
+    def busy():
+        raise UserError(f"another process trains into {run}", "wait for it, or choose another output")
+
+    with locked(run, busy):
+        train_state.clean(run)
+        yield
+
+
+def _run(directory: str, out: str, model: MoDModel, config: TrainConfig, accelerator, data: PackedData,
+         held_out: PackedData, run: Path, save_as: str, resume: bool, force: bool, tell: Say) -> dict:  # fmt: skip
     name = str(model.config.calibration.get("model") or Path(directory).resolve().name)  # of the original
     identity = adapter.base_identity(model.base, model.tokenizer, name)
     loop = prepare(directory, model, config, accelerator, data, held_out, run, identity, tell)
     first = loop.restore() if resume else start(model, loop, config, tell)
     tell(f"{loop.steps} steps of {loop.tokens} tokens, "
          f"{sum(p.numel() for p in loop.trainable()):,} parameters, {accelerator.device}, "
-         f"{mixed} mixed precision")  # fmt: skip
+         f"{accelerator.mixed_precision} mixed precision")  # fmt: skip
     if not resume and accelerator.is_main_process:
         clear(run)
     accelerator.wait_for_everyone()
@@ -283,8 +301,11 @@ def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, P
 def check_teacher(teacher, tokenizer, model: MoDModel, config: TrainConfig) -> None:
     """Raises UserError for a teacher whose tokens, or hidden states where they are compared, are others."""
     rows = [base.get_output_embeddings().weight.shape[0] for base in (teacher, model.base)]
-    if rows[0] != rows[1] or not same_tokens(tokenizer, model.tokenizer):
+    if not same_tokens(tokenizer, model.tokenizer):
         raise UserError(f"the teacher {config.teacher} has another tokenizer", "give a model of the same family")
+    if rows[0] != rows[1]:
+        raise UserError(f"the teacher {config.teacher} has logits for {rows[0]} tokens, the model for {rows[1]}",
+                        "give a teacher with as many")  # fmt: skip
     shapes = [f"{len(hf.decoder_layers(base))} layers of {hf.n_embd(base)}" for base in (teacher, model.base)]
     if config.hidden_weight and shapes[0] != shapes[1]:
         raise UserError(f"the teacher has {shapes[0]}, the model {shapes[1]}",

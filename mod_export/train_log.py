@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from mod_export.files import atomic_file
 from mod_export.progress import Progress, clock
@@ -31,7 +32,9 @@ class Log:
         self._write(row)
         left = seconds / (row["step"] - self.first) * (self.steps - row["step"])
         named = zip(self.kinds, row["activation"], row["target"], strict=True)
-        shares = ", ".join(f"{kind} {a:.3f} of {t:.3f}" for kind, a, t in named) if len(self.kinds) < 5 else ""
+        if len(self.kinds) > 4:  # a target for each layer
+            named = [("units", fmean(row["activation"]), fmean(row["target"]))]
+        shares = ", ".join(f"{kind} {a:.3f} of {t:.3f}" for kind, a, t in named)
         self.progress.show(f"step {row['step']} of {self.steps}: loss {row['loss']:.4f}, KL {row['kl']:.4f}, "
                            f"active {shares}, {row['tokens_per_second']:.0f} tokens/s, {clock(left)} left")
 

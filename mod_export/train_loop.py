@@ -218,6 +218,8 @@ class Loop:
         state = {"step": step, "control": self.control.state_dict(), "run": self.identity,
                  "thresholds": [router.threshold for router in routers],
                  "buffers": [{name: x.cpu() for name, x in router.named_buffers()} for router in routers]}  # fmt: skip
+        if self.accelerator.scaler is not None:  # of fp16
+            state["scaler"] = self.accelerator.scaler.state_dict()
         train_state.save(self.run, self.student, self.optimizer, state, self.main)
 
     def restore(self) -> int:
@@ -225,6 +227,8 @@ class Loop:
         state = train_state.load(self.run)
         train_state.check(state, self.identity)
         train_state.restore(self.student, self.optimizer, state)
+        if self.accelerator.scaler is not None and "scaler" in state:  # --precision may have changed
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.control.load_state_dict(state["control"])
         for unit, p, buffers in zip(self.units, state["thresholds"], state["buffers"], strict=True):
             router = self.model.router(unit)

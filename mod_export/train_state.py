@@ -34,7 +34,14 @@ def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
         with atomic_file(path, force=True) as tmp:
             torch.save({"weights": weights, "optimizer": moments, **state}, tmp)
     except RuntimeError as error:  # what torch's writer makes of a full disk
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}", "free some space and --resume") from error
+        cure = "free some space and " + ("go on with --resume" if path.exists() else "start again")
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}", cure) from error
+
+
+def clean(run: Path) -> None:
+    """Remove what a checkpoint that was not finished has left: a second Ctrl-C stops at once."""
+    for path in run.glob(f".{NAME}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def load(run: Path) -> dict:
@@ -59,6 +66,8 @@ def restore(student, optimizer, state: dict) -> None:
     try:
         set_state_dict(student, _plain(optimizer), model_state_dict=state["weights"],
                        optim_state_dict=state["optimizer"], options=options)  # fmt: skip
+        if not state["optimizer"]["state"]:  # before the first step there is none, and torch has made one up
+            _plain(optimizer).state.clear()
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit the model ({reason})", "start without --resume") from error

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from byte_text import byte_tokenizer, with_bos
 
 from mod_export import bindings, data, eval_passkey, hf
 from mod_export.errors import UserError
@@ -36,6 +37,15 @@ def test_passkey_prompts():
     assert again[0] == trials[10], "a trial depends on others"
     with pytest.raises(UserError, match="does not fit into 64 tokens; use 1"):
         eval_passkey.make_trials(tokenizer, TEXT, [64])
+
+
+@pytest.mark.parametrize("template", [None, "<s>{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_passkey_prompts_have_one_beginning(template):
+    tokenizer = with_bos(byte_tokenizer())
+    tokenizer.chat_template = template
+    (trial,) = eval_passkey.make_trials(tokenizer, TEXT, [600], depths=[0.5], n=1)
+    assert trial.prompt[0] == tokenizer.bos_token_id and trial.prompt.count(tokenizer.bos_token_id) == 1
+    assert len(trial.prompt) + trial.n_answer + eval_passkey.SPARE == 600
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from byte_text import byte_tokenizer
+from byte_text import byte_tokenizer, with_bos
 
 from mod_export import data
 from mod_export.errors import UserError
@@ -52,6 +52,17 @@ def test_only_the_passages_count_where_only_answers_do():
     written = tokenizer.decode(made["input_ids"][made["loss"]])
     expected = [part.split("</>")[0] + "</>" for part in tokenizer.decode(made["input_ids"]).split("<assistant>")[1:]]
     assert written.startswith(expected[0]) and "Repeat" not in written and len(expected) >= 2
+
+
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_there_is_one_beginning_whoever_writes_it(begin):
+    tokenizer = with_bos(byte_tokenizer())
+    tokenizer.chat_template = begin + CHATML + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    made = recall(tokenizer, item(tokenizer), 1.0, seed=0, number=3, answers=True)
+    ids = made["input_ids"].tolist()
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    written = tokenizer.decode(made["input_ids"][made["loss"]])
+    assert written.startswith(tokenizer.decode(ids).split("<assistant>")[1].split("</>")[0])
 
 
 def test_it_depends_on_seed_and_number_alone(tokenizer):

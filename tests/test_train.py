@@ -222,6 +222,19 @@ def test_a_signal_does_not_wait_for_the_rest_of_a_step(files, tmp_path, monkeypa
     assert train_state.load(tmp_path / "out.run")["step"] == 1
 
 
+def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stopped(files, tmp_path, monkeypatch):
+    run = config(files, tokens=3 * 2 * LENGTH)
+    train(files / "mod", tmp_path / "whole", run)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        train(files / "mod", tmp_path / "cut", run)
+    assert train_state.load(tmp_path / "cut.run")["step"] == 0
+    train(files / "mod", tmp_path / "cut", run, resume=True)
+    assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
 def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
     """bf16, as all models of docs/quality.md were trained, stays near float32; and where TensorBoard is, it is told."""
     told = []
@@ -405,11 +418,23 @@ def test_teachers(files, tmp_path):
     assert others > 1.2 * own  # it is farther from a teacher of other weights
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_fp16_is_for_gpus(files, tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        train(files / "mod", tmp_path / "out", config(files, precision="fp16"))
+
+
 def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
     run = config(files, tokens=2 * 2 * LENGTH)
+    (tmp_path / "out.run").mkdir()
+    with train_module.alone(tmp_path / "out.run"), pytest.raises(UserError, match="another process trains into .*out"):
+        train(files / "mod", tmp_path / "out", run)
+    left = tmp_path / "out.run" / f".{train_state.NAME}.0123.tmp"  # of a run that was stopped while it wrote
+    left.touch()
     with pytest.raises(UserError, match="no checkpoint .*start without --resume"):
         train(files / "mod", tmp_path / "out", run, resume=True)
     train(files / "mod", tmp_path / "out", run)
+    assert not left.exists()
     with pytest.raises(UserError, match="exists already"):
         train(files / "mod", tmp_path / "out", run)
     with pytest.raises(UserError, match="holds the checkpoint of a run"):

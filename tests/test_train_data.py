@@ -3,20 +3,23 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from byte_text import TEXT, byte_tokenizer
+from byte_text import TEXT, byte_tokenizer, with_bos
 
 from mod_export import data, sources, token_cache
 from mod_export.errors import UserError
+from mod_export.files import locked
 from mod_export.repeats import PASSAGE
 from mod_export.train_data import open_data, order, split
 
@@ -47,15 +50,6 @@ def write(path: Path, content) -> Path:
 
 def all_ids(packed) -> torch.Tensor:
     return torch.stack([packed[i]["input_ids"] for i in range(len(packed))])
-
-
-def with_bos(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
-    return tokenizer
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, lambda: with_bos(byte_tokenizer()), tiny.tokenizer])
@@ -154,6 +148,11 @@ TEMPLATES = {  # template -> what the answers of CHAT are in it
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
     "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}":
         [CHAT[1]["content"] + "<end>", "<think></think>" + CHAT[3]["content"] + "<end>"],
+    # a generation prompt that no finished turn holds, and an answer that is among the user's words too
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}{% if m.role == 'user' %} "
+    + CHAT[1]["content"].strip() + "{% endif %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}":
+        ["Hello\n\n  you 🐛<end>", "Ωmega, 12.5 % of it<end>"],
     # no generation prompt, and the header is the template's word, so it is the model's too
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}":
         ["assistant: Hello\n\n  you 🐛", "assistant: Ωmega, 12.5 % of it"],
@@ -211,6 +210,22 @@ def test_the_cache_is_used(opened, tmp_path):
     write(moved, TEXT + "!")
     with pytest.raises(AssertionError):
         opened(Untouchable(tokenizer), [moved], 64)
+
+
+def test_the_same_text_is_not_tokenised_twice_at_once(opened, tmp_path):
+    path, said, cache = write(tmp_path / "a.txt", TEXT), [], tmp_path / "cache"
+    whole = token_cache.tokens_of(byte_tokenizer(), [path], cache=tmp_path / "other")
+    waits = Thread(target=lambda: said.append(token_cache.tokens_of(
+        Untouchable(byte_tokenizer()), [path], cache=cache, say=said.append)))  # fmt: skip
+    cache.mkdir()
+    with locked(cache, busy=lambda: None):
+        waits.start()
+        while not said:
+            time.sleep(0.01)
+        assert said == ["another process tokenises; waiting for it"]
+        shutil.copytree(whole.folder, cache / whole.folder.name)
+    waits.join()
+    assert said[-1].count == whole.count and [path.name for path in cache.iterdir()] == [whole.folder.name]
 
 
 def test_a_damaged_entry_is_made_again(opened, tmp_path):
