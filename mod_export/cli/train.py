@@ -61,7 +61,7 @@ D = TrainConfig(())
 @click.option("--lora-rank", type=COUNT, default=D.lora_rank, show_default=True)
 @click.option("--lora-alpha", type=POSITIVE, default=D.lora_alpha, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "no", "bf16", "fp16"]), default=D.precision, show_default=True,
-              help="Autocast; auto: bf16 on GPUs that have it.")
+              help="Autocast; auto: bf16 on GPUs that have it, else no; fp16 is for GPUs.")
 @click.option("--dtype", type=click.Choice(DTYPES), default=D.dtype, show_default=True,
               help="Of the weights that are not trained: bfloat16 takes half the memory.")
 @click.option("--recompute", is_flag=True, help="Compute layers again in the backward pass: less memory.")
