@@ -76,7 +76,8 @@ def bench(file, dense, options: Options | None = None, text: str | None = None, 
     n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
     options = replace(options, contexts=options.contexts or tuple(
         c for c in DEFAULT_CONTEXTS if c <= max(n_ctx_train, DEFAULT_CONTEXTS[0])))
-    stock = stock or _stock_lib(bool(options.gpu_layers), say)
+    todo = steps(options)
+    stock = stock or _stock_lib(bool(options.gpu_layers), say)  # which may build it: after all that can be refused
     text = text or "\n\n".join(data.default_texts())
     about = describe(mod_file, dense_file, options, stock)
     with tempfile.TemporaryDirectory(prefix="mod-export-bench-") as folder:
@@ -84,7 +85,7 @@ def bench(file, dense, options: Options | None = None, text: str | None = None, 
         about["floor_prefill_work"] = prefill_work(floor) if floor else None
         files = {"mod": mod_file, "dense": dense_file, "floor": floor}
         bencher = _Bench(files, options, text, stock, say, progress or Progress())
-        rows = [row for step in steps(options) for row in bencher.run(step, n_ctx_train)]
+        rows = [row for step in todo for row in bencher.run(step, n_ctx_train)]
     return {"about": about, "rows": rows}
 
 
@@ -116,6 +117,8 @@ def steps(options: Options) -> list[Step]:
             raise UserError(f"K/V type {kv!r} is unknown", f"use {', '.join(KV_TYPES)}, or two such as q8_0/f16")
         if not flash and names[1] not in ("f16", "f32", "bf16"):
             raise UserError(f"V in {names[1]} needs flash attention", "leave out --flash-attn off, or use f16")
+        if not 0 < context < 1 << 24:
+            raise UserError(f"a context of {context} tokens", "use one below 16777216")
         found.append(Step(context, batch, ubatch, flash, kv, tuple(int(type_named(name)) for name in names)))
     return found
 

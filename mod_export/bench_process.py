@@ -16,6 +16,7 @@ from mod_export.errors import UserError
 from mod_export.ggml_quant import bytes_per_value
 from mod_export.gguf_file import GGUFFile
 from mod_export.inspection import bytes_per_token, model_number
+from mod_export.worker import available_memory as of_host
 
 FORCE = {"all_active": "active", "none_active": "inactive"}
 STOCK = ("ceiling", "ceiling_split", "floor")  # variants on the stock library
@@ -152,5 +153,4 @@ def available_memory(on_gpu: bool = False) -> int:
         from mod_export.gpu import gpus
 
         return sum(gpu.free for gpu in gpus()) * 9 // 10
-    with open("/proc/meminfo") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024 * 9 // 10
+    return of_host()

@@ -32,6 +32,13 @@ def sweep(file, dense, options: benchmark.Options, targets: tuple[float, ...] | 
 
     bindings.require()
     benchmark.check_files(file, dense, say)
+    options = replace(options, contexts=options.contexts or (CONTEXT,), variants=tuple(
+        v for v in options.variants if v in ("ceiling", "floor", "mod", "none_active")))
+    if not {"ceiling", "mod"} <= set(options.variants):
+        raise UserError("a sweep needs the variants ceiling and mod", "add them to --variants")
+    if bad := [target for target in targets or () if not 0 <= target <= 1]:
+        raise UserError(f"activation {bad[0]} is not between 0 and 1", "for example --activations 1,0.5,0.1")
+    benchmark.steps(options)
     progress = progress or Progress()
     setup = {"file": str(file), "text": text or data.default_texts()[1], "threads": options.threads,
              "length": length, "sequences": sequences}
@@ -42,10 +49,7 @@ def sweep(file, dense, options: benchmark.Options, targets: tuple[float, ...] | 
     finally:
         worker.close()
     points = sorted({point["shift"]: point for point in points}.values(), key=lambda point: point["shift"])
-    options = replace(options, contexts=options.contexts or (CONTEXT,), shifts=tuple(p["shift"] for p in points),
-                      variants=tuple(v for v in options.variants if v in ("ceiling", "floor", "mod", "none_active")))
-    if not {"ceiling", "mod"} <= set(options.variants):
-        raise UserError("a sweep needs the variants ceiling and mod", "add them to --variants")
+    options = replace(options, shifts=tuple(p["shift"] for p in points))
     result = benchmark.bench(file, dense, options, text, say=say, progress=progress, **kwargs)
     return result | {"sweep": join(points, result["rows"])}
 

@@ -63,6 +63,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
 
 def read_config(path: str | Path) -> MoDConfig:
     """The MoDConfig of a directory, without loading weights."""
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file", "give a MoD directory; mod-export convert makes one")
     try:
         data = json.loads((Path(path) / "config.json").read_text())
     except FileNotFoundError:

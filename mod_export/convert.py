@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mod_export import data
+from mod_export import data, router_files
 from mod_export.config import KINDS, of_kinds
 from mod_export.errors import UserError
 from mod_export.files import atomic_dir
+from mod_export.gguf_file import GGUFFile
 
 WINDOW = 256  # docs/quality.md: far better than 64 at equal K/V, and 3 % of a context of 8192 tokens
 # By default the first layers stay whole: they decide with too little context. One must have complete K/V.
@@ -52,6 +53,7 @@ def convert(
         from mod_export.calibrate import Plan, calibrate
         from mod_export.model import MoDModel
 
+        refuse_mod(model)
         say(f"loading {model}")
         base, tokenizer = hf.load(model)
         n_layer = len(hf.decoder_layers(base))
@@ -88,6 +90,18 @@ def convert_adapter(
         mod = apply(found, *hf.load(model), say)
         say(f"writing {out}")
         mod.save(tmp, force=True)  # over the empty tmp
+
+
+def refuse_mod(model: str) -> None:
+    """Raises UserError for a MoD directory or file, whose routers would be lost, and whose weights may be trained."""
+    path = Path(model)
+    if (path / "config.json").is_file():
+        found = "mod" in router_files.read_json(path / "config.json", "give a Hugging Face directory")
+    elif found := path.is_file() and path.suffix == ".gguf":
+        file = GGUFFile.open(path)
+        found = f"{file.architecture}.mod.version" in file.keys
+    if found:
+        raise UserError(f"{model} is a MoD model already", "convert the original, or train this one")
 
 
 def parse_units(units: str) -> list[str]:

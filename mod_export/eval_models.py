@@ -232,6 +232,8 @@ def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int)
     if Path(path).is_file():
         from mod_export.eval_runtime import RuntimeReader
 
+        if device != "cpu":
+            raise UserError(f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers")
         return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
     if not Path(path).exists() and str(path) != hf.EMBEDDED:
         raise UserError(f"no such model: {path}", "give a MoD directory or a GGUF file")

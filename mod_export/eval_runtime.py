@@ -10,11 +10,9 @@ import torch
 
 from mod_export import gpu
 from mod_export.chat import formatter
-from mod_export.errors import UserError
 from mod_export.eval_models import CHUNK, UNLIMITED, Reader
 from mod_export.gguf_file import GGUFFile
 from mod_export.runtime import MoDLlama
-from mod_export.worker import has_vocab
 
 
 class _Llama(MoDLlama):
@@ -51,8 +49,7 @@ class RuntimeReader(Reader):
         self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED
         self.n_layer = file.get(f"{file.architecture}.block_count")
         self._open(CHUNK)
-        if not has_vocab(self.llm):
-            raise UserError(f"{path} has no tokenizer", "give a file that has one")
+        self.llm.require_vocab()
         self.tokenizer = _Tokenizer(self)
         self.units = [(unit.layer, unit.kind) for unit in self.llm.units]
         self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()

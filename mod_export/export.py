@@ -94,6 +94,9 @@ def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:
     n_layer, n_embd = (model_number(file, name) for name in ("block_count", "embedding_length"))
     if read_routers(file, n_layer, n_embd)[0] is not None:
         raise UserError(f"{file.path} has routers already", "give the dense file as the base")
+    if bad := [len(unit.threshold) for unit in config.units.values() if len(unit.threshold) != n_layer]:
+        raise UserError(f"{file.path} has {n_layer} layers, the routers are for {bad[0]}",
+                        "give the base of the same model")
     config.validate(n_layer)
     width = len(next(iter(routers.values()))[0])
     if width != n_embd:

@@ -22,7 +22,6 @@ from mod_export.partial import Partial
 from mod_export.progress import Progress, to_stderr
 from mod_export.runtime import MoDLlama
 from mod_export.sequences import Job, Sampling, new_context, write
-from mod_export.worker import has_vocab
 
 MARK = "mod-export-user"  # stands for the user's words where only what is around them is wanted
 HOPELESS = 200  # results in a row that came to nothing
@@ -58,8 +57,7 @@ def open_model(file: str | Path, options: Options) -> MoDLlama:
     # this small context gives way to one for several sequences
     gpu.check(options.gpu_layers)
     llm = MoDLlama(file, n_ctx=256, threads=options.threads, n_batch=256, n_gpu_layers=options.gpu_layers)
-    if not has_vocab(llm):
-        raise UserError(f"{file} has no tokenizer", "give a model that can read text")
+    llm.require_vocab()
     each = -(-options.ctx // 256) * 256
     # a cache of its own for each sequence where the library can: no time for the others' masked cells
     new_context(llm, n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units))

@@ -76,6 +76,8 @@ class GGUFFile:
     def open(cls, path: str | os.PathLike) -> GGUFFile:
         """Map and check `path`. Raises UserError if it is missing, no GGUF, truncated or damaged."""
         path = Path(path)
+        if path.is_dir():
+            raise UserError(f"{path} is a directory", "give a GGUF file; `mod-export export` makes one from it")
         if not path.is_file():
             raise UserError(f"no such file: {path}", "give a GGUF file")
         with path.open("rb") as file:

@@ -65,6 +65,8 @@ def build(
         toolkit = cuda_toolkit.find()
         flags |= toolkit.flags(toolkit.architectures(cuda_arch))
     flags |= extra or {}
+    if sdist is not None:
+        llama_source.fetch_sdist(sdist)  # a wrong one is told even where nothing has to be built
     name = f"{'stock' if stock else 'patched'}-{_key(flags, stock)}"
     lib = llama_source.cache_dir() / "lib" / name
     with _lock(name, say):

@@ -19,6 +19,8 @@ import numpy as np
 
 from mod_export import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.errors import UserError
+from mod_export.gguf_file import GGUFFile
+from mod_export.worker import available_memory, has_vocab
 
 import llama_cpp  # isort: skip
 from llama_cpp import _logger  # isort: skip
@@ -91,6 +93,10 @@ class Stopped(Exception):
     """The evaluation was stopped between two batches because `MoDLlama.stop` was set."""
 
 
+SURE = 1 << 20  # tokens of context that any machine has lists for
+LISTS = 48  # bytes of a cell's place, shift and sequences, in each cache (llama-kv-cells.h)
+
+
 class MoDLlama(llama_cpp.Llama):
     """llama_cpp.Llama on a MoD (or dense) GGUF file.
 
@@ -105,6 +111,7 @@ class MoDLlama(llama_cpp.Llama):
     def __init__(self, path: str | os.PathLike, *, n_ctx: int = 4096, threads: int | None = None,
                  flash_attn: bool = True, threshold_shift: float = 0.0, verbose: bool = False, **kwargs):
         _check_file(path)
+        _check_context(path, n_ctx)
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
         self.stop = False
@@ -134,6 +141,16 @@ class MoDLlama(llama_cpp.Llama):
             super().close()
 
     # --- what the file says
+
+    def require_vocab(self) -> None:
+        """Raises UserError for a file without a tokenizer, where llama.cpp would abort on text."""
+        if not has_vocab(self):
+            raise UserError(f"{self.model_path} has no tokenizer", "give a file that has one")
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text; special: also of the names of special tokens. Raises UserError as require_vocab."""
+        self.require_vocab()
+        return super().tokenize(text, add_bos, special)
 
     def _read_units(self) -> list[Unit]:
         units, raw = [], bindings.llama_mod_unit()
@@ -363,6 +380,19 @@ def _check_file(path: str | os.PathLike) -> None:
         raise UserError(f"cannot read {path}: {exc.strerror}") from exc
     if magic != b"GGUF":
         raise UserError(f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory")
+
+
+def _check_context(path: str | os.PathLike, n_ctx: int) -> None:
+    """Lists of cells are as long as the context, however little of it is used, and no lack of memory is reported."""
+    if n_ctx <= SURE:
+        return
+    file = GGUFFile.open(path)
+    layers = file.get(f"{file.architecture}.block_count", 0)
+    caches = 1 + layers if f"{file.architecture}.mod.version" in file.keys and isinstance(layers, int) else 1
+    need, free = n_ctx * caches * LISTS, available_memory()
+    if n_ctx >= 1 << 31 or need > free:
+        raise UserError(f"a context of {n_ctx} tokens takes {need >> 20} MiB for its lists of cells alone, of "
+                        f"{free >> 20} MiB that are free", "use a smaller context")  # fmt: skip
 
 
 def _load_error(path, n_ctx: int, exc: ValueError, log: list[str]) -> UserError:

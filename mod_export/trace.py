@@ -42,9 +42,11 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
     tokens = llm.tokenize(prompt.encode(), special=True)
     if not tokens:
         raise UserError("the prompt is empty", "give it some text")
-    if len(tokens) + generate > min(llm.n_ctx(), MAX_TOKENS):
-        raise UserError(f"{len(tokens) + generate} tokens are more than {min(llm.n_ctx(), MAX_TOKENS)}",
-                        "use a shorter prompt")
+    what = f"{len(tokens)} tokens of the prompt and {generate} more"
+    if len(tokens) + generate > MAX_TOKENS:
+        raise UserError(f"{what} are more than a picture shows, {MAX_TOKENS}", "use less of them")
+    if len(tokens) + generate > llm.n_ctx():
+        raise UserError(f"{what} do not fit the context of {llm.n_ctx()}", "use a larger --ctx, or --generate less")
     n_prompt = len(tokens)
     with llm.recording() as batches:
         if generate:

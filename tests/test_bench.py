@@ -7,7 +7,7 @@ import pytest
 from raw import Raw, stock_lib
 from tiny_gguf import Tiny
 
-from mod_export import bench, bench_process, bench_report, bench_stats, bindings, gpu
+from mod_export import bench, bench_process, bench_report, bench_stats, bench_sweep, bindings, gpu
 from mod_export.errors import UserError
 from mod_export.gguf_file import GGUFFile
 from mod_export.prune import block_floor, prune
@@ -225,6 +225,8 @@ def test_files_that_do_not_fit(files, tmp_path):
                         ((mod, tmp_path / "damaged.gguf"), "is truncated")):
         with pytest.raises(UserError, match=words):
             run(*pair)
+    with pytest.raises(UserError, match="activation 2 is not between 0 and 1"):
+        bench_sweep.sweep(mod, dense, targets=(2, 0.5))
 
 
 @patched
@@ -252,6 +254,7 @@ def test_bad_options(run_cli, tmp_path):
 
 def test_bad_types():
     for options, words in (({"kv_types": ("q9",)}, "q9"), ({"kv_types": ("f16/q8_0/f16",)}, "unknown"),
-                           ({"kv_types": ("q8_0",), "flash_attn": (False,)}, "needs flash attention")):
+                           ({"kv_types": ("q8_0",), "flash_attn": (False,)}, "needs flash attention"),
+                           ({"contexts": (1 << 40,)}, "use one below")):
         with pytest.raises(UserError, match=words):
-            bench.steps(bench.Options(contexts=(64,), **options))
+            bench.steps(bench.Options(**{"contexts": (64,)} | options))

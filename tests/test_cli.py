@@ -50,14 +50,16 @@ def test_without_a_command_help_is_shown(run_cli):
     assert result.returncode == 0 and "Commands:" in result.stdout
 
 
-@pytest.mark.parametrize("args", [["nonsense"], ["--nonsense"], ["export"], ["export", "x"], ["build", "-j", "0"]])
+@pytest.mark.parametrize("args", [["nonsense"], ["--nonsense"], ["export"], ["export", "x"], ["build", "-j", "0"],
+                                  ["chat", "x", "--temp", "nan"], ["synth", "135m", "-o", "x", "--rope-base", "inf"]])
 def test_usage_errors(run_cli, args):
     assert "--help" in one_error_line(run_cli(*args))
 
 
 def test_missing_file(run_cli, tmp_path):
     assert "no such file" in one_error_line(run_cli("inspect", tmp_path / "none.gguf"))
-    assert "no such file" in one_error_line(run_cli("inspect", tmp_path))
+    assert "is a directory" in one_error_line(run_cli("inspect", tmp_path))
+    assert "no such file" in one_error_line(run_cli("build", "--sdist", tmp_path / "none.tar.gz"))
 
 
 def test_interrupt_is_130():

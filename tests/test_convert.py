@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from byte_text import TEXT, byte_tokenizer
+from tiny_gguf import Tiny
 
 from mod_export import data
 from mod_export.convert import convert, layers_of, parse_layers, parse_units
@@ -93,7 +94,12 @@ def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
     work = tmp_path / "work"
     work.mkdir()
+    (tmp_path / "routed").mkdir()
+    (tmp_path / "routed" / "config.json").write_text('{"mod": {}}')
+    Tiny(n_layer=3, n_embd=64).route([1], "kv").write(tmp_path / "routed.gguf")
     for wrong, message in (
+        ({"model": tmp_path / "routed"}, "routed is a MoD model already; convert the original"),
+        ({"model": tmp_path / "routed.gguf"}, "routed.gguf is a MoD model already"),
         ({"model": tmp_path / "nowhere"}, "no such model"),
         ({"calibration_text": [tmp_path / "short.txt"]}, "calibration text too short"),
         ({"calibration_text": [tmp_path / "none.txt"]}, "none.txt"),

@@ -242,6 +242,7 @@ def test_the_command(folder, tmp_path, run_cli):
         (["mod", "--dense", "other", "--text", "text.txt"], "have different tokenizers"),
         (["other", "--text", "text.txt", "--threshold-shift", "1"], "no thresholds to shift"),
         (["mod", "--text", "text.txt", "--device", "abacus"], "cannot use --device abacus"),
+        (["mod.gguf", "--text", "text.txt", "--device", "cuda"], "mod.gguf is a file; use --gpu-layers"),
         (["numbers.gguf", "--text", "text.txt"], "numbers.gguf has no tokenizer"),
     ],
 )

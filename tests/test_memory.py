@@ -123,6 +123,8 @@ def test_bad_input(files, run_cli, tmp_path):
         ((tmp_path / "none.gguf", "--memory", "1G"), "no such file"),
         ((tmp_path / "no.gguf", "--memory", "1G"), "truncated"),
         ((files["mod"], "--memory", "1G", "--kv-type", "f64"), "--kv-type"),
+        ((files["mod"], "--memory", "1G", "--ubatch", "8192"), "--ubatch"),
+        ((files["mod"], "--memory", "1G", "--margin", "inf"), "not a finite number"),
         ((files["mod"], "--memory", "1G", "--check", "--text", tmp_path / "none.txt"), "cannot read"),
     ):
         done = run_cli("fit", *args)

@@ -185,6 +185,18 @@ def test_a_dense_file(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # quiet
 
 
+def test_a_file_without_a_tokenizer_and_a_context_that_no_machine_holds(tmp_path):
+    """llama.cpp would abort, and take all memory there is."""
+    path = Tiny(n_layer=2).route([1], "kv").write(tmp_path / "numbers.gguf")
+    llm = MoDLlama(path, n_ctx=64)
+    with pytest.raises(UserError, match="numbers.gguf has no tokenizer"):
+        llm.tokenize(b"hi")
+    llm.close()
+    for n_ctx in (99_999_999_999, 1 << 31):
+        with pytest.raises(UserError, match=f"a context of {n_ctx} tokens takes .* use a smaller context"):
+            MoDLlama(path, n_ctx=n_ctx)
+
+
 def test_files_that_do_not_load(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         MoDLlama(tmp_path / "none.gguf")

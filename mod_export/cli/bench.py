@@ -5,6 +5,7 @@ from collections.abc import Callable
 import click
 
 from mod_export.cli.model import gpu_layers_option
+from mod_export.cli.numbers import Finite
 
 
 def _list(kind: Callable, least: float | None = None, example: str = "") -> Callable:
@@ -50,7 +51,7 @@ def _switch(value: str) -> bool:
 @click.option("--variants", callback=_list(str, None, "ceiling,mod,floor"), help="Only these.  [default: all]")
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True,
               help="Turns of each variant, at least.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=10, show_default=True,
+@click.option("--seconds", type=Finite(min=0), default=10, show_default=True,
               help="Time for each phase of a measurement, at least.")
 @click.option("--starts", type=click.IntRange(min=1), default=1, show_default=True,
               help="Times the processes are started anew: where one lies in memory makes some percent alone.")
@@ -66,7 +67,11 @@ def _switch(value: str) -> bool:
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 def command(file, dense, text, json_file, markdown, force, plots, sweep, activations, **options):
-    """Measure speed and memory of the MoD FILE against the dense one, and at both ends."""
+    """Measure speed and memory of the MoD FILE against the dense one, and at both ends.
+
+    The dense one runs on stock llama.cpp, which the first call builds, in minutes, if `mod-export build --stock` has
+    not yet.
+    """
     from mod_export import bench, bench_plots, bench_report, bench_sweep
     from mod_export.errors import UserError
     from mod_export.files import atomic_file

@@ -5,6 +5,7 @@ import sys
 import click
 
 from mod_export.cli.model import model_options, open_model
+from mod_export.cli.numbers import Finite
 
 
 @click.command()
@@ -12,10 +13,10 @@ from mod_export.cli.model import model_options, open_model
 @click.option("--prompt", help="Answer this once and leave; `-` reads it from stdin.")
 @click.option("--system", default="", help="System prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
-@click.option("--temp", type=click.FloatRange(min=0), default=0.2, show_default=True,
+@click.option("--temp", type=Finite(min=0), default=0.2, show_default=True,
               help="Temperature; 0: always the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=0.9, show_default=True, help="Nucleus sampling.")
-@click.option("--repeat-penalty", type=click.FloatRange(min=0, min_open=True), default=1.1, show_default=True,
+@click.option("--top-p", type=Finite(min=0, max=1), default=0.9, show_default=True, help="Nucleus sampling.")
+@click.option("--repeat-penalty", type=Finite(min=0, min_open=True), default=1.1, show_default=True,
               help="Penalty of tokens that occurred among the last 64; 1: none.")
 @click.option("--seed", type=click.IntRange(min=1), default=1, show_default=True, help="Seed of the sampling.")
 @model_options

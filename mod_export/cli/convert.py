@@ -15,8 +15,10 @@ from mod_export.errors import UserError
               help="What a token may skip: kv (being remembered), attn, block, ffn; combined with +.")
 @click.option("--target-activation", default="0.5", show_default=True, callback=shares, metavar="SHARE",
               help="Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8.")
-@click.option("--kv-window", type=click.IntRange(min=1), help="Recent tokens that kv units always see. [default: 256]")
-@click.option("--layers", default="auto", show_default=True, help="Layers to route: auto, 3-28, 2,4,8-11.")
+@click.option("--kv-window", type=click.IntRange(min=1),
+              help="Recent tokens that kv units always see.  [default: 256, at most 1/8 of the context]")
+@click.option("--layers", default="auto", show_default=True,
+              help="Layers to route, from 0 on: 3-28 or 2,4,8-11; auto: kv from 1 on, others from 2 on.")
 @click.option("--calibration-text", multiple=True, type=click.Path(), metavar="FILE",
               help="UTF-8 text to calibrate on, may be repeated; default: the text that comes with the package.")
 @click.option("--sink-tokens", type=click.IntRange(min=0), default=4, show_default=True,

@@ -14,7 +14,8 @@ QUANT_HELP = f"Type of the base weights: {', '.join(QUANTS)}. Default: q8_0; wit
 @click.option("-o", "--output", metavar="FILE.gguf", type=click.Path(path_type=Path), required=True)
 @click.option("--quant", type=click.Choice(list(QUANTS), case_sensitive=False), metavar="TYPE", help=QUANT_HELP)
 @click.option("--base", metavar="FILE.gguf", type=click.Path(path_type=Path), help="Put the routers on this file.")
-@click.option("--dense", is_flag=True, help="Leave the routers out: the model before conversion.")
+@click.option("--dense", is_flag=True,
+              help="Leave the routers out: the model before conversion. With --base that file, as --quant.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def command(directory: Path, output: Path, quant: str | None, base: Path | None, dense: bool, force: bool) -> None:
     """Write the MoD model in DIR as a GGUF file for the patched llama.cpp.

@@ -2,6 +2,8 @@
 
 import click
 
+from mod_export.cli.numbers import Finite
+
 
 @click.command()
 @click.argument("file", type=click.Path())
@@ -9,8 +11,8 @@ import click
 @click.option("--dense", type=click.Path(), help="The dense GGUF to compare with; default: FILE with all units active.")
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16", show_default=True,
               help="Type of K and V.")
-@click.option("--ubatch", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens per graph.")
-@click.option("--margin", type=click.FloatRange(min=-1), default=0.1, show_default=True,
+@click.option("--ubatch", type=click.IntRange(1, 4096), default=512, show_default=True, help="Tokens per graph.")
+@click.option("--margin", type=Finite(min=-1), default=0.1, show_default=True,
               help="More activation than on the calibration text, as a share of it.")
 @click.option("--check", is_flag=True, help="Run it and compare; exit code 1 where it takes too much.")
 @click.option("--check-context", type=click.IntRange(min=256), default=8192, show_default=True,

@@ -3,6 +3,7 @@
 import click
 
 from mod_export.cli.model import gpu_layers_option
+from mod_export.cli.numbers import Finite
 
 
 @click.command("generate-data")
@@ -18,10 +19,10 @@ from mod_export.cli.model import gpu_layers_option
               help="How much of a document is its beginning.")
 @click.option("--ctx", type=click.IntRange(min=1), default=2048, show_default=True,
               help="Tokens of a prompt and what follows; longer prompts are left out.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True,
+@click.option("--temperature", type=Finite(min=0), default=0.8, show_default=True,
               help="0: always the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=0.95, show_default=True, help="Nucleus sampling.")
-@click.option("--min-p", type=click.FloatRange(min=0, max=1), default=0.0, show_default=True,
+@click.option("--top-p", type=Finite(min=0, max=1), default=0.95, show_default=True, help="Nucleus sampling.")
+@click.option("--min-p", type=Finite(min=0, max=1), default=0.0, show_default=True,
               help="Leave out tokens less likely than this share of the likeliest.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--parallel", type=click.IntRange(min=1, max=256), default=8, show_default=True,

@@ -28,6 +28,7 @@ def command(file, host, port, api_key, name, **model):
 
     with listen(host, port) as sock:
         llm, name = open_model(file, **model), name or Path(file).stem
+        llm.require_vocab()
         where = f"[{host}]" if ":" in host else host
         say(f"{name} at http://{where}:{sock.getsockname()[1]}/v1; Ctrl-C ends it")
         if "tokenizer.chat_template" not in llm.metadata:

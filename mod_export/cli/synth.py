@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mod_export.cli.numbers import Finite
+
 _NUMBER = click.IntRange(min=1)
 
 
@@ -32,7 +34,7 @@ _NUMBER = click.IntRange(min=1)
 @click.option("--vocab", type=_NUMBER, help="Number of tokens.")
 @click.option("--ctx", type=_NUMBER, help="Trained context, in tokens.")
 @click.option("--tied/--untied", default=None, help="Whether the embedding is the output matrix too.")
-@click.option("--rope-base", type=click.FloatRange(min=1), help="Base of RoPE's frequencies.")
+@click.option("--rope-base", type=Finite(min=1), help="Base of RoPE's frequencies.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 def command(preset, output, dense, quant, units, activation, layers_routed, sinks, kv_window, seed, force, **shape):
     """Write a MoD GGUF with random weights and exact activation, to measure speed.

@@ -10,9 +10,11 @@ import click
 @click.option("-o", "--output", required=True, type=click.Path(), help="The picture: .png, .pdf or .svg.")
 @click.option("--generate", type=click.IntRange(min=0), default=0, show_default=True,
               help="Tokens to generate after the text and to draw too.")
-@click.option("--ctx", type=click.IntRange(min=0), default=4096, show_default=True, help="Context in tokens.")
+@click.option("--ctx", type=click.IntRange(min=0), default=4096, show_default=True,
+              help="Context in tokens; 0: what the model was trained for.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--threshold-shift", type=float, default=0.0, help="Shift of all thresholds in logit space.")
+@click.option("--threshold-shift", type=float, default=0.0, show_default=True,
+              help="Shift of all thresholds in logit space: above 0 fewer tokens are active.")
 @click.option("--force", is_flag=True, help="Replace an existing picture.")
 def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold_shift, force):
     """Draw which tokens run which units of the GGUF FILE."""

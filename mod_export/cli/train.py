@@ -4,12 +4,13 @@ import time
 
 import click
 
+from mod_export.cli.numbers import Finite
 from mod_export.cli.shares import shares
 from mod_export.train_config import DTYPES, METHODS, PARAMETERS, TrainConfig
 
-SHARE = click.FloatRange(0, 1)
-POSITIVE = click.FloatRange(0, min_open=True)
-WEIGHT = click.FloatRange(0)
+SHARE = Finite(0, 1)
+POSITIVE = Finite(0, min_open=True)
+WEIGHT = Finite(0)
 COUNT = click.IntRange(1)
 D = TrainConfig(())
 
@@ -18,7 +19,7 @@ D = TrainConfig(())
 @click.argument("directory", type=click.Path(), metavar="DIR")
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="OUT", help="Directory to write.")
 @click.option("--data", "-d", multiple=True, required=True, type=click.Path(), metavar="PATH",
-              help="Text, .gz, JSONL with messages, or a directory of these; may be repeated.")
+              help="Text, .gz, JSONL of messages or text, or a directory of these; may be repeated.")
 @click.option("--target-activation", "target", default="0.5", show_default=True, callback=shares, metavar="SHARE",
               help="Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8.")
 @click.option("--train", "parameters", type=click.Choice(PARAMETERS), default=D.parameters, show_default=True,
@@ -58,17 +59,20 @@ D = TrainConfig(())
 @click.option("--warmup", type=SHARE, default=D.warmup, show_default=True,
               help="Share of the steps; then cosine decay.")
 @click.option("--clip", type=POSITIVE, default=D.clip, show_default=True, help="Largest norm of the gradient.")
-@click.option("--lora-rank", type=COUNT, default=D.lora_rank, show_default=True)
-@click.option("--lora-alpha", type=POSITIVE, default=D.lora_alpha, show_default=True)
+@click.option("--lora-rank", type=COUNT, default=D.lora_rank, show_default=True, help="Rank of LoRA.")
+@click.option("--lora-alpha", type=POSITIVE, default=D.lora_alpha, show_default=True,
+              help="LoRA counts alpha / rank times.")
 @click.option("--precision", type=click.Choice(["auto", "no", "bf16", "fp16"]), default=D.precision, show_default=True,
               help="Autocast; auto: bf16 on GPUs that have it, else no; fp16 is for GPUs.")
 @click.option("--dtype", type=click.Choice(DTYPES), default=D.dtype, show_default=True,
               help="Of the weights that are not trained: bfloat16 takes half the memory.")
 @click.option("--recompute", is_flag=True, help="Compute layers again in the backward pass: less memory.")
 @click.option("--held-out", type=COUNT, default=D.held_out, show_default=True, help="Sequences to evaluate on.")
-@click.option("--eval-every", type=COUNT, default=D.eval_every, show_default=True, help="Steps.")
+@click.option("--eval-every", type=COUNT, default=D.eval_every, show_default=True,
+              help="Steps between evaluations on held-out text.")
 @click.option("--save-every", type=COUNT, default=D.save_every, show_default=True, help="Steps between checkpoints.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=D.seed, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=D.seed, show_default=True,
+              help="Of the order of the data and of noise.")
 @click.option("--save", "save_as", type=click.Choice(["merged", "adapter"]), default="merged", show_default=True,
               help="A whole MoD directory, or routers and LoRA only.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.run.")
