@@ -94,10 +94,8 @@ def convert_adapter(
 
 def refuse_mod(model: str) -> None:
     """Raises UserError for a MoD directory or file, whose routers would be lost, and whose weights may be trained."""
-    path = Path(model)
-    if (path / "config.json").is_file():
-        found = "mod" in router_files.read_json(path / "config.json", "give a Hugging Face directory")
-    elif found := path.is_file() and path.suffix == ".gguf":
+    found, path = router_files.is_mod(model), Path(model)
+    if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile.open(path)
         found = f"{file.architecture}.mod.version" in file.keys
     if found:

@@ -12,7 +12,6 @@ Knows nothing of texts, tasks and scores. A directory is opened in torch, a GGUF
 from __future__ import annotations
 
 import abc
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mod_export import hf
 from mod_export.data import same_tokens
 from mod_export.errors import UserError
 from mod_export.model import MoDModel
+from mod_export.router_files import is_mod
 
 ROWS = 256  # rows of logits [ROWS, n_vocab] in memory at a time: a vocabulary of 150k makes 150 MB of float32
 CHUNK = 512  # tokens read at a time where only the last logits are wanted
@@ -239,20 +239,12 @@ def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int)
         raise UserError(f"no such model: {path}", "give a MoD directory or a GGUF file")
     if threads:
         torch.set_num_threads(threads)
-    model = MoDModel.load(path) if _is_mod(path) else MoDModel.from_base(*hf.load(path))
+    model = MoDModel.load(path) if is_mod(path) else MoDModel.from_base(*hf.load(path))
     model.shift = shift
     try:
         return TorchReader(model.to(device), path)
     except (RuntimeError, AssertionError) as exc:  # torch's words for a device that is unknown, missing or full
         raise UserError(f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out") from exc
-
-
-def _is_mod(path) -> bool:
-    try:
-        config = json.loads((Path(path) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False  # loading tells what is wrong
-    return isinstance(config, dict) and "mod" in config
 
 
 def _check_same_tokens(a: Reader, b: Reader) -> None:

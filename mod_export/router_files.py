@@ -17,6 +17,15 @@ from mod_export.errors import UserError
 Routers = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # (layer, kind) -> w f32 [n_embd], b f32 [1]
 
 
+def is_mod(path: str | Path) -> bool:
+    """Whether it is a MoD directory; where that cannot be told, loading tells what is wrong."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "mod" in config
+
+
 def read_json(path: Path, cure: str) -> dict:
     """The object in a file. Raises UserError, with `cure` where there is no such file."""
     if not path.is_file():
