@@ -226,7 +226,7 @@ def test_files_that_do_not_fit(files, tmp_path):
         with pytest.raises(UserError, match=words):
             run(*pair)
     with pytest.raises(UserError, match="activation 2 is not between 0 and 1"):
-        bench_sweep.sweep(mod, dense, targets=(2, 0.5))
+        bench_sweep.sweep(mod, dense, bench.Options(), targets=(2, 0.5))
 
 
 @patched
