@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sharded_worker import STEPS, WAYS, config
 
 from mod_export import data, sharding
+from mod_export.checkpoint import router_tensor_name
 from mod_export.errors import UserError
 from mod_export.train import train
 from mod_export.train_log import read
@@ -48,18 +49,15 @@ def test_in_pieces_and_interrupted_training_is_the_same(way, folder):
     rows = {mode: [row for row in read(folder / f"{mode}-{way}.run/metrics.jsonl") if "loss" in row]
             for mode in ("ddp", "fsdp")}  # fmt: skip
     assert [row["step"] for row in rows["fsdp"]] == list(range(1, STEPS + 1))
-    # Gradients are summed in another order. In bfloat16, of three digits, the last place of a sum can tip a hidden
-    # state and that a token's decision, on some CPUs within six steps: there half of them have to be the same.
-    same, rough = (STEPS // 2, 2**-6) if way == "half" else (STEPS, None)
     for name in ("loss", "kl", "activation", "price", "norm"):
         expected, found = (torch.tensor([row[name] for row in rows[mode]]) for mode in ("ddp", "fsdp"))
-        torch.testing.assert_close(found[:same], expected[:same], atol=1e-5, rtol=1e-4)
-        if rough:
-            torch.testing.assert_close(found, expected, atol=rough, rtol=rough)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     expected, found = (tensors(folder / f"{mode}-{way}") for mode in ("ddp", "fsdp"))
     assert expected.keys() == found.keys()
+    # what the attn router loses is measured halfway, on hidden states of three digits in bfloat16
+    rough = {router_tensor_name(4, "attn", part) for part in ("weight", "bias")} if way == "half" else ()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=rough or 1e-5, rtol=rough or 1e-4)
+        torch.testing.assert_close(found[name], expected[name], atol=5e-3 if name in rough else 1e-5, rtol=1e-4)
     start = tensors(folder / ("mod-ffn" if way == "static" else "mod"))
     assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items() if name in start) or way == "lora"
 
