@@ -1,4 +1,5 @@
-"""Adapters: routers, and where it was trained LoRA, to be put on the model they were made for; docs/adapter.md.
+"""Adapters: routers, and where it was trained LoRA, to be put on the model they were made for;
+docs/adapter.md.
 
     identity = base_identity(base, tokenizer, "SmolLM2-135M-Instruct")    # before training
     save("adapter", config, routers, base, identity, figures={"perplexity": 27.5})
@@ -18,25 +19,46 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mod_export import adapter_files
-from mod_export.adapter_files import MOD_JSON, ROUTERS, is_adapter, packaged, resolve
-from mod_export.checkpoint import router_tensor_name
+from mod_export.common.files import atomic_dir, safetensors_errors
+from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
-from mod_export.files import atomic_dir, safetensors_errors
-from mod_export.identity import ROUNDING, base_identity, compare
-from mod_export.lora import attach_lora, inject_lora, lora_of, merge_lora, read_lora, without_lora, write_lora
-from mod_export.model import MoDModel, check_routers
-from mod_export.tables import format_table
+from mod_export.formats import adapter_files
+from mod_export.formats.adapter_files import MOD_JSON, ROUTERS, is_adapter, packaged, resolve
+from mod_export.formats.base_identity import ROUNDING, base_identity, compare
+from mod_export.model.directory import router_tensor_name
+from mod_export.model.lora import (
+    attach_lora,
+    inject_lora,
+    lora_of,
+    merge_lora,
+    read_lora,
+    without_lora,
+    write_lora,
+)
+from mod_export.model.mod_model import MoDModel, check_routers
 
-__all__ = ["Adapter", "apply", "base_identity", "inject_lora", "is_adapter", "load", "merge_lora", "packaged",
-           "resolve", "save", "without_lora"]  # fmt: skip
+__all__ = [
+    "Adapter",
+    "apply",
+    "base_identity",
+    "inject_lora",
+    "is_adapter",
+    "load",
+    "merge_lora",
+    "packaged",
+    "resolve",
+    "save",
+    "without_lora",
+]
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """routers: {(layer, kind): (w [n_embd], b [1])}; base: its identity; lora: (LoraConfig, {name: tensor}) or None."""
+    """routers: {(layer, kind): (w [n_embd], b [1])}; base: its identity; lora: (LoraConfig, {name:
+    tensor}) or None.
+    """
 
     config: MoDConfig
     routers: dict
@@ -53,10 +75,11 @@ def save(
     figures: dict | None = None,
     force: bool = False,
 ) -> None:
-    """Write the directory, whole or not at all: routers, and the LoRA that inject_lora put on `base`, if any.
+    """Write the directory, whole or not at all: routers, and the LoRA that inject_lora put on
+    `base`, if any.
 
-    identity: of the model before training; figures: {what: number} for the README. Raises UserError if `path` exists
-    and `force` is not set, and for routers that do not fit or are not finite.
+    identity: of the model before training; figures: {what: number} for the README. Raises UserError
+    if `path` exists and `force` is not set, and for routers that do not fit or are not finite.
     """
     check_routers(config.validate(identity["n_layer"]), routers, identity["n_embd"])
     tensors = {
@@ -70,22 +93,29 @@ def save(
         save_file(tensors, directory / ROUTERS, metadata={"format": "pt"})
         data = {"mod": config.to_dict(), "base": identity}
         (directory / MOD_JSON).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        text = _readme(Path(path).name, config, identity, figures or {}, lora_of(base))  # instead of PEFT's own
+        text = _readme(
+            Path(path).name, config, identity, figures or {}, lora_of(base)
+        )  # instead of PEFT's own
         (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def load(path: str | Path) -> Adapter:
-    """Read and check a directory. Raises UserError naming what is missing, damaged, not finite or unknown."""
+    """Read and check a directory. Raises UserError naming what is missing, damaged, not finite or
+    unknown.
+    """
     found = adapter_files.read(Path(path))
-    routers = {unit: tuple(torch.from_numpy(array) for array in pair) for unit, pair in found.routers.items()}
+    routers = {
+        unit: tuple(torch.from_numpy(array) for array in pair)
+        for unit, pair in found.routers.items()
+    }
     return Adapter(found.config, routers, found.base, read_lora(Path(path)) if found.lora else None)
 
 
 def apply(adapter: Adapter, base: nn.Module, tokenizer, say: Say = lambda line: None) -> MoDModel:
     """Make `base` the adapter's MoD model, in place, LoRA merged into the weights.
 
-    Weights in another quantisation are accepted, and `say` is told. Raises UserError naming what differs where `base`
-    is another model.
+    Weights in another quantisation are accepted, and `say` is told. Raises UserError naming what
+    differs where `base` is another model.
     """
     distance = compare(adapter.base, base_identity(base, tokenizer, "the model given"))
     if distance > ROUNDING:
@@ -104,16 +134,37 @@ def _differs(adapter: Adapter, distance: float) -> str:
 
 
 def _readme(name: str, config: MoDConfig, identity: dict, figures: dict, lora) -> str:
-    kinds = ", ".join(f"{sum(p > 0 for p in unit.threshold)} {kind}" for kind, unit in config.units.items())
+    kinds = ", ".join(
+        f"{sum(p > 0 for p in unit.threshold)} {kind}" for kind, unit in config.units.items()
+    )
     parts = f"routers for {kinds} units of {identity['n_layer']} layers"
     if lora is not None:
         parts += f", and LoRA of rank {lora.peft_config['default'].r} in PEFT's format"
     model = f"{identity['name']} ({identity['model_type']})"
-    lines = [f"# {name}", "", f"A Mixture-of-Depths adapter for {model}, which it holds nothing of:", f"{parts}.", ""]
+    lines = [
+        f"# {name}",
+        "",
+        f"A Mixture-of-Depths adapter for {model}, which it holds nothing of:",
+        f"{parts}.",
+        "",
+    ]
     if figures:
-        lines += [format_table(["figure", "value"], [[key, value] for key, value in figures.items()], True), ""]
-    lines += [f"    mod-export convert MODEL --adapter {name} -o mod", "    mod-export export mod -o mod.gguf", ""]
+        lines += [
+            format_table(
+                ["figure", "value"], [[key, value] for key, value in figures.items()], True
+            ),
+            "",
+        ]
+    lines += [
+        f"    mod-export convert MODEL --adapter {name} -o mod",
+        "    mod-export export mod -o mod.gguf",
+        "",
+    ]
     if lora is None:
-        lines += ["or, onto any GGUF of the model, whatever its quantisation,", "",
-                  f"    mod-export export {name} --base MODEL.gguf -o mod.gguf", ""]  # fmt: skip
+        lines += [
+            "or, onto any GGUF of the model, whatever its quantisation,",
+            "",
+            f"    mod-export export {name} --base MODEL.gguf -o mod.gguf",
+            "",
+        ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """What a Mixture-of-Depths model adds to a model's configuration: which units are routed, and how.
 
-Knows nothing of torch or of files. In a Hugging Face directory it is the key `mod` of config.json; the GGUF
-keys have the same layout (docs/gguf.md).
+Knows nothing of torch or of files. In a Hugging Face directory it is the key `mod` of config.json;
+the GGUF keys have the same layout (docs/gguf.md).
 
     config = MoDConfig(units={"kv": UnitConfig(threshold=(0.0, 0.0, 0.5), activation=(1.0, 1.0, 0.6))})
     config.validate(n_layer=3)
@@ -50,7 +50,12 @@ class MoDConfig:
     def routed(self) -> list[Unit]:
         """Each routed unit, in the order in which they decide."""
         n_layer = max((len(unit.threshold) for unit in self.units.values()), default=0)
-        return [(layer, kind) for layer in range(n_layer) for kind in KINDS if self.threshold(layer, kind) > 0]
+        return [
+            (layer, kind)
+            for layer in range(n_layer)
+            for kind in KINDS
+            if self.threshold(layer, kind) > 0
+        ]
 
     def by_kind(self) -> dict[str, list[Unit]]:
         """The routed units of each kind."""
@@ -62,7 +67,9 @@ class MoDConfig:
         return unit.threshold[layer] if unit and layer < len(unit.threshold) else 0.0
 
     def top_k(self) -> dict[str, float]:
-        """Of a model trained to choose by top-k, a baseline: kind -> share of a sequence's tokens; else empty."""
+        """Of a model trained to choose by top-k, a baseline: kind -> share of a sequence's tokens;
+        else empty.
+        """
         training = self.calibration.get("training", {})
         return training.get("top_k", {}) if isinstance(training, dict) else {}
 
@@ -84,7 +91,9 @@ class MoDConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> MoDConfig:
-        """Read the JSON form. Raises UserError for an unknown or missing key or a value of the wrong type."""
+        """Read the JSON form. Raises UserError for an unknown or missing key or a value of the
+        wrong type.
+        """
         _check_keys("mod", data, known=(*_SCALARS, *KINDS, "calibration"), needed=_SCALARS)
         calibration = data.get("calibration", {})
         if not isinstance(calibration, dict):
@@ -102,7 +111,8 @@ def by_kind(units: Iterable[Unit]) -> dict[str, list[Unit]]:
 
 
 def of_kinds(target: float | Mapping[str, float], kinds: Iterable[str]) -> dict[str, float]:
-    """The target activation of each kind: one number for all, or kind -> number, which names just these kinds.
+    """The target activation of each kind: one number for all, or kind -> number, which names just
+    these kinds.
 
     Raises UserError for a kind too many or too few.
     """
@@ -110,7 +120,9 @@ def of_kinds(target: float | Mapping[str, float], kinds: Iterable[str]) -> dict[
         return dict.fromkeys(kinds, target)
     kinds = list(kinds)
     if unknown := sorted(set(target) - set(kinds)):
-        raise UserError(f"target activation for {unknown[0]}, which is not routed", f"name {', '.join(kinds)}")
+        raise UserError(
+            f"target activation for {unknown[0]}, which is not routed", f"name {', '.join(kinds)}"
+        )
     if missing := [kind for kind in kinds if kind not in target]:
         raise UserError(f"no target activation for {missing[0]}", f"write {missing[0]}=0.5 too")
     return {kind: target[kind] for kind in kinds}
@@ -143,9 +155,13 @@ def _is_int(value: object) -> bool:
 
 def _check_scalars(config: MoDConfig) -> None:
     if not _is_int(config.version) or config.version != VERSION:
-        raise UserError(f"mod.version is {config.version!r}, known is {VERSION}", "use a newer mod-export")
+        raise UserError(
+            f"mod.version is {config.version!r}, known is {VERSION}", "use a newer mod-export"
+        )
     if config.gating_func != GATING_FUNC:
-        raise UserError(f"unknown mod.gating_func {config.gating_func!r}", f"known is {GATING_FUNC!r}")
+        raise UserError(
+            f"unknown mod.gating_func {config.gating_func!r}", f"known is {GATING_FUNC!r}"
+        )
     if not isinstance(config.scale_output, bool):
         raise UserError(f"mod.scale_output is {config.scale_output!r}", "use true or false")
     for name, low in (("sink_tokens", 0), ("kv_window", 1)):
@@ -160,11 +176,15 @@ def _check_unit(kind: str, unit: UnitConfig, n_layer: int) -> None:
     for name in ("threshold", "activation"):
         values = getattr(unit, name)
         if len(values) != n_layer:
-            raise UserError(f"mod.{kind}.{name} has {len(values)} values", f"the model has {n_layer} layers")
+            raise UserError(
+                f"mod.{kind}.{name} has {len(values)} values", f"the model has {n_layer} layers"
+            )
         for layer, value in enumerate(values):
             if not _is_share(value, below_one=name == "threshold"):
                 allowed = "[0, 1)" if name == "threshold" else "[0, 1]"
-                raise UserError(f"mod.{kind}.{name} of layer {layer} is {value!r}", f"it must lie in {allowed}")
+                raise UserError(
+                    f"mod.{kind}.{name} of layer {layer} is {value!r}", f"it must lie in {allowed}"
+                )
     if not any(unit.threshold):
         raise UserError(f"mod.{kind}.threshold routes no layer", f"leave out mod.{kind}")
 
@@ -180,11 +200,16 @@ def _is_share(value: object, below_one: bool) -> bool:
 
 
 def _check_layers(config: MoDConfig, n_layer: int) -> None:
-    kinds = [{kind for kind in config.units if config.threshold(layer, kind) > 0} for layer in range(n_layer)]
+    kinds = [
+        {kind for kind in config.units if config.threshold(layer, kind) > 0}
+        for layer in range(n_layer)
+    ]
     for layer, here in enumerate(kinds):
         if "block" in here and here & {"attn", "ffn"}:
             other = "attn" if "attn" in here else "ffn"
-            raise UserError(f"mod.block and mod.{other} both route layer {layer}", "route one of them there")
+            raise UserError(
+                f"mod.block and mod.{other} both route layer {layer}", "route one of them there"
+            )
     if all(here & {"block", "attn", "kv"} for here in kinds):
         raise UserError(
             "every layer has a block, attn or kv router, so no layer keeps complete K/V",

@@ -1,6 +1,8 @@
-"""Training text written by a model itself: it answers questions, continues texts, or makes up conversations.
+"""Training text written by a model itself: it answers questions, continues texts, or makes up
+conversations.
 
-For models whose training data is unknown: distilled on such text, a MoD model stays close to what the original says.
+For models whose training data is unknown: distilled on such text, a MoD model stays close to what
+the original says.
 
     llm = open_model("dense.gguf", Options(parallel=8))
     generate(llm, "out.jsonl.gz", Options(parallel=8, count=1000), prompts=["chat.jsonl.gz"])
@@ -14,14 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mod_export import gpu, sources
-from mod_export.chat import formatter
+from mod_export.common.files import atomic_file
+from mod_export.common.journal import Partial
+from mod_export.common.progress import Progress, to_stderr
+from mod_export.data import sources
 from mod_export.errors import UserError
-from mod_export.files import atomic_file
-from mod_export.partial import Partial
-from mod_export.progress import Progress, to_stderr
-from mod_export.runtime import MoDLlama
-from mod_export.sequences import Job, Sampling, new_context, write
+from mod_export.runtime import devices
+from mod_export.runtime.llama import MoDLlama
+from mod_export.runtime.sequences import Job, Sampling, new_context, write
+from mod_export.serving.chat import formatter
 
 MARK = "mod-export-user"  # stands for the user's words where only what is around them is wanted
 HOPELESS = 200  # results in a row that came to nothing
@@ -29,9 +32,11 @@ HOPELESS = 200  # results in a row that came to nothing
 
 @dataclass(frozen=True)
 class Options:
-    """count: texts to write; None: one for each prompt. max_tokens: of each answer, continuation, made-up question.
+    """count: texts to write; None: one for each prompt. max_tokens: of each answer, continuation,
+    made-up question.
 
-    ctx: tokens of a prompt and what follows; longer prompts are left out. prompt_tokens: how much of a document is
+    ctx: tokens of a prompt and what follows; longer prompts are left out. prompt_tokens: how much
+    of a document is
     its beginning. parallel: sequences at a time.
     """
 
@@ -50,64 +55,102 @@ class Options:
 
 
 def open_model(file: str | Path, options: Options) -> MoDLlama:
-    """The model with a context for `options.parallel` sequences; a MoD model with every unit active."""
+    """The model with a context for `options.parallel` sequences; a MoD model with every unit
+    active.
+    """
     if options.longest_prompt < 2:
-        raise UserError(f"{options.max_tokens} new tokens leave no room for a prompt in {options.ctx}",
-                        "use a larger --ctx, or fewer --max-tokens")
+        raise UserError(
+            f"{options.max_tokens} new tokens leave no room for a prompt in {options.ctx}",
+            "use a larger --ctx, or fewer --max-tokens",
+        )
     # this small context gives way to one for several sequences
-    gpu.check(options.gpu_layers)
-    llm = MoDLlama(file, n_ctx=256, threads=options.threads, n_batch=256, n_gpu_layers=options.gpu_layers)
+    devices.check(options.gpu_layers)
+    llm = MoDLlama(
+        file, n_ctx=256, threads=options.threads, n_batch=256, n_gpu_layers=options.gpu_layers
+    )
     llm.require_vocab()
     each = -(-options.ctx // 256) * 256
-    # a cache of its own for each sequence where the library can: no time for the others' masked cells
-    new_context(llm, n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units))
+    # a cache of its own for each sequence where the library can: no time for the others' masked
+    # cells
+    new_context(
+        llm, n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units)
+    )
     if llm.units:
         llm.force = "active"
     return llm
 
 
-def generate(llm: MoDLlama, out: str | Path, options: Options, prompts: Sequence[str | Path] = (),
-             force: bool = False, say: Callable[[str], None] = to_stderr) -> int:
-    """Write texts to `out` (.jsonl or .jsonl.gz), which appears when all are written; how many there are.
+def generate(
+    llm: MoDLlama,
+    out: str | Path,
+    options: Options,
+    prompts: Sequence[str | Path] = (),
+    force: bool = False,
+    say: Callable[[str], None] = to_stderr,
+) -> int:
+    """Write texts to `out` (.jsonl or .jsonl.gz), which appears when all are written; how many
+    there are.
 
-    prompts: files of conversations, whose first question is answered, and of text, whose documents' beginnings are
-    continued. Without, the model makes up conversations, or texts if it has no chat template.
+    prompts: files of conversations, whose first question is answered, and of text, whose documents'
+    beginnings are continued. Without, the model makes up conversations, or texts if it has no chat
+    template.
     A stopped run goes on where it was when it is started again: see partial.py.
     """
     if not str(out).endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{out} must end in .jsonl or .jsonl.gz", "training data are told apart by their names")
+        raise UserError(
+            f"{out} must end in .jsonl or .jsonl.gz", "training data are told apart by their names"
+        )
     if not prompts and options.count is None:
-        raise UserError("it is not said how many texts to make up", "use --count, or give --prompts")
+        raise UserError(
+            "it is not said how many texts to make up", "use --count, or give --prompts"
+        )
     files = sources.find(prompts) if prompts else []
     with Partial(out, _identity(llm, options, files)) as partial:
         with atomic_file(out, force) as tmp:
             pieces = sources.Mixed(files) if files else None
             if pieces is not None and not len(pieces):
-                raise UserError(f"there is no text in {', '.join(map(str, prompts))}", "give prompts that have some")
+                raise UserError(
+                    f"there is no text in {', '.join(map(str, prompts))}",
+                    "give prompts that have some",
+                )
             writer = _Writer(llm, options, pieces)
             try:
                 _run(writer, partial)
             except (KeyboardInterrupt, SystemExit):
                 if partial.count:
-                    say(f"{partial.count} texts are kept in {partial.path}; the same command goes on from there")
+                    say(
+                        f"{partial.count} texts are kept in {partial.path}; the same command goes on from there"
+                    )
                 raise
             if not partial.count:
-                raise UserError("the model wrote nothing", f"prompts must have at most {options.longest_prompt} tokens")
+                raise UserError(
+                    "the model wrote nothing",
+                    f"prompts must have at most {options.longest_prompt} tokens",
+                )
             with (gzip.open if str(out).endswith(".gz") else open)(tmp, "wb") as file:
                 file.writelines(itertools.islice(partial.lines(), options.count))
         partial.done()
     written = min(partial.count, options.count or partial.count)
-    say(f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, {writer.dropped} left out (empty, "
-        "or with too long a prompt)")
+    say(
+        f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, {writer.dropped} left out (empty, "
+        "or with too long a prompt)"
+    )
     return written
 
 
 def _identity(llm: MoDLlama, options: Options, files: list[Path]) -> dict:
-    """What decides the texts, to tell whether a partial file belongs to this run; more texts may be wanted now."""
+    """What decides the texts, to tell whether a partial file belongs to this run; more texts may be
+    wanted now.
+    """
     path = Path(llm.model_path)
     deciding = {name: getattr(options, name) for name in ("max_tokens", "ctx", "prompt_tokens")}
-    return {"model": path.name, "bytes": path.stat().st_size, "prompts": sources.digest(files),
-            **deciding, **asdict(options.sampling)}
+    return {
+        "model": path.name,
+        "bytes": path.stat().st_size,
+        "prompts": sources.digest(files),
+        **deciding,
+        **asdict(options.sampling),
+    }
 
 
 def _run(writer: _Writer, partial: Partial) -> None:
@@ -116,7 +159,9 @@ def _run(writer: _Writer, partial: Partial) -> None:
     total = len(writer.prompts) if options.count is None else options.count
     progress, tokens, hopeless, waiting = Progress(), 0, 0, {}
     jobs = writer.jobs(following)
-    done = write(writer.llm, jobs, options.parallel, options.max_tokens, options.sampling.sampler, following)
+    done = write(
+        writer.llm, jobs, options.parallel, options.max_tokens, options.sampling.sampler, following
+    )
     while partial.count < total and (ended := next(done, None)):
         number, record, n = ended
         waiting[number], tokens = record, tokens + n
@@ -126,8 +171,10 @@ def _run(writer: _Writer, partial: Partial) -> None:
                 partial.add({"id": following} | record)
             hopeless, following = 0 if record else hopeless + 1, following + 1
         if hopeless > HOPELESS:
-            raise UserError(f"{hopeless} texts in a row came to nothing",
-                            "the prompts are too long, or the model answers with nothing")
+            raise UserError(
+                f"{hopeless} texts in a row came to nothing",
+                "the prompts are too long, or the model answers with nothing",
+            )
         note = f"{partial.count} of {total}, {tokens / (progress.seconds or 1):.0f} tokens/s"
         progress.tell("generating", partial.count, total, note, before)
     progress.clear()
@@ -154,7 +201,9 @@ class _Writer:
         if piece.messages is not None:
             return self._answer(_question(piece.messages), piece.where)
         # more characters than the tokens can have, but not the whole document
-        start = self.llm.tokenize(piece.text[: 32 * self.options.prompt_tokens].encode(), add_bos=True)
+        start = self.llm.tokenize(
+            piece.text[: 32 * self.options.prompt_tokens].encode(), add_bos=True
+        )
         return self._continue(start[: self.options.prompt_tokens])
 
     def _answer(self, messages: list[dict], where: str = "a made-up question") -> Job:
@@ -164,11 +213,19 @@ class _Writer:
         written = yield prompt
         text = self._text(written.tokens).strip()
         self.cut += not written.ended
-        return {"messages": [*messages, {"role": "assistant", "content": text}]} if text else self._drop()
+        return (
+            {"messages": [*messages, {"role": "assistant", "content": text}]}
+            if text
+            else self._drop()
+        )
 
     def _invent(self) -> Job:
-        """The template up to the user's words; the model writes these, as a user would, and then the answer."""
-        written = yield self._tokens(self._render([{"role": "user", "content": MARK}]).partition(MARK)[0])
+        """The template up to the user's words; the model writes these, as a user would, and then
+        the answer.
+        """
+        written = yield self._tokens(
+            self._render([{"role": "user", "content": MARK}]).partition(MARK)[0]
+        )
         question = self._text(written.tokens).strip()
         if not written.ended or not question:
             return self._drop()
@@ -189,12 +246,16 @@ class _Writer:
 
     def _prompt(self, messages: list[dict], where: str) -> list[int]:
         if self.chat is None:
-            raise UserError(f"{where} is a conversation, and {self.llm.model_path} has no chat template",
-                            "use text as prompts, or a model tuned for chat")
+            raise UserError(
+                f"{where} is a conversation, and {self.llm.model_path} has no chat template",
+                "use text as prompts, or a model tuned for chat",
+            )
         try:
             return self._tokens(self._render(messages))
         except Exception as exc:  # whatever the template raises
-            raise UserError(f"{where}: the model's chat template refuses this conversation: {exc}") from exc
+            raise UserError(
+                f"{where}: the model's chat template refuses this conversation: {exc}"
+            ) from exc
 
     def _render(self, messages: list[dict]) -> str:
         return self.chat(messages=messages).prompt
@@ -211,6 +272,8 @@ class _Writer:
 
 
 def _question(messages: list[dict]) -> list[dict]:
-    """A conversation up to its first question, the system prompt included; nothing where no user speaks."""
+    """A conversation up to its first question, the system prompt included; nothing where no user
+    speaks.
+    """
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     return [] if first is None else messages[: first + 1]

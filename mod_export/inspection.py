@@ -1,6 +1,8 @@
-"""What a GGUF file routes, whether it follows the schema, and how much KV memory it can be expected to need.
+"""What a GGUF file routes, whether it follows the schema, and how much KV memory it can be expected
+to need.
 
-Needs neither llama_cpp nor torch. The rules are those of docs/gguf.md, which the patched llama.cpp enforces too.
+Needs neither llama_cpp nor torch. The rules are those of docs/gguf.md, which the patched llama.cpp
+enforces too.
 
     report = inspect("mod.gguf")      # a dict, as `mod-export inspect --json` prints it
     print(render(report))
@@ -13,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mod_export import gguf_keys
+from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.gguf_file import F32, GGUFFile
-from mod_export.tables import format_table
+from mod_export.formats import schema
+from mod_export.formats.gguf import F32, GGUFFile
 
 CONTEXTS = (1000, 4000, 16000)
-ROLLBACK = 64  # the runtime's default kv_rollback: positions whose K/V stay a little longer than the window
+# the runtime's default kv_rollback: positions whose K/V stay a little longer than the window
+ROLLBACK = 64
 BYTES_PER_VALUE = 2  # f16, the runtime's default type of K and V
 FORMULA = (
     "cells(n) of a layer = a_c * (min(n, w) + a_kv * max(0, n - w)); a_c: activation of block or attn, "
@@ -34,42 +37,59 @@ def inspect(path: str | Path) -> dict:
     refuse_pieces(file)
     n_layer, n_embd = (model_number(file, name) for name in ("block_count", "embedding_length"))
     config = read_routers(file, n_layer, n_embd)[0]
-    report = {"file": str(path), "architecture": file.architecture, "n_layer": n_layer, "n_embd": n_embd}
+    report = {
+        "file": str(path),
+        "architecture": file.architecture,
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+    }
     report |= {"bytes": Path(path).stat().st_size, "tensor_types": _types(file), "mod": None}
     if config:
-        report["mod"] = {name: getattr(config, name) for name in gguf_keys.SCALARS}
-        report["mod"] |= {"units": _units(config), "activation": mean_activation(config), "kv": _kv(file, config)}
+        report["mod"] = {name: getattr(config, name) for name in schema.SCALARS}
+        report["mod"] |= {
+            "units": _units(config),
+            "activation": mean_activation(config),
+            "kv": _kv(file, config),
+        }
     return report
 
 
 def refuse_pieces(file: GGUFFile) -> None:
     """A model split over several files has to be merged before we can read or change it."""
     if file.get("split.count", 0) not in (0, 1):
-        raise UserError(f"{file.path} is one of several pieces of a model", "merge them with llama-gguf-split")
+        raise UserError(
+            f"{file.path} is one of several pieces of a model", "merge them with llama-gguf-split"
+        )
 
 
 def model_number(file: GGUFFile, name: str) -> int:
     """The key {architecture}.{name}, which must be a positive whole number of a sensible size."""
     value = file.get(f"{file.architecture}.{name}")
     if not isinstance(value, int) or not 1 <= value <= 1 << 24:
-        raise UserError(f"{file.path}: key {file.architecture}.{name} is missing or no sensible number")
+        raise UserError(
+            f"{file.path}: key {file.architecture}.{name} is missing or no sensible number"
+        )
     return value
 
 
 def read_routers(file: GGUFFile, n_layer: int, n_embd: int) -> tuple[MoDConfig | None, dict]:
-    """Configuration and {(layer, kind): (w [n_embd], b [1])} of a file, (None, {}) for a dense one; all checked."""
-    config = gguf_keys.from_keys(file)
+    """Configuration and {(layer, kind): (w [n_embd], b [1])} of a file, (None, {}) for a dense one;
+    all checked.
+    """
+    config = schema.from_keys(file)
     units = config.validate(n_layer).routed() if config else []
     if config and not units:
-        raise UserError(f"{file.path}: the keys {gguf_keys.prefix(file.architecture)}* route no unit")
+        raise UserError(f"{file.path}: the keys {schema.prefix(file.architecture)}* route no unit")
     routers = {}
     for unit in units:
-        shapes = zip(gguf_keys.tensor_names(*unit), (n_embd, 1), strict=True)
+        shapes = zip(schema.tensor_names(*unit), (n_embd, 1), strict=True)
         routers[unit] = tuple(_router_tensor(file, name, size) for name, size in shapes)
-    expected = {name for unit in units for name in gguf_keys.tensor_names(*unit)}
+    expected = {name for unit in units for name in schema.tensor_names(*unit)}
     for name in file.tensors:
-        if gguf_keys.ROUTER_TENSOR.fullmatch(name) and name not in expected:
-            raise UserError(f"{file.path}: tensor {name} belongs to no routed unit", "export the model again")
+        if schema.ROUTER_TENSOR.fullmatch(name) and name not in expected:
+            raise UserError(
+                f"{file.path}: tensor {name} belongs to no routed unit", "export the model again"
+            )
     return config, routers
 
 
@@ -78,26 +98,41 @@ def _router_tensor(file: GGUFFile, name: str, size: int) -> np.ndarray:
     if tensor is None:
         raise UserError(f"{file.path}: tensor {name} is missing", "export the model again")
     if tensor.type != F32 or tensor.shape != (size,):
-        raise UserError(f"{file.path}: tensor {name} is not f32 of shape [{size}]", "export the model again")
+        raise UserError(
+            f"{file.path}: tensor {name} is not f32 of shape [{size}]", "export the model again"
+        )
     if not np.isfinite(tensor.array()).all():
-        raise UserError(f"{file.path}: tensor {name} holds a value that is not finite", "calibrate the model again")
+        raise UserError(
+            f"{file.path}: tensor {name} holds a value that is not finite",
+            "calibrate the model again",
+        )
     return tensor.array()
 
 
 def mean_activation(config: MoDConfig) -> dict[str, float]:
-    """Kind -> activation on calibration text, averaged over the layers where it is routed; and over all units."""
+    """Kind -> activation on calibration text, averaged over the layers where it is routed; and over
+    all units.
+    """
     values: dict[str, list[float]] = {}
     for layer, kind in config.routed():
         values.setdefault(kind, []).append(config.units[kind].activation[layer])
     every = [value for kind in values.values() for value in kind]
-    return {kind: float(np.mean(of_kind)) for kind, of_kind in values.items()} | {"all": float(np.mean(every))}
+    return {kind: float(np.mean(of_kind)) for kind, of_kind in values.items()} | {
+        "all": float(np.mean(every))
+    }
 
 
 def expected_cells(config: MoDConfig, layer: int, n: int, margin: float = 0.0) -> float:
-    """Cells in use of a layer after n tokens, as FORMULA says; margin: share of activation added to the calibrated."""
+    """Cells in use of a layer after n tokens, as FORMULA says; margin: share of activation added to
+    the calibrated.
+    """
 
     def activation(kind: str) -> float:
-        return min(1.0, config.units[kind].activation[layer] * (1 + margin)) if config.threshold(layer, kind) else 1.0
+        return (
+            min(1.0, config.units[kind].activation[layer] * (1 + margin))
+            if config.threshold(layer, kind)
+            else 1.0
+        )
 
     window = min(n, config.kv_window + ROLLBACK)
     return activation("block") * activation("attn") * (window + activation("kv") * (n - window))
@@ -111,15 +146,24 @@ def _kv(file: GGUFFile, config: MoDConfig) -> dict:
         mod = sum(size * expected_cells(config, layer, n) for layer, size in enumerate(per_token))
         share = mod / dense if dense else 1.0
         rows.append({"tokens": n, "bytes_dense": dense, "bytes_mod": round(mod), "share": share})
-    return {"formula": FORMULA, "type": "f16", "bytes_per_token_dense": sum(per_token), "expected": rows}
+    return {
+        "formula": FORMULA,
+        "type": "f16",
+        "bytes_per_token_dense": sum(per_token),
+        "expected": rows,
+    }
 
 
-def bytes_per_token(file: GGUFFile, layer: int, k: float = BYTES_PER_VALUE, v: float = BYTES_PER_VALUE) -> float:
+def bytes_per_token(
+    file: GGUFFile, layer: int, k: float = BYTES_PER_VALUE, v: float = BYTES_PER_VALUE
+) -> float:
     """K and V of one token in one layer; k, v: bytes of their values, by default f16."""
     heads = _per_layer(file, "attention.head_count", layer)
     heads_kv = _per_layer(file, "attention.head_count_kv", layer, heads)
     head = model_number(file, "embedding_length") // max(1, heads)
-    length_k, length_v = (_per_layer(file, f"attention.{name}_length", layer, head) for name in ("key", "value"))
+    length_k, length_v = (
+        _per_layer(file, f"attention.{name}_length", layer, head) for name in ("key", "value")
+    )
     return heads_kv * (length_k * k + length_v * v)
 
 
@@ -129,14 +173,20 @@ def _per_layer(file: GGUFFile, name: str, layer: int, default: int | None = None
     if isinstance(value, np.ndarray) and layer < len(value):
         value = value[layer].item()
     if not isinstance(value, int) or value < 0:
-        raise UserError(f"{file.path}: key {file.architecture}.{name} is missing or no whole number")
+        raise UserError(
+            f"{file.path}: key {file.architecture}.{name} is missing or no whole number"
+        )
     return value
 
 
 def _types(file: GGUFFile) -> dict[str, int]:
     from gguf.constants import GGMLQuantizationType
 
-    return dict(Counter(GGMLQuantizationType(tensor.type).name for tensor in file.tensors.values()).most_common())
+    return dict(
+        Counter(
+            GGMLQuantizationType(tensor.type).name for tensor in file.tensors.values()
+        ).most_common()
+    )
 
 
 def _units(config: MoDConfig) -> list[dict]:
@@ -159,13 +209,20 @@ def render(report: dict) -> str:
     facts += f"{mod['gating_func']} scores, {'scaled' if mod['scale_output'] else 'hard'} gate, "
     facts += f"first {mod['sink_tokens']} tokens always active, kv window {mod['kv_window']}"
     means = ", ".join(f"{kind} {value:.3f}" for kind, value in mod["activation"].items())
-    units = [[u["layer"], u["kind"], f"{u['threshold']:.4f}", f"{u['activation']:.3f}"] for u in mod["units"]]
-    kv = [[row["tokens"], _mb(row["bytes_dense"]), _mb(row["bytes_mod"]), f"{row['share']:.3f}"]
-          for row in mod["kv"]["expected"]]  # fmt: skip
+    units = [
+        [u["layer"], u["kind"], f"{u['threshold']:.4f}", f"{u['activation']:.3f}"]
+        for u in mod["units"]
+    ]
+    kv = [
+        [row["tokens"], _mb(row["bytes_dense"]), _mb(row["bytes_mod"]), f"{row['share']:.3f}"]
+        for row in mod["kv"]["expected"]
+    ]
     return "\n".join(
         [head, facts, "", format_table(["layer", "unit", "threshold", "activation"], units), ""]
         + [f"mean activation on calibration text: {means}", ""]
-        + [f"expected K/V ({mod['kv']['type']}), {mod['kv']['bytes_per_token_dense']} bytes per token when dense:"]
+        + [
+            f"expected K/V ({mod['kv']['type']}), {mod['kv']['bytes_per_token_dense']} bytes per token when dense:"
+        ]
         + [format_table(["tokens", "dense", "this model", "share"], kv), "", mod["kv"]["formula"]]
     )
 

@@ -1,7 +1,7 @@
 """Decisions as a picture: tokens across, units down, one cell for each decision.
 
-    decisions = read_decisions(llm, "Once upon a time", generate=20)
-    draw(decisions, "depth.png")
+decisions = read_decisions(llm, "Once upon a time", generate=20)
+draw(decisions, "depth.png")
 """
 
 from dataclasses import dataclass, replace
@@ -9,21 +9,28 @@ from pathlib import Path
 
 import numpy as np
 
+from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
-from mod_export.files import atomic_file
 
-# one colour for each kind, of equal weight to the eye and distinct without colour vision (Okabe and Ito)
+# one colour for each kind, of equal weight to the eye and distinct without colour vision (Okabe and
+# Ito)
 COLOURS = {"kv": "#0072B2", "block": "#6A3D9A", "attn": "#D55E00", "ffn": "#009E73"}
 SKIPPED = "#F0F0EC"
-MEANING = {"kv": "remembered beyond the window", "block": "layer runs", "attn": "attention runs", "ffn": "FFN runs"}
+MEANING = {
+    "kv": "remembered beyond the window",
+    "block": "layer runs",
+    "attn": "attention runs",
+    "ffn": "FFN runs",
+}
 CELL = 0.135  # width of a token in inches: its text still reads at 6 points
 MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What each token did. active [n_tokens, n_units] bool; units: (layer, kind); texts: one per token;
-    n_prompt: tokens before the generated ones."""
+    """What each token did. active [n_tokens, n_units] bool; units: (layer, kind); texts: one per
+    token; n_prompt: tokens before the generated ones.
+    """
 
     active: np.ndarray
     units: list[tuple[int, str]]
@@ -38,7 +45,9 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
     Raises UserError for a dense model, an empty prompt and one that does not fit the context.
     """
     if not llm.units:
-        raise UserError(f"{llm.model_path} is a dense model, so it decides nothing", "use a MoD file")
+        raise UserError(
+            f"{llm.model_path} is a dense model, so it decides nothing", "use a MoD file"
+        )
     tokens = llm.tokenize(prompt.encode(), special=True)
     if not tokens:
         raise UserError("the prompt is empty", "give it some text")
@@ -46,7 +55,10 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
     if len(tokens) + generate > MAX_TOKENS:
         raise UserError(f"{what} are more than a picture shows, {MAX_TOKENS}", "use less of them")
     if len(tokens) + generate > llm.n_ctx():
-        raise UserError(f"{what} do not fit the context of {llm.n_ctx()}", "use a larger --ctx, or --generate less")
+        raise UserError(
+            f"{what} do not fit the context of {llm.n_ctx()}",
+            "use a larger --ctx, or --generate less",
+        )
     n_prompt = len(tokens)
     with llm.recording() as batches:
         if generate:
@@ -60,13 +72,16 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
             llm.eval(tokens)
     active = np.concatenate([a for a, _ in batches]).astype(bool)
     texts = [llm.piece(t, special=True).decode("utf-8", "replace") for t in tokens[: len(active)]]
-    return Decisions(active, [(u.layer, u.kind) for u in llm.units], texts, n_prompt, Path(llm.model_path).name)
+    return Decisions(
+        active, [(u.layer, u.kind) for u in llm.units], texts, n_prompt, Path(llm.model_path).name
+    )
 
 
 def draw(d: Decisions, path: str | Path, force: bool = False, per_row: int | None = None) -> None:
     """Writes the picture (the format follows the name's ending: png, pdf, svg).
 
-    Long texts are wrapped into rows of `per_row` tokens. Raises UserError where the path cannot be written.
+    Long texts are wrapped into rows of `per_row` tokens. Raises UserError where the path cannot be
+    written.
     """
     import matplotlib
 
@@ -81,7 +96,9 @@ def draw(d: Decisions, path: str | Path, force: bool = False, per_row: int | Non
 
 
 def check_output(path: str | Path, force: bool) -> str:
-    """The picture's format. Raises UserError at once, before a long run, where it could not be written."""
+    """The picture's format. Raises UserError at once, before a long run, where it could not be
+    written.
+    """
     suffix = Path(path).suffix.lower().lstrip(".")
     if suffix not in ("png", "pdf", "svg"):
         raise UserError(f"cannot draw {path}", "let its name end in .png, .pdf or .svg")
@@ -93,13 +110,19 @@ def check_output(path: str | Path, force: bool) -> str:
 
 
 def _by_kind(d: Decisions) -> Decisions:
-    """Units of a kind together, by layer: patterns over depth show, where interleaved kinds hide them."""
-    order = sorted(range(len(d.units)), key=lambda i: (list(COLOURS).index(d.units[i][1]), d.units[i][0]))
+    """Units of a kind together, by layer: patterns over depth show, where interleaved kinds hide
+    them.
+    """
+    order = sorted(
+        range(len(d.units)), key=lambda i: (list(COLOURS).index(d.units[i][1]), d.units[i][0])
+    )
     return replace(d, active=d.active[:, order], units=[d.units[i] for i in order])
 
 
 def _per_row(n: int) -> int:
-    """One row while it fits a page's width, then about as many rows as keep the picture a page, at most 160 wide."""
+    """One row while it fits a page's width, then about as many rows as keep the picture a page, at
+    most 160 wide.
+    """
     if n <= 96:
         return n
     rows = -(-n // (96 if n <= 960 else 160))
@@ -125,7 +148,9 @@ def _figure(d: Decisions, per_row: int):
         ax = fig.add_axes((left / width, bottom / height, span / width, panel / height))
         _panel(ax, d, part)
         if row == 0:
-            share = fig.add_axes(((left + span + 0.06) / width, bottom / height, 0.55 / width, panel / height))
+            share = fig.add_axes(
+                ((left + span + 0.06) / width, bottom / height, 0.55 / width, panel / height)
+            )
             _shares(share, d)
     _legend(fig, d, left / width, height)
     return fig
@@ -137,16 +162,32 @@ def _panel(ax, d: Decisions, part: slice) -> None:
 
     on = np.array([to_rgb(COLOURS[kind]) for _, kind in d.units])
     active = d.active[part].T[..., None]
-    ax.imshow(np.where(active, on[:, None], to_rgb(SKIPPED)), aspect="auto", interpolation="nearest")
+    ax.imshow(
+        np.where(active, on[:, None], to_rgb(SKIPPED)), aspect="auto", interpolation="nearest"
+    )
     n = part.stop - part.start
-    ax.set_xticks(range(n), [_label(t) for t in d.texts[part]], rotation=90, fontsize=5.5, family="DejaVu Sans Mono",
-                  parse_math=False)
+    ax.set_xticks(
+        range(n),
+        [_label(t) for t in d.texts[part]],
+        rotation=90,
+        fontsize=5.5,
+        family="DejaVu Sans Mono",
+        parse_math=False,
+    )
     for label, i in zip(ax.get_xticklabels(), range(part.start, part.stop), strict=True):
         label.set_color("#222222" if i < d.n_prompt else "#B00020")
     points = ax.figure.get_figheight() * ax.get_position().height * 72 / len(d.units)
     ax.set_yticks(*_unit_labels(d.units, points), fontsize=6)
     for kind, (first, last) in _bands(d.units).items():
-        ax.text(-0.47 / CELL, (first + last) / 2, f"{kind}, layer", fontsize=6.5, rotation=90, ha="center", va="center")
+        ax.text(
+            -0.47 / CELL,
+            (first + last) / 2,
+            f"{kind}, layer",
+            fontsize=6.5,
+            rotation=90,
+            ha="center",
+            va="center",
+        )
     ax.tick_params(length=0, pad=2)
     ax.text(-0.5, -0.75, str(part.start), fontsize=5, color="#888888", ha="left", va="bottom")
     ax.set_xticks(np.arange(0.5, n - 1), minor=True)
@@ -194,14 +235,28 @@ def _legend(fig, d: Decisions, left: float, height: float) -> None:
     from matplotlib.patches import Patch
 
     kinds = [kind for kind in COLOURS if any(kind == k for _, k in d.units)]
-    patches = [Patch(color=COLOURS[k], label=f"{k}: {MEANING[k]} ({_mean(d, k):.0%})") for k in kinds]
+    patches = [
+        Patch(color=COLOURS[k], label=f"{k}: {MEANING[k]} ({_mean(d, k):.0%})") for k in kinds
+    ]
     patches.append(Patch(color=SKIPPED, label="not"))
-    title = f"{d.title}: {len(d.active)} tokens, {len(d.units)} units, activation {d.active.mean():.2f}"
+    title = (
+        f"{d.title}: {len(d.active)} tokens, {len(d.units)} units, activation {d.active.mean():.2f}"
+    )
     if d.n_prompt < len(d.active):
         title += f" (generated: from token {d.n_prompt}, red)"
     fig.text(left, 1 - 0.12 / height, title, fontsize=8, va="top", parse_math=False)
-    fig.legend(handles=patches, loc="upper left", bbox_to_anchor=(left, 1 - 0.27 / height), ncols=len(patches),
-               fontsize=6.5, frameon=False, borderaxespad=0, handlelength=1, handleheight=1, columnspacing=1.2)
+    fig.legend(
+        handles=patches,
+        loc="upper left",
+        bbox_to_anchor=(left, 1 - 0.27 / height),
+        ncols=len(patches),
+        fontsize=6.5,
+        frameon=False,
+        borderaxespad=0,
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1.2,
+    )
 
 
 def _mean(d: Decisions, kind: str) -> float:

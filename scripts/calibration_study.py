@@ -1,4 +1,5 @@
-"""Compare ways to calibrate, and the result with plain baselines: the figures of docs/calibration.md.
+"""Compare ways to calibrate, and the result with plain baselines: the figures of
+docs/calibration.md.
 
     T="--text wiki=wiki.txt --text book=book.txt --out study"
     python scripts/calibration_study.py scores $T               # every score and fit, one activation
@@ -7,7 +8,8 @@
     python scripts/calibration_study.py passkey --haystack long.txt --mod mod --out study
     python scripts/calibration_study.py report --out study      # tables and plots from the rows
 
-Every finished row goes to a .jsonl file in the folder at once; rows that are there are not computed again.
+Every finished row goes to a .jsonl file in the folder at once; rows that are there are not computed
+again.
 """
 
 import sys
@@ -28,11 +30,27 @@ def study():
 def options(command):
     for option in (
         click.option("--model", default="smollm2", show_default=True),
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results."),
-        click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by."),
-        click.option("--length", default=1024, show_default=True, help="Tokens in a sequence to judge by."),
+        click.option(
+            "--out", required=True, type=click.Path(path_type=Path), help="Folder of the results."
+        ),
+        click.option(
+            "--text",
+            "texts",
+            multiple=True,
+            required=True,
+            metavar="NAME=FILE",
+            help="To judge by.",
+        ),
+        click.option(
+            "--length", default=1024, show_default=True, help="Tokens in a sequence to judge by."
+        ),
         click.option("--count", default=1, show_default=True, help="Sequences of each text."),
-        click.option("--sequences", default=8, show_default=True, help="Calibration sequences of 1024 tokens."),
+        click.option(
+            "--sequences",
+            default=8,
+            show_default=True,
+            help="Calibration sequences of 1024 tokens.",
+        ),
         click.option("--kinds", default="kv,attn,ffn,block", show_default=True),
         click.option("--layers", default="auto", show_default=True),
         click.option("--sinks", default=4, show_default=True),
@@ -71,14 +89,20 @@ def table(targets, name, **given):
 @study.command()
 @options
 @click.option("--windows", default="16,32,64,128,256", show_default=True)
-@click.option("--layer-sets", default="auto;1-29;3-28", show_default=True, help="Separated by semicolons.")
+@click.option(
+    "--layer-sets", default="auto;1-29;3-28", show_default=True, help="Separated by semicolons."
+)
 @click.option("--target", default=0.35, show_default=True)
 def shapes(windows, layer_sets, target, **given):
-    """Windows and layers of kv units at equal K/V; --layers must cover all sets. Use a folder of its own."""
+    """Windows and layers of kv units at equal K/V; --layers must cover all sets. Use a folder of
+    its own.
+    """
     from study.stages import DEFAULT_SCORES, Study, compare_shapes
 
     made = Study(**given | {"kinds": "kv"}, only=[DEFAULT_SCORES["kv"]])
-    compare_shapes(made, [int(window) for window in windows.split(",")], layer_sets.split(";"), target)
+    compare_shapes(
+        made, [int(window) for window in windows.split(",")], layer_sets.split(";"), target
+    )
 
 
 @study.command()
@@ -97,7 +121,11 @@ def passkey(mod, haystack, out, lengths, keys, threads):
 
 @study.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the rows.")
-@click.option("--docs", type=click.Path(path_type=Path), help="Where the pictures go; default: the same folder.")
+@click.option(
+    "--docs",
+    type=click.Path(path_type=Path),
+    help="Where the pictures go; default: the same folder.",
+)
 def report(out, docs):
     """Tables (study.md, study.json) and pictures from the rows."""
     from study.report import write

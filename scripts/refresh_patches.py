@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Patches to an edited tree of llama.cpp and back, without loss of a byte.
 
-    scripts/refresh_patches.py TREE            make TREE: a commit for the base, one for the overlay, one per patch
-    scripts/refresh_patches.py --fold TREE     put uncommitted edits into the commits they belong to
-    scripts/refresh_patches.py --write TREE    write patches/overlay, patches/*.patch and patches/series from TREE
-    scripts/refresh_patches.py --check         demand that both ways give the same bytes, and complete headers
+    scripts/refresh_patches.py TREE            make TREE: a commit for the base, one for the
+    overlay, one per patch scripts/refresh_patches.py --fold TREE     put uncommitted edits into the
+    commits they belong to scripts/refresh_patches.py --write TREE    write patches/overlay,
+    patches/*.patch and patches/series from TREE scripts/refresh_patches.py --check         demand
+    that both ways give the same bytes, and complete headers
 
-A patch commit's subject is the patch's name without its number (`memory-kv-cache-mod`), its body the header.
-New files go to the overlay whichever commit adds them; changes to upstream's files go to their commit's patch.
+A patch commit's subject is the patch's name without its number (`memory-kv-cache-mod`), its body
+the header. New files go to the overlay whichever commit adds them; changes to upstream's files go
+to their commit's patch.
 """
 
 import argparse
@@ -21,30 +23,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mod_export import llama_source  # noqa: E402
 from mod_export.errors import UserError  # noqa: E402
+from mod_export.llamacpp import source as llama_source  # noqa: E402
 
 ROOT = "vendor/llama.cpp"  # in the source distribution
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
 FIELDS = {"Description": r"\S.* : .+", "Author": r".+", "Forwarded": r"not-needed|\w+://\S+"}
 FIELDS |= {"Last-Update": r"\d{4}-\d\d-\d\d", "X-Test": r".+"}
 OPTIONAL = {"X-Test"}
-SERIES_HEAD = "# The patches in the order in which they apply; written by scripts/refresh_patches.py\n"
+SERIES_HEAD = (
+    "# The patches in the order in which they apply; written by scripts/refresh_patches.py\n"
+)
 # everything that a user's configuration could change in a diff is fixed here
 DIFF = "diff --no-color --no-ext-diff --no-textconv --no-renames --unified=1 --inter-hunk-context=0".split()
 DIFF += "--diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/".split()
-IDENTITY = ["-c", "user.name=mod-export", "-c", "user.email=mod-export@localhost", "-c", "commit.gpgsign=false"]
+IDENTITY = [
+    "-c",
+    "user.name=mod-export",
+    "-c",
+    "user.email=mod-export@localhost",
+    "-c",
+    "commit.gpgsign=false",
+]
 
 
 def git(tree: Path, *args: str, text: str | None = None, editor: str = "false") -> str:
     """Run git in `tree` apart from the user's and any outer repository's configuration."""
-    env = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_EDITOR": editor}
+    env = os.environ | {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_SYSTEM": os.devnull,
+        "GIT_EDITOR": editor,
+    }
     env |= {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
     env |= {"GIT_SEQUENCE_EDITOR": editor}
     command = ["git", *IDENTITY, "-c", "core.autocrlf=false", "-c", "core.quotePath=false", *args]
-    result = subprocess.run(command, cwd=tree, env=env, input=text and text.encode(), capture_output=True)
+    result = subprocess.run(
+        command, cwd=tree, env=env, input=text and text.encode(), capture_output=True
+    )
     # decoded here because text mode would turn \r\n into \n
-    out, err = (stream.decode("utf-8", "surrogateescape") for stream in (result.stdout, result.stderr))
+    out, err = (
+        stream.decode("utf-8", "surrogateescape") for stream in (result.stdout, result.stderr)
+    )
     if result.returncode != 0:
         raise UserError(f"git {args[0]} failed in {tree}: {err.strip() or out.strip()}")
     return out
@@ -66,7 +85,9 @@ def create(tree: Path, sdist: Path | None = None, only: set[str] | None = None) 
         Path(tmp, ROOT).rename(tree)
     git(tree, "init", "--quiet", "--initial-branch=main")
     # upstream's unused parts are not unpacked; keep them out where somebody copies them in
-    (tree / ".git/info/exclude").write_text("/models\n/docs\n/media\n/benches\n/tools/ui\n/build*\n")
+    (tree / ".git/info/exclude").write_text(
+        "/models\n/docs\n/media\n/benches\n/tools/ui\n/build*\n"
+    )
     commit(tree, f"llama.cpp {llama_source.read_pin(PATCHES).commit}")
     llama_source.copy_overlay(tree, PATCHES)
     commit(tree, "overlay")
@@ -79,7 +100,16 @@ def commit(tree: Path, message: str) -> None:
     """Commit everything in the tree, files that upstream's .gitignore names included."""
     git(tree, "add", "--all", "--force")
     # verbatim: a header's bytes are the patch's bytes
-    git(tree, "commit", "--quiet", "--allow-empty", "--no-verify", "--cleanup=verbatim", "--file=-", text=message)
+    git(
+        tree,
+        "commit",
+        "--quiet",
+        "--allow-empty",
+        "--no-verify",
+        "--cleanup=verbatim",
+        "--file=-",
+        text=message,
+    )
 
 
 def read_header(patch: Path) -> str:
@@ -100,7 +130,10 @@ def check_header(name: str, header: str) -> None:
         elif colon and field in FIELDS and field not in fields:
             fields[field] = value
         else:
-            raise UserError(f"{name}: unexpected line in the header: {line!r}", f"the fields are {', '.join(FIELDS)}")
+            raise UserError(
+                f"{name}: unexpected line in the header: {line!r}",
+                f"the fields are {', '.join(FIELDS)}",
+            )
     for field, pattern in FIELDS.items():
         if field not in fields and field not in OPTIONAL:
             raise UserError(f"{name}: the header has no {field}", "add it to the commit's message")
@@ -122,9 +155,16 @@ def names(tree: Path, *args: str) -> list[str]:
 
 
 def write(tree: Path, patches: Path) -> None:
-    """Write overlay, patches and series of `tree`'s commits into `patches`; nothing is touched on an error."""
-    if dirty := names(tree, "diff", "--name-only", "HEAD") + names(tree, "ls-files", "--others", "--exclude-standard"):
-        raise UserError(f"{tree} has uncommitted changes ({dirty[0]}, {len(dirty)} in all)", "commit or --fold them")
+    """Write overlay, patches and series of `tree`'s commits into `patches`; nothing is touched on
+    an error.
+    """
+    if dirty := names(tree, "diff", "--name-only", "HEAD") + names(
+        tree, "ls-files", "--others", "--exclude-standard"
+    ):
+        raise UserError(
+            f"{tree} has uncommitted changes ({dirty[0]}, {len(dirty)} in all)",
+            "commit or --fold them",
+        )
     base, *commits = history(tree)
     upstream = set(names(tree, "ls-tree", "-r", "--name-only", base))
     texts = patch_texts(tree, base, commits, upstream)
@@ -148,18 +188,25 @@ def patch_texts(tree: Path, base: str, commits: list[str], upstream: set[str]) -
         if changed:
             subject, _, header = git(tree, "log", "-1", "--format=%B", commit_id).partition("\n\n")
             if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", subject):
-                raise UserError(f"commit subject {subject!r} is no patch name", "use words like memory-kv-cache-mod")
+                raise UserError(
+                    f"commit subject {subject!r} is no patch name",
+                    "use words like memory-kv-cache-mod",
+                )
             header = header.rstrip("\n") + "\n"
             check_header(subject, header)
             diff = git(tree, *DIFF, parent, commit_id, "--", *changed)
-            diff = re.sub(r"^index .*\n", "", diff, flags=re.MULTILINE)  # they name blobs, which say nothing here
+            diff = re.sub(
+                r"^index .*\n", "", diff, flags=re.MULTILINE
+            )  # they name blobs, which say nothing here
             texts[f"{len(texts) + 1:04}-{subject}.patch"] = f"{header}---\n{diff}"
         parent = commit_id
     return texts
 
 
 def fold(tree: Path) -> None:
-    """Put each uncommitted edit into the last commit that touches its file, new files into the overlay commit."""
+    """Put each uncommitted edit into the last commit that touches its file, new files into the
+    overlay commit.
+    """
     base, overlay, *_ = history(tree)
     upstream = set(names(tree, "ls-tree", "-r", "--name-only", base))
     git(tree, "add", "--all")
@@ -167,7 +214,9 @@ def fold(tree: Path) -> None:
     for name in names(tree, "diff", "--cached", "--name-only", "HEAD"):
         owner = git(tree, "log", "-1", "--format=%H", f"{overlay}..HEAD", "--", name).strip()
         if name in upstream and not owner:
-            raise UserError(f"no patch changes {name} yet", "commit it, with the name and header of its patch")
+            raise UserError(
+                f"no patch changes {name} yet", "commit it, with the name and header of its patch"
+            )
         owners.setdefault(owner or overlay, []).append(name)
     before = git(tree, "rev-parse", "HEAD").strip()
     for owner, paths in owners.items():
@@ -187,9 +236,11 @@ def touched(patches: Path) -> set[str]:
 
 
 def check(sdist: Path | None = None) -> None:
-    """Patches -> tree -> patches in a temporary folder; raise UserError where headers or bytes are not as they are.
+    """Patches -> tree -> patches in a temporary folder; raise UserError where headers or bytes are
+    not as they are.
 
-    The tree holds only the files that the patches change: the others would take ten times as long and change nothing.
+    The tree holds only the files that the patches change: the others would take ten times as long
+    and change nothing.
     """
     for patch in llama_source.read_series(PATCHES):
         check_header(patch.name, read_header(patch))
@@ -201,7 +252,9 @@ def check(sdist: Path | None = None) -> None:
         ours, theirs = contents(PATCHES), contents(again)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
-            raise UserError(f"patches/{name} changes in a round trip", "write it again with --write")
+            raise UserError(
+                f"patches/{name} changes in a round trip", "write it again with --write"
+            )
 
 
 def contents(patches: Path) -> dict[str, bytes]:
@@ -215,7 +268,10 @@ def sizes(patches: Path) -> str:
     lines = []
     for patch in llama_source.read_series(patches):
         body = patch.read_text(encoding="utf-8").partition("---\n")[2]
-        added, removed = (len(re.findall(rf"^{sign}(?!{sign}{sign} )", body, re.MULTILINE)) for sign in (r"\+", "-"))
+        added, removed = (
+            len(re.findall(rf"^{sign}(?!{sign}{sign} )", body, re.MULTILINE))
+            for sign in (r"\+", "-")
+        )
         lines.append(f"{patch.name}: +{added} -{removed}")
     overlay = llama_source.overlay_files(patches)
     total = sum((patches / "overlay" / name).read_bytes().count(b"\n") for name in overlay)
@@ -223,7 +279,9 @@ def sizes(patches: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tree", type=Path, nargs="?", metavar="TREE")
     parser.add_argument("--sdist", type=Path, help="source distribution that is here already")
     action = parser.add_mutually_exclusive_group()

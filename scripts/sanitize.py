@@ -1,11 +1,12 @@
 """Run the runtime's tests on builds of the patched library with sanitizers.
 
-    scripts/sanitize                     ThreadSanitizer, then AddressSanitizer with UndefinedBehaviorSanitizer
-    scripts/sanitize thread -k abort     one of them, some of the tests; what follows -- goes to pytest
+    scripts/sanitize                     ThreadSanitizer, then AddressSanitizer with
+    UndefinedBehaviorSanitizer scripts/sanitize thread -k abort     one of them, some of the tests;
+    what follows -- goes to pytest
 
-Builds are cached like any other (mod_export/llama_build.py). The interpreter is not instrumented: the sanitizer's
-runtime is preloaded, and a report counts where a frame of it lies in libllama or libggml*. Exit code 1 where there
-is such a report, where a test fails, or where nothing ran.
+Builds are cached like any other (mod_export/llama_build.py). The interpreter is not instrumented:
+the sanitizer's runtime is preloaded, and a report counts where a frame of it lies in libllama or
+libggml*. Exit code 1 where there is such a report, where a test fails, or where nothing ran.
 """
 
 import argparse
@@ -20,17 +21,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mod_export import llama_build, llama_source  # noqa: E402
 from mod_export.errors import UserError  # noqa: E402
+from mod_export.llamacpp import build as llama_build  # noqa: E402
+from mod_export.llamacpp import source as llama_source  # noqa: E402
 
-# tests that drive the library through its C functions (tests/raw.py). Not those that do other things most of the time
+# tests that drive the library through its C functions (tests/raw.py). Not those that do other
+# things most of the time
 OTHER = ("bench", "modllama", "synth", "memory.")
 # a sanitizer's own memory counts too, and it reserves terabytes of addresses
 SKIP = "resident_memory or out_of_memory or fit_into_memory or address_space or all_layers_at_once"
 # -O1: frames that can be read. Without NDEBUG: upstream's assertions on
 FLAGS = {"CMAKE_BUILD_TYPE": "RelWithDebInfo"}
-FLAGS |= {f"CMAKE_{lang}_FLAGS_RELWITHDEBINFO": "-O1 -g1 -fno-omit-frame-pointer" for lang in ("C", "CXX")}
-REPORT = re.compile(r"^(?:WARNING: ThreadSanitizer: .*|=+\d+=+ ?ERROR: .*|.*: runtime error: .*)$", re.MULTILINE)
+FLAGS |= {
+    f"CMAKE_{lang}_FLAGS_RELWITHDEBINFO": "-O1 -g1 -fno-omit-frame-pointer" for lang in ("C", "CXX")
+}
+REPORT = re.compile(
+    r"^(?:WARNING: ThreadSanitizer: .*|=+\d+=+ ?ERROR: .*|.*: runtime error: .*)$", re.MULTILINE
+)
 OURS = re.compile(r"vendor/llama\.cpp/|/lib(?:llama|ggml)[\w.-]*\.so")
 
 
@@ -46,11 +53,19 @@ class Sanitizer:
 
 SANITIZERS = {
     # libgomp is not instrumented: its barriers would be unknown. ggml's own threads are
-    "thread": Sanitizer("-fsanitize=thread", "libtsan.so", {"TSAN_OPTIONS": "exitcode=0 second_deadlock_stack=1"},
-                        {"GGML_OPENMP": "OFF"}),
+    "thread": Sanitizer(
+        "-fsanitize=thread",
+        "libtsan.so",
+        {"TSAN_OPTIONS": "exitcode=0 second_deadlock_stack=1"},
+        {"GGML_OPENMP": "OFF"},
+    ),
     # Python itself leaks by design; the standard library's own bounds are checked too
-    "address": Sanitizer("-fsanitize=address,undefined -D_GLIBCXX_ASSERTIONS", "libasan.so",
-                         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}, {}),
+    "address": Sanitizer(
+        "-fsanitize=address,undefined -D_GLIBCXX_ASSERTIONS",
+        "libasan.so",
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        {},
+    ),
 }
 
 
@@ -61,13 +76,17 @@ def build(which: Sanitizer, jobs: int | None) -> Path:
 
 
 def preload(which: Sanitizer) -> str:
-    """The compiler's sanitizer runtime, and its C++ library: what throws must be known before the first throw."""
+    """The compiler's sanitizer runtime, and its C++ library: what throws must be known before the
+    first throw.
+    """
     compiler, paths = os.environ.get("CXX", "c++").split()[0], []
     for name in (which.runtime, "libstdc++.so"):
         command = [compiler, f"-print-file-name={name}"]
         paths.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
         if not os.path.isabs(paths[-1]):  # the name as it was given
-            raise UserError(f"{compiler} has no {name}", "set CC and CXX to gcc and g++ of Debian's package g++")
+            raise UserError(
+                f"{compiler} has no {name}", "set CC and CXX to gcc and g++ of Debian's package g++"
+            )
     return " ".join(paths)
 
 
@@ -75,7 +94,11 @@ def environment(name: str, which: Sanitizer, lib: Path, log: Path, threads: int)
     """What the tests run with: reports go to files log.PID, suppressions come from scripts/."""
     env = os.environ | {"LD_PRELOAD": preload(which), "LLAMA_CPP_LIB_PATH": str(lib)}
     # numpy's BLAS would bring threads whose locks the sanitizer does not know
-    env |= {"MOD_EXPORT_TEST_THREADS": str(threads), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}
+    env |= {
+        "MOD_EXPORT_TEST_THREADS": str(threads),
+        "PYTHONMALLOC": "malloc",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     suppressions = ROOT / "scripts" / f"sanitize-{name}.supp"
     for variable, value in which.options.items():
         extra = f" suppressions={suppressions}" if suppressions.is_file() else ""
@@ -92,14 +115,26 @@ def findings(log: Path) -> tuple[Counter, Counter]:
         for a, b in zip(starts, starts[1:], strict=False):
             report = text[a:b]
             title = re.sub(r"\(pid=\d+\)|0x[0-9a-f]+|==\d+==", "", report.splitlines()[0]).strip()
-            frame = next((line.strip() for line in report.splitlines()[1:] if OURS.search(line)), "")
-            (ours if OURS.search(report) else others)[f"{title} {re.sub(r'0x[0-9a-f]+', '', frame)}"] += 1
+            frame = next(
+                (line.strip() for line in report.splitlines()[1:] if OURS.search(line)), ""
+            )
+            (ours if OURS.search(report) else others)[
+                f"{title} {re.sub(r'0x[0-9a-f]+', '', frame)}"
+            ] += 1
     return ours, others
 
 
 def test_files() -> list[str]:
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "from raw import" in path.read_text()]
-    return [f"tests/{path.name}" for path in files if not path.name.startswith(tuple(f"test_{x}" for x in OTHER))]
+    files = [
+        path
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "from raw import" in path.read_text()
+    ]
+    return [
+        f"tests/{path.name}"
+        for path in files
+        if not path.name.startswith(tuple(f"test_{x}" for x in OTHER))
+    ]
 
 
 def run(name: str, jobs: int | None, threads: int, rest: list[str]) -> bool:
@@ -109,7 +144,17 @@ def run(name: str, jobs: int | None, threads: int, rest: list[str]) -> bool:
     log = llama_source.cache_dir() / "log" / f"sanitize-{name}"
     for old in log.parent.glob(f"{log.name}.*"):
         old.unlink()
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *test_files(), *rest]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        *test_files(),
+        *rest,
+    ]
     # UndefinedBehaviorSanitizer writes to stderr, which pytest would keep to itself without -s
     with open(f"{log}.stderr", "w") as stderr:
         env = environment(name, which, lib, log, threads)
@@ -119,19 +164,29 @@ def run(name: str, jobs: int | None, threads: int, rest: list[str]) -> bool:
         print(f"{name}: {len(counts)} findings {title}")
         for line, n in counts.most_common():
             print(f"  {n} x {line}")
-    print(f"{name}: pytest exit code {code}; full reports: {log}.*" if ours or others or code else f"{name}: clean")
+    print(
+        f"{name}: pytest exit code {code}; full reports: {log}.*"
+        if ours or others or code
+        else f"{name}: clean"
+    )
     return code == 0 and not ours
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sanitizer", nargs="?", choices=[*SANITIZERS, "all"], default="all")
     parser.add_argument("--jobs", type=int, help="compilers at once")
     parser.add_argument("--threads", type=int, default=2, help="of each decode (default: 2)")
     parser.add_argument("-k", metavar="EXPRESSION", help="which tests, as in pytest")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:cut])
-    rest = ["-k", f"({args.k}) and not ({SKIP})" if args.k else f"not ({SKIP})", *sys.argv[cut + 1 :]]
+    rest = [
+        "-k",
+        f"({args.k}) and not ({SKIP})" if args.k else f"not ({SKIP})",
+        *sys.argv[cut + 1 :],
+    ]
     names = list(SANITIZERS) if args.sanitizer == "all" else [args.sanitizer]
     try:
         good = [run(name, args.jobs, args.threads, rest) for name in names]

@@ -1,9 +1,12 @@
-"""What it costs, and brings, to keep calibrated kv routers from following the text: docs/calibration.md, "Steady".
+"""What it costs, and brings, to keep calibrated kv routers from following the text:
+docs/calibration.md, "Steady".
 
-    python scripts/steady_study.py --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out steady
+    python scripts/steady_study.py --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out
+    steady
 
-For each strength: KL and perplexity at equal activation on the texts, and the activation by position in sequences of
-4096 tokens, with thresholds of the calibration text. Rows go to OUT/rows.jsonl and are not measured again.
+For each strength: KL and perplexity at equal activation on the texts, and the activation by
+position in sequences of 4096 tokens, with thresholds of the calibration text. Rows go to
+OUT/rows.jsonl and are not measured again.
 """
 
 import sys
@@ -18,27 +21,39 @@ BOUNDS = (0, 512, 1024, 2048, 4096)  # tokens
 
 @click.command()
 @click.option("--model", default="smollm2", show_default=True)
-@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
-@click.option("--kv-share", default=0.5, show_default=True, help="K/V of dense at the end of 2048 tokens.")
+@click.option(
+    "--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by."
+)
+@click.option(
+    "--kv-share", default=0.5, show_default=True, help="K/V of dense at the end of 2048 tokens."
+)
 @click.option("--window", default=256, show_default=True)
-@click.option("--layers", default="1-29,2-29", show_default=True, help="Sets of layers to route, for strength 0.")
+@click.option(
+    "--layers",
+    default="1-29,2-29",
+    show_default=True,
+    help="Sets of layers to route, for strength 0.",
+)
 @click.option("--strengths", default="0,1,3,10,30", show_default=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of fits and rows.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of fits and rows."
+)
 @torch.no_grad()
 def main(model, texts, kv_share, window, layers, strengths, out):
     from study import rows
     from study.training import activation_for, judge_point
 
-    from mod_export import data, hf
-    from mod_export.calibrate import Plan, drift, measure, settle_thresholds, solve
+    from mod_export.calibration.calibrate import Plan, drift, measure, settle_thresholds, solve
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.convert import parse_layers
-    from mod_export.model import MoDModel
+    from mod_export.data.text import default_texts, pack
+    from mod_export.model import loading
+    from mod_export.model.mod_model import MoDModel
 
     out.mkdir(parents=True, exist_ok=True)
-    base, tokenizer = hf.load(model)
-    n_layer = len(hf.decoder_layers(base))
-    sequences = data.pack(tokenizer, data.default_texts()[0], 1024)
+    base, tokenizer = loading.load(model)
+    n_layer = len(loading.decoder_layers(base))
+    sequences = pack(tokenizer, default_texts()[0], 1024)
     sets = [parse_layers(part) for part in layers.split(",")]
     saved = out / f"fits-{window}.pt"
     if not saved.exists():
@@ -47,7 +62,9 @@ def main(model, texts, kv_share, window, layers, strengths, out):
         fits = measure(base, tokenizer, sequences, plan, print)
         torch.save((fits, drift(base, tokenizer, sequences, plan)), saved)
     (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
-    done = {(row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows.read(path)}
+    done = {
+        (row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows.read(path)
+    }
 
     for number, some in enumerate(sets):
         for steady in [float(part) for part in strengths.split(",")][: None if number == 0 else 1]:
@@ -62,8 +79,16 @@ def main(model, texts, kv_share, window, layers, strengths, out):
             config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, share)})
             mod = MoDModel.from_base(base, tokenizer, config, routers)
             settle_thresholds(mod, sequences[::3], {"kv": list(routers)}, {"kv": target})
-            row = {"layers": name, "steady": steady, "kv_share": kv_share, "window": window, "target": target}
-            row["activation"] = {text: positions(mod, file) for text, file in (pair.split("=", 1) for pair in texts)}
+            row = {
+                "layers": name,
+                "steady": steady,
+                "kv_share": kv_share,
+                "window": window,
+                "target": target,
+            }
+            row["activation"] = {
+                text: positions(mod, file) for text, file in (pair.split("=", 1) for pair in texts)
+            }
             row["equal"] = judge_point(mod, target, model, texts, 2048, 1)
             mod.detach()
             rows.append(path, row)
@@ -71,12 +96,15 @@ def main(model, texts, kv_share, window, layers, strengths, out):
 
 def positions(mod, file: str) -> list[float]:
     """Share of active tokens between BOUNDS, in the first sequence of a file."""
-    from mod_export import data
+    from mod_export.data.text import pack, read_texts
 
-    (ids,) = data.pack(mod.tokenizer, data.read_texts([file]), BOUNDS[-1], 1)
+    (ids,) = pack(mod.tokenizer, read_texts([file]), BOUNDS[-1], 1)
     _, trace = mod(ids[None], trace=True, logits_to_keep=1)
     active = trace.active[0].float().mean(-1)
-    return [round(active[start:stop].mean().item(), 4) for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False)]
+    return [
+        round(active[start:stop].mean().item(), 4)
+        for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False)
+    ]
 
 
 if __name__ == "__main__":

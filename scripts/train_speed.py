@@ -1,9 +1,10 @@
-"""Speed of training against plain fine-tuning: same model, batch, trained weights and precision, step by step in turn.
+"""Speed of training against plain fine-tuning: same model, batch, trained weights and precision,
+step by step in turn.
 
     python scripts/train_speed.py mod --text book.txt --train lora --length 512 --precision bf16
 
-Plain fine-tuning is the original model with transformers' own language-model loss. Routers alone have no plain twin:
-there it is fine-tuning of all weights but the embeddings.
+Plain fine-tuning is the original model with transformers' own language-model loss. Routers alone
+have no plain twin: there it is fine-tuning of all weights but the embeddings.
 """
 
 import statistics
@@ -19,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 @click.command()
 @click.argument("directory")
 @click.option("--text", required=True)
-@click.option("--train", "parameters", type=click.Choice(["routers", "lora", "full"]), default="routers")
+@click.option(
+    "--train", "parameters", type=click.Choice(["routers", "lora", "full"]), default="routers"
+)
 @click.option("--length", default=512, show_default=True)
 @click.option("--batch", default=1, show_default=True)
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
@@ -28,21 +31,27 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     """Print tokens/s of both and the ratio."""
     import torch
 
-    from mod_export import adapter, data
-    from mod_export.model import MoDModel
-    from mod_export.relax import relaxed
-    from mod_export.tables import format_table
-    from mod_export.train import trained
-    from mod_export.train_config import TrainConfig
-    from mod_export.train_step import Student, Weights
+    from mod_export import adapter
+    from mod_export.common.tables import format_table
+    from mod_export.data.text import pack, read_texts
+    from mod_export.model.mod_model import MoDModel
+    from mod_export.model.relaxation import relaxed
+    from mod_export.training.config import TrainConfig
+    from mod_export.training.run import trained
+    from mod_export.training.student import Student, Weights
 
     model = MoDModel.load(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = data.pack(model.tokenizer, data.read_texts([text]), length, batch).to(device)
+    ids = pack(model.tokenizer, read_texts([text]), length, batch).to(device)
     model.to(device)
     optimizer = torch.optim.AdamW(trained(model, TrainConfig((), parameters=parameters)))
-    student = Student(model, None, [list(range(len(model.config.routed())))], Weights(),
-                      original=lambda: adapter.without_lora(model.base))  # fmt: skip
+    student = Student(
+        model,
+        None,
+        [list(range(len(model.config.routed())))],
+        Weights(),
+        original=lambda: adapter.without_lora(model.base),
+    )
     twin, of_twin = model.base, optimizer
     if parameters == "routers":
         other = MoDModel.load(directory).to(device)
@@ -70,10 +79,37 @@ def main(directory, text, parameters, length, batch, precision, rounds):
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[step].append(time.perf_counter() - begin)
-    a, b = (ids.numel() / statistics.median(seconds[step][1:]) for step in (ours, plain))  # the first warms up
-    header = ["trained", "length", "batch", "precision", "device", "tokens/s", "plain fine-tuning", "ratio"]
-    print(format_table(header, [[parameters, length, batch, precision, device, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}"]],
-                       markdown=True))  # fmt: skip
+    a, b = (
+        ids.numel() / statistics.median(seconds[step][1:]) for step in (ours, plain)
+    )  # the first warms up
+    header = [
+        "trained",
+        "length",
+        "batch",
+        "precision",
+        "device",
+        "tokens/s",
+        "plain fine-tuning",
+        "ratio",
+    ]
+    print(
+        format_table(
+            header,
+            [
+                [
+                    parameters,
+                    length,
+                    batch,
+                    precision,
+                    device,
+                    f"{a:.0f}",
+                    f"{b:.0f}",
+                    f"{a / b:.2f}",
+                ]
+            ],
+            markdown=True,
+        )
+    )
 
 
 if __name__ == "__main__":

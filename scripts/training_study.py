@@ -9,9 +9,10 @@
                                                              # with --out study it is a row, and can be timed
     python scripts/training_study.py lengths trained --text wiki=wiki.txt   # activation from 512 to 8192 tokens
 
-Each point starts from the calibrated conversion of its kind (made once), is trained by mod_export.train, and judged by
-mod_export.evaluate with hard decisions on sequences of --length tokens. A finished row goes to rows.jsonl at once; rows
-that are there are not computed again, and an interrupted training goes on from its checkpoint.
+Each point starts from the calibrated conversion of its kind (made once), is trained by
+mod_export.training.run, and judged by mod_export.evaluation.run with hard decisions on sequences of
+--length tokens. A finished row goes to rows.jsonl at once; rows that are there are not computed
+again, and an interrupted training goes on from its checkpoint.
 """
 
 import fnmatch
@@ -47,15 +48,21 @@ def list_points():
 @study.command()
 @click.argument("patterns", nargs=-1, required=True)
 @click.option("--model", default="smollm2", show_default=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the results."
+)
 @click.option("--data", multiple=True, required=True, help="To train on.")
-@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
+@click.option(
+    "--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by."
+)
 @click.option("--tokens", default=100_000, show_default=True, help="Of each training.")
 @click.option("--length", default=2048, show_default=True, help="Tokens in a sequence to judge by.")
 @click.option("--count", default=2, show_default=True, help="Sequences of each text.")
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--batch", default=1, show_default=True)
-@click.option("--train-length", default=512, show_default=True, help="Tokens in a sequence to train on.")
+@click.option(
+    "--train-length", default=512, show_default=True, help="Tokens in a sequence to train on."
+)
 def run(patterns, out, **given):
     """Train and judge the points whose names match."""
     from study.training import judge_point, make_point
@@ -81,23 +88,36 @@ def run(patterns, out, **given):
 
 @study.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
-@click.option("--target", callback=lambda *given: given[-1] and shares(*given), metavar="SHARE",
-              help="Activation that thresholds are shifted to; of each kind: kv=0.1,attn=0.8.  [default: they stay]")
+@click.option(
+    "--target",
+    callback=lambda *given: given[-1] and shares(*given),
+    metavar="SHARE",
+    help="Activation that thresholds are shifted to; of each kind: kv=0.1,attn=0.8.  [default: they stay]",
+)
 @click.option("--model", default="smollm2", show_default=True, help="The original.")
-@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by.")
+@click.option(
+    "--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by."
+)
 @click.option("--length", default=2048, show_default=True, help="Tokens in a sequence.")
 @click.option("--count", default=1, show_default=True, help="Sequences of each text.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of results that it becomes a row of.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of results that it becomes a row of."
+)
 def judge(directory, target, out, **given):
     """Judge the MoD model in DIRECTORY as `run` judges its points."""
     from study.training import judge_point
 
-    from mod_export.model import MoDModel
-    from mod_export.tables import format_table
+    from mod_export.common.tables import format_table
+    from mod_export.model.mod_model import MoDModel
 
     made, path = MoDModel.load(directory), Path(directory).resolve()
-    row = {"name": path.name, "settings": {k: given[k] for k in ("length", "count")}, "way": "trained",
-           "units": "+".join(made.config.units), "directory": str(path)}  # fmt: skip
+    row = {
+        "name": path.name,
+        "settings": {k: given[k] for k in ("length", "count")},
+        "way": "trained",
+        "units": "+".join(made.config.units),
+        "directory": str(path),
+    }
     if out is not None and any(other["name"] == path.name for other in read(out / ROWS)):
         raise click.UsageError(f"{out / ROWS} has a row {path.name} already")
     begin = time.monotonic()
@@ -108,22 +128,49 @@ def judge(directory, target, out, **given):
     if out is not None:
         out.mkdir(exist_ok=True)
         append(out / ROWS, {**row, "texts": own, "seconds": round(time.monotonic() - begin)})
-    rows = [[name, f"{text['kl']:.4f}", f"{text['perplexity'] / text['perplexity_dense']:.4f}",
-             f"{text['activation']:.3f}", f"{text['kv_share']:.3f}"] for name, text in found.items()]  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{text['kl']:.4f}",
+            f"{text['perplexity'] / text['perplexity_dense']:.4f}",
+            f"{text['activation']:.3f}",
+            f"{text['kv_share']:.3f}",
+        ]
+        for name, text in found.items()
+    ]
     mean = sum(text["kl"] for text in found.values()) / len(found)
     rows.append(["mean", f"{mean:.4f}", "", "", ""])
-    click.echo(format_table(["text", "KL", "perplexity / dense", "activation", "K/V of dense"], rows, markdown=True))
+    click.echo(
+        format_table(
+            ["text", "KL", "perplexity / dense", "activation", "K/V of dense"], rows, markdown=True
+        )
+    )
 
 
 @study.command("lengths")
 @click.argument("model", type=click.Path(exists=True))
 @click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To read.")
-@click.option("--length", "lengths", multiple=True, type=click.IntRange(min=1), default=(512, 1024, 2048, 4096, 8192),
-              show_default=True, help="Tokens; may be repeated.")
-@click.option("--count", default=7, show_default=True, type=click.IntRange(min=1), help="Sequences of each text.")
+@click.option(
+    "--length",
+    "lengths",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(512, 1024, 2048, 4096, 8192),
+    show_default=True,
+    help="Tokens; may be repeated.",
+)
+@click.option(
+    "--count",
+    default=7,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Sequences of each text.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Of the runtime.  [default: all cores]")
 def lengths_command(model, texts, lengths, count, threads):
-    """Show which share of tokens MODEL, a MoD directory or GGUF file, takes as what it reads grows longer."""
+    """Show which share of tokens MODEL, a MoD directory or GGUF file, takes as what it reads grows
+    longer.
+    """
     from study.lengths import activation_by_length, report
 
     files = dict(pair.split("=", 1) for pair in texts)
@@ -132,11 +179,17 @@ def lengths_command(model, texts, lengths, count, threads):
 
 @study.command("time")
 @click.argument("patterns", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
-@click.option("--context", default=4096, show_default=True, help="Tokens before those that are timed.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the results."
+)
+@click.option(
+    "--context", default=4096, show_default=True, help="Tokens before those that are timed."
+)
 @click.option("--rounds", default=6, show_default=True)
 def time_points(patterns, out, context, rounds):
-    """Time the points that are trained and whose names match, and models judged with --out, through the runtime."""
+    """Time the points that are trained and whose names match, and models judged with --out, through
+    the runtime.
+    """
     from study.frontier import time_point
 
     done = {row["name"] for row in read(out / TIMES)}
@@ -151,8 +204,15 @@ def time_points(patterns, out, context, rounds):
 
 @study.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--docs", type=click.Path(path_type=Path), help="Folder for the plots; default: --out.")
-@click.option("--measured", default="", metavar="WORD", help="Of the times those alone whose machine or day it names.")
+@click.option(
+    "--docs", type=click.Path(path_type=Path), help="Folder for the plots; default: --out."
+)
+@click.option(
+    "--measured",
+    default="",
+    metavar="WORD",
+    help="Of the times those alone whose machine or day it names.",
+)
 def report(out, docs, measured):
     """Print the tables and draw the plots."""
     from study import frontier, training_report

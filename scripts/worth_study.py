@@ -1,11 +1,14 @@
-"""What the units that a trained model skips would be worth, and whether other routers would choose better.
+"""What the units that a trained model skips would be worth, and whether other routers would choose
+better.
 
     python scripts/worth_study.py trained -d train/ --sequences 60 --length 512
 
-Of each token and `ffn` unit: how much the KL to the original rises without it, all else as it is. Near its gate G the
-KL is about quadratic, so that this is -(slope at one half) = C (G - 1/2) - slope at G, with the curvature C from
-gradients of log-likelihoods of tokens drawn from the model (Fisher information). Routers are fitted anew to that, on
-two thirds of the sequences, and all are compared on the rest at equal activation: the worth of what they skip, summed
+Of each token and `ffn` unit: how much the KL to the original rises without it, all else as it is.
+Near its gate G the KL is about quadratic, so that this is -(slope at one half) = C (G - 1/2) -
+slope at G, with the curvature C from gradients of log-likelihoods of tokens drawn from the model
+(Fisher information). Routers are fitted anew to that, on
+two thirds of the sequences, and all are compared on the rest at equal activation: the worth of what
+they skip, summed
 over units. Choosing by the curvature itself is a bound and no way: its noise is in the worth too.
 """
 
@@ -18,17 +21,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mod_export import hf  # noqa: E402
-from mod_export.calibrate import quantile_logit  # noqa: E402
-from mod_export.fit import Ridge  # noqa: E402
-from mod_export.model import MoDModel  # noqa: E402
-from mod_export.relax import Relax, relaxed  # noqa: E402
-from mod_export.router import rms_norm, threshold_logit  # noqa: E402
-from mod_export.tables import format_table  # noqa: E402
-from mod_export.train_data import open_data  # noqa: E402
+from mod_export.calibration.calibrate import quantile_logit  # noqa: E402
+from mod_export.calibration.ridge import Ridge  # noqa: E402
+from mod_export.common.tables import format_table  # noqa: E402
+from mod_export.data.packing import open_data  # noqa: E402
+from mod_export.model import loading  # noqa: E402
+from mod_export.model.mod_model import MoDModel  # noqa: E402
+from mod_export.model.relaxation import Relax, relaxed  # noqa: E402
+from mod_export.model.router import rms_norm, threshold_logit  # noqa: E402
 
 CLIP = 1.0  # nats: a few units are worth ten, and would be all that least squares sees
-FITS = {"fitted to the worth, clipped": 3.0, "fitted to the log of the curvature": 0.3}  # -> penalty of the ridge
+FITS = {
+    "fitted to the worth, clipped": 3.0,
+    "fitted to the log of the curvature": 0.3,
+}  # -> penalty of the ridge
 LEAST = 1e-5  # curvature whose logarithm is taken
 
 
@@ -43,13 +49,21 @@ class Gates(Relax):
         return self.leaves[-1]
 
 
-def measure(model: MoDModel, dense: MoDModel, ids: torch.Tensor, draws: int, autocast: bool) -> tuple:
-    """ids [T] -> worth, curvature, logits' distance to the threshold, active, each [T, n_units]; KL [T]; inputs of the
-    routers [n_units, T, n_embd]."""
+def measure(
+    model: MoDModel, dense: MoDModel, ids: torch.Tensor, draws: int, autocast: bool
+) -> tuple:
+    """ids [T] -> worth, curvature, logits' distance to the threshold, active, each [T, n_units]; KL
+    [T]; inputs of the routers [n_units, T, n_embd].
+    """
     units, inputs, gates = model.config.routed(), {}, Gates()
-    hooks = [model.router(unit).register_forward_pre_hook(
-        lambda router, args, unit=unit: inputs.__setitem__(unit, rms_norm(args[0].detach(), router.eps)[0]))
-        for unit in units]  # fmt: skip
+    hooks = [
+        model.router(unit).register_forward_pre_hook(
+            lambda router, args, unit=unit: inputs.__setitem__(
+                unit, rms_norm(args[0].detach(), router.eps)[0]
+            )
+        )
+        for unit in units
+    ]
     with torch.no_grad():
         log_p = dense(ids[None])[0].float().log_softmax(-1)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), relaxed(model.base):
@@ -60,21 +74,34 @@ def measure(model: MoDModel, dense: MoDModel, ids: torch.Tensor, draws: int, aut
     q, kl = log_q.exp(), (log_p.exp() * (log_p - log_q)).sum(-1)
 
     def slopes(of_logits: torch.Tensor) -> torch.Tensor:
-        found = torch.autograd.grad(logits, gates.leaves, of_logits[None].to(logits.dtype), retain_graph=True)
+        found = torch.autograd.grad(
+            logits, gates.leaves, of_logits[None].to(logits.dtype), retain_graph=True
+        )
         return torch.stack([slope[0] for slope in found], dim=-1)
 
     slope, curvature = slopes(q - log_p.exp()), 0.0
     for _ in range(draws):
         drawn = torch.multinomial(q, 1)
-        curvature = curvature + slopes(q.scatter_add(1, drawn, -torch.ones_like(q[:, :1]))).pow(2) / draws
+        curvature = (
+            curvature + slopes(q.scatter_add(1, drawn, -torch.ones_like(q[:, :1]))).pow(2) / draws
+        )
     cut = torch.tensor([threshold_logit(model.router(unit).threshold) for unit in units])
     active = trace.active[0].float()
     worth = curvature * (active - 0.5) - slope
-    return worth, curvature, trace.logit[0].detach() - cut, active, kl, torch.stack([inputs[unit] for unit in units])
+    return (
+        worth,
+        curvature,
+        trace.logit[0].detach() - cut,
+        active,
+        kl,
+        torch.stack([inputs[unit] for unit in units]),
+    )
 
 
 def lost(score: torch.Tensor, worth: torch.Tensor, share: float) -> float:
-    """Worth of what is skipped, summed over units, per token, where the `share` with the highest score is active."""
+    """Worth of what is skipped, summed over units, per token, where the `share` with the highest
+    score is active.
+    """
     return (worth * (score < quantile_logit(score, share))).sum(-1).mean().item()
 
 
@@ -85,19 +112,28 @@ def lost(score: torch.Tensor, worth: torch.Tensor, share: float) -> float:
 @click.option("--sequences", type=click.IntRange(3), default=60, show_default=True)
 @click.option("--length", default=512, show_default=True, help="Tokens in each.")
 @click.option("--draws", default=2, show_default=True, help="Of tokens, for the curvature.")
-@click.option("--limit", default=240_000, show_default=True, help="Tokens that the sequences are taken from.")
-@click.option("--bf16/--float32", default=True, show_default=True, help="Precision of the passes with gradients.")
+@click.option(
+    "--limit", default=240_000, show_default=True, help="Tokens that the sequences are taken from."
+)
+@click.option(
+    "--bf16/--float32",
+    default=True,
+    show_default=True,
+    help="Precision of the passes with gradients.",
+)
 def main(directory, data, original, sequences, length, draws, limit, bf16):
     """Compare the routers of the trained model in DIRECTORY, of `ffn` units, with others."""
     model = MoDModel.load(directory)
     units = model.config.routed()
     if not units or {kind for _, kind in units} != {"ffn"}:
-        raise click.ClickException("only ffn units: what a token of others leaves for later ones is not measured")
+        raise click.ClickException(
+            "only ffn units: what a token of others leaves for later ones is not measured"
+        )
     model.requires_grad_(False)
-    dense = MoDModel.from_base(hf.load(original)[0], model.tokenizer)
+    dense = MoDModel.from_base(loading.load(original)[0], model.tokenizer)
     texts = open_data(model.tokenizer, data, length, "all", limit, click.echo)
     torch.manual_seed(0)
-    fits = {name: [Ridge(hf.n_embd(model.base)) for _ in units] for name in FITS}
+    fits = {name: [Ridge(loading.n_embd(model.base)) for _ in units] for name in FITS}
     kept, rows, routers, sinks = sequences * 2 // 3, [], {}, model.config.sink_tokens
     for number in range(sequences):
         ids = texts[number * len(texts) // sequences]["input_ids"]
@@ -109,11 +145,24 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
                 for i, fit in enumerate(of_units):
                     fit.add(x[i, sinks:], goal[sinks:, i])
             continue
-        routers = routers or {name: [fit.solve(FITS[name]) for fit in of_units] for name, of_units in fits.items()}
-        scores = {"as trained": z, "by the curvature itself": curvature, "at random": torch.rand_like(z)}
+        routers = routers or {
+            name: [fit.solve(FITS[name]) for fit in of_units] for name, of_units in fits.items()
+        }
+        scores = {
+            "as trained": z,
+            "by the curvature itself": curvature,
+            "at random": torch.rand_like(z),
+        }
         for name, of_units in routers.items():
             scores[name] = torch.stack([x[i] @ w + b for i, (w, b) in enumerate(of_units)], dim=-1)
-        rows.append((worth[sinks:], active[sinks:], kl, {name: score[sinks:] for name, score in scores.items()}))
+        rows.append(
+            (
+                worth[sinks:],
+                active[sinks:],
+                kl,
+                {name: score[sinks:] for name, score in scores.items()},
+            )
+        )
     worth, active, kl = (torch.cat([row[i] for row in rows]) for i in range(3))
     share = active.mean().item()
     table = []

@@ -1,6 +1,9 @@
 """A tokenizer with one token per byte and a text for it, for tests of tiny models."""
 
-TEXT = " ".join(f"Line {i}: {i * 7919 % 97} red hens ate {i % 13} worms near gate {i * i % 31}." for i in range(170))
+TEXT = " ".join(
+    f"Line {i}: {i * 7919 % 97} red hens ate {i % 13} worms near gate {i * i % 31}."
+    for i in range(170)
+)
 
 
 def byte_tokenizer():
@@ -10,7 +13,10 @@ def byte_tokenizer():
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
@@ -20,5 +26,6 @@ def with_bos(tokenizer):
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     return tokenizer

@@ -1,6 +1,8 @@
-"""Random operations on a context's KV memory that make sense in the state that a kv_reference.Reference tells.
+"""Random operations on a context's KV memory that make sense in the state that a
+kv_reference.Reference tells.
 
-An operation is a tuple: its name, then arguments of plain Python types, so that a log of them can be replayed.
+An operation is a tuple: its name, then arguments of plain Python types, so that a log of them can
+be replayed.
 """
 
 import numpy as np
@@ -38,25 +40,41 @@ def a_range(rng, ref, seq: int) -> tuple[int, int]:
 
 
 def decode(rng, ref) -> tuple:
-    """((sequence, token), ...), which outputs, whether to compare logits, stopped after how many nodes."""
+    """((sequence, token), ...), which outputs, whether to compare logits, stopped after how many
+    nodes.
+    """
     seqs = rng.choice(len(ref.seqs), rng.integers(1, len(ref.seqs) + 1), replace=False)
     size = 1 if rng.random() < 0.5 else int(rng.integers(2, 60))
-    order = rng.permutation(np.repeat(seqs, [1 if size == 1 else rng.integers(1, size) for _ in seqs]))[:48]
+    order = rng.permutation(
+        np.repeat(seqs, [1 if size == 1 else rng.integers(1, size) for _ in seqs])
+    )[:48]
     batch = tuple((int(s), int(rng.integers(N_VOCAB))) for s in order)
     stop = int(rng.exponential(300)) if rng.random() < 0.1 else None
     return batch, pick(rng, {"all": 1, "last": 1, "none": 1}), bool(rng.random() < 0.3), stop
 
 
 def remove(rng, ref) -> tuple:
-    """A tail, what follows a gap, all, a piece in the middle or shortly before the end, all tails, nothing."""
+    """A tail, what follows a gap, all, a piece in the middle or shortly before the end, all tails,
+    nothing.
+    """
     seq = a_sequence(rng, ref)
     end, (a, b) = ref.pos_max(seq) + 1, a_range(rng, ref, seq)
     back, near = (max(0, end - int(rng.choice([1, 2, 3, 8, 20, 50]))) for _ in range(2))
     held = ref.positions(seq)
     after_gap = max((p for p in held if p - 1 not in held), default=0)
-    return pick(rng, {(seq, back, -1): 35, (seq, after_gap, -1): 20 * (after_gap > 0), (seq, a, -1): 10,
-                      (seq, a, b): 7, (seq, min(a, near), near): 20, (-1, back, -1): 4, (seq, end, -1): 3,
-                      (seq, 0, -1): 10})
+    return pick(
+        rng,
+        {
+            (seq, back, -1): 35,
+            (seq, after_gap, -1): 20 * (after_gap > 0),
+            (seq, a, -1): 10,
+            (seq, a, b): 7,
+            (seq, min(a, near), near): 20,
+            (-1, back, -1): 4,
+            (seq, end, -1): 3,
+            (seq, 0, -1): 10,
+        },
+    )
 
 
 def copy(rng, ref) -> tuple:
@@ -91,8 +109,14 @@ OPERATIONS = {
     "copy": (9, copy),
     "shift": (4, shift),
     "close_gap": (3, close_gap),
-    "save": (4, lambda rng, ref: (int(rng.integers(3)), int(rng.integers(-1, len(ref.seqs))))),  # slot, sequence or all
-    "load": (5, lambda rng, ref: (int(rng.integers(3)), a_sequence(rng, ref))),  # slot, to which sequence
+    "save": (
+        4,
+        lambda rng, ref: (int(rng.integers(3)), int(rng.integers(-1, len(ref.seqs)))),
+    ),  # slot, sequence or all
+    "load": (
+        5,
+        lambda rng, ref: (int(rng.integers(3)), a_sequence(rng, ref)),
+    ),  # slot, to which sequence
     "set": (7, setting),
     "gap": (1, lambda rng, ref: (a_sequence(rng, ref),)),
     "keep": (1, lambda rng, ref: (a_sequence(rng, ref),)),

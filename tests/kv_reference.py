@@ -1,11 +1,12 @@
 """What the patched runtime must remember: a slow model of its KV bookkeeping in plain Python.
 
 It knows no cell indices and computes nothing: decisions come from the runtime's trace. Written from
-docs/semantics.md and docs/decisions.md. A `Cell` is the K/V of one token in one cache; a sequence for which it has
-been given back stays in `gone`, because a later query might have needed it.
+docs/semantics.md and docs/decisions.md. A `Cell` is the K/V of one token in one cache; a sequence
+for which it has been given back stays in `gone`, because a later query might have needed it.
 
-Two questions have a margin. K/V that a query would see and that are gone *must* be refused (`needs_lost`). The
-runtime remembers only the largest position that it has given back, so it *may* refuse more (`may_refuse`).
+Two questions have a margin. K/V that a query would see and that are gone *must* be refused
+(`needs_lost`). The runtime remembers only the largest position that it has given back, so it *may*
+refuse more (`may_refuse`).
 """
 
 from __future__ import annotations
@@ -50,14 +51,20 @@ class Full(Exception):
 
 
 class Reference:
-    """Caches and sequences of one context. units: (layer, kind) in the order of the trace's columns."""
+    """Caches and sequences of one context. units: (layer, kind) in the order of the trace's
+    columns.
+    """
 
-    def __init__(self, units, n_layer: int, window: int, n_cells: int, n_seq: int = 4, rollback: int = 64):
+    def __init__(
+        self, units, n_layer: int, window: int, n_cells: int, n_seq: int = 4, rollback: int = 64
+    ):
         self.units, self.n_layer, self.window = list(units), n_layer, window
         self.n_cells, self.rollback = n_cells, rollback
         self.own = sorted({layer for layer, kind in self.units if kind != "ffn"})
         self.drops = {layer for layer, kind in self.units if kind == "kv"}
-        self.cells: dict[int, list[Cell]] = {layer: [] for layer in [-1, *self.own]}  # -1: the complete layers
+        self.cells: dict[int, list[Cell]] = {
+            layer: [] for layer in [-1, *self.own]
+        }  # -1: the complete layers
         self.seqs = [Sequence() for _ in range(n_seq)]
 
     # --- what can be asked
@@ -77,9 +84,15 @@ class Reference:
         return min((c.pos for c in self.cells[-1] if seq in c.seqs), default=-1)
 
     def needs_lost(self, seq: int, end: int) -> bool:
-        """Has something been given back that the query after the sequence's tokens below `end` would see?"""
+        """Has something been given back that the query after the sequence's tokens below `end`
+        would see?
+        """
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
-        return any(seq in c.gone and query - self.window < c.pos < query for own in self.drops for c in self.cells[own])
+        return any(
+            seq in c.gone and query - self.window < c.pos < query
+            for own in self.drops
+            for c in self.cells[own]
+        )
 
     def may_refuse(self, seq: int, end: int) -> bool:
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
@@ -88,7 +101,9 @@ class Reference:
     # --- decode
 
     def decode(self, tokens, active, n_ubatch: int) -> None:
-        """Stores a batch; tokens: (seq, pos), active [n_tokens, n_units]. Raises Full with nothing changed."""
+        """Stores a batch; tokens: (seq, pos), active [n_tokens, n_units]. Raises Full with nothing
+        changed.
+        """
         start = {s: self.pos_max(s) for s in range(len(self.seqs))}
         before = self.copy()
         try:
@@ -121,7 +136,9 @@ class Reference:
             self.cells[layer] += new
 
     def _expire(self, start: dict[int, int], only_new: bool) -> None:
-        """Gives back what neither the next query nor one after `rollback` tokens taken back can see."""
+        """Gives back what neither the next query nor one after `rollback` tokens taken back can
+        see.
+        """
         for seq, old_end in start.items():
             end = self.pos_max(seq)
             if end <= old_end:
@@ -136,7 +153,9 @@ class Reference:
     # --- memory operations
 
     def remove(self, seq: int, p0: int, p1: int, happened: bool) -> bool:
-        """seq_rm (seq -1: all); `happened`: what the runtime returned. Returns whether it was right to."""
+        """seq_rm (seq -1: all); `happened`: what the runtime returned. Returns whether it was right
+        to.
+        """
         p1 = END if p1 < 0 else p1
         seqs = range(len(self.seqs)) if seq < 0 else [seq]
         tails = [s for s in seqs if self.pos_min(s) < p0 <= self.pos_max(s) < p1]
@@ -189,7 +208,9 @@ class Reference:
                 self._forget(s, 0, END)
 
     def shift(self, seq: int, p0: int, p1: int, by: int) -> None:
-        """seq_add: cells are moved for all sequences that share them; those that get below 0 are removed."""
+        """seq_add: cells are moved for all sequences that share them; those that get below 0 are
+        removed.
+        """
         p1 = END if p1 < 0 else p1
         below = max((p for p in self.positions(seq) if p < p0), default=-1)
         for c in (c for cells in self.cells.values() for c in cells):
@@ -204,10 +225,16 @@ class Reference:
             self._forget(s, -END, 0)
 
     def shift_collides(self, seq: int, p0: int, p1: int, by: int) -> bool:
-        """Would a sequence hold a position twice? No caller wants that, and which token is meant is not defined."""
+        """Would a sequence hold a position twice? No caller wants that, and which token is meant is
+        not defined.
+        """
         p1 = END if p1 < 0 else p1
         for s in range(len(self.seqs)):
-            moved = [c.pos + by * (p0 <= c.pos < p1 and seq in c.seqs) for c in self.cells[-1] if s in c.seqs]
+            moved = [
+                c.pos + by * (p0 <= c.pos < p1 and seq in c.seqs)
+                for c in self.cells[-1]
+                if s in c.seqs
+            ]
             if len(set(moved)) < len(moved):
                 return True
         return False
@@ -219,7 +246,9 @@ class Reference:
     # --- states
 
     def copy(self) -> Reference:
-        new = Reference(self.units, self.n_layer, self.window, self.n_cells, len(self.seqs), self.rollback)
+        new = Reference(
+            self.units, self.n_layer, self.window, self.n_cells, len(self.seqs), self.rollback
+        )
         new.cells = {layer: [c.copy() for c in cells] for layer, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]
         return new
@@ -230,10 +259,14 @@ class Reference:
         self.cells, self.seqs = copy.cells, copy.seqs
 
     def restore_sequence(self, saved: Reference, src: int, dst: int) -> bool:
-        """One sequence of a state, into cells of its own; False, and an empty sequence, where they are too few."""
+        """One sequence of a state, into cells of its own; False, and an empty sequence, where they
+        are too few.
+        """
         self._forget(dst, 0, END)
-        new = {layer: [c.moved(src, dst) for c in cells if src in c.seqs | c.gone]
-               for layer, cells in saved.cells.items()}
+        new = {
+            layer: [c.moved(src, dst) for c in cells if src in c.seqs | c.gone]
+            for layer, cells in saved.cells.items()
+        }
         if any(self.free(layer) < sum(bool(c.seqs) for c in cells) for layer, cells in new.items()):
             return False
         for layer, cells in new.items():

@@ -1,4 +1,6 @@
-"""A thin context over llama.cpp's C functions for tests: single decodes with chosen positions, sequences, outputs."""
+"""A thin context over llama.cpp's C functions for tests: single decodes with chosen positions,
+sequences, outputs.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from mod_export import llama_build
+from mod_export.llamacpp import build as llama_build
 
 F32, F16, Q8_0 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
-THREADS = int(os.environ.get("MOD_EXPORT_TEST_THREADS", "1"))  # more where races are looked for: scripts/sanitize
+THREADS = int(
+    os.environ.get("MOD_EXPORT_TEST_THREADS", "1")
+)  # more where races are looked for: scripts/sanitize
 FORCE = {"none": 0, "active": 1, "inactive": 2}
 
 
@@ -37,8 +41,18 @@ class Raw:
     KV in F32 and no flash attention by default: both round, and results are to be compared closely.
     """
 
-    def __init__(self, path, n_ctx=512, n_batch=2048, n_ubatch=512, fa=False, kv=F32, n_seq=4, threads=THREADS,
-                 **params):
+    def __init__(
+        self,
+        path,
+        n_ctx=512,
+        n_batch=2048,
+        n_ubatch=512,
+        fa=False,
+        kv=F32,
+        n_seq=4,
+        threads=THREADS,
+        **params,
+    ):
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         mp = llama_cpp.llama_model_default_params()
@@ -50,7 +64,9 @@ class Raw:
         cp.kv_unified, cp.no_perf = True, True
         cp.type_k = cp.type_v = kv
         cp.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if fa else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if fa
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         for name, value in params.items():
             setattr(cp, name, value)
@@ -70,7 +86,12 @@ class Raw:
         for i, token in enumerate(tokens):
             at = following.get(seqs[i], 0) if pos is None else pos[i]
             following[seqs[i]] = at + 1
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), at, 1, seqs[i]
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = (
+                int(token),
+                at,
+                1,
+                seqs[i],
+            )
             batch.logits[i] = 1 if logits is None else logits[i]
         batch.n_tokens = n
         rc = llama_cpp.llama_decode(self.ctx, batch)
@@ -84,7 +105,9 @@ class Raw:
         rc = self.try_decode(tokens, seqs, pos, logits)
         assert rc == 0, f"llama_decode returned {rc}"
         n_out = len(tokens) if logits is None else int(sum(logits))
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), (n_out, self.n_vocab)).copy()
+        return np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self.ctx), (n_out, self.n_vocab)
+        ).copy()
 
     def decode_cut(self, tokens, size, seq=0):
         """Decodes in pieces; logits and decisions of all tokens."""
@@ -96,7 +119,9 @@ class Raw:
         return np.concatenate(logits), np.concatenate(active)
 
     def embeddings(self, n):
-        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(self.ctx), (n, self.n_embd)).copy()
+        return np.ctypeslib.as_array(
+            llama_cpp.llama_get_embeddings(self.ctx), (n, self.n_embd)
+        ).copy()
 
     def seq_rm(self, seq, p0, p1=-1) -> bool:
         ok = llama_cpp.llama_memory_seq_rm(self.mem, seq, p0, p1)
@@ -116,18 +141,18 @@ class Raw:
 
     def trace(self):
         """Decisions and scores of the last decode: active uint8, score float32, both [T, n_units]."""
-        from mod_export import bindings
+        from mod_export.runtime import bindings
 
         return bindings.get_trace(self.model, self.ctx)
 
     def kv(self, layer=-1):
-        from mod_export import bindings
+        from mod_export.runtime import bindings
 
         return bindings.get_kv_stats(self.ctx, layer)
 
     def set(self, **values):
         """force="active", shift=0.5, kv_rollback=0 ..."""
-        from mod_export import bindings
+        from mod_export.runtime import bindings
 
         for name, value in values.items():
             value = FORCE[value] if name == "force" else value

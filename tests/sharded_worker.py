@@ -1,6 +1,7 @@
 """One process of a training on several: torchrun --nproc-per-node 2 sharded_worker.py ddp|fsdp DIR
 
-Trains DIR/mod-... in several ways into DIR/ddp-..., or into DIR/fsdp-..., each of these interrupted and resumed.
+Trains DIR/mod-... in several ways into DIR/ddp-..., or into DIR/fsdp-..., each of these interrupted
+and resumed.
 """
 
 import sys
@@ -12,31 +13,37 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
-from mod_export import train_loop
-from mod_export.train import train
-from mod_export.train_config import TrainConfig
+from mod_export.training import loop
+from mod_export.training.config import TrainConfig
+from mod_export.training.run import train
 
 WAYS = {
     "routers": ({"parameters": "routers"}, "merged"),
     "lora": ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, "adapter"),
     "full": ({"parameters": "full", "hidden_weight": 0.5}, "merged"),
-    # without clipping: the norm is summed in another order, and in bfloat16 its last place can tip a token's decision
+    # without clipping: the norm is summed in another order, and in bfloat16 its last place can tip
+    # a token's decision
     "half": ({"parameters": "lora", "lora_rank": 2, "dtype": "bfloat16", "clip": 1e9}, "merged"),
-    # without noise, which is another on each process, and without thresholds, which follow the mean of their quantiles
+    # without noise, which is another on each process, and without thresholds, which follow the mean
+    # of their quantiles
     "static": ({"parameters": "full", "method": "static", "target": 0.5}, "merged"),
 }
 STEPS, LENGTH, CUT = 6, 32, 5  # after half of the steps, with a checkpoint of four
 
 
 def shard() -> None:
-    """What `accelerate launch --use_fsdp` does: Accelerate offers it on accelerators only, torch can do it on CPUs."""
+    """What `accelerate launch --use_fsdp` does: Accelerate offers it on accelerators only, torch
+    can do it on CPUs.
+    """
     init = Accelerator.__init__
 
     def sharded(self, *args, **kwargs):
         init(self, *args, **kwargs)
         PartialState().distributed_type = self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
         )
 
     Accelerator.__init__ = sharded
@@ -44,34 +51,42 @@ def shard() -> None:
 
 def check(is_sharded: bool) -> None:
     """That runs are what they are meant to be."""
-    go = train_loop.Loop.go
+    go = loop.Loop.go
 
     def checked(self, *args):
         assert isinstance(self.student, FSDPModule) == is_sharded
         go(self, *args)
 
-    train_loop.Loop.go = checked
+    loop.Loop.go = checked
 
 
 def interrupted(*args, **kwargs) -> None:
-    gradients = train_loop.Loop._gradients
+    gradients = loop.Loop._gradients
 
     def stopped(self, number, stop):
         if number == CUT:
             raise KeyboardInterrupt
         return gradients(self, number, stop)
 
-    train_loop.Loop._gradients = stopped
+    loop.Loop._gradients = stopped
     try:
         train(*args, **kwargs)
     except KeyboardInterrupt:
-        train_loop.Loop._gradients = gradients
+        loop.Loop._gradients = gradients
 
 
 def config(folder: Path, options: dict, batch: int = 2, processes: int = 2) -> TrainConfig:
     tokens = STEPS * batch * LENGTH * processes * options.get("accumulate", 1)
-    base = {"data": (str(folder / "text.txt"),), "target": {"kv": 0.5, "attn": 0.7}, "tokens": tokens, "batch": batch,
-            "length": LENGTH, "held_out": 3, "eval_every": 100, "save_every": 2}  # fmt: skip
+    base = {
+        "data": (str(folder / "text.txt"),),
+        "target": {"kv": 0.5, "attn": 0.7},
+        "tokens": tokens,
+        "batch": batch,
+        "length": LENGTH,
+        "held_out": 3,
+        "eval_every": 100,
+        "save_every": 2,
+    }
     return TrainConfig(**base | options)
 
 

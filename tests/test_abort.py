@@ -1,4 +1,6 @@
-"""An abort callback that stops a decode at any node of any segment: the state is as before, and the context works."""
+"""An abort callback that stops a decode at any node of any segment: the state is as before, and the
+context works.
+"""
 
 import contextlib
 import ctypes
@@ -10,9 +12,11 @@ from raw import Raw
 from test_runtime import TOKENS, close, make
 from test_runtime_memory import cells, restore, save
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 START = 80  # tokens that are there before
 PARTS = {"decode": 1, "small batch": 3, "prefill of three ubatches": 44}
@@ -20,7 +24,9 @@ PARTS = {"decode": 1, "small batch": 3, "prefill of three ubatches": 44}
 
 @contextlib.contextmanager
 def aborting(r: Raw, after: int):
-    """Says stop from the callback's call number `after` on; yields a list whose only item counts the calls."""
+    """Says stop from the callback's call number `after` on; yields a list whose only item counts
+    the calls.
+    """
     calls = [0]
 
     @llama_cpp.ggml_abort_callback
@@ -30,12 +36,16 @@ def aborting(r: Raw, after: int):
 
     llama_cpp.llama_set_abort_callback(r.ctx, callback, None)
     yield calls
-    llama_cpp.llama_set_abort_callback(r.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None)
+    llama_cpp.llama_set_abort_callback(
+        r.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None
+    )
 
 
 @pytest.fixture(scope="module", params=["block", "attn", "ffn", "kv", "all"])
 def context(request, tmp_path_factory):
-    """A context whose kv units forget early, so that a decode frees cells; its state with START tokens."""
+    """A context whose kv units forget early, so that a decode frees cells; its state with START
+    tokens.
+    """
     tiny = make(request.param, n_embd=64, n_head=2, n_head_kv=1, n_ff=64)
     with Raw(tiny.write(tmp_path_factory.mktemp("abort") / "mod.gguf"), n_ubatch=16) as r:
         r.set(kv_rollback=2)
@@ -75,7 +85,9 @@ def test_every_node(context, part):
 
 
 def test_a_context_shift_is_not_stopped_half_way(context):
-    """The decode that would have made it is; K rotated in some layers could be neither finished nor taken back."""
+    """The decode that would have made it is; K rotated in some layers could be neither finished nor
+    taken back.
+    """
     r, state, _ = context
     results = []
     for after in (None, 0, 1, 2, 3, 5, 30):

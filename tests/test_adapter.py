@@ -1,4 +1,6 @@
-"""Adapters: what is loaded is what was saved, damage is named, another model refused; convert --adapter."""
+"""Adapters: what is loaded is what was saved, damage is named, another model refused; convert
+--adapter.
+"""
 
 import json
 import random
@@ -12,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from tiny import one_thread  # noqa: F401  (a fixture)
 from tiny_adapter import IDS, TOKENIZER, UNITS, saved, trained
 
-from mod_export import adapter, adapter_files, hf
+from mod_export import adapter
 from mod_export.adapter import apply, load, save
 from mod_export.convert import convert_adapter
-from mod_export.data import default_texts
+from mod_export.data.text import default_texts
 from mod_export.errors import UserError
-from mod_export.eval_loss import divergence
-from mod_export.lora import lora_of
-from mod_export.model import MoDModel
+from mod_export.evaluation.perplexity import divergence
+from mod_export.formats import adapter_files
+from mod_export.model import loading
+from mod_export.model.lora import lora_of
+from mod_export.model.mod_model import MoDModel
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,10 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 def test_routers_only(tmp_path):
     model = saved(tmp_path / "adapter", lora=False, figures={"perplexity, MoD / dense": 1.01234})
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "README.md", "mod.json", "routers.safetensors"]  # fmt: skip
+        "README.md",
+        "mod.json",
+        "routers.safetensors",
+    ]
     again = apply(load(tmp_path / "adapter"), tiny.base(), TOKENIZER)
     assert torch.equal(again(IDS), model(IDS))
     text = (tmp_path / "adapter/README.md").read_text()
@@ -123,52 +130,120 @@ def remove(file):
 DAMAGE = {
     "no mod.json": (remove("mod.json"), "has no mod.json"),
     "mod.json broken": (lambda path: (path / "mod.json").write_text("{"), "mod.json is no JSON"),
-    "mod.json a list": (lambda path: (path / "mod.json").write_text("[]"), "mod.json holds no JSON object"),
-    "mod.json not text": (lambda path: (path / "mod.json").write_bytes(b"\xff\xfe"), "mod.json is no JSON"),
+    "mod.json a list": (
+        lambda path: (path / "mod.json").write_text("[]"),
+        "mod.json holds no JSON object",
+    ),
+    "mod.json not text": (
+        lambda path: (path / "mod.json").write_bytes(b"\xff\xfe"),
+        "mod.json is no JSON",
+    ),
     "no key base": (values("mod.json", lambda d: d.pop("base")), "the keys mod and base"),
     "other version": (values("mod.json", lambda d: d["mod"].update(version=2)), "mod.version is 2"),
     "other key": (values("mod.json", lambda d: d["mod"].update(sinks=2)), "mod.sinks"),
-    "no unit": (values("mod.json", lambda d: [d["mod"].pop(kind) for kind in UNITS]), "routes no unit"),
+    "no unit": (
+        values("mod.json", lambda d: [d["mod"].pop(kind) for kind in UNITS]),
+        "routes no unit",
+    ),
     "layers": (values("mod.json", lambda d: d["base"].update(n_layer=7)), "the model has 7 layers"),
     "no layers": (values("mod.json", lambda d: d["base"].update(n_layer=0)), "base.n_layer is 0"),
     "base name": (values("mod.json", lambda d: d["base"].update(name=None)), "base.name is None"),
-    "base key": (values("mod.json", lambda d: d["base"].pop("tokenizer")), "base is not an object with the keys"),
-    "weights": (values("mod.json", lambda d: d["base"]["weights"]["ffn"].pop()), "base.weights.ffn"),
-    "weights nan": (values("mod.json", lambda d: d["base"]["weights"].update(ffn=[float("nan")] * 128)), "weights.ffn"),
+    "base key": (
+        values("mod.json", lambda d: d["base"].pop("tokenizer")),
+        "base is not an object with the keys",
+    ),
+    "weights": (
+        values("mod.json", lambda d: d["base"]["weights"]["ffn"].pop()),
+        "base.weights.ffn",
+    ),
+    "weights nan": (
+        values("mod.json", lambda d: d["base"]["weights"].update(ffn=[float("nan")] * 128)),
+        "weights.ffn",
+    ),
     "width": (values("mod.json", lambda d: d["base"].update(n_embd=65)), "n_embd 64, the model 65"),
     "no routers": (remove("routers.safetensors"), "has no routers.safetensors"),
     "router missing": (tensors("routers.safetensors", lambda t: t.pop(NAME)), f"{NAME} is missing"),
-    "router short": (tensors("routers.safetensors", lambda t: t.update({NAME: torch.zeros(63)})), f"{NAME} is not of"),
-    "router nan": (tensors("routers.safetensors", lambda t: t[NAME].fill_(torch.nan)), f"{NAME} holds a value"),
-    "router f16": (tensors("routers.safetensors", lambda t: t.update({NAME: t[NAME].half()})), f"{NAME} is not f32"),
+    "router short": (
+        tensors("routers.safetensors", lambda t: t.update({NAME: torch.zeros(63)})),
+        f"{NAME} is not of",
+    ),
+    "router nan": (
+        tensors("routers.safetensors", lambda t: t[NAME].fill_(torch.nan)),
+        f"{NAME} holds a value",
+    ),
+    "router f16": (
+        tensors("routers.safetensors", lambda t: t.update({NAME: t[NAME].half()})),
+        f"{NAME} is not f32",
+    ),
     "router too many": (
-        tensors("routers.safetensors", lambda t: t.update({NAME.replace("3", "5"): t[NAME].clone()})),
-        "no routed unit"),
-    "routers truncated": (lambda p: cut(p / "routers.safetensors"), "routers.safetensors is damaged or truncated"),
+        tensors(
+            "routers.safetensors", lambda t: t.update({NAME.replace("3", "5"): t[NAME].clone()})
+        ),
+        "no routed unit",
+    ),
+    "routers truncated": (
+        lambda p: cut(p / "routers.safetensors"),
+        "routers.safetensors is damaged or truncated",
+    ),
     "no config": (remove("adapter_config.json"), "has no adapter_config.json"),
     "no weights": (remove("adapter_model.safetensors"), "has no adapter_model.safetensors"),
-    "config broken": (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is no JSON"),
-    "other method": (values("adapter_config.json", lambda d: d.update(peft_type="IA3")), "peft_type is 'IA3'"),
-    "config key": (values("adapter_config.json", lambda d: d.update(rank=3)), "adapter_config.json cannot be read"),
+    "config broken": (
+        lambda path: (path / "adapter_config.json").write_text("{"),
+        "adapter_config.json is no JSON",
+    ),
+    "other method": (
+        values("adapter_config.json", lambda d: d.update(peft_type="IA3")),
+        "peft_type is 'IA3'",
+    ),
+    "config key": (
+        values("adapter_config.json", lambda d: d.update(rank=3)),
+        "adapter_config.json cannot be read",
+    ),
     "rank": (values("adapter_config.json", lambda d: d.update(r=3)), "of shape"),
-    "rank text": (values("adapter_config.json", lambda d: d.update(r="four")), "adapter_config.json does not fit"),
-    "rank 0": (values("adapter_config.json", lambda d: d.update(r=0)), "adapter_config.json does not fit"),
-    "alpha nan": (values("adapter_config.json", lambda d: d.update(lora_alpha=float("nan"))), "cannot be merged"),
+    "rank text": (
+        values("adapter_config.json", lambda d: d.update(r="four")),
+        "adapter_config.json does not fit",
+    ),
+    "rank 0": (
+        values("adapter_config.json", lambda d: d.update(r=0)),
+        "adapter_config.json does not fit",
+    ),
+    "alpha nan": (
+        values("adapter_config.json", lambda d: d.update(lora_alpha=float("nan"))),
+        "cannot be merged",
+    ),
     "no constant": (
-        values("adapter_config.json", lambda d: d.update(alora_invocation_tokens=[1])), "cannot be merged"),
+        values("adapter_config.json", lambda d: d.update(alora_invocation_tokens=[1])),
+        "cannot be merged",
+    ),
     "targets": (
         values("adapter_config.json", lambda d: d.update(target_modules=["c_proj"])),
-        "adapter_config.json does not fit"),
-    "lora missing": (tensors("adapter_model.safetensors", lambda t: t.pop(LORA_NAME)), f"{LORA_NAME} is missing"),
+        "adapter_config.json does not fit",
+    ),
+    "lora missing": (
+        tensors("adapter_model.safetensors", lambda t: t.pop(LORA_NAME)),
+        f"{LORA_NAME} is missing",
+    ),
     "lora shape": (
         tensors("adapter_model.safetensors", lambda t: t.update({LORA_NAME: torch.zeros(4, 65)})),
-        f"{LORA_NAME} of shape [4, 65]"),
+        f"{LORA_NAME} of shape [4, 65]",
+    ),
     "lora more": (
-        tensors("adapter_model.safetensors", lambda t: t.update({LORA_NAME.replace("1", "9"): torch.zeros(4, 64)})),
-        "layers.9.mlp.up_proj.lora_A.weight of shape"),
-    "lora nan": (tensors("adapter_model.safetensors", lambda t: t[LORA_NAME].fill_(torch.inf)), f"{LORA_NAME} holds a"),
-    "lora truncated": (lambda p: cut(p / "adapter_model.safetensors"), "adapter_model.safetensors is damaged or trunc"),
-}  # fmt: skip
+        tensors(
+            "adapter_model.safetensors",
+            lambda t: t.update({LORA_NAME.replace("1", "9"): torch.zeros(4, 64)}),
+        ),
+        "layers.9.mlp.up_proj.lora_A.weight of shape",
+    ),
+    "lora nan": (
+        tensors("adapter_model.safetensors", lambda t: t[LORA_NAME].fill_(torch.inf)),
+        f"{LORA_NAME} holds a",
+    ),
+    "lora truncated": (
+        lambda p: cut(p / "adapter_model.safetensors"),
+        "adapter_model.safetensors is damaged or trunc",
+    ),
+}
 
 
 def cut(path) -> None:
@@ -194,11 +269,20 @@ def test_damage_is_named(with_lora, tmp_path, what):
 
 
 def test_damaged_at_random_places(with_lora, tmp_path):
-    """Any byte of a header or a JSON file may be wrong: a model or a UserError, never another exception."""
+    """Any byte of a header or a JSON file may be wrong: a model or a UserError, never another
+    exception.
+    """
     copy, rng, refused = copied(with_lora, tmp_path / "copy"), random.Random(1), 0
-    for file in ("mod.json", "adapter_config.json", "routers.safetensors", "adapter_model.safetensors"):
+    for file in (
+        "mod.json",
+        "adapter_config.json",
+        "routers.safetensors",
+        "adapter_model.safetensors",
+    ):
         good = (copy / file).read_bytes()
-        header = 8 + int.from_bytes(good[:8], "little") if file.endswith("safetensors") else len(good)
+        header = (
+            8 + int.from_bytes(good[:8], "little") if file.endswith("safetensors") else len(good)
+        )
         for _ in range(60):
             damaged = bytearray(good)
             for place in rng.sample(range(header), 2):
@@ -240,9 +324,13 @@ def test_another_model_is_refused_by_what_differs(routers_only, change, tokenize
     assert "_mod_model" not in base.__dict__
 
 
-@pytest.mark.parametrize("noise, accepted", [(0.001, "silently"), (0.1, "with a line"), (1.0, "not")])
+@pytest.mark.parametrize(
+    "noise, accepted", [(0.001, "silently"), (0.1, "with a line"), (1.0, "not")]
+)
 def test_other_weights_of_the_same_model(routers_only, with_lora, noise, accepted):
-    """A rounded copy is the same model, a coarsely quantised one is told of, noise as large as the weights refused."""
+    """A rounded copy is the same model, a coarsely quantised one is told of, noise as large as the
+    weights refused.
+    """
     for path in (routers_only, with_lora):
         base, told = tiny.base(), []
         torch.manual_seed(11)
@@ -274,7 +362,9 @@ def test_packaged(routers_only, with_lora, tmp_path, monkeypatch):
         adapter.resolve("tiny-kv")
     (tmp_path / "adapters").mkdir()
     copied(routers_only, tmp_path / "adapters/tiny-kv")
-    assert adapter.packaged("tiny-kv") == adapter.resolve("tiny-kv") == tmp_path / "adapters/tiny-kv"
+    assert (
+        adapter.packaged("tiny-kv") == adapter.resolve("tiny-kv") == tmp_path / "adapters/tiny-kv"
+    )
     assert adapter.packaged("../adapters/tiny-kv") is None and adapter.packaged("") is None
     with pytest.raises(UserError, match="or one of tiny-kv"):
         adapter.resolve("none")
@@ -300,7 +390,9 @@ def test_convert(model_dir, with_lora, tmp_path, run_cli):
 
 def one_line(result, folder) -> str:
     assert result.returncode == 2 and result.stdout == "", result
-    error = [line for line in result.stderr.splitlines() if not line.startswith("[")]  # progress is told there too
+    error = [
+        line for line in result.stderr.splitlines() if not line.startswith("[")
+    ]  # progress is told there too
     assert len(error) == 1 and error[0].startswith("error: ")
     assert list(folder.iterdir()) == []
     return error[0]
@@ -309,7 +401,7 @@ def one_line(result, folder) -> str:
 @pytest.mark.parametrize("name", adapter_files.packaged_names())
 @torch.inference_mode()
 def test_what_comes_with_the_package_fits_the_embedded_model(name):
-    base, tokenizer = hf.load("smollm2")
+    base, tokenizer = loading.load("smollm2")
     ids = tokenizer(default_texts()[1], return_tensors="pt").input_ids[:, :1024]
     dense, said = base(ids).logits[0], []
     model = apply(load(adapter_files.resolve(name)), base, tokenizer, say=said.append)
@@ -321,14 +413,29 @@ def test_what_comes_with_the_package_fits_the_embedded_model(name):
     assert trace.active.float().mean().item() == pytest.approx(target, abs=0.1)
 
 
-OPTIONS = {"--units": "kv", "--target-activation": 0.5, "--kv-window": 64, "--layers": "auto",
-           "--calibration-text": "text.txt", "--sink-tokens": 4}  # fmt: skip
+OPTIONS = {
+    "--units": "kv",
+    "--target-activation": 0.5,
+    "--kv-window": 64,
+    "--layers": "auto",
+    "--calibration-text": "text.txt",
+    "--sink-tokens": 4,
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_calibration_contradict(routers_only, tmp_path, run_cli, option):
     """Also where the value given is the default."""
-    result = run_cli("convert", "smollm2", "--adapter", routers_only, "-o", tmp_path / "mod", option, OPTIONS[option])
+    result = run_cli(
+        "convert",
+        "smollm2",
+        "--adapter",
+        routers_only,
+        "-o",
+        tmp_path / "mod",
+        option,
+        OPTIONS[option],
+    )
     assert f"{option} does not go with --adapter" in one_line(result, tmp_path)
 
 

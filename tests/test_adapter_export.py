@@ -1,4 +1,6 @@
-"""Adapters through the real export: merged ones agree with torch in the runtime, routers go onto any GGUF."""
+"""Adapters through the real export: merged ones agree with torch in the runtime, routers go onto
+any GGUF.
+"""
 
 import shutil
 from pathlib import Path
@@ -10,18 +12,22 @@ import tiny
 from tiny import one_thread  # noqa: F401  (a fixture)
 from tiny_adapter import fill_lora
 
-from mod_export import adapter_files, bindings, hf
 from mod_export.adapter import base_identity, load, save
 from mod_export.convert import convert_adapter
 from mod_export.errors import UserError
+from mod_export.evaluation.parity import report, verify
 from mod_export.export import export
-from mod_export.gguf_file import GGUFFile
-from mod_export.identity import UNRELATED, compare, gguf_identity
+from mod_export.formats import adapter_files
+from mod_export.formats.base_identity import UNRELATED, compare, gguf_identity
+from mod_export.formats.gguf import GGUFFile
 from mod_export.inspection import inspect, read_routers
-from mod_export.lora import inject_lora
-from mod_export.verify import report, verify
+from mod_export.model import loading
+from mod_export.model.lora import inject_lora
+from mod_export.runtime import bindings
 
-patched = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+patched = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 UNITS = {"kv": [2, 3], "attn": [3], "ffn": [4]}
 
 
@@ -31,7 +37,9 @@ def plain(**kwargs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base/, a directory; routers/ and lora/, adapters for it; f32.gguf, q8_0.gguf and q4_0.gguf of it."""
+    """base/, a directory; routers/ and lora/, adapters for it; f32.gguf, q8_0.gguf and q4_0.gguf of
+    it.
+    """
     path = tmp_path_factory.mktemp("adapters")
     base = plain()
     base.save_pretrained(path / "base")
@@ -42,7 +50,9 @@ def folder(tmp_path_factory):
     model.save(path / "mod")
     export(path / "mod", path / "f32.gguf", quant="f32", dense=True)
     for quant in ("q8_0", "q4_0"):
-        export(path / "mod", path / f"{quant}.gguf", base=path / "f32.gguf", quant=quant, dense=True)
+        export(
+            path / "mod", path / f"{quant}.gguf", base=path / "f32.gguf", quant=quant, dense=True
+        )
     inject_lora(base, rank=4, alpha=8, seed=1)
     fill_lora(base)
     save(path / "lora", model.config, model.router_tensors(), base, identity)
@@ -56,8 +66,10 @@ def test_merged_and_exported_it_agrees_with_torch(folder, tmp_path):
     result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
     assert result["passed"] and 0.1 < result["activation"] < 0.9, report(result)
     # LoRA is in it: the weights are not the base's
-    ours, theirs = (GGUFFile.open(path).tensors["blk.2.ffn_up.weight"] for path in
-                    (tmp_path / "mod.gguf", folder / "f32.gguf"))  # fmt: skip
+    ours, theirs = (
+        GGUFFile.open(path).tensors["blk.2.ffn_up.weight"]
+        for path in (tmp_path / "mod.gguf", folder / "f32.gguf")
+    )
     assert not np.allclose(ours.array(), theirs.array(), atol=1e-3)
 
 
@@ -84,13 +96,17 @@ def test_routers_on_a_quantised_gguf(folder, tmp_path, run_cli, quant):
     assert routers.keys() == adapter.routers.keys()
     for unit, pair in adapter.routers.items():
         assert all(np.array_equal(a, b.numpy()) for a, b in zip(routers[unit], pair, strict=True))
-    assert [tuple(unit.values())[:2] for unit in inspect(tmp_path / "mod.gguf")["mod"]["units"]] == [
-        (layer, kind) for layer, kind in adapter.config.routed()]  # fmt: skip
+    assert [
+        tuple(unit.values())[:2] for unit in inspect(tmp_path / "mod.gguf")["mod"]["units"]
+    ] == [(layer, kind) for layer, kind in adapter.config.routed()]
 
 
 def test_identity_is_that_of_the_torch_model(folder):
     identity = base_identity(plain(), tiny.tokenizer(), "tiny")
-    seen = {name: gguf_identity(GGUFFile.open(folder / f"{name}.gguf")) for name in ("f32", "q8_0", "q4_0")}
+    seen = {
+        name: gguf_identity(GGUFFile.open(folder / f"{name}.gguf"))
+        for name in ("f32", "q8_0", "q4_0")
+    }
     for key in ("n_layer", "n_embd", "n_vocab", "tokenizer"):
         assert all(other[key] == identity[key] for other in seen.values())
     assert seen["f32"]["weights"]["embedding"] == identity["weights"]["embedding"]
@@ -106,7 +122,9 @@ def test_packaged(folder, tmp_path, monkeypatch):
 
 
 def changed(source, target, vocabulary=None, **numbers):
-    """A header-only copy of a GGUF with other numbers, or another vocabulary: enough to be told apart."""
+    """A header-only copy of a GGUF with other numbers, or another vocabulary: enough to be told
+    apart.
+    """
     file = GGUFFile.open(source)
     writer = gguf.GGUFWriter(target, "llama")
     for name in ("block_count", "embedding_length", "attention.head_count"):
@@ -133,7 +151,9 @@ def test_refusals(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             export(routers, out, base=base)
-    with pytest.raises(UserError, match="holds LoRA weights.*; run `mod-export convert MODEL --adapter .*lora`"):
+    with pytest.raises(
+        UserError, match="holds LoRA weights.*; run `mod-export convert MODEL --adapter .*lora`"
+    ):
         export(folder / "lora", out, base=f32)
     export(routers, out, base=f32)
     with pytest.raises(UserError, match="has routers already"):
@@ -144,4 +164,4 @@ def test_refusals(folder, tmp_path):
 def test_a_vocabulary_through_transformers_is_the_same():
     """SmolLM2's, as transformers makes it of the GGUF, against the list in the file."""
     made = base_identity(plain(), tiny.tokenizer(), "tiny")["tokenizer"]
-    assert made == gguf_identity(GGUFFile.open(hf.embedded_gguf()))["tokenizer"]
+    assert made == gguf_identity(GGUFFile.open(loading.embedded_gguf()))["tokenizer"]

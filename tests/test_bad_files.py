@@ -1,4 +1,6 @@
-"""Files that must not load: exit code 2, one line that names the trouble, nothing left behind, never a crash."""
+"""Files that must not load: exit code 2, one line that names the trouble, nothing left behind,
+never a crash.
+"""
 
 import json
 import subprocess
@@ -11,12 +13,13 @@ import pytest
 from raw import stock_lib
 from tiny_gguf import Tiny
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
 V = gguf.GGUFValueType
 NAN = float("nan")
 
-# runs `mod-export` on each line of stdin in one process, so that a crash shows in the process's own exit code
+# runs `mod-export` on each line of stdin in one process, so that a crash shows in the process's own
+# exit code
 RUNNER = """
 import io, json, sys
 from mod_export.cli import main
@@ -33,8 +36,14 @@ def run_all(commands: list[list]) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each command line."""
     lines = "\n".join(json.dumps([str(a) for a in c]) for c in commands)
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", RUNNER], input=lines, capture_output=True, text=True, cwd=root,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=lines,
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=300,
+    )
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"crashed on {commands[len(results)]}: {done.stderr[-2000:]}"
     assert done.stderr == ""  # nor does llama.cpp print anything itself
@@ -51,7 +60,9 @@ def refused(result, *words) -> None:
 
 
 def tiny(kinds: str = "kv", layers=(1, 3)) -> Tiny:
-    return Tiny(n_layer=4, n_embd=64, n_head=2, n_head_kv=1, n_ff=64, n_vocab=32).route(layers, kinds)
+    return Tiny(n_layer=4, n_embd=64, n_head=2, n_head_kv=1, n_ff=64, n_vocab=32).route(
+        layers, kinds
+    )
 
 
 def router(value=None, layer: int = 3, kind: str = "kv", part: str = "weight") -> dict:
@@ -72,25 +83,75 @@ def threshold(*p: float, kind: str = "kv") -> dict:
 BAD = {
     "router weight missing": (tiny(), {}, router(), ["blk.3.mod_kv.weight"]),
     "router bias missing": (tiny(), {}, router(part="bias"), ["blk.3.mod_kv.bias"]),
-    "router too short": (tiny(), {}, router(np.zeros(63, np.float32)), ["blk.3.mod_kv.weight", "shape"]),
-    "router a matrix": (tiny(), {}, router(np.zeros((64, 64), np.float32)), ["blk.3.mod_kv.weight", "shape"]),
-    "bias of two": (tiny(), {}, router(np.zeros(2, np.float32), part="bias"), ["blk.3.mod_kv.bias", "shape"]),
-    "router in f16": (tiny(), {}, router(np.zeros(64, np.float16)), ["blk.3.mod_kv.weight", "type"]),
+    "router too short": (
+        tiny(),
+        {},
+        router(np.zeros(63, np.float32)),
+        ["blk.3.mod_kv.weight", "shape"],
+    ),
+    "router a matrix": (
+        tiny(),
+        {},
+        router(np.zeros((64, 64), np.float32)),
+        ["blk.3.mod_kv.weight", "shape"],
+    ),
+    "bias of two": (
+        tiny(),
+        {},
+        router(np.zeros(2, np.float32), part="bias"),
+        ["blk.3.mod_kv.bias", "shape"],
+    ),
+    "router in f16": (
+        tiny(),
+        {},
+        router(np.zeros(64, np.float16)),
+        ["blk.3.mod_kv.weight", "type"],
+    ),
     "router NaN": (tiny(), {}, router(with_nan(64)), ["blk.3.mod_kv.weight", "finite"]),
-    "router infinite": (tiny(), {}, router(with_nan(64, np.inf)), ["blk.3.mod_kv.weight", "finite"]),
+    "router infinite": (
+        tiny(),
+        {},
+        router(with_nan(64, np.inf)),
+        ["blk.3.mod_kv.weight", "finite"],
+    ),
     "bias NaN": (tiny(), {}, router(with_nan(1), part="bias"), ["blk.3.mod_kv.bias", "finite"]),
     "router without a threshold": (tiny(), threshold(0, 0.5, 0, 0), {}, ["blk.3.mod_kv"]),
-    "router in a layer that is not there": (tiny(), {}, router(np.zeros(64, np.float32), layer=9), ["blk.9.mod_kv"]),
-    "threshold without a router": (tiny(), threshold(0, 0.5, 0.5, 0.5), {}, ["blk.2.mod_kv.weight"]),
+    "router in a layer that is not there": (
+        tiny(),
+        {},
+        router(np.zeros(64, np.float32), layer=9),
+        ["blk.9.mod_kv"],
+    ),
+    "threshold without a router": (
+        tiny(),
+        threshold(0, 0.5, 0.5, 0.5),
+        {},
+        ["blk.2.mod_kv.weight"],
+    ),
     "threshold 1": (tiny(), threshold(0, 0.5, 0, 1), {}, ["llama.mod.kv.threshold"]),
     "threshold negative": (tiny(), threshold(0, 0.5, 0, -0.5), {}, ["llama.mod.kv.threshold"]),
     "threshold NaN": (tiny(), threshold(0, 0.5, 0, NAN), {}, ["llama.mod.kv.threshold"]),
     "threshold list short": (tiny(), threshold(0, 0.5, 0.5), {}, ["llama.mod.kv.threshold"]),
-    "threshold of integers": (tiny(), {"kv.threshold": ([0, 1, 0, 1], V.ARRAY, V.INT32)}, {}, ["kv.threshold", "type"]),
-    "threshold a number": (tiny(), {"kv.threshold": (0.5, V.FLOAT32, None)}, {}, ["kv.threshold", "type"]),
+    "threshold of integers": (
+        tiny(),
+        {"kv.threshold": ([0, 1, 0, 1], V.ARRAY, V.INT32)},
+        {},
+        ["kv.threshold", "type"],
+    ),
+    "threshold a number": (
+        tiny(),
+        {"kv.threshold": (0.5, V.FLOAT32, None)},
+        {},
+        ["kv.threshold", "type"],
+    ),
     "threshold key missing": (tiny(), {"kv.threshold": (None,) * 3}, {}, ["llama.mod."]),
     "activation missing": (tiny(), {"kv.activation": (None,) * 3}, {}, ["llama.mod.kv.activation"]),
-    "activation above 1": (tiny(), {"kv.activation": ([1.0, 2.0, 1.0, 1.0], V.ARRAY, V.FLOAT32)}, {}, ["activation"]),
+    "activation above 1": (
+        tiny(),
+        {"kv.activation": ([1.0, 2.0, 1.0, 1.0], V.ARRAY, V.FLOAT32)},
+        {},
+        ["activation"],
+    ),
     "block beside attn": (tiny("block+attn"), {}, {}, ["layer 1", "block", "attn"]),
     "block beside ffn": (tiny("block+ffn"), {}, {}, ["layer 1", "block", "ffn"]),
     "no complete layer": (tiny("kv", (0, 1, 2, 3)), {}, {}, ["complete K/V"]),
@@ -99,7 +160,12 @@ BAD = {
     "version 2": (tiny(), {"version": (2, V.UINT32, None)}, {}, ["llama.mod.version", "2"]),
     "version missing": (tiny(), {"version": (None,) * 3}, {}, ["mod"]),
     "version a string": (tiny(), {"version": ("1", V.STRING, None)}, {}, ["llama.mod.version"]),
-    "gating function": (tiny(), {"gating_func": ("softmax", V.STRING, None)}, {}, ["llama.mod.gating_func", "softmax"]),
+    "gating function": (
+        tiny(),
+        {"gating_func": ("softmax", V.STRING, None)},
+        {},
+        ["llama.mod.gating_func", "softmax"],
+    ),
     "sink_tokens missing": (tiny(), {"sink_tokens": (None,) * 3}, {}, ["llama.mod.sink_tokens"]),
     "scale_output missing": (tiny(), {"scale_output": (None,) * 3}, {}, ["llama.mod.scale_output"]),
 }
@@ -110,20 +176,26 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     commands = []
     for i, (model, keys, tensors, _) in enumerate(BAD.values()):
-        commands.append(["chat", model.write(folder / f"{i}.gguf", keys, tensors), "--prompt", "hi"])
+        commands.append(
+            ["chat", model.write(folder / f"{i}.gguf", keys, tensors), "--prompt", "hi"]
+        )
     before = set(folder.iterdir())
     answers = dict(zip(BAD, run_all(commands), strict=True))
     assert set(folder.iterdir()) == before
     return answers
 
 
-@pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+@pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_routers(results, name):
     refused(results[name], *BAD[name][3])
 
 
-@pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+@pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 def test_the_right_files_load(tmp_path):
     """They end with another error: chat needs a template."""
     commands = []
@@ -147,7 +219,17 @@ def test_an_architecture_that_is_not_mod_aware(tmp_path):
 def test_truncated_at_any_offset(tmp_path):
     data = tiny("attn+ffn+kv").write(tmp_path / "whole.gguf").read_bytes()
     rng = np.random.default_rng(5)
-    offsets = [0, 3, 4, 8, 23, 24, len(data) // 2, len(data) - 1, *rng.integers(0, len(data), 20).tolist()]
+    offsets = [
+        0,
+        3,
+        4,
+        8,
+        23,
+        24,
+        len(data) // 2,
+        len(data) - 1,
+        *rng.integers(0, len(data), 20).tolist(),
+    ]
     commands = []
     for n in offsets:
         (tmp_path / f"{n}.gguf").write_bytes(data[:n])
@@ -160,8 +242,11 @@ def test_no_gguf_at_all(tmp_path):
     (tmp_path / "text.gguf").write_text("once upon a time")
     (tmp_path / "folder").mkdir()
     cases = {"none.gguf": "does not exist", "text.gguf": "not a GGUF", "folder": "not a file"}
-    commands = [[*c, tmp_path / name] for name in cases for c in (
-        ["chat", "--prompt", "hi"], ["trace", "--prompt", "hi", "-o", tmp_path / "x.png"])]
+    commands = [
+        [*c, tmp_path / name]
+        for name in cases
+        for c in (["chat", "--prompt", "hi"], ["trace", "--prompt", "hi", "-o", tmp_path / "x.png"])
+    ]
     for command, result in zip(commands, run_all(commands), strict=True):
         refused(result, *(words for name, words in cases.items() if name == command[-1].name))
     assert not (tmp_path / "x.png").exists()
@@ -170,5 +255,9 @@ def test_no_gguf_at_all(tmp_path):
 def test_a_mod_file_on_a_stock_llama_cpp(tmp_path, run_cli):
     """Stock llama.cpp counts tensors it does not know, and refuses."""
     file = tiny().write(tmp_path / "mod.gguf")
-    done = run_cli("chat", file, "--prompt", "hi", LLAMA_CPP_LIB_PATH=str(stock_lib()), LD_LIBRARY_PATH="")
-    refused((done.returncode, done.stdout, done.stderr), "wrong number of tensors", "mod-export build")
+    done = run_cli(
+        "chat", file, "--prompt", "hi", LLAMA_CPP_LIB_PATH=str(stock_lib()), LD_LIBRARY_PATH=""
+    )
+    refused(
+        (done.returncode, done.stdout, done.stderr), "wrong number of tensors", "mod-export build"
+    )

@@ -1,4 +1,6 @@
-"""Several sequences decoded at once, joining and leaving, against the oracle's run of each one alone."""
+"""Several sequences decoded at once, joining and leaving, against the oracle's run of each one
+alone.
+"""
 
 import numpy as np
 import pytest
@@ -6,9 +8,11 @@ from raw import Raw
 from test_runtime import CASES, close, make
 from tiny_gguf import logit
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 N = 60
 TOKENS = np.random.default_rng(21).integers(0, 96, (8, N))
@@ -23,7 +27,9 @@ def routed(request, tmp_path_factory):
 
 
 def step(r, at: dict, expected) -> None:
-    """Decodes the next token of each sequence of `at` (sequence -> tokens that it has), and checks each row."""
+    """Decodes the next token of each sequence of `at` (sequence -> tokens that it has), and checks
+    each row.
+    """
     tokens, seqs = [TOKENS[s][n] for s, n in at.items()], list(at)
     logits = r.decode(tokens, seqs, pos=list(at.values()))
     active = r.trace()[0]
@@ -53,7 +59,9 @@ def test_prompts_of_different_length_then_decode(routed, count, together):
 
 @pytest.mark.parametrize("rollback", [0, 64])
 def test_sequences_join_and_leave(routed, rollback):
-    """A server's life: requests come with prompts while others decode, and leave; their cells are used again."""
+    """A server's life: requests come with prompts while others decode, and leave; their cells are
+    used again.
+    """
     tiny, path, expected = routed
     rng = np.random.default_rng(2)
     with Raw(path, n_ctx=256, n_seq=8, n_ubatch=16) as r:
@@ -74,20 +82,32 @@ def test_sequences_join_and_leave(routed, rollback):
                 step(r, running, expected)
                 at |= running
             for layer in range(5):
-                held = sum(tiny.stored(layer, expected[s].active, n, rollback) for s, n in at.items())
+                held = sum(
+                    tiny.stored(layer, expected[s].active, n, rollback) for s, n in at.items()
+                )
                 assert r.kv(layer).n_used == held
 
 
 def test_a_new_prompt_in_the_batch_of_the_others_next_tokens(routed):
-    """What servers do: the tokens that decode and pieces of a new prompt in one batch, of several ubatches."""
+    """What servers do: the tokens that decode and pieces of a new prompt in one batch, of several
+    ubatches.
+    """
     _, path, expected = routed
     with Raw(path, n_ctx=512, n_seq=8, n_ubatch=8) as r:
         for s in range(3):
             r.decode(TOKENS[s][:10], [s] * 10)
         for k in range(4):
             piece = range(12 * k, 12 * k + 12)
-            parts = [(0, 10 + k), (3, piece[0]), (1, 10 + k), *[(3, i) for i in piece[1:]], (2, 10 + k)]
-            logits = r.decode([TOKENS[p] for p in parts], [s for s, _ in parts], pos=[i for _, i in parts])
+            parts = [
+                (0, 10 + k),
+                (3, piece[0]),
+                (1, 10 + k),
+                *[(3, i) for i in piece[1:]],
+                (2, 10 + k),
+            ]
+            logits = r.decode(
+                [TOKENS[p] for p in parts], [s for s, _ in parts], pos=[i for _, i in parts]
+            )
             for row, (s, i) in zip(logits, parts, strict=True):
                 close(row, expected[s].logits[i])
 

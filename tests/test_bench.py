@@ -1,4 +1,6 @@
-"""The benchmark on tiny models: pruned files, statistics, rows, and what must hold of them on any machine."""
+"""The benchmark on tiny models: pruned files, statistics, rows, and what must hold of them on any
+machine.
+"""
 
 import json
 
@@ -7,12 +9,18 @@ import pytest
 from raw import Raw, stock_lib
 from tiny_gguf import Tiny
 
-from mod_export import bench, bench_process, bench_report, bench_stats, bench_sweep, bindings, gpu
+from mod_export.benchmark import processes, sweep
+from mod_export.benchmark import report as bench_report
+from mod_export.benchmark import run as bench_run
+from mod_export.benchmark import stats as bench_stats
+from mod_export.benchmark.floor import block_floor, prune
 from mod_export.errors import UserError
-from mod_export.gguf_file import GGUFFile
-from mod_export.prune import block_floor, prune
+from mod_export.formats.gguf import GGUFFile
+from mod_export.runtime import bindings, devices
 
-patched = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+patched = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 BYTES_PER_TOKEN = 2 * 2 * 2 * 64 * 8  # K and V, f16, 2 heads of 64, 8 layers
 
 
@@ -23,7 +31,9 @@ def folder(tmp_path_factory):
 
 def make(folder, kinds: str):
     """A MoD file and its dense one, wide enough for time to follow work; they have no vocabulary."""
-    tiny = Tiny(n_layer=8, n_embd=256, n_ff=768, n_vocab=320, kv_window=32).route(range(2, 8), kinds)
+    tiny = Tiny(n_layer=8, n_embd=256, n_ff=768, n_vocab=320, kv_window=32).route(
+        range(2, 8), kinds
+    )
     tiny.place_biases(np.random.default_rng(0).integers(0, 320, (1, 256)))
     mod, dense = folder / f"{kinds}.gguf", folder / "dense.gguf"
     return tiny.write(mod), dense if dense.exists() else tiny.dense().write(dense)
@@ -35,8 +45,12 @@ def files(folder):
 
 
 def run(file, dense, said=None, **options) -> dict:
-    options = bench.Options(**{"contexts": (64,), "rounds": 1, "seconds": 0, "threads": 1} | options)
-    return bench.bench(file, dense, options, stock=stock_lib(), say=(said if said is not None else []).append)
+    options = bench_run.Options(
+        **{"contexts": (64,), "rounds": 1, "seconds": 0, "threads": 1} | options
+    )
+    return bench_run.bench(
+        file, dense, options, stock=stock_lib(), say=(said if said is not None else []).append
+    )
 
 
 @patched
@@ -44,24 +58,40 @@ def test_rows(files):
     said = []
     result = run(*files, said, contexts=(64, 256), rounds=2)
     rows = result["rows"]
-    assert [(r["context"], r["phase"]) for r in rows] == [(c, p) for c in (64, 256) for p in ("prefill", "decode")]
+    assert [(r["context"], r["phase"]) for r in rows] == [
+        (c, p) for c in (64, 256) for p in ("prefill", "decode")
+    ]
     for row in rows:
-        assert set(row["ms"]) == set(bench.VARIANTS) - {"ceiling_split"}
-        assert set(row["ratios"]) == {"dense_patched/ceiling", "all_active/ceiling", "none_active/floor", "mod/ceiling"}
+        assert set(row["ms"]) == set(bench_run.VARIANTS) - {"ceiling_split"}
+        assert set(row["ratios"]) == {
+            "dense_patched/ceiling",
+            "all_active/ceiling",
+            "none_active/floor",
+            "mod/ceiling",
+        }
         assert row["efficiency"] != row["efficiency_to_none_active"]
-        assert 0 < row["activation"] < 1 and row["work"] == pytest.approx(row["activation"], abs=0.1)
+        assert 0 < row["activation"] < 1 and row["work"] == pytest.approx(
+            row["activation"], abs=0.1
+        )
         kv = row["kv_bytes"]["mod"]
         assert 0 < kv["used"] <= kv["committed"] and kv["used"] < kv["dense"]
         assert min(row["rss_peak_bytes"].values()) > 1e6
         more = row["perf"]["mod"]["graphs"] - row["perf"]["none_active"]["graphs"]
         assert more > 0 if row["phase"] == "prefill" else more == 0  # one graph a token
-    assert [r["kv_bytes"]["mod"]["dense"] for r in rows] == [n * BYTES_PER_TOKEN for n in (64, 128, 256, 320)]
-    assert [r["kv_bytes"]["all_active"]["used"] for r in rows] == [n * BYTES_PER_TOKEN for n in (64, 128, 256, 320)]
+    assert [r["kv_bytes"]["mod"]["dense"] for r in rows] == [
+        n * BYTES_PER_TOKEN for n in (64, 128, 256, 320)
+    ]
+    assert [r["kv_bytes"]["all_active"]["used"] for r in rows] == [
+        n * BYTES_PER_TOKEN for n in (64, 128, 256, 320)
+    ]
     assert [r["ttft_ms"]["mod"] > r["ms"]["mod"] for r in rows[::2]] == [True, True]
     assert rows[2]["ms"]["floor"] < rows[2]["ms"]["ceiling"]
     assert json.loads(bench_report.as_json(result)) == result
     assert 0.5 < result["about"]["floor_prefill_work"] < 0.9  # the FFN is 3/4 of a layer, of two
-    assert result["about"]["routed"] == {"block": 6} and result["about"]["files"]["dense"]["bytes"] > 1e6
+    assert (
+        result["about"]["routed"] == {"block": 6}
+        and result["about"]["files"]["dense"]["bytes"] > 1e6
+    )
 
 
 @patched
@@ -79,8 +109,15 @@ def test_processes_that_are_started_anew(files):
 def test_settings(folder):
     """Batches, K/V types, shifts and ubatches; kv units, whose floor is the MoD file itself."""
     file, dense = make(folder, "kv")
-    rows = run(file, dense, batches=(3,), kv_types=("q8_0", "f16/q8_0"), shifts=(0.0, 50.0), ubatches=(16,),
-               variants=("ceiling", "ceiling_split", "mod", "none_active"))["rows"]
+    rows = run(
+        file,
+        dense,
+        batches=(3,),
+        kv_types=("q8_0", "f16/q8_0"),
+        shifts=(0.0, 50.0),
+        ubatches=(16,),
+        variants=("ceiling", "ceiling_split", "mod", "none_active"),
+    )["rows"]
     assert len(rows) == 2 * 2 * 2
     assert {r["floor"] for r in rows} == {"none_active"}
     for row in rows:
@@ -98,7 +135,9 @@ def test_beyond_training(folder):
     tiny.place_biases(np.random.default_rng(0).integers(0, 96, (1, 128)))
     file, dense = tiny.write(folder / "short.gguf"), tiny.dense().write(folder / "short-dense.gguf")
     said = []
-    rows = run(file, dense, said, contexts=(128, 256), flash_attn=(False,), variants=("ceiling", "mod"))["rows"]
+    rows = run(
+        file, dense, said, contexts=(128, 256), flash_attn=(False,), variants=("ceiling", "mod")
+    )["rows"]
     assert [r["beyond_training"] for r in rows] == [False, False, True, True]
     assert any("beyond the 128 of training" in line for line in said)
     assert rows[2]["efficiency"] is None  # there is no floor
@@ -112,7 +151,9 @@ def test_pruned_file_is_the_model_without_these_layers(tmp_path, layers):
     tiny = Tiny()
     source = tiny.write(tmp_path / "dense.gguf")
     prune(GGUFFile.open(source), tmp_path / "pruned.gguf", layers)
-    expected = tiny.without([(layer, "block") for layer in layers]).write(tmp_path / "expected.gguf")
+    expected = tiny.without([(layer, "block") for layer in layers]).write(
+        tmp_path / "expected.gguf"
+    )
     assert (tmp_path / "pruned.gguf").read_bytes() == expected.read_bytes()
     with Raw(tmp_path / "pruned.gguf") as model:
         logits = model.decode(list(range(20)))
@@ -136,7 +177,9 @@ def test_which_files_have_a_pruned_floor(tmp_path):
 
 def test_ratio_is_free_of_drift_and_of_spikes():
     rng = np.random.default_rng(0)
-    drift = np.linspace(1, 3, 8)[:, None] * np.ones((8, 5))  # the machine becomes slower from repeat to repeat
+    drift = np.linspace(1, 3, 8)[:, None] * np.ones(
+        (8, 5)
+    )  # the machine becomes slower from repeat to repeat
     reference = drift * [1, 2, 3, 4, 5] * rng.normal(1, 0.01, (8, 5))
     times = drift * [1, 2, 3, 4, 5] * rng.normal(1, 0.01, (8, 5)) * 1.1
     times[3, 2] *= 10
@@ -164,55 +207,82 @@ def test_efficiency():
 
 
 def test_memory_on_a_gpu_in_tables():
-    row = {"context": 64, "batch": 1, "ubatch": 512, "kv_type": "f16", "flash_attn": True, "shift": 0.0,
-           "beyond_training": False, "phase": "decode", "kv_bytes": {}, "ms": {"mod": 1.0, "ceiling": 2.0},
-           "rss_peak_bytes": {"mod": 3e6}, "vram_bytes": {"mod": 7e6}}
+    row = {
+        "context": 64,
+        "batch": 1,
+        "ubatch": 512,
+        "kv_type": "f16",
+        "flash_attn": True,
+        "shift": 0.0,
+        "beyond_training": False,
+        "phase": "decode",
+        "kv_bytes": {},
+        "ms": {"mod": 1.0, "ceiling": 2.0},
+        "rss_peak_bytes": {"mod": 3e6},
+        "vram_bytes": {"mod": 7e6},
+    }
     assert "GPU MoD" in (table := bench_report._memory([row], False)) and " 7" in table
     assert "GPU" not in bench_report._memory([row | {"vram_bytes": {}}], False)
 
 
 def test_groups_keep_what_is_compared_together():
-    variants = [v for v in bench.VARIANTS if v != "ceiling_split"]
+    variants = [v for v in bench_run.VARIANTS if v != "ceiling_split"]
     need, said = dict.fromkeys(variants, 10), []
-    assert bench_process.groups(variants, need, 60, said.append) == [
-        ["ceiling", "floor", "dense_patched", "mod", "all_active", "none_active"]] and not said
-    assert bench_process.groups(variants, need, 45, said.append) == [
-        ["ceiling", "floor", "mod", "none_active"], ["ceiling", "dense_patched", "all_active"]]
-    assert len(bench_process.groups(variants, need, 30, said.append)) == 3
+    assert (
+        processes.groups(variants, need, 60, said.append)
+        == [["ceiling", "floor", "dense_patched", "mod", "all_active", "none_active"]]
+        and not said
+    )
+    assert processes.groups(variants, need, 45, said.append) == [
+        ["ceiling", "floor", "mod", "none_active"],
+        ["ceiling", "dense_patched", "all_active"],
+    ]
+    assert len(processes.groups(variants, need, 30, said.append)) == 3
     assert len(said) == 2 and "in groups" in said[0]
-    assert bench_process.groups(["ceiling", "mod"], need, 30, said.append) == [["ceiling", "mod"]]
-    bench_process.groups(variants, need, 10, said.append)
+    assert processes.groups(["ceiling", "mod"], need, 30, said.append) == [["ceiling", "mod"]]
+    processes.groups(variants, need, 10, said.append)
     assert "may end or swap" in said[-1]
 
 
 def test_library_path_keeps_the_users_behind_ours(monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/driver")
-    assert bench_process.library_path("/lib") == "/lib:/driver"
+    assert processes.library_path("/lib") == "/lib:/driver"
     monkeypatch.delenv("LD_LIBRARY_PATH")
-    assert bench_process.library_path("/lib") == "/lib"
+    assert processes.library_path("/lib") == "/lib"
 
 
 @patched
 def test_gpu(files, monkeypatch):
-    """Memory that processes take of a GPU is theirs alone, so fewer run at once; a CPU build has none."""
+    """Memory that processes take of a GPU is theirs alone, so fewer run at once; a CPU build has
+    none.
+    """
     with pytest.raises(UserError, match="sees no GPU; run `mod-export build --cuda`"):
         run(*files, gpu_layers=-1)
     free = iter([100, 100, 80, 75, 75])
-    monkeypatch.setattr(gpu, "gpus", lambda: [gpu.Gpu("a", next(free), 200)])
-    meter = gpu.Meter()
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("a", next(free), 200)])
+    meter = devices.Meter()
     assert [meter.during(lambda x: x, x) for x in "ab"] == ["a", "b"] and meter.used == 20
-    monkeypatch.setattr(gpu, "gpus", lambda: [gpu.Gpu("a", 1000, 2000), gpu.Gpu("b", 500, 2000)])
-    assert bench_process.available_memory(on_gpu=True) == 1350
+    monkeypatch.setattr(
+        devices, "gpus", lambda: [devices.Gpu("a", 1000, 2000), devices.Gpu("b", 500, 2000)]
+    )
+    assert processes.available_memory(on_gpu=True) == 1350
     dense = GGUFFile.open(files[1])
-    more = bench_process.process_bytes(dense, 0, 1, on_gpu=True) - bench_process.GPU_PROCESS
+    more = processes.process_bytes(dense, 0, 1, on_gpu=True) - processes.GPU_PROCESS
     assert more == sum(t.nbytes for t in dense.tensors.values())
 
 
 @patched
 def test_groups_are_measured_one_after_the_other(files, monkeypatch):
-    monkeypatch.setattr(bench_process, "available_memory", lambda _: 3 * bench_process.PROCESS + (100 << 20))
+    monkeypatch.setattr(
+        processes, "available_memory", lambda _: 3 * processes.PROCESS + (100 << 20)
+    )
     rows = run(*files)["rows"]
-    assert set(rows[0]["ratios"]) == {"dense_patched/ceiling", "all_active/ceiling", "none_active/floor", "mod/ceiling"}
+    assert set(rows[0]["ratios"]) == {
+        "dense_patched/ceiling",
+        "all_active/ceiling",
+        "none_active/floor",
+        "mod/ceiling",
+    }
 
 
 @patched
@@ -220,22 +290,30 @@ def test_files_that_do_not_fit(files, tmp_path):
     mod, dense = files
     other = Tiny(n_vocab=64).write(tmp_path / "other.gguf")
     (tmp_path / "damaged.gguf").write_bytes(dense.read_bytes()[:5000])
-    for pair, words in (((dense, dense), "is a dense model"), ((mod, mod), "is a MoD file"),
-                        ((mod, other), "not of one model"), ((mod, tmp_path / "none.gguf"), "no such file"),
-                        ((mod, tmp_path / "damaged.gguf"), "is truncated")):
+    for pair, words in (
+        ((dense, dense), "is a dense model"),
+        ((mod, mod), "is a MoD file"),
+        ((mod, other), "not of one model"),
+        ((mod, tmp_path / "none.gguf"), "no such file"),
+        ((mod, tmp_path / "damaged.gguf"), "is truncated"),
+    ):
         with pytest.raises(UserError, match=words):
             run(*pair)
     with pytest.raises(UserError, match="activation 2 is not between 0 and 1"):
-        bench_sweep.sweep(mod, dense, bench.Options(), targets=(2, 0.5))
+        sweep.sweep(mod, dense, bench_run.Options(), targets=(2, 0.5))
 
 
 @patched
 def test_an_error_in_a_process_is_one_clear_line(files):
-    with pytest.raises(UserError, match="mod: cannot load .*none.gguf|mod: .*none.gguf does not exist"):
-        bench_process.Worker("mod", {"file": "none.gguf", "text": "x", "context": 64, "tail": 64})
+    with pytest.raises(
+        UserError, match="mod: cannot load .*none.gguf|mod: .*none.gguf does not exist"
+    ):
+        processes.Worker("mod", {"file": "none.gguf", "text": "x", "context": 64, "tail": 64})
     with pytest.raises(UserError, match="mod: TypeError"):
-        bench_process.Worker("mod", {"no": "setup"})
-    worker = bench_process.Worker("mod", {"file": str(files[0]), "text": "x", "context": 64, "tail": 64})
+        processes.Worker("mod", {"no": "setup"})
+    worker = processes.Worker(
+        "mod", {"file": str(files[0]), "text": "x", "context": 64, "tail": 64}
+    )
     worker.process.kill()
     with pytest.raises(UserError, match="the process of mod ended with code -9"):
         worker.ask(do="state")
@@ -244,17 +322,28 @@ def test_an_error_in_a_process_is_one_clear_line(files):
 
 def test_bad_options(run_cli, tmp_path):
     (tmp_path / "rows.json").write_text("[]")
-    for args in (["--contexts", "512,many"], ["--contexts", "0"], ["--rounds", "0"], ["--batch", "0"],
-                 ["--flash-attn", "maybe"], ["--variants", "all"], ["--threshold-shift", "nan"],
-                 ["--json", tmp_path / "rows.json"], ["--json", tmp_path / "none" / "rows.json"]):
+    for args in (
+        ["--contexts", "512,many"],
+        ["--contexts", "0"],
+        ["--rounds", "0"],
+        ["--batch", "0"],
+        ["--flash-attn", "maybe"],
+        ["--variants", "all"],
+        ["--threshold-shift", "nan"],
+        ["--json", tmp_path / "rows.json"],
+        ["--json", tmp_path / "none" / "rows.json"],
+    ):
         done = run_cli("bench", "none.gguf", "--dense", "none.gguf", *args)
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert (tmp_path / "rows.json").read_text() == "[]"
 
 
 def test_bad_types():
-    for options, words in (({"kv_types": ("q9",)}, "q9"), ({"kv_types": ("f16/q8_0/f16",)}, "unknown"),
-                           ({"kv_types": ("q8_0",), "flash_attn": (False,)}, "needs flash attention"),
-                           ({"contexts": (1 << 40,)}, "use one below")):
+    for options, words in (
+        ({"kv_types": ("q9",)}, "q9"),
+        ({"kv_types": ("f16/q8_0/f16",)}, "unknown"),
+        ({"kv_types": ("q8_0",), "flash_attn": (False,)}, "needs flash attention"),
+        ({"contexts": (1 << 40,)}, "use one below"),
+    ):
         with pytest.raises(UserError, match=words):
-            bench.steps(bench.Options(**{"contexts": (64,)} | options))
+            bench_run.steps(bench_run.Options(**{"contexts": (64,)} | options))

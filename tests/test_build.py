@@ -1,4 +1,6 @@
-"""`mod-export build` without compiling llama.cpp: what it names as missing, what it refuses, what it installs."""
+"""`mod-export build` without compiling llama.cpp: what it names as missing, what it refuses, what
+it installs.
+"""
 
 import importlib.metadata
 import json
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from mod_export import llama_build, llama_source, llama_wheel
 from mod_export.errors import UserError
+from mod_export.llamacpp import build as llama_build
+from mod_export.llamacpp import source as llama_source
+from mod_export.llamacpp import wheel as llama_wheel
 
 SYMBOL = b"llama_mod_n_units"
 
@@ -47,10 +51,19 @@ def test_missing_tools_are_named_at_once(run_cli, tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
     # a Python whose folder holds no cmake either
     command = [tmp_path / "python", "-m", "mod_export", "build"]
-    env = os.environ | {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "CC": "", "CXX": ""}
+    env = os.environ | {
+        "PATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CC": "",
+        "CXX": "",
+    }
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "cmake" in result.stderr and "a C++ compiler" in result.stderr and "apt-get install" in result.stderr
+    assert (
+        "cmake" in result.stderr
+        and "a C++ compiler" in result.stderr
+        and "apt-get install" in result.stderr
+    )
     assert "git" not in result.stderr.split(";")[0]
 
 
@@ -63,7 +76,11 @@ def test_another_sdist_is_refused(run_cli, tmp_path, cache):
 
 def test_no_network_is_named(run_cli, tmp_path):
     """pip asked for an index that is not there."""
-    env = {"MOD_EXPORT_CACHE": str(tmp_path), "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/"}
+    env = {
+        "MOD_EXPORT_CACHE": str(tmp_path),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+    }
     env |= {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_RETRIES": "0"}
     result = run_cli("build", **env)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
@@ -93,7 +110,14 @@ def test_a_patch_that_does_not_fit(cache, patches):
 def test_a_failed_build_tells_its_error_and_keeps_the_log(cache, patches):
     """Broken by an error in a file that compiles early."""
     (patches / "overlay/ggml/src").mkdir(parents=True, exist_ok=True)
-    for name in ("ggml.c", "ggml-alloc.c", "ggml-quants.c", "ggml-backend.cpp", "gguf.cpp", "ggml-threading.cpp"):
+    for name in (
+        "ggml.c",
+        "ggml-alloc.c",
+        "ggml-quants.c",
+        "ggml-backend.cpp",
+        "gguf.cpp",
+        "ggml-threading.cpp",
+    ):
         (patches / "overlay/ggml/src" / name).write_text("#error this build is meant to fail\n")
     with pytest.raises(UserError) as caught:
         llama_build.build(jobs=1, say=lambda line: None)
@@ -121,12 +145,24 @@ def test_wheel(tmp_path):
     lib = llama_build.patched_lib()
     wheel = llama_wheel.write_wheel(llama_source.source_dir(), lib, "0.3.36+mod", tmp_path)
     target = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        target,
+    ]
     subprocess.run([*pip, wheel], check=True, capture_output=True)
     [found] = importlib.metadata.distributions(name="llama-cpp-python", path=[str(target)])
     assert found.version == "0.3.36+mod"
     assert {"typing-extensions>=4.5.0", "diskcache>=5.6.1"} <= set(found.requires)
-    assert all(file.locate().stat().st_size == file.size for file in found.files if file.size is not None)
+    assert all(
+        file.locate().stat().st_size == file.size for file in found.files if file.size is not None
+    )
     assert SYMBOL in (target / "llama_cpp/lib/libllama.so").read_bytes()
     marker = json.loads((target / "llama_cpp/lib" / llama_build.MARKER).read_text())
     assert marker["name"] == lib.name

@@ -13,35 +13,60 @@ from pathlib import Path
 
 import pytest
 
-from mod_export import bindings
-from mod_export.chat import Chat, Sampling, is_script
 from mod_export.errors import UserError
-from mod_export.runtime import MoDLlama
+from mod_export.runtime import bindings
+from mod_export.runtime.llama import MoDLlama
+from mod_export.serving.chat import Chat, Sampling, is_script
 
 ROOT = Path(__file__).parent.parent
 STATUS = r"\[\d+ tokens(, [\d.]+ tokens/s)?, "
 
 
 def test_one_shot_prints_the_answer_alone(model, run_cli):
-    done = run_cli("chat", model, "--prompt", "Name a colour.", "--max-tokens", 12, "--temp", 0, "--threads", 1)
+    done = run_cli(
+        "chat", model, "--prompt", "Name a colour.", "--max-tokens", 12, "--temp", 0, "--threads", 1
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "[" not in done.stdout
     assert re.search(STATUS, done.stderr)
     if bindings.patched():
-        assert re.search(r"activation 0\.\d\d, KV [\d.]+ .B of dense [\d.]+ .B \(\d+%\)", done.stderr)
+        assert re.search(
+            r"activation 0\.\d\d, KV [\d.]+ .B of dense [\d.]+ .B \(\d+%\)", done.stderr
+        )
 
 
 def test_bad_prompts(model, run_cli):
-    for args, word in ((("--prompt", ""), "empty"), (("--prompt", "word " * 300, "--ctx", 256), "context of 256"),
-                       (("--prompt", "hi", "--temp", -1), "--temp")):
+    for args, word in (
+        (("--prompt", ""), "empty"),
+        (("--prompt", "word " * 300, "--ctx", 256), "context of 256"),
+        (("--prompt", "hi", "--temp", -1), "--temp"),
+    ):
         done = run_cli("chat", model, *args)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and word in done.stderr
+        assert (
+            done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+            and word in done.stderr
+        )
 
 
 def piped(model, text: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mod_export", "chat", model, "--max-tokens", "8", "--ctx", "512", "--threads", "1"]
-    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "mod_export",
+        "chat",
+        model,
+        "--max-tokens",
+        "8",
+        "--ctx",
+        "512",
+        "--threads",
+        "1",
+    ]
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
 
 
 def test_pipes(model):
@@ -82,8 +107,8 @@ class Terminal:
     def press_until(self, key: str, pattern: str) -> None:
         """Presses a key until the pattern comes, as a person would.
 
-        A Ctrl-C between the prompt's last character and Python's wait for a line is heard at the next key only:
-        a gap of microseconds that a busy machine makes long.
+        A Ctrl-C between the prompt's last character and Python's wait for a line is heard at the
+        next key only: a gap of microseconds that a busy machine makes long.
         """
         for _ in range(20):
             self.send(key)
@@ -165,7 +190,9 @@ def test_history_is_remembered_reused_and_dropped_when_full(model):
     "".join(chat.ask("And yours?"))
     assert llm.input_ids[: len(read)].tolist() == read  # the second prompt goes on from the first
     for _ in range(3):
-        "".join(chat.ask("Of the sea, the sky, the mountains, the woods and the fields, tell me. " * 5))
+        "".join(
+            chat.ask("Of the sea, the sky, the mountains, the woods and the fields, tell me. " * 5)
+        )
     assert any("context full: the oldest" in line for line in said)
     assert llm.n_tokens <= 256
     assert chat.history[0]["role"] == "user" and len(chat.history) < 8
@@ -183,7 +210,9 @@ def talk(model):
     if not bindings.patched():
         pytest.skip("needs the patched llama.cpp: run `mod-export build`")
     said = []
-    chat = Chat(MoDLlama(model, n_ctx=512, threads=1), "", Sampling(temp=0, max_tokens=4), say=said.append)
+    chat = Chat(
+        MoDLlama(model, n_ctx=512, threads=1), "", Sampling(temp=0, max_tokens=4), say=said.append
+    )
     "".join(chat.ask("What is a lighthouse? Say it in a few words."))
     return chat, chat.turn.active / chat.turn.seen, said
 

@@ -1,4 +1,6 @@
-"""A MoD model as a directory: the round trip is exact, damage is named, nothing is left half written."""
+"""A MoD model as a directory: the round trip is exact, damage is named, nothing is left half
+written.
+"""
 
 import json
 
@@ -10,7 +12,7 @@ from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from mod_export.errors import UserError
-from mod_export.model import MoDModel
+from mod_export.model.mod_model import MoDModel
 
 IDS = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(7))
 UNITS = {"kv": [2, 3], "attn": [3, 4], "ffn": [1]}
@@ -52,7 +54,9 @@ def test_it_stays_a_directory_of_the_base_architecture(saved):
     assert not hasattr(model.base.config, "mod")  # the base in memory stays as it was
     tensors = load_file(path / "model.safetensors")
     for layer, kind in model.config.routed():
-        weight, bias = (tensors[f"model.layers.{layer}.mod_{kind}.{part}"] for part in ("weight", "bias"))
+        weight, bias = (
+            tensors[f"model.layers.{layer}.mod_{kind}.{part}"] for part in ("weight", "bias")
+        )
         assert (weight.shape, bias.shape, weight.dtype) == ((64,), (1,), torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.force = "active"
@@ -90,12 +94,21 @@ NAME = "model.layers.3.mod_attn.weight"
     [
         (lambda p: change_tensors(p, lambda t: t.pop(NAME)), NAME),
         (lambda p: change_tensors(p, lambda t: t.update({NAME: torch.zeros(65)})), NAME),
-        (lambda p: change_tensors(p, lambda t: t.update({NAME: torch.full((64,), torch.inf)})), NAME),
-        (lambda p: change_tensors(p, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "mlp.up_proj.weight"),
+        (
+            lambda p: change_tensors(p, lambda t: t.update({NAME: torch.full((64,), torch.inf)})),
+            NAME,
+        ),
+        (
+            lambda p: change_tensors(p, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+            "mlp.up_proj.weight",
+        ),
         (lambda p: change_config(p, version=9), "mod.version"),
         (lambda p: change_config(p, kv_window=0), "mod.kv_window"),
         (lambda p: change_config(p, windows=1), "mod.windows"),
-        (lambda p: (p / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}'), "no key mod"),
+        (
+            lambda p: (p / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}'),
+            "no key mod",
+        ),
         (lambda p: (p / "config.json").write_text("{"), "config.json"),
         (lambda p: (p / "config.json").unlink(), "config.json"),
         (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 100), "model.safetensors"),

@@ -1,4 +1,6 @@
-"""The command line: help is fast and imports nothing heavy, errors are one line, outputs appear whole or not at all."""
+"""The command line: help is fast and imports nothing heavy, errors are one line, outputs appear
+whole or not at all.
+"""
 
 import os
 import statistics
@@ -9,9 +11,9 @@ import time
 import pytest
 
 from mod_export.cli import COMMANDS
+from mod_export.common.files import atomic_dir, atomic_file
+from mod_export.common.tables import format_table
 from mod_export.errors import UserError
-from mod_export.files import atomic_dir, atomic_file
-from mod_export.tables import format_table
 
 
 def one_error_line(result) -> str:
@@ -34,7 +36,9 @@ def test_help_is_fast(run_cli):
 def test_help_imports_nothing_heavy():
     code = "import sys; from mod_export.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'transformers', 'llama_cpp', 'matplotlib', 'numpy', 'gguf'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines()[-1] == "[]"
 
 
@@ -50,8 +54,18 @@ def test_without_a_command_help_is_shown(run_cli):
     assert result.returncode == 0 and "Commands:" in result.stdout
 
 
-@pytest.mark.parametrize("args", [["nonsense"], ["--nonsense"], ["export"], ["export", "x"], ["build", "-j", "0"],
-                                  ["chat", "x", "--temp", "nan"], ["synth", "135m", "-o", "x", "--rope-base", "inf"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["export"],
+        ["export", "x"],
+        ["build", "-j", "0"],
+        ["chat", "x", "--temp", "nan"],
+        ["synth", "135m", "-o", "x", "--rope-base", "inf"],
+    ],
+)
 def test_usage_errors(run_cli, args):
     assert "--help" in one_error_line(run_cli(*args))
 
@@ -71,7 +85,9 @@ def test_interrupt_is_130():
 
 
 def test_closed_output_is_no_error():
-    result = subprocess.run(["bash", "-c", f"{sys.executable} -m mod_export --help | true"], capture_output=True)
+    result = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m mod_export --help | true"], capture_output=True
+    )
     assert (result.returncode, result.stderr) == (0, b"")
 
 
@@ -124,5 +140,13 @@ def test_outputs_that_cannot_be_written(tmp_path):
 def test_tables():
     rows = [["kv", 0.51234, 3], ["attn", None, 12]]
     plain = format_table(["kind", "share", "units"], rows).splitlines()
-    assert plain == ["kind   share  units", "----  ------  -----", "kv    0.5123      3", "attn       -     12"]
-    assert format_table(["kind", "share", "units"], rows, markdown=True).splitlines()[1] == "|------|-------:|------:|"
+    assert plain == [
+        "kind   share  units",
+        "----  ------  -----",
+        "kv    0.5123      3",
+        "attn       -     12",
+    ]
+    assert (
+        format_table(["kind", "share", "units"], rows, markdown=True).splitlines()[1]
+        == "|------|-------:|------:|"
+    )

@@ -1,4 +1,6 @@
-"""The configuration: order of units, JSON round trip, and one clear error for each rule of the schema."""
+"""The configuration: order of units, JSON round trip, and one clear error for each rule of the
+schema.
+"""
 
 import json
 import math
@@ -37,7 +39,9 @@ def test_routed_units_are_in_deciding_order():
 
 
 def test_block_decides_after_kv():
-    config = MoDConfig(units={kind: UnitConfig((0.0, 0.5), (1.0, 0.5)) for kind in ("block", "kv")}).validate(2)
+    config = MoDConfig(
+        units={kind: UnitConfig((0.0, 0.5), (1.0, 0.5)) for kind in ("block", "kv")}
+    ).validate(2)
     assert config.routed() == [(1, "kv"), (1, "block")]
 
 

@@ -1,4 +1,6 @@
-"""The convert command: what it reads, what it writes, and that it leaves nothing behind where it refuses."""
+"""The convert command: what it reads, what it writes, and that it leaves nothing behind where it
+refuses.
+"""
 
 import os
 
@@ -8,10 +10,10 @@ import torch
 from byte_text import TEXT, byte_tokenizer
 from tiny_gguf import Tiny
 
-from mod_export import data
 from mod_export.convert import convert, layers_of, parse_layers, parse_units
+from mod_export.data.text import pack
 from mod_export.errors import UserError
-from mod_export.model import MoDModel
+from mod_export.model.mod_model import MoDModel
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +55,41 @@ def test_units():
 def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_path):
     told = []
     out = tmp_path / "mod"
-    convert(model_dir, out, "kv+ffn", 0.4, 12, layers="2-4", calibration_text=[text], sink_tokens=3, say=told.append)
+    convert(
+        model_dir,
+        out,
+        "kv+ffn",
+        0.4,
+        12,
+        layers="2-4",
+        calibration_text=[text],
+        sink_tokens=3,
+        say=told.append,
+    )
     model = MoDModel.load(out)
-    assert model.config.routed() == [(2, "kv"), (2, "ffn"), (3, "kv"), (3, "ffn"), (4, "kv"), (4, "ffn")]
+    assert model.config.routed() == [
+        (2, "kv"),
+        (2, "ffn"),
+        (3, "kv"),
+        (3, "ffn"),
+        (4, "kv"),
+        (4, "ffn"),
+    ]
     assert (model.config.kv_window, model.config.sink_tokens) == (12, 3)
     record = model.config.calibration
-    assert record["target_activation"] == 0.4 and record["text"] == "given" and record["model"] == "base"
+    assert (
+        record["target_activation"] == 0.4
+        and record["text"] == "given"
+        and record["model"] == "base"
+    )
     assert [(unit["layer"], unit["kind"]) for unit in record["units"]] == model.config.routed()
-    assert all(0 <= unit[key] <= 1 for unit in record["units"] for key in ("activation", "held_out"))
+    assert all(
+        0 <= unit[key] <= 1 for unit in record["units"] for key in ("activation", "held_out")
+    )
     assert record["held_out"]["tokens"] > 0 and any("sequence 1 of" in line for line in told)
 
     # the record is what the saved model does: activation on the calibration text, measured anew
-    ids = data.pack(byte_tokenizer(), TEXT, 1024)
+    ids = pack(byte_tokenizer(), TEXT, 1024)
     with torch.inference_mode():
         _, trace = model(ids, trace=True)
     assert trace.active.float().mean().item() == pytest.approx(0.4, abs=0.05)
@@ -106,12 +131,23 @@ def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):
         ({"layers": "4-9"}, "there is no layer 9"),
         ({"layers": "0-5"}, "no layer keeps complete K/V"),
         ({"units": "depth"}, "unknown kind of unit 'depth'"),
-        ({"target": {"kv": 0.5, "ffn": 0.5}}, "target activation for ffn, which is not routed; name kv"),
-        ({"units": "kv+ffn", "target": {"kv": 0.5}}, "no target activation for ffn; write ffn=0.5 too"),
+        (
+            {"target": {"kv": 0.5, "ffn": 0.5}},
+            "target activation for ffn, which is not routed; name kv",
+        ),
+        (
+            {"units": "kv+ffn", "target": {"kv": 0.5}},
+            "no target activation for ffn; write ffn=0.5 too",
+        ),
         ({"target": {"kv": 1.5}}, "--target-activation 1.5 is not between 0 and 1"),
         ({"out": tmp_path / "no" / "such" / "mod"}, "there is no directory"),
     ):
-        given = {"model": model_dir, "out": work / "mod", "calibration_text": [text], "kv_window": 8} | wrong
+        given = {
+            "model": model_dir,
+            "out": work / "mod",
+            "calibration_text": [text],
+            "kv_window": 8,
+        } | wrong
         with pytest.raises(UserError, match=message):
             convert(**given)
         assert list(work.iterdir()) == []
@@ -121,7 +157,9 @@ def test_unwritable_output(model_dir, text, run_cli):
     """/proc takes no directories, whoever asks: root's rights do not help there."""
     result = run_cli("convert", model_dir, "-o", "/proc/mod", "--calibration-text", text)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: cannot write /proc/mod") and result.stderr.count("\n") == 1
+    assert (
+        result.stderr.startswith("error: cannot write /proc/mod") and result.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +167,10 @@ def test_unwritable_output(model_dir, text, run_cli):
     [
         (["--target-activation", "1"], "--target-activation"),
         (["--target-activation", "nan"], "--target-activation"),
-        (["--target-activation", "kv=half"], "'kv=half' is neither a number nor kinds such as kv=0.5,attn=0.8"),
+        (
+            ["--target-activation", "kv=half"],
+            "'kv=half' is neither a number nor kinds such as kv=0.5,attn=0.8",
+        ),
         (["--target-activation", "kv=0.5,kv=0.4"], "'kv=0.5,kv=0.4' names a kind twice"),
         (["--target-activation", "attn=0.5"], "target activation for attn, which is not routed"),
         (["--kv-window", "0"], "--kv-window"),
@@ -151,14 +192,31 @@ def test_eval_of_a_saved_model(model_dir, text, tmp_path, run_cli):
 
     out = tmp_path / "mod"
     convert(model_dir, out, layers="2-5", kv_window=8, calibration_text=[text])
-    result = run_cli("eval", out, "--text", text, "--length", 256, "--count", 2, "--json", "-", OMP_NUM_THREADS="1")
+    result = run_cli(
+        "eval",
+        out,
+        "--text",
+        text,
+        "--length",
+        256,
+        "--count",
+        2,
+        "--json",
+        "-",
+        OMP_NUM_THREADS="1",
+    )
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)["texts"]
     base = tiny.base()
-    ids = data.pack(byte_tokenizer(), TEXT, 256, count=2)
+    ids = pack(byte_tokenizer(), TEXT, 256, count=2)
     with torch.inference_mode():
-        nll = [torch.nn.functional.cross_entropy(base(row[None]).logits[0, :-1], row[1:]).item() for row in ids]
+        nll = [
+            torch.nn.functional.cross_entropy(base(row[None]).logits[0, :-1], row[1:]).item()
+            for row in ids
+        ]
     assert row["perplexity_dense"] == pytest.approx(torch.tensor(nll).mean().exp().item(), rel=1e-3)
     assert row["kl"] > 0 and row["tokens"] == 2 * 255 and 0 < row["kv_share"] < 1
     missing = run_cli("eval", out, "--text", tmp_path / "none.txt")
-    assert missing.returncode == 2 and "none.txt" in missing.stderr and missing.stderr.count("\n") == 1
+    assert (
+        missing.returncode == 2 and "none.txt" in missing.stderr and missing.stderr.count("\n") == 1
+    )

@@ -1,4 +1,6 @@
-"""What a CUDA build and scripts/cuda_check look for and ask for. No GPU, and nvcc is a script that only talks."""
+"""What a CUDA build and scripts/cuda_check look for and ask for. No GPU, and nvcc is a script that
+only talks.
+"""
 
 import os
 import subprocess
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mod_export import cuda_toolkit, llama_build, llama_source
 from mod_export.errors import UserError
+from mod_export.llamacpp import build as llama_build
+from mod_export.llamacpp import cuda as llama_cuda
+from mod_export.llamacpp import source as llama_source
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = """#!/bin/sh
@@ -43,33 +47,38 @@ def machine(tmp_path, monkeypatch):
     for name in ("CUDACXX", "CUDA_PATH", "CUDA_HOME", "LD_LIBRARY_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(cuda_toolkit, "DRIVER_DIRS", (str(tmp_path / "driver"),))
+    monkeypatch.setattr(llama_cuda, "DRIVER_DIRS", (str(tmp_path / "driver"),))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     return tmp_path
 
 
 def package(machine, name="cu13", major=13):
     folder = machine / "site/nvidia" / name
-    touch(folder / "include/cublas_v2.h", *(folder / f"lib/lib{lib}.so.{major}" for lib in ("cublas", "cublasLt")))
+    touch(
+        folder / "include/cublas_v2.h",
+        *(folder / f"lib/lib{lib}.so.{major}" for lib in ("cublas", "cublasLt")),
+    )
     return folder
 
 
 def test_no_nvcc(machine, monkeypatch):
     monkeypatch.setenv("CUDACXX", str(machine / "none/nvcc"))
     with pytest.raises(UserError, match="missing: .*none/nvcc; .*CUDACXX"):
-        cuda_toolkit.find()
+        llama_cuda.find()
 
 
 def test_all_that_is_missing_is_named_at_once(machine):
     with pytest.raises(UserError, match=r"cuBLAS.*libcuda.so.*pip install nvidia-cublas`.*driver"):
-        cuda_toolkit.find().flags(["86"])
+        llama_cuda.find().flags(["86"])
 
 
 def test_cublas_of_a_package(machine):
-    """As of nvidia-cublas: no libcublas.so, and cmake would not look there. The driver brings its library only."""
+    """As of nvidia-cublas: no libcublas.so, and cmake would not look there. The driver brings its
+    library only.
+    """
     folder = package(machine)
     touch(machine / "driver/libcuda.so.1", machine / "toolkit/lib64/libcudart.so")
-    toolkit = cuda_toolkit.find()
+    toolkit = llama_cuda.find()
     assert toolkit.version == (13, 0) and toolkit.root == machine / "toolkit"
     flags = toolkit.flags(["75", "86"])
     assert flags["CMAKE_CUDA_ARCHITECTURES"] == "75;86"
@@ -85,7 +94,7 @@ def test_the_toolkit_comes_first(machine):
     lib = machine / "toolkit/targets/x86_64-linux/lib"
     touch(lib / "libcublas.so", lib / "libcublasLt.so", lib / "stubs/libcuda.so")
     touch(machine / "toolkit/targets/x86_64-linux/include/cublas_v2.h")
-    flags = cuda_toolkit.find().flags(["86"])
+    flags = llama_cuda.find().flags(["86"])
     assert flags["CUDA_cublas_LIBRARY"] == str(lib / "libcublas.so")
     assert flags["CUDA_cuda_driver_LIBRARY"] == str(lib / "stubs/libcuda.so")
 
@@ -94,14 +103,14 @@ def test_a_package_for_another_cuda_is_passed_over(machine):
     package(machine, name="cublas", major=12)
     touch(machine / "driver/libcuda.so")
     with pytest.raises(UserError, match="missing: cuBLAS"):
-        cuda_toolkit.find().flags(["86"])
+        llama_cuda.find().flags(["86"])
     script(machine / "bin/nvcc", NVCC.format(root=machine / "toolkit", version="12.4"))
-    flags = cuda_toolkit.find().flags(["86"])
+    flags = llama_cuda.find().flags(["86"])
     assert flags["CUDA_cublas_LIBRARY"] == str(machine / "site/nvidia/cublas/lib/libcublas.so.12")
 
 
 def test_architectures(machine):
-    toolkit = cuda_toolkit.find()
+    toolkit = llama_cuda.find()
     assert toolkit.architectures("120, 75,75") == ["75", "120"]
     with pytest.raises(UserError, match="nvcc 13.0 has no architecture '61'; it has 75, 86, 120"):
         toolkit.architectures("75,61")
@@ -123,7 +132,7 @@ def test_key_follows_architectures_and_nvcc(machine):
     touch(machine / "driver/libcuda.so")
 
     def key(*archs):
-        flags = cuda_toolkit.find().flags(list(archs)) if archs else {}
+        flags = llama_cuda.find().flags(list(archs)) if archs else {}
         return llama_build._key(llama_build.FLAGS | flags, stock=True)
 
     keys = {key(), key("75"), key("86")}
@@ -152,24 +161,37 @@ def test_cuda_check_compiles_what_the_patches_touch(tmp_path):
     assert result.returncode == 1, result.stderr
     said = {line.split()[0]: line.split()[1] for line in result.stdout.splitlines()[1:]}
     assert said["mod-rows.cu"] == "failed" and set(said.values()) == {"ok", "failed"}
-    assert {"ggml-cuda.cu", "mod-route.cu", "mod-route.cuh"} <= set(said) and "common.cuh" not in said
-    assert all("code=sm_75" in line and "code=sm_120a" in line for line in (tmp_path / "log").read_text().splitlines())
+    assert {"ggml-cuda.cu", "mod-route.cu", "mod-route.cuh"} <= set(
+        said
+    ) and "common.cuh" not in said
+    assert all(
+        "code=sm_75" in line and "code=sm_120a" in line
+        for line in (tmp_path / "log").read_text().splitlines()
+    )
     result = cuda_check("acc.cu", CUDACXX=str(nvcc))
     assert result.returncode == 2 and "not among the touched files: acc.cu" in result.stderr
 
 
 @pytest.fixture()
 def checker(machine, monkeypatch):
-    """scripts/cuda_check as a module, for a source tree with one file of its own and an nvcc that counts."""
+    """scripts/cuda_check as a module, for a source tree with one file of its own and an nvcc that
+    counts.
+    """
     loader = machinery.SourceFileLoader("cuda_check", str(ROOT / "scripts/cuda_check"))
     module = util.module_from_spec(util.spec_from_loader("cuda_check", loader))
     loader.exec_module(module)
     monkeypatch.setattr(llama_source, "source_dir", lambda: machine / "source")
     monkeypatch.setattr(llama_source, "cache_dir", lambda: machine / "cache")
-    touch(machine / "source/vendor/llama.cpp" / module.FOLDER / "mod.cu", machine / "cublas/include/cublas_v2.h")
+    touch(
+        machine / "source/vendor/llama.cpp" / module.FOLDER / "mod.cu",
+        machine / "cublas/include/cublas_v2.h",
+    )
     (machine / "cache").mkdir()
-    counts = f'    *) echo x >>{machine}/log; exit $(cat {machine}/code 2>/dev/null || echo 0) ;;\nesac\n'
-    script(machine / "bin/nvcc", NVCC.format(root=machine / "toolkit", version="13.0").replace("esac\n", counts))
+    counts = f"    *) echo x >>{machine}/log; exit $(cat {machine}/code 2>/dev/null || echo 0) ;;\nesac\n"
+    script(
+        machine / "bin/nvcc",
+        NVCC.format(root=machine / "toolkit", version="13.0").replace("esac\n", counts),
+    )
     return module
 
 
@@ -196,7 +218,9 @@ def test_cuda_check_takes_headers_out_of_the_package(checker, machine, monkeypat
 
     monkeypatch.setattr(checker.subprocess, "run", pip)
     include = checker.fetch_cublas()
-    assert [path.name for path in include.iterdir()] == ["cublas_v2.h"] and include.parent.parent == machine / "cache"
+    assert [path.name for path in include.iterdir()] == [
+        "cublas_v2.h"
+    ] and include.parent.parent == machine / "cache"
     assert len(list((machine / "cache").iterdir())) == 1
     monkeypatch.setattr(checker, "CUBLAS", "0")
     failed = subprocess.CompletedProcess([], 1, "", "no network\n")

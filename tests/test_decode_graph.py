@@ -1,4 +1,6 @@
-"""One token as the graph that devices run (LLAMA_MOD_DECODE=graph), on the CPU: routers decide by ggml_mod_route()."""
+"""One token as the graph that devices run (LLAMA_MOD_DECODE=graph), on the CPU: routers decide by
+ggml_mod_route().
+"""
 
 import ctypes
 
@@ -7,9 +9,11 @@ import pytest
 from raw import Raw
 from test_runtime import CASES, TOKENS, N, close, make
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 
 @pytest.fixture()
@@ -75,7 +79,10 @@ def test_is_built_anew_for_the_complete_layers_only(fa, tmp_path, monkeypatch):
 def test_forced_active_is_the_dense_model(device_graph, tmp_path):
     """Without gates."""
     tiny = make("all", scale_output=True)
-    with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+    with (
+        Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense,
+        Raw(tiny.write(tmp_path / "mod.gguf")) as r,
+    ):
         r.set(force="active")
         for token in TOKENS[0][:40, None]:
             close(r.decode(token), dense.decode(token))

@@ -1,4 +1,6 @@
-"""`mod-export eval`: torch and the runtime give the same figures, and these are what they are said to be."""
+"""`mod-export eval`: torch and the runtime give the same figures, and these are what they are said
+to be.
+"""
 
 import json
 import math
@@ -11,20 +13,32 @@ from byte_text import byte_tokenizer
 from tiny import one_thread  # noqa: F401  (a fixture)
 from tiny_gguf import Tiny
 
-from mod_export import bindings, data, eval_loss, eval_passkey, eval_tasks, evaluate
-from mod_export.eval_items import encode, read_tasks
-from mod_export.eval_models import ROWS, Pair, TorchReader, Usage, open_pair, torch_pair
-from mod_export.evaluate import Plan
+from mod_export.data.text import default_texts, pack
+from mod_export.evaluation import passkey, perplexity, scoring
+from mod_export.evaluation import run as eval_run
+from mod_export.evaluation.readers import ROWS, Pair, TorchReader, Usage, open_pair, torch_pair
+from mod_export.evaluation.run import Plan
+from mod_export.evaluation.tasks import encode, read_tasks
 from mod_export.export import export
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 UNITS = {"kv": [2, 3], "attn": [2, 4], "ffn": [2, 4], "block": [5]}
 LENGTH = 300
-TEXT = data.default_texts()[1]
-LONG = " and then the keeper went down the stairs" * 12  # longer than all that a kv unit keeps of a tail
+TEXT = default_texts()[1]
+LONG = (
+    " and then the keeper went down the stairs" * 12
+)  # longer than all that a kv unit keeps of a tail
 ITEMS = [
-    {"task": "piqa", "question": "Light the lamp.", "choices": ["With a match." + LONG, "With water."], "answer": 0},
+    {
+        "task": "piqa",
+        "question": "Light the lamp.",
+        "choices": ["With a match." + LONG, "With water."],
+        "answer": 0,
+    },
     {"task": "winogrande", "question": "_ saw Bo, who hid.", "choices": ["Ann", "Cy"], "answer": 1},
     {"task": "mmlu", "subject": "ships", "question": "Port?", "choices": list("abcd"), "answer": 3},
     {"task": "lambada", "question": TEXT[:900], "choices": None, "answer": "lamp oil"},
@@ -34,9 +48,11 @@ ITEMS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """mod/, mod.gguf and dense.gguf (f32) of a tiny random model with SmolLM2's vocabulary; tasks.jsonl, text.txt."""
+    """mod/, mod.gguf and dense.gguf (f32) of a tiny random model with SmolLM2's vocabulary;
+    tasks.jsonl, text.txt.
+    """
     path = tmp_path_factory.mktemp("eval")
-    tiny.save_dir(path / "mod", UNITS, ids=data.pack(tiny.tokenizer(), TEXT, LENGTH, count=2))
+    tiny.save_dir(path / "mod", UNITS, ids=pack(tiny.tokenizer(), TEXT, LENGTH, count=2))
     export(path / "mod", path / "dense.gguf", quant="f32", dense=True)
     export(path / "mod", path / "mod.gguf", base=path / "dense.gguf")
     (path / "tasks.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
@@ -47,7 +63,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(folder):
     """The same model in torch and in the runtime."""
-    found = {"torch": open_pair(folder / "mod"), "runtime": open_pair(folder / "mod.gguf", threads=1)}
+    found = {
+        "torch": open_pair(folder / "mod"),
+        "runtime": open_pair(folder / "mod.gguf", threads=1),
+    }
     for pair in found.values():
         pair.reserve(600)
     return found
@@ -55,16 +74,31 @@ def pairs(folder):
 
 @pytest.fixture(scope="module")
 def items(folder, pairs):
-    return [encode(pairs["torch"].dense.tokenizer, item) for item in read_tasks([folder / "tasks.jsonl"])[0]]
+    return [
+        encode(pairs["torch"].dense.tokenizer, item)
+        for item in read_tasks([folder / "tasks.jsonl"])[0]
+    ]
 
 
 def test_torch_and_the_runtime_give_the_same_figures(folder):
     text, tasks = folder / "text.txt", folder / "tasks.jsonl"
-    plan = Plan(texts=[text], length=LENGTH, count=2, tasks=[tasks], haystack=text, passkey_lengths=[256],
-                passkey_depths=[0.5], passkey_trials=1)  # fmt: skip
-    first, second = (evaluate.evaluate(folder / name, plan, threads=1) for name in ("mod", "mod.gguf"))
+    plan = Plan(
+        texts=[text],
+        length=LENGTH,
+        count=2,
+        tasks=[tasks],
+        haystack=text,
+        passkey_lengths=[256],
+        passkey_depths=[0.5],
+        passkey_trials=1,
+    )
+    first, second = (
+        eval_run.evaluate(folder / name, plan, threads=1) for name in ("mod", "mod.gguf")
+    )
     assert (first["about"]["in"], second["about"]["in"]) == (
-        {"dense": "torch", "mod": "torch"}, {"dense": "runtime", "mod": "runtime"})  # fmt: skip
+        {"dense": "torch", "mod": "torch"},
+        {"dense": "runtime", "mod": "runtime"},
+    )
     assert first["about"]["skipped_tasks"] == {"gsm8k": 1}
     (a,), (b,) = first["texts"], second["texts"]
     assert 0.2 < a["activation"] < 0.8 and 0.5 < a["kv_share"] < 0.9 and a["kl"] > 0.01
@@ -73,7 +107,13 @@ def test_torch_and_the_runtime_give_the_same_figures(folder):
     assert (a["activation"], a["kv_share"]) == (b["activation"], b["kv_share"])
     for part in ("tasks", "passkey"):
         assert first[part] == second[part]
-    assert [row["task"] for row in first["tasks"]] == ["piqa", "winogrande", "mmlu", "lambada", "mean"]
+    assert [row["task"] for row in first["tasks"]] == [
+        "piqa",
+        "winogrande",
+        "mmlu",
+        "lambada",
+        "mean",
+    ]
 
 
 @pytest.mark.parametrize("name", ["dense", "mod"])
@@ -81,18 +121,22 @@ def test_choices_and_answers_are_the_same_in_both(pairs, items, name):
     """Choices longer than kv_rollback too: after each of them the sequence is what it was."""
     ours, theirs = pairs["torch"].readers()[name], pairs["runtime"].readers()[name]
     for item in items:
-        for a, b in zip(eval_tasks.likelihoods(ours, item), eval_tasks.likelihoods(theirs, item), strict=True):
+        for a, b in zip(
+            scoring.likelihoods(ours, item), scoring.likelihoods(theirs, item), strict=True
+        ):
             assert a[0] == pytest.approx(b[0], abs=2e-3) and a[1] == b[1]
     prompt = items[3].ids[0]
-    assert eval_passkey.generate(ours, prompt, 12) == eval_passkey.generate(theirs, prompt, 12) != ""
+    assert passkey.generate(ours, prompt, 12) == passkey.generate(theirs, prompt, 12) != ""
 
 
 def test_likelihood_by_hand(pairs, items):
-    """The sum of log p(token | all before it) over the choice's tokens, from one forward over question and choice."""
+    """The sum of log p(token | all before it) over the choice's tokens, from one forward over
+    question and choice.
+    """
     reader = pairs["torch"].mod
     for item in items:
         usage, active = Usage(), 0
-        found = eval_tasks.likelihoods(reader, item, usage)
+        found = scoring.likelihoods(reader, item, usage)
         for ids, given, (total, greedy) in zip(item.ids, item.given, found, strict=True):
             with torch.no_grad():
                 logits, trace = reader.model(torch.tensor([ids]), trace=True)
@@ -108,10 +152,10 @@ def test_accuracy_by_hand(pairs, items):
     """Each task's row from its items' likelihoods; one item is there twice, as another task."""
     pair = pairs["torch"]
     again = replace(items[0], item=replace(items[0].item, task="again", answer=1))
-    rows = eval_tasks.accuracy(pair, [items[0], items[1], again, items[3]])
+    rows = scoring.accuracy(pair, [items[0], items[1], again, items[3]])
     for row, item in zip(rows, [items[0], items[1], again, items[3]], strict=False):
         for name, reader in pair.readers().items():
-            found = eval_tasks.likelihoods(reader, item)
+            found = scoring.likelihoods(reader, item)
             best = max(range(len(found)), key=lambda i, found=found: found[i][0])
             acc = found[0][1] if item.item.greedy else best == item.item.answer
             assert row[name]["acc"] == acc and row[name]["acc_stderr"] is None and row["items"] == 1
@@ -124,20 +168,32 @@ def test_choices_by_likelihood_and_by_byte(items):
     """The first item's choices have 505 and 11 bytes: -470 is less than one a byte."""
     item = items[0].item
     assert [len(scored.strip()) for _, scored in item.texts] == [505, 11]
-    assert eval_tasks.choose(item, [(-1.0, False), (-9.0, False)]) == (0, (True, True))
-    assert eval_tasks.choose(item, [(-470.0, False), (-11.0, True)]) == (1, (False, True))
-    assert eval_tasks.choose(items[3].item, [(-3.0, True)]) == (1, (True, None))
-    shares = eval_tasks._shares([(True, None), (False, None), (True, None)])
+    assert scoring.choose(item, [(-1.0, False), (-9.0, False)]) == (0, (True, True))
+    assert scoring.choose(item, [(-470.0, False), (-11.0, True)]) == (1, (False, True))
+    assert scoring.choose(items[3].item, [(-3.0, True)]) == (1, (True, None))
+    shares = scoring._shares([(True, None), (False, None), (True, None)])
     assert shares["acc"] == pytest.approx(2 / 3) and shares["acc_stderr"] == pytest.approx(1 / 3)
 
 
 def test_mean_of_tasks():
     scores = {"acc": 0.5, "acc_stderr": 0.3, "acc_norm": 0.7, "acc_norm_stderr": 0.1}
     greedy = {"acc": 0.1, "acc_stderr": 0.4, "acc_norm": None, "acc_norm_stderr": None}
-    rows = [{"task": t, "items": n, "dense": s, "mod": None, "agreement": None, "activation": None, "kv_share": None}
-            for t, n, s in (("a", 10, scores), ("b", 90, greedy))]  # fmt: skip
-    mean = eval_tasks._mean(rows)
-    assert mean["dense"] == pytest.approx({"acc": 0.3, "acc_stderr": 0.25, "acc_norm": 0.7, "acc_norm_stderr": 0.1})
+    rows = [
+        {
+            "task": t,
+            "items": n,
+            "dense": s,
+            "mod": None,
+            "agreement": None,
+            "activation": None,
+            "kv_share": None,
+        }
+        for t, n, s in (("a", 10, scores), ("b", 90, greedy))
+    ]
+    mean = scoring._mean(rows)
+    assert mean["dense"] == pytest.approx(
+        {"acc": 0.3, "acc_stderr": 0.25, "acc_norm": 0.7, "acc_norm_stderr": 0.1}
+    )
     assert mean["items"] == 100 and mean["mod"] is None
 
 
@@ -145,24 +201,42 @@ def test_mean_of_tasks():
 def test_loss_by_hand(skip):
     """From whole forwards; 600 tokens take several blocks of logits."""
     model = tiny.mod_model(UNITS, n_vocab=300)
-    ids = data.pack(byte_tokenizer(), TEXT, 2 * LENGTH, count=2)
+    ids = pack(byte_tokenizer(), TEXT, 2 * LENGTH, count=2)
     assert ids.shape[1] > 2 * ROWS
     sums, active, n = torch.zeros(4, dtype=torch.float64), [], 2 * (2 * LENGTH - skip - 1)
     with torch.inference_mode():
         for row in ids:
             logits, trace = model(row[None], trace=True)
-            p, q = (x[0, skip:].double().log_softmax(-1) for x in (evaluate.dense_logits(model, row[None]), logits))
+            p, q = (
+                x[0, skip:].double().log_softmax(-1)
+                for x in (eval_run.dense_logits(model, row[None]), logits)
+            )
             p, q, after = p[:-1], q[:-1], row[skip + 1 :, None]
-            sums += torch.stack([(p.exp() * (p - q)).sum(), -p.gather(1, after).sum(), -q.gather(1, after).sum(),
-                                 (p.argmax(-1) == q.argmax(-1)).sum()])  # fmt: skip
+            sums += torch.stack(
+                [
+                    (p.exp() * (p - q)).sum(),
+                    -p.gather(1, after).sum(),
+                    -q.gather(1, after).sum(),
+                    (p.argmax(-1) == q.argmax(-1)).sum(),
+                ]
+            )
             active.append(trace.active[0])
-    share = sum(evaluate.kv_share(model.config, a, model.n_layer) for a in active) / 2
+    share = sum(eval_run.kv_share(model.config, a, model.n_layer) for a in active) / 2
     expected = [*(sums / n).tolist(), torch.cat(active).float().mean().item(), share]
     whole = TorchReader(model, whole=True)
-    for found in (evaluate.loss(model, ids, skip), eval_loss.loss(Pair(whole.dense(), whole), ids, skip)):
+    for found in (
+        eval_run.loss(model, ids, skip),
+        perplexity.loss(Pair(whole.dense(), whole), ids, skip),
+    ):
         assert found.tokens == n
-        figures = [found.kl, math.log(found.perplexity_dense), math.log(found.perplexity), found.top1_agreement,
-                   found.activation, found.kv_share]  # fmt: skip
+        figures = [
+            found.kl,
+            math.log(found.perplexity_dense),
+            math.log(found.perplexity),
+            found.top1_agreement,
+            found.activation,
+            found.kv_share,
+        ]
         assert figures == pytest.approx(expected, rel=1e-4)
 
 
@@ -170,7 +244,7 @@ def test_memory_is_bounded_and_kv_is_what_the_runtime_holds(pairs):
     """A few hundred rows of logits at most; no K/V but those that a next token can see."""
     reader = pairs["runtime"].mod
     reader.reset()
-    tokens = data.pack(reader.tokenizer, TEXT, 600)[0].tolist()
+    tokens = pack(reader.tokenizer, TEXT, 600)[0].tolist()
     assert [len(rows) for rows in reader.blocks(tokens)] == [ROWS, ROWS, 600 - 2 * ROWS]
     assert len(reader.llm.scores) < 600 == len(reader.active)
     usage = Usage()
@@ -180,34 +254,57 @@ def test_memory_is_bounded_and_kv_is_what_the_runtime_holds(pairs):
 
 
 def test_shift_moves_the_measured_model_only(folder, pairs):
-    ids = data.pack(tiny.tokenizer(), TEXT, LENGTH, count=1)
-    plain = eval_loss.loss(pairs["runtime"], ids)
+    ids = pack(tiny.tokenizer(), TEXT, LENGTH, count=1)
+    plain = perplexity.loss(pairs["runtime"], ids)
     for target in ("mod", "mod.gguf"):
-        found = eval_loss.loss(open_pair(folder / target, shift=0.5, threads=1), ids)
+        found = perplexity.loss(open_pair(folder / target, shift=0.5, threads=1), ids)
         assert found.activation < plain.activation - 0.05 and found.kv_share < plain.kv_share
         assert found.perplexity_dense == pytest.approx(plain.perplexity_dense, rel=1e-4)
 
 
 def test_dense_models_and_another_dense_model(folder, tmp_path):
     """A model without routers has its dense figures alone; --dense takes torch beside the runtime."""
-    ids = data.pack(tiny.tokenizer(), TEXT, LENGTH, count=1)
+    ids = pack(tiny.tokenizer(), TEXT, LENGTH, count=1)
     plain = tiny.base(n_vocab=len(tiny.tokenizer()))
     plain.save_pretrained(tmp_path / "plain")
     tiny.tokenizer().save_pretrained(tmp_path / "plain")
-    both = eval_loss.loss(open_pair(folder / "mod.gguf", dense=tmp_path / "plain", threads=1), ids)
+    both = perplexity.loss(open_pair(folder / "mod.gguf", dense=tmp_path / "plain", threads=1), ids)
     assert both.kl > 0
     for target in (tmp_path / "plain", folder / "dense.gguf"):
-        alone = eval_loss.loss(open_pair(target, threads=1), ids)
+        alone = perplexity.loss(open_pair(target, threads=1), ids)
         assert alone.perplexity_dense == pytest.approx(both.perplexity_dense, rel=1e-4)
         assert alone.perplexity is alone.kl is alone.activation is alone.kv_share is None
-    same = eval_loss.loss(open_pair(folder / "dense.gguf", dense=tmp_path / "plain", threads=1), ids)
+    same = perplexity.loss(
+        open_pair(folder / "dense.gguf", dense=tmp_path / "plain", threads=1), ids
+    )
     assert same.kl < 1e-5 and same.activation == same.kv_share == 1
 
 
 def test_the_command(folder, tmp_path, run_cli):
-    common = ("eval", folder / "mod.gguf", "--text", folder / "text.txt", "--length", 128, "--count", 1, "--threads", 1,
-              "--tasks", folder / "tasks.jsonl", "--passkey", folder / "text.txt", "--passkey-lengths", "200,256",
-              "--passkey-trials", 1, "--passkey-depths", "0.2,0.8", "--plots", tmp_path / "plots")  # fmt: skip
+    common = (
+        "eval",
+        folder / "mod.gguf",
+        "--text",
+        folder / "text.txt",
+        "--length",
+        128,
+        "--count",
+        1,
+        "--threads",
+        1,
+        "--tasks",
+        folder / "tasks.jsonl",
+        "--passkey",
+        folder / "text.txt",
+        "--passkey-lengths",
+        "200,256",
+        "--passkey-trials",
+        1,
+        "--passkey-depths",
+        "0.2,0.8",
+        "--plots",
+        tmp_path / "plots",
+    )
     result = run_cli(*common, "--json", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
     assert "1 items of gsm8k left out" in result.stderr and "perplexity dense" in result.stdout
@@ -229,20 +326,41 @@ def test_the_command(folder, tmp_path, run_cli):
         (["text.txt", "--text", "text.txt"], "not a GGUF file"),
         (["mod", "--text", "none.txt"], "cannot read none.txt"),
         (["mod", "--text", "empty.txt"], "empty.txt: text too short"),
-        (["mod", "--text", "text.txt", "--length", "128", "--count", "900"], "text.txt: text too short"),
-        (["mod.gguf", "--text", "text.txt", "--length", "4096"], "do not fit the context of mod.gguf, 2048"),
-        (["mod", "--passkey", "text.txt", "--passkey-lengths", "4096"], "do not fit the context of mod, 2048"),
+        (
+            ["mod", "--text", "text.txt", "--length", "128", "--count", "900"],
+            "text.txt: text too short",
+        ),
+        (
+            ["mod.gguf", "--text", "text.txt", "--length", "4096"],
+            "do not fit the context of mod.gguf, 2048",
+        ),
+        (
+            ["mod", "--passkey", "text.txt", "--passkey-lengths", "4096"],
+            "do not fit the context of mod, 2048",
+        ),
         (["mod", "--passkey", "empty.txt"], "passkey text is empty"),
-        (["mod", "--passkey", "text.txt", "--passkey-lengths", "64"], "'64' is no list of numbers from 128"),
-        (["mod", "--passkey", "text.txt", "--passkey-depths", "2"], "'2' is no list of numbers from 0 to 1"),
-        (["mod", "--text", "text.txt", "--length", "64", "--skip", "63"], "skipping 63 of 64 tokens leaves none"),
+        (
+            ["mod", "--passkey", "text.txt", "--passkey-lengths", "64"],
+            "'64' is no list of numbers from 128",
+        ),
+        (
+            ["mod", "--passkey", "text.txt", "--passkey-depths", "2"],
+            "'2' is no list of numbers from 0 to 1",
+        ),
+        (
+            ["mod", "--text", "text.txt", "--length", "64", "--skip", "63"],
+            "skipping 63 of 64 tokens leaves none",
+        ),
         (["mod", "--tasks", "text.txt"], "text.txt:1 is no task item"),
         (["mod.gguf", "--text", "text.txt", "--threshold-shift", "nan"], "nan is not a number"),
         (["bare", "--text", "text.txt"], "cannot load bare"),
         (["mod", "--dense", "other", "--text", "text.txt"], "have different tokenizers"),
         (["other", "--text", "text.txt", "--threshold-shift", "1"], "no thresholds to shift"),
         (["mod", "--text", "text.txt", "--device", "abacus"], "cannot use --device abacus"),
-        (["mod.gguf", "--text", "text.txt", "--device", "cuda"], "mod.gguf is a file; use --gpu-layers"),
+        (
+            ["mod.gguf", "--text", "text.txt", "--device", "cuda"],
+            "mod.gguf is a file; use --gpu-layers",
+        ),
         (["numbers.gguf", "--text", "text.txt"], "numbers.gguf has no tokenizer"),
     ],
 )
@@ -259,7 +377,9 @@ def test_errors_are_one_line(bad, monkeypatch, args, told, capsys):
 
 @pytest.fixture(scope="module")
 def bad(folder):
-    """Beside the good ones: an empty text, a directory without tokenizer, another vocabulary, a file without one."""
+    """Beside the good ones: an empty text, a directory without tokenizer, another vocabulary, a
+    file without one.
+    """
     (folder / "empty.txt").write_text("\n")
     tiny.base().save_pretrained(folder / "bare")
     tiny.base().save_pretrained(folder / "other")
@@ -272,7 +392,7 @@ def test_readers_share_a_model(pairs):
     """The dense reader forces its own forwards only, and leaves the model as it was."""
     model = pairs["torch"].mod.model
     pair = torch_pair(model)
-    tokens = data.pack(model.tokenizer, TEXT, 64)[0].tolist()
+    tokens = pack(model.tokenizer, TEXT, 64)[0].tolist()
     alone = TorchReader(model)
     alone.last(tokens)
     for one in tokens:

@@ -6,33 +6,54 @@ import pytest
 from byte_text import byte_tokenizer
 
 from mod_export.errors import UserError
-from mod_export.eval_items import LETTERS, encode, read_tasks
+from mod_export.evaluation.tasks import LETTERS, encode, read_tasks
 
 CHOICES = ["north", "a south wind"]
 BASE = {"question": "Which one?", "choices": CHOICES, "answer": 1}
-MMLU = ("The following are multiple choice questions (with answers) about reef lights.\n\nWhich one?\n"
-        "A. north\nB. a south wind\nAnswer:")  # fmt: skip
+MMLU = (
+    "The following are multiple choice questions (with answers) about reef lights.\n\nWhich one?\n"
+    "A. north\nB. a south wind\nAnswer:"
+)
 
 
 def write(path, *items):
-    path.write_text("".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items))
+    path.write_text(
+        "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items)
+    )
     return path
 
 
 @pytest.mark.parametrize(
     ("item", "texts"),
     [
-        ({}, [("Question: Which one?\nAnswer:", " north"), ("Question: Which one?\nAnswer:", " a south wind")]),
-        ({"passage": "It blew."}, [("It blew.\nQuestion: Which one?\nAnswer:", f" {choice}") for choice in CHOICES]),
-        ({"task": "arc_easy"}, [("Question: Which one?\nAnswer:", f" {choice}") for choice in CHOICES]),
-        ({"task": "hellaswag", "question": "Sailing: he "}, [("Sailing: he", f"  {choice}") for choice in CHOICES]),
+        (
+            {},
+            [
+                ("Question: Which one?\nAnswer:", " north"),
+                ("Question: Which one?\nAnswer:", " a south wind"),
+            ],
+        ),
+        (
+            {"passage": "It blew."},
+            [("It blew.\nQuestion: Which one?\nAnswer:", f" {choice}") for choice in CHOICES],
+        ),
+        (
+            {"task": "arc_easy"},
+            [("Question: Which one?\nAnswer:", f" {choice}") for choice in CHOICES],
+        ),
+        (
+            {"task": "hellaswag", "question": "Sailing: he "},
+            [("Sailing: he", f"  {choice}") for choice in CHOICES],
+        ),
         ({"task": "openbookqa"}, [("Which one?", f" {choice}") for choice in CHOICES]),
         ({"task": "mmlu", "subject": "reef lights"}, [(MMLU, " A"), (MMLU, " B")]),
-        ({"task": "winogrande", "question": "Not Ann but _ rowed.", "choices": ["Bo", "Cy"]},
-         [("Not Ann but Bo", " rowed."), ("Not Ann but Cy", " rowed.")]),
+        (
+            {"task": "winogrande", "question": "Not Ann but _ rowed.", "choices": ["Bo", "Cy"]},
+            [("Not Ann but Bo", " rowed."), ("Not Ann but Cy", " rowed.")],
+        ),
         ({"task": "lambada", "choices": None, "answer": "lamp"}, [("Which one?", " lamp")]),
     ],
-)  # fmt: skip
+)
 def test_wording(tmp_path, item, texts):
     ((found,), skipped) = read_tasks([write(tmp_path / "quiz.jsonl", BASE | item)])
     assert found.texts == texts and found.answer == (0 if item.get("task") == "lambada" else 1)
@@ -41,7 +62,13 @@ def test_wording(tmp_path, item, texts):
 
 def test_limits_are_for_each_task_and_what_has_no_choices_is_counted(tmp_path):
     free = {"task": "gsm8k", "question": "2 + 3?", "choices": None, "answer": "5"}
-    file = write(tmp_path / "a.jsonl", *[BASE | {"task": task} for task in ("x", "x", "x", "y")], free, free, "")
+    file = write(
+        tmp_path / "a.jsonl",
+        *[BASE | {"task": task} for task in ("x", "x", "x", "y")],
+        free,
+        free,
+        "",
+    )
     items, skipped = read_tasks([file], limit=2)
     assert [item.task for item in items] == ["x", "x", "y"] and skipped == {"gsm8k": 2}
     with pytest.raises(UserError, match="nothing to choose from"):
@@ -71,10 +98,13 @@ def test_limits_are_for_each_task_and_what_has_no_choices_is_counted(tmp_path):
         (BASE | {"task": "winogrande"}, "no slot `_` in its question"),
         (BASE | {"task": "winogrande", "question": "Ann was _"}, "nothing to score"),
         (BASE | {"task": "mmlu"}, "no subject, which mmlu needs"),
-        (BASE | {"task": "mmlu", "subject": "x", "choices": ["c"] * (len(LETTERS) + 1)}, "more than 26 choices"),
+        (
+            BASE | {"task": "mmlu", "subject": "x", "choices": ["c"] * (len(LETTERS) + 1)},
+            "more than 26 choices",
+        ),
         (BASE | {"task": ["x"]}, "no text as its task"),
     ],
-)  # fmt: skip
+)
 def test_bad_lines_are_named(tmp_path, item, told):
     with pytest.raises(UserError, match=r"quiz\.jsonl:2 ") as caught:
         read_tasks([write(tmp_path / "quiz.jsonl", BASE, item)])
@@ -100,9 +130,15 @@ class Pairs:
 
 
 def test_scored_tokens_begin_at_the_seam(tmp_path):
-    (item,), _ = read_tasks([write(tmp_path / "quiz.jsonl", BASE | {"question": "one", "task": "openbookqa"})])
+    (item,), _ = read_tasks(
+        [write(tmp_path / "quiz.jsonl", BASE | {"question": "one", "task": "openbookqa"})]
+    )
     encoded = encode(byte_tokenizer(), item)
-    assert encoded.given == [3, 3] and encoded.shared == 3 and [len(ids) for ids in encoded.ids] == [9, 16]
+    assert (
+        encoded.given == [3, 3]
+        and encoded.shared == 3
+        and [len(ids) for ids in encoded.ids] == [9, 16]
+    )
     encoded = encode(Pairs(), item)  # bos, "on", then "e " which holds the seam
     assert encoded.given == [2, 2] and encoded.ids[0][:2] == [0, hash("on")]
     assert encoded.n_tokens == 2 + sum(len(ids) - 2 for ids in encoded.ids)

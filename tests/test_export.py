@@ -1,7 +1,8 @@
-"""Export read back with gguf-py, the schema's rules as inspect enforces them, and bad input to both.
+"""Export read back with gguf-py, the schema's rules as inspect enforces them, and bad input to
+both.
 
-The base weights come from llama.cpp's own converter, so its unpatched run on the same model without routers is what
-every tensor and key has to equal, byte for byte.
+The base weights come from llama.cpp's own converter, so its unpatched run on the same model without
+routers is what every tensor and key has to equal, byte for byte.
 """
 
 import functools
@@ -19,18 +20,22 @@ import pytest
 import tiny
 from tiny_gguf import Tiny
 
-from mod_export import gguf_keys, llama_source, llama_tools
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import export, read_directory, stored_type
-from mod_export.gguf_file import GGUFFile, rewrite
+from mod_export.formats import schema
+from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.inspection import ROLLBACK, inspect, render
+from mod_export.llamacpp import converter
+from mod_export.llamacpp import source as llama_source
 
 UNITS = {"kv": [2, 3], "attn": [3], "ffn": [4]}
 
 
 def add_vocabulary(folder) -> None:
-    """A SentencePiece vocabulary made on the spot: small, and the converter asks no more of it than of any other."""
+    """A SentencePiece vocabulary made on the spot: small, and the converter asks no more of it than
+    of any other.
+    """
     import sentencepiece
 
     words = ["one", "two", "three", "red", "blue", "sky", "sea"]
@@ -59,7 +64,7 @@ def base_f32(tmp_path_factory, mod_dir):
     tiny.base().save_pretrained(plain)
     shutil.copy(mod_dir / "tokenizer.model", plain)
     never = re.compile("(?!)")
-    llama_tools.convert_hf(plain, folder / "base.gguf", "f32", skip=never)
+    converter.convert_hf(plain, folder / "base.gguf", "f32", skip=never)
     return folder / "base.gguf"
 
 
@@ -77,12 +82,19 @@ def reader_of(path) -> gguf.GGUFReader:
 
 def keys_of(path) -> dict:
     """Name -> types and value, or the bytes of a long array."""
-    fields = [field for name, field in reader_of(path).fields.items() if not name.startswith("GGUF.")]
-    return {f.name: (f.types, f.contents() if len(f.data) < 100 else b"".join(map(bytes, f.parts))) for f in fields}
+    fields = [
+        field for name, field in reader_of(path).fields.items() if not name.startswith("GGUF.")
+    ]
+    return {
+        f.name: (f.types, f.contents() if len(f.data) < 100 else b"".join(map(bytes, f.parts)))
+        for f in fields
+    }
 
 
 def tensors_of(path) -> dict:
-    return {t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader_of(path).tensors}
+    return {
+        t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader_of(path).tensors
+    }
 
 
 def assert_same_base(mod, base, *, ignore=()) -> None:
@@ -94,17 +106,21 @@ def assert_same_base(mod, base, *, ignore=()) -> None:
     assert all(name.startswith("llama.mod.") for name in ours.keys() - theirs.keys())
     ours, theirs = tensors_of(mod), tensors_of(base)
     assert {name: ours.get(name) for name in theirs} == theirs
-    assert all(gguf_keys.ROUTER_TENSOR.fullmatch(name) for name in ours.keys() - theirs.keys())
+    assert all(schema.ROUTER_TENSOR.fullmatch(name) for name in ours.keys() - theirs.keys())
 
 
 def test_base_is_what_the_converter_writes(mod_f32, base_f32):
-    assert_same_base(mod_f32, base_f32, ignore=["general.name", "general.size_label", "general.finetune"])
+    assert_same_base(
+        mod_f32, base_f32, ignore=["general.name", "general.size_label", "general.finetune"]
+    )
 
 
 def test_keys_and_types(mod_f32, mod_dir):
     config, _ = read_directory(mod_dir)
     V = gguf.GGUFValueType
-    keys = {name: value for name, value in keys_of(mod_f32).items() if name.startswith("llama.mod.")}
+    keys = {
+        name: value for name, value in keys_of(mod_f32).items() if name.startswith("llama.mod.")
+    }
     expected = {
         "llama.mod.version": ([V.UINT32], 1),
         "llama.mod.gating_func": ([V.STRING], "sigmoid"),
@@ -125,8 +141,12 @@ def test_router_tensors(mod_f32, mod_dir):
     tensors = tensors_of(mod_f32)
     for unit in config.routed():
         weight, bias = routers[unit]
-        names = gguf_keys.tensor_names(*unit)
-        assert tensors[names[0]] == (gguf.GGMLQuantizationType.F32, (len(weight),), weight.tobytes())
+        names = schema.tensor_names(*unit)
+        assert tensors[names[0]] == (
+            gguf.GGMLQuantizationType.F32,
+            (len(weight),),
+            weight.tobytes(),
+        )
         assert tensors[names[1]] == (gguf.GGMLQuantizationType.F32, (1,), bias.tobytes())
 
 
@@ -175,16 +195,25 @@ def test_memory_does_not_grow_with_the_file(mod_dir, base_f32, tmp_path):
     """A base of 400 MB is rewritten within 100 MB more than the interpreter itself takes."""
     big = tmp_path / "big.gguf"
     with open(big, "wb") as out:
-        rewrite(GGUFFile.open(base_f32), out, [], {"padding.weight": np.zeros((100, 1_000_000), np.float32)})
+        rewrite(
+            GGUFFile.open(base_f32),
+            out,
+            [],
+            {"padding.weight": np.zeros((100, 1_000_000), np.float32)},
+        )
     code = "import sys; from pathlib import Path; from mod_export.export import export\n"
     code += "export(Path(sys.argv[1]), Path(sys.argv[3]), base=Path(sys.argv[2]))\n"
     # not ru_maxrss, which a new process inherits from the one that starts it
     code += "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
     arguments = [mod_dir, big, tmp_path / "mod.gguf"]
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "mod.gguf").stat().st_size > 400e6
-    assert int(result.stdout) < 200_000, result.stdout  # kB; the interpreter with numpy takes about 60 000
+    assert int(result.stdout) < 200_000, (
+        result.stdout
+    )  # kB; the interpreter with numpy takes about 60 000
 
 
 def test_stored_type(mod_dir, tmp_path):
@@ -232,7 +261,9 @@ def test_truncated_at_random_places(mod_f32, tmp_path):
     short = tmp_path / "short.gguf"
     rng = random.Random(0)
     header = GGUFFile.open(mod_f32).data_start
-    ends = [rng.randrange(4, header) for _ in range(10)] + [rng.randrange(header, len(data) - 64) for _ in range(10)]
+    ends = [rng.randrange(4, header) for _ in range(10)] + [
+        rng.randrange(header, len(data) - 64) for _ in range(10)
+    ]
     for end in ends:
         short.write_bytes(data[:end])
         with pytest.raises(UserError, match="truncated|damaged"):
@@ -278,23 +309,46 @@ BAD = {
 }
 
 
-def bad_file(path, p=0.5, weight=..., bias=..., kinds=("kv",), layers=(2,), thresholds=None, n_values=3, **keys):
+def bad_file(
+    path,
+    p=0.5,
+    weight=...,
+    bias=...,
+    kinds=("kv",),
+    layers=(2,),
+    thresholds=None,
+    n_values=3,
+    **keys,
+):
     writer = gguf.GGUFWriter(path, "llama")
-    for name, value in {"block_count": 3, "embedding_length": WIDTH, "attention.head_count": 2}.items():
+    for name, value in {
+        "block_count": 3,
+        "embedding_length": WIDTH,
+        "attention.head_count": 2,
+    }.items():
         writer.add_uint32(f"llama.{name}", value)
     keys = {"version": 1, "gating_func": "sigmoid", "sink_tokens": 4, "kv_window": 64} | keys
     for name, value in keys.items():
         if value is not None:
-            getattr(writer, "add_string" if isinstance(value, str) else "add_uint32")(f"llama.mod.{name}", value)
+            getattr(writer, "add_string" if isinstance(value, str) else "add_uint32")(
+                f"llama.mod.{name}", value
+            )
     writer.add_bool("llama.mod.scale_output", False)
     writer.add_tensor("token_embd.weight", np.zeros((4, WIDTH), np.float32))
     for kind in kinds:
         routed = thresholds or layers
-        writer.add_array(f"llama.mod.{kind}.threshold", [p if i in routed else 0.0 for i in range(n_values)])
-        writer.add_array(f"llama.mod.{kind}.activation", [0.5 if i in routed else 1.0 for i in range(n_values)])
+        writer.add_array(
+            f"llama.mod.{kind}.threshold", [p if i in routed else 0.0 for i in range(n_values)]
+        )
+        writer.add_array(
+            f"llama.mod.{kind}.activation", [0.5 if i in routed else 1.0 for i in range(n_values)]
+        )
         for layer in layers:
             for name, value, good in zip(
-                gguf_keys.tensor_names(layer, kind), (weight, bias), (np.ones(WIDTH), np.zeros(1)), strict=True
+                schema.tensor_names(layer, kind),
+                (weight, bias),
+                (np.ones(WIDTH), np.zeros(1)),
+                strict=True,
             ):
                 if value is not None:
                     writer.add_tensor(name, good.astype(np.float32) if value is ... else value)
@@ -334,21 +388,38 @@ def test_existing_output(run_cli, mod_dir, base_f32, tmp_path):
     (tmp_path / "out.gguf").write_text("mine")
     assert "--force" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", base_f32)
     assert (tmp_path / "out.gguf").read_text() == "mine"
-    assert run_cli("export", mod_dir, "-o", "out.gguf", "--base", base_f32, "--force", cwd=tmp_path).returncode == 0
+    assert (
+        run_cli(
+            "export", mod_dir, "-o", "out.gguf", "--base", base_f32, "--force", cwd=tmp_path
+        ).returncode
+        == 0
+    )
     assert inspect(tmp_path / "out.gguf")["mod"]
 
 
 def test_bases_that_do_not_fit(run_cli, mod_dir, base_f32, mod_f32, tmp_path):
-    assert "no such file" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "none.gguf")
-    assert "routers already" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", mod_f32)
+    assert "no such file" in refused(
+        run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "none.gguf"
+    )
+    assert "routers already" in refused(
+        run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", mod_f32
+    )
     (tmp_path / "text.gguf").write_text("not a GGUF")
-    assert "not a GGUF" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "text.gguf")
+    assert "not a GGUF" in refused(
+        run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "text.gguf"
+    )
     (tmp_path / "short.gguf").write_bytes(base_f32.read_bytes()[:-500])
-    assert "truncated" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "short.gguf")
+    assert "truncated" in refused(
+        run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "short.gguf"
+    )
     Tiny(n_layer=6, n_embd=32).write(tmp_path / "narrow.gguf")
-    assert "n_embd" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "narrow.gguf")
+    assert "n_embd" in refused(
+        run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "narrow.gguf"
+    )
     Tiny(n_layer=3, n_embd=64).write(tmp_path / "flat.gguf")
-    assert "3 layers" in refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "flat.gguf")
+    assert "3 layers" in refused(
+        run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", "flat.gguf"
+    )
 
 
 def test_outputs_that_cannot_be(run_cli, mod_dir, tmp_path):
@@ -387,13 +458,15 @@ def test_directories_that_are_no_mod_model(run_cli, mod_dir, tmp_path):
 
 
 def test_directories_with_bad_tensors(mod_dir, tmp_path):
-    name = gguf_keys.hf_tensor_names(3, "kv")[0]
+    name = schema.hf_tensor_names(3, "kv")[0]
     edits = {
         "is missing": lambda weights: weights.pop(name),
         "not of shape": lambda weights: weights.update({name: weights[name][:-1]}),
         "not finite": lambda weights: weights.update({name: weights[name] * np.nan}),
         "not f32": lambda weights: weights.update({name: weights[name].astype(np.float16)}),
-        "no routed unit": lambda weights: weights.update({name.replace(".3.", ".5."): weights[name]}),
+        "no routed unit": lambda weights: weights.update(
+            {name.replace(".3.", ".5."): weights[name]}
+        ),
     }
     for words, edit in edits.items():
         with pytest.raises(UserError, match=words):
@@ -407,13 +480,17 @@ def test_directories_with_bad_tensors(mod_dir, tmp_path):
 
 
 def test_unsupported_architecture(run_cli, mod_dir, tmp_path):
-    copy = edited(mod_dir, tmp_path, config=lambda data: data.update(architectures=["NoSuchForCausalLM"]))
+    copy = edited(
+        mod_dir, tmp_path, config=lambda data: data.update(architectures=["NoSuchForCausalLM"])
+    )
     assert "NoSuchForCausalLM" in refused(run_cli, tmp_path, copy, "-o", "out.gguf")
 
 
 def test_schema_document_names_every_key():
     """docs/gguf.md is the contract: what the code writes must stand there."""
     text = (llama_source.patches_dir().parent / "docs/gguf.md").read_text()
-    for name in [*gguf_keys.SCALARS, *gguf_keys.PER_LAYER]:
+    for name in [*schema.SCALARS, *schema.PER_LAYER]:
         assert f"mod.{name}`" in text or f"{{kind}}.{name}`" in text
-    assert all(kind in text for kind in MoDConfig().to_dict() if kind in ("kv", "block", "attn", "ffn"))
+    assert all(
+        kind in text for kind in MoDConfig().to_dict() if kind in ("kv", "block", "attn", "ffn")
+    )

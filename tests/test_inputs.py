@@ -1,17 +1,23 @@
-"""Inputs of kept graphs in one block, as devices get them (LLAMA_MOD_INPUTS=block), on the CPU: the same bits."""
+"""Inputs of kept graphs in one block, as devices get them (LLAMA_MOD_INPUTS=block), on the CPU: the
+same bits.
+"""
 
 import numpy as np
 import pytest
 from raw import Raw
 from test_runtime import CASES, TOKENS, make
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 
 def run(path, fa: bool, scattered: bool) -> list[np.ndarray]:
-    """Logits and decisions of two sequences: a prompt, batches of 1 to 8 tokens, and back to single ones."""
+    """Logits and decisions of two sequences: a prompt, batches of 1 to 8 tokens, and back to single
+    ones.
+    """
     results = []
     rng = np.random.default_rng(4)
     with Raw(path, fa=fa) as r:

@@ -1,4 +1,6 @@
-"""KV memory on demand: committed as cells are used, given back, grown, moved together; and what happens without it."""
+"""KV memory on demand: committed as cells are used, given back, grown, moved together; and what
+happens without it.
+"""
 
 import ctypes
 import os
@@ -15,11 +17,15 @@ from test_runtime import NOISE, TOKENS, N, close, make
 from test_runtime_memory import cells, expected_cells, restore, save
 from tiny_gguf import Tiny
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
 pytestmark = [
-    pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"),
-    pytest.mark.skipif(sys.platform != "linux", reason="memory is read from the kernel as Linux tells it"),
+    pytest.mark.skipif(
+        not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+    ),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="memory is read from the kernel as Linux tells it"
+    ),
 ]
 
 FA_NOISE = 0.1  # it accumulates in f16 on a CPU; logits have a standard deviation of 2
@@ -36,7 +42,9 @@ def mode(request, monkeypatch):
 
 
 def smollm2_like(kinds: str) -> Tiny:
-    """K and V rows of 384 bytes in f16, as in SmolLM2-135M; window and share of active tokens as converted."""
+    """K and V rows of 384 bytes in f16, as in SmolLM2-135M; window and share of active tokens as
+    converted.
+    """
     tiny = Tiny(n_embd=192, n_head=3, n_head_kv=3, n_ff=64, kv_window=64, n_ctx=8192)
     return tiny.route(range(1, 5), kinds).place_biases(LONG[:1], 0.45)
 
@@ -71,7 +79,9 @@ def cells(r, n_layer):
 @pytest.mark.parametrize("n_ubatch", [512, 2048, 64])
 @pytest.mark.parametrize("kinds", ["kv", "attn", "block", "attn+kv"])
 def test_committed_is_at_most_a_tenth_above_used(kinds, n_ubatch, tmp_path):
-    """Above 2048 tokens, whether a prompt comes in one batch or several, and while a long text is decoded on."""
+    """Above 2048 tokens, whether a prompt comes in one batch or several, and while a long text is
+    decoded on.
+    """
     path = smollm2_like(kinds).write(tmp_path / "mod.gguf")
     tokens = np.random.default_rng(1).integers(0, 96, 3400)
     with Raw(path, n_ctx=4096, n_batch=2048, n_ubatch=n_ubatch, fa=True, kv=F16) as r:
@@ -100,7 +110,11 @@ def test_few_active_tokens_and_a_large_window(tmp_path):
 def test_memory_of_a_prompt_is_not_held_by_all_layers_at_once(tmp_path):
     """Peak memory of a prompt of which little stays, measured by the kernel."""
     tiny = Tiny(n_layer=24, n_embd=128, n_head=4, n_head_kv=4, n_ff=64, kv_window=16, n_ctx=8192)
-    path = tiny.route(range(1, 24), "kv").place_biases(LONG[:1, :100], 0.05).write(tmp_path / "mod.gguf")
+    path = (
+        tiny.route(range(1, 24), "kv")
+        .place_biases(LONG[:1, :100], 0.05)
+        .write(tmp_path / "mod.gguf")
+    )
     out = script(
         """
 def peak():
@@ -216,7 +230,10 @@ def test_states_go_through_every_way(mode, tmp_path, monkeypatch):
 def test_a_shift_touches_the_cells_in_use_only(mode, tmp_path):
     _, fa = mode
     tiny = make("block", sequences=LONG[:1, :400], n_ctx=4096)
-    path, dense_path = tiny.write(tmp_path / "mod.gguf"), tiny.dense().write(tmp_path / "dense.gguf")
+    path, dense_path = (
+        tiny.write(tmp_path / "mod.gguf"),
+        tiny.dense().write(tmp_path / "dense.gguf"),
+    )
     with Raw(dense_path, n_ctx=65536, fa=fa) as dense, Raw(path, n_ctx=65536, fa=fa) as r:
         r.set(force="active")
         results = []
@@ -249,7 +266,12 @@ def test_clear_and_removed_tails_give_memory_back(mode, tmp_path):
         r.clear()
         none = r.kv()
         if kind != "full":
-            assert both.bytes_committed > half.bytes_committed > less.bytes_committed > none.bytes_committed
+            assert (
+                both.bytes_committed
+                > half.bytes_committed
+                > less.bytes_committed
+                > none.bytes_committed
+            )
         if fa:
             assert none.bytes_committed == 0
         close(r.decode(TOKENS[0][:20]), Raw_again(path, fa, TOKENS[0][:20]), FA_NOISE)
@@ -261,7 +283,9 @@ def Raw_again(path, fa, tokens):
 
 
 def interleaved(r: Raw, n: int):
-    """Two sequences that take turns token by token: their cells alternate, no page belongs to one alone."""
+    """Two sequences that take turns token by token: their cells alternate, no page belongs to one
+    alone.
+    """
     for i in range(0, n, 40):
         r.decode(LONG[:, i : i + 40].T.ravel(), [0, 1] * 40, logits=[0] * 79 + [1])
 
@@ -289,7 +313,11 @@ def test_cells_move_together_when_a_sequence_between_others_goes(case, mode, tmp
         logits = [r.decode(LONG[0, a:b]) for a, b in more[:1]]
         after = r.kv()
         logits += [r.decode(LONG[0, a:b]) for a, b in more[1:]]
-    close(np.concatenate(logits), undisturbed(path, 400, more, fa, **settings), FA_NOISE if fa else NOISE)
+    close(
+        np.concatenate(logits),
+        undisturbed(path, 400, more, fa, **settings),
+        FA_NOISE if fa else NOISE,
+    )
     assert max(held) == 400
     if kind == "lazy" and fa:
         assert before.bytes_committed > 1.5 * before.bytes_used
@@ -299,7 +327,9 @@ def test_cells_move_together_when_a_sequence_between_others_goes(case, mode, tmp
 
 
 def test_cells_that_are_shared_or_shifted_move_together_too(mode, tmp_path):
-    """A hole in the middle, a copy, and positions that wait to be shifted, all before the next decode."""
+    """A hole in the middle, a copy, and positions that wait to be shifted, all before the next
+    decode.
+    """
     _, fa = mode
     path = make("attn", sequences=LONG[:2, :440], n_ctx=2048).write(tmp_path / "mod.gguf")
     results = []
@@ -350,7 +380,9 @@ def test_the_choice_is_told(monkeypatch, tmp_path):
         ("grow", True, "grow (LLAMA_MOD_KV)"),
         ("full", False, "full (LLAMA_MOD_KV)"),
     ]:
-        monkeypatch.setenv("LLAMA_MOD_KV", env) if env else monkeypatch.delenv("LLAMA_MOD_KV", raising=False)
+        monkeypatch.setenv("LLAMA_MOD_KV", env) if env else monkeypatch.delenv(
+            "LLAMA_MOD_KV", raising=False
+        )
         lines.clear()
         with Raw(path, fa=fa):
             assert any(f"K/V memory: {words}" in line for line in lines)
@@ -387,8 +419,12 @@ np.save(path + ".npy", np.concatenate(logits))
 @pytest.mark.parametrize("way", ["lazy", "grow"])
 @pytest.mark.parametrize("extra, result", [(3, 1), (7, 1), (14, 1), (20, 1), (400, 0)])
 def test_out_of_memory_is_a_decode_without_a_slot(extra, result, way, tmp_path):
-    """In the complete layers, in the middle of the routed ones; afterwards all is as before, and goes on."""
-    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(range(2, 6), "attn")
+    """In the complete layers, in the middle of the routed ones; afterwards all is as before, and
+    goes on.
+    """
+    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(
+        range(2, 6), "attn"
+    )
     path = tiny.write(tmp_path / "mod.gguf")
     env = {"LLAMA_MOD_KV": way} if way != "lazy" else {}
     out = script(OUT_OF_MEMORY, path, EXTRA_MB=str(extra), **env)
@@ -412,8 +448,12 @@ with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
 
 
 def test_memory_for_a_layer_but_not_for_the_lists_of_its_cells(tmp_path):
-    """Wherever memory ends: where the system is asked for each of them, the next small allocation fails."""
-    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(range(2, 6), "attn")
+    """Wherever memory ends: where the system is asked for each of them, the next small allocation
+    fails.
+    """
+    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(
+        range(2, 6), "attn"
+    )
     env = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0", "MALLOC_MMAP_THRESHOLD_": "4096"}
     out = script(JUST_NOT_ENOUGH, tiny.write(tmp_path / "mod.gguf"), **env)
     assert [int(line) for line in out.split()] == [1] * 11
@@ -455,7 +495,9 @@ with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
 
 
 def test_a_state_that_does_not_fit_into_memory(tmp_path):
-    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(range(2, 6), "attn")
+    tiny = Tiny(n_layer=6, n_embd=256, n_head=4, n_head_kv=4, n_ff=64, n_ctx=4096).route(
+        range(2, 6), "attn"
+    )
     path = tiny.write(tmp_path / "mod.gguf")
     np.save(tmp_path / "expected.npy", tiny.forward(TOKENS[0], force="active").logits)
     head = f"""

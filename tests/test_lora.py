@@ -11,17 +11,21 @@ from tiny_adapter import IDS, TOKENIZER, fill_lora, trained
 
 from mod_export.adapter import apply, inject_lora, load, merge_lora, save, without_lora
 from mod_export.errors import UserError
-from mod_export.model import MoDModel
+from mod_export.model.mod_model import MoDModel
 
 
 @pytest.mark.parametrize("order", ["LoRA first", "routers first"])
 @torch.inference_mode()
 def test_round_trip(tmp_path, order):
-    """Saved, loaded and merged it computes what the model with LoRA in it does; so does merging in place."""
+    """Saved, loaded and merged it computes what the model with LoRA in it does; so does merging in
+    place.
+    """
     model, identity = trained(order)
     logits, trace = model(IDS, trace=True)
     dense = MoDModel.from_base(tiny.base(), None, model.config, model.router_tensors())(IDS)
-    assert (logits - dense).abs().max() > 0.1  # LoRA does something, the routers' decisions are not all the same
+    assert (
+        logits - dense
+    ).abs().max() > 0.1  # LoRA does something, the routers' decisions are not all the same
     assert 0.2 < trace.active.float().mean() < 0.9
     save(tmp_path / "adapter", model.config, model.router_tensors(), model.base, identity)
     told = []
@@ -70,7 +74,9 @@ def test_a_teacher_between_forward_and_backward_leaves_gradients_as_they_are():
                 model(IDS)
         loss.backward()
         grads.append({n: p.grad for n, p in model.base.named_parameters() if p.requires_grad})
-    assert len(grads[0]) == 6 * 7 * 2 and all(grad is not None and grad.any() for grad in grads[0].values())
+    assert len(grads[0]) == 6 * 7 * 2 and all(
+        grad is not None and grad.any() for grad in grads[0].values()
+    )
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
@@ -88,7 +94,9 @@ def test_targets_and_seed():
     assert not all(torch.equal(value, every[name]) for name, value in injected(seed=6).items())
     some = injected(targets=["q_proj", "v_proj"])
     assert {re.search(r"\.(\w+)\.lora_", name)[1] for name in some} == {"q_proj", "v_proj"}
-    with pytest.raises(UserError, match="no layer has a linear module c_proj; use down_proj, gate_proj"):
+    with pytest.raises(
+        UserError, match="no layer has a linear module c_proj; use down_proj, gate_proj"
+    ):
         injected(targets=["q_proj", "c_proj"])
     with pytest.raises(UserError, match="rank of 0"):
         inject_lora(tiny.base(), rank=0, alpha=1)
@@ -98,7 +106,9 @@ def test_lora_once_at_a_time():
     base = tiny.base()
     state = torch.get_rng_state()
     inject_lora(base, 2, 4, seed=5)
-    assert torch.equal(torch.get_rng_state(), state)  # a seed of its own leaves other random numbers as they were
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # a seed of its own leaves other random numbers as they were
     with pytest.raises(UserError, match="LoRA already"):
         inject_lora(base, 2, 4)
     merge_lora(base)

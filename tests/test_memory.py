@@ -1,4 +1,6 @@
-"""`mod-export fit`: what it predicts against the file's own numbers, and against real runs of small models."""
+"""`mod-export fit`: what it predicts against the file's own numbers, and against real runs of small
+models.
+"""
 
 import json
 from dataclasses import replace
@@ -7,33 +9,58 @@ import numpy as np
 import pytest
 from tiny_gguf import Tiny
 
-from mod_export import bindings, memory
+from mod_export.benchmark import memory
+from mod_export.benchmark.memory import MIB, Model, Options
 from mod_export.errors import UserError
 from mod_export.inspection import expected_cells
-from mod_export.memory import MIB, Model, Options
+from mod_export.runtime import bindings
 
-patched = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+patched = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 TEXT = "".join(chr(32 + c) for c in np.random.default_rng(0).integers(0, 90, 4000))
 
 
 def make(kinds: str, **options) -> Tiny:
     """Wide enough for its K/V to show in a process of 60 MiB: 28 kB per token. Tokens are bytes."""
-    tiny = Tiny(n_layer=14, n_embd=512, n_head=8, n_head_kv=8, n_vocab=320, kv_window=32, n_ctx=2048, **options)
+    tiny = Tiny(
+        n_layer=14,
+        n_embd=512,
+        n_head=8,
+        n_head_kv=8,
+        n_vocab=320,
+        kv_window=32,
+        n_ctx=2048,
+        **options,
+    )
     tiny.route(range(2, 14), kinds)
     return tiny.place_biases([[byte for byte in TEXT[:768].encode()]])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict:
-    """A kv model whose activation is half, as its file says; its dense one; one whose file says too little."""
+    """A kv model whose activation is half, as its file says; its dense one; one whose file says too
+    little.
+    """
     folder, tiny = tmp_path_factory.mktemp("memory"), make("kv")
     low = tiny.mod_keys()["kv.activation"]
-    return {"mod": tiny.write(folder / "mod.gguf"), "dense": tiny.dense().write(folder / "dense.gguf"),
-            "liar": tiny.write(folder / "liar.gguf", {"kv.activation": ([0.02 * x for x in low[0]], *low[1:])})}
+    return {
+        "mod": tiny.write(folder / "mod.gguf"),
+        "dense": tiny.dense().write(folder / "dense.gguf"),
+        "liar": tiny.write(
+            folder / "liar.gguf", {"kv.activation": ([0.02 * x for x in low[0]], *low[1:])}
+        ),
+    }
 
 
 def test_sizes():
-    for text, size in {"8G": 8 << 30, "512m": 512 << 20, "1.5GiB": 3 << 29, " 2 kb ": 2048, "123456": 123456}.items():
+    for text, size in {
+        "8G": 8 << 30,
+        "512m": 512 << 20,
+        "1.5GiB": 3 << 29,
+        " 2 kb ": 2048,
+        "123456": 123456,
+    }.items():
         assert memory.parse_size(text) == size
     for text in ("", "8X", "-1G", "0", "lots", "1GG"):
         with pytest.raises(UserError, match="no size of memory"):
@@ -60,7 +87,11 @@ def test_the_needs_follow_the_file(files):
 def test_the_largest_context_is_the_largest(files):
     plan = memory.fit(files["mod"], 300 * MIB, Options(), files["dense"])
     for name, n in plan.unlimited.items():
-        assert plan.models[name].need(n).total <= 300 * MIB < plan.models[name].need(n + memory.STEP).total
+        assert (
+            plan.models[name].need(n).total
+            <= 300 * MIB
+            < plan.models[name].need(n + memory.STEP).total
+        )
     assert plan.unlimited["MoD"] > 1.3 * plan.unlimited["dense"]
     assert {need.context for need in plan.needs.values()} == {2048}  # the trained one
     text = memory.report(plan)
@@ -78,7 +109,9 @@ def test_a_run_takes_what_was_predicted(files):
     plan = memory.fit(files["mod"], 1024 * MIB, Options(ubatch=256), files["dense"])
     rows = memory.check(plan, TEXT, 1536, say=[].append)
     assert [(r["model"], r["context"], r["tokens"], r["ok"]) for r in rows] == [
-        ("dense", 1536, 1536, True), ("MoD", 1536, 1536, True)]  # fmt: skip
+        ("dense", 1536, 1536, True),
+        ("MoD", 1536, 1536, True),
+    ]
     for row in rows:
         assert row["needed"] == pytest.approx(row["predicted"], rel=0.1)
         assert row["kv"] == pytest.approx(row["predicted_kv"], rel=0.2)
@@ -99,7 +132,9 @@ def test_other_units(kinds, tmp_path):
 
 @patched
 def test_a_file_that_promises_too_little_fails_the_check(files, run_cli):
-    done = run_cli("fit", files["liar"], "--memory", "1G", "--check", "--text", __file__, "--threads", 2)
+    done = run_cli(
+        "fit", files["liar"], "--memory", "1G", "--check", "--text", __file__, "--threads", 2
+    )
     assert done.returncode == 1 and "NO" in done.stdout, done.stderr
 
 
@@ -118,14 +153,24 @@ def test_bad_input(files, run_cli, tmp_path):
     for args, words in (
         ((files["mod"], "--memory", "much"), "no size of memory"),
         ((files["mod"], "--memory", "20M"), "do not hold the weights"),
-        ((files["mod"], "--memory", f"{files['mod'].stat().st_size}"), "for a context of 256 tokens"),
+        (
+            (files["mod"], "--memory", f"{files['mod'].stat().st_size}"),
+            "for a context of 256 tokens",
+        ),
         ((files["dense"], "--memory", "1G", "--dense", files["dense"]), "is a dense model"),
         ((tmp_path / "none.gguf", "--memory", "1G"), "no such file"),
         ((tmp_path / "no.gguf", "--memory", "1G"), "truncated"),
         ((files["mod"], "--memory", "1G", "--kv-type", "f64"), "--kv-type"),
         ((files["mod"], "--memory", "1G", "--ubatch", "8192"), "--ubatch"),
         ((files["mod"], "--memory", "1G", "--margin", "inf"), "not a finite number"),
-        ((files["mod"], "--memory", "1G", "--check", "--text", tmp_path / "none.txt"), "cannot read"),
+        (
+            (files["mod"], "--memory", "1G", "--check", "--text", tmp_path / "none.txt"),
+            "cannot read",
+        ),
     ):
         done = run_cli("fit", *args)
-        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and words in done.stderr
+        assert (
+            (done.returncode, done.stdout) == (2, "")
+            and done.stderr.count("\n") == 1
+            and words in done.stderr
+        )

@@ -1,4 +1,6 @@
-"""The ops of ggml-mod.h on the CPU against numpy. Their CUDA kernels are compared with the CPU by test-backend-ops."""
+"""The ops of ggml-mod.h on the CPU against numpy. Their CUDA kernels are compared with the CPU by
+test-backend-ops.
+"""
 
 import ctypes
 import os
@@ -26,17 +28,26 @@ def function(lib, name, result, *arguments):
 
 
 class Ggml:
-    """A context: arrays become tensors (the last axis first, as ggml counts them), and tensors are computed."""
+    """A context: arrays become tensors (the last axis first, as ggml counts them), and tensors are
+    computed.
+    """
 
     def __init__(self):
-        base, cpu = ctypes.CDLL(str(LIB / "libggml-base.so")), ctypes.CDLL(str(LIB / "libggml-cpu.so"))
+        base, cpu = (
+            ctypes.CDLL(str(LIB / "libggml-base.so")),
+            ctypes.CDLL(str(LIB / "libggml-cpu.so")),
+        )
         self.new = function(base, "ggml_new_tensor_3d", P, P, ctypes.c_int, I64, I64, I64)
         self.data = function(base, "ggml_get_data", P, P)
         self.graph = function(base, "ggml_new_graph", P, P)
         self.expand = function(base, "ggml_build_forward_expand", None, P, P)
-        self.compute = function(cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, P, P, ctypes.c_int)
+        self.compute = function(
+            cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, P, P, ctypes.c_int
+        )
         self.score = function(base, "ggml_mod_score", P, P, P, P, P, ctypes.c_float)
-        self.route = function(base, "ggml_mod_route", P, P, P, P, P, P, P, ctypes.c_float, ctypes.c_bool)
+        self.route = function(
+            base, "ggml_mod_route", P, P, P, P, P, P, P, ctypes.c_float, ctypes.c_bool
+        )
         self.gather = function(base, "ggml_mod_gather", P, P, P, P, ctypes.c_int)
         self.scatter = function(base, "ggml_mod_scatter", P, P, P, P, P, ctypes.c_int)
         self.mask = function(base, "ggml_mod_mask", P, P, P, P, P, ctypes.c_int, I64)
@@ -109,7 +120,9 @@ def test_a_score_does_not_depend_on_the_batch(ggml, rng):
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 40])
 def test_route(ggml, rng, n_tokens, scale):
-    """Units of which none, some and all tokens are active; some tokens are whatever their scores say."""
+    """Units of which none, some and all tokens are active; some tokens are whatever their scores
+    say.
+    """
     h, w, b = normal(rng, n_tokens, 64), normal(rng, 3, 64), normal(rng, 3)
     limit = np.array([np.inf, 0.25, -np.inf], np.float32)
     always = (np.arange(n_tokens) % 7 == 3).astype(np.int32)
@@ -121,11 +134,15 @@ def test_route(ggml, rng, n_tokens, scale):
         active = above | (always > 0)
         ids = np.flatnonzero(active)
         assert route[u, 0] == len(ids)
-        assert (route[u, 1 : 1 + n_tokens] == np.pad(ids, (0, n_tokens - len(ids)), constant_values=-1)).all()
+        assert (
+            route[u, 1 : 1 + n_tokens] == np.pad(ids, (0, n_tokens - len(ids)), constant_values=-1)
+        ).all()
         score, gate = route[u, 1 + n_tokens :].view(np.float32).reshape(2, n_tokens)
         np.testing.assert_allclose(score, expected[u], rtol=1e-4, atol=1e-5)
         scaled = above if scale and np.isfinite(limit[u]) else np.zeros(n_tokens, bool)
-        np.testing.assert_allclose(gate, np.where(scaled, 1 / (1 + np.exp(-expected[u])), active), rtol=1e-4)
+        np.testing.assert_allclose(
+            gate, np.where(scaled, 1 / (1 + np.exp(-expected[u])), active), rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("n_tokens", [1, 9])
@@ -135,7 +152,9 @@ def test_gather_and_scatter(ggml, rng, n_tokens):
     route, active, gate = random_route(rng, n_tokens, 4)
     for u in range(4):
         ids, n = np.flatnonzero(active[u]), active[u].sum()
-        gathered = ggml.run(ggml.gather(ggml.ctx, ggml.tensor(h), ggml.tensor(route), u), (n_tokens, 48))
+        gathered = ggml.run(
+            ggml.gather(ggml.ctx, ggml.tensor(h), ggml.tensor(route), u), (n_tokens, 48)
+        )
         assert (gathered[:n] == h[ids]).all() and not gathered[n:].any()
         expected, g = h.copy(), gate[u, ids, None]
         expected[ids] = np.where(g == 1, x[:n], h[ids] + g * (x[:n] - h[ids]))
@@ -153,7 +172,9 @@ def test_mask(ggml, rng, kind):
     start = rng.integers(0, 12, (2, n_cells)).astype(np.float32)
     empty, dropped = rng.random((2, 2, n_cells)) < 0.4
     start[empty] = np.inf
-    cells = np.stack([start, np.where(dropped, start + window - 1, np.inf)], axis=-1).astype(np.float32)
+    cells = np.stack([start, np.where(dropped, start + window - 1, np.inf)], axis=-1).astype(
+        np.float32
+    )
     pos, seq = np.array([0, 5, 11, 5], np.int32), np.array([0, 1, 0, 0], np.int32)
     mask = ggml.mask(ggml.ctx, *map(ggml.tensor, (cells, pos, seq)), kind, n_kv)
     mask = ggml.run(mask, (4, n_kv), DTYPES[kind])

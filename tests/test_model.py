@@ -1,4 +1,6 @@
-"""The torch model: both forms agree, and each against a plain transformers model wherever there is an equal one."""
+"""The torch model: both forms agree, and each against a plain transformers model wherever there is
+an equal one.
+"""
 
 import pytest
 import tiny
@@ -7,7 +9,7 @@ from tiny import one_thread  # noqa: F401
 from torch.nn.functional import pad
 
 from mod_export.errors import UserError
-from mod_export.model import MoDModel
+from mod_export.model.mod_model import MoDModel
 
 IDS = torch.randint(3, 300, (1, 48), generator=torch.Generator().manual_seed(7))
 BATCH = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(8))
@@ -25,7 +27,9 @@ UNITS = {
 def in_pieces(model, ids, size):
     """Logits, decisions and the cache of the sparse form, `size` tokens at a time."""
     cache = model.new_cache()
-    steps = [model.step(ids[:, i : i + size], cache, trace=True) for i in range(0, ids.shape[1], size)]
+    steps = [
+        model.step(ids[:, i : i + size], cache, trace=True) for i in range(0, ids.shape[1], size)
+    ]
     return torch.cat([s[0] for s in steps], 1), torch.cat([s[1].active for s in steps], 1), cache
 
 
@@ -107,7 +111,9 @@ def test_inactive_sublayer_is_the_model_with_it_zeroed(kind, module):
 
 @torch.inference_mode()
 def test_kv_visibility_is_the_stated_rule():
-    """The same tokens forgotten in all layers is one mask for all layers, which a plain model takes too."""
+    """The same tokens forgotten in all layers is one mask for all layers, which a plain model takes
+    too.
+    """
     keep, window = torch.rand(1, 48, generator=torch.Generator().manual_seed(3)) < 0.4, 6
     mask = torch.zeros(1, 1, 48, 48, dtype=torch.bool)
     for query in range(48):
@@ -116,7 +122,10 @@ def test_kv_visibility_is_the_stated_rule():
     plain = tiny.base()
     expected = plain(IDS, attention_mask=mask).logits
     model = MoDModel.from_base(plain, None)
-    assert_close(model(IDS, decisions={(i, "kv"): keep for i in range(tiny.N_LAYER)}, kv_window=window), expected)
+    assert_close(
+        model(IDS, decisions={(i, "kv"): keep for i in range(tiny.N_LAYER)}, kv_window=window),
+        expected,
+    )
     assert (model(IDS) - expected).abs().max() > 0.1
 
 
@@ -129,7 +138,9 @@ def test_a_token_that_stores_nothing_is_seen_by_nobody(kind):
     other[0, 20] = 5
     model = MoDModel.from_base(tiny.base(), None)
     decisions = {(i, kind): active for i in range(tiny.N_LAYER)}
-    difference = (model(IDS, decisions=decisions) - model(other, decisions=decisions)).abs().amax(-1)[0]
+    difference = (
+        (model(IDS, decisions=decisions) - model(other, decisions=decisions)).abs().amax(-1)[0]
+    )
     assert difference[20] > 0.1
     assert difference[torch.arange(48) != 20].max() == 0
     assert (model(IDS) - model(other))[0, 21:].abs().max() > 0.1
@@ -155,10 +166,14 @@ def test_decisions_follow_scores_sinks_and_shift():
 @pytest.mark.parametrize("kind", ["block", "attn", "ffn"])
 @torch.inference_mode()
 def test_scaled_gate_multiplies_what_the_unit_adds(kind):
-    """In the last layer the gate can be applied by hand: what follows is the FFN (attn only), norm and head."""
+    """In the last layer the gate can be applied by hand: what follows is the FFN (attn only), norm
+    and head.
+    """
     model = tiny.mod_model({kind: [5]}, IDS, scale_output=True, sink_tokens=3)
     seen = {}
-    logits, trace = model(IDS, trace=True, observe=lambda unit, h, delta: seen.update({unit: (h, delta)}))
+    logits, trace = model(
+        IDS, trace=True, observe=lambda unit, h, delta: seen.update({unit: (h, delta)})
+    )
     h, delta = seen[5, kind]
     s, active = torch.sigmoid(trace.logit), trace.active
     g = torch.where(s >= 0.5, s, 1.0)
@@ -178,7 +193,9 @@ def test_padding_changes_nothing(side):
     lengths = (24, 17, 5)
     rows = [((24 - n, 0) if side == "left" else (0, 24 - n)) for n in lengths]
     ids = torch.stack([pad(BATCH[i, :n], rows[i]) for i, n in enumerate(lengths)])
-    mask = torch.stack([pad(torch.ones(n, dtype=torch.long), rows[i]) for i, n in enumerate(lengths)])
+    mask = torch.stack(
+        [pad(torch.ones(n, dtype=torch.long), rows[i]) for i, n in enumerate(lengths)]
+    )
     logits, trace = model(ids, attention_mask=mask, trace=True)
     for i, n in enumerate(lengths):
         alone, trace_alone = model(BATCH[i : i + 1, :n], trace=True)
@@ -199,7 +216,9 @@ def test_cells_are_what_later_queries_can_see():
                 if (layer, kind) in units:
                     visible &= trace.active[0, :, units.index((layer, kind))]
             if (layer, "kv") in units:
-                visible &= trace.active[0, :, units.index((layer, "kv"))] | (48 - torch.arange(48) < 6)
+                visible &= trace.active[0, :, units.index((layer, "kv"))] | (
+                    48 - torch.arange(48) < 6
+                )
             assert cells.position.tolist() == visible.nonzero()[:, 0].tolist()
 
 
@@ -236,7 +255,9 @@ def test_generate_is_the_dense_form_repeated():
 
 def test_sampling_follows_its_seed_and_bounds():
     model = tiny.mod_model(UNITS["kv"], IDS)
-    runs = [model.generate(IDS, 20, stop_ids=(), temperature=1.5, seed=s)[0].tolist() for s in (1, 1, 2)]
+    runs = [
+        model.generate(IDS, 20, stop_ids=(), temperature=1.5, seed=s)[0].tolist() for s in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
     assert model.generate(IDS, 5, stop_ids=(), temperature=1.5, top_p=1e-6).tolist() == (
         model.generate(IDS, 5, stop_ids=()).tolist()
@@ -272,12 +293,18 @@ def test_wrapping_again_ends_the_former_model():
 
 def test_routers_must_fit_the_config():
     config = tiny.config({"kv": [2, 3]})
-    good = {(2, "kv"): (torch.zeros(64), torch.zeros(1)), (3, "kv"): (torch.zeros(64), torch.zeros(1))}
+    good = {
+        (2, "kv"): (torch.zeros(64), torch.zeros(1)),
+        (3, "kv"): (torch.zeros(64), torch.zeros(1)),
+    }
     cases = {
         "mod_kv of layer 3": {(2, "kv"): good[2, "kv"]},
         "mod_ffn of layer 0": {**good, (0, "ffn"): good[2, "kv"]},
         "model.layers.3.mod_kv.weight": {**good, (3, "kv"): (torch.zeros(63), torch.zeros(1))},
-        "model.layers.2.mod_kv.bias": {**good, (2, "kv"): (torch.zeros(64), torch.full((1,), torch.nan))},
+        "model.layers.2.mod_kv.bias": {
+            **good,
+            (2, "kv"): (torch.zeros(64), torch.full((1,), torch.nan)),
+        },
     }
     for named, routers in cases.items():
         with pytest.raises(UserError, match=named):

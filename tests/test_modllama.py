@@ -1,4 +1,6 @@
-"""MoDLlama and llama_cpp.Llama on MoD files: generation, statistics, thresholds, reuse of what was read before."""
+"""MoDLlama and llama_cpp.Llama on MoD files: generation, statistics, thresholds, reuse of what was
+read before.
+"""
 
 import subprocess
 import sys
@@ -10,12 +12,21 @@ from raw import F32, Q8_0, stock_lib
 from test_runtime import TOKENS, N, close, make
 from tiny_gguf import Tiny
 
-from mod_export import bindings
 from mod_export.errors import UserError
-from mod_export.runtime import MoDLlama, Stopped
+from mod_export.runtime import bindings
+from mod_export.runtime.llama import MoDLlama, Stopped
 
-patched = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
-EXACT = {"n_ctx": 256, "threads": 1, "flash_attn": False, "type_k": F32, "type_v": F32, "logits_all": True}
+patched = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
+EXACT = {
+    "n_ctx": 256,
+    "threads": 1,
+    "flash_attn": False,
+    "type_k": F32,
+    "type_v": F32,
+    "logits_all": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,9 @@ def test_generation_and_statistics(mod):
     expected = tiny.forward([*TOKENS[0][:80], *answer])
     np.testing.assert_array_equal(answer, expected.logits[79:99].argmax(-1))
     active = np.concatenate([a for a, _ in batches])
-    np.testing.assert_array_equal(active, expected.active[:99])  # the last token is not read any more
+    np.testing.assert_array_equal(
+        active, expected.active[:99]
+    )  # the last token is not read any more
     np.testing.assert_array_equal(llm.trace()[0], expected.active[98:99])
     assert [(s.seen, s.active) for s in llm.stats()] == [(99, n) for n in active.sum(0)]
     assert llm.activation() == pytest.approx(active.mean())
@@ -68,7 +81,11 @@ def test_a_changed_threshold_holds_for_the_whole_next_prompt(mod):
     tiny, path = mod
     llm = MoDLlama(path, **EXACT)
     generate(llm, TOKENS[0], 1)
-    for change, force, shift in (("shift", "none", 0.8), ("force", "active", 0.8), ("force", "inactive", 0.8)):
+    for change, force, shift in (
+        ("shift", "none", 0.8),
+        ("force", "active", 0.8),
+        ("force", "inactive", 0.8),
+    ):
         setattr(llm, change, shift if change == "shift" else force)
         generate(llm, TOKENS[0], 1)
         close(llm.scores[:N], tiny.forward(TOKENS[0], force, shift).logits)
@@ -83,7 +100,9 @@ def test_a_changed_threshold_holds_for_the_whole_next_prompt(mod):
 
 @patched
 def test_a_shift_from_the_start_and_one_from_now_on(mod):
-    """threshold_shift holds for all tokens; set_shift without reread for those from then on, as in the numpy model."""
+    """threshold_shift holds for all tokens; set_shift without reread for those from then on, as in
+    the numpy model.
+    """
     tiny, path = mod
     llm = MoDLlama(path, **EXACT, threshold_shift=0.8)
     generate(llm, TOKENS[0], 1)
@@ -94,7 +113,9 @@ def test_a_shift_from_the_start_and_one_from_now_on(mod):
     llm.reset_stats()
     generate(llm, TOKENS[0], 1)
     assert {s.seen for s in llm.stats()} == {N - 100}
-    close(llm.scores[:N], tiny.forward(TOKENS[0], shift=np.repeat([0.0, 0.8], [100, N - 100])).logits)
+    close(
+        llm.scores[:N], tiny.forward(TOKENS[0], shift=np.repeat([0.0, 0.8], [100, N - 100])).logits
+    )
 
 
 @patched
@@ -103,9 +124,13 @@ def test_bad_values_are_refused(mod):
         with pytest.raises(UserError, match="threshold shift"):
             MoDLlama(mod[1], **EXACT, threshold_shift=bad)
     llm = MoDLlama(mod[1], **EXACT)
-    for bad in (lambda: llm.set_threshold(0, 1.0), lambda: llm.set_threshold(99, 0.5),
-                lambda: setattr(llm, "shift", float("nan")), lambda: setattr(llm, "force", "sometimes"),
-                lambda: setattr(llm, "kv_rollback", -1)):
+    for bad in (
+        lambda: llm.set_threshold(0, 1.0),
+        lambda: llm.set_threshold(99, 0.5),
+        lambda: setattr(llm, "shift", float("nan")),
+        lambda: setattr(llm, "force", "sometimes"),
+        lambda: setattr(llm, "kv_rollback", -1),
+    ):
         with pytest.raises(UserError):
             bad()
 
@@ -114,7 +139,9 @@ def test_bad_values_are_refused(mod):
 @pytest.mark.parametrize("cls", [llama_cpp.Llama, MoDLlama])
 @pytest.mark.parametrize("common", [130, 60])
 def test_a_prompt_that_shares_a_beginning(mod, cls, common, capfd):
-    """The tail is taken back where that is exact, else llama_cpp.Llama reads the prompt again by itself."""
+    """The tail is taken back where that is exact, else llama_cpp.Llama reads the prompt again by
+    itself.
+    """
     tiny, path = mod
     exact = {k: v for k, v in EXACT.items() if k != "threads"}
     llm = cls(str(path), verbose=False, **exact) if cls is llama_cpp.Llama else cls(path, **EXACT)
@@ -131,7 +158,9 @@ def test_a_prompt_that_shares_a_beginning(mod, cls, common, capfd):
 
 @patched
 def test_a_rewind_by_hand_beyond_the_margin(mod):
-    """llama_cpp.Llama.eval ignores that a tail could not be taken back; MoDLlama reads the past again."""
+    """llama_cpp.Llama.eval ignores that a tail could not be taken back; MoDLlama reads the past
+    again.
+    """
     tiny, path = mod
     llm = MoDLlama(path, **EXACT)
     llm.eval(TOKENS[0].tolist())
@@ -174,7 +203,13 @@ def test_a_dense_file(tmp_path, capfd):
     llm = MoDLlama(tiny.write(tmp_path / "dense.gguf"), **EXACT)
     llm.eval(TOKENS[0].tolist())
     close(llm.scores[:N], tiny.forward(TOKENS[0]).logits)
-    assert (llm.units, llm.stats(), llm.activation(), llm.perf(), llm.force) == ([], [], 1.0, None, "none")
+    assert (llm.units, llm.stats(), llm.activation(), llm.perf(), llm.force) == (
+        [],
+        [],
+        1.0,
+        None,
+        "none",
+    )
     kv = llm.kv()
     assert kv.used == kv.dense == N * 2 * 4 * 2 * 32 * 5
     assert kv.reserved == 256 * 2 * 4 * 2 * 32 * 5
@@ -193,7 +228,9 @@ def test_a_file_without_a_tokenizer_and_a_context_that_no_machine_holds(tmp_path
         llm.tokenize(b"hi")
     llm.close()
     for n_ctx in (99_999_999_999, 1 << 31):
-        with pytest.raises(UserError, match=f"a context of {n_ctx} tokens takes .* use a smaller context"):
+        with pytest.raises(
+            UserError, match=f"a context of {n_ctx} tokens takes .* use a smaller context"
+        ):
             MoDLlama(path, n_ctx=n_ctx)
 
 

@@ -1,4 +1,6 @@
-"""Torch against the runtime, through the real export: `verify` on tiny models of each kind and of combinations."""
+"""Torch against the runtime, through the real export: `verify` on tiny models of each kind and of
+combinations.
+"""
 
 import json
 
@@ -6,12 +8,14 @@ import pytest
 import tiny
 from tiny import one_thread  # noqa: F401  (a fixture)
 
-from mod_export import bindings
 from mod_export.errors import UserError
+from mod_export.evaluation.parity import BOUNDS, report, verify
 from mod_export.export import export
-from mod_export.verify import BOUNDS, report, verify
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 UNITS = {
     "kv": {"kv": [2, 3, 5]},
@@ -26,7 +30,9 @@ UNITS = {
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """The f32 file without routers that all directories of seed 0 share: llama.cpp's converter takes seconds."""
+    """The f32 file without routers that all directories of seed 0 share: llama.cpp's converter
+    takes seconds.
+    """
     folder = tmp_path_factory.mktemp("dense")
     tiny.save_dir(folder / "mod", UNITS["kv"])
     export(folder / "mod", folder / "dense.gguf", quant="f32", dense=True)

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from mod_export import llama_source
 from mod_export.errors import UserError
+from mod_export.llamacpp import source as llama_source
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = "Description: build : a line\nAuthor: test\nForwarded: not-needed\nLast-Update: 2026-11-22\n"
+HEADER = (
+    "Description: build : a line\nAuthor: test\nForwarded: not-needed\nLast-Update: 2026-11-22\n"
+)
 
 
 @pytest.fixture()
 def refresh(tmp_path):
     """The script as a module, working on a copy of patches/."""
-    spec = importlib.util.spec_from_file_location("refresh_patches", ROOT / "scripts/refresh_patches.py")
+    spec = importlib.util.spec_from_file_location(
+        "refresh_patches", ROOT / "scripts/refresh_patches.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.PATCHES = tmp_path / "patches"
@@ -36,7 +40,9 @@ def test_round_trip(refresh):
 
 
 def test_overlay_replaces_nothing():
-    """A file of upstream's is changed by a patch, where one sees what changes; an overlay file is new."""
+    """A file of upstream's is changed by a patch, where one sees what changes; an overlay file is
+    new.
+    """
     pin = llama_source.read_pin()
     with tarfile.open(llama_source.fetch_sdist()) as archive:
         root = f"llama_cpp_python-{pin.version}/vendor/llama.cpp"
@@ -72,7 +78,9 @@ def test_edits_return_to_overlay_and_patches(refresh, tmp_path):
     [patch] = refresh.PATCHES.glob("*-makefile-note.patch")
     assert patch.read_text().startswith(f"{HEADER}---\ndiff --git a/Makefile b/Makefile\n")
     assert "+# one\n+# two\n" in patch.read_text()
-    assert (refresh.PATCHES / "overlay/src/our-new-file.cpp").read_text() == "// no newline at the end"
+    assert (
+        refresh.PATCHES / "overlay/src/our-new-file.cpp"
+    ).read_text() == "// no newline at the end"
     refresh.check()
 
 
@@ -83,8 +91,12 @@ def test_headers_are_complete(refresh, field):
         refresh.check_header("x.patch", "".join(lines))
 
 
-@pytest.mark.parametrize("bad", ["Last-Update: yesterday\n", "Forwarded: no\n", "Description: no module\n", "Bug: 1\n"])
+@pytest.mark.parametrize(
+    "bad", ["Last-Update: yesterday\n", "Forwarded: no\n", "Description: no module\n", "Bug: 1\n"]
+)
 def test_header_values(refresh, bad):
-    lines = [line for line in HEADER.splitlines(keepends=True) if not line.startswith(bad.split(":")[0])]
+    lines = [
+        line for line in HEADER.splitlines(keepends=True) if not line.startswith(bad.split(":")[0])
+    ]
     with pytest.raises(UserError):
         refresh.check_header("x.patch", "".join(lines) + bad)

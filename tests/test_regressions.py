@@ -93,7 +93,8 @@ def test_an_empty_state_replaces_a_sequence(tmp_path):
 
 
 def test_a_failed_load_leaves_nothing_behind(tmp_path):
-    # K/V of the layers that had been restored stayed in free cells; without flash attention a NaN there spread
+    # K/V of the layers that had been restored stayed in free cells; without flash attention a NaN
+    # there spread
     path, oracle = make(tmp_path, "kv", activation=0.4)
     file = tmp_path / "state"
     with Raw(path, fa=False) as r:
@@ -106,7 +107,10 @@ def test_a_failed_load_leaves_nothing_behind(tmp_path):
     file.write_bytes(data[: len(data) * 9 // 10])
     with Raw(path, fa=False) as r:
         n = ctypes.c_size_t()
-        assert llama_cpp.llama_state_seq_load_file(r.ctx, bytes(file), 0, token, 1, ctypes.byref(n)) == 0
+        assert (
+            llama_cpp.llama_state_seq_load_file(r.ctx, bytes(file), 0, token, 1, ctypes.byref(n))
+            == 0
+        )
         assert cells(r) == [0, 0, 0]
         close(r.decode(TOKENS[:60]), oracle.logits[:60])
 
@@ -146,7 +150,8 @@ def test_a_tail_can_be_taken_back_after_a_shift(tmp_path):
 
 
 def test_a_tail_behind_a_gap(tmp_path):
-    # the next token stands below the gap, where K/V that it sees are gone; what stood above was asked
+    # the next token stands below the gap, where K/V that it sees are gone; what stood above was
+    # asked
     path, oracle = make(tmp_path, "kv", layers=(1, 2), activation=0.4)
     with Raw(path) as r:
         r.set(kv_rollback=8)
@@ -203,15 +208,22 @@ def test_layers_share_the_rotation_of_quantised_keys(decode, tmp_path, monkeypat
     tiny = Tiny(n_layer=3, n_embd=128, n_head=2, n_head_kv=1, n_ff=64).route((1, 2), "attn+kv")
     tiny.place_biases([TOKENS])
     kv = {"fa": True, "kv": llama_cpp.GGML_TYPE_Q8_0}
-    with Raw(tiny.write(tmp_path / "mod.gguf"), **kv) as r, Raw(tiny.dense().write(tmp_path / "dense.gguf"), **kv) as d:
+    with (
+        Raw(tiny.write(tmp_path / "mod.gguf"), **kv) as r,
+        Raw(tiny.dense().write(tmp_path / "dense.gguf"), **kv) as d,
+    ):
         r.set(force="active")
-        a, b = (np.concatenate([x.decode(TOKENS[:40])] + [x.decode(t) for t in TOKENS[40:80, None]]) for x in (r, d))
+        a, b = (
+            np.concatenate([x.decode(TOKENS[:40])] + [x.decode(t) for t in TOKENS[40:80, None]])
+            for x in (r, d)
+        )
     np.testing.assert_allclose(a, b, rtol=0, atol=0.1)
     assert a.std() > 0.5
 
 
 def test_backend_samplers_feed_the_graph_that_runs(tmp_path, monkeypatch):
-    # a sampler writes its random numbers to the graph that was built last, which was not always the one that ran
+    # a sampler writes its random numbers to the graph that was built last, which was not always the
+    # one that ran
     path, _ = make(tmp_path, "attn+kv")
     drawn = []
     for disable in ("0", "1"):
@@ -221,7 +233,10 @@ def test_backend_samplers_feed_the_graph_that_runs(tmp_path, monkeypatch):
         with Raw(path) as r:
             assert llama_cpp.llama_set_sampler(r.ctx, 0, chain)
             tokens = []
-            for start in (0, 60):  # the second prompt builds a graph after the one for single tokens
+            for start in (
+                0,
+                60,
+            ):  # the second prompt builds a graph after the one for single tokens
                 for part in (TOKENS[start : start + 40], *TOKENS[start + 40 : start + 60, None]):
                     assert r.try_decode(part, logits=[0] * (len(part) - 1) + [1]) == 0
                     tokens.append(llama_cpp.llama_get_sampled_token_ith(r.ctx, len(part) - 1))

@@ -1,4 +1,6 @@
-"""Relaxed decisions: hard ones in the limit, gradients against finite differences, attention in chunks."""
+"""Relaxed decisions: hard ones in the limit, gradients against finite differences, attention in
+chunks.
+"""
 
 import copy
 
@@ -8,11 +10,11 @@ import torch
 from test_model import IDS, UNITS, assert_close
 from tiny import one_thread  # noqa: F401
 
-from mod_export import relax as relaxation
-from mod_export.decisions import among_top
-from mod_export.relax import Relax, relaxed
-from mod_export.router import threshold_logit
-from mod_export.train_step import Student, Weights
+from mod_export.model import relaxation
+from mod_export.model.relaxation import Relax, relaxed
+from mod_export.model.router import threshold_logit
+from mod_export.model.routing import among_top
+from mod_export.training.student import Student, Weights
 
 HARD = Relax(temperature=1e-4, noise=False)
 SMOOTH = Relax(temperature=1.0, noise=False)
@@ -31,7 +33,9 @@ def test_without_noise_and_at_low_temperature_decisions_are_the_hard_ones(units,
     assert_close(model(IDS), expected)  # the attention is the former one
 
 
-@pytest.mark.parametrize("units", [UNITS["kv"], UNITS["kv+attn+ffn"], UNITS["kv+block"]], ids=["kv", "three", "block"])
+@pytest.mark.parametrize(
+    "units", [UNITS["kv"], UNITS["kv+attn+ffn"], UNITS["kv+block"]], ids=["kv", "three", "block"]
+)
 def test_chunks_of_queries_change_nothing(units, monkeypatch):
     model = tiny.mod_model(units, IDS)
     found = []
@@ -51,7 +55,9 @@ def loss_of(model, relax, direction, **kwargs):
 def test_keys_have_the_gradient_of_finite_differences():
     model = tiny.mod_model({"kv": [2, 4]}, IDS)
     model.base.double()
-    direction = torch.randn(1, IDS.shape[1], 300, generator=torch.Generator().manual_seed(1)).double()
+    direction = torch.randn(
+        1, IDS.shape[1], 300, generator=torch.Generator().manual_seed(1)
+    ).double()
     bias, step = model.routers["2_kv"].bias, 3e-2
     with relaxed(model.base):
         loss_of(model, SMOOTH, direction).backward()
@@ -136,7 +142,9 @@ def test_top_k_runs_as_many_tokens_of_each_sequence_as_it_says():
     assert bool((chosen >= trace.logit.masked_fill(trace.active, -torch.inf).amax(1)).all())
 
 
-@pytest.mark.parametrize("units", [UNITS["kv"], UNITS["kv+attn+ffn"], UNITS["kv+block"]], ids=["kv", "three", "block"])
+@pytest.mark.parametrize(
+    "units", [UNITS["kv"], UNITS["kv+attn+ffn"], UNITS["kv+block"]], ids=["kv", "three", "block"]
+)
 def test_top_k_is_relaxed_around_its_own_cut(units):
     model = tiny.mod_model(units, IDS)
     for router in model.routers.values():
@@ -158,9 +166,13 @@ def test_the_cut_of_top_k_moves_with_the_logits_so_that_as_many_run():
     cut = among_top(logit, 0.3)[1]
     (number,) = torch.autograd.grad(torch.sigmoid(logit - cut).sum(), logit)
     torch.testing.assert_close(number, torch.zeros_like(number), atol=1e-6, rtol=0)
-    (grad,) = torch.autograd.grad((worth * torch.sigmoid(logit - among_top(logit, 0.3)[1])).sum(), logit)
+    (grad,) = torch.autograd.grad(
+        (worth * torch.sigmoid(logit - among_top(logit, 0.3)[1])).sum(), logit
+    )
     torch.testing.assert_close(grad.sum(-1), torch.zeros(2), atol=1e-6, rtol=0)
-    assert bool((grad.gather(-1, worth.argmax(-1, keepdim=True)) > 0).all())  # what counts is worth above the others'
+    assert bool(
+        (grad.gather(-1, worth.argmax(-1, keepdim=True)) > 0).all()
+    )  # what counts is worth above the others'
     assert bool((grad.gather(-1, worth.argmin(-1, keepdim=True)) < 0).all())
 
 
@@ -187,7 +199,9 @@ def test_the_lever_has_the_gradient_of_all_logits_of_a_group(recompute):
     for quantile, group in zip(seen["quantile"], groups, strict=True):
         for unit in (routed[i] for i in group):  # thresholds moved to a quantile give its share
             router = model.router(unit)
-            router.threshold = torch.sigmoid(threshold_logit(router.threshold) + quantile[1].double()).item()
+            router.threshold = torch.sigmoid(
+                threshold_logit(router.threshold) + quantile[1].double()
+            ).item()
     with relaxed(model.base):
         # what later units see has changed with the decisions of earlier ones
         seen = student(IDS, counts, counts, torch.zeros(3), shares)[1]
@@ -200,11 +214,15 @@ def test_activation_is_that_of_fresh_tokens():
     everything, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]])
     fresh = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) < 0.4
     with relaxed(model.base):
-        whole, some, none = (student(IDS, everything, mask, torch.zeros(1), shares)[1]
-                             for mask in (everything, fresh, ~everything))  # fmt: skip
+        whole, some, none = (
+            student(IDS, everything, mask, torch.zeros(1), shares)[1]
+            for mask in (everything, fresh, ~everything)
+        )
         _, trace = model(IDS, trace=True, relax=Relax(noise=False))
     assert some["activation"].item() == pytest.approx(trace.active[fresh].float().mean().item())
-    assert none["activation"] == whole["activation"] != some["activation"]  # where no token is fresh, all count
+    assert (
+        none["activation"] == whole["activation"] != some["activation"]
+    )  # where no token is fresh, all count
     z = (trace.logit - threshold_logit(model.router((2, "ffn")).threshold))[fresh]
     for quantile, share in zip(some["quantile"][0].tolist(), shares[0].tolist(), strict=True):
         assert (z >= quantile).float().mean().item() == pytest.approx(share, abs=1 / len(z))

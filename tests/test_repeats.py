@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mod_export import repeats
-from mod_export.repeats import PASSAGE, Repeats
+from mod_export.data import repeats
+from mod_export.data.repeats import PASSAGE, Repeats
 
 
 def exact(ids: np.ndarray) -> list[bool]:

@@ -1,4 +1,6 @@
-"""The patched runtime on tiny random models: what it computes, against the numpy oracle and dense models."""
+"""The patched runtime on tiny random models: what it computes, against the numpy oracle and dense
+models.
+"""
 
 import ctypes
 
@@ -8,9 +10,11 @@ import pytest
 from raw import F16, F32, Q8_0, Raw
 from tiny_gguf import Tiny
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 N = 150
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, N))
@@ -24,7 +28,12 @@ CASES = {
     "attn+ffn": {(1, 3): "attn+ffn"},
     "block+kv": {(1, 3): "block+kv"},
     "attn+ffn+kv": {(1, 2): "attn+ffn+kv"},
-    "all": {(0,): "kv+ffn", (1,): "block", (2,): "attn+kv", (4,): "block+kv"},  # layer 3 has complete K/V
+    "all": {
+        (0,): "kv+ffn",
+        (1,): "block",
+        (2,): "attn+kv",
+        (4,): "block+kv",
+    },  # layer 3 has complete K/V
 }
 
 
@@ -59,8 +68,19 @@ def test_matches_the_oracle(routed):
     close(logits, expected.logits)
 
 
-@pytest.mark.parametrize("shape", [{"n_head_kv": 4}, {"n_head_kv": 1}, {"tied": True}, {"scale_output": True},
-                                   {"sink_tokens": 0}, {"kv_window": 1}, {"kv_window": 200}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_head_kv": 4},
+        {"n_head_kv": 1},
+        {"tied": True},
+        {"scale_output": True},
+        {"sink_tokens": 0},
+        {"kv_window": 1},
+        {"kv_window": 200},
+    ],
+    ids=str,
+)
 def test_shapes_and_options(shape, tmp_path):
     tiny = make("all", **shape)
     expected = tiny.forward(TOKENS[1])
@@ -107,7 +127,9 @@ def test_nothing_active_is_the_model_without_the_units(routed, tmp_path):
     expected = tiny.forward(TOKENS[0], force="inactive").logits
     with Raw(path) as r:
         r.set(force="inactive")
-        logits = np.concatenate([r.decode(TOKENS[0][:100]), *(r.decode([t]) for t in TOKENS[0][100:])])
+        logits = np.concatenate(
+            [r.decode(TOKENS[0][:100]), *(r.decode([t]) for t in TOKENS[0][100:])]
+        )
         assert not r.trace()[0].any()
     close(logits, expected)
     if not any(kind == "kv" for _, kind in tiny.units):  # no dense model forgets
@@ -117,7 +139,10 @@ def test_nothing_active_is_the_model_without_the_units(routed, tmp_path):
 
 def test_nothing_active_in_blocks_is_the_pruned_model_bit_for_bit(tmp_path):
     tiny = make("block")
-    pruned_file, file = tiny.without(tiny.units).write(tmp_path / "pruned.gguf"), tiny.write(tmp_path / "mod.gguf")
+    pruned_file, file = (
+        tiny.without(tiny.units).write(tmp_path / "pruned.gguf"),
+        tiny.write(tmp_path / "mod.gguf"),
+    )
     with Raw(pruned_file) as pruned, Raw(file) as r:
         r.set(force="inactive")
         for part in (TOKENS[0][:100], *TOKENS[0][100:110, None]):
@@ -168,15 +193,23 @@ def test_a_threshold_of_one_unit(tmp_path):
         expected = tiny.forward(TOKENS[0])
         close(r.decode(TOKENS[0]), expected.logits)
         np.testing.assert_array_equal(r.trace()[0], expected.active)
-        for unit, value, code in ((99, 0.5, -2), (-1, 0.5, -2), (0, 0.0, -3), (0, 1.0, -3), (0, float("nan"), -3)):
+        for unit, value, code in (
+            (99, 0.5, -2),
+            (-1, 0.5, -2),
+            (0, 0.0, -3),
+            (0, 1.0, -3),
+            (0, float("nan"), -3),
+        ):
             assert bindings.llama_mod_set_threshold(r.ctx, unit, value) == code
         assert bindings.llama_mod_set_shift(r.ctx, float("inf")) == -3
         assert bindings.llama_mod_set_force(r.ctx, 7) == -3
         assert bindings.llama_mod_set_kv_rollback(r.ctx, -1) == -3
 
 
-@pytest.mark.parametrize(("fa", "kv", "noise"), [(True, F32, 0.1), (True, F16, 0.1), (False, F16, 0.1),
-                                                 (True, Q8_0, 0.6)])
+@pytest.mark.parametrize(
+    ("fa", "kv", "noise"),
+    [(True, F32, 0.1), (True, F16, 0.1), (False, F16, 0.1), (True, Q8_0, 0.6)],
+)
 def test_flash_attention_and_kv_types(routed, fa, kv, noise):
     """All of them round. So: close to the oracle before any decision differs, and few decisions do."""
     _, path, expected = routed
@@ -214,7 +247,10 @@ def test_lora_adapter(routed, tmp_path):
         plain = r.decode(TOKENS[0][:20])
         r.clear()
         adapter = llama_cpp.llama_adapter_lora_init(r.model, str(tmp_path / "lora.gguf").encode())
-        array, scale = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        array, scale = (
+            (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter),
+            (ctypes.c_float * 1)(1.0),
+        )
         assert llama_cpp.llama_set_adapters_lora(r.ctx, array, 1, scale) == 0
         logits, active = r.decode_cut(TOKENS[0], 100)
         assert llama_cpp.llama_set_adapters_lora(r.ctx, array, 0, scale) == 0
@@ -241,7 +277,9 @@ def test_an_aborted_decode_leaves_the_state_as_before(routed):
 
             llama_cpp.llama_set_abort_callback(r.ctx, abort, None)
             assert r.try_decode(TOKENS[0][50:140]) == 2
-            llama_cpp.llama_set_abort_callback(r.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None)
+            llama_cpp.llama_set_abort_callback(
+                r.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None
+            )
             assert [(r.kv(i).n_used, r.kv(i).bytes_used) for i in range(5)] == before
             assert llama_cpp.llama_memory_seq_pos_max(r.mem, 0) == 49
         close(r.decode(TOKENS[0][50:]), expected.logits[50:])
@@ -260,7 +298,9 @@ def test_statistics_count_what_the_trace_shows(routed):
         assert bindings.llama_mod_get_perf(r.ctx, ctypes.byref(perf))
         assert (perf.n_decode, perf.n_tokens) == (4, N)
         bindings.llama_mod_reset_stats(r.ctx)
-        assert bindings.llama_mod_get_unit_stats(r.ctx, 0, ctypes.byref(stats)) and stats.n_seen == 0
+        assert (
+            bindings.llama_mod_get_unit_stats(r.ctx, 0, ctypes.byref(stats)) and stats.n_seen == 0
+        )
 
 
 def test_decoding_reuses_graphs(routed):

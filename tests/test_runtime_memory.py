@@ -9,9 +9,11 @@ from raw import F16, Raw
 from test_runtime import CASES, TOKENS, N, close, make
 from tiny_gguf import Tiny
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 CACHED = [case for case in CASES if case != "ffn"]  # ffn units have no influence on KV
 
@@ -54,7 +56,9 @@ def test_cells_are_what_trace_and_window_say(routed, rollback):
 
 
 def test_freed_cells_are_used_again(kv_model, tmp_path):
-    """A long text in a small window: the cells in use stay exact, and memory stays at what they need."""
+    """A long text in a small window: the cells in use stay exact, and memory stays at what they
+    need.
+    """
     tiny = make("kv", 0.1, n_ctx=8192)
     tokens = np.resize(TOKENS[0], 3000)
     with Raw(tiny.write(tmp_path / "mod.gguf"), n_ctx=4096, n_ubatch=128, fa=True, kv=F16) as r:
@@ -67,7 +71,9 @@ def test_freed_cells_are_used_again(kv_model, tmp_path):
         layer = r.kv(1)
         # one batch is stored before it is forgotten, and the rest lies scattered between what stays
         assert layer.n_used < 1000
-        assert layer.bytes_committed < 2 * (layer.n_used + 128 + 100) * layer.bytes_per_cell + 4 * 4096
+        assert (
+            layer.bytes_committed < 2 * (layer.n_used + 128 + 100) * layer.bytes_per_cell + 4 * 4096
+        )
 
 
 def test_bytes_follow_what_is_stored(routed):
@@ -119,7 +125,9 @@ def test_a_tail_within_the_margin_is_taken_back_exactly(routed, back):
         other = [*TOKENS[0][: 120 - back], *TOKENS[1][:30]]
         again = tiny.forward(other)
         logits = r.decode(TOKENS[1][:30])
-        sure = (r.trace()[0] == again.active[-30:]).all(1).cumprod().astype(bool)  # no gaps were placed for these
+        sure = (
+            (r.trace()[0] == again.active[-30:]).all(1).cumprod().astype(bool)
+        )  # no gaps were placed for these
         assert sure[0]
         close(logits[sure], again.logits[-30:][sure])
 
@@ -236,8 +244,11 @@ def test_context_shift_of_routed_layers(routed):
             r.decode(TOKENS[0][:100])
             assert llama_cpp.llama_memory_seq_rm(r.mem, 0, 4, 44)
             llama_cpp.llama_memory_seq_add(r.mem, 0, 44, -1, -40)
-            held = [tiny.stored(i, expected.active, 100, 0) - _stored_between(tiny, expected.active, i, 4, 44)
-                    for i in range(5)]
+            held = [
+                tiny.stored(i, expected.active, 100, 0)
+                - _stored_between(tiny, expected.active, i, 4, 44)
+                for i in range(5)
+            ]
             assert cells(r) == held
             r.pos[0] = 60
             results.append(r.decode_cut(TOKENS[0][100:130], size)[0])
@@ -286,7 +297,9 @@ def save(r: Raw) -> bytes:
 
 
 def restore(r: Raw, data: bytes) -> int:
-    return llama_cpp.llama_state_set_data(r.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data))
+    return llama_cpp.llama_state_set_data(
+        r.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
+    )
 
 
 def test_whole_state_round_trip(routed):
@@ -335,7 +348,10 @@ def test_one_sequence_round_trip_to_another_id(routed):
 
 def test_state_files(routed, tmp_path):
     _, path, expected = routed
-    file, tokens = str(tmp_path / "state.bin").encode(), (llama_cpp.llama_token * 100)(*TOKENS[0][:100].tolist())
+    file, tokens = (
+        str(tmp_path / "state.bin").encode(),
+        (llama_cpp.llama_token * 100)(*TOKENS[0][:100].tolist()),
+    )
     with Raw(path) as r:
         r.decode(TOKENS[0][:100])
         assert llama_cpp.llama_state_save_file(r.ctx, file, tokens, 100)
@@ -346,7 +362,9 @@ def test_state_files(routed, tmp_path):
             if whole:
                 assert llama_cpp.llama_state_load_file(r.ctx, file, back, 200, ctypes.byref(count))
             else:
-                assert llama_cpp.llama_state_seq_load_file(r.ctx, file + b"1", 0, back, 200, ctypes.byref(count))
+                assert llama_cpp.llama_state_seq_load_file(
+                    r.ctx, file + b"1", 0, back, 200, ctypes.byref(count)
+                )
             assert back[: count.value] == TOKENS[0][:100].tolist()
             r.pos = {0: 100}
             close(r.decode(TOKENS[0][100:]), expected.logits[100:])

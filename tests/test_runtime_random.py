@@ -1,9 +1,10 @@
-"""10,000 random operations on the runtime's KV memory, each compared with the slow reference of kv_reference.py.
+"""10,000 random operations on the runtime's KV memory, each compared with the slow reference of
+kv_reference.py.
 
-After every operation: return code, cells in use per layer, first and last position of each sequence. Now and then the
-logits of sequences that are a plain text by now, against the numpy oracle. A failure prints the shortest list of
-operations found that still fails, for `replay`; where the process dies, ops.log in pytest's temporary directory
-tells the last ones.
+After every operation: return code, cells in use per layer, first and last position of each
+sequence. Now and then the logits of sequences that are a plain text by now, against the numpy
+oracle. A failure prints the shortest list of operations found that still fails, for `replay`; where
+the process dies, ops.log in pytest's temporary directory tells the last ones.
 """
 
 import ctypes
@@ -19,9 +20,11 @@ from test_abort import aborting
 from test_runtime import CASES, close
 from tiny_gguf import Tiny, logit
 
-from mod_export import bindings
+from mod_export.runtime import bindings
 
-pytestmark = pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`")
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
 
 N_SEQ, N_CTX, N_UBATCH, SINKS = 4, 256, 16, 2
 OPERATIONS = 10_000
@@ -38,14 +41,18 @@ def make(case: str, path):
 
 
 class Machine:
-    """One context and its reference. An operation is a tuple: name, arguments; its method checks what it returns."""
+    """One context and its reference. An operation is a tuple: name, arguments; its method checks
+    what it returns.
+    """
 
     def __init__(self, tiny, path, log=None):
         self.tiny, self.path, self.log = tiny, path, log
         self.r = Raw(path, n_ctx=N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ)
         self.ref = Reference(tiny.units, tiny.n_layer, tiny.kv_window, N_CTX, N_SEQ)
         self.settings = {"shift": 0.0, "force": "none"}
-        self.text = [[] for _ in range(N_SEQ)]  # (token, shift, decisions) where a sequence is a plain text, else None
+        self.text = [
+            [] for _ in range(N_SEQ)
+        ]  # (token, shift, decisions) where a sequence is a plain text, else None
         self.saved = {}
         self.compared = 0
 
@@ -57,17 +64,23 @@ class Machine:
         for s in range(N_SEQ):
             first = llama_cpp.llama_memory_seq_pos_min(self.r.mem, s)
             last = llama_cpp.llama_memory_seq_pos_max(self.r.mem, s)
-            assert (first, last) == (self.ref.pos_min(s), self.ref.pos_max(s)), f"positions of sequence {s}"
+            assert (first, last) == (self.ref.pos_min(s), self.ref.pos_max(s)), (
+                f"positions of sequence {s}"
+            )
 
     # --- decoding
 
     def decode(self, batch, outputs, compare, stop) -> None:
-        """batch: (sequence, token); outputs: "all", "last" or "none"; stop: None, or abort after so many nodes."""
+        """batch: (sequence, token); outputs: "all", "last" or "none"; stop: None, or abort after so
+        many nodes.
+        """
         tokens, following = [], {s: self.ref.pos_max(s) + 1 for s in range(N_SEQ)}
         for s, _ in batch:
             tokens.append((s, following[s]))
             following[s] += 1
-        flags = [outputs == "all" or outputs == "last" and i == len(batch) - 1 for i in range(len(batch))]
+        flags = [
+            outputs == "all" or outputs == "last" and i == len(batch) - 1 for i in range(len(batch))
+        ]
         args = [token for _, token in batch], [s for s, _ in batch], [pos for _, pos in tokens]
         with aborting(self.r, END if stop is None else stop):
             rc = self.r.try_decode(*args, logits=[int(f) for f in flags])
@@ -88,7 +101,9 @@ class Machine:
                 self._compare(tokens, flags)
 
     def _check_full(self, tokens, args) -> None:
-        """Was there really no room? The decisions that the failed decode would have made come from a larger context."""
+        """Was there really no room? The decisions that the failed decode would have made come from
+        a larger context.
+        """
         active = np.ones((len(tokens), len(self.tiny.units)), bool)
         if self.ref.free(-1) >= len(tokens):
             with Raw(self.path, n_ctx=4 * N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ) as large:
@@ -110,8 +125,12 @@ class Machine:
                 self.text[s] = None
 
     def _compare(self, tokens, flags) -> None:
-        """Logits of this decode's outputs against the oracle, unless a decision lies within noise of its threshold."""
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.r.ctx), (sum(flags), self.r.n_vocab))
+        """Logits of this decode's outputs against the oracle, unless a decision lies within noise
+        of its threshold.
+        """
+        logits = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self.r.ctx), (sum(flags), self.r.n_vocab)
+        )
         outputs = [token for token, flag in zip(tokens, flags, strict=True) if flag]
         for s in {s for s, _ in outputs}:
             if self.text[s] is None:
@@ -143,7 +162,9 @@ class Machine:
         ends = [self.ref.pos_max(s) for s in range(N_SEQ)]
         done = llama_cpp.llama_memory_seq_rm(self.r.mem, seq, p0, p1)
         right = self.ref.remove(seq, p0, p1, done)
-        assert right, "K/V are gone that the next token sees" if done else "refused although nothing is gone"
+        assert right, (
+            "K/V are gone that the next token sees" if done else "refused although nothing is gone"
+        )
         for s in range(N_SEQ) if done else ():
             if seq in (s, -1) and p0 <= ends[s]:
                 whole, tail = self.ref.pos_max(s) < 0, p1 < 0 or p1 > ends[s]
@@ -158,7 +179,9 @@ class Machine:
         llama_cpp.llama_memory_seq_cp(self.r.mem, src, dst, p0, p1)
         self.ref.copy_sequence(src, dst, p0, p1)
         text = self.text[src] if empty and p0 <= 0 else None
-        self.text[dst] = [] if self.ref.pos_max(dst) < 0 else text and text[: p1 if p1 >= 0 else None]
+        self.text[dst] = (
+            [] if self.ref.pos_max(dst) < 0 else text and text[: p1 if p1 >= 0 else None]
+        )
 
     def keep(self, seq) -> None:
         llama_cpp.llama_memory_seq_keep(self.r.mem, seq)

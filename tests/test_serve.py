@@ -1,4 +1,6 @@
-"""`mod-export serve` as clients see it: chats whole and streamed, refusals, a key, clients that leave, and its end."""
+"""`mod-export serve` as clients see it: chats whole and streamed, refusals, a key, clients that
+leave, and its end.
+"""
 
 import http.client
 import json
@@ -14,24 +16,41 @@ from contextlib import contextmanager
 
 import pytest
 
-from mod_export import bindings
-from mod_export.chat import Chat, Sampling
-from mod_export.completions import cut
-from mod_export.runtime import MoDLlama
+from mod_export.runtime import bindings
+from mod_export.runtime.llama import MoDLlama
+from mod_export.serving.chat import Chat, Sampling
+from mod_export.serving.completions import cut
 
 ASK = "Name a colour."
 CHAT = {"messages": [{"role": "user", "content": ASK}], "max_tokens": 8, "temperature": 0}
 LONG = [{"role": "user", "content": "word " * 600}]
-ENDLESS = CHAT | {"max_tokens": 3000, "logit_bias": {"2": -100, "0": -100}}  # no token that ends an answer
+ENDLESS = CHAT | {
+    "max_tokens": 3000,
+    "logit_bias": {"2": -100, "0": -100},
+}  # no token that ends an answer
 
 
 class Client:
     """A server in a process of its own, and requests to it."""
 
     def __init__(self, model, *options, **env):
-        command = [sys.executable, "-m", "mod_export", "serve", str(model), "--port", "0", "--ctx", "512"]
-        self.process = subprocess.Popen([*command, "--threads", "1", *options], env=os.environ | env,
-                                        stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "mod_export",
+            "serve",
+            str(model),
+            "--port",
+            "0",
+            "--ctx",
+            "512",
+        ]
+        self.process = subprocess.Popen(
+            [*command, "--threads", "1", *options],
+            env=os.environ | env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.address = re.search(r"http://([\d.]+):(\d+)", self.process.stderr.readline()).groups()
 
     def open(self, path: str, body=None, key: str = "", **headers) -> http.client.HTTPConnection:
@@ -88,37 +107,67 @@ def test_a_chat_is_what_the_terminal_says(client, model):
     chat = Chat(llm, "", Sampling(temp=0, max_tokens=8, repeat_penalty=1.0), say=lambda line: None)
     own = "".join(chat.ask(ASK))
     status, answer = client("/v1/chat/completions", CHAT)
-    assert status == 200 and answer["choices"][0]["message"] == {"role": "assistant", "content": own} and own
+    assert (
+        status == 200
+        and answer["choices"][0]["message"] == {"role": "assistant", "content": own}
+        and own
+    )
     assert answer["choices"][0]["finish_reason"] == "length" and answer["model"] == "small"
-    assert answer["usage"] == {"prompt_tokens": chat.turn.prompt_tokens, "completion_tokens": 8,
-                               "total_tokens": chat.turn.prompt_tokens + 8}  # fmt: skip
-    assert client.chat(messages=[{"role": "user", "content": [{"type": "text", "text": ASK}]}]) == own
+    assert answer["usage"] == {
+        "prompt_tokens": chat.turn.prompt_tokens,
+        "completion_tokens": 8,
+        "total_tokens": chat.turn.prompt_tokens + 8,
+    }
+    assert (
+        client.chat(messages=[{"role": "user", "content": [{"type": "text", "text": ASK}]}]) == own
+    )
     assert client.chat(max_tokens=None, max_completion_tokens=8) == own
 
 
 def test_a_stream_is_the_same_in_pieces(client):
-    chunks = client.stream("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}})
+    chunks = client.stream(
+        "/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}}
+    )
     assert content(chunks[:-1]) == client.chat() and len(chunks) > 5
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (
+        len(chunks) - 2
+    ) + ["length"]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 8
-    whole = client("/v1/completions", {"prompt": "Once upon", "max_tokens": 5, "temperature": 0})[1]["choices"][0]
-    parts = client.stream("/v1/completions", {"prompt": ["Once upon"], "max_tokens": 5, "temperature": 0})
+    whole = client("/v1/completions", {"prompt": "Once upon", "max_tokens": 5, "temperature": 0})[
+        1
+    ]["choices"][0]
+    parts = client.stream(
+        "/v1/completions", {"prompt": ["Once upon"], "max_tokens": 5, "temperature": 0}
+    )
     assert "".join(part["choices"][0]["text"] for part in parts) == whole["text"]
 
 
 def test_options_do_what_they_say(client):
     whole = client.chat(max_tokens=20)
     word = whole.split()[2]
-    status, cut_short = client("/v1/chat/completions", CHAT | {"max_tokens": 20, "stop": ["nowhere", word]})
+    status, cut_short = client(
+        "/v1/chat/completions", CHAT | {"max_tokens": 20, "stop": ["nowhere", word]}
+    )
     assert cut_short["choices"][0]["message"]["content"] == whole.partition(word)[0]
     assert cut_short["choices"][0]["finish_reason"] == "stop"
     hot = {"temperature": 1.5, "max_tokens": 16}
     assert client.chat(**hot, seed=1) == client.chat(**hot, seed=1) != client.chat(**hot, seed=2)
-    assert client.chat(**hot, seed=0xFFFFFFFF) == client.chat(**hot, seed=0) and client.chat(**hot, seed=-5)
-    assert json.loads(client.chat(response_format={"type": "json_object"}, max_tokens=200, seed=3)) is not None
-    assert client("/v1/chat/completions", CHAT)[1]["choices"][0]["message"]["content"].startswith(whole[:4])
-    role = [{"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": None}, *CHAT["messages"]]
+    assert client.chat(**hot, seed=0xFFFFFFFF) == client.chat(**hot, seed=0) and client.chat(
+        **hot, seed=-5
+    )
+    assert (
+        json.loads(client.chat(response_format={"type": "json_object"}, max_tokens=200, seed=3))
+        is not None
+    )
+    assert client("/v1/chat/completions", CHAT)[1]["choices"][0]["message"]["content"].startswith(
+        whole[:4]
+    )
+    role = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "assistant", "content": None},
+        *CHAT["messages"],
+    ]
     assert client.chat(messages=role)
 
 
@@ -148,27 +197,54 @@ def test_refusals_are_one_line(client):
 
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     for (path, body), word in (
-        (chat(messages=LONG), "exceeds the context of 512"), (chat(messages=image), "text only"),
-        (chat(messages=[]), "messages"), (chat(messages="x"), "messages"), (chat(messages=["x"]), "messages"),
+        (chat(messages=LONG), "exceeds the context of 512"),
+        (chat(messages=image), "text only"),
+        (chat(messages=[]), "messages"),
+        (chat(messages="x"), "messages"),
+        (chat(messages=["x"]), "messages"),
         (chat(messages=[{"role": "god", "content": "x"}]), "god"),
         (chat(messages=[{"role": "user", "content": 1}]), "string"),
-        (chat(messages=[{"role": "user", "content": "\ud800"}]), "Unicode"), (chat(n=2), "n is not"),
-        (chat(tools=[{}]), "tools"), (chat(logprobs=True), "logprobs"), (chat(temperature=-1), "temperature"),
-        (chat(temperature=float("nan")), "temperature"), (chat(top_p="x"), "top_p"), (chat(max_tokens=0), "max_tokens"),
-        (chat(max_tokens=1.5), "whole"), (chat(seed=True), "seed"), (chat(stop=[""]), "stop"), (chat(stop=5), "stop"),
-        (chat(stream="yes"), "stream"), (chat(response_format={"type": "json_schema"}), "json_schema"),
-        (chat(response_format="json"), "response_format"), (chat(logit_bias={"999999": 1}), "logit_bias"),
-        (chat(logit_bias={"1": "x"}), "logit_bias"), (("/v1/completions", {"prompt": ["one", "two"]}), "prompt"),
-        (("/v1/completions", {"prompt": ""}), "prompt"), (("/v1/completions", {}), "prompt"),
-        (("/v1/completions", b"nonsense"), "no JSON"), (("/v1/completions", b"[1]"), "no JSON object"),
+        (chat(messages=[{"role": "user", "content": "\ud800"}]), "Unicode"),
+        (chat(n=2), "n is not"),
+        (chat(tools=[{}]), "tools"),
+        (chat(logprobs=True), "logprobs"),
+        (chat(temperature=-1), "temperature"),
+        (chat(temperature=float("nan")), "temperature"),
+        (chat(top_p="x"), "top_p"),
+        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_tokens=1.5), "whole"),
+        (chat(seed=True), "seed"),
+        (chat(stop=[""]), "stop"),
+        (chat(stop=5), "stop"),
+        (chat(stream="yes"), "stream"),
+        (chat(response_format={"type": "json_schema"}), "json_schema"),
+        (chat(response_format="json"), "response_format"),
+        (chat(logit_bias={"999999": 1}), "logit_bias"),
+        (chat(logit_bias={"1": "x"}), "logit_bias"),
+        (("/v1/completions", {"prompt": ["one", "two"]}), "prompt"),
+        (("/v1/completions", {"prompt": ""}), "prompt"),
+        (("/v1/completions", {}), "prompt"),
+        (("/v1/completions", b"nonsense"), "no JSON"),
+        (("/v1/completions", b"[1]"), "no JSON object"),
     ):
-        for stream in ({}, {"stream": True}) if isinstance(body, dict) and "stream" not in body else ({},):
+        for stream in (
+            ({}, {"stream": True}) if isinstance(body, dict) and "stream" not in body else ({},)
+        ):
             status, answer = client(path, body | stream if stream else body)
             assert status == 400 and word in answer["error"]["message"], (body, answer)
             assert "\n" not in answer["error"]["message"]
     assert client(*chat(messages=LONG))[1]["error"]["code"] == "context_length_exceeded"
-    assert client("/v1/embeddings", {})[0] == client("/nothing")[0] == client("/v1/completions")[0] == 404
-    assert client("/v1/models", Host="evil.example")[0] == client("/v1/models", Origin="http://evil.example")[0] == 403
+    assert (
+        client("/v1/embeddings", {})[0]
+        == client("/nothing")[0]
+        == client("/v1/completions")[0]
+        == 404
+    )
+    assert (
+        client("/v1/models", Host="evil.example")[0]
+        == client("/v1/models", Origin="http://evil.example")[0]
+        == 403
+    )
     assert client("/v1/completions", b"", **{"Content-Length": str(1 << 40)})[0] == 413
     for host, path in (("[::1", "/health"), ("localhost", "http://[")):
         assert client(path, Host=host)[0] == 400
@@ -177,7 +253,9 @@ def test_refusals_are_one_line(client):
     assert client(*chat(logit_bias={"9" * 5000: 1}))[0] == 400
     assert "bytes" in client("/v1/completions", {"prompt": "a" * 1_000_000})[1]["error"]["message"]
     tiny = {"temperature": 1e-38, "top_p": 1, "min_p": 0}
-    assert client.chat(**tiny, response_format={"type": "json_object"})  # llama.cpp ends the process at such logits
+    assert client.chat(
+        **tiny, response_format={"type": "json_object"}
+    )  # llama.cpp ends the process at such logits
     assert client.chat(**tiny) == client.chat()  # and it goes on
 
 
@@ -213,10 +291,20 @@ def test_a_client_that_leaves_does_not_hold_up_the_others(model):
 def test_a_key(model):
     with served(model, MOD_EXPORT_API_KEY="secret", PORT="tcp://nowhere") as client:
         for path, body in (("/v1/models", None), ("/v1/chat/completions", CHAT), ("/mod", None)):
-            assert client(path, body)[0] == client(path, body, key="other")[0] == client(path, body, key="ü")[0] == 401
+            assert (
+                client(path, body)[0]
+                == client(path, body, key="other")[0]
+                == client(path, body, key="ü")[0]
+                == 401
+            )
             assert client(path, body, key="secret")[0] == 200
         code, log = client.end()
-        assert code == 0 and "Traceback" not in log and '"GET /mod HTTP/1.1" 200' in log and "secret" not in log
+        assert (
+            code == 0
+            and "Traceback" not in log
+            and '"GET /mod HTTP/1.1" 200' in log
+            and "secret" not in log
+        )
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -234,13 +322,23 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(model, how, stream):
 def test_what_cannot_be_served(model, run_cli, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        options = [(model, "--port", port), (model, "--host", "no.such.host.invalid"), (model, "--host", "a..b"),
-                   (tmp_path / "none.gguf",), (model, "--gpu-layers", -1), (model, "--port", 99999)]
+        options = [
+            (model, "--port", port),
+            (model, "--host", "no.such.host.invalid"),
+            (model, "--host", "a..b"),
+            (tmp_path / "none.gguf",),
+            (model, "--gpu-layers", -1),
+            (model, "--port", 99999),
+        ]
         words = ("in use", "no.such.host", "a..b", "does not exist", "no GPU", "--port")
         for args, word in zip(options, words, strict=True):
             done = run_cli("serve", *args)
             assert (done.returncode, done.stdout) == (2, "")
-            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and word in done.stderr
+            assert (
+                done.stderr.startswith("error: ")
+                and done.stderr.count("\n") == 1
+                and word in done.stderr
+            )
 
 
 def test_stop_strings_are_held_back():

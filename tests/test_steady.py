@@ -1,11 +1,13 @@
-"""steady.py: a reparametrisation that keeps the logits, and what training can no longer reach quickly."""
+"""steady.py: a reparametrisation that keeps the logits, and what training can no longer reach
+quickly.
+"""
 
 import pytest
 import tiny
 import torch
 
-from mod_export.router import Router, rms_norm
-from mod_export.steady import CHUNK, PLACE, Moments, damp, hold_steady
+from mod_export.calibration.drift import CHUNK, PLACE, Moments, damp, hold_steady
+from mod_export.model.router import Router, rms_norm
 
 N = 24
 
@@ -39,7 +41,9 @@ def test_what_is_lost_is_the_drift_and_not_the_mean(moments):
     drift, _ = reparametrise(router, moments, 100.0, lose=True)
     again, offset = router.plain()
     assert (drift @ again).norm() < 0.1 * (drift @ weight).norm()
-    assert torch.allclose(moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-5)
+    assert torch.allclose(
+        moments.mean() @ again + offset, moments.mean() @ weight + bias, atol=1e-5
+    )
     # what tells tokens apart within a chunk stays
     inside = torch.randn(400, N)
     inside[:, :3] = 0
@@ -47,7 +51,9 @@ def test_what_is_lost_is_the_drift_and_not_the_mean(moments):
 
 
 def test_what_was_learnt_is_lost_too_and_the_parameters_stay(moments):
-    """A second time, with another mean and another drift than the first; parameters may be in pieces then."""
+    """A second time, with another mean and another drift than the first; parameters may be in
+    pieces then.
+    """
     router = Router(torch.ones(N), torch.tensor([0.3]), 0.5, 1e-5)
     reparametrise(router, moments, 100.0)
     with torch.no_grad():
@@ -94,7 +100,10 @@ def test_routers_lose_the_drift_of_the_model_that_skips():
     gap, left = ((z[:, :CHUNK].mean() - z[:, CHUNK:].mean()).abs().item() for z in (before, after))
     assert gap > 0.05 and left < 0.05 * gap, (gap, left)
     assert after.mean().item() == pytest.approx(before.mean().item(), abs=1e-4)
-    assert torch.corrcoef(torch.stack([before[:, CHUNK:].flatten(), after[:, CHUNK:].flatten()]))[0, 1] > 0.8
+    assert (
+        torch.corrcoef(torch.stack([before[:, CHUNK:].flatten(), after[:, CHUNK:].flatten()]))[0, 1]
+        > 0.8
+    )
 
 
 def test_damp_is_the_minimum(moments):
@@ -110,7 +119,9 @@ def test_damp_is_the_minimum(moments):
 
 
 def test_a_step_moves_tokens_and_not_chunks(moments):
-    """The same gradient on the logits of all tokens of one chunk moves their mean little, where steady is large."""
+    """The same gradient on the logits of all tokens of one chunk moves their mean little, where
+    steady is large.
+    """
     router = Router(torch.randn(N), torch.zeros(1), 0.5, 1e-5)
     x = torch.zeros(N)
     x[0] = 1.0  # along what drifts
@@ -141,7 +152,9 @@ def test_moments_match_the_plain_ones(moments):
 
 
 def test_what_all_texts_have_at_a_place_weighs_most():
-    """Places are 1, 1, 2, 4, ... chunks long; what is the same in all of them leaves no weight along it."""
+    """Places are 1, 1, 2, 4, ... chunks long; what is the same in all of them leaves no weight
+    along it.
+    """
     torch.manual_seed(0)
     found = Moments(torch.zeros(N))
     for _ in range(4):
@@ -150,7 +163,9 @@ def test_what_all_texts_have_at_a_place_weighs_most():
         found.add(x)
     assert found.places[:8] == [0, 1, 2, 2, 3, 3, 3, 3]
     places = found.drift()[4 * 8 :]
-    assert len(places) == 4 and places[:, 1].pow(2).sum().item() == pytest.approx(PLACE * 0.75, rel=0.1)
+    assert len(places) == 4 and places[:, 1].pow(2).sum().item() == pytest.approx(
+        PLACE * 0.75, rel=0.1
+    )
     drift, back = damp(found.within(), found.drift(), 1.0)
     w = torch.ones(N) - back.T @ (drift @ torch.ones(N))
     assert w[1].abs() < 0.1 and w[2:].min() > 0.8

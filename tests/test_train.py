@@ -1,4 +1,6 @@
-"""Training runs on a tiny model with a real tokenizer: what is trained and what is not, resume, errors."""
+"""Training runs on a tiny model with a real tokenizer: what is trained and what is not, resume,
+errors.
+"""
 
 import contextlib
 import json
@@ -18,18 +20,21 @@ from byte_text import byte_tokenizer
 from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401
 
-from mod_export import adapter, data, train_loop, train_state
-from mod_export import train as train_module
-from mod_export.checkpoint import router_tensor_name
+from mod_export import adapter
+from mod_export.data.packing import open_data, split
+from mod_export.data.text import default_texts
 from mod_export.errors import UserError
-from mod_export.evaluate import Plan, evaluate
+from mod_export.evaluation.run import Plan, evaluate
 from mod_export.export import export
-from mod_export.model import MoDModel
-from mod_export.train import train
-from mod_export.train_config import TrainConfig
-from mod_export.train_data import open_data, split
-from mod_export.train_log import Log, read
-from mod_export.train_step import Student
+from mod_export.model.directory import router_tensor_name
+from mod_export.model.mod_model import MoDModel
+from mod_export.training import checkpoints
+from mod_export.training import loop as train_loop
+from mod_export.training import run as train_module
+from mod_export.training.config import TrainConfig
+from mod_export.training.log import Log, read
+from mod_export.training.run import train
+from mod_export.training.student import Student
 
 UNITS = {"kv": [2, 3], "attn": [4]}
 LENGTH = 32
@@ -39,44 +44,71 @@ LENGTH = 32
 def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
     tiny.save_dir(path / "mod", UNITS)
-    (path / "text.txt").write_text(data.default_texts()[0][:30000])
+    (path / "text.txt").write_text(default_texts()[0][:30000])
     return path
 
 
 def config(files, **kwargs):
-    base = TrainConfig(data=(str(files / "text.txt"),), target={"kv": 0.5, "attn": 0.7}, tokens=12 * 2 * LENGTH,
-                       length=LENGTH, batch=2, held_out=3, eval_every=100, save_every=100)  # fmt: skip
+    base = TrainConfig(
+        data=(str(files / "text.txt"),),
+        target={"kv": 0.5, "attn": 0.7},
+        tokens=12 * 2 * LENGTH,
+        length=LENGTH,
+        batch=2,
+        held_out=3,
+        eval_every=100,
+        save_every=100,
+    )
     return replace(base, **kwargs)
 
 
 def losses(run):
-    return [(row["step"], row["loss"], row["activation"]) for row in read(run / "metrics.jsonl") if "loss" in row]
+    return [
+        (row["step"], row["loss"], row["activation"])
+        for row in read(run / "metrics.jsonl")
+        if "loss" in row
+    ]
 
 
 def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
     run = config(files, tokens=12 * 2 * 2 * LENGTH, length=2 * LENGTH, held_out=12)
     figures = train(files / "mod", tmp_path / "out", run)
-    before, after = (load_file(path / "model.safetensors") for path in (files / "mod", tmp_path / "out"))
+    before, after = (
+        load_file(path / "model.safetensors") for path in (files / "mod", tmp_path / "out")
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {router_tensor_name(*unit, part) for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
-                       for part in ("weight", "bias")}  # fmt: skip
+    assert changed == {
+        router_tensor_name(*unit, part)
+        for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
+        for part in ("weight", "bias")
+    }
     model = MoDModel.load(tmp_path / "out")
     training = model.config.calibration["training"]
     assert training["tokens"] == 12 * 2 * 2 * LENGTH and training["data"] == ["text.txt"]
-    assert model.config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)  # on training text
+    assert model.config.units["attn"].activation[4] == pytest.approx(
+        0.7, abs=0.01
+    )  # on training text
     assert sum(model.config.units["kv"].activation[2:4]) / 2 == pytest.approx(0.5, abs=0.01)
     assert figures["activation"]["attn"] == pytest.approx(0.7, abs=0.1)
     assert figures["kl"] > 0 and figures["perplexity_dense"] > 1
     for name in ("loss.png", "units.png"):
         assert (tmp_path / "out.run" / name).read_bytes().startswith(b"\x89PNG")
-    assert [row["step"] for row in read(tmp_path / "out.run" / "metrics.jsonl")] == [*range(1, 13), 12]
+    assert [row["step"] for row in read(tmp_path / "out.run" / "metrics.jsonl")] == [
+        *range(1, 13),
+        12,
+    ]
 
 
 def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path):
-    parts = data.default_texts()[0][:20000].split(". ")
+    parts = default_texts()[0][:20000].split(". ")
     header = "- " * 30 + "\n"
     (tmp_path / "text.txt").write_text("\n\n".join(header + part for part in parts))
-    run = config(files, data=(str(tmp_path / "text.txt"),), target={"kv": 0.5, "attn": 0.5}, length=2 * LENGTH)
+    run = config(
+        files,
+        data=(str(tmp_path / "text.txt"),),
+        target={"kv": 0.5, "attn": 0.5},
+        length=2 * LENGTH,
+    )
     train(files / "mod", tmp_path / "out", run)
     model = MoDModel.load(tmp_path / "out")
     text, _ = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
@@ -99,7 +131,12 @@ def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
     _, held_out = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
     assert not any(held_out[i]["fresh"].any() for i in range(run.held_out))
     with torch.inference_mode():
-        active = torch.cat([model(held_out[i]["input_ids"][None], trace=True)[1].active for i in range(run.held_out)])
+        active = torch.cat(
+            [
+                model(held_out[i]["input_ids"][None], trace=True)[1].active
+                for i in range(run.held_out)
+            ]
+        )
     assert figures["activation"]["attn"] == pytest.approx(active[..., 2].float().mean().item())
 
 
@@ -108,10 +145,14 @@ def test_routers_lose_their_drift_halfway(files, tmp_path):
     run = config(files, tokens=2 * 2 * LENGTH, router_lr=1e-12)
     for name, steady in (("off", 0.0), ("on", 10.0)):
         train(files / "mod", tmp_path / name, replace(run, steady=steady))
-    start, off, on = (MoDModel.load(path).router((4, "attn")).weight for path in
-                      (files / "mod", tmp_path / "off", tmp_path / "on"))  # fmt: skip
+    start, off, on = (
+        MoDModel.load(path).router((4, "attn")).weight
+        for path in (files / "mod", tmp_path / "off", tmp_path / "on")
+    )
     assert torch.allclose(off, start, atol=1e-6) and (on - start).norm() > 0.1 * start.norm()
-    assert MoDModel.load(tmp_path / "on").config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)
+    assert MoDModel.load(tmp_path / "on").config.units["attn"].activation[4] == pytest.approx(
+        0.7, abs=0.01
+    )
 
 
 def test_what_is_no_step_does_not_count_in_the_speed(tmp_path):
@@ -125,14 +166,30 @@ def test_what_is_no_step_does_not_count_in_the_speed(tmp_path):
 
 
 def test_distillation_lowers_the_divergence(files, tmp_path):
-    run = config(files, target=0.5, tokens=200 * 2 * LENGTH, eval_every=200, parameters="full", full_lr=1e-4,
-                 start=0.5, router_lr=3e-4, steady=0)  # fmt: skip
+    run = config(
+        files,
+        target=0.5,
+        tokens=200 * 2 * LENGTH,
+        eval_every=200,
+        parameters="full",
+        full_lr=1e-4,
+        start=0.5,
+        router_lr=3e-4,
+        steady=0,
+    )
     figures = train(files / "mod", tmp_path / "out", run)
-    untrained = train(files / "mod", tmp_path / "none", replace(run, tokens=1, full_lr=1e-12, router_lr=1e-12))
+    untrained = train(
+        files / "mod", tmp_path / "none", replace(run, tokens=1, full_lr=1e-12, router_lr=1e-12)
+    )
     assert figures["kl"] < 0.9 * untrained["kl"]
-    assert figures["perplexity_dense"] == pytest.approx(untrained["perplexity_dense"])  # the teacher is the original
-    seen = [row["activation"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if row["step"] > 60 and
-            "loss" in row]  # fmt: skip
+    assert figures["perplexity_dense"] == pytest.approx(
+        untrained["perplexity_dense"]
+    )  # the teacher is the original
+    seen = [
+        row["activation"]
+        for row in read(tmp_path / "out.run" / "metrics.jsonl")
+        if row["step"] > 60 and "loss" in row
+    ]
     assert torch.tensor(seen).mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.1)
 
 
@@ -140,7 +197,10 @@ def test_learning_rates_fall_with_the_width():
     lora, full = TrainConfig((), parameters="lora"), TrainConfig((), parameters="full")
     assert lora.rate_of(576) == pytest.approx(1e-3) and lora.rate_of(4 * 576) == pytest.approx(5e-4)
     assert full.rate_of(576) == pytest.approx(1e-4)
-    assert replace(lora, lora_lr=7e-4).rate_of(4096) == 7e-4 and replace(full, full_lr=2e-5).rate_of(4096) == 2e-5
+    assert (
+        replace(lora, lora_lr=7e-4).rate_of(4096) == 7e-4
+        and replace(full, full_lr=2e-5).rate_of(4096) == 2e-5
+    )
 
 
 def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path):
@@ -151,7 +211,9 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
     train(tmp_path / "mod", tmp_path / "adapter", run, save_as="adapter")
     train(tmp_path / "mod", tmp_path / "merged", run)
     assert adapter.load(tmp_path / "adapter").base["name"] == "its original"
-    assert "model" not in MoDModel.load(tmp_path / "merged").config.calibration  # its weights are no more
+    assert (
+        "model" not in MoDModel.load(tmp_path / "merged").config.calibration
+    )  # its weights are no more
     applied = adapter.apply(adapter.load(tmp_path / "adapter"), model.base, model.tokenizer)
     merged, ids = MoDModel.load(tmp_path / "merged"), torch.arange(100, 160)[None]
     with torch.inference_mode():
@@ -161,14 +223,23 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
         assert (merged(ids) - original(ids)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options, kept",
-                         [({}, 3), ({"method": "topk"}, 3),
-                          ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, 4),
-                          ({"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1, "recall": 0.5}, 5)],
-                         ids=["routers", "topk", "lora", "terms"])  # fmt: skip
-def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_path, options, kept, monkeypatch):
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, 3),
+        ({"method": "topk"}, 3),
+        ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, 4),
+        ({"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1, "recall": 0.5}, 5),
+    ],
+    ids=["routers", "topk", "lora", "terms"],
+)
+def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(
+    files, tmp_path, options, kept, monkeypatch
+):
     """With a checkpoint before, at and after half of the steps, where routers lose their drift."""
-    run = config(files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=kept, **options)
+    run = config(
+        files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=kept, **options
+    )
     train(files / "mod", tmp_path / "whole", run)
     gradients = train_loop.Loop._gradients
 
@@ -182,7 +253,7 @@ def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_pat
         train(files / "mod", tmp_path / "cut", run)
     monkeypatch.undo()
     assert len(losses(tmp_path / "cut.run")) == kept + 1
-    assert train_state.load(tmp_path / "cut.run")["step"] == kept
+    assert checkpoints.load(tmp_path / "cut.run")["step"] == kept
     train(files / "mod", tmp_path / "cut", run, resume=True)
     assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
@@ -190,17 +261,36 @@ def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_pat
 
 
 def test_sigterm_saves_and_exits(files, tmp_path):
-    command = [sys.executable, "-m", "mod_export", "train", files / "mod", "-o", tmp_path / "out", "-d",
-               files / "text.txt", "--tokens", 10**6, "--length", LENGTH, "--save-every", 10**6, "--batch", 2]
+    command = [
+        sys.executable,
+        "-m",
+        "mod_export",
+        "train",
+        files / "mod",
+        "-o",
+        tmp_path / "out",
+        "-d",
+        files / "text.txt",
+        "--tokens",
+        10**6,
+        "--length",
+        LENGTH,
+        "--save-every",
+        10**6,
+        "--batch",
+        2,
+    ]
     process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "out.run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+    while process.poll() is None and not (
+        metrics.is_file() and metrics.read_text().count("\n") > 2
+    ):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "go on with --resume" in errors
-    assert train_state.load(tmp_path / "out.run")["step"] == read(metrics)[-1]["step"]
+    assert checkpoints.load(tmp_path / "out.run")["step"] == read(metrics)[-1]["step"]
     assert not (tmp_path / "out").exists()
 
 
@@ -219,16 +309,18 @@ def test_a_signal_does_not_wait_for_the_rest_of_a_step(files, tmp_path, monkeypa
     with pytest.raises(SystemExit) as ended:
         train(files / "mod", tmp_path / "out", run)
     assert ended.value.code == 128 + signal.SIGTERM and len(forwards) == 10
-    assert train_state.load(tmp_path / "out.run")["step"] == 1
+    assert checkpoints.load(tmp_path / "out.run")["step"] == 1
 
 
-def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stopped(files, tmp_path, monkeypatch):
+def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stopped(
+    files, tmp_path, monkeypatch
+):
     run = config(files, tokens=3 * 2 * LENGTH)
     train(files / "mod", tmp_path / "whole", run)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext([signal.SIGTERM]))
         train(files / "mod", tmp_path / "cut", run)
-    assert train_state.load(tmp_path / "cut.run")["step"] == 0
+    assert checkpoints.load(tmp_path / "cut.run")["step"] == 0
     train(files / "mod", tmp_path / "cut", run, resume=True)
     assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
@@ -236,7 +328,9 @@ def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stop
 
 
 def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
-    """bf16, as all models of docs/quality.md were trained, stays near float32; and where TensorBoard is, it is told."""
+    """bf16, as all models of docs/quality.md were trained, stays near float32; and where
+    TensorBoard is, it is told.
+    """
     told = []
 
     class Writer:
@@ -251,7 +345,9 @@ def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
 
     run = config(files, parameters="lora", lora_rank=2)
     plain = train(files / "mod", tmp_path / "plain", run)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
     AcceleratorState._reset_state(True)  # a process has one precision
     said = []
     half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"), say=said.append)
@@ -262,7 +358,9 @@ def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
     assert half["activation"]["attn"] == pytest.approx(plain["activation"]["attn"], abs=0.05)
     assert told[0] == (tmp_path / "half.run" / "tensorboard", None) and told[-1] == "closed"
     steps = [row for row in read(tmp_path / "half.run" / "metrics.jsonl") if "loss" in row]
-    assert [entry[1:] for entry in told if entry[0] == "loss"] == [(row["step"], row["loss"]) for row in steps]
+    assert [entry[1:] for entry in told if entry[0] == "loss"] == [
+        (row["step"], row["loss"]) for row in steps
+    ]
 
 
 def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
@@ -270,11 +368,19 @@ def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
     plain = train(files / "mod", tmp_path / "plain", run)
     half = train(files / "mod", tmp_path / "half", replace(run, dtype="bfloat16"))
     assert half["kl"] == pytest.approx(plain["kl"], rel=0.1)
-    routers = {router_tensor_name(*unit, part) for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
-               for part in ("weight", "bias")}  # fmt: skip
+    routers = {
+        router_tensor_name(*unit, part)
+        for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
+        for part in ("weight", "bias")
+    }
     for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
         assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
-    assert evaluate(tmp_path / "half", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))["texts"][0]["kl"] > 0
+    assert (
+        evaluate(tmp_path / "half", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))[
+            "texts"
+        ][0]["kl"]
+        > 0
+    )
     with pytest.raises(UserError, match="too coarse"):
         train(files / "mod", tmp_path / "full", replace(run, parameters="full", dtype="bfloat16"))
 
@@ -282,25 +388,39 @@ def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
 def test_trained_weights_are_no_teacher(files, tmp_path):
     run = config(files, parameters="lora", lora_rank=2, tokens=2 * 2 * LENGTH)
     train(files / "mod", tmp_path / "first", run)
-    with pytest.raises(UserError, match="are trained, so .* not the original's; name the original with --teacher"):
+    with pytest.raises(
+        UserError, match="are trained, so .* not the original's; name the original with --teacher"
+    ):
         train(tmp_path / "first", tmp_path / "second", run)
     assert not (tmp_path / "second.run").exists()
     first = train(files / "mod", tmp_path / "first", run, force=True)
-    second = train(tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod")))
+    second = train(
+        tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod"))
+    )
     assert second["perplexity_dense"] == pytest.approx(first["perplexity_dense"])
 
 
 def test_baselines_run_from_the_same_code(files, tmp_path):
     topk = train(files / "mod", tmp_path / "topk", config(files, method="topk"))
-    loss = evaluate(tmp_path / "topk", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))["texts"][0]
+    loss = evaluate(tmp_path / "topk", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))[
+        "texts"
+    ][0]
     assert loss["activation"] == pytest.approx((0.5 + 0.5 + 0.7) / 3, abs=0.06)
-    with pytest.raises(UserError, match="chooses by top-k, which looks at later tokens: it cannot generate"):
+    with pytest.raises(
+        UserError, match="chooses by top-k, which looks at later tokens: it cannot generate"
+    ):
         evaluate(tmp_path / "topk", Plan(haystack=str(files / "text.txt")))
-    assert topk["activation"]["attn"] == pytest.approx(0.7, abs=0.06)  # two sinks of 32 tokens beside the top 70 %
+    assert topk["activation"]["attn"] == pytest.approx(
+        0.7, abs=0.06
+    )  # two sinks of 32 tokens beside the top 70 %
     assert MoDModel.load(tmp_path / "topk").top_k == {"kv": 0.5, "attn": 0.7}
     with pytest.raises(UserError, match="chooses by top-k, which looks at later tokens"):
         export(tmp_path / "topk", tmp_path / "topk.gguf")
-    static = train(files / "mod", tmp_path / "static", config(files, method="static", parameters="lora", lora_rank=2))
+    static = train(
+        files / "mod",
+        tmp_path / "static",
+        config(files, method="static", parameters="lora", lora_rank=2),
+    )
     model = MoDModel.load(tmp_path / "static")
     kept, dropped = sorted(model.config.units["kv"].activation[2:4], reverse=True)
     assert kept == 1.0 and 0 < dropped < 0.1  # sinks
@@ -312,7 +432,9 @@ def test_baselines_run_from_the_same_code(files, tmp_path):
     assert static["kl"] > 0 and tuned["kl"] > 0
 
 
-def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(files, tmp_path, monkeypatch):
+def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(
+    files, tmp_path, monkeypatch
+):
     run = config(files, method="topk", tokens=4 * 2 * LENGTH)
     whole = train(files / "mod", tmp_path / "whole", run)
     with monkeypatch.context() as patch:
@@ -329,27 +451,47 @@ def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(files,
 @pytest.mark.parametrize("anneal, first", [(0.0, 0.7), (0.5, 0.95)])
 def test_thresholds_begin_where_annealing_does(files, tmp_path, monkeypatch, anneal, first):
     settle, told = train_module._settle, []
-    monkeypatch.setattr(train_module, "_settle", lambda *args: (told.append(args[3]), settle(*args)))
+    monkeypatch.setattr(
+        train_module, "_settle", lambda *args: (told.append(args[3]), settle(*args))
+    )
     train(files / "mod", tmp_path / "out", config(files, anneal=anneal, tokens=4 * 2 * LENGTH))
     assert told[0] == pytest.approx([0.5, first]) and told[-1] == [0.5, 0.7]
 
 
 def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
-    chats = [{"messages": [{"role": "user", "content": "Say " + "word " * (i % 7)}, {"role": "assistant", "content":
-              " ".join(["Yes."] * (1 + 9 * (i % 3)))}]} for i in range(400)]  # fmt: skip
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "Say " + "word " * (i % 7)},
+                {"role": "assistant", "content": " ".join(["Yes."] * (1 + 9 * (i % 3)))},
+            ]
+        }
+        for i in range(400)
+    ]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    run = config(files, data=(str(tmp_path / "chat.jsonl"),), loss_on="answers", tokens=2 * LENGTH, lm_weight=1.0,
-                 kl_weight=0.0)  # fmt: skip
+    run = config(
+        files,
+        data=(str(tmp_path / "chat.jsonl"),),
+        loss_on="answers",
+        tokens=2 * LENGTH,
+        lm_weight=1.0,
+        kl_weight=0.0,
+    )
     found = []
     for options in ({}, {"batch": 1, "accumulate": 2}):
         train(files / "mod", tmp_path / "out", replace(run, **options), force=True)
-        found.append(next(row["nll"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if "nll" in row))
+        found.append(
+            next(row["nll"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if "nll" in row)
+        )
     assert found[1] == pytest.approx(found[0], rel=0.01)  # the noise is another one
 
 
 def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path):
     run = config(files, parameters="full", full_lr=1e18, save_every=1)
-    with pytest.raises(UserError, match="not a number at step 2; there is no checkpoint yet; start again with lower"):
+    with pytest.raises(
+        UserError,
+        match="not a number at step 2; there is no checkpoint yet; start again with lower",
+    ):
         train(files / "mod", tmp_path / "out", run)
     assert not (tmp_path / "out").exists()
 
@@ -366,27 +508,35 @@ def test_a_checkpoint_is_not_replaced_by_spoilt_weights(files, tmp_path, monkeyp
         return row
 
     monkeypatch.setattr(train_loop.Loop, "_update", spoiling)
-    with pytest.raises(UserError, match="not a number at step 6; the last good checkpoint is in .*lower"):
+    with pytest.raises(
+        UserError, match="not a number at step 6; the last good checkpoint is in .*lower"
+    ):
         train(files / "mod", tmp_path / "out", run)
-    assert train_state.load(tmp_path / "out.run")["step"] == 4
+    assert checkpoints.load(tmp_path / "out.run")["step"] == 4
     monkeypatch.undo()
     assert train(files / "mod", tmp_path / "out", replace(run, full_lr=1e-5), resume=True)["kl"] > 0
     assert [row[0] for row in losses(tmp_path / "out.run")] == [*range(1, 13)]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"target": 0.0}, "target activation 0.0 is not in"),
-    ({"target": 1.5}, "target activation 1.5 is not in"),
-    ({"target": float("nan")}, "target activation nan is not in"),
-    ({"target": {"kv": 0.5}}, "no target activation for attn"),
-    ({"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}}, "target activation for ffn, which is not routed"),
-    ({"length": 4096}, "the model's context is 2048"),
-    ({"length": 8}, "8 tokens fit in the window of 8"),
-    ({"length": 2000}, "data too short"),
-    ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
-    ({"method": "static"}, "static dropping has no routers"),
-    ({"kl_weight": 0.0}, "all weights of the loss are 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target": 0.0}, "target activation 0.0 is not in"),
+        ({"target": 1.5}, "target activation 1.5 is not in"),
+        ({"target": float("nan")}, "target activation nan is not in"),
+        ({"target": {"kv": 0.5}}, "no target activation for attn"),
+        (
+            {"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}},
+            "target activation for ffn, which is not routed",
+        ),
+        ({"length": 4096}, "the model's context is 2048"),
+        ({"length": 8}, "8 tokens fit in the window of 8"),
+        ({"length": 2000}, "data too short"),
+        ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
+        ({"method": "static"}, "static dropping has no routers"),
+        ({"kl_weight": 0.0}, "all weights of the loss are 0"),
+    ],
+)
 def test_arguments_that_do_not_fit(files, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(files / "mod", tmp_path / "out", config(files, **options))
@@ -408,7 +558,10 @@ def test_teachers(files, tmp_path):
     tiny.base(n_vocab=len(tiny.tokenizer())).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)
     run = config(files, tokens=2 * 2 * LENGTH)
-    with pytest.raises(UserError, match="the teacher has 3 layers of 64, the model 6 layers of 64; leave out --hidden"):
+    with pytest.raises(
+        UserError,
+        match="the teacher has 3 layers of 64, the model 6 layers of 64; leave out --hidden",
+    ):
         train(files / "mod", tmp_path / "out", replace(run, teacher=str(short), hidden_weight=1.0))
     with pytest.raises(UserError, match="other has another tokenizer"):
         train(files / "mod", tmp_path / "out", replace(run, teacher=str(other)))
@@ -427,9 +580,14 @@ def test_fp16_is_for_gpus(files, tmp_path):
 def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
     run = config(files, tokens=2 * 2 * LENGTH)
     (tmp_path / "out.run").mkdir()
-    with train_module.alone(tmp_path / "out.run"), pytest.raises(UserError, match="another process trains into .*out"):
+    with (
+        train_module.alone(tmp_path / "out.run"),
+        pytest.raises(UserError, match="another process trains into .*out"),
+    ):
         train(files / "mod", tmp_path / "out", run)
-    left = tmp_path / "out.run" / f".{train_state.NAME}.0123.tmp"  # of a run that was stopped while it wrote
+    left = (
+        tmp_path / "out.run" / f".{checkpoints.NAME}.0123.tmp"
+    )  # of a run that was stopped while it wrote
     left.touch()
     with pytest.raises(UserError, match="no checkpoint .*start without --resume"):
         train(files / "mod", tmp_path / "out", run, resume=True)
@@ -451,7 +609,7 @@ def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
     tiny.save_dir(tmp_path / "other", UNITS, seed=1)
     with pytest.raises(UserError, match="another base .*"):
         train(tmp_path / "other", tmp_path / "out", run, resume=True)
-    checkpoint = tmp_path / "out.run" / train_state.NAME
+    checkpoint = tmp_path / "out.run" / checkpoints.NAME
     checkpoint.write_bytes(checkpoint.read_bytes()[:200])
     with pytest.raises(UserError, match="is damaged"):
         train(files / "mod", tmp_path / "out", run, resume=True)
@@ -473,9 +631,28 @@ main(sys.argv[1:])
 def test_a_full_disk_costs_nothing(files, tmp_path):
     run = config(files, parameters="lora", lora_rank=4)
     train(files / "mod", tmp_path / "fits", replace(run, tokens=2 * 2 * LENGTH))
-    assert (tmp_path / "fits.run" / train_state.NAME).stat().st_size > 300_000
-    command = [sys.executable, "-c", LIMITED, "train", files / "mod", "-o", tmp_path / "out", "-d", files / "text.txt",
-               "--train", "lora", "--lora-rank", 4, "--length", LENGTH, "--tokens", 500, "--held-out", 2]
+    assert (tmp_path / "fits.run" / checkpoints.NAME).stat().st_size > 300_000
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        "train",
+        files / "mod",
+        "-o",
+        tmp_path / "out",
+        "-d",
+        files / "text.txt",
+        "--train",
+        "lora",
+        "--lora-rank",
+        4,
+        "--length",
+        LENGTH,
+        "--tokens",
+        500,
+        "--held-out",
+        2,
+    ]
     done = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write")
@@ -483,13 +660,38 @@ def test_a_full_disk_costs_nothing(files, tmp_path):
 
 
 def test_a_disk_too_full_for_the_model_costs_nothing(files, tmp_path):
-    """The checkpoint of routers fits, what is written at the end does not; with room, --resume writes it."""
+    """The checkpoint of routers fits, what is written at the end does not; with room, --resume
+    writes it.
+    """
     limit = LIMITED.replace("300_000", "3_000_000")
-    options = list(map(str, ["train", files / "mod", "-o", tmp_path / "out", "-d", files / "text.txt", "--length",
-                             LENGTH, "--tokens", 500, "--held-out", 2]))  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", limit, *options], capture_output=True, text=True, timeout=120)
+    options = list(
+        map(
+            str,
+            [
+                "train",
+                files / "mod",
+                "-o",
+                tmp_path / "out",
+                "-d",
+                files / "text.txt",
+                "--length",
+                LENGTH,
+                "--tokens",
+                500,
+                "--held-out",
+                2,
+            ],
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *options], capture_output=True, text=True, timeout=120
+    )
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr and last.startswith("error: cannot write"), last
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and last.startswith("error: cannot write")
+    ), last
     assert "too large" in last and "--resume" in last
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.run"]
     steps = losses(tmp_path / "out.run")
@@ -500,8 +702,29 @@ def test_a_disk_too_full_for_the_model_costs_nothing(files, tmp_path):
 
 def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
     train(files / "mod", tmp_path / "out", config(files, tokens=2 * 2 * LENGTH))
-    rows = [json.loads(line) for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "kl", "nll", "activation", "units", "target", "price", "rate", "norm", "tokens_per_second",
-            "seconds"} <= set(rows[0])  # fmt: skip
-    assert set(rows[-1]["held_out"]) == {"kl", "perplexity_dense", "perplexity", "top1_agreement", "activation",
-                                         "kv_share"}  # fmt: skip
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {
+        "step",
+        "loss",
+        "kl",
+        "nll",
+        "activation",
+        "units",
+        "target",
+        "price",
+        "rate",
+        "norm",
+        "tokens_per_second",
+        "seconds",
+    } <= set(rows[0])
+    assert set(rows[-1]["held_out"]) == {
+        "kl",
+        "perplexity_dense",
+        "perplexity",
+        "top1_agreement",
+        "activation",
+        "kv_share",
+    }

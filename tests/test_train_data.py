@@ -17,11 +17,12 @@ import tiny
 import torch
 from byte_text import TEXT, byte_tokenizer, with_bos
 
-from mod_export import data, sources, token_cache
+from mod_export.common.files import locked
+from mod_export.data import sources, token_cache
+from mod_export.data.packing import open_data, order, split
+from mod_export.data.repeats import PASSAGE
+from mod_export.data.text import pack
 from mod_export.errors import UserError
-from mod_export.files import locked
-from mod_export.repeats import PASSAGE
-from mod_export.train_data import open_data, order, split
 
 CHAT = [
     {"role": "user", "content": "Hi  there"},
@@ -35,14 +36,22 @@ DOCUMENTS = [f"Document {i}\n\n{TEXT[i * 100 : i * 100 + 300 + 40 * i]}" for i i
 @pytest.fixture
 def opened(tmp_path):
     """opened(tokenizer, paths, length, ...) -> PackedData with a cache of the test's own."""
+
     def open_(tokenizer, *args, **kwargs):
-        return open_data(tokenizer, *args, **{"cache": tmp_path / "cache", "say": lambda line: None} | kwargs)
+        return open_data(
+            tokenizer, *args, **{"cache": tmp_path / "cache", "say": lambda line: None} | kwargs
+        )
+
     return open_
 
 
 def write(path: Path, content) -> Path:
     """Text, or a list of records as JSONL; gzipped where the name says so."""
-    text = content if isinstance(content, str) else "".join(json.dumps(record) + "\n" for record in content)
+    text = (
+        content
+        if isinstance(content, str)
+        else "".join(json.dumps(record) + "\n" for record in content)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
@@ -52,11 +61,13 @@ def all_ids(packed) -> torch.Tensor:
     return torch.stack([packed[i]["input_ids"] for i in range(len(packed))])
 
 
-@pytest.mark.parametrize("make", [byte_tokenizer, lambda: with_bos(byte_tokenizer()), tiny.tokenizer])
+@pytest.mark.parametrize(
+    "make", [byte_tokenizer, lambda: with_bos(byte_tokenizer()), tiny.tokenizer]
+)
 def test_packing_is_that_of_data_pack(make, opened, tmp_path):
     tokenizer = make()
     packed = opened(tokenizer, [write(tmp_path / "a.txt", TEXT)], 64)
-    expected = data.pack(tokenizer, TEXT, 64)
+    expected = pack(tokenizer, TEXT, 64)
     assert torch.equal(all_ids(packed), expected)
     assert packed.tokens == expected.numel()
     assert all(packed[i]["loss"].tolist() == [False] + [True] * 63 for i in range(len(packed)))
@@ -64,7 +75,10 @@ def test_packing_is_that_of_data_pack(make, opened, tmp_path):
 
 def test_documents_of_all_files_are_packed_in_the_mixed_order(opened, tmp_path):
     write(tmp_path / "in" / "a.txt", "\n\n\n".join(DOCUMENTS[:5]))
-    write(tmp_path / "in" / "b" / "c.txt.gz", "\n\n\n\n\n" + "\r\n\r\n\r\n".join(DOCUMENTS[5:9]) + "\n")
+    write(
+        tmp_path / "in" / "b" / "c.txt.gz",
+        "\n\n\n\n\n" + "\r\n\r\n\r\n".join(DOCUMENTS[5:9]) + "\n",
+    )
     write(tmp_path / "in" / "d.jsonl", [{"text": text, "id": 1} for text in DOCUMENTS[9:]])
     write(tmp_path / "in" / "README.md", "not this"), write(tmp_path / "in" / "e.csv", "nor this")
     write(tmp_path / "in" / ".f.txt", "nor this")
@@ -72,7 +86,7 @@ def test_documents_of_all_files_are_packed_in_the_mixed_order(opened, tmp_path):
     assert sorted(pieces) == sorted(DOCUMENTS)
     assert pieces != DOCUMENTS
     packed = opened(byte_tokenizer(), [tmp_path / "in"], 50)
-    assert torch.equal(all_ids(packed), data.pack(byte_tokenizer(), "\n\n\n".join(pieces), 50))
+    assert torch.equal(all_ids(packed), pack(byte_tokenizer(), "\n\n\n".join(pieces), 50))
     again = opened(byte_tokenizer(), [tmp_path / "in"], 50, cache=tmp_path / "cache2")
     assert torch.equal(all_ids(packed), all_ids(again)) and packed.fingerprint == again.fingerprint
 
@@ -81,14 +95,18 @@ def test_long_documents_are_cut_at_paragraphs():
     paragraphs = [f"{i} " + "word " * 200 for i in range(100)]
     pieces = list(sources.cut(f"{p}\n\n".splitlines(True)[j] for p in paragraphs for j in (0, 1)))
     assert "\n\n".join(pieces) == "\n\n".join(paragraphs)
-    assert len(pieces) > 5 and all(sources.PIECE <= len(p) < sources.PIECE + 1100 for p in pieces[:-1])
+    assert len(pieces) > 5 and all(
+        sources.PIECE <= len(p) < sources.PIECE + 1100 for p in pieces[:-1]
+    )
     poem = list(sources.cut("no empty line\n" for _ in range(10000)))
     assert len(poem) > 1 and "\n".join(poem) == "\n".join(["no empty line"] * 10000)
 
 
 def test_a_line_without_end_is_read_in_parts(tmp_path):
     text = "x" * (3 * sources.LONGEST + 5)
-    assert [len(p.text) for p in sources.read(write(tmp_path / "a.txt", text))] == [sources.LONGEST] * 3 + [5]
+    assert [len(p.text) for p in sources.read(write(tmp_path / "a.txt", text))] == [
+        sources.LONGEST
+    ] * 3 + [5]
 
 
 def test_every_prefix_holds_the_files_in_proportion():
@@ -108,14 +126,18 @@ def test_every_prefix_holds_the_files_in_proportion():
 
 
 def answers_of(tokenizer, packed) -> str:
-    """The marked tokens of the whole row: those that begin a sequence too, which count for nothing there."""
+    """The marked tokens of the whole row: those that begin a sequence too, which count for nothing
+    there.
+    """
     ids, marks, _ = packed.source.read(0, packed.source.count)
     return tokenizer.decode(ids[marks])
 
 
 def test_answers_are_the_assistants_words_and_the_end_of_turn(opened, tmp_path):
     tokenizer = tiny.tokenizer()
-    path = write(tmp_path / "c.jsonl.gz", [{"messages": CHAT[:2]}, {"messages": CHAT}, {"text": TEXT}])
+    path = write(
+        tmp_path / "c.jsonl.gz", [{"messages": CHAT[:2]}, {"messages": CHAT}, {"text": TEXT}]
+    )
     packed = opened(tokenizer, [path], 60, loss_on="answers")
     first, second = (f"{CHAT[i]['content']}<|im_end|>" for i in (1, 3))
     assert answers_of(tokenizer, packed) in (first + first + second, first + second + first)
@@ -146,16 +168,24 @@ TEMPLATES = {  # template -> what the answers of CHAT are in it
     "</s>{% endif %}{% endfor %}": [" Hello\n\n  you 🐛</s>", " Ωmega, 12.5 % of it</s>"],
     # reasoning in the last answer only, as in templates of reasoning models
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-    "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}":
-        [CHAT[1]["content"] + "<end>", "<think></think>" + CHAT[3]["content"] + "<end>"],
-    # a generation prompt that no finished turn holds, and an answer that is among the user's words too
+    "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}": [
+        CHAT[1]["content"] + "<end>",
+        "<think></think>" + CHAT[3]["content"] + "<end>",
+    ],
+    # a generation prompt that no finished turn holds, and an answer that is among the user's words
+    # too
     "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}{% if m.role == 'user' %} "
-    + CHAT[1]["content"].strip() + "{% endif %}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}":
-        ["Hello\n\n  you 🐛<end>", "Ωmega, 12.5 % of it<end>"],
+    + CHAT[1]["content"].strip()
+    + "{% endif %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}": [
+        "Hello\n\n  you 🐛<end>",
+        "Ωmega, 12.5 % of it<end>",
+    ],
     # no generation prompt, and the header is the template's word, so it is the model's too
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}":
-        ["assistant: Hello\n\n  you 🐛", "assistant: Ωmega, 12.5 % of it"],
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}": [
+        "assistant: Hello\n\n  you 🐛",
+        "assistant: Ωmega, 12.5 % of it",
+    ],
 }
 
 
@@ -163,7 +193,9 @@ TEMPLATES = {  # template -> what the answers of CHAT are in it
 def test_answers_in_other_templates(template, opened, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    packed = opened(tokenizer, [write(tmp_path / "c.jsonl", [{"messages": CHAT}])], 2, loss_on="answers")
+    packed = opened(
+        tokenizer, [write(tmp_path / "c.jsonl", [{"messages": CHAT}])], 2, loss_on="answers"
+    )
     assert answers_of(tokenizer, packed) == "".join(TEMPLATES[template])
 
 
@@ -176,7 +208,10 @@ def test_offsets_without_spaces_make_the_same_marks(opened, tmp_path):
     trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     for tokenizer in (plain, trimmed):
         tokenizer.chat_template = next(iter(TEMPLATES))
-    marks = [t.read(0, t.count)[1] for t in (opened(x, [path], 8, loss_on="answers").source for x in (plain, trimmed))]
+    marks = [
+        t.read(0, t.count)[1]
+        for t in (opened(x, [path], 8, loss_on="answers").source for x in (plain, trimmed))
+    ]
     assert marks[0].tolist() == marks[1].tolist() and 0 < marks[0].sum() < len(marks[0])
 
 
@@ -215,8 +250,13 @@ def test_the_cache_is_used(opened, tmp_path):
 def test_the_same_text_is_not_tokenised_twice_at_once(opened, tmp_path):
     path, said, cache = write(tmp_path / "a.txt", TEXT), [], tmp_path / "cache"
     whole = token_cache.tokens_of(byte_tokenizer(), [path], cache=tmp_path / "other")
-    waits = Thread(target=lambda: said.append(token_cache.tokens_of(
-        Untouchable(byte_tokenizer()), [path], cache=cache, say=said.append)))  # fmt: skip
+    waits = Thread(
+        target=lambda: said.append(
+            token_cache.tokens_of(
+                Untouchable(byte_tokenizer()), [path], cache=cache, say=said.append
+            )
+        )
+    )
     cache.mkdir()
     with locked(cache, busy=lambda: None):
         waits.start()
@@ -225,7 +265,9 @@ def test_the_same_text_is_not_tokenised_twice_at_once(opened, tmp_path):
         assert said == ["another process tokenises; waiting for it"]
         shutil.copytree(whole.folder, cache / whole.folder.name)
     waits.join()
-    assert said[-1].count == whole.count and [path.name for path in cache.iterdir()] == [whole.folder.name]
+    assert said[-1].count == whole.count and [path.name for path in cache.iterdir()] == [
+        whole.folder.name
+    ]
 
 
 def test_a_damaged_entry_is_made_again(opened, tmp_path):
@@ -240,7 +282,9 @@ def test_a_damaged_entry_is_made_again(opened, tmp_path):
 def test_a_failed_run_leaves_no_entry(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "BATCH", 200)
     write(tmp_path / "a.jsonl", [{"text": text} for text in DOCUMENTS])
-    write(tmp_path / "b.jsonl", [{"messages": CHAT}])  # comes in the middle, and there is no chat template
+    write(
+        tmp_path / "b.jsonl", [{"messages": CHAT}]
+    )  # comes in the middle, and there is no chat template
     with pytest.raises(UserError, match="b.jsonl, line 1 is a conversation.*no chat template"):
         opened(byte_tokenizer(), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], 64)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -250,7 +294,7 @@ KILLED = """
 import sys, time; sys.path.insert(0, "tests")
 from byte_text import byte_tokenizer
 from mod_export import cli, token_cache
-from mod_export.conversations import encode
+from mod_export.data.conversations import encode
 cli.signal.signal(cli.signal.SIGTERM, lambda *_: sys.exit(1))
 def slow(*args):
     print("working", flush=True)
@@ -265,8 +309,14 @@ token_cache.tokens_of(byte_tokenizer(), [sys.argv[1]], cache=sys.argv[2])
 def test_a_killed_run_leaves_no_entry(sign, opened, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in DOCUMENTS])
     command = [sys.executable, "-c", KILLED, path, tmp_path / "cache"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": "."})
+    process = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
     assert process.stdout.readline() == "working\n" and process.stdout.readline() == "working\n"
     process.send_signal(sign)
     assert process.wait(30) != 0
@@ -283,7 +333,9 @@ def test_limit_takes_from_all_files_and_tokenises_little(opened, tmp_path, monke
         write(tmp_path / "in" / f"{letter}.jsonl.gz", [{"text": letter * 98}] * 100 * (i + 1))
     seen = []
     encode = token_cache.conversations.encode
-    monkeypatch.setattr(token_cache.conversations, "encode", lambda t, p, m: seen.extend(p) or encode(t, p, m))
+    monkeypatch.setattr(
+        token_cache.conversations, "encode", lambda t, p, m: seen.extend(p) or encode(t, p, m)
+    )
     tokenizer = byte_tokenizer()
     packed = opened(tokenizer, [tmp_path / "in"], 100, limit=6050)
     assert packed.source.count == 6050 and len(packed) == 60 and packed.tokens == 6000
@@ -298,7 +350,11 @@ def test_split_is_even_and_complete(opened, tmp_path):
     train, held = split(packed, 7)
     assert sorted([*train.index, *held.index]) == list(range(len(packed)))
     gaps = np.diff([0, *held.index, len(packed)])
-    assert len(held) == 7 and gaps[1:-1].min() >= len(packed) // 7 and gaps[1:-1].max() <= len(packed) // 7 + 1
+    assert (
+        len(held) == 7
+        and gaps[1:-1].min() >= len(packed) // 7
+        and gaps[1:-1].max() <= len(packed) // 7 + 1
+    )
     assert torch.equal(held[0]["input_ids"], packed[int(held.index[0])]["input_ids"])
     assert len({packed.fingerprint, train.fingerprint, held.fingerprint}) == 3
     assert split(packed, 7)[0].fingerprint == train.fingerprint
@@ -312,13 +368,28 @@ def test_order_is_a_permutation_that_depends_on_its_arguments_only():
     assert sorted(wanted) == list(range(1000))
     order(1000, 3, 4), np.random.seed(1), np.random.rand(3)
     assert order(1000, 3, 5).tolist() == wanted
-    assert wanted not in (order(1000, 3, 6).tolist(), order(1000, 5, 3).tolist(), order(1000, 4, 5).tolist())
-    assert order(8, 0, 0).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]  # for good: a run may be resumed years later
+    assert wanted not in (
+        order(1000, 3, 6).tolist(),
+        order(1000, 5, 3).tolist(),
+        order(1000, 4, 5).tolist(),
+    )
+    assert order(8, 0, 0).tolist() == [
+        3,
+        7,
+        4,
+        0,
+        2,
+        6,
+        5,
+        1,
+    ]  # for good: a run may be resumed years later
 
 
 def test_data_are_sent_to_worker_processes(opened, tmp_path):
     packed = opened(byte_tokenizer(), [write(tmp_path / "a.txt", TEXT)], 64)
-    loader = torch.utils.data.DataLoader(packed, batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(
+        packed, batch_size=4, num_workers=1, multiprocessing_context="spawn"
+    )
     assert torch.equal(next(iter(loader))["input_ids"], all_ids(packed)[:4])
 
 
@@ -328,14 +399,20 @@ BAD = {  # name -> content, what is said
     "b.txt.gz": (BROKEN, "b.txt.gz is no gzip file, or a broken one"),
     "c.txt.gz": (b"plain", "c.txt.gz is no gzip file"),
     "d.jsonl": (b'{"text": "x"}\n{"text": \n', "d.jsonl, line 2: no JSON"),
-    "e.jsonl": (b'{"text": "x"}\n\n{"question": "x"}\n', "e.jsonl, line 3: neither messages nor text"),
+    "e.jsonl": (
+        b'{"text": "x"}\n\n{"question": "x"}\n',
+        "e.jsonl, line 3: neither messages nor text",
+    ),
     "f.jsonl": (b'["text"]', "f.jsonl, line 1: neither messages nor text"),
     "g.jsonl": (b'{"messages": []}', "g.jsonl, line 1: messages are not as they should be"),
     "h.jsonl": (b'{"messages": [{"role": "user", "content": [1]}]}', "line 1: messages are not as"),
     "i.jsonl": (b'{"text": "\\ud800"}', "i.jsonl, line 1: no JSON"),
     "j.txt": (b"short", r"data too short: 7 tokens where a sequence needs 64"),
     "k.txt": (b"", r"data too short: 0 tokens where a sequence needs 64"),
-    "l.jsonl": (json.dumps({"messages": CHAT}).encode(), "l.jsonl, line 1 is a conversation, .*no chat template"),
+    "l.jsonl": (
+        json.dumps({"messages": CHAT}).encode(),
+        "l.jsonl, line 1 is a conversation, .*no chat template",
+    ),
 }
 
 
@@ -369,7 +446,9 @@ def test_a_template_that_refuses_is_quoted(opened, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write(tmp_path / "c.jsonl", [{"messages": CHAT}])
-    with pytest.raises(UserError, match="c.jsonl, line 1: .*refuses this conversation: roles must alternate"):
+    with pytest.raises(
+        UserError, match="c.jsonl, line 1: .*refuses this conversation: roles must alternate"
+    ):
         opened(tokenizer, [path], 64)
 
 
@@ -378,6 +457,11 @@ def test_what_is_said(tmp_path):
     tokenizer = tiny.tokenizer()
     paths = [write(tmp_path / "c.jsonl", [{"messages": CHAT}] * 9), write(tmp_path / "a.txt", TEXT)]
     for _ in range(2):
-        packed = open_data(tokenizer, paths, 64, "answers", say=said.append, cache=tmp_path / "cache")
+        packed = open_data(
+            tokenizer, paths, 64, "answers", say=said.append, cache=tmp_path / "cache"
+        )
     assert said[0] == said[1] and time.monotonic() - start < 20
-    assert said[0] == f"{packed.source.count} tokens from 2 files, {packed.source.answers} of them in answers"
+    assert (
+        said[0]
+        == f"{packed.source.count} tokens from 2 files, {packed.source.answers} of them in answers"
+    )

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mod_export import train_loss
-from mod_export.calibrate import quantile_logit
-from mod_export.train_control import Controller, groups_of
-from mod_export.train_loss import hidden_loss, logit_loss
+from mod_export.calibration.calibrate import quantile_logit
+from mod_export.training import losses as train_losses
+from mod_export.training.controller import Controller, groups_of
+from mod_export.training.losses import hidden_loss, logit_loss
 
 N, VOCAB = 37, 50
 
@@ -15,7 +15,12 @@ N, VOCAB = 37, 50
 def inputs(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(N, VOCAB, generator=g).to(dtype) for _ in range(2))
-    return student.requires_grad_(), teacher, torch.randint(VOCAB, (N,), generator=g), torch.rand(N, generator=g) > 0.3
+    return (
+        student.requires_grad_(),
+        teacher,
+        torch.randint(VOCAB, (N,), generator=g),
+        torch.rand(N, generator=g) > 0.3,
+    )
 
 
 def plain(student, teacher, targets, counts, kl_weight, lm_weight):
@@ -27,13 +32,20 @@ def plain(student, teacher, targets, counts, kl_weight, lm_weight):
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)], ids=["kl", "lm", "both"])
 def test_losses_and_gradients(weights, monkeypatch):
-    monkeypatch.setattr(train_loss, "ROWS", 8)
+    monkeypatch.setattr(train_losses, "ROWS", 8)
     student, teacher, targets, counts = inputs()
-    for expected, found in zip(plain(student, teacher, targets, counts, *weights),
-                               logit_loss(student, teacher, targets, counts, *weights), strict=True):  # fmt: skip
+    for expected, found in zip(
+        plain(student, teacher, targets, counts, *weights),
+        logit_loss(student, teacher, targets, counts, *weights),
+        strict=True,
+    ):
         torch.testing.assert_close(found, expected)
-    (expected,) = torch.autograd.grad(3 * plain(student, teacher, targets, counts, *weights)[0], student)
-    (found,) = torch.autograd.grad(3 * logit_loss(student, teacher, targets, counts, *weights)[0], student)
+    (expected,) = torch.autograd.grad(
+        3 * plain(student, teacher, targets, counts, *weights)[0], student
+    )
+    (found,) = torch.autograd.grad(
+        3 * logit_loss(student, teacher, targets, counts, *weights)[0], student
+    )
     torch.testing.assert_close(found, expected)
     assert not found[~counts].any()
 
@@ -49,7 +61,9 @@ def test_without_a_teacher_and_in_half_precision():
 
 def test_parts_of_a_step_add_up_where_they_share_a_total():
     student, teacher, targets, counts = inputs()
-    (expected,) = torch.autograd.grad(logit_loss(student, teacher, targets, counts, 0.7, 0.2)[0], student)
+    (expected,) = torch.autograd.grad(
+        logit_loss(student, teacher, targets, counts, 0.7, 0.2)[0], student
+    )
     parts, total = (slice(0, 5), slice(5, None)), counts.sum() / 2
     assert counts[parts[0]].sum() != counts[parts[1]].sum()
     given = (student, teacher, targets, counts)
@@ -92,27 +106,37 @@ def test_hidden_states_are_compared_relative_to_their_size():
 def train_biases(control, worth, steps, rate=0.02, tokens=64):
     """Units whose only parameters are biases, under Adam.
 
-    worth: of each group, of each of its units. -> activation [steps, n_groups], and of the last step that of each unit.
+    worth: of each group, of each of its units. -> activation [steps, n_groups], and of the last
+    step that of each unit.
     """
     g, path, threshold = torch.Generator().manual_seed(0), [], torch.zeros(len(worth))
     biases = [torch.nn.Parameter(torch.full_like(w, 2.0)) for w in worth]
     adam = torch.optim.Adam(biases, lr=rate, betas=(0.9, 0.95))
     for step in range(steps):
         of_text = torch.randn((), generator=g)  # moves the logits of a whole sequence
-        z = [b - t + of_text + 2 * torch.randn(tokens, len(b), generator=g)
-             for b, t in zip(biases, threshold, strict=True)]  # fmt: skip
+        z = [
+            b - t + of_text + 2 * torch.randn(tokens, len(b), generator=g)
+            for b, t in zip(biases, threshold, strict=True)
+        ]
         soft = [torch.sigmoid(x) for x in z]
         # a loss whose gradient at an activation s is -worth (1 - s), with the noise of a batch
-        gain = [-w * (1 - s.mean(0)).detach() * (1 + torch.randn(len(w), generator=g))
-                for w, s in zip(worth, soft, strict=True)]  # fmt: skip
+        gain = [
+            -w * (1 - s.mean(0)).detach() * (1 + torch.randn(len(w), generator=g))
+            for w, s in zip(worth, soft, strict=True)
+        ]
         prices = control.prices(step)
-        loss = sum(((gains + price) * s.mean(0)).mean() for gains, price, s in zip(gain, prices, soft, strict=True))
+        loss = sum(
+            ((gains + price) * s.mean(0)).mean()
+            for gains, price, s in zip(gain, prices, soft, strict=True)
+        )
         adam.zero_grad()
         loss.backward()
         adam.step()
         slopes = [(s * (1 - s)).mean(0).detach() for s in soft]
-        quantile = [[quantile_logit(x.detach(), share) for share in shares]
-                    for x, shares in zip(z, control.shares(step).tolist(), strict=True)]  # fmt: skip
+        quantile = [
+            [quantile_logit(x.detach(), share) for share in shares]
+            for x, shares in zip(z, control.shares(step).tolist(), strict=True)
+        ]
         rise = torch.stack([(a * b).mean() for a, b in zip(gain, slopes, strict=True)])
         slope = torch.stack([s.mean() for s in slopes])
         threshold = threshold + control.update(step, torch.tensor(quantile), rise, slope)
@@ -142,10 +166,15 @@ def test_the_controller_follows_its_targets_and_finds_the_price():
 def test_a_fixed_price_stays_and_a_state_goes_on():
     groups = [[(1, "kv")], [(2, "kv")]]
     assert groups_of([(1, "kv"), (2, "kv")], per_layer=True) == groups
-    look, slopes = torch.tensor([[0.3, 0.2], [0.3, 0.2]]), (torch.tensor([-0.2, 0.1]), torch.tensor([0.1, 0.1]))
+    look, slopes = (
+        torch.tensor([[0.3, 0.2], [0.3, 0.2]]),
+        (torch.tensor([-0.2, 0.1]), torch.tensor([0.1, 0.1])),
+    )
     fixed = Controller(groups, [0.5, 0.5], [0.5, 0.5], fixed=0.1)
-    assert fixed.update(0, look, *slopes).tolist() == Controller(groups, [0.5, 0.5], [0.5, 0.5]).update(
-        0, look, *slopes).tolist()  # thresholds follow all the same
+    assert (
+        fixed.update(0, look, *slopes).tolist()
+        == Controller(groups, [0.5, 0.5], [0.5, 0.5]).update(0, look, *slopes).tolist()
+    )  # thresholds follow all the same
     assert fixed.prices(1).tolist() == pytest.approx([0.1, 0.1])
     first, second = (Controller(groups, [0.5, 0.5], [0.9, 0.9], anneal=10) for _ in range(2))
     assert first.prices(0).tolist() == [0, 0]

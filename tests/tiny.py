@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mod_export import hf
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.model import MoDModel
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
 
 N_LAYER = 6
 
@@ -39,7 +39,9 @@ def base(
     seed: int = 0,
     **kwargs,
 ) -> LlamaForCausalLM:
-    """A random Llama; n_head_kv = n_head is multi-head attention. Weights are large enough for layers to matter."""
+    """A random Llama; n_head_kv = n_head is multi-head attention. Weights are large enough for
+    layers to matter.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         num_hidden_layers=n_layer,
@@ -60,7 +62,9 @@ def base(
     return LlamaForCausalLM(config).eval()
 
 
-def config(units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, **kwargs) -> MoDConfig:
+def config(
+    units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, **kwargs
+) -> MoDConfig:
     """units: {kind: routed layers}; kwargs as sink_tokens, kv_window, scale_output."""
     made = {
         kind: UnitConfig(
@@ -69,15 +73,26 @@ def config(units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, 
         )
         for kind, layers in units.items()
     }
-    return MoDConfig(**{"sink_tokens": 2, "kv_window": 8, "calibration": {"model": "tiny"}, **kwargs}, units=made)
+    return MoDConfig(
+        **{"sink_tokens": 2, "kv_window": 8, "calibration": {"model": "tiny"}, **kwargs}, units=made
+    )
 
 
-def wrap(base_model, mod_config: MoDConfig, ids: torch.Tensor | None = None, tokenizer=None, seed: int = 0) -> MoDModel:
-    """A MoDModel with random routers; with `ids` [B, T] their biases lie in gaps between these tokens' scores."""
+def wrap(
+    base_model,
+    mod_config: MoDConfig,
+    ids: torch.Tensor | None = None,
+    tokenizer=None,
+    seed: int = 0,
+) -> MoDModel:
+    """A MoDModel with random routers; with `ids` [B, T] their biases lie in gaps between these
+    tokens' scores.
+    """
     generator = torch.Generator().manual_seed(seed)
-    width = hf.n_embd(base_model)
+    width = loading.n_embd(base_model)
     routers = {
-        unit: (torch.randn(width, generator=generator) / width**0.5, torch.zeros(1)) for unit in mod_config.routed()
+        unit: (torch.randn(width, generator=generator) / width**0.5, torch.zeros(1))
+        for unit in mod_config.routed()
     }
     model = MoDModel.from_base(base_model, tokenizer, mod_config, routers)
     if ids is not None:
@@ -87,14 +102,19 @@ def wrap(base_model, mod_config: MoDConfig, ids: torch.Tensor | None = None, tok
 
 def mod_model(units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:
     """A random Llama with routers. kwargs are those of `base` or of `config`."""
-    for_config = {key: kwargs.pop(key) for key in ("p", "sink_tokens", "kv_window", "scale_output") if key in kwargs}
+    for_config = {
+        key: kwargs.pop(key)
+        for key in ("p", "sink_tokens", "kv_window", "scale_output")
+        if key in kwargs
+    }
     plain = base(**kwargs)
     return wrap(plain, config(units, plain.config.num_hidden_layers, **for_config), ids)
 
 
 @torch.no_grad()
 def place_biases(model: MoDModel, ids: torch.Tensor) -> None:
-    """Move each bias so that the threshold lies in the widest gap of the middle scores: float noise flips nothing.
+    """Move each bias so that the threshold lies in the widest gap of the middle scores: float noise
+    flips nothing.
 
     In deciding order, as each decision changes what later routers see.
     """
@@ -111,12 +131,14 @@ def place_biases(model: MoDModel, ids: torch.Tensor) -> None:
 
 @functools.cache
 def tokenizer():
-    """SmolLM2's tokenizer: llama.cpp's converter knows vocabularies by their hash, so a made-up one would not do."""
-    path = hf.embedded_gguf()
+    """SmolLM2's tokenizer: llama.cpp's converter knows vocabularies by their hash, so a made-up one
+    would not do.
+    """
+    path = loading.embedded_gguf()
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    hf.restore_tokenizer(made, path)
+    loading.restore_tokenizer(made, path)
     return made
 
 

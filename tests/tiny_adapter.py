@@ -1,11 +1,13 @@
-"""A tiny trained MoD model, with LoRA and without, and its adapter: what the tests of adapters start from."""
+"""A tiny trained MoD model, with LoRA and without, and its adapter: what the tests of adapters
+start from.
+"""
 
 import tiny
 import torch
 from byte_text import byte_tokenizer
 
 from mod_export.adapter import base_identity, inject_lora, save
-from mod_export.model import MoDModel
+from mod_export.model.mod_model import MoDModel
 
 IDS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(7))
 UNITS = {"kv": [2, 3], "attn": [3, 4], "ffn": [1]}
@@ -26,7 +28,9 @@ def fill_lora(base) -> None:
 
 
 def trained(order: str = "LoRA first", lora: bool = True) -> tuple[MoDModel, dict]:
-    """A MoD model, with filled LoRA, whose decisions lie far from its thresholds; and the identity of its base."""
+    """A MoD model, with filled LoRA, whose decisions lie far from its thresholds; and the identity
+    of its base.
+    """
     base = tiny.base()
     identity = identity_of(base)
     if order == "LoRA first" and lora:

@@ -1,8 +1,9 @@
-"""Tiny random llama GGUF files with routers, and their forward pass in numpy as a second, independent oracle.
+"""Tiny random llama GGUF files with routers, and their forward pass in numpy as a second,
+independent oracle.
 
-The file has no tokenizer: tokens are numbers; with `vocab` they are the printable characters of ASCII. Router
-biases are placed in gaps between the scores of given token sequences, so that float noise cannot flip a decision (see
-`place_biases`).
+The file has no tokenizer: tokens are numbers; with `vocab` they are the printable characters of
+ASCII. Router biases are placed in gaps between the scores of given token sequences, so that float
+noise cannot flip a decision (see `place_biases`).
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ class Tiny:
         for layer in range(self.n_layer):
             b = f"blk.{layer}."
             t |= {
-                b + "attn_norm.weight": norm(), b + "ffn_norm.weight": norm(),
-                b + "attn_q.weight": mat(e, e, 1.5), b + "attn_k.weight": mat(kv, e, 1.5),
-                b + "attn_v.weight": mat(kv, e, 2), b + "attn_output.weight": mat(e, e),
-                b + "ffn_gate.weight": mat(self.n_ff, e), b + "ffn_up.weight": mat(self.n_ff, e),
+                b + "attn_norm.weight": norm(),
+                b + "ffn_norm.weight": norm(),
+                b + "attn_q.weight": mat(e, e, 1.5),
+                b + "attn_k.weight": mat(kv, e, 1.5),
+                b + "attn_v.weight": mat(kv, e, 2),
+                b + "attn_output.weight": mat(e, e),
+                b + "ffn_gate.weight": mat(self.n_ff, e),
+                b + "ffn_up.weight": mat(self.n_ff, e),
                 b + "ffn_down.weight": mat(e, self.n_ff, 2),
             }
 
@@ -86,11 +91,18 @@ class Tiny:
         rng = np.random.default_rng(seed)
         for layer in layers:
             for kind in kinds.split("+"):
-                self.routers[layer, kind] = [(rng.standard_normal(self.n_embd) / 8).astype(np.float32), 0.0, p]
+                self.routers[layer, kind] = [
+                    (rng.standard_normal(self.n_embd) / 8).astype(np.float32),
+                    0.0,
+                    p,
+                ]
         return self
 
     def place_biases(self, sequences, activation: float = 0.5) -> Tiny:
-        """Sets each bias so that about `activation` of the tokens are active, in the widest gap near there."""
+        """Sets each bias so that about `activation` of the tokens are active, in the widest gap
+        near there.
+        """
+
         def place(unit, raw):
             scores = np.sort(np.concatenate(raw))
             lo = int(len(scores) * (1 - activation))
@@ -100,6 +112,7 @@ class Tiny:
             assert gaps.max() > 2e-4, "no gap between scores: use other tokens"
             w, _, p = self.routers[unit]
             self.routers[unit][1] = float(np.float32(logit(p) - (scores[i] + scores[i + 1]) / 2))
+
         self._forward_all(sequences, place)
         return self
 
@@ -108,7 +121,9 @@ class Tiny:
         return self._forward_all([tokens], force=force, shift=shift)[0]
 
     def _forward_all(self, sequences, place=None, force: str = "none", shift=0.0):
-        """All sequences layer by layer, so that a bias can be placed from the scores of all of them."""
+        """All sequences layer by layer, so that a bias can be placed from the scores of all of
+        them.
+        """
         t = {k: v.astype(np.float64) for k, v in self.tensors.items()}
         hs = [t["token_embd.weight"][np.asarray(s)] for s in sequences]
         acts, scores = [[] for _ in hs], [[] for _ in hs]
@@ -129,8 +144,12 @@ class Tiny:
 
         for layer in range(self.n_layer):
             full = {i: (np.ones(len(h), bool), np.ones(len(h))) for i, h in enumerate(hs)}
-            got = {k: {i: (a, g) for i, a, g in decide((layer, k))} if (layer, k) in self.routers else dict(full)
-                   for k in KINDS[:3]}
+            got = {
+                k: {i: (a, g) for i, a, g in decide((layer, k))}
+                if (layer, k) in self.routers
+                else dict(full)
+                for k in KINDS[:3]
+            }
             block_in = [h.copy() for h in hs]
             for i, h in enumerate(hs):
                 act = got["block"][i][0] & got["attn"][i][0]
@@ -162,7 +181,9 @@ class Tiny:
         v = v.reshape(n, self.n_head_kv, d).repeat(group, axis=1)
         dist = np.arange(n)[:, None] - np.arange(n)[None]
         visible = (dist >= 0) & act[None] & (remembered[None] | (dist < self.kv_window))
-        visible |= np.eye(n, dtype=bool)  # rows of inactive tokens: any value, the result is not used
+        visible |= np.eye(
+            n, dtype=bool
+        )  # rows of inactive tokens: any value, the result is not used
         s = np.where(visible[None], np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d), -np.inf)
         s = np.exp(s - s.max(-1, keepdims=True))
         y = np.einsum("hqk,khd->qhd", s / s.sum(-1, keepdims=True), v)
@@ -175,7 +196,9 @@ class Tiny:
         return (g / (1 + np.exp(-g)) * (x @ t[b + "ffn_up.weight"].T)) @ t[b + "ffn_down.weight"].T
 
     def stored(self, layer: int, active, n: int, rollback: int) -> int:
-        """Cells that layer needs after n tokens of one sequence (active [T, n_units] from the trace)."""
+        """Cells that layer needs after n tokens of one sequence (active [T, n_units] from the
+        trace).
+        """
         unit = {u: active[:n, i].astype(bool) for i, u in enumerate(self.units)}
         keep = np.ones(n, bool)
         for kind in ("block", "attn"):
@@ -185,7 +208,9 @@ class Tiny:
         return int(keep.sum())
 
     def without(self, units) -> Tiny:
-        """The dense model that is left when these units never run: sublayers zeroed, blocks removed."""
+        """The dense model that is left when these units never run: sublayers zeroed, blocks
+        removed.
+        """
         blocks = {layer for layer, kind in units if kind == "block"}
         rest = [layer for layer in range(self.n_layer) if layer not in blocks]
         new = Tiny(**{**self.__dict__, "n_layer": len(rest), "routers": {}, "tensors": {}})
@@ -195,7 +220,9 @@ class Tiny:
             new.tensors |= {k.replace(f"blk.{layer}.", f"blk.{i}."): v for k, v in part.items()}
             for kind, name in (("attn", "attn_output"), ("ffn", "ffn_down")):
                 if (layer, kind) in units:
-                    new.tensors[f"blk.{i}.{name}.weight"] = np.zeros_like(self.tensors[f"blk.{layer}.{name}.weight"])
+                    new.tensors[f"blk.{i}.{name}.weight"] = np.zeros_like(
+                        self.tensors[f"blk.{layer}.{name}.weight"]
+                    )
         return new
 
     def dense(self) -> Tiny:
@@ -223,7 +250,9 @@ class Tiny:
         return new
 
     def write(self, path: Path, keys: dict | None = None, tensors: dict | None = None) -> Path:
-        """Writes the GGUF file; `keys` and `tensors` replace single values (None: leave out), to make bad files."""
+        """Writes the GGUF file; `keys` and `tensors` replace single values (None: leave out), to
+        make bad files.
+        """
         w = gguf.GGUFWriter(str(path), self.arch)
         w.add_context_length(self.n_ctx)
         w.add_embedding_length(self.n_embd)
@@ -266,13 +295,17 @@ class Tiny:
             w.add_chat_template(self.template)
 
     def mod_keys(self) -> dict:
-        """Key without its `{arch}.mod.` -> (value, type, type of the elements); nothing for a dense model."""
+        """Key without its `{arch}.mod.` -> (value, type, type of the elements); nothing for a dense
+        model.
+        """
         if not self.routers:
             return {}
         v = gguf.GGUFValueType
         out = {
-            "version": (1, v.UINT32, None), "gating_func": ("sigmoid", v.STRING, None),
-            "scale_output": (self.scale_output, v.BOOL, None), "sink_tokens": (self.sink_tokens, v.UINT32, None),
+            "version": (1, v.UINT32, None),
+            "gating_func": ("sigmoid", v.STRING, None),
+            "scale_output": (self.scale_output, v.BOOL, None),
+            "sink_tokens": (self.sink_tokens, v.UINT32, None),
             "kv_window": (self.kv_window, v.UINT32, None),
         }
         for kind in {k for _, k in self.routers}:

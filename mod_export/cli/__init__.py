@@ -1,7 +1,7 @@
 """`mod-export`: a group of commands, each in its own module, imported only when it runs.
 
-A command module defines `command`, which parses options and calls a plain function. Errors of the user
-come as one line on stderr and exit code 2; Ctrl-C is 130; MOD_EXPORT_DEBUG=1 shows tracebacks.
+A command module defines `command`, which parses options and calls a plain function. Errors of the
+user come as one line on stderr and exit code 2; Ctrl-C is 130; MOD_EXPORT_DEBUG=1 shows tracebacks.
 """
 
 import importlib
@@ -18,22 +18,45 @@ from mod_export.errors import UserError
 # name -> (where the command is, its line in the help): help imports none of them
 COMMANDS = {
     "build": ("mod_export.cli.build:command", "Build and install the patched llama.cpp."),
-    "convert": ("mod_export.cli.convert:command", "Make a Mixture-of-Depths model from an ordinary one."),
-    "train": ("mod_export.cli.train:command", "Train routers and weights, distilling from the original."),
+    "convert": (
+        "mod_export.cli.convert:command",
+        "Make a Mixture-of-Depths model from an ordinary one.",
+    ),
+    "train": (
+        "mod_export.cli.train:command",
+        "Train routers and weights, distilling from the original.",
+    ),
     "export": ("mod_export.cli.export:command", "Write a MoD directory as a GGUF file."),
-    "inspect": ("mod_export.cli.inspect:command", "Show what a MoD GGUF routes, and the KV it needs."),
+    "inspect": (
+        "mod_export.cli.inspect:command",
+        "Show what a MoD GGUF routes, and the KV it needs.",
+    ),
     "fit": ("mod_export.cli.fit:command", "Tell the largest context that fits into memory."),
-    "verify": ("mod_export.cli.verify:command", "Compare a GGUF in the runtime with its torch model."),
+    "verify": (
+        "mod_export.cli.verify:command",
+        "Compare a GGUF in the runtime with its torch model.",
+    ),
     "chat": ("mod_export.cli.chat:command", "Talk to a model."),
     "serve": ("mod_export.cli.serve:command", "Serve a model over HTTP, with OpenAI's API."),
     "trace": ("mod_export.cli.trace:command", "Draw which tokens run which units."),
-    "bench": ("mod_export.cli.bench:command", "Measure speed and KV memory against the dense model."),
-    "eval": ("mod_export.cli.eval:command", "Measure quality against the dense model: KL, tasks, passkeys."),
+    "bench": (
+        "mod_export.cli.bench:command",
+        "Measure speed and KV memory against the dense model.",
+    ),
+    "eval": (
+        "mod_export.cli.eval:command",
+        "Measure quality against the dense model: KL, tasks, passkeys.",
+    ),
     "generate-data": ("mod_export.cli.generate_data:command", "Let a model write training text."),
-    "synth": ("mod_export.cli.synth:command", "Write a MoD GGUF of any shape with random weights, to measure speed."),
+    "synth": (
+        "mod_export.cli.synth:command",
+        "Write a MoD GGUF of any shape with random weights, to measure speed.",
+    ),
 }
 
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's words, GPU and CPU
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory"
+)  # torch's words, GPU and CPU
 
 
 class LazyGroup(click.Group):
@@ -53,7 +76,11 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="mod-export")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -80,11 +107,17 @@ def _run(args: list[str] | None) -> int:
     except UserError as exc:
         return _fail(str(exc))
     except ModuleNotFoundError as exc:
-        return _fail(f"the Python module {exc.name} is missing", cure="install mod-export with its dependencies")
+        return _fail(
+            f"the Python module {exc.name} is missing",
+            cure="install mod-export with its dependencies",
+        )
     except (MemoryError, RuntimeError) as exc:
         if not isinstance(exc, MemoryError) and not OUT_OF_MEMORY.search(str(exc)):
             raise
-        return _fail("out of memory", cure="use shorter sequences or fewer at a time (train: --batch, --recompute)")
+        return _fail(
+            "out of memory",
+            cure="use shorter sequences or fewer at a time (train: --batch, --recompute)",
+        )
     except OSError as exc:
         return _fail(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}")
 

@@ -1,9 +1,11 @@
-"""Synthetic models on the GPU, by `mod-export bench`'s own code. Result: bench.jsonl, a line for each finished point.
+"""Synthetic models on the GPU, by `mod-export bench`'s own code. Result: bench.jsonl, a line for
+each finished point.
 
-A point is a shape, a quantisation, a kind of units, a way to decode (segments, or one graph for a token, which kv units
-are anyway) and a context: the dense model, the floor, everything active, nothing active, and activations of about 0.75,
-0.5 and 0.25, taking turns. Points that are there are not measured again; one that is not likely to end in time is not
-begun. SHAPES, QUANTS, UNITS, WAYS and CONTEXTS choose (with commas).
+A point is a shape, a quantisation, a kind of units, a way to decode (segments, or one graph for a
+token, which kv units are anyway) and a context: the dense model, the floor, everything active,
+nothing active, and activations of about 0.75, 0.5 and 0.25, taking turns. Points that are there are
+not measured again; one that is not likely to end in time is not begun. SHAPES, QUANTS, UNITS, WAYS
+and CONTEXTS choose (with commas).
 """
 
 import json
@@ -16,27 +18,44 @@ from pathlib import Path
 
 from common import GPU_LAYERS, REHEARSE, RESULTS, THREADS, WORK, machine, part
 
-from mod_export.bench import Options, bench
+from mod_export.benchmark.run import Options, bench
+from mod_export.common.progress import Progress
 from mod_export.errors import UserError
-from mod_export.progress import Progress
-from mod_export.synth import synth
-from mod_export.synth_routers import routing
-from mod_export.synth_shape import preset_named
+from mod_export.synthetic.routers import routing
+from mod_export.synthetic.shape import preset_named
+from mod_export.synthetic.write import synth
 
-# shifts of the thresholds for 0.5, 0.75 and 0.25: the routers' logits have a standard deviation of 2
+# shifts of the thresholds for 0.5, 0.75 and 0.25: the routers' logits have a standard deviation of
+# 2
 SHIFTS = (0.0, -1.35, 1.35)
 VARIANTS = ("ceiling", "floor", "dense_patched", "mod", "all_active", "none_active")
-OPTIONS = Options(ubatches=(1024,), shifts=SHIFTS, variants=VARIANTS, seconds=2.0, threads=THREADS,
-                  gpu_layers=GPU_LAYERS)  # fmt: skip
+OPTIONS = Options(
+    ubatches=(1024,),
+    shifts=SHIFTS,
+    variants=VARIANTS,
+    seconds=2.0,
+    threads=THREADS,
+    gpu_layers=GPU_LAYERS,
+)
 FIRST = 150.0  # s; what a point may take as long as none is known
 if REHEARSE:
-    DEFAULTS = {"SHAPES": "1b", "QUANTS": "q4_0", "UNITS": "attn,block", "WAYS": "segments,graph",
-                "CONTEXTS": "64,128"}  # fmt: skip
+    DEFAULTS = {
+        "SHAPES": "1b",
+        "QUANTS": "q4_0",
+        "UNITS": "attn,block",
+        "WAYS": "segments,graph",
+        "CONTEXTS": "64,128",
+    }
     SMALL = {"layers": 4, "embd": 512, "heads": 8, "heads_kv": 2, "ff": 1024, "vocab": 2048}
     OPTIONS = replace(OPTIONS, ubatches=(64,), rounds=1, seconds=0.0)
 else:
-    DEFAULTS = {"SHAPES": "8b,1b,3b", "QUANTS": "q4_0,f16", "UNITS": "attn,block,kv", "WAYS": "segments,graph",
-                "CONTEXTS": "8192,32768,2048,65536"}  # fmt: skip
+    DEFAULTS = {
+        "SHAPES": "8b,1b,3b",
+        "QUANTS": "q4_0,f16",
+        "UNITS": "attn,block,kv",
+        "WAYS": "segments,graph",
+        "CONTEXTS": "8192,32768,2048,65536",
+    }
     SMALL = {}
 
 
@@ -57,20 +76,35 @@ def main() -> bool:
     end = time.monotonic() + 60 * float(os.environ["MINUTES"])
     plan, build = points(), machine()["build"]
     # lines of an earlier build stay for comparison, and the report takes the last of each point
-    took = {line["point"]: line["seconds"] for line in finished() if line["machine"]["build"] == build}
+    took = {
+        line["point"]: line["seconds"] for line in finished() if line["machine"]["build"] == build
+    }
     left = [point for point in plan if point.name not in took]
     for point in left:
-        expected = max([1.3 * s for name, s in took.items() if name.split()[0] == point.shape] or [FIRST])
+        expected = max(
+            [1.3 * s for name, s in took.items() if name.split()[0] == point.shape] or [FIRST]
+        )
         if time.monotonic() + expected > end and not REHEARSE:
-            print(f"{sum(p.name not in took for p in plan)} of {len(plan)} points are left: call again to go on")
+            print(
+                f"{sum(p.name not in took for p in plan)} of {len(plan)} points are left: call again to go on"
+            )
             sys.exit(3)
         start = time.monotonic()
         line = {"point": point.name, "machine": machine()} | measure(point)
         took[point.name] = line["seconds"] = round(time.monotonic() - start, 1)
         append(line)
-        print(f"{point.name}: {line['seconds']} s{', failed: ' + line['error'] if 'error' in line else ''}", flush=True)
-    failed = [line["point"] for line in finished() if line["machine"]["build"] == build and "error" in line]
-    print("all points are there" + (f", {len(failed)} failed: {', '.join(failed)}" if failed else ""))
+        print(
+            f"{point.name}: {line['seconds']} s{', failed: ' + line['error'] if 'error' in line else ''}",
+            flush=True,
+        )
+    failed = [
+        line["point"]
+        for line in finished()
+        if line["machine"]["build"] == build and "error" in line
+    ]
+    print(
+        "all points are there" + (f", {len(failed)} failed: {', '.join(failed)}" if failed else "")
+    )
     return not failed
 
 
@@ -81,27 +115,41 @@ def points() -> list[Point]:
     if unknown := set(ways) - {"segments", "graph"}:
         raise UserError(f"WAYS has {', '.join(sorted(unknown))}", "known are segments and graph")
     try:
-        return [Point(shape, quant, units, way, int(context)) for shape, quant, context, units, way in
-                product(shapes, quants, contexts, kinds, ways) if (units, way) != ("kv", "graph")]  # fmt: skip
+        return [
+            Point(shape, quant, units, way, int(context))
+            for shape, quant, context, units, way in product(shapes, quants, contexts, kinds, ways)
+            if (units, way) != ("kv", "graph")
+        ]
     except ValueError as exc:
-        raise UserError(f"CONTEXTS is {os.environ['CONTEXTS']!r}", "give numbers of tokens, with commas") from exc
+        raise UserError(
+            f"CONTEXTS is {os.environ['CONTEXTS']!r}", "give numbers of tokens, with commas"
+        ) from exc
 
 
 def measure(point: Point) -> dict:
-    """The result of bench(), or the error: a point that does not fit the GPU must not end the others."""
+    """The result of bench(), or the error: a point that does not fit the GPU must not end the
+    others.
+    """
     dense, mod = files(point)
     os.environ.pop("LLAMA_MOD_DECODE", None)  # the processes of the variants read it
     if point.way == "graph":
         os.environ["LLAMA_MOD_DECODE"] = "graph"
     try:
-        return bench(mod, dense, replace(OPTIONS, contexts=(point.context,)), say=lambda line: print(line, flush=True),
-                     progress=Progress())  # fmt: skip
+        return bench(
+            mod,
+            dense,
+            replace(OPTIONS, contexts=(point.context,)),
+            say=lambda line: print(line, flush=True),
+            progress=Progress(),
+        )
     except UserError as exc:
         return {"error": exc.message}
 
 
 def files(point: Point) -> tuple[Path, Path]:
-    """The point's dense and MoD file; those of other shapes and types are removed, they take much space."""
+    """The point's dense and MoD file; those of other shapes and types are removed, they take much
+    space.
+    """
     folder = WORK / "models" / f"{point.shape}-{point.quant}"
     for path in (WORK / "models").glob("*/*.gguf"):
         if path.parent != folder:
@@ -110,7 +158,13 @@ def files(point: Point) -> tuple[Path, Path]:
     dense, mod = folder / "dense.gguf", folder / f"{point.units}.gguf"
     if not mod.is_file():
         shape = replace(preset_named(point.shape), **SMALL).checked()
-        synth(mod, shape, point.quant, routing(shape.layers, point.units, "0.5"), None if dense.is_file() else dense)
+        synth(
+            mod,
+            shape,
+            point.quant,
+            routing(shape.layers, point.units, "0.5"),
+            None if dense.is_file() else dense,
+        )
     return dense, mod
 
 

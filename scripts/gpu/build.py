@@ -1,4 +1,6 @@
-"""Builds test-backend-ops and both libraries; an interrupted build goes on at the next call. Result: build.json."""
+"""Builds test-backend-ops and both libraries; an interrupted build goes on at the next call.
+Result: build.json.
+"""
 
 import json
 import subprocess
@@ -6,14 +8,17 @@ import time
 
 from common import REHEARSE, WORK, part, patched_lib, save
 
-from mod_export import llama_build, llama_source
 from mod_export.errors import UserError
+from mod_export.llamacpp import build as llama_build
+from mod_export.llamacpp import source as llama_source
 
 
 def main() -> bool:
     timed("patched", lambda: llama_build.build(cuda=not REHEARSE))
     timed("test-backend-ops", build_tests)
-    timed("stock", lambda: llama_build.build(cuda=not REHEARSE, stock=True))  # last: only bench needs it
+    timed(
+        "stock", lambda: llama_build.build(cuda=not REHEARSE, stock=True)
+    )  # last: only bench needs it
     return True
 
 
@@ -40,8 +45,21 @@ def build_tests() -> None:
         return
     print("compiling test-backend-ops", flush=True)
     compiler = llama_build.compiler("CXX", "c++", "g++", "clang++")
-    command = [compiler, "-std=c++17", "-O1", f"-I{root}/ggml/include", f"{root}/tests/test-backend-ops.cpp"]
-    command += [f"-L{lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{lib}", f"-Wl,-rpath-link,{lib}"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        f"-I{root}/ggml/include",
+        f"{root}/tests/test-backend-ops.cpp",
+    ]
+    command += [
+        f"-L{lib}",
+        "-lggml",
+        "-lggml-cpu",
+        "-lggml-base",
+        f"-Wl,-rpath,{lib}",
+        f"-Wl,-rpath-link,{lib}",
+    ]
     # cuBLAS and the driver are found at run time
     command += ["-Wl,--allow-shlib-undefined", "-pthread", "-o", f"{target}.tmp"]
     if subprocess.run(command).returncode:

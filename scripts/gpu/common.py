@@ -1,6 +1,8 @@
-"""What the parts of scripts/gpu_check.sh share: where things are, results as JSON files, and what ran them.
+"""What the parts of scripts/gpu_check.sh share: where things are, results as JSON files, and what
+ran them.
 
-gpu_check.sh sets GPU_WORK, GPU_RESULTS, and MOD_REHEARSE=1 for the same on a CPU build with the smallest sizes.
+gpu_check.sh sets GPU_WORK, GPU_RESULTS, and MOD_REHEARSE=1 for the same on a CPU build with the
+smallest sizes.
 """
 
 import json
@@ -12,9 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mod_export import llama_build
+from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
-from mod_export.files import atomic_file
+from mod_export.llamacpp import build as llama_build
 
 REHEARSE = os.environ.get("MOD_REHEARSE") == "1"
 WORK, RESULTS = Path(os.environ["GPU_WORK"]), Path(os.environ["GPU_RESULTS"])
@@ -46,8 +48,14 @@ def save(name: str, data: dict) -> None:
 def machine() -> dict:
     """What the figures hold for."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())  # fmt: skip
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     lib = llama_build.patched_lib(cuda=not REHEARSE)
     return {
         "build": lib and lib.name,
@@ -69,14 +77,19 @@ def _said(command: list[str]) -> list[str]:
 
 def require_gpu() -> None:
     """Without one the CPU would be compared with itself, and pass."""
-    from mod_export.gpu import gpus
+    from mod_export.runtime.devices import gpus
 
     if not gpus():
-        raise UserError("the library sees no GPU", "check nvidia-smi, CUDA_VISIBLE_DEVICES and the driver's version")
+        raise UserError(
+            "the library sees no GPU",
+            "check nvidia-smi, CUDA_VISIBLE_DEVICES and the driver's version",
+        )
 
 
 def part(main: Callable[[], bool], needs_gpu: bool = True) -> None:
-    """Ends the process: 0 where main() says that all is well, 1 where not, 2 for what the user can cure."""
+    """Ends the process: 0 where main() says that all is well, 1 where not, 2 for what the user can
+    cure.
+    """
     try:
         if needs_gpu and not REHEARSE:
             require_gpu()

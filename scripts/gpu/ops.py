@@ -12,7 +12,9 @@ BACKEND = "CPU" if REHEARSE else "CUDA0"
 
 def main() -> bool:
     start = time.monotonic()
-    done = subprocess.run(command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip() for line in done.stdout.splitlines()]
     counts, bad = Counter(), []
     for line in lines:
@@ -22,11 +24,24 @@ def main() -> bool:
                 bad.append(line)
     missing = sorted(set(OPS.split(",")) - set(counts))
     passed = done.returncode == 0 and not bad and not missing
-    save("ops.json", {"backend": BACKEND, "cases": counts, "failed": bad, "missing": missing, "passed": passed,
-                      "exit": done.returncode, "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
+    save(
+        "ops.json",
+        {
+            "backend": BACKEND,
+            "cases": counts,
+            "failed": bad,
+            "missing": missing,
+            "passed": passed,
+            "exit": done.returncode,
+            "seconds": round(time.monotonic() - start, 1),
+        },
+    )
     if not passed:
         print("\n".join([*(bad or lines[-10:]), *(f"no case of {op}" for op in missing)]))
-    print(f"{sum(counts.values())} cases on {BACKEND}: " + ("all passed" if passed else f"exit {done.returncode}"))
+    print(
+        f"{sum(counts.values())} cases on {BACKEND}: "
+        + ("all passed" if passed else f"exit {done.returncode}")
+    )
     return passed
 
 

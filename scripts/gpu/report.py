@@ -1,11 +1,14 @@
-"""Tables and plots of bench.jsonl: bench.md, and a folder of PNG files for each model and kind of units."""
+"""Tables and plots of bench.jsonl: bench.md, and a folder of PNG files for each model and kind of
+units.
+"""
 
 import bench
 from common import RESULTS, part
 
-from mod_export import bench_plots, bench_report
+from mod_export.benchmark import plots as bench_plots
+from mod_export.benchmark import report as bench_report
+from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
-from mod_export.files import atomic_file
 
 
 def main() -> bool:
@@ -14,8 +17,12 @@ def main() -> bool:
         if "error" not in line:
             groups.setdefault("-".join(line["point"].split()[:-1]), []).append(line)
     if not groups:
-        raise UserError(f"there is no finished point in {RESULTS / 'bench.jsonl'}", "run the part `bench` first")
-    text = [f"# Benchmark on {', '.join(name for name, _ in gpus(groups)) or 'a CPU, a rehearsal'}\n"]
+        raise UserError(
+            f"there is no finished point in {RESULTS / 'bench.jsonl'}", "run the part `bench` first"
+        )
+    text = [
+        f"# Benchmark on {', '.join(name for name, _ in gpus(groups)) or 'a CPU, a rehearsal'}\n"
+    ]
     for name, lines in groups.items():
         rows = [row for line in lines for row in line["rows"]]
         rows.sort(key=lambda row: (row["context"], row["shift"] != 0))
@@ -29,14 +36,18 @@ def main() -> bool:
 
 
 def gpus(groups: dict[str, list[dict]]) -> list[tuple[str, int]]:
-    return sorted({tuple(gpu) for lines in groups.values() for line in lines for gpu in line["about"]["gpus"]})
+    return sorted(
+        {tuple(gpu) for lines in groups.values() for line in lines for gpu in line["about"]["gpus"]}
+    )
 
 
 def draw(result: dict, name: str) -> list:
     try:
         return bench_plots.draw(result, RESULTS / name, force=True)
     except ModuleNotFoundError as exc:
-        raise UserError(f"plots need {exc.name}", "run the part `report` where matplotlib is") from exc
+        raise UserError(
+            f"plots need {exc.name}", "run the part `report` where matplotlib is"
+        ) from exc
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""compute-sanitizer's memcheck and racecheck on our operations and on a short decode each way. Result: sanitize.json.
+"""compute-sanitizer's memcheck and racecheck on our operations and on a short decode each way.
+Result: sanitize.json.
 
-The decode is of three layers of random weights with attn, ffn and kv units. A rehearsal runs the commands without the
-sanitizer.
+The decode is of three layers of random weights with attn, ffn and kv units. A rehearsal runs the
+commands without the sanitizer.
 """
 
 import os
@@ -24,42 +25,71 @@ PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
 def main() -> bool:
-    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *PLACES]))
+    sanitizer = shutil.which(
+        "compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *PLACES])
+    )
     if sanitizer is None and not REHEARSE:
-        raise UserError("missing: compute-sanitizer", "install it with the CUDA toolkit, or add its folder to PATH")
+        raise UserError(
+            "missing: compute-sanitizer",
+            "install it with the CUDA toolkit, or add its folder to PATH",
+        )
     file = tiny_model()
     decode = [sys.executable, __file__, str(file)]
-    programs = {"operations": (ops.command(), {}), "decode, segments": (decode, {}),
-                "decode, graph": (decode, {"LLAMA_MOD_DECODE": "graph"})}  # fmt: skip
+    programs = {
+        "operations": (ops.command(), {}),
+        "decode, segments": (decode, {}),
+        "decode, graph": (decode, {"LLAMA_MOD_DECODE": "graph"}),
+    }
     found = read("sanitize.json").get("runs", {})
     for tool in TOOLS:
         for what, (command, env) in programs.items():
             name = f"{tool}: {what}"
             if name in found:
                 continue
-            prefix = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", str(FOUND)]
+            prefix = [
+                sanitizer,
+                "--tool",
+                tool,
+                "--target-processes",
+                "all",
+                "--error-exitcode",
+                str(FOUND),
+            ]
             found[name] = result = run(([] if REHEARSE else prefix) + command, env)
             save("sanitize.json", {"runs": found})
-            print(f"{name}: {result['summary']}, exit {result['exit']}, {result['seconds']} s", flush=True)
+            print(
+                f"{name}: {result['summary']}, exit {result['exit']}, {result['seconds']} s",
+                flush=True,
+            )
     return all(run["exit"] == 0 for run in found.values())
 
 
 def run(command: list[str], env: dict[str, str]) -> dict:
     """exit, seconds, the sanitizer's summary, and its lines where there is a finding."""
     start = time.monotonic()
-    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace")  # fmt: skip
+    done = subprocess.run(
+        command,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     lines = done.stdout.splitlines()
     summary = [line.strip("= ") for line in lines if re.search(r"SUMMARY", line)]
-    result = {"exit": done.returncode, "seconds": round(time.monotonic() - start, 1), "summary": summary}
+    result = {
+        "exit": done.returncode,
+        "seconds": round(time.monotonic() - start, 1),
+        "summary": summary,
+    }
     marked = [line for line in lines if line.startswith("=========")]
     return result | ({"lines": (marked or lines)[-200:]} if done.returncode else {})
 
 
 def tiny_model() -> Path:
-    from mod_export.synth import synth
-    from mod_export.synth_routers import routing
-    from mod_export.synth_shape import preset_named
+    from mod_export.synthetic.routers import routing
+    from mod_export.synthetic.shape import preset_named
+    from mod_export.synthetic.write import synth
 
     target = WORK / "sanitize.gguf"
     if not target.is_file():
@@ -70,10 +100,12 @@ def tiny_model() -> Path:
 
 def decode(file: str) -> None:
     """A prompt, then some tokens, with cells dropped and freed on the way."""
-    from mod_export.runtime import MoDLlama
-    from mod_export.worker import prompt_tokens
+    from mod_export.benchmark.process_helpers import prompt_tokens
+    from mod_export.runtime.llama import MoDLlama
 
-    llm = MoDLlama(file, n_ctx=256, n_batch=32, n_ubatch=32, n_gpu_layers=GPU_LAYERS, threads=THREADS)
+    llm = MoDLlama(
+        file, n_ctx=256, n_batch=32, n_ubatch=32, n_gpu_layers=GPU_LAYERS, threads=THREADS
+    )
     llm.kv_rollback = 0
     tokens = prompt_tokens(llm, "", 48)
     llm.eval(tokens[:40])

@@ -1,4 +1,6 @@
-"""KL to the dense model, of routers and of plain baselines, at a set activation on the very text they are judged by."""
+"""KL to the dense model, of routers and of plain baselines, at a set activation on the very text
+they are judged by.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from types import SimpleNamespace
 
 import torch
 
-from mod_export import hf
-from mod_export.calibrate import MAX_LOGIT
+from mod_export.calibration.calibrate import MAX_LOGIT
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.evaluate import divergence, kv_share
-from mod_export.model import MoDModel
-from mod_export.router import rms_norm
+from mod_export.evaluation.run import divergence, kv_share
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
+from mod_export.model.router import rms_norm
 
 TOLERANCE = 0.015  # of the activation, within which K/V count as equal
 ROUNDS = 3
@@ -33,23 +35,29 @@ class Result:
 
 
 class Judge:
-    """Holds the dense model's logits of texts {name: [n, T]} and compares variants of the model with them."""
+    """Holds the dense model's logits of texts {name: [n, T]} and compares variants of the model
+    with them.
+    """
 
     def __init__(self, base, tokenizer, texts: dict[str, torch.Tensor], sinks: int, kv_window: int):
         self.base, self.tokenizer, self.texts = base, tokenizer, texts
         self.sinks, self.kv_window = sinks, kv_window
         plain = MoDModel.from_base(base, tokenizer)
         self.n_layer = plain.n_layer
-        self.inputs = {}  # of each layer in the dense model, as a router sees them: {layer: [[T, n_embd], ...]}
+        # of each layer in the dense model, as a router sees them: {layer: [[T, n_embd], ...]}
+        self.inputs = {}
         with torch.inference_mode(), self._noting_inputs():
-            self.dense = {name: [plain(ids[None])[0].half() for ids in rows] for name, rows in texts.items()}
+            self.dense = {
+                name: [plain(ids[None])[0].half() for ids in rows] for name, rows in texts.items()
+            }
 
     @torch.inference_mode()
     def routers(self, routers: dict, target: float, per_layer: bool = False) -> Result:
-        """Judge routers with thresholds that give `target` on these very texts: equal K/V for all that is compared.
+        """Judge routers with thresholds that give `target` on these very texts: equal K/V for all
+        that is compared.
 
-        The first thresholds are those for the dense model's hidden states; further ones follow from what the
-        routers said in the round before.
+        The first thresholds are those for the dense model's hidden states; further ones follow from
+        what the routers said in the round before.
         """
         model = MoDModel.from_base(self.base, self.tokenizer, self._config(routers), routers)
         logits = self._dense_logits(routers)
@@ -61,15 +69,23 @@ class Judge:
         return result
 
     @torch.inference_mode()
-    def static(self, kind: str, dropped: list[int], layers: list[int], kv_window: int, sinks: int = 0) -> Result:
-        """Judge units that are active or not whatever the token: those of the layers `dropped` only at sinks."""
+    def static(
+        self, kind: str, dropped: list[int], layers: list[int], kv_window: int, sinks: int = 0
+    ) -> Result:
+        """Judge units that are active or not whatever the token: those of the layers `dropped` only
+        at sinks.
+        """
         model = MoDModel.from_base(self.base, self.tokenizer)
-        width = hf.n_embd(self.base)
-        config = self._config({(layer, kind): (torch.zeros(width), torch.zeros(1)) for layer in layers}, kv_window)
+        width = loading.n_embd(self.base)
+        config = self._config(
+            {(layer, kind): (torch.zeros(width), torch.zeros(1)) for layer in layers}, kv_window
+        )
 
         def run(ids):
             position = torch.arange(ids.shape[1])[None]
-            given = {(i, kind): (position < sinks) if i in dropped else position >= 0 for i in layers}
+            given = {
+                (i, kind): (position < sinks) if i in dropped else position >= 0 for i in layers
+            }
             logits = model(ids, decisions=given, kv_window=kv_window)
             active = torch.stack([given[unit] for unit in config.routed()], dim=-1)
             return logits, SimpleNamespace(active=active, logit=active.float())
@@ -77,7 +93,9 @@ class Judge:
         return self._run(run, config)[0]
 
     def _run(self, run, config: MoDConfig) -> tuple[Result, list]:
-        """run(ids [1, T]) -> logits and trace; also returns the routers' logits [T, n_units] of each sequence."""
+        """run(ids [1, T]) -> logits and trace; also returns the routers' logits [T, n_units] of
+        each sequence.
+        """
         total, late = torch.zeros(2, 4, dtype=torch.float64)
         count = n_late = 0
         active, share, router_logits, perplexity, by_text = [], [], [], {}, {}
@@ -96,7 +114,9 @@ class Judge:
             perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()
             total, count = total + sums, count + tokens
         kl, kl_late, n = (total[0] / count).item(), (late[0] / n_late).item(), len(active)
-        return Result(sum(active) / n, sum(share) / n, kl, kl_late, perplexity, by_text), router_logits
+        return Result(
+            sum(active) / n, sum(share) / n, kl, kl_late, perplexity, by_text
+        ), router_logits
 
     def _config(self, routers: dict, kv_window: int | None = None) -> MoDConfig:
         units = {}
@@ -105,14 +125,22 @@ class Judge:
             units[kind] = UnitConfig(threshold=p, activation=tuple(1.0 for _ in p))
         return MoDConfig(sink_tokens=self.sinks, kv_window=kv_window or self.kv_window, units=units)
 
-    def _set_thresholds(self, model: MoDModel, logits: list, target: float, per_layer: bool) -> None:
+    def _set_thresholds(
+        self, model: MoDModel, logits: list, target: float, per_layer: bool
+    ) -> None:
         """logits: a list of [T, n_units]; sinks are active anyway."""
         for part in logits:
             part[: self.sinks] = float("inf")
         joined = torch.cat(logits)
-        cuts = joined.quantile(1 - target, dim=0) if per_layer else _quantile(joined, target).expand(joined.shape[1])
+        cuts = (
+            joined.quantile(1 - target, dim=0)
+            if per_layer
+            else _quantile(joined, target).expand(joined.shape[1])
+        )
         for (layer, kind), cut in zip(model.config.routed(), cuts.tolist(), strict=True):
-            model.routers[f"{layer}_{kind}"].threshold = 1 / (1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut))))
+            model.routers[f"{layer}_{kind}"].threshold = 1 / (
+                1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut)))
+            )
 
     def _dense_logits(self, routers: dict) -> list:
         """What routers at the layers' inputs say while nothing is skipped."""
@@ -123,7 +151,7 @@ class Judge:
 
     @contextmanager
     def _noting_inputs(self):
-        eps = hf.norm_eps(self.base)
+        eps = loading.norm_eps(self.base)
 
         def hook(layer):
             def note(_module, args, kwargs):
@@ -132,8 +160,11 @@ class Judge:
 
             return note
 
-        parts = hf.decoder_layers(self.base)
-        hooks = [part.layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, part in enumerate(parts)]
+        parts = loading.decoder_layers(self.base)
+        hooks = [
+            part.layer.register_forward_pre_hook(hook(i), with_kwargs=True)
+            for i, part in enumerate(parts)
+        ]
         try:
             yield
         finally:

@@ -1,23 +1,33 @@
-"""How many tokens a model's routers take, by the length of what is read: sequences that begin all over a text."""
+"""How many tokens a model's routers take, by the length of what is read: sequences that begin all
+over a text.
+"""
 
 from __future__ import annotations
 
 from statistics import mean, stdev
 
-from mod_export import data
+from mod_export.common.progress import Progress
+from mod_export.common.tables import format_table
+from mod_export.data import text as data_text
 from mod_export.errors import UserError
-from mod_export.eval_models import open_pair
-from mod_export.progress import Progress
-from mod_export.tables import format_table
+from mod_export.evaluation.readers import open_pair
 
 
-def activation_by_length(target: str, texts: dict[str, str], lengths: tuple[int, ...], count: int,
-                         threads: int | None = None) -> dict[str, list[list[float]]]:  # fmt: skip
-    """Share of active (token, unit) pairs in the first so many tokens, {text: [count][len(lengths)]}.
+def activation_by_length(
+    target: str,
+    texts: dict[str, str],
+    lengths: tuple[int, ...],
+    count: int,
+    threads: int | None = None,
+) -> dict[str, list[list[float]]]:
+    """Share of active (token, unit) pairs in the first so many tokens, {text:
+    [count][len(lengths)]}.
 
-    target: a MoD directory or GGUF file, thresholds as they come; texts: {name: file}. Each of the `count` sequences,
-    spread evenly over a text, is read once, to the largest of the lengths: a decision depends on no later token.
-    Raises UserError for a dense target, a text that is too short, and lengths beyond the model's context.
+    target: a MoD directory or GGUF file, thresholds as they come; texts: {name: file}. Each of the
+    `count` sequences,
+    spread evenly over a text, is read once, to the largest of the lengths: a decision depends on no
+    later token. Raises UserError for a dense target, a text that is too short, and lengths beyond
+    the model's context.
     """
     reader = open_pair(target, threads=threads).measured
     if not reader.units:
@@ -25,7 +35,10 @@ def activation_by_length(target: str, texts: dict[str, str], lengths: tuple[int,
     reader.reserve(max(lengths))
     found = {}
     for name, file in texts.items():
-        sequences, found[name] = data.pack(reader.tokenizer, data.read_texts([file]), max(lengths), count), []
+        sequences, found[name] = (
+            data_text.pack(reader.tokenizer, data_text.read_texts([file]), max(lengths), count),
+            [],
+        )
         for ids in Progress().count(name, sequences.tolist()):
             reader.reset()
             reader.last(ids)
@@ -35,7 +48,9 @@ def activation_by_length(target: str, texts: dict[str, str], lengths: tuple[int,
 
 
 def report(found: dict[str, list[list[float]]], lengths: tuple[int, ...]) -> str:
-    """Means over a text's sequences and (standard errors), and from the least to the most of a row's means."""
+    """Means over a text's sequences and (standard errors), and from the least to the most of a
+    row's means.
+    """
     rows = []
     for name, sequences in found.items():
         columns = list(zip(*sequences, strict=True))

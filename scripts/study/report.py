@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mod_export.tables import format_table
+from mod_export.common.tables import format_table
 
 COLOURS = {"kv": "#0b6e4f", "attn": "#c8553d", "ffn": "#3d5a80", "block": "#8d6a9f"}
 STYLES = {"router": "-o", "static": "--s", "random": ":^", "sinks + window": "--D", "window": ":v"}
@@ -13,7 +13,10 @@ STYLES = {"router": "-o", "static": "--s", "random": ":^", "sinks + window": "--
 
 def write(out: Path, docs: Path) -> None:
     """Write what there are rows for."""
-    rows = {path.stem: [json.loads(line) for line in path.open()] for path in sorted(out.glob("*.jsonl"))}
+    rows = {
+        path.stem: [json.loads(line) for line in path.open()]
+        for path in sorted(out.glob("*.jsonl"))
+    }
     parts = []
     if "scores" in rows:
         parts.append(scores_table(rows["scores"]))
@@ -32,8 +35,15 @@ def scores_table(rows: list[dict]) -> str:
     tables = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of_kind = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["kl"])
-        lines = [[label(row), *(f"{row[key]:.3f}" for key in ("activation", "kv_share")), f"{row['kl']:.4f}",
-                  f"{row['kl_late']:.4f}"] for row in of_kind]  # fmt: skip
+        lines = [
+            [
+                label(row),
+                *(f"{row[key]:.3f}" for key in ("activation", "kv_share")),
+                f"{row['kl']:.4f}",
+                f"{row['kl_late']:.4f}",
+            ]
+            for row in of_kind
+        ]
         header = ["way", "activation", "KV of dense", "KL", "KL, second half"]
         tables.append(f"### {kind}\n\n" + format_table(header, lines, markdown=True))
     return "\n\n".join(tables)
@@ -46,16 +56,37 @@ def label(row: dict) -> str:
 def targets_table(rows: list[dict]) -> str:
     texts = list(rows[0]["perplexity"])
     lines = []
-    for row in sorted(rows, key=lambda row: (row.get("kind", ""), row["variant"] != "router", row["variant"])):
+    for row in sorted(
+        rows, key=lambda row: (row.get("kind", ""), row["variant"] != "router", row["variant"])
+    ):
         both = [f"{row['perplexity'][text]:.2f} / {row['kl_by_text'][text]:.4f}" for text in texts]
-        lines.append([row.get("kind", "-"), row["variant"], f"{row.get('target', 1)}", f"{row['activation']:.3f}",
-                      f"{row['kv_share']:.3f}", *both, f"{row['kl']:.4f}"])  # fmt: skip
-    header = ["kind", "what decides", "target", "activation", "KV of dense", *(f"{t}: ppl / KL" for t in texts), "KL"]
+        lines.append(
+            [
+                row.get("kind", "-"),
+                row["variant"],
+                f"{row.get('target', 1)}",
+                f"{row['activation']:.3f}",
+                f"{row['kv_share']:.3f}",
+                *both,
+                f"{row['kl']:.4f}",
+            ]
+        )
+    header = [
+        "kind",
+        "what decides",
+        "target",
+        "activation",
+        "KV of dense",
+        *(f"{t}: ppl / KL" for t in texts),
+        "KL",
+    ]
     return format_table(header, lines, markdown=True)
 
 
 def passkey_table(rows: list[dict]) -> str:
-    lines = [[row["length"], row["trials"], f"{row['dense']:.2f}", f"{row['mod']:.2f}"] for row in rows]
+    lines = [
+        [row["length"], row["trials"], f"{row['dense']:.2f}", f"{row['mod']:.2f}"] for row in rows
+    ]
     return format_table(["prompt tokens", "trials", "dense", "MoD"], lines, markdown=True)
 
 
@@ -73,32 +104,53 @@ def _axes(width: float, height: float):
 def scores_picture(rows: list[dict], path: Path) -> None:
     """A bar for each way, kinds one below the other; routers full, baselines pale."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    ordered = [row for kind in kinds for row in sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["kl"])]
+    ordered = [
+        row
+        for kind in kinds
+        for row in sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["kl"])
+    ]
     figure, axes = _axes(8, 1 + 0.21 * len(ordered))
     for position, row in enumerate(ordered):
         alpha = 1 if row["variant"] == "router" else 0.4
         axes.barh(position, row["kl"], color=COLOURS[row["kind"]], alpha=alpha)
         axes.text(row["kl"] * 1.05, position, f"{row['kl']:.4f}", va="center", fontsize=7)
-    axes.set_yticks(range(len(ordered)), [f"{row['kind']}: {label(row)}" for row in ordered], fontsize=7)
+    axes.set_yticks(
+        range(len(ordered)), [f"{row['kind']}: {label(row)}" for row in ordered], fontsize=7
+    )
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel(f"mean KL to the dense model (nats), activation {ordered[0]['target']}; pale: plain baselines")
+    axes.set_xlabel(
+        f"mean KL to the dense model (nats), activation {ordered[0]['target']}; pale: plain baselines"
+    )
     figure.savefig(path, dpi=110)
 
 
 def targets_picture(rows: list[dict], path: Path) -> None:
     """KL against activation, a line for each kind and way."""
     figure, axes = _axes(8, 5)
-    series = dict.fromkeys((row["kind"], row["variant"]) for row in rows if row["variant"] != "dense")
+    series = dict.fromkeys(
+        (row["kind"], row["variant"]) for row in rows if row["variant"] != "dense"
+    )
     for kind, variant in series:
         found = [r for r in rows if (r.get("kind"), r["variant"]) == (kind, variant)]
-        points = sorted((r["target" if "window" in variant else "activation"], r["kl"]) for r in found)
+        points = sorted(
+            (r["target" if "window" in variant else "activation"], r["kl"]) for r in found
+        )
         strength = 2 if variant == "router" else 1
-        axes.plot(*zip(*points, strict=True), STYLES[variant], color=COLOURS[kind], linewidth=strength, markersize=4,
-                  label=f"{kind}: {variant}", alpha=1 if variant == "router" else 0.6)  # fmt: skip
+        axes.plot(
+            *zip(*points, strict=True),
+            STYLES[variant],
+            color=COLOURS[kind],
+            linewidth=strength,
+            markersize=4,
+            label=f"{kind}: {variant}",
+            alpha=1 if variant == "router" else 0.6,
+        )
     axes.set_yscale("log")
-    axes.set_xlabel("activation (token-unit pairs that run); windows: as many K/V as kv routers at this activation")
+    axes.set_xlabel(
+        "activation (token-unit pairs that run); windows: as many K/V as kv routers at this activation"
+    )
     axes.set_ylabel("mean KL to the dense model (nats)")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)

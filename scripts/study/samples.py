@@ -1,4 +1,6 @@
-"""Costs and router inputs of some text, kept in memory, so that many ways to score and fit can be compared."""
+"""Costs and router inputs of some text, kept in memory, so that many ways to score and fit can be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,25 @@ from dataclasses import dataclass
 
 import torch
 
-from mod_export import hf
-from mod_export.calibrate import PENALTIES, judged_rows, log_cost, solve, with_repetition
-from mod_export.fit import Ridge, logistic
-from mod_export.router import rms_norm
-from mod_export.targets import Tape
+from mod_export.calibration.calibrate import (
+    PENALTIES,
+    judged_rows,
+    log_cost,
+    solve,
+    with_repetition,
+)
+from mod_export.calibration.costs import Tape
+from mod_export.calibration.ridge import Ridge, logistic
+from mod_export.model import loading
+from mod_export.model.router import rms_norm
 
-METHODS = ("ridge", "ridge per-layer scale", "ridge per-layer threshold", "ridge other penalty", "logistic")
+METHODS = (
+    "ridge",
+    "ridge per-layer scale",
+    "ridge per-layer threshold",
+    "ridge other penalty",
+    "logistic",
+)
 OTHER_PENALTIES = {kind: 0.3 if kind == "kv" else 0.01 for kind in PENALTIES}
 
 
@@ -24,13 +38,21 @@ class Samples:
     cost: dict
 
 
-def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sinks: int, say) -> Samples:
+def collect(
+    base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sinks: int, say
+) -> Samples:
     """Measure all scores in `kinds` {kind: scores} on sequences [n, T]."""
     x, cost = {}, {}
-    tape, eps = Tape(base, kv_window), hf.norm_eps(base)
-    once = {kind: [name for name in names if not name.startswith("repeat_")] for kind, names in kinds.items()}
+    tape, eps = Tape(base, kv_window), loading.norm_eps(base)
+    once = {
+        kind: [name for name in names if not name.startswith("repeat_")]
+        for kind, names in kinds.items()
+    }
     plain = {(layer, kind): names for kind, names in once.items() for layer in layers}
-    again = {(i, "kv"): [name for name in kinds.get("kv", []) if name.startswith("repeat_")] for i in layers}
+    again = {
+        (i, "kv"): [name for name in kinds.get("kv", []) if name.startswith("repeat_")]
+        for i in layers
+    }
     for number, ids in enumerate(sequences):
         say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         rows = {kind: judged_rows(kind, len(ids), sinks, kv_window) for kind in kinds}
@@ -41,7 +63,9 @@ def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sin
             text, context = with_repetition(tokenizer, ids, again)
             for unit, (_, costs) in tape.measure(text, again, context):
                 _append(cost, unit, costs, rows["kv"])
-    joined = {unit: {n: torch.cat(parts) for n, parts in named.items()} for unit, named in cost.items()}
+    joined = {
+        unit: {n: torch.cat(parts) for n, parts in named.items()} for unit, named in cost.items()
+    }
     return Samples({unit: torch.cat(parts) for unit, parts in x.items()}, joined)
 
 
@@ -51,12 +75,17 @@ def _append(cost: dict, unit, costs: dict, rows: slice) -> None:
 
 
 def routers_of(samples: Samples, kind: str, score: str, method: str, target: float) -> dict:
-    """Routers {(layer, kind): (weight, bias)}; a common threshold belongs to all but the per-layer one."""
+    """Routers {(layer, kind): (weight, bias)}; a common threshold belongs to all but the per-layer
+    one.
+    """
     units = [unit for unit in samples.x if unit[1] == kind]
     costs = {unit: log_cost(samples.cost[unit][score]) for unit in units}
     if method == "logistic":
         cut = torch.cat(list(costs.values())).quantile(1 - target)
-        return {u: logistic([(samples.x[u].float(), (costs[u] > cut).float())], PENALTIES[kind] / 4) for u in units}
+        return {
+            u: logistic([(samples.x[u].float(), (costs[u] > cut).float())], PENALTIES[kind] / 4)
+            for u in units
+        }
     fits = {}
     for unit in units:
         y = costs[unit]
@@ -69,4 +98,6 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
 
 def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:
     """Mean cost of each unit of a kind: what dropping it whole costs, to first order."""
-    return {unit: named[score].mean().item() for unit, named in samples.cost.items() if unit[1] == kind}
+    return {
+        unit: named[score].mean().item() for unit, named in samples.cost.items() if unit[1] == kind
+    }

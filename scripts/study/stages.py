@@ -9,10 +9,13 @@ from pathlib import Path
 import click
 import torch
 
-from mod_export import convert, data, evaluate, hf
-from mod_export.calibrate import DEFAULT_SCORES
-from mod_export.model import MoDModel
-from mod_export.targets import SCORES
+from mod_export import convert
+from mod_export.calibration.calibrate import DEFAULT_SCORES
+from mod_export.calibration.costs import SCORES
+from mod_export.data import text as data_text
+from mod_export.evaluation import run as eval_run
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
 from study.judge import Judge
 from study.samples import METHODS, Samples, collect, mean_cost, routers_of
 
@@ -27,7 +30,9 @@ class Rows:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.done = {row["name"]: row for row in map(json.loads, path.open())} if path.exists() else {}
+        self.done = (
+            {row["name"]: row for row in map(json.loads, path.open())} if path.exists() else {}
+        )
 
     def add(self, name: str, make, **more) -> dict:
         """The row of that name, made now by `make()` -> object with attributes, unless it is there."""
@@ -37,36 +42,66 @@ class Rows:
             row["cpu_seconds"] = round(time.process_time() - start, 1)
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            say(f"{name}: activation {row['activation']:.3f}, KV {row['kv_share']:.3f}, KL {row['kl']:.4f}")
+            say(
+                f"{name}: activation {row['activation']:.3f}, KV {row['kv_share']:.3f}, KL {row['kl']:.4f}"
+            )
             self.done[name] = row
         return self.done[name]
 
 
 class Study:
-    """Model, samples and judge of one run of the script; samples are cached per kind in the output folder."""
+    """Model, samples and judge of one run of the script; samples are cached per kind in the output
+    folder.
+    """
 
     def __init__(
-        self, model, out, texts, length, count, sequences, kinds, layers, sinks, kv_window, threads, only=None
+        self,
+        model,
+        out,
+        texts,
+        length,
+        count,
+        sequences,
+        kinds,
+        layers,
+        sinks,
+        kv_window,
+        threads,
+        only=None,
     ):
         torch.set_num_threads(threads)
         self.out, self.kinds, self.only = out, convert_kinds(kinds), only
-        self.base, self.tokenizer = hf.load(model)
-        self.layers = convert.layers_of(convert.parse_layers(layers), len(hf.decoder_layers(self.base)), "attn")
+        self.base, self.tokenizer = loading.load(model)
+        self.layers = convert.layers_of(
+            convert.parse_layers(layers), len(loading.decoder_layers(self.base)), "attn"
+        )
         self.samples = self._samples(sequences, kv_window, sinks)
         pairs = [text.split("=", 1) for text in texts]
-        packed = {n: data.pack(self.tokenizer, data.read_texts([p]), length, count) for n, p in pairs}
+        packed = {
+            n: data_text.pack(self.tokenizer, data_text.read_texts([p]), length, count)
+            for n, p in pairs
+        }
         self.judge = Judge(self.base, self.tokenizer, packed, sinks, kv_window)
 
     def _samples(self, sequences: int, kv_window: int, sinks: int) -> dict[str, Samples]:
         paths = {kind: self.out / f"samples-{kind}.pt" for kind in self.kinds}
-        missing = {kind: list(self.only or SCORES[kind]) for kind, path in paths.items() if not path.exists()}
+        missing = {
+            kind: list(self.only or SCORES[kind])
+            for kind, path in paths.items()
+            if not path.exists()
+        }
         if missing:
             self.out.mkdir(parents=True, exist_ok=True)
-            ids = data.pack(self.tokenizer, data.default_texts()[0], 1024)
+            ids = data_text.pack(self.tokenizer, data_text.default_texts()[0], 1024)
             ids = ids[:: max(1, len(ids) // sequences)][:sequences]
-            found = collect(self.base, self.tokenizer, ids, missing, self.layers, kv_window, sinks, say)
+            found = collect(
+                self.base, self.tokenizer, ids, missing, self.layers, kv_window, sinks, say
+            )
             for kind in missing:
-                of_kind = [{unit: part[unit] for unit in part if unit[1] == kind} for part in (found.x, found.cost)]
+                of_kind = [
+                    {unit: part[unit] for unit in part if unit[1] == kind}
+                    for part in (found.x, found.cost)
+                ]
                 torch.save(of_kind, paths[kind])
         return {kind: Samples(*torch.load(path)) for kind, path in paths.items()}
 
@@ -84,7 +119,13 @@ def compare_scores(study: Study, kind: str, target: float) -> None:
             routers = routers_of(samples, kind, score, method, target)
             return study.judge.routers(routers, target, per_layer="threshold" in method)
 
-        more = {"kind": kind, "variant": "router", "score": score, "method": method, "target": target}
+        more = {
+            "kind": kind,
+            "variant": "router",
+            "score": score,
+            "method": method,
+            "target": target,
+        }
         return rows.add(f"{kind} {score} {method} {target}", make, **more)
 
     made = [add(score, "ridge") for score in SCORES[kind]]
@@ -98,8 +139,13 @@ def compare_scores(study: Study, kind: str, target: float) -> None:
 def compare_targets(study: Study, kind: str, targets: list[float], name: str) -> None:
     """The default score at several activations, beside baselines."""
     rows = Rows(study.out / f"{name}.jsonl")
-    rows.add("dense", lambda: study.judge.static("kv", [], study.layers, study.judge.kv_window), variant="dense")
+    rows.add(
+        "dense",
+        lambda: study.judge.static("kv", [], study.layers, study.judge.kv_window),
+        variant="dense",
+    )
     for target in targets:
+
         def make(target=target):
             routers = routers_of(study.samples[kind], kind, DEFAULT_SCORES[kind], "ridge", target)
             return study.judge.routers(routers, target)
@@ -111,20 +157,32 @@ def compare_targets(study: Study, kind: str, targets: list[float], name: str) ->
 
 
 def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], target: float) -> None:
-    """kv with other windows and other layers, at the K/V bytes of `target` with the study's window and layers."""
+    """kv with other windows and other layers, at the K/V bytes of `target` with the study's window
+    and layers.
+    """
     rows, judge, samples = Rows(study.out / "shapes.jsonl"), study.judge, study.samples["kv"]
     tokens, n_layer = len(next(iter(judge.texts.values()))[0]), judge.n_layer
     usual = judge.kv_window
     kept = target * (tokens - usual) + usual  # cells of a routed layer
     for window in windows:
+
         def make(window=window):
             judge.kv_window = window
             goal = (kept - window) / (tokens - window)
-            return judge.routers(routers_of(samples, "kv", DEFAULT_SCORES["kv"], "ridge", goal), goal)
+            return judge.routers(
+                routers_of(samples, "kv", DEFAULT_SCORES["kv"], "ridge", goal), goal
+            )
 
-        rows.add(f"window {window} {target}", make, window=window, layers=f"{study.layers[0]}-{study.layers[-1]}")
+        rows.add(
+            f"window {window} {target}",
+            make,
+            window=window,
+            layers=f"{study.layers[0]}-{study.layers[-1]}",
+        )
     judge.kv_window = usual
-    bytes_all = len(convert.layers_of(None, n_layer, "attn")) * (tokens - kept)  # saved with the default layers
+    bytes_all = len(convert.layers_of(None, n_layer, "attn")) * (
+        tokens - kept
+    )  # saved with the default layers
     for layers in layer_sets:
         chosen = convert.layers_of(convert.parse_layers(layers), n_layer, "attn")
 
@@ -137,7 +195,9 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
 
 
 def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
-    """Whole units dropped, the cheapest first; for kv also a window, alone and with sinks, at equal K/V."""
+    """Whole units dropped, the cheapest first; for kv also a window, alone and with sinks, at equal
+    K/V.
+    """
     judge, samples = study.judge, study.samples[kind]
 
     def add(variant: str, make) -> None:
@@ -149,28 +209,43 @@ def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
     if kind == "kv":
         tokens = len(next(iter(judge.texts.values()))[0])
         window = round(judge.kv_window + target * (tokens - judge.kv_window))
-        add("sinks + window", lambda: judge.static("kv", study.layers, study.layers, window - judge.sinks, judge.sinks))
+        add(
+            "sinks + window",
+            lambda: judge.static(
+                "kv", study.layers, study.layers, window - judge.sinks, judge.sinks
+            ),
+        )
         add("window", lambda: judge.static("kv", study.layers, study.layers, window))
 
 
 def random_baseline(study: Study, rows: Rows, kind: str, target: float) -> None:
     routers = random_routers(study.samples[kind])
-    rows.add(f"{kind} random {target}", lambda: study.judge.routers(routers, target, per_layer=True),
-             kind=kind, variant="random", target=target)  # fmt: skip
+    rows.add(
+        f"{kind} random {target}",
+        lambda: study.judge.routers(routers, target, per_layer=True),
+        kind=kind,
+        variant="random",
+        target=target,
+    )
 
 
 def random_routers(samples: Samples) -> dict:
     """Routers with normal weights; thresholds per layer give every layer the same activation."""
     generator = torch.Generator().manual_seed(0)
-    return {u: (torch.randn(x.shape[1], generator=generator) * 0.05, torch.zeros(1)) for u, x in samples.x.items()}
+    return {
+        u: (torch.randn(x.shape[1], generator=generator) * 0.05, torch.zeros(1))
+        for u, x in samples.x.items()
+    }
 
 
-def passkeys(mod: str, haystack: str, out: Path, lengths: list[int], keys: int, threads: int) -> None:
+def passkeys(
+    mod: str, haystack: str, out: Path, lengths: list[int], keys: int, threads: int
+) -> None:
     """Append {length, trials, dense, mod, ..._by_depth} to passkey.jsonl."""
     torch.set_num_threads(threads)
-    model, text = MoDModel.load(mod), data.read_texts([haystack])
+    model, text = MoDModel.load(mod), data_text.read_texts([haystack])
     for length in lengths:
-        row = evaluate.passkey(model, text, length, keys=keys)
+        row = eval_run.passkey(model, text, length, keys=keys)
         with (out / "passkey.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         say(f"{length} tokens: dense {row['dense']:.2f}, MoD {row['mod']:.2f} of {row['trials']}")

@@ -1,0 +1,353 @@
+"""Speed and memory of a MoD file against the dense one, each variant in a process of its own,
+taking short turns.
+
+    result = bench("mod.gguf", "dense.gguf", Options(contexts=(512, 2048)))
+    print(bench_report.tables(result))
+
+Variants: `ceiling` (the dense file, stock library), `ceiling_split` (the same with a KV stream for
+each sequence; only where several are decoded at once), `dense_patched` (the dense file, patched
+library), `mod`, `all_active` and `none_active` (the MoD file with every unit forced), `floor` (the
+dense file without the routed layers, stock library; only where all that is routed is whole layers).
+"""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from mod_export.benchmark import processes
+from mod_export.benchmark.floor import block_floor, prefill_work, prune
+from mod_export.benchmark.measure import TAIL, Step, join, measure
+from mod_export.benchmark.rows import make_rows
+from mod_export.common.progress import Progress
+from mod_export.errors import UserError
+from mod_export.formats.ggml_types import type_named
+from mod_export.formats.gguf import GGUFFile
+
+VARIANTS = (
+    "ceiling",
+    "ceiling_split",
+    "floor",
+    "dense_patched",
+    "mod",
+    "all_active",
+    "none_active",
+)
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+DEFAULT_CONTEXTS = (512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure: every combination of the lists.
+
+    contexts: prompt tokens, None for the default ones that the model was trained for. kv_types: K
+    and V, or `K/V`.
+    shifts: of the thresholds, in logit space. rounds, seconds: least number of turns, and time for
+    a phase, see
+    bench_measure.measure. starts: how often the processes are started anew, each time for all of
+    that. gpu_layers: how many layers lie on the GPU, -1: all; needs a CUDA build.
+    """
+
+    contexts: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = (1,)
+    kv_types: tuple[str, ...] = ("f16",)
+    flash_attn: tuple[bool, ...] = (True,)
+    ubatches: tuple[int, ...] = (512,)
+    shifts: tuple[float, ...] = (0.0,)
+    variants: tuple[str, ...] = VARIANTS
+    rounds: int = 12
+    seconds: float = 10.0
+    starts: int = 1
+    threads: int | None = None
+    gpu_layers: int = 0
+
+    def __post_init__(self):
+        if unknown := set(self.variants) - set(VARIANTS):
+            raise UserError(
+                f"unknown variant {sorted(unknown)[0]!r}", f"choose from {', '.join(VARIANTS)}"
+            )
+
+
+def bench(
+    file,
+    dense,
+    options: Options | None = None,
+    text: str | None = None,
+    stock: Path | None = None,
+    say: Callable = print,
+    progress: Progress | None = None,
+) -> dict:
+    """Measures. Returns {"about": what was run, "rows": two per combination}; docs/runtime.md has
+    the keys.
+
+    text: the prompts', by default the packaged one. stock: directory of the stock library, by
+    default the cached one, built if there is none. Raises UserError for files that do not load or
+    do not belong together.
+    """
+    from mod_export.data.text import default_texts
+    from mod_export.runtime import bindings, devices
+
+    bindings.require()
+    options = options or Options()
+    devices.check(options.gpu_layers)
+    mod_file, dense_file = check_files(file, dense, say)
+    n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
+    options = replace(
+        options,
+        contexts=options.contexts
+        or tuple(c for c in DEFAULT_CONTEXTS if c <= max(n_ctx_train, DEFAULT_CONTEXTS[0])),
+    )
+    todo = steps(options)
+    stock = stock or _stock_lib(
+        bool(options.gpu_layers), say
+    )  # which may build it: after all that can be refused
+    text = text or "\n\n".join(default_texts())
+    about = describe(mod_file, dense_file, options, stock)
+    with tempfile.TemporaryDirectory(prefix="mod-export-bench-") as folder:
+        floor = _make_floor(mod_file, dense_file, options, folder)
+        about["floor_prefill_work"] = prefill_work(floor) if floor else None
+        files = {"mod": mod_file, "dense": dense_file, "floor": floor}
+        bencher = _Bench(files, options, text, stock, say, progress or Progress())
+        rows = [row for step in todo for row in bencher.run(step, n_ctx_train)]
+    return {"about": about, "rows": rows}
+
+
+def check_files(file, dense, say: Callable) -> tuple[GGUFFile, GGUFFile]:
+    """The two files, opened. Raises UserError where they are not a MoD and a dense file of one
+    model.
+    """
+    mod_file, dense_file = GGUFFile.open(file), GGUFFile.open(dense)
+    arch = mod_file.architecture
+    if f"{arch}.mod.version" not in mod_file.keys:
+        raise UserError(f"{file} is a dense model", "give a MoD file")
+    if f"{dense_file.architecture}.mod.version" in dense_file.keys:
+        raise UserError(
+            f"{dense} is a MoD file", "give the dense file of the same model with --dense"
+        )
+    shapes = [
+        {t.name: t.shape for t in f.tensors.values() if ".mod_" not in t.name}
+        for f in (mod_file, dense_file)
+    ]
+    if shapes[0] != shapes[1]:
+        name = next(
+            n for n in sorted(shapes[0] | shapes[1]) if shapes[0].get(n) != shapes[1].get(n)
+        )
+        raise UserError(
+            f"{file} and {dense} are not of one model: {name} differs",
+            "give the dense file of the same model",
+        )
+    if any(mod_file.tensors[name].type != t.type for name, t in dense_file.tensors.items()):
+        say(f"note: {file} and {dense} are quantised differently: the ceiling is not its own")
+    return mod_file, dense_file
+
+
+def steps(options: Options) -> list[Step]:
+    """Every combination, each for a set of processes of its own."""
+    found = []
+    for flash, kv, ubatch, context, batch in product(
+        options.flash_attn, options.kv_types, options.ubatches, options.contexts, options.batches
+    ):
+        names = kv.split("/") * (1 if "/" in kv else 2)
+        if len(names) != 2 or any(name not in KV_TYPES for name in names):
+            raise UserError(
+                f"K/V type {kv!r} is unknown", f"use {', '.join(KV_TYPES)}, or two such as q8_0/f16"
+            )
+        if not flash and names[1] not in ("f16", "f32", "bf16"):
+            raise UserError(
+                f"V in {names[1]} needs flash attention", "leave out --flash-attn off, or use f16"
+            )
+        if not 0 < context < 1 << 24:
+            raise UserError(f"a context of {context} tokens", "use one below 16777216")
+        found.append(
+            Step(context, batch, ubatch, flash, kv, tuple(int(type_named(name)) for name in names))
+        )
+    return found
+
+
+class _Bench:
+    """Runs the steps."""
+
+    def __init__(
+        self,
+        files: dict[str, GGUFFile | None],
+        options: Options,
+        text: str,
+        stock: Path,
+        say: Callable,
+        progress: Progress,
+    ):
+        self.files, self.options, self.text, self.stock = files, options, text, stock
+        self.say, self.progress = say, progress
+
+    def run(self, step: Step, n_ctx_train: int) -> list[dict]:
+        """Two rows for each shift."""
+        if step.context > n_ctx_train:
+            self.say(
+                f"note: context {step.context} is beyond the {n_ctx_train} of training: for timing only"
+            )
+        variants = [
+            v
+            for v in self.options.variants
+            if (v != "floor" or self.files["floor"]) and (v != "ceiling_split" or step.batch > 1)
+        ]
+        found: dict[float, list] = {shift: [] for shift in self.options.shifts}
+        for group in self._groups(step, variants):
+            parts = [self._measure(group, step) for _ in range(self.options.starts)]
+            for shift in parts[0]:
+                found[shift].append(join([part[shift] for part in parts]))
+        return [
+            row
+            for shift, groups in found.items()
+            for row in make_rows(step, shift, groups, n_ctx_train)
+        ]
+
+    def _measure(self, group: list[str], step: Step) -> dict[float, dict]:
+        """shift -> what `measure` says, with processes that are started for it."""
+        found = {}
+        with processes.Team({name: self._setup(name, step) for name in group}) as team:
+            for i, shift in enumerate(self.options.shifts):
+                names = group if i == 0 else self._that_shift(group)
+                if "mod" in names or i == 0:
+                    found[shift] = measure(
+                        team,
+                        names,
+                        step,
+                        shift,
+                        self.options.rounds,
+                        self.options.seconds,
+                        self.progress,
+                    )
+        return found
+
+    def _groups(self, step: Step, variants: list[str]) -> list[list[str]]:
+        cells = step.batch * (step.context + TAIL)
+        on_gpu = self.options.gpu_layers != 0
+        need = {
+            name: processes.process_bytes(
+                self._file(name),
+                cells,
+                processes.bytes_per_cell(self._file(name), *step.types),
+                on_gpu,
+            )
+            for name in variants
+        }
+        return processes.groups(variants, need, processes.available_memory(on_gpu), self.say)
+
+    def _that_shift(self, group: list[str]) -> list[str]:
+        """The variants to measure again at another shift: what it changes, and what that is
+        compared with.
+        """
+        floor = "floor" if "floor" in group else "none_active"
+        return [name for name in group if name in ("ceiling", floor, "mod")]
+
+    def _file(self, name: str) -> GGUFFile:
+        kind = (
+            "floor"
+            if name == "floor"
+            else "dense"
+            if "ceiling" in name or name == "dense_patched"
+            else "mod"
+        )
+        return self.files[kind]
+
+    def _setup(self, name: str, step: Step) -> tuple[dict, Path | None]:
+        setup = {
+            "file": str(self._file(name).path),
+            "text": self.text,
+            "context": step.context,
+            "tail": TAIL,
+            "batch": step.batch,
+            "ubatch": step.ubatch,
+            "chunk": step.chunk,
+            "threads": self.options.threads,
+            "flash_attn": step.flash_attn,
+            "type_k": step.types[0],
+            "type_v": step.types[1],
+            "gpu_layers": self.options.gpu_layers,
+            "unified": name != "ceiling_split",
+            "force": processes.FORCE.get(name, "none"),
+        }
+        return setup, self.stock if name in processes.STOCK else None
+
+
+def _stock_lib(cuda: bool, say: Callable) -> Path:
+    from mod_export.llamacpp import build as llama_build
+
+    return llama_build.stock_lib(cuda) or llama_build.build(stock=True, cuda=cuda, say=say)
+
+
+def _make_floor(
+    mod_file: GGUFFile, dense_file: GGUFFile, options: Options, folder: str
+) -> GGUFFile | None:
+    layers = block_floor(mod_file) if "floor" in options.variants else None
+    if not layers:
+        return None
+    target = Path(folder) / "floor.gguf"
+    prune(dense_file, target, layers)
+    return GGUFFile.open(target)
+
+
+def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, stock: Path) -> dict:
+    """What the figures hold for."""
+    import shlex
+    import sys
+
+    import llama_cpp
+
+    from mod_export.runtime.devices import gpus
+
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        cpu = next(
+            (
+                x.split(":")[1].strip()
+                for x in info.read_text().splitlines()
+                if x.startswith("model name")
+            ),
+            cpu,
+        )
+    patched = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib"
+    return {
+        "command": shlex.join(["mod-export", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "threads": options.threads or len(os.sched_getaffinity(0)),
+        "llama_cpp": llama_cpp.__version__,
+        "build_patched": _build(Path(patched)),
+        "build_stock": _build(stock),
+        "rounds": options.rounds,
+        "starts": options.starts,
+        "gpu_layers": options.gpu_layers,
+        "gpus": [[gpu.name, gpu.total] for gpu in gpus()] if options.gpu_layers else [],
+        "files": {
+            name: {"file": str(f.path), "bytes": f.path.stat().st_size}
+            for name, f in (("mod", mod_file), ("dense", dense_file))
+        },
+        "routed": routed(mod_file),
+        "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",
+    }
+
+
+def routed(mod_file: GGUFFile) -> dict[str, int]:
+    """kind -> number of layers with such a router."""
+    from mod_export.formats import schema
+
+    return {
+        kind: sum(p > 0 for p in unit.threshold)
+        for kind, unit in schema.from_keys(mod_file).units.items()
+    }
+
+
+def _build(lib: Path) -> dict:
+    """Name and flags of a library's build; empty for one that mod-export did not build."""
+    import json
+
+    marker = lib / "build.json"
+    return json.loads(marker.read_text()) if marker.is_file() else {}

@@ -1,0 +1,1 @@
+"""Routers without training: what skipping costs, fitted in closed form."""

@@ -1,0 +1,368 @@
+"""Set routers and thresholds without training: measure costs, fit each router, choose thresholds
+for a target.
+
+1. Each unit's router is fitted to the logarithm of what skipping would cost (targets.py, fit.py).
+2. One affine map for all units of a kind turns the predicted log cost into a logit, so that a logit
+   means the same
+   cost in every layer, and layers share the budget as they need it.
+3. One quantile over all (token, unit) pairs of a kind gives the threshold. It is taken on what the
+   routers say
+   while the model skips, since skipping changes what later routers see; a few rounds settle it.
+
+docs/calibration.md has the comparison behind the defaults.
+
+    config, routers = calibrate(base, tokenizer, Plan(units={"kv": range(2, 30)}))
+    model = MoDModel.from_base(base, tokenizer, config, routers)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mod_export.calibration.costs import REPEAT_PROMPT, Tape
+from mod_export.calibration.drift import Means, observe
+from mod_export.calibration.ridge import Ridge
+from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig, of_kinds
+from mod_export.data.repeats import counted
+from mod_export.data.text import default_texts, pack, tokenize
+from mod_export.errors import UserError
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
+from mod_export.model.router import logit_threshold, rms_norm
+
+Say = Callable[[str], None]
+
+DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
+PENALTIES = {
+    "kv": 0.01,
+    "block": 0.3,
+    "attn": 0.3,
+    "ffn": 0.3,
+}  # of the ridge, against inputs of variance 1
+STEADY = 3.0  # weight of how much a router follows the kind of text and its length, see steady.py
+SEQUENCE = 1024  # tokens; shorter where the text is short, longer for a wide window
+LONG = 4096  # tokens in a sequence to see what drifts, as far as the model's context goes
+MIN_SEQUENCES = 4
+# a standard deviation of predicted log cost in logits: then p is close to the share skipped
+SPREAD = 1.7
+# keys after this part of a sequence without its last window have too few later queries to judge
+# them by
+LATE = 0.75
+TOLERANCE = 0.005  # of the activation
+MAX_LOGIT = 12.0  # thresholds stay within sigmoid(+-12), where float32 still tells them apart
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to calibrate. units: kind -> layers; scores: kind -> score (targets.SCORES).
+
+    target: share of (token, unit) pairs that are to run, one number or kind -> number; text,
+    held_out: None is the packaged ones.
+    """
+
+    units: Mapping[str, Sequence[int]]
+    target: float | Mapping[str, float] = 0.5
+    kv_window: int = 64
+    sink_tokens: int = 4
+    text: str | None = None
+    scores: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_SCORES))
+    rounds: int = 4
+
+    def routed(self) -> list[Unit]:
+        """Units in deciding order."""
+        units = [(layer, kind) for kind, layers in self.units.items() for layer in layers]
+        return sorted(units, key=lambda unit: (unit[0], KINDS.index(unit[1])))
+
+
+@torch.no_grad()
+def calibrate(
+    base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: None
+) -> tuple[MoDConfig, dict]:
+    """Return config and routers {(layer, kind): (weight [n_embd], bias [1])}. `say` is told of
+    progress.
+
+    Raises UserError for a text too short, an unknown score, or layers the model does not have.
+    """
+    sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
+    first = _first(base, plan)
+    fits = measure(base, tokenizer, sequences, plan, say)
+    say("measuring what drifts from one part of a text to the next")
+    routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, plan))
+    model = MoDModel.from_base(base, tokenizer, first, routers)
+    try:
+        subset = sequences[:: math.ceil(len(sequences) / 6)]
+        groups = first.by_kind()
+        activation = settle_thresholds(
+            model, subset, groups, of_kinds(plan.target, groups), plan.rounds, say
+        )
+        thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
+        say("measuring activation on held-out text")
+        _, held = _traces(model, held_out)
+    finally:
+        model.detach()
+    record = {
+        "method": {kind: f"ridge on log {plan.scores[kind]}" for kind in plan.units},
+        "target_activation": plan.target,
+        "text": source,
+        "tokens": sequences.numel(),
+        "activation": {kind: _mean(activation, kind) for kind in plan.units},
+        "held_out": {
+            "tokens": held_out.numel(),
+            "activation": {kind: _mean(held, kind) for kind in plan.units},
+        },
+        "units": [
+            {
+                "layer": layer,
+                "kind": kind,
+                "activation": round(activation[layer, kind], 4),
+                "held_out": round(held[layer, kind], 4),
+                "explained": round(explained[layer, kind], 4),
+            }
+            for layer, kind in plan.routed()
+        ],
+    }
+    return _config(base, plan, thresholds, activation, record), routers
+
+
+def measure(
+    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say: Say
+) -> dict[Unit, Ridge]:
+    """Run the original model over sequences [n, T] and gather, for each unit, what its router is
+    fitted to.
+    """
+    tape = Tape(base, plan.kv_window)
+    wanted = {unit: [plan.scores[unit[1]]] for unit in plan.routed()}
+    fits = {unit: Ridge(loading.n_embd(base)) for unit in wanted}
+    eps = loading.norm_eps(base)
+    for number, ids in enumerate(sequences):
+        say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
+        text, context = with_repetition(tokenizer, ids, wanted)
+        for unit, (h, costs) in tape.measure(text, wanted, context):
+            rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
+            (cost,), x = costs.values(), rms_norm(h, eps)
+            fits[unit].add(x[rows], log_cost(cost[rows]))
+    return fits
+
+
+def drift(
+    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan
+) -> dict[Unit, torch.Tensor]:
+    """Of the inputs of each router, [k, n_embd] (steady.py). sequences: [n, T], consecutive parts
+    of a text.
+    """
+    blank = {unit: (torch.zeros(loading.n_embd(base)), torch.zeros(1)) for unit in plan.routed()}
+    model = MoDModel.from_base(base, tokenizer, _first(base, plan), blank)
+    try:
+        n, length = sequences.shape
+        many = together(base, length, n)
+        joined = sequences[: n // many * many].reshape(-1, many * length)
+        with model.forced("active"):
+            return {unit: seen.drift() for unit, seen in observe(model, joined, Means).items()}
+    finally:
+        model.detach()
+
+
+def together(base: nn.Module, length: int, n: int) -> int:
+    """How many of n sequences of `length` tokens, one after the other, make one of LONG tokens."""
+    return min(n, max(1, min(LONG, loading.context_length(base) or length) // length))
+
+
+def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
+    """The tokens to fit to: no sinks, which are always active, and no keys whose later queries are
+    few.
+
+    kv_window: 0 where the queries are all after the sequence.
+    """
+    late = kind == "kv" and kv_window > 0
+    return slice(sink_tokens, int(LATE * (n_token - kv_window)) if late else n_token)
+
+
+def with_repetition(
+    tokenizer, ids: torch.Tensor, wanted: dict[Unit, list[str]]
+) -> tuple[torch.Tensor, int]:
+    """ids, or where a repeat_* score is wanted, ids, a request and ids again; and the length of the
+    first part or 0.
+    """
+    if not any(name.startswith("repeat_") for names in wanted.values() for name in names):
+        return ids, 0
+    request = torch.tensor(tokenizer(REPEAT_PROMPT, add_special_tokens=False)["input_ids"])
+    return torch.cat((ids, request, ids)), len(ids)
+
+
+def log_cost(cost: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm; the lowest percent, which may be 0, is raised to the percentile first."""
+    floor = cost.float().quantile(0.01).clamp(min=1e-20)
+    return cost.float().clamp(min=floor.item()).log()
+
+
+def solve(
+    fits: dict[Unit, Ridge],
+    penalties: Mapping[str, float] = PENALTIES,
+    steady: float = STEADY,
+    drift: Mapping[Unit, torch.Tensor] | None = None,
+) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
+    """Routers in logits common to all units of a kind, and the share of variance each explains.
+
+    drift: of each unit's inputs, as of the function; None: routers may follow it. steady: how much
+    it weighs.
+    """
+    drifts = {unit: drift[unit] * math.sqrt(steady) if drift else None for unit in fits}
+    routers = {unit: fit.solve(penalties[unit[1]], drifts[unit]) for unit, fit in fits.items()}
+    spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
+    for kind in {kind for _, kind in fits}:
+        of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]
+        center = sum(mean for mean, _, _ in of_kind) / len(of_kind)
+        variance = sum(var + (mean - center) ** 2 for mean, var, _ in of_kind) / len(of_kind)
+        scale = SPREAD / math.sqrt(max(variance, 1e-12))
+        for unit in [unit for unit in fits if unit[1] == kind]:
+            weight, bias = routers[unit]
+            routers[unit] = (weight * scale, (bias - center) * scale)
+    return routers, {unit: explained for unit, (_, _, explained) in spreads.items()}
+
+
+def settle_thresholds(
+    model: MoDModel,
+    sequences: torch.Tensor,
+    groups: Mapping[str, Sequence[Unit]],
+    targets: Mapping[str, float],
+    rounds: int = 4,
+    say: Say = lambda line: None,
+    forward: Callable | None = None,
+    fresh: torch.Tensor | None = None,
+) -> dict[Unit, float]:
+    """Find one p for each group of units such that, with the model skipping, its target is met;
+    sets it on the model.
+
+    groups: name -> units; targets: name -> activation. Returns the activation of each unit.
+    forward: the model's own,
+    or what gives its trace last. fresh: bool [n, T], the tokens whose activation counts, None: all.
+    """
+    for number in range(rounds + 1):
+        logits, activation = _traces(model, sequences, forward, fresh)
+        means = {
+            name: sum(activation[unit] for unit in units) / len(units)
+            for name, units in groups.items()
+        }
+        say(
+            f"choosing thresholds, round {number + 1}: activation "
+            + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4])
+        )
+        met = all(abs(mean - targets[name]) < TOLERANCE for name, mean in means.items())
+        if number == rounds or number and met:
+            break
+        for name, units in groups.items():
+            p = quantile_threshold(torch.stack([logits[unit] for unit in units]), targets[name])
+            for unit in units:
+                model.router(unit).threshold = p
+    return activation
+
+
+def quantile_threshold(logits: torch.Tensor, target: float) -> float:
+    """p that the share `target` of the logits reaches."""
+    return logit_threshold(quantile_logit(logits, target))
+
+
+def quantile_logit(logits: torch.Tensor, target: float) -> float:
+    """What the share `target` of the logits reaches, at most MAX_LOGIT from 0."""
+    ordered = logits.flatten().sort().values
+    skipped = min(max(round((1 - target) * len(ordered)), 0), len(ordered) - 1)
+    lower = ordered[max(skipped - 1, 0)]
+    middle = (
+        lower + ordered[skipped]
+    ) / 2  # in the gap between two tokens: float noise decides nothing
+    return middle.double().clamp(-MAX_LOGIT, MAX_LOGIT).item()
+
+
+def _traces(
+    model: MoDModel,
+    sequences: torch.Tensor,
+    forward: Callable | None = None,
+    fresh: torch.Tensor | None = None,
+) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
+    """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in
+    it: of `fresh` ones.
+    """
+    units, parts, active = model.config.routed(), [], []
+    forward = forward or functools.partial(model, trace=True)
+    fresh = torch.ones_like(sequences, dtype=torch.bool) if fresh is None else fresh
+    for ids, counts in zip(sequences, counted(fresh).cpu(), strict=True):
+        ids = ids[None].to(model.base.device)
+        *_, trace = forward(ids, logits_to_keep=1)
+        trace.logit[0, : model.config.sink_tokens] = float("inf")
+        active.append(trace.active[0].cpu()[counts])
+        parts.append(trace.logit[0].cpu()[counts])
+    logits, shares = torch.cat(parts).unbind(-1), torch.cat(active).float().mean(0).tolist()
+    return dict(zip(units, logits, strict=True)), dict(zip(units, shares, strict=True))
+
+
+def _mean(activation: dict[Unit, float], kind: str) -> float:
+    values = [value for unit, value in activation.items() if unit[1] == kind]
+    return round(sum(values) / len(values), 4)
+
+
+def _first(base: nn.Module, plan: Plan) -> MoDConfig:
+    """Before there are thresholds."""
+    return _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
+
+
+def _config(
+    base: nn.Module, plan: Plan, thresholds: dict, activation: dict | None, record: dict
+) -> MoDConfig:
+    n_layer = len(loading.decoder_layers(base))
+    units = {}
+    for kind, layers in plan.units.items():
+        if beyond := [layer for layer in layers if not 0 <= layer < n_layer]:
+            raise UserError(
+                f"there is no layer {beyond[0]}", f"the model has layers 0 to {n_layer - 1}"
+            )
+        units[kind] = UnitConfig(
+            threshold=tuple(
+                thresholds[kind] if layer in layers else 0.0 for layer in range(n_layer)
+            ),
+            activation=tuple(
+                (activation or {}).get((layer, kind), 1.0) for layer in range(n_layer)
+            ),
+        )
+    config = MoDConfig(
+        sink_tokens=plan.sink_tokens, kv_window=plan.kv_window, units=units, calibration=record
+    )
+    return config.validate(n_layer)
+
+
+def _sequence_length(base: nn.Module, plan: Plan) -> int:
+    """Tokens of a sequence. Raises UserError where the model's own context is too short for the
+    window.
+    """
+    needed = 4 * plan.kv_window if "kv" in plan.units else 0
+    limit = loading.context_length(base) or max(SEQUENCE, needed)
+    if limit < needed:
+        raise UserError(
+            f"a window of {plan.kv_window} is too wide for a context of {limit} tokens",
+            f"use --kv-window {limit // 4} or less",
+        )
+    return min(max(SEQUENCE, needed), limit)
+
+
+def _texts(tokenizer, plan: Plan, length: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Calibration and held-out sequences [n, up to length], and where they are from."""
+    if plan.text is None:
+        text, held_out = default_texts()
+        return pack(tokenizer, text, length), pack(tokenizer, held_out, length), "packaged"
+    n_tokens = len(tokenize(tokenizer, plan.text))
+    length = min(length, n_tokens // (MIN_SEQUENCES + 1))
+    shortest = max(128, 4 * plan.kv_window if "kv" in plan.units else 0)
+    if length < shortest:
+        need = shortest * (MIN_SEQUENCES + 1)
+        raise UserError(
+            f"calibration text too short: {n_tokens} tokens where {need} are needed",
+            "give more text",
+        )
+    sequences = pack(tokenizer, plan.text, length)
+    kept = max(1, len(sequences) // 6)  # the end of the user's text is held out
+    return sequences[:-kept], sequences[-kept:], "given"

@@ -1,0 +1,108 @@
+"""Fit a linear router to measured costs, in closed form and in one pass over the data.
+
+Knows nothing of models. Inputs are RMS-normed hidden states, as the router will see them.
+
+    fit = Ridge(n_embd=576)
+    fit.add(x, cost.log())           # x [N, n_embd], target [N]; as often as there is data
+    weight, bias = fit.solve()       # x @ weight + bias predicts the target
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+class Ridge:
+    """Least squares with a penalty on standardised inputs.
+
+    Memory is one matrix [n_embd, n_embd], whatever N.
+    """
+
+    def __init__(self, n_embd: int):
+        self.n = 0
+        self.xx = torch.zeros(n_embd, n_embd, dtype=torch.float64)
+        self.x, self.xy = torch.zeros(2, n_embd, dtype=torch.float64)
+        self.y, self.yy = 0.0, 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x [N, n_embd], y [N]."""
+        x, y = x.double(), y.double()
+        self.n += len(x)
+        self.xx += x.T @ x
+        self.x += x.sum(0)
+        self.xy += x.T @ y
+        self.y += y.sum().item()
+        self.yy += y.pow(2).sum().item()
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean of x [n_embd], covariance of x [n_embd, n_embd], covariance of x with y [n_embd]."""
+        mean = self.x / self.n
+        return (
+            mean,
+            self.xx / self.n - mean.outer(mean),
+            self.xy / self.n - mean * (self.y / self.n),
+        )
+
+    def solve(
+        self, penalty: float, drift: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """weight [n_embd] and bias [1], float32. penalty: against a variance of 1 of each input.
+
+        drift: [k, n_embd]; the squares of drift @ weight are added to what is minimised.
+        """
+        mean, cov, cross = self.moments()
+        scale = cov.diagonal().clamp(min=1e-12).sqrt()
+        if drift is not None:
+            cov = cov + drift.double().T @ drift.double()
+        gram = cov / scale.outer(scale)
+        gram.diagonal().add_(penalty)
+        weight = torch.linalg.solve(gram, cross / scale) / scale
+        bias = self.y / self.n - mean @ weight
+        return weight.float(), bias.reshape(1).float()
+
+    def variance(self) -> float:
+        """Variance of the target."""
+        return max(self.yy / self.n - (self.y / self.n) ** 2, 1e-12)
+
+    def spread(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[float, float, float]:
+        """Mean and variance of x @ weight + bias over all data, and the share of the target's
+        variance explained.
+        """
+        mean, cov, cross = self.moments()
+        weight = weight.double()
+        predicted = (weight @ cov @ weight).item()
+        explained = (2 * (weight @ cross).item() - predicted) / self.variance()
+        return (mean @ weight).item() + bias.item(), predicted, explained
+
+
+def logistic(
+    data: Iterable[tuple[torch.Tensor, torch.Tensor]], penalty: float, steps: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Newton's method for a logistic regression; weight [n_embd] and bias [1], float32.
+
+    data: (x [N, n_embd], y [N] in {0, 1}) pieces, gone through once per step, so they must be a
+    list.
+    """
+    pieces = list(data)
+    n = sum(len(x) for x, _ in pieces)
+    mean = sum(x.double().sum(0) for x, _ in pieces) / n
+    scale = (sum((x.double() - mean).pow(2).sum(0) for x, _ in pieces) / n).clamp(min=1e-12).sqrt()
+    share = (sum(y.double().sum() for _, y in pieces) / n).clamp(1e-3, 1 - 1e-3)
+    ridge = torch.full((len(mean) + 1,), penalty, dtype=torch.float64)
+    ridge[-1] = 1e-9  # the bias is free
+    solution = torch.zeros_like(ridge)
+    solution[-1] = torch.logit(share)
+    for _ in range(steps):
+        slope, curve = ridge * solution, torch.diag(ridge)
+        for x, y in pieces:
+            z = torch.cat(
+                ((x.double() - mean) / scale, torch.ones(len(x), 1, dtype=torch.float64)), dim=1
+            )
+            p = torch.sigmoid(z @ solution)
+            slope = slope + z.T @ (p - y.double()) / n
+            curve = curve + (z * (p * (1 - p)).clamp(min=1e-4)[:, None]).T @ z / n
+        solution = solution - torch.linalg.solve(curve, slope)
+    weight = solution[:-1] / scale
+    return weight.float(), (solution[-1] - mean @ weight).reshape(1).float()

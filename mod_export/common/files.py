@@ -1,0 +1,168 @@
+"""Outputs that appear whole or not at all.
+
+with atomic_file("model.gguf", force=False) as tmp:   # tmp lies beside model.gguf
+    write(tmp)                                        # renamed at the end, removed on any exception
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mod_export.errors import UserError
+
+ANOTHER = "choose another output"
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary file beside `path`, which takes its place when the block ends well.
+
+    Raises UserError where `path` exists and `force` is not set, is no regular file, or cannot be
+    written.
+    """
+    target = _check_target(path, force)
+    if target.exists() and not target.is_file():
+        # replacing a directory, or a device such as /dev/null, by a file is never what was meant
+        raise UserError(f"{path} exists and is not a regular file", "choose another output name")
+    tmp = _beside(target)
+    try:
+        tmp.touch(exist_ok=False)
+        yield tmp
+        os.replace(tmp, target)
+    except OSError as exc:
+        raise _unwritable(exc, tmp, path) from exc
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(
+    path: str | os.PathLike, force: bool = False, marker: str = "config.json", cure: str = ANOTHER
+) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`, which takes its place when the block ends
+    well.
+
+    With `force` an existing directory is replaced whole, but only one that is empty or holds
+    `marker`: a mistyped `-o ~ --force` must not cost a home directory. Raises UserError as
+    atomic_file does, with `cure` where the disk is full or the like.
+    """
+    target = check_dir(path, force, marker)
+    tmp, old = _beside(target), _beside(target)
+    try:
+        tmp.mkdir()
+        yield tmp
+        _share(tmp)
+        if target.exists():
+            target.rename(old)
+        tmp.rename(target)
+    except OSError as exc:
+        raise _unwritable(exc, tmp, path, cure) from exc
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike, busy: Callable[[], object]) -> Iterator[None]:
+    """Let one process at a time into the block: all that lock `path`, a directory or a file, made
+    where there is none.
+
+    busy: called where another one is inside; it raises, or else that one is waited for. Where the
+    file system knows no locks there are none. Raises UserError where `path` cannot be opened.
+    """
+    try:
+        handle = os.open(
+            path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666
+        )
+    except OSError as exc:
+        raise UserError(
+            f"cannot write {path}: {exc.strerror}", "check its permissions and the disk's room"
+        ) from exc
+    try:
+        lock(handle, busy)
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock(file, busy: Callable[[], object]) -> None:
+    """The same of an open file, until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass
+
+
+@contextmanager
+def safetensors_errors() -> Iterator[None]:
+    """Inside, what safetensors cannot write is an OSError, as it is of every other file; its own is
+    none.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as exc:
+        raise OSError(str(exc).rpartition("I/O error: ")[2]) from exc
+
+
+def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Path:
+    """-> where atomic_dir would write; raises UserError where it would refuse. For before the hours
+    of work.
+    """
+    target = _check_target(path, force)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{path} exists and is not a directory", "choose another output name")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise UserError(
+            f"{path} holds no {marker}, so it is not replaced", "choose another output directory"
+        )
+    return target
+
+
+def _check_target(path: str | os.PathLike, force: bool) -> Path:
+    target = Path(os.path.realpath(path))  # the file a link points to is the one to replace
+    if not target.parent.is_dir():
+        raise UserError(
+            f"there is no directory {target.parent} to write {target.name} in", "create it first"
+        )
+    if target.exists() and not force:
+        raise UserError(f"{path} exists already", "use --force to replace it")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write {path}: no permission in {target.parent}", "choose another output"
+        )
+    return target
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike, cure: str = ANOTHER) -> Exception:
+    """A UserError where the output is the trouble (permissions, a full disk), else the exception
+    itself.
+    """
+    concerns_output = exc.filename is None or str(exc.filename).startswith(str(tmp))
+    return (
+        UserError(f"cannot write {path}: {exc.strerror or exc}", cure) if concerns_output else exc
+    )
+
+
+def _share(directory: Path) -> None:
+    """Let others read the files as far as the directory: safetensors writes files for their owner
+    alone.
+    """
+    mode = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

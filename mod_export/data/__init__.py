@@ -1,0 +1,1 @@
+"""Text to tokens, for calibration, training and evaluation."""

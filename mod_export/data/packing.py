@@ -1,0 +1,135 @@
+"""Training data: sequences of a fixed length, packed from text and conversations.
+
+Documents and conversations follow one another as in data.pack: a sequence may hold the end of one
+and the beginning of the next. The tokens lie in memory-mapped files, see token_cache.py.
+
+    data = open_data(tokenizer, ["books/", "chat.jsonl.gz"], length=1024, loss_on="all")
+    train, held_out = split(data, 16)
+    for k in order(len(train), seed=0, epoch=0): train[k]["input_ids"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mod_export.common.progress import to_stderr
+from mod_export.data.token_cache import Tokens, tokens_of
+from mod_export.errors import UserError
+
+LOSS_ON = ("all", "answers")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedData(torch.utils.data.Dataset):
+    """Sequences of `length` tokens.
+
+    fingerprint: of texts, tokenizer, options and, after `split`, the part: the same where a run can
+    be resumed.
+    """
+
+    length: int
+    fingerprint: str
+    source: Tokens = field(repr=False)
+    index: np.ndarray = field(repr=False)  # int64 [n]: which sequences of the source
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        """input_ids: LongTensor [length]. loss: BoolTensor [length], loss[t]: token t is to be
+        predicted.
+
+        The first token of a sequence never is, there being nothing to predict it from.
+        fresh: BoolTensor [length], tokens that do not repeat what the data have said before
+        (repeats.py).
+        """
+        begin = np.array(self.source.begin, np.int64)
+        body, of_begin = self.length - len(begin), np.zeros(len(begin), bool)
+        ids, loss, repeats = self.source.read(int(self.index[i]) * body, body)
+        ids, loss = np.concatenate((begin, ids)), np.concatenate((of_begin, loss))
+        loss[0] = False
+        fresh = np.concatenate((of_begin, ~repeats))
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "loss": torch.from_numpy(loss),
+            "fresh": torch.from_numpy(fresh),
+        }
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all sequences."""
+        return len(self) * self.length
+
+
+def open_data(
+    tokenizer,
+    paths: Sequence[str | Path],
+    length: int,
+    loss_on: str = "all",
+    limit: int | None = None,
+    say: Callable[[str], None] = to_stderr,
+    cache: str | Path | None = None,
+) -> PackedData:
+    """The text and conversations in files and directories (sources.py) as sequences of `length`
+    tokens.
+
+    loss_on: "all" tokens, or the assistant's "answers" in conversations only, each with its
+    end-of-turn token.
+    limit: at most so many tokens, of all files in proportion. cache: directory for tokens
+    (token_cache.py). Raises UserError for files that cannot be read, no answers in the data, data
+    too short for one sequence.
+    """
+    if loss_on not in LOSS_ON:
+        raise UserError(f"loss on {loss_on!r} is unknown", f"use one of {', '.join(LOSS_ON)}")
+    if length < 2:
+        raise UserError(
+            f"sequences of {length} tokens have nothing to predict", "use a length of 2 or more"
+        )
+    source = tokens_of(tokenizer, paths, loss_on == "answers", limit, say, cache)
+    body = length - len(source.begin)
+    if source.count < body:
+        raise UserError(
+            f"data too short: {source.count} tokens where a sequence needs {body}",
+            "give more data, or use shorter sequences",
+        )
+    return PackedData(
+        length, f"{source.fingerprint}-{length}", source, np.arange(source.count // body)
+    )
+
+
+def split(data: PackedData, held_out: int) -> tuple[PackedData, PackedData]:
+    """The data without `held_out` sequences, and these: always the same, spread evenly. Raises
+    UserError if too many.
+
+    Their neighbours stay in the first part, so the beginning or end of a document may be in both.
+    """
+    n = len(data)
+    if not 0 <= held_out < n:
+        raise UserError(
+            f"cannot hold out {held_out} of {n} sequences", "hold out fewer, or give more data"
+        )
+    out = [
+        (2 * i + 1) * n // (2 * held_out) for i in range(held_out)
+    ]  # the middle of each of `held_out` parts
+    rest = np.setdiff1d(np.arange(n), out)
+    parts = ((rest, f"without-{held_out}"), (np.array(out, np.int64), f"only-{held_out}"))
+    first, second = (
+        replace(data, index=data.index[i], fingerprint=f"{data.fingerprint}-{part}")
+        for i, part in parts
+    )
+    return first, second
+
+
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n sequences in an epoch, int64 [n]: a permutation that depends on these three
+    numbers only.
+
+    Step k after a resume takes element k: nothing before it has to be drawn again.
+    """
+    # RandomState: its streams are frozen, so an order outlives numpy's versions
+    return np.random.RandomState([seed, epoch]).permutation(n)

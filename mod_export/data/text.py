@@ -1,0 +1,93 @@
+"""Text to token sequences: the calibration text that ships with the package, files of the user,
+held-out parts.
+
+Knows nothing of routers. Documents in a text are separated by two empty lines; they are tokenised
+one by one and packed one after the other, so a sequence may hold the end of one and the beginning
+of the next.
+
+    text = read_texts(["book.txt"])
+    ids = pack(tokenizer, text, length=1024)        # LongTensor [n, 1024]
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mod_export.errors import UserError
+
+TEXTS = Path(__file__).parent.parent / "assets/texts"
+END = "\n\n"  # what a document is tokenised with at its end
+
+
+def default_texts() -> tuple[str, str]:
+    """The packaged calibration text and the packaged held-out text (CC0, see texts/README.md)."""
+    return read_texts([TEXTS / "calibration.txt"]), read_texts([TEXTS / "heldout.txt"])
+
+
+def read_texts(paths: Sequence[str | Path]) -> str:
+    """Contents of UTF-8 text files, one after the other. Raises UserError naming the file that
+    cannot be read.
+    """
+    parts = []
+    for path in paths:
+        try:
+            parts.append(Path(path).read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as exc:
+            raise UserError(f"{path} is not UTF-8 text", "give plain text files") from exc
+        except OSError as exc:
+            raise UserError(f"cannot read {path}: {exc.strerror}", "check the path") from exc
+    return "\n\n\n".join(part.strip("\n") for part in parts)
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of `text`, without special tokens; document by document, so that cost stays linear
+    in the length.
+    """
+    documents = [doc.strip("\n") for doc in text.split("\n\n\n")]
+    ids: list[int] = []
+    for doc in filter(None, documents):
+        ids += tokenizer(doc + END, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def same_tokens(first, second) -> bool:
+    """Do two tokenizers make the same of a text with words, numbers, spaces, other scripts and a
+    special token?
+    """
+    text = "The keeper's 3 lamps, 27 stairs and 1840 steps:\n\n\t* naïve 東京 <|im_end|>"
+    made = [tokenizer(text, verbose=False)["input_ids"] for tokenizer in (first, second)]
+    return made[0] == made[1]
+
+
+def pack(tokenizer, text: str, length: int, count: int | None = None):
+    """Cut `text` into sequences of `length` tokens, LongTensor [n, length] with n >= 1; a remainder
+    is dropped.
+
+    A model that expects a token at the beginning (bos) gets it in each sequence. `count` keeps that
+    many sequences, spread evenly over the text. Raises UserError where the text is too short for
+    one sequence, or for `count`.
+    """
+    import torch
+
+    begin = bos(tokenizer)
+    ids = tokenize(tokenizer, text)
+    body = length - len(begin)
+    available = len(ids) // body
+    if available < (count or 1):
+        need = (count or 1) * body
+        raise UserError(
+            f"text too short: {len(ids)} tokens where {need} are needed", "give more text"
+        )
+    chosen = range(available) if count is None else [i * available // count for i in range(count)]
+    return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen])
+
+
+def bos(tokenizer) -> list[int]:
+    """The beginning token in a list where the tokenizer itself would put it, else an empty list."""
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return first if first and first == [tokenizer.bos_token_id] else []
+
+
+def begun(tokenizer, ids: list[int]) -> list[int]:
+    """`ids` with the beginning token, which some chat templates have written already."""
+    begin = bos(tokenizer)
+    return ids if ids[: len(begin)] == begin else begin + ids

@@ -1,0 +1,196 @@
+"""Token ids of training text in memory-mapped files, made once for the same text, tokenizer and
+options.
+
+An entry is a directory with ids.bin (uint32), repeats.bin and, where answers are marked,
+answers.bin (a byte for each token), and meta.json; it appears whole or not at all. Entries are
+never deleted: delete any of them, or all, at will.
+
+    tokens = tokens_of(tokenizer, ["books/", "chat.jsonl.gz"], answers=True)
+    ids, answers, repeats = tokens.read(0, 1024)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mod_export.common.files import atomic_dir, locked
+from mod_export.common.progress import Progress, to_stderr
+from mod_export.data import conversations, sources
+from mod_export.data.repeats import Repeats
+from mod_export.data.text import bos
+from mod_export.errors import UserError
+from mod_export.llamacpp import source as llama_source
+
+VERSION = 3  # of the entries; goes up with every change of what is in them
+CURE = "set MOD_EXPORT_CACHE"
+BATCH = 1 << 20  # bytes of text tokenised in one call
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A long row of `count` tokens on disk. begin: what a sequence begins with (bos or nothing),
+    not part of it.
+
+    answers: how many of the tokens are an answer's; None where that is not marked.
+    fingerprint: of texts, tokenizer and options.
+    """
+
+    folder: Path
+    count: int
+    answers: int | None
+    begin: tuple[int, ...]
+    fingerprint: str
+
+    def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens start to start + n: ids int64 [n]; bool [n], those of answers where they are
+        marked, else all; bool [n], those that repeat what was before (repeats.py).
+        """
+        # mapped anew each time: nothing to keep open, so the object goes to worker processes as it
+        # is
+        ids = np.memmap(self.folder / "ids.bin", "<u4", "r", 4 * start, n).astype(np.int64)
+        answers = np.ones(n, bool) if self.answers is None else self._marks("answers", start, n)
+        return ids, answers, self._marks("repeats", start, n)
+
+    def _marks(self, name: str, start: int, n: int) -> np.ndarray:
+        return np.memmap(self.folder / f"{name}.bin", np.uint8, "r", start, n).astype(bool)
+
+
+def tokens_of(
+    tokenizer,
+    paths: Sequence[str | Path],
+    answers: bool = False,
+    limit: int | None = None,
+    say: Callable[[str], None] = to_stderr,
+    cache: str | Path | None = None,
+) -> Tokens:
+    """The tokens of files and directories, see sources.py, mixed; from the cache, or made and kept
+    there.
+
+    answers: mark them. limit: at most so many tokens, of all files in proportion. cache: directory,
+    by default `tokens` in that of mod-export. Raises UserError for what is wrong with the files, a
+    cache that cannot be written, and marking answers where there are none.
+    """
+    files = sources.find(paths)
+    options = {
+        "version": VERSION,
+        "files": sources.digest(files),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "piece": sources.PIECE,
+        "answers": answers,
+        "limit": limit,
+    }
+    key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
+    folder = _cache_folder(cache)
+    if (found := _open(folder / key)) is None:
+        with locked(
+            folder, lambda: say("another process tokenises; waiting for it")
+        ):  # it may be the same text
+            if (found := _open(folder / key)) is None:
+                pieces = _mixed(files, folder)
+                with atomic_dir(folder / key, force=True, marker="meta.json", cure=CURE) as tmp:
+                    meta = _write(tokenizer, pieces, answers, limit, tmp)
+                    (tmp / "meta.json").write_text(
+                        json.dumps(meta | {"options": options}, indent=1)
+                    )
+                found = _open(folder / key)
+    marked = f", {found.answers} of them in answers" if answers else ""
+    say(f"{found.count} tokens from {len(files)} file{'s' * (len(files) > 1)}{marked}")
+    return found
+
+
+def _tokenizer_digest(tokenizer) -> str:
+    if tokenizer.is_fast:
+        made = json.loads(tokenizer.backend_tokenizer.to_str())
+        made["truncation"] = made["padding"] = None  # of the last call
+    else:
+        made = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    text = json.dumps([made, tokenizer.chat_template, tokenizer.bos_token], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cache_folder(cache: str | Path | None) -> Path:
+    folder = Path(cache) if cache is not None else llama_source.cache_dir() / "tokens"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UserError(
+            f"cannot create the cache directory {folder}: {exc.strerror}", CURE
+        ) from exc
+    return folder
+
+
+def _mixed(files: Sequence[Path], folder: Path) -> sources.Mixed:
+    try:
+        return sources.Mixed(files, folder)
+    except OSError as exc:  # trouble with a file of text is a UserError already
+        raise UserError(
+            f"cannot write to the cache directory {folder}: {exc.strerror}", CURE
+        ) from exc
+
+
+def _open(folder: Path) -> Tokens | None:
+    """The entry, or None where there is none, or its files have been damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = Tokens(folder, meta["count"], meta["answers"], tuple(meta["begin"]), folder.name)
+        sizes = {"ids.bin": 4 * tokens.count, "repeats.bin": tokens.count}
+        sizes |= {} if tokens.answers is None else {"answers.bin": tokens.count}
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tokens if whole else None
+
+
+def _write(
+    tokenizer, pieces: sources.Mixed, answers: bool, limit: int | None, folder: Path
+) -> dict:
+    """Tokenise the pieces in their order until `limit`; the entry's figures."""
+    count, marked, progress, total, repeats = 0, 0, Progress(), int(pieces.sizes.sum()), Repeats()
+    with contextlib.ExitStack() as stack:
+        names = ("ids", "repeats", "answers")
+        ids_file, repeats_file, answers_file = (
+            stack.enter_context(open(folder / f"{n}.bin", "wb")) for n in names
+        )
+        for batch, done in _batches(pieces):
+            ids, marks = conversations.encode(tokenizer, batch, answers)
+            ids = np.concatenate(ids)[: None if limit is None else limit - count]
+            ids.astype("<u4").tofile(ids_file)
+            repeats.mark(ids).astype(np.uint8).tofile(repeats_file)
+            count += len(ids)
+            if answers:
+                marks = np.concatenate(marks)[: len(ids)]
+                marks.astype(np.uint8).tofile(answers_file)
+                marked += int(marks.sum())
+            if limit is not None and count >= limit:
+                break
+            share = max(done / total, count / limit if limit else 0)
+            progress.tell("tokenising", share, 1, f"{count / 1e6:.1f} M tokens")
+    progress.clear()
+    if not answers:
+        (folder / "answers.bin").unlink()
+    elif not marked:
+        raise UserError(
+            "the data have no answers of an assistant",
+            "use the loss on all tokens, or give conversations",
+        )
+    return {"count": count, "answers": marked if answers else None, "begin": bos(tokenizer)}
+
+
+def _batches(pieces: sources.Mixed):
+    """Some pieces at a time, and how many bytes have been given out so far."""
+    batch, size, done = [], 0, 0
+    for piece, n in zip(pieces, pieces.sizes.tolist(), strict=True):
+        batch.append(piece)
+        size, done = size + n, done + n
+        if size >= BATCH:
+            yield batch, done
+            batch, size = [], 0
+    if batch:
+        yield batch, done

@@ -1,0 +1,1 @@
+"""Quality against the dense model. The only package in which torch and llama.cpp meet."""

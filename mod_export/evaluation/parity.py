@@ -1,0 +1,258 @@
+"""The same tokens through torch and through the runtime: do decisions and logits agree?
+
+    result = verify("mod.gguf", "mod/")
+    print(report(result)); result["passed"]
+
+Up to its first differing decision a sequence has been computed by the same function on both sides:
+there logits must agree up to float noise. From there on the two models differ by what one token
+more or less does, so logits of these positions are counted apart (`*_all` is over all positions).
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mod_export.common.tables import format_table
+from mod_export.errors import UserError
+
+ROWS = 128  # rows of logits compared at a time: a row of 150k float64 is 1.2 MB
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What passes. margin: how far, in logit space, a first differing decision may lie from its
+    threshold.
+    """
+
+    decision_agreement: float
+    top1_agreement: float
+    mean_kl_all: float
+    mean_kl: float | None = None  # where decisions agree; None: too few such tokens to judge by
+    margin: float | None = None
+
+
+# by the type of most weights: f32 is the test of the code, the others allow for the rounding of the
+# weights
+BOUNDS = {
+    "f32": Bounds(0.999, 0.99, 1e-2, mean_kl=1e-5, margin=1e-3),
+    "f16": Bounds(0.995, 0.97, 2e-2, mean_kl=1e-3, margin=0.05),
+    "q8_0": Bounds(0.98, 0.9, 5e-2),
+    "lower": Bounds(0.85, 0.7, 0.5),
+}
+FILE_TYPES = {"0": "f32", "1": "f16", "32": "f16", "7": "q8_0"}  # llama_ftype; 32 is bf16
+
+
+def verify(
+    file,
+    reference,
+    text: str | None = None,
+    n_tokens: int = 1024,
+    length: int = 512,
+    threads: int | None = None,
+) -> dict:
+    """Compares on sequences of `length` tokens of the text, n_tokens in all; see docs/runtime.md
+    for the result.
+
+    f32 files run with KV in f32 and without flash attention, so that the code is compared and not
+    its rounding; others as they are used, with KV in f16 and flash attention. Raises UserError
+    where file and directory do not hold the same units and thresholds, or the text is too short.
+    """
+    from mod_export.data.text import default_texts
+    from mod_export.runtime.llama import MoDLlama
+
+    if not (Path(reference) / "config.json").is_file():
+        raise UserError(
+            f"{reference} is no model directory",
+            "give the directory that the file was exported from",
+        )
+    length = min(length, n_tokens)
+    options = {"n_ctx": length, "n_batch": length, "threads": threads, "logits_all": True}
+    llm = MoDLlama(file, **options)
+    if not llm.units:
+        raise UserError(f"{file} is a dense model", "give a MoD file")
+    weights = FILE_TYPES.get(llm.metadata.get("general.file_type", ""), "lower")
+    if weights == "f32":
+        llm.close()
+        llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
+    model = _load_reference(reference, threads)
+    _check_same_units(llm, model, file, reference)
+    tokens = llm.tokenize((text or default_texts()[0]).encode())
+    if len(tokens) < n_tokens:
+        raise UserError(
+            f"the text has {len(tokens)} tokens where {n_tokens} are needed",
+            "give more text, or --tokens",
+        )
+    sums = Sums([(u.layer, u.kind) for u in llm.units], llm.thresholds)
+    for start in range(0, n_tokens - length + 1, length):
+        part = tokens[start : start + length]
+        sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
+    result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
+    failures = judge(result, BOUNDS[weights])
+    return result | {
+        "bounds": asdict(BOUNDS[weights]),
+        "failures": failures,
+        "passed": not failures,
+    }
+
+
+def _load_reference(reference, threads: int | None):
+    import torch
+
+    from mod_export.model.mod_model import MoDModel
+
+    if threads:
+        torch.set_num_threads(threads)
+    return MoDModel.load(reference)
+
+
+def _check_same_units(llm, model, file, reference) -> None:
+    here, there = [(u.layer, u.kind) for u in llm.units], model.config.routed()
+    if here != there:
+        (layer, kind) = sorted(set(here) ^ set(there))[0]
+        which = file if (layer, kind) in here else reference
+        raise UserError(f"only {which} routes {kind} in layer {layer}", f"export {reference} again")
+    for unit, p in zip(llm.units, llm.thresholds, strict=True):
+        expected = model.config.threshold(unit.layer, unit.kind)
+        if abs(p - expected) > 1e-6:
+            raise UserError(
+                f"the threshold of {unit.kind} in layer {unit.layer} is {p:.6g} in {file}, "
+                f"{expected:.6g} in {reference}",
+                f"export {reference} again",
+            )
+
+
+def _reference_run(model, tokens: list[int]):
+    """logits [T, n_vocab], active [T, n_units], router logits [T, n_units]."""
+    import torch
+
+    with torch.inference_mode():
+        logits, trace = model(torch.tensor([tokens]), trace=True)
+    return (
+        logits[0].float().numpy(),
+        trace.active[0].numpy().astype(bool),
+        trace.logit[0].float().numpy(),
+    )
+
+
+def _runtime_run(llm, tokens: list[int]):
+    """logits [T, n_vocab], active [T, n_units]."""
+    llm.reset()
+    with llm.recording() as batches:
+        llm.eval(tokens)
+    return llm.scores[: len(tokens)], np.concatenate([active for active, _ in batches]).astype(bool)
+
+
+class Sums:
+    """Adds up the comparison, sequence by sequence."""
+
+    def __init__(self, units: list[tuple[int, str]], thresholds: list[float]):
+        self.units = units
+        self.logit_p = np.log(thresholds) - np.log1p(-np.asarray(thresholds))
+        self.same = self.decisions = self.active = 0
+        self.rows: list[
+            np.ndarray
+        ] = []  # per position: KL, same top token, mean and max difference, before a flip
+        self.first: list[dict] = []
+
+    def add(self, logits, active, score, logits_run, active_run) -> None:
+        """logits [T, n_vocab], decisions and router logits [T, n_units] of the reference, then of
+        the runtime.
+        """
+        differ = active != active_run
+        self.same += int((~differ).sum())
+        self.decisions += differ.size
+        self.active += int(active_run.sum())
+        n_agree = len(differ)
+        if differ.any():
+            n_agree = int(differ.any(1).argmax())
+            unit = int(differ[n_agree].argmax())
+            margin = float(abs(score[n_agree, unit] - self.logit_p[unit]))
+            layer, kind = self.units[unit]
+            self.first.append({"position": n_agree, "layer": layer, "kind": kind, "margin": margin})
+        for i in range(0, len(logits), ROWS):
+            block = compare(logits[i : i + ROWS], logits_run[i : i + ROWS])
+            self.rows.append(np.column_stack([block, np.arange(i, i + len(block)) < n_agree]))
+
+    def result(self) -> dict:
+        rows = np.concatenate(self.rows)
+        agree = rows[rows[:, 4] == 1] if rows[:, 4].any() else rows
+        return {
+            "tokens": len(rows),
+            "units": len(self.units),
+            "activation": self.active / self.decisions,
+            "decision_agreement": self.same / self.decisions,
+            "top1_agreement": rows[:, 1].mean(),
+            "max_logit_diff": agree[:, 3].max(),
+            "mean_logit_diff": agree[:, 2].mean(),
+            "mean_kl": agree[:, 0].mean(),
+            "max_logit_diff_all": rows[:, 3].max(),
+            "mean_logit_diff_all": rows[:, 2].mean(),
+            "mean_kl_all": rows[:, 0].mean(),
+            "tokens_agreed": int(rows[:, 4].sum()),
+            "first_disagreements": self.first,
+        }
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Rows of logits -> per row: KL(a, b) in nats, whether the top token is the same, mean and max
+    difference.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    diff = np.abs(a - b)
+    log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    return np.column_stack([kl, a.argmax(-1) == b.argmax(-1), diff.mean(-1), diff.max(-1)])
+
+
+def judge(result: dict, bounds: Bounds) -> list[str]:
+    """What is beyond the bounds, one line each."""
+    failures = [
+        f"{key} {result[key]:.6g} is below {low}"
+        for key in ("decision_agreement", "top1_agreement")
+        if not result[key] >= (low := getattr(bounds, key))
+    ]
+    failures += [
+        f"{key} {result[key]:.3g} is above {high}"
+        for key in ("mean_kl", "mean_kl_all")
+        if (high := getattr(bounds, key)) is not None and not result[key] <= high
+    ]
+    if bounds.margin is not None:
+        failures += [
+            f"the first differing decision, {d['kind']} of layer {d['layer']} at position {d['position']}, "
+            f"lies {d['margin']:.2g} from its threshold, more than {bounds.margin}"
+            for d in result["first_disagreements"]
+            if not d["margin"] <= bounds.margin
+        ]
+    return failures
+
+
+def report(result: dict) -> str:
+    """A table of the figures with their bounds, and the verdict."""
+    bounds = result["bounds"]
+    rows = [
+        [key, result[key], bounds.get(key)]
+        for key in (
+            "decision_agreement",
+            "top1_agreement",
+            "mean_kl",
+            "mean_kl_all",
+            "max_logit_diff",
+            "mean_logit_diff",
+        )
+    ]
+    margins = [d["margin"] for d in result["first_disagreements"]]
+    if margins:
+        rows.append(["margin of first differing decisions", max(margins), bounds["margin"]])
+    lines = [
+        f"{result['file']} ({result['weights']}) against {result['reference']}: {result['tokens']} tokens, "
+        f"{result['units']} units, activation {result['activation']:.3f}; "
+        f"{result['tokens_agreed']} tokens before any differing decision",
+        "",
+        format_table(["", "measured", "bound"], rows),
+        "",
+    ]
+    return "\n".join(
+        lines + [f"FAILED: {f}" for f in result["failures"]] + ["passed"] * result["passed"]
+    )

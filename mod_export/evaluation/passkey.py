@@ -1,0 +1,194 @@
+"""Passkey retrieval: a number is hidden in a long text, and the model is asked for it.
+
+    trials = make_trials(tokenizer, haystack_text, lengths=(1024, 4096), depths=(0.1, 0.5, 0.9), n=2)
+    rows = by_length(retrieve(pair, trials))        # [{"length": 1024, "dense": 1.0, "mod": 0.9, ...}, ...]
+
+The task of Mohtashami and Jaggi (arXiv 2305.16300); the answer is generated, greedily, from K/V
+that the model kept.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mod_export.data.text import begun, tokenize
+from mod_export.errors import UserError
+from mod_export.evaluation.readers import Pair, Reader, Usage
+
+LENGTHS = (1024, 2048, 4096)
+DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = (
+    "Some important information is hidden in the following text. Find it and memorize it.\n\n{text}\n\n"
+    "What is the pass key mentioned in the text?"
+)
+ANSWER = "The pass key is {key}."  # begun for the model, which goes on with the key
+SPARE = 4  # tokens that an answer may be longer than the expected one, such as a line break
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt with the key at `depth` (0: beginning of the text, 1: end). length: tokens, the
+    answer's included.
+    """
+
+    length: int
+    depth: float
+    key: str
+    prompt: list[int]
+    n_answer: int
+
+
+@dataclass
+class Cell:
+    """The trials at one length and depth: how many of them each model got right."""
+
+    length: int
+    depth: float
+    trials: int = 0
+    right: dict[str, int] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+
+
+def make_trials(
+    tokenizer,
+    haystack: str,
+    lengths: Sequence[int],
+    depths: Sequence[float] = DEPTHS,
+    n: int = 2,
+    seed: int = 0,
+) -> list[Trial]:
+    """n prompts for each length and depth, from other places of the text and with other keys each
+    time.
+
+    The text is repeated where it is too short. Raises UserError where a prompt does not fit into a
+    length, and for an empty text.
+    """
+    hay = tokenize(tokenizer, haystack)
+    if not hay:
+        raise UserError("the passkey text is empty", "give a long text")
+    trials = []
+    for length in lengths:
+        for depth in depths:
+            for number in range(n):
+                rng = random.Random(
+                    f"{seed} {length} {depth} {number}"
+                )  # a trial does not depend on which others run
+                trials.append(_trial(tokenizer, hay, length, depth, rng))
+    return trials
+
+
+def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Random) -> Trial:
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    key = str(rng.randrange(10000, 100000))
+    before, after = _chat(tokenizer, QUESTION.format(text="\0")).split("\0")
+    head, tail, needle = map(
+        encode, (before, after + ANSWER.format(key=key), NEEDLE.format(key=key))
+    )
+    head = begun(tokenizer, head)
+    # the model is given all before the first digit: left alone after `is`, it may tell of the key
+    # instead of giving it
+    asked = next(
+        i
+        for i in range(len(encode(after)), len(tail))
+        if re.search(r"\d", tokenizer.decode(tail[i : i + 1]))
+    )
+    n_hay = length - sum(map(len, (head, tail, needle))) - SPARE
+    if n_hay < 1:
+        raise UserError(
+            f"a passkey prompt does not fit into {length} tokens",
+            f"use {length - n_hay + 1} or more",
+        )
+    start = rng.randrange(max(1, len(hay) - n_hay + 1))
+    text = (hay[start:] + hay * -(-n_hay // len(hay)))[:n_hay]
+    cut = round(depth * n_hay)
+    return Trial(
+        length,
+        depth,
+        key,
+        head + text[:cut] + needle + text[cut:] + tail[:asked],
+        len(tail) - asked,
+    )
+
+
+def _chat(tokenizer, text: str) -> str:
+    """`text` as a user's message in the model's chat format; as it is where the tokenizer has no
+    such format.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return text + "\n\n"
+    messages = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as exc:  # whatever the template raises
+        raise UserError(f"the model's chat template refuses a question: {exc}") from exc
+
+
+def retrieve(pair: Pair, trials: Sequence[Trial], progress: Callable = iter) -> list[Cell]:
+    """Ask both models; a cell for each length and depth, in the order of the trials."""
+    cells: dict[tuple, Cell] = {}
+    for trial in progress(trials):
+        cell = cells.setdefault((trial.length, trial.depth), Cell(trial.length, trial.depth))
+        cell.trials += 1
+        for name, reader in pair.readers().items():
+            text = generate(reader, trial.prompt, trial.n_answer + SPARE)
+            cell.right[name] = cell.right.get(name, 0) + (first_number(text) == trial.key)
+        cell.usage.add(pair.measured)
+    return list(cells.values())
+
+
+def first_number(text: str) -> str | None:
+    """What counts as a model's answer."""
+    found = re.search(r"\d+", text)
+    return found[0] if found else None
+
+
+@torch.no_grad()
+def generate(reader: Reader, prompt: list[int], n_tokens: int) -> str:
+    """Greedy continuation of the prompt, at most n_tokens, not beyond the end of a number."""
+    reader.reset()
+    row, ids, text = reader.last(prompt), [], ""
+    while len(ids) < n_tokens and (token := int(row.argmax())) != reader.tokenizer.eos_token_id:
+        ids.append(token)
+        text = reader.tokenizer.decode(ids)
+        if re.search(r"\d\D", text):
+            break
+        row = reader.last([token])
+    return text
+
+
+def by_length(cells: Sequence[Cell]) -> list[dict]:
+    """A row for each length: trials, shares of keys found (dense, mod, and each by depth),
+    activation, kv_share.
+
+    mod, activation and kv_share are None where there is no MoD model.
+    """
+    rows = []
+    for length in dict.fromkeys(cell.length for cell in cells):
+        mine = [cell for cell in cells if cell.length == length]
+        trials = sum(cell.trials for cell in mine)
+        row: dict = {"length": length, "trials": trials}
+        for name in ("dense", "mod"):
+            there = name in mine[0].right
+            row[name] = sum(cell.right[name] for cell in mine) / trials if there else None
+            row[f"{name}_by_depth"] = (
+                {f"{c.depth:g}": c.right[name] / c.trials for c in mine} if there else None
+            )
+        usage = Usage(
+            *(
+                sum(getattr(c.usage, f) for c in mine)
+                for f in ("pairs", "active", "kv_shares", "sequences")
+            )
+        )
+        row |= (
+            usage.shares() if row["mod"] is not None else dict.fromkeys(("activation", "kv_share"))
+        )
+        rows.append(row)
+    return rows

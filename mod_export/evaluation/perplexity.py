@@ -1,0 +1,101 @@
+"""Perplexity of a text, and how far a model's next-token distributions are from the dense model's.
+
+found = loss(open_pair("mod.gguf"), pack(tokenizer, text, 2048, count=4))     # found.perplexity, found.kl, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+
+from mod_export.evaluation.readers import ROWS, Pair, Usage
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Means over the tokens that count. kl: nats, dense against MoD; kv_share: cells at the end
+    against dense ones.
+
+    Without a MoD model only `tokens` and `perplexity_dense` are there, the others None.
+    """
+
+    tokens: int
+    perplexity_dense: float
+    perplexity: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    activation: float | None = None
+    kv_share: float | None = None
+
+
+def loss(pair: Pair, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter) -> Loss:
+    """Read the sequences [n, T] with both models; the first `skip` positions of each do not count,
+    skip < T - 1.
+
+    Early tokens of a sequence lie within every window and tell little of what is forgotten later,
+    hence `skip`.
+    """
+    n, length = sequences.shape
+    if not 0 <= skip < length - 1:
+        raise ValueError(f"skip is {skip} of sequences of {length} tokens")
+    sums, usage = torch.zeros(4, dtype=torch.float64), Usage()
+    for ids in progress(sequences):
+        sums += _read(pair, ids, skip)
+        usage.add(pair.measured)
+    count = n * (length - skip - 1)
+    kl, nll_dense, nll, same = (sums / count).tolist()
+    of_dense, perplexity = (
+        torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()
+    )  # may be infinite
+    if pair.mod is None:
+        return Loss(count, of_dense)
+    return Loss(count, of_dense, perplexity, kl, same, **usage.shares())
+
+
+def _read(pair: Pair, ids: torch.Tensor, skip: int) -> torch.Tensor:
+    """The sums of `divergence` over one sequence [T]; only ROWS rows of logits of each model are in
+    memory.
+    """
+    for reader in pair.readers().values():
+        reader.reset()
+    tokens = ids.tolist()
+    others = pair.mod.blocks(tokens) if pair.mod else repeat(None)
+    sums, start = torch.zeros(4, dtype=torch.float64), 0
+    for dense, other in zip(pair.dense.blocks(tokens), others, strict=False):
+        first, stop = max(skip - start, 0), min(len(dense), len(tokens) - 1 - start)
+        if first < stop:
+            target = ids[start + first + 1 : start + stop + 1]
+            sums += _sums(dense[first:stop], None if other is None else other[first:stop], target)
+        start += len(dense)
+    return sums
+
+
+def divergence(dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sums over the positions that have a next token, float64 [4]: KL, NLL of dense, NLL of other,
+    same best token.
+
+    dense, other: logits [T, n_vocab]; ids: [T].
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(ids) - 1, ROWS):
+        rows = slice(start, min(start + ROWS, len(ids) - 1))
+        sums += _sums(dense[rows], other[rows], ids[start + 1 : rows.stop + 1])
+    return sums
+
+
+def _sums(dense: torch.Tensor, other: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
+    """What `divergence` gives, for logits [n, n_vocab] and the tokens [n] that follow; 0 for what
+    needs `other`.
+    """
+    p = dense.float().log_softmax(-1)
+    sums = torch.zeros(4, dtype=torch.float64)
+    sums[1] = -p.gather(1, target[:, None].to(p.device)).sum().double()
+    if other is not None:
+        q = other.to(p.device).float().log_softmax(-1)
+        sums[0] = (p.exp() * (p - q)).sum().double()
+        sums[2] = -q.gather(1, target[:, None].to(q.device)).sum().double()
+        sums[3] = (p.argmax(-1) == q.argmax(-1)).sum().double()
+    return sums

@@ -1,0 +1,259 @@
+"""How much a Mixture-of-Depths model loses against its dense base: perplexity, KL, accuracy,
+passkeys, K/V.
+
+The base is the same weights with every unit active, or another model.
+
+    result = evaluate("mod.gguf", Plan(texts=["wiki.txt"], tasks=["tasks.jsonl"]))     # what `mod-export eval` does
+
+    model = MoDModel.load("mod")                                        # the same on a model that is at hand
+    loss(model, pack(model.tokenizer, text, 2048, count=4))             # Loss(perplexity=..., kl=..., kv_share=...)
+    passkey(model, haystack_text, length=2048)                          # {"mod": 0.9, "dense": 1.0, "trials": 20, ...}
+    accuracy(model, ["tasks.jsonl"], limit=50)                          # [{"task": "piqa", "mod": {"acc": ...}}, ...]
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from mod_export import __version__
+from mod_export.common.progress import Progress
+from mod_export.config import MoDConfig
+from mod_export.data.text import pack, read_texts
+from mod_export.errors import UserError
+from mod_export.evaluation import passkey as eval_passkey
+from mod_export.evaluation import perplexity, scoring
+from mod_export.evaluation import tasks as eval_tasks
+from mod_export.evaluation.passkey import DEPTHS, LENGTHS
+from mod_export.evaluation.perplexity import Loss, divergence
+from mod_export.evaluation.readers import Pair, open_pair, torch_pair, visible_share
+from mod_export.model.mod_model import MoDModel
+
+__all__ = [
+    "Loss",
+    "Plan",
+    "accuracy",
+    "dense_logits",
+    "divergence",
+    "evaluate",
+    "kv_share",
+    "loss",
+    "passkey",
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    texts: files for perplexity and KL, `count` sequences of `length` tokens from each, of which the
+    first `skip` do not
+    count. tasks: JSONL files, see eval_items.py; task_limit: items of each task. haystack: text for
+    passkeys, in prompts of passkey_lengths tokens (None: those of LENGTHS that fit the model),
+    `passkey_trials` for each depth.
+    """
+
+    texts: Sequence[str] = ()
+    length: int = 2048
+    count: int = 4
+    skip: int = 0
+    tasks: Sequence[str] = ()
+    task_limit: int | None = None
+    haystack: str | None = None
+    passkey_lengths: Sequence[int] | None = None
+    passkey_depths: Sequence[float] = DEPTHS
+    passkey_trials: int = 2
+
+    def __post_init__(self):
+        if not (self.texts or self.tasks or self.haystack):
+            raise UserError("nothing to measure", "give --text, --tasks or --passkey")
+        if not 0 <= self.skip < self.length - 1:
+            raise UserError(
+                f"skipping {self.skip} of {self.length} tokens leaves none", "use a smaller --skip"
+            )
+
+
+def evaluate(
+    target,
+    plan: Plan,
+    dense=None,
+    shift: float = 0.0,
+    threads: int | None = None,
+    device: str = "cpu",
+    gpu_layers: int = 0,
+    progress: Progress | None = None,
+    say: Callable = print,
+    done: Callable = lambda name, rows: None,
+) -> dict:
+    """Measure target beside dense, see eval_models.open_pair; {"about", "texts", "tasks",
+    "passkey"} with rows each.
+
+    done: called with the name and the rows of each part as soon as it is there. docs/evaluate.md
+    has the rows' keys. Raises UserError for what cannot be read or measured, before anything is
+    measured.
+    """
+    texts = {path: read_texts([path]) for path in plan.texts}
+    items, skipped = eval_tasks.read_tasks(plan.tasks, plan.task_limit)
+    haystack = read_texts([plan.haystack]) if plan.haystack else None
+    pair = open_pair(target, dense, shift, threads, device, gpu_layers)
+    about = _about(target, dense, shift, threads, plan, pair) | {"skipped_tasks": skipped}
+    for task, n in skipped.items():
+        say(f"note: {n} items of {task} left out: they have no choices")
+    work = _Work(pair, plan, texts, items, haystack)
+    pair.reserve(work.longest())
+    result = {"about": about}
+    for name, run in (
+        ("texts", work.losses),
+        ("tasks", work.accuracies),
+        ("passkey", work.passkeys),
+    ):
+        result[name] = run(progress or Progress())
+        if result[name]:
+            done(name, result[name])
+    return result
+
+
+class _Work:
+    """A plan as tokens, and its three parts."""
+
+    def __init__(
+        self, pair: Pair, plan: Plan, texts: dict[str, str], items: list, haystack: str | None
+    ):
+        self.pair, tokenizer = pair, pair.measured.tokenizer
+        if (items or haystack is not None) and any(
+            reader.whole for reader in pair.readers().values()
+        ):
+            raise UserError(
+                f"{pair.measured.name} chooses by top-k, which looks at later tokens: it cannot generate",
+                "measure it on --text only",
+            )
+        self.skip = plan.skip
+        if plan.texts:
+            pair.reserve(
+                plan.length
+            )  # told first: a text is mostly too short for a length that is too long
+        self.sequences = {path: _pack(tokenizer, path, text, plan) for path, text in texts.items()}
+        self.items = [eval_tasks.encode(tokenizer, item) for item in items]
+        n_ctx = min(reader.n_ctx for reader in pair.readers().values())
+        lengths = plan.passkey_lengths or [n for n in LENGTHS if n <= n_ctx] or [n_ctx]
+        self.trials = (
+            eval_passkey.make_trials(
+                tokenizer, haystack, lengths, plan.passkey_depths, plan.passkey_trials
+            )
+            if haystack is not None
+            else []
+        )
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence of all."""
+        lengths = [ids.shape[1] for ids in self.sequences.values()] + [
+            trial.length for trial in self.trials
+        ]
+        return max(lengths + [len(ids) for item in self.items for ids in item.ids])
+
+    def losses(self, progress: Progress) -> list[dict]:
+        rows = []
+        for path, ids in self.sequences.items():
+            found = perplexity.loss(
+                self.pair, ids, self.skip, lambda x, path=path: progress.count(path, x)
+            )
+            rows.append(
+                {"text": path, "sequences": len(ids), "length": ids.shape[1], **asdict(found)}
+            )
+        return rows
+
+    def accuracies(self, progress: Progress) -> list[dict]:
+        weights = [float(item.n_tokens) for item in self.items]
+        return scoring.accuracy(
+            self.pair, self.items, lambda x: progress.count("tasks", x, weights)
+        )
+
+    def passkeys(self, progress: Progress) -> list[dict]:
+        weights = [float(trial.length) for trial in self.trials]
+        cells = eval_passkey.retrieve(
+            self.pair, self.trials, lambda x: progress.count("passkeys", x, weights)
+        )
+        return eval_passkey.by_length(cells)
+
+
+def _pack(tokenizer, path: str, text: str, plan: Plan) -> torch.Tensor:
+    try:
+        return pack(tokenizer, text, plan.length, plan.count)
+    except UserError as exc:
+        raise UserError(
+            f"{path}: {exc.message}", "give more text, or use a smaller --count or --length"
+        ) from exc
+
+
+def _about(target, dense, shift: float, threads: int | None, plan: Plan, pair: Pair) -> dict:
+    """What the figures hold for."""
+    return {
+        "command": shlex.join(["mod-export", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__,
+        "target": str(target),
+        "dense": str(dense) if dense else None,
+        "shift": shift,
+        "in": {
+            name: type(reader).__name__.removesuffix("Reader").lower()
+            for name, reader in pair.readers().items()
+        },
+        "threads": threads or len(os.sched_getaffinity(0)),
+        "plan": asdict(plan),
+    }
+
+
+# --- on a model in torch
+
+
+def loss(
+    model: MoDModel, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter
+) -> Loss:
+    """Compare `model` with its dense base on sequences [n, T]; the first `skip` positions of each
+    do not count.
+    """
+    return perplexity.loss(torch_pair(model), sequences, skip, progress)
+
+
+def accuracy(
+    model: MoDModel, paths: Sequence[str], limit: int | None = None, progress: Callable = iter
+) -> list[dict]:
+    """Rows of eval_tasks.accuracy for task files; `limit` items of each task."""
+    items, _ = eval_tasks.read_tasks(paths, limit)
+    encoded = [eval_tasks.encode(model.tokenizer, item) for item in items]
+    return scoring.accuracy(torch_pair(model), encoded, progress)
+
+
+def passkey(
+    model: MoDModel,
+    haystack: str,
+    length: int,
+    depths: Sequence[float] = DEPTHS,
+    keys: int = 4,
+    seed: int = 0,
+    progress: Callable = iter,
+) -> dict:
+    """The row of eval_passkey.by_length for prompts of `length` tokens, `keys` at each depth."""
+    trials = eval_passkey.make_trials(model.tokenizer, haystack, [length], depths, keys, seed)
+    (row,) = eval_passkey.by_length(eval_passkey.retrieve(torch_pair(model), trials, progress))
+    return row
+
+
+def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Logits [B, T, n_vocab] of the model with every unit active."""
+    with model.forced("active"):
+        return model(ids, **kwargs)
+
+
+def kv_share(config: MoDConfig, active: torch.Tensor, n_layer: int) -> float:
+    """Cells whose K/V a next token could see, over those of the dense model.
+
+    active: decisions [T, n_units] in the order of config.routed().
+    """
+    return visible_share(config.routed(), config.kv_window, active, n_layer)

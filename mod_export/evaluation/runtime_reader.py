@@ -1,0 +1,139 @@
+"""A GGUF file, MoD or dense, as a `Reader` for `mod-export eval`: see eval_models.py.
+
+reader = RuntimeReader("mod.gguf", threads=2)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mod_export.evaluation.readers import CHUNK, UNLIMITED, Reader
+from mod_export.formats.gguf import GGUFFile
+from mod_export.runtime import devices
+from mod_export.runtime.llama import MoDLlama
+from mod_export.serving.chat import formatter
+
+
+class _Llama(MoDLlama):
+    """Hands over the logits of each batch; llama_cpp.Llama would keep a row of the vocabulary for
+    all n_ctx tokens.
+    """
+
+    all_rows = True
+    logits: np.ndarray  # of the last batch, [n, n_vocab]
+
+    def _decode(self, tokens: list[int]) -> None:
+        n = len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=self.all_rows)
+        self._ctx.decode(self._batch)
+        self.input_ids[self.n_tokens : self.n_tokens + n] = tokens
+        self.n_tokens += n
+        shape = (n if self.all_rows else 1, self.n_vocab())
+        self.logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape).copy()
+
+
+class RuntimeReader(Reader):
+    """force and shift: as those of MoDLlama; dense files have neither.
+
+    F32 files run with K/V in F32 and without flash attention, as in `verify`, so that they give
+    torch's figures; others run as they are used.
+    """
+
+    def __init__(
+        self,
+        path,
+        force: str = "none",
+        shift: float = 0.0,
+        threads: int | None = None,
+        gpu_layers: int = 0,
+    ):
+        super().__init__()
+        devices.check(gpu_layers)
+        file = GGUFFile.open(path)
+        self.name, self.force = str(path), force
+        self._options = {
+            "n_batch": CHUNK,
+            "threads": threads,
+            "n_gpu_layers": gpu_layers,
+            "threshold_shift": shift,
+        }
+        if file.get("general.file_type") == 0:
+            self._options |= {"flash_attn": False, "type_k": 0, "type_v": 0}
+        self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED
+        self.n_layer = file.get(f"{file.architecture}.block_count")
+        self._open(CHUNK)
+        self.llm.require_vocab()
+        self.tokenizer = _Tokenizer(self)
+        self.units = [(unit.layer, unit.kind) for unit in self.llm.units]
+        self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()
+
+    def _open(self, n_ctx: int) -> None:
+        self.llm = _Llama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)
+        if self.llm.units:
+            self.llm.force = self.force
+
+    def dense(self) -> RuntimeReader:
+        return RuntimeReader(
+            self.name, "active", 0.0, self._options["threads"], self._options["n_gpu_layers"]
+        )
+
+    def read(self, tokens: list[int], all_rows: bool) -> torch.Tensor:
+        self.llm.all_rows = all_rows
+        with self.llm.recording() as batches:
+            self.llm.eval(tokens)
+        ((active, _),) = batches
+        self._decisions.append(
+            torch.from_numpy(active).bool().reshape(len(tokens), len(self.units))
+        )
+        return torch.from_numpy(self.llm.logits)
+
+    def reserve(self, n_tokens: int) -> None:
+        super().reserve(n_tokens)
+        if n_tokens > self.llm.n_ctx():
+            self.llm.close()
+            self._open(n_tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self.llm.reset()
+        self._keep_tails(0)
+
+    def mark(self) -> None:
+        super().mark()
+        self._marked_tokens = self.llm.n_tokens
+        self._keep_tails(self.llm.n_ctx())  # K/V that what follows could make go: rewind needs them
+
+    def rewind(self) -> None:
+        super().rewind()
+        self.llm.n_tokens = self._marked_tokens  # the next eval removes the K/V behind it
+
+    def _keep_tails(self, n_tokens: int) -> None:
+        if self.llm.units:
+            self.llm.kv_rollback = n_tokens
+
+
+class _Tokenizer:
+    """The file's vocabulary behind as much of a transformers tokenizer as eval needs."""
+
+    def __init__(self, reader: RuntimeReader):
+        self._reader = reader  # not its llm, which gives way to another in `reserve`
+        self.bos_token_id, self.eos_token_id = reader.llm.token_bos(), reader.llm.token_eos()
+        self.chat_template = reader.llm.metadata.get("tokenizer.chat_template")
+
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, list[int]]:
+        return {
+            "input_ids": self._reader.llm.tokenize(
+                text.encode(), add_bos=add_special_tokens, special=True
+            )
+        }
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self._reader.llm.piece(token, special=True) for token in ids).decode(
+            "utf-8", "replace"
+        )
+
+    def apply_chat_template(self, messages: list[dict], **_options) -> str:
+        return formatter(self._reader.llm)(messages=messages).prompt

@@ -1,0 +1,232 @@
+"""The pinned llama.cpp source: fetch, verify, unpack, patch. Nothing is compiled here (see
+llama_build.py).
+
+patches/UPSTREAM names the source distribution, patches/overlay holds whole files that are copied
+over its vendor/llama.cpp, patches/series lists the hook patches to apply after that.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mod_export.common.files import atomic_dir, atomic_file
+from mod_export.errors import UserError
+
+# parts of the source distribution that neither the build nor the converter reads (most of its size)
+UNUSED = (".git", "vendor/llama.cpp/.git", "vendor/llama.cpp/.github", "vendor/llama.cpp/models")
+UNUSED += (
+    "vendor/llama.cpp/docs",
+    "vendor/llama.cpp/media",
+    "vendor/llama.cpp/benches",
+    "vendor/llama.cpp/tools/ui",
+)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What patches/UPSTREAM says: version of llama-cpp-python, commit of llama.cpp, SHA-256 of the
+    sdist.
+    """
+
+    version: str
+    commit: str
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        return f"llama_cpp_python-{self.version}.tar.gz"
+
+
+def cache_dir() -> Path:
+    """$MOD_EXPORT_CACHE, or mod-export in the user's cache directory. Created when missing."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = (
+        Path(os.environ.get("MOD_EXPORT_CACHE") or Path(base) / "mod-export")
+        .expanduser()
+        .absolute()
+    )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UserError(
+            f"cannot create the cache directory {path}: {exc.strerror}", "set MOD_EXPORT_CACHE"
+        ) from exc
+    return path
+
+
+def patches_dir() -> Path:
+    """The patches/ directory: that of the checkout, or the copy inside an installed package."""
+    package = Path(__file__).resolve().parent.parent
+    for path in (package.parent / "patches", package / "patches"):
+        if (path / "UPSTREAM").is_file():
+            return path
+    raise UserError("patches/UPSTREAM is missing", "install mod-export from a complete checkout")
+
+
+def read_pin(patches: Path | None = None) -> Pin:
+    """Read patches/UPSTREAM."""
+    lines = ((patches or patches_dir()) / "UPSTREAM").read_text().splitlines()
+    values = dict(line.split() for line in lines if line.strip() and not line.startswith("#"))
+    return Pin(values["llama-cpp-python"], values["llama.cpp"], values["sha256"])
+
+
+def read_series(patches: Path | None = None) -> list[Path]:
+    """The hook patches in the order of patches/series."""
+    patches = patches or patches_dir()
+    names = [line.split("#")[0].strip() for line in (patches / "series").read_text().splitlines()]
+    return [patches / name for name in names if name]
+
+
+def overlay_files(patches: Path | None = None) -> list[Path]:
+    """Paths of the overlay's files relative to it, sorted."""
+    overlay = (patches or patches_dir()) / "overlay"
+    return sorted(path.relative_to(overlay) for path in overlay.rglob("*") if path.is_file())
+
+
+def patches_digest() -> str:
+    """SHA-256 over everything that makes the patched source: the pin, the overlay, the patches in
+    order.
+    """
+    patches, digest = patches_dir(), hashlib.sha256(repr(read_pin()).encode())
+    for path in [*(patches / "overlay" / name for name in overlay_files()), *read_series()]:
+        digest.update(f"\n{path.relative_to(patches)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def fetch_sdist(given: Path | None = None) -> Path:
+    """Return the verified source distribution: `given`, the cached one, or one fetched with pip.
+
+    Raises UserError where pip fails (its last error is quoted) or the SHA-256 is not the pinned
+    one.
+    """
+    pin = read_pin()
+    cached = cache_dir() / pin.filename
+    if given is None and cached.is_file() and _sha256(cached) == pin.sha256:
+        return cached
+    source = given or _pip_download(pin)
+    if not source.is_file():
+        raise UserError(f"no such file: {source}")
+    if (found := _sha256(source)) != pin.sha256:
+        raise UserError(
+            f"{source.name} has SHA-256 {found}, expected {pin.sha256}", "fetch it again"
+        )
+    with atomic_file(cached, force=True) as tmp:
+        shutil.copyfile(source, tmp)
+    if given is None:
+        shutil.rmtree(source.parent)
+    return cached
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pip_download(pin: Pin) -> Path:
+    """Let pip fetch the sdist, with whatever index the user has configured, into a folder of the
+    cache.
+    """
+    folder = cache_dir() / "download"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    # the sdist itself, but wheels for the tools with which pip reads its metadata
+    command += [
+        "--no-binary",
+        "llama-cpp-python",
+        "--dest",
+        str(folder),
+        f"llama-cpp-python=={pin.version}",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        errors = [
+            line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line
+        ]
+        last = (errors or result.stderr.splitlines() or ["pip failed"])[-1]
+        raise UserError(
+            f"pip could not fetch llama-cpp-python {pin.version}: {last}", "check the network"
+        )
+    return folder / pin.filename
+
+
+def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
+    """The unpacked source in the cache, patched unless `stock`; made where it is not there yet."""
+    path = _source_path(stock)
+    if not path.is_dir():
+        path.parent.mkdir(exist_ok=True)
+        with atomic_dir(path, force=True, marker="PKG-INFO") as tmp:
+            unpack(fetch_sdist(sdist), tmp)
+            if not stock:
+                apply_patches(tmp / "vendor/llama.cpp")
+    return path
+
+
+def is_unpacked(stock: bool = False) -> bool:
+    """Whether source_dir() has nothing to do."""
+    return _source_path(stock).is_dir()
+
+
+def _source_path(stock: bool) -> Path:
+    name = f"stock-{read_pin().sha256[:12]}" if stock else f"patched-{patches_digest()[:12]}"
+    return cache_dir() / "source" / name
+
+
+def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
+    """Extract the used parts of the sdist, or the files `only`, into the directory `target`
+    (vendor/, llama_cpp/).
+    """
+
+    members = []
+    with tarfile.open(sdist) as archive:
+        # Python before 3.11.4 (Debian 12 has 3.11.2) knows no filters; the archive is known by its
+        # hash
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        for member in archive:
+            member.name = member.name.partition("/")[
+                2
+            ]  # without the leading llama_cpp_python-x.y.z/
+            unused = any(f"{member.name}/".startswith(f"{part}/") for part in UNUSED)
+            if member.name and not unused and (only is None or member.name in only):
+                members.append(member)
+        archive.extractall(target, members)
+
+
+def apply_patches(root: Path) -> None:
+    """Copy the overlay over `root` (an unpacked vendor/llama.cpp) and apply the patches of the
+    series.
+    """
+    copy_overlay(root)
+    for patch in read_series():
+        git_apply(root, patch)
+
+
+def copy_overlay(root: Path, patches: Path | None = None) -> None:
+    """Copy patches/overlay over `root`."""
+    patches = patches or patches_dir()
+    for name in overlay_files(patches):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(patches / "overlay" / name, root / name)
+
+
+def git_apply(root: Path, patch: Path) -> None:
+    """Apply one patch to `root`; UserError quotes git where it does not fit."""
+    # inside another checkout `git apply` without the ceiling exits 0 and changes nothing
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
+    command = ["git", "apply", "--whitespace=nowarn", str(patch.resolve())]
+    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    if result.returncode != 0:
+        said = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
+        raise UserError(f"{patch.name} does not apply: {said}", "see patches/README.md")

@@ -1,0 +1,78 @@
+"""A wheel of llama_cpp from the source distribution's Python files and libraries that are built
+already.
+
+Written by hand because the distribution's own build backend would compile llama.cpp once more.
+"""
+
+import base64
+import csv
+import hashlib
+import io
+import re
+import sysconfig
+import zipfile
+from pathlib import Path
+
+SKIPPED = "llama_cpp/server/"  # needs packages of its own, and no part of this project uses it
+
+
+def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
+    """Write llama_cpp_python-{version}-py3-none-{platform}.whl into `folder` and return its path.
+
+    source: unpacked source distribution; lib: directory whose files become llama_cpp/lib.
+    """
+    platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
+    info = f"llama_cpp_python-{version}.dist-info"
+    files = _package(source, version) | {
+        f"llama_cpp/lib/{path.name}": path.read_bytes() for path in lib.iterdir()
+    }
+    files[f"{info}/METADATA"] = _metadata(source, version)
+    files[f"{info}/licenses/LICENSE.md"] = (source / "LICENSE.md").read_bytes()
+    files[f"{info}/licenses/llama.cpp.LICENSE"] = (source / "vendor/llama.cpp/LICENSE").read_bytes()
+    tag = f"py3-none-{platform}"
+    files[f"{info}/WHEEL"] = (
+        f"Wheel-Version: 1.0\nGenerator: mod-export\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
+    )
+    files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")
+    wheel = folder / f"llama_cpp_python-{version}-{tag}.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return wheel
+
+
+def _package(source: Path, version: str) -> dict[str, bytes]:
+    """The Python files, with the new version in __init__.py."""
+    paths = {
+        str(path.relative_to(source)): path
+        for path in sorted((source / "llama_cpp").rglob("*.py*"))
+    }
+    files = {
+        name: path.read_bytes() for name, path in paths.items() if not name.startswith(SKIPPED)
+    }
+    plain = version.partition("+")[0]
+    init = files["llama_cpp/__init__.py"]
+    files["llama_cpp/__init__.py"] = init.replace(f'"{plain}"'.encode(), f'"{version}"'.encode())
+    return files
+
+
+def _metadata(source: Path, version: str) -> bytes:
+    """The distribution's own metadata without its long description."""
+    head = (source / "PKG-INFO").read_text(encoding="utf-8").partition("\n\n")[0]
+    lines = [
+        line
+        for line in head.splitlines()
+        if not line.startswith(("Version:", "Description-Content-Type:"))
+    ]
+    lines.insert(2, f"Version: {version}")
+    return ("\n".join(lines) + "\n\nPatched for Mixture-of-Depths models by mod-export.\n").encode()
+
+
+def _record(files: dict[str, bytes], own_name: str) -> bytes:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for name, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        writer.writerow([name, f"sha256={digest}", len(content)])
+    writer.writerow([own_name, "", ""])
+    return out.getvalue().encode()

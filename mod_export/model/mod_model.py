@@ -1,0 +1,280 @@
+"""The Mixture-of-Depths model in torch: the reference that the C++ runtime is checked against.
+
+    model = MoDModel.from_base(base, tokenizer, config, routers)   # routers: {(layer, kind): (w [n_embd], b [1])}
+    logits = model(input_ids)                                      # [B, T] -> [B, T, n_vocab], dense masked form
+    logits, trace = model(input_ids, trace=True)                   # trace.logit, trace.active [B, T, n_units]
+    ids = model.generate(input_ids, max_new_tokens=50)             # batch size 1, really skips
+    model.save("dir"); model = MoDModel.load("dir")
+
+For studies without routers, `from_base(base, tokenizer)` needs no config, and decisions can be
+given:
+
+    model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)   # bool [B, T] each
+
+They stand in for a router's decisions, sinks included, and may name any unit of any layer.
+`observe(unit, h, delta)` is called for each block, attn and ffn unit that decides, with its input h
+and what it would add, [B, T, n_embd]. Other keywords go to the base model, e.g. `logits_to_keep`.
+Use torch.inference_mode() unless gradients are wanted: those flow through the active tokens only,
+the decisions are hard; `relax` gives decisions a gradient (relax.py).
+
+`model.force = "active"` is the dense model, "inactive" skips every unit for every token, sinks
+included; `shift`
+moves all thresholds, in logit space. A base model carries one MoDModel at a time: wrapping it
+again, or `detach`, ends the former.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mod_export.config import MoDConfig, Unit
+from mod_export.errors import UserError
+from mod_export.model import directory, generation, loading
+from mod_export.model.cache import MoDCache
+from mod_export.model.layers import LayerRouting
+from mod_export.model.relaxation import is_relaxed
+from mod_export.model.router import Router
+from mod_export.model.routing import Run
+
+
+@dataclass
+class Trace:
+    """Router logits and decisions, both [B, T, n_units], units in the order of config.routed().
+
+    hidden: residual stream before each layer and at the end, as transformers gives it, where it was
+    asked for
+    """
+
+    logit: torch.Tensor
+    active: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] | None = None
+
+
+class MoDModel(nn.Module):
+    """A causal language model of transformers whose decoder layers obey routers. See the module's
+    docstring.
+    """
+
+    def __init__(self, base: nn.Module, tokenizer, config: MoDConfig, routers: dict[Unit, tuple]):
+        super().__init__()
+        parts = loading.decoder_layers(base)
+        config.validate(len(parts))
+        check_routers(config, routers, loading.n_embd(base))
+        eps = loading.norm_eps(base)
+        if (former := base.__dict__.get("_mod_model")) is not None:
+            former.detach()
+        if base.config._attn_implementation not in ("sdpa", "eager"):
+            base.set_attn_implementation("sdpa")  # the others take no mask for each layer
+        self.base, self.tokenizer, self.config = base, tokenizer, config
+        self.routers = nn.ModuleDict()
+        for unit in config.routed():
+            self.routers[_key(unit)] = Router(*routers[unit], config.threshold(*unit), eps)
+        self.routers.to(base.device)
+        self.force: str | None = None
+        self.shift = 0.0
+        self.top_k: dict[str, float] = config.top_k()
+        self.layers = [LayerRouting(index, part) for index, part in enumerate(parts)]
+        base.__dict__["_mod_model"] = (
+            self  # past nn.Module's registry: as a submodule it would be a cycle
+        )
+
+    @classmethod
+    def from_base(
+        cls,
+        base: nn.Module,
+        tokenizer,
+        config: MoDConfig | None = None,
+        routers: dict | None = None,
+    ):
+        """Wrap a transformers model in place. Raises UserError if it, the config and the routers do
+        not fit.
+        """
+        return cls(base, tokenizer, config or MoDConfig(), routers or {}).eval()
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32):
+        """Read what `save` wrote. Raises UserError naming what is missing or wrong."""
+        return cls.from_base(*directory.load(path, dtype))
+
+    def save(self, path: str | Path, force: bool = False, **kwargs) -> None:
+        """Write a Hugging Face directory (checkpoint.py). Raises UserError if it exists and `force`
+        is not set.
+        """
+        directory.save(
+            path, self.base, self.tokenizer, self.config, self.router_tensors(), force, **kwargs
+        )
+
+    def router_tensors(self) -> dict[Unit, tuple]:
+        """{(layer, kind): (weight [n_embd], bias [1])}."""
+        return {unit: self.router(unit).plain() for unit in self.config.routed()}
+
+    def router(self, unit: Unit) -> Router:
+        """The router of a routed unit, (layer, kind)."""
+        return self.routers[_key(unit)]
+
+    @contextmanager
+    def forced(self, force: str | None) -> Iterator[None]:
+        """`force` for a while: `with model.forced("active")` the model is the dense one."""
+        before, self.force = self.force, force
+        try:
+            yield
+        finally:
+            self.force = before
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.layers)
+
+    def detach(self) -> None:
+        """Give the base model its own forwards back."""
+        for layer in self.layers:
+            layer.detach()
+        self.base.__dict__.pop("_mod_model", None)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        *,
+        decisions=None,
+        kv_window=None,
+        trace=False,
+        observe=None,
+        relax=None,
+        recompute=False,
+        **kwargs,
+    ):
+        """Dense masked form: input_ids [B, T] -> logits [B, T, n_vocab], with `trace` (logits,
+        Trace).
+
+        attention_mask: [B, T], 0 for padding on either side; positions count from the first token
+        that is none.
+        """
+        if relax is not None and not is_relaxed(self.base):
+            raise ValueError("relaxed decisions need the attention of `with relaxed(base)`")
+        position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if attention_mask is not None:
+            position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = position
+        run = self._run(
+            position, given=decisions or {}, observe=observe, relax=relax, recompute=recompute
+        )
+        if kv_window is not None:
+            run = replace(run, kv_window=kv_window)
+        out = self._forward(
+            run, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+        )
+        return (
+            (out.logits, replace(self._trace(run), hidden=out.hidden_states))
+            if trace
+            else out.logits
+        )
+
+    def new_cache(self) -> MoDCache:
+        """An empty cache for `step`."""
+        return MoDCache(self.n_layer)
+
+    @torch.no_grad()
+    def step(self, input_ids: torch.Tensor, cache: MoDCache, *, trace=False, **kwargs):
+        """Sparse form: the next tokens [1, T] of the cache's sequence -> their logits [1, T,
+        n_vocab].
+        """
+        if input_ids.shape[0] != 1:
+            raise UserError(
+                f"a batch of {input_ids.shape[0]} sequences",
+                "the form with a cache takes one sequence",
+            )
+        position = torch.arange(
+            cache.n_tokens, cache.n_tokens + input_ids.shape[1], device=input_ids.device
+        )
+        run = self._run(position[None], cache=cache)
+        cache.start(position)
+        logits = self._forward(
+            run,
+            input_ids=input_ids,
+            position_ids=position[None],
+            past_key_values=cache,
+            use_cache=True,
+            **kwargs,
+        ).logits
+        cache.finish(run.kv_window)
+        return (logits, self._trace(run)) if trace else logits
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **kwargs) -> torch.Tensor:
+        """Continue one sequence, input_ids [1, T] -> [1, T + n]; the options are those of
+        generation.generate.
+        """
+        return generation.generate(self, input_ids, max_new_tokens, **kwargs)
+
+    def _run(self, position: torch.Tensor, **kwargs) -> Run:
+        if self.force not in (None, "active", "inactive"):
+            raise ValueError(f"force is {self.force!r}, not None, 'active' or 'inactive'")
+        return Run(
+            position=position,
+            routers={unit: self.router(unit) for unit in self.config.routed()},
+            sink_tokens=self.config.sink_tokens,
+            kv_window=self.config.kv_window,
+            scale_output=self.config.scale_output,
+            shift=self.shift,
+            force=self.force,
+            top_k=self.top_k,
+            additive_masks=self.base.config._attn_implementation == "eager",
+            **kwargs,
+        )
+
+    def _forward(self, run: Run, **kwargs):
+        if torch.is_grad_enabled() and any(
+            getattr(m, "gradient_checkpointing", False) for m in self.base.modules()
+        ):
+            # its second forward would come when the run is over, and would be that of the dense
+            # model
+            raise UserError("gradient checkpointing is on", "turn it off, and use recompute=True")
+        for layer in self.layers:
+            layer.run = run
+        try:
+            return self.base(**kwargs)
+        finally:
+            for layer in self.layers:
+                layer.run = None
+
+    def _trace(self, run: Run) -> Trace:
+        units = self.config.routed()
+        if not units:
+            nothing = torch.zeros(*run.position.shape, 0, device=run.position.device)
+            return Trace(logit=nothing, active=nothing.bool())
+        return Trace(
+            logit=torch.stack([run.logit[unit] for unit in units], dim=-1),
+            active=torch.stack([run.active[unit] for unit in units], dim=-1),
+        )
+
+
+def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) -> None:
+    """Raise UserError, naming the tensor, unless each routed unit has one finite router and no
+    other unit has one.
+    """
+    routed = set(config.routed())
+    for layer, kind in sorted(routed ^ set(routers)):
+        has, lacks = (
+            ("a threshold", "router") if (layer, kind) in routed else ("a router", "threshold")
+        )
+        raise UserError(
+            f"mod_{kind} of layer {layer} has {has} but no {lacks}", "convert the model again"
+        )
+    for (layer, kind), tensors in routers.items():
+        for part, tensor, size in zip(("weight", "bias"), tensors, (n_embd, 1), strict=True):
+            name = directory.router_tensor_name(layer, kind, part)
+            if tuple(tensor.shape) != (size,):
+                raise UserError(f"{name} has shape {list(tensor.shape)}", f"it must be [{size}]")
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{name} is not finite", "convert the model again")
+
+
+def _key(unit: Unit) -> str:
+    """Name of a unit's router in the ModuleDict, where dots are not allowed."""
+    return f"{unit[0]}_{unit[1]}"

@@ -1,0 +1,95 @@
+"""Random routers for a dense GGUF that is there, fitted to an activation on text: real weights, for
+measuring speed.
+
+    onto("dense.gguf", "block.gguf", units="block", activation="0.5")
+
+What such a model says is worse than what calibrated routers make of it (`mod-export convert`), but
+it takes seconds. Needs the patched runtime.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mod_export.common.files import atomic_file
+from mod_export.config import MoDConfig
+from mod_export.errors import UserError
+from mod_export.export import Routers, write_routers
+from mod_export.formats.gguf import GGUFFile
+from mod_export.inspection import model_number
+from mod_export.synthetic.routers import SPREAD, routing
+from mod_export.synthetic.weights import rng_of
+
+TOKENS = 1500
+# a unit's scores depend on the decisions before it: activations settle from the first layers on
+ROUNDS = 8
+
+
+def onto(
+    base: str | os.PathLike,
+    output: str | os.PathLike,
+    units: str = "kv",
+    activation: str = "0.5",
+    layers: str = "2-",
+    sinks: int = 4,
+    kv_window: int = 64,
+    seed: int = 0,
+    force: bool = False,
+    text: str | None = None,
+    rounds: int = ROUNDS,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write `output`: the weights of `base`, random routers, biases such that `activation` of the
+    text's tokens run.
+
+    Options as in synth_routers.routing; text: by default the packaged one. The activation is met
+    within a few points in each unit, in fewer rounds less closely. Raises UserError for a base that
+    is no dense GGUF or has no vocabulary, and for an existing output.
+    """
+    file = GGUFFile.open(base)
+    n_embd = model_number(file, "embedding_length")
+    if file.get("tokenizer.ggml.model") in (None, "no_vocab"):
+        raise UserError(f"{base} has no vocabulary", "give a preset: `mod-export synth 1b`")
+    config = routing(model_number(file, "block_count"), units, activation, layers, sinks, kv_window)
+    rng = rng_of(seed, "routers")
+    routers: Routers = {
+        unit: (
+            SPREAD * rng.standard_normal(n_embd).astype(np.float32) / np.sqrt(np.float32(n_embd)),
+            np.zeros(1, np.float32),
+        )
+        for unit in config.routed()
+    }
+    with atomic_file(output, force) as tmp:
+        for number in range(rounds):
+            write_routers(Path(base), tmp, config, routers)
+            active, score = _trace(tmp, text)
+            say(
+                f"fitting biases, round {number + 1} of {rounds}: activation {active.mean():.3f}, "
+                f"by unit {active.mean(0).min():.3f} to {active.mean(0).max():.3f}"
+            )
+            _move_biases(config, routers, score[sinks:])
+        write_routers(Path(base), tmp, config, routers)
+
+
+def _trace(path: Path, text: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Decisions and router logits of the text's first tokens, [T, n_units]."""
+    from mod_export.data.text import default_texts
+    from mod_export.runtime.llama import MoDLlama
+
+    text = text or "\n\n".join(default_texts())
+    llm = MoDLlama(path, n_ctx=2048, n_batch=2048)
+    try:
+        llm.eval(llm.tokenize(text.encode())[:TOKENS])
+        return llm.trace()
+    finally:
+        llm.close()
+
+
+def _move_biases(config: MoDConfig, routers: Routers, score: np.ndarray) -> None:
+    for index, (layer, kind) in enumerate(config.routed()):
+        share = config.units[kind].activation[layer]
+        routers[layer, kind][1][0] -= np.float32(np.quantile(score[:, index], 1 - share))

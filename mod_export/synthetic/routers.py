@@ -1,0 +1,115 @@
+"""Which units a synthetic model routes, and routers that give a chosen activation by construction.
+
+A few leading values of the residual stream are written by the token embedding alone, so at every
+depth they are c, z_1, z_2, ... of the token, divided by the RMS of the whole. A router with the
+weights SPREAD * (-q, d_1, d_2, ...) is active where d.z >= q c, whatever that RMS is, and q is a
+quantile over the vocabulary: of d.z / c, computed from the quantised embedding. Tokens drawn
+uniformly thus give the activation at any depth and in any type. The directions d are orthogonal (in
+groups of as many as there are z), so that units decide nearly independently of each other.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.convert import parse_layers, parse_units
+from mod_export.errors import UserError
+from mod_export.synthetic.weights import Weights, rng_of, table_values
+
+SPREAD = 2.0  # standard deviation of a router's logit where the residual stream has an RMS of 1
+THRESHOLD = 0.5
+
+
+def routing(
+    n_layer: int,
+    units: str = "kv",
+    activation: str = "0.5",
+    layers: str = "2-",
+    sinks: int = 4,
+    kv_window: int = 64,
+) -> MoDConfig:
+    """The configuration that the options ask for. Raises UserError for what they cannot mean, or
+    the schema forbids.
+
+    units: kinds joined with +; activation: `0.5`, or for each kind: `attn=0.3,kv=0.5`; layers:
+    `2-`, `3-5,8`.
+    """
+    kinds = parse_units(units)
+    shares = parse_activation(activation, kinds)
+    text = "2-" if layers.strip() == "auto" else layers
+    # an open end is the last layer
+    text = re.sub(
+        r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", text
+    )
+    chosen = parse_layers(text)
+    if chosen[-1] >= n_layer:
+        cure = f"the model has layers 0 to {n_layer - 1}; give others to --layers-routed"
+        raise UserError(f"there is no layer {chosen[-1]} to route", cure)
+    routed = [layer in chosen for layer in range(n_layer)]
+    units_of = {
+        kind: UnitConfig(
+            threshold=tuple(THRESHOLD if here else 0.0 for here in routed),
+            activation=tuple(shares[kind] if here else 1.0 for here in routed),
+        )
+        for kind in kinds
+    }
+    return MoDConfig(sink_tokens=sinks, kv_window=kv_window, units=units_of).validate(n_layer)
+
+
+def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:
+    """`0.5` or `attn=0.3,kv=0.5` -> share of active tokens of each kind. Raises UserError for any
+    other form.
+    """
+    cure = f"give a number in (0, 1], or one for each kind: {','.join(f'{kind}=0.5' for kind in kinds)}"
+    pairs = (
+        [part.rpartition("=")[::2] for part in text.split(",")]
+        if "=" in text
+        else [(k, text) for k in kinds]
+    )
+    named = {name.strip(): value for name, value in pairs}
+    if set(named) != set(kinds) or len(named) != len(pairs):
+        raise UserError(f"activation {text!r} does not fit the units {'+'.join(kinds)}", cure)
+    try:
+        shares = {name: float(value) for name, value in named.items()}
+    except ValueError as exc:
+        raise UserError(f"activation {text!r} is no number", cure) from exc
+    if not all(0 < share <= 1 for share in shares.values()):  # written so that NaN fails too
+        raise UserError(f"activation {text!r} is not in (0, 1]", cure)
+    return shares
+
+
+def routers(
+    config: MoDConfig, weights: Weights
+) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """(layer, kind) -> w, float32 [n_embd], and b, float32 [1], of all routed units."""
+    units = config.routed()
+    directions = _directions(rng_of(weights.seed, "routers"), len(units), weights.reserved - 1)
+    values = table_values(weights.table, weights.embedding_type)
+    result = {}
+    for (layer, kind), direction in zip(units, directions, strict=True):
+        w = np.zeros(weights.shape.embd, np.float32)
+        w[0] = -_threshold(
+            values[:, 1:] @ direction / values[:, 0], config.units[kind].activation[layer]
+        )
+        w[1 : weights.reserved] = direction
+        result[layer, kind] = SPREAD * w, np.zeros(1, np.float32)
+    return result
+
+
+def _directions(rng: np.random.Generator, n: int, dims: int) -> np.ndarray:
+    """n random unit vectors, float32 [n, dims], orthogonal in groups of `dims`."""
+    groups = [np.linalg.qr(rng.standard_normal((dims, dims)))[0] for _ in range(-(-n // dims))]
+    return np.concatenate(groups)[:n].astype(np.float32)
+
+
+def _threshold(values: np.ndarray, activation: float) -> float:
+    """A number that a share `activation` of the values reaches, as far as possible from the values
+    next to it.
+    """
+    edges = np.sort(values)
+    edges = np.concatenate([edges[:1] - 1, edges, edges[-1:] + 1])
+    inactive = round((1 - activation) * len(values))
+    return float((edges[inactive] + edges[inactive + 1]) / 2)

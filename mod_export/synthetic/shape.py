@@ -1,0 +1,178 @@
+"""Shapes of the llama family and the tensors that a model of such a shape has; knows nothing of
+files or routers.
+
+    shape = replace(preset_named("1b"), layers=8).checked()
+    for weight in weights(shape, type_named("q4_0")): ...
+
+The weights are random, of a size that keeps the residual stream near an RMS of 1 at every depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType as Type
+
+from mod_export.errors import UserError
+from mod_export.formats.ggml_types import block_size, row_bytes
+
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
+MAX_SIZE = 1 << 24
+MIN_RESERVED = 64
+# variance that all layers together add to a residual stream of variance 1
+ADDED_VARIANCE = 0.4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a llama model. ctx: trained context in tokens; tied: the embedding is the
+    output matrix too.
+    """
+
+    layers: int
+    embd: int
+    heads: int
+    heads_kv: int
+    ff: int
+    vocab: int
+    ctx: int
+    tied: bool
+    rope_base: float = 500000.0
+
+    def checked(self) -> Shape:
+        """Return self, or raise UserError naming what is impossible about it."""
+        for name in ("layers", "embd", "heads", "heads_kv", "ff", "vocab", "ctx"):
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}", f"use a whole number from 1 to {MAX_SIZE}"
+                )
+        if self.layers > MAX_LAYERS:
+            raise UserError(
+                f"{self.layers} layers are more than llama.cpp's {MAX_LAYERS}", "use fewer layers"
+            )
+        if self.embd % self.heads or self.embd // self.heads % 2:
+            cure = "choose heads so that embd / heads is whole and even (RoPE turns pairs)"
+            raise UserError(f"{self.heads} heads do not divide an embedding of {self.embd}", cure)
+        if self.heads % self.heads_kv:
+            raise UserError(
+                f"{self.heads_kv} K/V heads do not divide {self.heads} heads",
+                "use a divisor of heads",
+            )
+        return self
+
+    @property
+    def head(self) -> int:
+        """Size of a head."""
+        return self.embd // self.heads
+
+    @property
+    def embd_kv(self) -> int:
+        """Numbers in K, or V, of one token in one layer."""
+        return self.head * self.heads_kv
+
+
+PRESETS = {
+    "135m": Shape(30, 576, 9, 3, 1536, 49152, 8192, tied=True, rope_base=100000.0),  # SmolLM2-135M
+    "1b": Shape(16, 2048, 32, 8, 8192, 128256, 131072, tied=True),  # Llama-3.2-1B
+    "3b": Shape(28, 3072, 24, 8, 8192, 128256, 131072, tied=True),  # Llama-3.2-3B
+    "8b": Shape(32, 4096, 32, 8, 14336, 128256, 131072, tied=False),  # Llama-3.1-8B
+}
+
+
+def preset_named(name: str) -> Shape:
+    """A shape of PRESETS. Raises UserError for another name."""
+    if name not in PRESETS:
+        raise UserError(
+            f"unknown shape {name!r}",
+            f"use {', '.join(PRESETS)}, changed by options such as --layers",
+        )
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of `rows` rows of `cols` values with standard deviation `std`.
+
+    writes: its product is added to the residual stream, so the rows of the reserved values are
+    zero.
+    norm: the weights of a norm, all `std`; with `signs` of random sign.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    type: Type
+    std: float
+    writes: bool = False
+    norm: bool = False
+    signs: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return self.rows * row_bytes(self.cols, self.type)
+
+
+def embedding_types(shape: Shape, type: Type) -> tuple[Type, Type]:
+    """Types of token_embd and output, as llama.cpp's own quantiser chooses them (the same where
+    they are tied).
+
+    The output matrix is q6_K, or q8_0 where its rows are no multiple of 256, unless the model is
+    q8_0 or float.
+    """
+    output = type
+    if type not in (Type.F32, Type.F16, Type.BF16, Type.Q8_0):
+        output = Type.Q8_0 if shape.embd % block_size(Type.Q6_K) else Type.Q6_K
+    return output if shape.tied else type, output
+
+
+def reserved(embedding_type: Type) -> int:
+    """How many leading values of the residual stream nothing but the token embedding writes: whole
+    blocks of it.
+    """
+    return max(MIN_RESERVED, block_size(embedding_type))
+
+
+def check_type(shape: Shape, type: Type) -> None:
+    """Raises UserError where rows of the shape's matrices are no whole blocks, or no room is left
+    to reserve.
+    """
+    for name in ("embd", "ff"):
+        if getattr(shape, name) % block_size(type):
+            reason = f"{name} {getattr(shape, name)} is no multiple of {block_size(type)}, the block of {type.name}"
+            raise UserError(
+                reason,
+                "choose another size, or a quantisation with smaller blocks such as q8_0 or q4_0",
+            )
+    taken = reserved(embedding_types(shape, type)[0])
+    if shape.embd < 2 * taken:
+        reason = f"embd {shape.embd} is too small, because the routers of a {type.name} model reserve {taken} of it"
+        raise UserError(reason, f"use {2 * taken} or more")
+
+
+def weights(shape: Shape, type: Type) -> Iterator[Weight]:
+    """All tensors of the dense model in the order of the file, token_embd first."""
+    embd, ff = shape.embd, shape.ff
+    embd_type, output_type = embedding_types(shape, type)
+    into, out = 1 / math.sqrt(embd), math.sqrt(ADDED_VARIANCE / (2 * shape.layers))
+    yield Weight("token_embd.weight", shape.vocab, embd, embd_type, 1.0)
+    # rows of a tied output have the length sqrt(embd); the signs keep it from predicting the token
+    # that it reads
+    yield Weight(
+        "output_norm.weight", 1, embd, Type.F32, into if shape.tied else 1.0, norm=True, signs=True
+    )
+    if not shape.tied:
+        yield Weight("output.weight", shape.vocab, embd, output_type, into)
+    for layer in range(shape.layers):
+        b = f"blk.{layer}."
+        yield Weight(b + "attn_norm.weight", 1, embd, Type.F32, 1.0, norm=True)
+        yield Weight(b + "attn_q.weight", embd, embd, type, into)
+        yield Weight(b + "attn_k.weight", shape.embd_kv, embd, type, into)
+        yield Weight(b + "attn_v.weight", shape.embd_kv, embd, type, into)
+        yield Weight(b + "attn_output.weight", embd, embd, type, out / math.sqrt(embd), writes=True)
+        yield Weight(b + "ffn_norm.weight", 1, embd, Type.F32, 1.0, norm=True)
+        yield Weight(b + "ffn_gate.weight", ff, embd, type, into)
+        yield Weight(b + "ffn_up.weight", ff, embd, type, into)
+        yield Weight(b + "ffn_down.weight", embd, ff, type, out / math.sqrt(ff), writes=True)

@@ -1,0 +1,100 @@
+"""Random weights, quantised, in pieces of a few MB: the content of a synthetic model's tensors.
+
+A matrix is rows drawn at random from a pool of quantised random rows, so that writing is as fast as
+the disk although
+every page of the file is memory of its own. All depends on shape, type and seed alone, and not on
+the routers: a MoD file and its dense twin have the same weights.
+
+    weights = Weights(shape, type_named("q4_0"), seed=0)
+    for weight in synth_shape.weights(shape, type):
+        for piece in weights.content(weight): file.write(piece)
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from mod_export.formats.ggml_types import dequantize, quantize, row_bytes
+from mod_export.synthetic import shape as synth_shape
+from mod_export.synthetic.shape import Shape, Weight
+
+POOL_VALUES = 1 << 21
+PIECE_BYTES = 8 << 20
+ROWS = 4096  # of the token table at once
+# Reserved values are uniform with variance 1, but for the first, which is larger than all: the
+# largest value of its block stays positive and about the same for all tokens, whatever it is
+# quantised to.
+HALF_WIDTH, CONSTANT = math.sqrt(3), 2.0
+
+
+def rng_of(seed: int, name: str) -> np.random.Generator:
+    """A generator of random numbers for one purpose, so that none depends on what else is drawn."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def token_table(shape: Shape, type: Type, seed: int) -> np.ndarray:
+    """The reserved part of every token's embedding, quantised: uint8 [vocab, bytes]. `type`: of the
+    embedding.
+    """
+    rng, cols = rng_of(seed, "token table"), synth_shape.reserved(type)
+    table = np.empty((shape.vocab, row_bytes(cols, type)), np.uint8)
+    for at in range(0, shape.vocab, ROWS):
+        part = table[at : at + ROWS]
+        values = rng.uniform(-HALF_WIDTH, HALF_WIDTH, (len(part), cols))
+        values[:, 0] = CONSTANT
+        part[:] = quantize(values, type)
+    return table
+
+
+def table_values(table: np.ndarray, type: Type) -> np.ndarray:
+    """The table as the runtime sees it: float32 [vocab, reserved]."""
+    return np.concatenate(
+        [dequantize(table[at : at + ROWS], type) for at in range(0, len(table), ROWS)]
+    )
+
+
+class Weights:
+    """The content of all tensors of one model."""
+
+    def __init__(self, shape: Shape, type: Type, seed: int):
+        self.shape, self.seed = shape, seed
+        self.embedding_type = synth_shape.embedding_types(shape, type)[0]
+        self.reserved = synth_shape.reserved(self.embedding_type)
+        self.table = token_table(shape, self.embedding_type, seed)
+        self._pools: dict[tuple, np.ndarray] = {}
+
+    def content(self, weight: Weight) -> Iterator[np.ndarray]:
+        """A tensor's bytes, in order."""
+        rng = rng_of(self.seed, weight.name)
+        if weight.norm:
+            signs = rng.choice([-1.0, 1.0], weight.cols) if weight.signs else np.ones(weight.cols)
+            yield (weight.std * signs).astype("<f4").view(np.uint8)
+            return
+        own = weight.name == "token_embd.weight"
+        pool = self._pool(weight.cols - (self.reserved if own else 0), weight.type, weight.std)
+        picks = rng.integers(len(pool) - 1, size=weight.rows)
+        if weight.writes:
+            picks[: self.reserved] = len(pool) - 1
+        step = max(1, PIECE_BYTES // (weight.nbytes // weight.rows))
+        for at in range(0, weight.rows, step):
+            rows = pool[picks[at : at + step]]
+            yield np.hstack([self.table[at : at + step], rows]) if own else rows
+
+    def _pool(self, cols: int, type: Type, std: float) -> np.ndarray:
+        """Quantised rows of normal random numbers and, as the last one, of zeros: uint8 [n + 1, row
+        bytes].
+        """
+        key = cols, type, std
+        if key not in self._pools:
+            values = np.zeros((max(64, POOL_VALUES // cols) + 1, cols), np.float32)
+            rng_of(self.seed, f"pool {cols} {type.name} {std}").standard_normal(
+                out=values[:-1], dtype=np.float32
+            )
+            values *= std
+            self._pools[key] = quantize(values, type)
+        return self._pools[key]

@@ -1,0 +1,174 @@
+"""A MoD GGUF file of any llama shape with random weights, for measuring the speed of models that
+one has not.
+
+    shape = replace(preset_named("8b"), layers=16)
+    synth("syn.gguf", shape, "q4_0", routing(shape.layers, "attn+kv", "0.5"), dense="dense.gguf")
+
+What such a model says means nothing; how long it takes, and which share of the tokens runs each
+unit, is real. The file has no tokenizer. Needs ggml's quantiser, from any build of llama_cpp.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType, GGUFWriter
+
+from mod_export.common.files import atomic_file
+from mod_export.config import MoDConfig
+from mod_export.errors import UserError
+from mod_export.formats import schema
+from mod_export.formats.ggml_types import file_type, type_named
+from mod_export.formats.gguf import fill, pad
+from mod_export.synthetic import shape as synth_shape
+from mod_export.synthetic.routers import routers
+from mod_export.synthetic.shape import Shape, Weight
+from mod_export.synthetic.weights import Weights
+
+ARCH = "llama"
+RMS_EPS = 1e-5
+ALIGNMENT = 32
+KEY_TYPES = {
+    "u32": (GGUFValueType.UINT32, None),
+    "string": (GGUFValueType.STRING, None),
+    "bool": (GGUFValueType.BOOL, None),
+    "f32[]": (GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
+}
+
+
+def synth(
+    output: str | os.PathLike,
+    shape: Shape,
+    quant: str,
+    config: MoDConfig,
+    dense: str | os.PathLike | None = None,
+    seed: int = 0,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write `output`, and to `dense` the same model without routers; each whole or not at all.
+
+    quant: a type in ggml_quant.QUANTS. The weights depend on shape, quant and seed only. Raises
+    UserError for an impossible shape, an output that exists (unless `force`), and too little disk
+    space.
+    """
+    type = type_named(quant)
+    synth_shape.check_type(shape.checked(), type)
+    outputs = [output] if dense is None else [output, dense]
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise UserError(f"{output} is both outputs", "name the dense file differently")
+    config.validate(shape.layers)
+    with ExitStack() as stack:
+        targets = [stack.enter_context(atomic_file(path, force)) for path in outputs]
+        plan = list(synth_shape.weights(shape, type))
+        _check_space(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
+        say("drawing tokens and routers")
+        weights = Weights(shape, type, seed)
+        added = _router_tensors(config, weights)
+        for target in targets:
+            is_mod = target is targets[0]
+            _write_header(
+                target, shape, type, plan, config if is_mod else None, added if is_mod else {}
+            )
+        files = [stack.enter_context(target.open("ab")) for target in targets]
+        _write_weights(files, plan, weights, say)
+        for array in added.values():
+            _append(files[:1], [array.view(np.uint8)])
+
+
+def _check_space(targets: list[Path], size: int) -> None:
+    """Raises UserError where the file systems of the outputs have not `size` bytes for each."""
+    by_device: dict[int, list[Path]] = {}
+    for target in targets:
+        by_device.setdefault(target.stat().st_dev, []).append(target)
+    for here in by_device.values():
+        free, needed = shutil.disk_usage(here[0].parent).free, size * len(here)
+        if free < needed:
+            where = (
+                f"{here[0].parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
+            )
+            raise UserError(
+                where, "free some space, or choose another directory or a smaller model"
+            )
+
+
+def _router_tensors(config: MoDConfig, weights: Weights) -> dict[str, np.ndarray]:
+    """Tensor name -> float32 values, of all routers."""
+    found = routers(config, weights)
+    return {
+        name: array
+        for unit in config.routed()
+        for name, array in zip(schema.tensor_names(*unit), found[unit], strict=True)
+    }
+
+
+def _write_header(
+    path: Path,
+    shape: Shape,
+    type: Type,
+    plan: list[Weight],
+    config: MoDConfig | None,
+    added: dict[str, np.ndarray],
+) -> None:
+    """Keys and tensor infos, padded to where the data begins; the routers' keys and tensors with a
+    config.
+    """
+    writer = GGUFWriter(path, ARCH)
+    size = sum(weight.rows * weight.cols for weight in plan)
+    writer.add_name(f"synthetic llama, {size / 1e9:.2f}B random weights")
+    writer.add_file_type(file_type(type))
+    writer.add_context_length(shape.ctx)
+    writer.add_embedding_length(shape.embd)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ff)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.heads_kv)
+    writer.add_layer_norm_rms_eps(RMS_EPS)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_rope_dimension_count(shape.head)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_tokenizer_model("no_vocab")
+    for key, type_name, value in schema.to_keys(ARCH, config) if config else []:
+        writer.add_key_value(
+            key, list(value) if type_name == "f32[]" else value, *KEY_TYPES[type_name]
+        )
+    for weight in plan:
+        dims = (weight.cols,) if weight.norm else (weight.rows, weight.cols)
+        writer.add_tensor_info(weight.name, dims, np.dtype(np.float32), weight.nbytes, weight.type)
+    for name, array in added.items():
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("ab") as file:
+        fill(file, pad(file.tell(), ALIGNMENT))
+
+
+def _write_weights(
+    files: list[BinaryIO], plan: list[Weight], weights: Weights, say: Callable[[str], None]
+) -> None:
+    """All weights, to all files at once, with a line for every tenth."""
+    total, done, told = sum(weight.nbytes for weight in plan), 0, 0
+    for weight in plan:
+        _append(files, weights.content(weight))
+        done += weight.nbytes
+        if done * 10 // total > told:
+            told = done * 10 // total
+            say(f"wrote {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+
+def _append(files: list[BinaryIO], pieces: Iterable[np.ndarray]) -> None:
+    """A tensor's bytes to each of the files, padded."""
+    for piece in pieces:
+        for file in files:
+            file.write(np.ascontiguousarray(piece).data)
+    for file in files:
+        fill(file, pad(file.tell(), ALIGNMENT))

@@ -1,0 +1,1 @@
+"""Training of routers and weights, by distillation from the original model."""

@@ -1,0 +1,128 @@
+"""Checkpoints of a training run: one file, whole or not at all, with only what is trained.
+
+Noise is seeded by step (`seed_step`), and data by position, so that a step number is all the state
+that they have: a resumed run gives the losses of one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mod_export.common.files import atomic_file
+from mod_export.errors import UserError
+
+NAME = "checkpoint.pt"
+PARTS = {"weights", "optimizer", "step", "control", "run", "thresholds", "buffers"}
+
+
+def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
+    """Gather trainable weights and the optimizer's state (all processes call it) and write them on
+    the main one.
+
+    state: anything torch.save takes: step, controller, what the run was told. Raises UserError,
+    with the former checkpoint left as it was, where the file cannot be written.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, moments = get_state_dict(student, _plain(optimizer), options=options)
+    if not main:
+        return
+    path = run / NAME
+    try:
+        with atomic_file(path, force=True) as tmp:
+            torch.save({"weights": weights, "optimizer": moments, **state}, tmp)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        cure = "free some space and " + ("go on with --resume" if path.exists() else "start again")
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}", cure) from error
+
+
+def clean(run: Path) -> None:
+    """Remove what a checkpoint that was not finished has left: a second Ctrl-C stops at once."""
+    for path in run.glob(f".{NAME}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def load(run: Path) -> dict:
+    """The checkpoint of a run directory. Raises UserError where there is none or it is damaged."""
+    path = run / NAME
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}", "start without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]})", "start without --resume"
+        ) from error
+    if not isinstance(state, dict) or not PARTS <= state.keys():
+        raise UserError(f"{path} is no checkpoint of a training run", "start without --resume")
+    return state
+
+
+def restore(student, optimizer, state: dict) -> None:
+    """Put weights and the optimizer's state back. Raises UserError for those of another model."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    try:
+        set_state_dict(
+            student,
+            _plain(optimizer),
+            model_state_dict=state["weights"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
+        if not state["optimizer"][
+            "state"
+        ]:  # before the first step there is none, and torch has made one up
+            _plain(optimizer).state.clear()
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the checkpoint does not fit the model ({reason})", "start without --resume"
+        ) from error
+
+
+def check(state: dict, expected: dict) -> None:
+    """Raise UserError naming the first thing in which the run that left the checkpoint differs from
+    this one.
+    """
+    before, now = _flat(state["run"]), _flat(expected)
+    for name in (*now, *before):
+        if before.get(name) != now.get(name):
+            was, value = before.get(name), now.get(name)
+            raise UserError(
+                f"the checkpoint was made with another {name}: {_short(was)}, now {_short(value)}",
+                "resume with the same arguments, or start without --resume",
+            )
+
+
+def seed_step(seed: int, step: int, micro: int, process: int) -> None:
+    """The noise of one forward, the same whenever that step is run."""
+    torch.manual_seed(hash((seed, step, micro, process)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _plain(optimizer):
+    """torch's optimizer, of one that Accelerate has wrapped too."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _flat(run: dict) -> dict:
+    """{"options": {"length": 512}} -> {"length": 512}; of other groups the name stays: "base
+    hidden_size".
+    """
+    found = {}
+    for name, value in run.items():
+        parts = value.items() if isinstance(value, dict) else [(None, value)]
+        found |= {
+            " ".join(filter(None, (name if name != "options" else None, part))): x
+            for part, x in parts
+        }
+    return found
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,187 @@
+"""What a training run reports: lines for people, metrics.jsonl, TensorBoard where it is installed,
+plots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from mod_export.common.files import atomic_file
+from mod_export.common.progress import Progress, clock
+
+
+class Log:
+    """Appends to run/metrics.jsonl; on resume what came after the checkpoint's step is dropped."""
+
+    def __init__(self, run: Path, steps: int, first: int, kinds: list[str], say):
+        self.path, self.steps, self.say, self.kinds = run / "metrics.jsonl", steps, say, kinds
+        kept = [row for row in read(self.path) if row["step"] <= first] if first else []
+        with atomic_file(self.path, force=True) as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.progress, self.board = Progress(), _tensorboard(run, first)
+        self.start, self.first, self.tokens = time.monotonic(), first, 0
+
+    def step(self, row: dict, tokens: int) -> None:
+        """row: figures of a step, numbers and lists of numbers; tokens: that it took."""
+        self.tokens += tokens
+        seconds = time.monotonic() - self.start
+        row |= {"seconds": round(seconds, 3), "tokens_per_second": round(self.tokens / seconds, 1)}
+        self._write(row)
+        left = seconds / (row["step"] - self.first) * (self.steps - row["step"])
+        named = zip(self.kinds, row["activation"], row["target"], strict=True)
+        if len(self.kinds) > 4:  # a target for each layer
+            named = [("units", fmean(row["activation"]), fmean(row["target"]))]
+        shares = ", ".join(f"{kind} {a:.3f} of {t:.3f}" for kind, a, t in named)
+        self.progress.show(
+            f"step {row['step']} of {self.steps}: loss {row['loss']:.4f}, KL {row['kl']:.4f}, "
+            f"active {shares}, {row['tokens_per_second']:.0f} tokens/s, {clock(left)} left"
+        )
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is no step, once in a run: it counts neither in tokens/s nor in the time
+        left.
+        """
+        self.progress.clear()
+        began = time.monotonic()
+        yield
+        self.start += time.monotonic() - began
+
+    def held_out(self, row: dict) -> None:
+        """Figures with hard decisions on held-out text."""
+        self._write(row)
+        self.progress.clear()
+        shares = ", ".join(
+            f"{kind} {share:.3f}" for kind, share in row["held_out"]["activation"].items()
+        )
+        figures = row["held_out"]
+        self.say(
+            f"step {row['step']}, held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} "
+            f"(dense {figures['perplexity_dense']:.2f}), active {shares}"
+        )
+
+    def _write(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in _flat(row):
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.progress.clear()
+        if self.board is not None:
+            self.board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of a metrics file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def plot(run: Path, units: list[tuple[int, str]]) -> None:
+    """run/loss.png: KL and activation over the steps; run/units.png: activation of each unit over
+    the steps.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    rows = read(run / "metrics.jsonl")
+    steps, held = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
+    if not steps:
+        return
+    x = [row["step"] for row in steps]
+    fig, (top, low) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
+    top.plot(
+        x,
+        _smooth([row["loss"] for row in steps]),
+        label="training loss, relaxed decisions (running mean)",
+    )
+    top.plot(
+        [row["step"] for row in held],
+        [row["held_out"]["kl"] for row in held],
+        "o-",
+        label="KL on held-out text, hard decisions",
+    )
+    top.set(yscale="log", ylabel="nats per token")
+    kinds = list(dict.fromkeys(kind for _, kind in units))
+    many = len(steps[0]["activation"])
+    names = (
+        kinds if many == len(kinds) else [f"{layer} {kind}" for layer, kind in units]
+    )  # each unit has its target
+    for i, name in enumerate(names if many < 5 else ()):
+        low.plot(
+            x, _smooth([row["activation"][i] for row in steps]), label=f"{name} (running mean)"
+        )
+        low.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
+    low.set(xlabel="step", ylabel="activation", ylim=(0, 1.02))
+    for axis in (top, low):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    _save(fig, run / "loss.png")
+    fig, axis = plt.subplots(figsize=(8, 1.5 + 0.14 * len(units)), layout="constrained")
+    shares = np.array(
+        [_smooth(column) for column in zip(*(row["units"] for row in steps), strict=True)]
+    )
+    extent = (x[0] - 0.5, x[-1] + 0.5, len(units) - 0.5, -0.5)
+    image = axis.imshow(
+        shares, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent
+    )
+    every = max(1, len(units) // 30)
+    axis.set_yticks(
+        range(0, len(units), every),
+        [f"{layer} {kind}" for layer, kind in units[::every]],
+        fontsize=7,
+    )
+    axis.set(xlabel="step", ylabel="layer, kind")
+    fig.colorbar(image, label="activation (running mean)")
+    _save(fig, run / "units.png")
+
+
+def _save(fig, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with atomic_file(path, force=True) as tmp:
+        fig.savefig(tmp, format="png", dpi=120)
+    plt.close(fig)
+
+
+def _smooth(values, share: float = 0.9) -> list[float]:
+    """Running mean, unbiased at the beginning."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = share * total + (1 - share) * value, share * weight + 1 - share
+        out.append(total / weight)
+    return out
+
+
+def _tensorboard(run: Path, first: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run / "tensorboard", purge_step=first + 1 if first else None)
+
+
+def _flat(row: dict, prefix: str = ""):
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            yield from ((f"{prefix}{name}/{i}", v) for i, v in enumerate(value))
+        elif name != "step":
+            yield f"{prefix}{name}", value

@@ -1,0 +1,84 @@
+"""Training sequences that ask for what was said long before.
+
+Ordinary text seldom needs a name or a number from a thousand tokens ago, so routers of K/V trained
+on it alone do not keep them. In some sequences the text becomes what a user says, who then asks for
+passages of it by their first words. The original model answers by copying, and so must its student,
+from the K/V that it kept. After KVzip (Kim et al., arXiv 2505.23416), which scores K/V by their use
+in repeating the context.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mod_export.data.conversations import encode, render
+from mod_export.data.sources import Piece
+from mod_export.data.text import begun
+from mod_export.errors import UserError
+
+TEXT = 3 / 4  # of the sequence, at most; the rest are questions and answers
+WORDS, PASSAGE = 8, 48  # tokens: of a passage that the question gives, and of all of it
+HERE = Path("the training text")  # for messages
+REQUEST = "Repeat the passage that begins with: {}"
+
+
+def recall(
+    tokenizer,
+    item: dict[str, torch.Tensor],
+    share: float,
+    seed: int,
+    number: int,
+    answers: bool = False,
+) -> dict[str, torch.Tensor]:
+    """`share` of the items made such conversations, in the model's chat format where it has one;
+    others as they are.
+
+    item: input_ids, loss and fresh [T] as PackedData has them. The same for the same seed and
+    number. All tokens count, or, with `answers`, those of the passages only. Raises UserError where
+    the chat template refuses the conversation, or leaves parts of it out.
+    """
+    rng = np.random.RandomState([seed, 1, number])
+    if rng.random_sample() >= share:
+        return item
+    ids, length = item["input_ids"].tolist(), len(item["input_ids"])
+    text, messages, made = ids[: int(TEXT * length)], [], []
+    document = tokenizer.decode(text, skip_special_tokens=True).strip() + "\n\n"
+    while len(made) < length:
+        start = rng.randint(0, max(1, len(text) - PASSAGE))
+        words, passage = (
+            tokenizer.decode(text[start : start + n], skip_special_tokens=True)
+            for n in (WORDS, PASSAGE)
+        )
+        messages += [
+            {"role": "user", "content": document + REQUEST.format(words.strip())},
+            {"role": "assistant", "content": passage.strip()},
+        ]
+        document = ""  # is given once
+        so_far, made = len(made), begun(tokenizer, _encode(tokenizer, messages))
+        if len(made) <= so_far:
+            raise UserError(
+                "the model's chat template leaves messages out", "train without --recall"
+            )
+    loss = torch.ones(length, dtype=torch.bool)
+    if answers:
+        _, (marks,) = encode(tokenizer, [Piece(HERE, messages=messages)], mark=True)
+        loss[len(made) - len(marks) :] = torch.from_numpy(marks)[
+            : length - (len(made) - len(marks))
+        ]
+    loss[0] = False
+    return {
+        "input_ids": torch.tensor(made[:length]),
+        "loss": loss,
+        "fresh": torch.ones(length, dtype=torch.bool),
+    }
+
+
+def _encode(tokenizer, messages: list[dict]) -> list[int]:
+    if tokenizer.chat_template is None:
+        text = "\n\n".join(message["content"] for message in messages)
+    else:
+        text = render(tokenizer, Piece(HERE, messages=messages))
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

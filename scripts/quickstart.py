@@ -1,0 +1,227 @@
+"""The steps of scripts/quickstart after the set-up: convert, export, verify, ask, measure, sum up.
+
+    python scripts/quickstart.py quickstart
+
+Steps that have been done with the same code, model and files are not done again (stamps in
+DIR/.stamps).
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mod_export
+from mod_export.common.tables import format_table
+from mod_export.errors import UserError
+
+QUESTION = "Give three tips for staying healthy."
+# routers that were trained: docs/quality.md says what they are worth against calibrated ones
+ADAPTER = "smollm2-kv"
+CONTEXT = 1024  # tokens read before the decode that is timed
+DECODE = 32
+REPEATS = 3
+START = time.monotonic()
+
+
+def say(line: str) -> None:
+    """A line with the time since the start."""
+    print(f"[{time.monotonic() - START:4.0f} s] {line}", flush=True)
+
+
+def main(directory: Path) -> None:
+    """Do all the steps in `directory` and print the summary."""
+    directory.mkdir(exist_ok=True)
+    make_files(directory)
+    parity = {name: check(directory, name) for name in ("mod-f32.gguf", "mod.gguf")}
+    say(f"asking: {QUESTION}")
+    print(f"\n{answer(directory / 'mod.gguf')}\n", flush=True)
+    say(f"measuring speed and KV memory at {CONTEXT} tokens, {REPEATS} times")
+    figures = measure({name: directory / f"{name}.gguf" for name in ("dense", "mod")})
+    print(
+        f"\n{summary(figures, parity)}\n\nTalk to it:  .venv/bin/mod-export chat {directory}/mod.gguf"
+    )
+
+
+def make_files(directory: Path) -> None:
+    """mod/, then the four GGUF files: the dense ones from the converter, the others by putting the
+    routers on them.
+    """
+    from mod_export.convert import convert_adapter
+    from mod_export.export import export
+    from mod_export.model import loading
+
+    mod = directory / "mod"
+    step(
+        "mod",
+        [loading.embedded_gguf()],
+        mod,
+        lambda: convert_adapter("smollm2", mod, ADAPTER, force=True, say=say),
+    )
+
+    def export_step(name: str, source: Path, **options) -> Path:
+        target = directory / name
+        step(name, [mod, source], target, lambda: export(mod, target, force=True, **options))
+        return target
+
+    dense_f32 = export_step("dense-f32.gguf", mod, quant="f32", dense=True)
+    dense = export_step("dense.gguf", dense_f32, base=dense_f32, quant="q8_0", dense=True)
+    export_step("mod-f32.gguf", dense_f32, base=dense_f32)
+    export_step("mod.gguf", dense, base=dense)
+
+
+def step(
+    name: str,
+    inputs: Sequence[Path],
+    output: Path,
+    work: Callable[[], None],
+    build: str | None = None,
+) -> None:
+    """Do `work` unless its stamp says that the output comes from this code, these inputs and this
+    runtime's build.
+    """
+    stamp = output.parent / ".stamps" / name
+    stamp.parent.mkdir(exist_ok=True)
+    if stamp.is_file() and stamp.read_text() == fingerprint([*inputs, output], build):
+        return say(f"{name}: done before")
+    say(f"{name} ...")
+    work()
+    stamp.write_text(fingerprint([*inputs, output], build))
+
+
+def fingerprint(paths: Sequence[Path], build: str | None) -> str:
+    """Hash of the package's code, texts and adapters, of main dependencies' versions, of the paths'
+    sizes and times.
+    """
+    digest, package = hashlib.sha256(repr(build).encode()), Path(mod_export.__file__).parent
+    for path in sorted([*package.rglob("*.py"), *package.glob("assets/*/*")]):
+        digest.update(path.read_bytes())
+    for name in ("torch", "transformers", "llama-cpp-python"):
+        digest.update(importlib.metadata.version(name).encode())
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            facts = (
+                (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ("missing",)
+            )
+            digest.update(repr((str(file), *facts)).encode())
+    return digest.hexdigest()
+
+
+def check(directory: Path, name: str) -> dict:
+    """Result of verify for one file, kept beside its stamp. Raises UserError where the f32 file
+    does not pass.
+
+    That one tests the code. A quantised file differs by the rounding of its weights, too, which the
+    summary shows.
+    """
+    from mod_export.evaluation.parity import verify
+    from mod_export.llamacpp import build as llama_build
+
+    file, kept = directory / name, directory / f"verify-{name}.json"
+
+    def work() -> None:
+        kept.write_text(json.dumps(verify(file, directory / "mod"), default=float))
+
+    step(
+        f"verify-{name}", [directory / "mod", file], kept, work, build=llama_build.installed_build()
+    )
+    result = json.loads(kept.read_text())
+    if not result["passed"] and result["weights"] == "f32":
+        raise UserError(
+            f"{file} differs from its torch model: {'; '.join(result['failures'])}", f"see {kept}"
+        )
+    return result
+
+
+def answer(file: Path) -> str:
+    """What the model says to QUESTION, the likeliest tokens."""
+    from mod_export.runtime.llama import MoDLlama
+    from mod_export.serving.chat import Chat, Sampling
+
+    chat = Chat(
+        MoDLlama(file, n_ctx=2048), sampling=Sampling(temp=0, max_tokens=100), say=lambda line: None
+    )
+    return "".join(chat.ask(QUESTION)).strip()
+
+
+def measure(files: dict[str, Path]) -> dict[str, dict]:
+    """Prefill and decode tokens/s (medians, the files taking turns), activation and KV after
+    CONTEXT tokens.
+    """
+    from mod_export.data.text import default_texts
+    from mod_export.runtime.llama import MoDLlama
+
+    models = {name: MoDLlama(path, n_ctx=CONTEXT + DECODE) for name, path in files.items()}
+    tokens = models["dense"].tokenize(default_texts()[1].encode())[: CONTEXT + DECODE]
+    runs: dict[str, list] = {name: [] for name in models}
+    for model in models.values():
+        run(model, tokens[:128], decode=8)  # warm up
+    for _ in range(REPEATS):
+        for name, model in models.items():
+            model.reset_stats()
+            runs[name].append(run(model, tokens, DECODE))
+    result = {}
+    for name, model in models.items():
+        prefill, decode = (statistics.median(times) for times in zip(*runs[name], strict=True))
+        result[name] = {
+            "prefill": (len(tokens) - DECODE) / prefill,
+            "decode": DECODE / decode,
+            "kv": model.kv(),
+        }
+        result[name]["activation"] = {
+            kind: active / seen for kind, (seen, active) in model.stats_by_kind().items()
+        }
+    return result
+
+
+def run(model, tokens: list[int], decode: int) -> tuple[float, float]:
+    """Seconds to read all but the last `decode` tokens, and to decode these one by one."""
+    model.reset()
+    start = time.perf_counter()
+    model.eval(tokens[:-decode])
+    middle = time.perf_counter()
+    for token in tokens[-decode:]:
+        model.eval([token])
+    return middle - start, time.perf_counter() - middle
+
+
+def summary(figures: dict[str, dict], parity: dict[str, dict]) -> str:
+    """The table at the end."""
+    dense, mod = figures["dense"], figures["mod"]
+    rows = [
+        [f"activation of {kind} units", "1", f"{share:.3f}", "-"]
+        for kind, share in mod["activation"].items()
+    ]
+    for name in ("used", "committed"):
+        bytes_mod, bytes_dense = getattr(mod["kv"], name), mod["kv"].dense
+        share = f"{bytes_mod / bytes_dense:.2f}"
+        rows.append([f"KV {name}, kB", f"{bytes_dense / 1e3:.0f}", f"{bytes_mod / 1e3:.0f}", share])
+    for name in ("prefill", "decode"):
+        row = [
+            f"{name}, tokens/s",
+            f"{dense[name]:.1f}",
+            f"{mod[name]:.1f}",
+            f"{mod[name] / dense[name]:.2f}",
+        ]
+        rows.append(row)
+    table = format_table([f"at {CONTEXT} tokens, q8_0", "dense", "MoD", "MoD/dense"], rows)
+    lines = [
+        f"parity with torch, {name}: decisions {100 * result['decision_agreement']:.2f} % the same, "
+        f"top-1 {100 * result['top1_agreement']:.1f} %, mean KL {result['mean_kl_all']:.1e}"
+        for name, result in parity.items()
+    ]
+    return "\n".join([table, "", *lines])
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
