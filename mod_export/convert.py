@@ -56,6 +56,7 @@ def convert(
     text = read_texts(calibration_text) if calibration_text else None
     with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
         from mod_export.calibration.calibrate import Plan, calibrate
+        from mod_export.model import loading
         from mod_export.model.mod_model import MoDModel
 
         refuse_mod(model)

@@ -27,7 +27,7 @@ from mod_export.llamacpp import source as llama_source  # noqa: E402
 
 # tests that drive the library through its C functions (tests/raw.py). Not those that do other
 # things most of the time
-OTHER = ("bench", "modllama", "synth", "memory.")
+OTHER = ("benchmark", "mod_llama", "synthetic")
 # a sanitizer's own memory counts too, and it reserves terabytes of addresses
 SKIP = "resident_memory or out_of_memory or fit_into_memory or address_space or all_layers_at_once"
 # -O1: frames that can be read. Without NDEBUG: upstream's assertions on
@@ -127,13 +127,13 @@ def findings(log: Path) -> tuple[Counter, Counter]:
 def test_files() -> list[str]:
     files = [
         path
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if "from raw import" in path.read_text()
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "c_api import" in path.read_text()
     ]
     return [
-        f"tests/{path.name}"
+        str(path.relative_to(ROOT))
         for path in files
-        if not path.name.startswith(tuple(f"test_{x}" for x in OTHER))
+        if not any(other in str(path) for other in OTHER)
     ]
 
 

@@ -1,0 +1,84 @@
+"""Torch against the runtime, through the real export: `verify` on tiny models of each kind and of
+combinations.
+"""
+
+import json
+
+import pytest
+
+from mod_export.errors import UserError
+from mod_export.evaluation.parity import BOUNDS, report, verify
+from mod_export.export import export
+from mod_export.runtime import bindings
+from tests.support import tiny_torch as tiny
+from tests.support.tiny_torch import one_thread  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
+
+UNITS = {
+    "kv": {"kv": [2, 3, 5]},
+    "attn": {"attn": [1, 4]},
+    "ffn": {"ffn": [0, 4]},
+    "block": {"block": [2, 3, 4]},
+    "kv+attn+ffn": {"kv": [2, 3], "attn": [2, 3, 4], "ffn": [2, 4]},
+    "block+kv": {"block": [1, 4], "kv": [1, 3]},
+    "kv in the first layer": {"kv": [0, 2], "ffn": [1]},
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The f32 file without routers that all directories of seed 0 share: llama.cpp's converter
+    takes seconds.
+    """
+    folder = tmp_path_factory.mktemp("dense")
+    tiny.save_dir(folder / "mod", UNITS["kv"])
+    export(folder / "mod", folder / "dense.gguf", quant="f32", dense=True)
+    return folder / "dense.gguf"
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_f32_is_exact(tmp_path, dense, name):
+    tiny.save_dir(tmp_path / "mod", UNITS[name])
+    export(tmp_path / "mod", tmp_path / "mod.gguf", base=dense)
+    result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
+    assert result["passed"], report(result)
+    assert result["weights"] == "f32" and result["tokens"] == 400
+    assert 0.1 < result["activation"] < 0.9
+    assert result["mean_kl"] <= 1e-5 and result["max_logit_diff"] < 0.01
+
+
+def test_rounded_weights_stay_within_their_bounds(tmp_path, dense):
+    tiny.save_dir(tmp_path / "mod", UNITS["kv+attn+ffn"])
+    export(tmp_path / "mod", tmp_path / "mod.gguf", base=dense, quant="q8_0")
+    result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
+    assert result["weights"] == "q8_0"
+    assert 0 < result["mean_kl_all"] < BOUNDS["q8_0"].mean_kl_all
+
+
+@pytest.mark.parametrize("shape", [{"n_head_kv": 4}, {"n_head_kv": 1, "tied": True}], ids=str)
+def test_shapes_through_the_converter(tmp_path, shape):
+    tiny.save_dir(tmp_path / "mod", UNITS["kv+attn+ffn"], **shape)
+    export(tmp_path / "mod", tmp_path / "mod.gguf", quant="f32")
+    result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=200, length=200, threads=1)
+    assert result["passed"], report(result)
+
+
+def test_the_command_and_its_exit_codes(tmp_path, dense, run_cli):
+    """0 where they agree, 1 where they do not, 2 where they cannot be compared."""
+    tiny.save_dir(tmp_path / "mod", UNITS["kv"])
+    tiny.save_dir(tmp_path / "other", UNITS["kv"], seed=1)
+    tiny.save_dir(tmp_path / "fewer", {"kv": [2, 3]})
+    file = tmp_path / "mod.gguf"
+    export(tmp_path / "mod", file, base=dense)
+    with pytest.raises(UserError, match="routes kv in layer 5"):
+        verify(file, tmp_path / "fewer", n_tokens=64)
+    common = ("verify", file, "--tokens", 64, "--threads", 1, "--json", "--reference")
+    same, other = run_cli(*common, tmp_path / "mod"), run_cli(*common, tmp_path / "other")
+    assert (same.returncode, other.returncode) == (0, 1), same.stderr + other.stderr
+    result = json.loads(same.stdout)
+    assert {"decision_agreement", "top1_agreement", "max_logit_diff", "mean_kl"} <= set(result)
+    assert result["decision_agreement"] == 1.0
+    assert json.loads(other.stdout)["failures"]

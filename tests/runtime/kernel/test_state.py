@@ -1,0 +1,413 @@
+"""The KV memory of the patched runtime: cells, bytes, states, tails, copies, shifts, full caches."""
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from mod_export.runtime import bindings
+from tests.runtime.kernel.test_decode import CASES, TOKENS, N, close, make
+from tests.support.c_api import F16, Raw
+from tests.support.tiny_gguf import Tiny
+
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
+
+CACHED = [case for case in CASES if case != "ffn"]  # ffn units have no influence on KV
+
+
+@pytest.fixture(scope="module", params=CACHED)
+def routed(request, tmp_path_factory):
+    """(the model, its file, the oracle's results for TOKENS[0])"""
+    tiny = make(request.param)
+    path = tiny.write(tmp_path_factory.mktemp("routed") / "mod.gguf")
+    return tiny, path, tiny.forward(TOKENS[0])
+
+
+@pytest.fixture(scope="module")
+def kv_model(tmp_path_factory):
+    tiny = make("kv")
+    return tiny, tiny.write(tmp_path_factory.mktemp("kv") / "mod.gguf"), tiny.forward(TOKENS[0])
+
+
+def cells(r: Raw, n_layer: int = 5) -> list[int]:
+    return [r.kv(layer).n_used for layer in range(n_layer)]
+
+
+def expected_cells(tiny: Tiny, active, n: int, rollback: int = 64) -> list[int]:
+    return [tiny.stored(layer, active, n, rollback) for layer in range(tiny.n_layer)]
+
+
+# --- cells and bytes
+
+
+@pytest.mark.parametrize("rollback", [0, 5, 64])
+def test_cells_are_what_trace_and_window_say(routed, rollback):
+    tiny, path, expected = routed
+    with Raw(path, n_ctx=256) as r:
+        r.set(kv_rollback=rollback)
+        n = 0
+        for size in (90, 7, *[1] * 30, 23):
+            r.decode(TOKENS[0][n : n + size])
+            n += size
+            assert cells(r) == expected_cells(tiny, expected.active, n, rollback)
+
+
+def test_freed_cells_are_used_again(kv_model, tmp_path):
+    """A long text in a small window: the cells in use stay exact, and memory stays at what they
+    need.
+    """
+    tiny = make("kv", 0.1, n_ctx=8192)
+    tokens = np.resize(TOKENS[0], 3000)
+    with Raw(tiny.write(tmp_path / "mod.gguf"), n_ctx=4096, n_ubatch=128, fa=True, kv=F16) as r:
+        r.set(kv_rollback=16)
+        active = []
+        for i in range(0, len(tokens), 100):
+            r.decode(tokens[i : i + 100], logits=[0] * 99 + [1])
+            active.append(r.trace()[0])
+            assert cells(r) == expected_cells(tiny, np.concatenate(active), i + 100, 16)
+        layer = r.kv(1)
+        # one batch is stored before it is forgotten, and the rest lies scattered between what stays
+        assert layer.n_used < 1000
+        assert (
+            layer.bytes_committed < 2 * (layer.n_used + 128 + 100) * layer.bytes_per_cell + 4 * 4096
+        )
+
+
+def test_bytes_follow_what_is_stored(routed):
+    tiny, path, _ = routed
+    with Raw(path, n_ctx=65536, fa=True, kv=F16) as r:
+        start = r.kv()
+        per_token = 2 * 2 * tiny.n_head_kv * (tiny.n_embd // tiny.n_head)
+        assert start.bytes_per_cell == per_token * tiny.n_layer
+        assert start.bytes_reserved >= 65536 * start.bytes_per_cell
+        assert start.bytes_committed < start.bytes_reserved / 50
+        r.decode(TOKENS[0])
+        kv, layers = r.kv(), [r.kv(layer) for layer in range(5)]
+        assert kv.n_used == sum(x.n_used for x in layers)
+        assert kv.bytes_used == sum(x.n_used * per_token for x in layers)
+        assert kv.bytes_used <= kv.bytes_committed < kv.bytes_reserved / 20
+        assert r.kv(99) is None
+
+
+def test_committed_bytes_are_resident_memory(tmp_path):
+    """A context of a million cells costs what is stored, measured at the operating system."""
+    tiny = make("kv", n_ctx=1 << 20)
+    path = tiny.write(tmp_path / "mod.gguf")
+
+    def resident() -> int:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096
+
+    before = resident()
+    with Raw(path, n_ctx=1 << 19, n_seq=1, fa=True, kv=F16) as r:
+        r.decode(TOKENS[0])
+        reserved = r.kv().bytes_reserved
+        assert reserved > 600e6
+        assert resident() - before < reserved / 4
+
+
+# --- tails
+
+
+@pytest.mark.parametrize("back", [1, 20, 64])
+def test_a_tail_within_the_margin_is_taken_back_exactly(routed, back):
+    tiny, path, expected = routed
+    with Raw(path) as r:
+        r.decode(TOKENS[0][:100])
+        assert r.seq_rm(0, 100 - back)
+        # the same tokens again, then others
+        close(r.decode(TOKENS[0][100 - back : 120]), expected.logits[100 - back : 120])
+        assert cells(r) == expected_cells(tiny, expected.active, 120)
+        assert r.seq_rm(0, 120 - back)
+        other = [*TOKENS[0][: 120 - back], *TOKENS[1][:30]]
+        again = tiny.forward(other)
+        logits = r.decode(TOKENS[1][:30])
+        sure = (
+            (r.trace()[0] == again.active[-30:]).all(1).cumprod().astype(bool)
+        )  # no gaps were placed for these
+        assert sure[0]
+        close(logits[sure], again.logits[-30:][sure])
+
+
+def test_a_longer_tail_is_refused_and_nothing_changes(kv_model):
+    tiny, path, expected = kv_model
+    with Raw(path) as r:
+        r.set(kv_rollback=10)
+        r.decode(TOKENS[0][:100])
+        before = cells(r)
+        assert not r.seq_rm(0, 89)
+        assert not r.seq_rm(0, 1)
+        assert cells(r) == before
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+        assert r.seq_rm(0, N - 10)
+        # what is left of the margin is used up
+        assert not r.seq_rm(0, N - 11)
+        close(r.decode(TOKENS[0][N - 10 :]), expected.logits[N - 10 :])
+        assert r.seq_rm(0, 0)  # the whole sequence always goes
+        assert cells(r) == [0] * 5
+        close(r.decode(TOKENS[0]), expected.logits)
+
+
+def test_any_tail_is_exact_without_kv_units(tmp_path):
+    tiny = make("attn+ffn")
+    expected = tiny.forward(TOKENS[0])
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        r.decode(TOKENS[0])
+        assert r.seq_rm(0, 3)
+        close(r.decode(TOKENS[0][3:]), expected.logits[3:])
+
+
+def test_a_larger_rollback_later_does_not_promise_what_is_gone(kv_model):
+    _, path, expected = kv_model
+    with Raw(path) as r:
+        r.set(kv_rollback=4)
+        r.decode(TOKENS[0][:100])
+        r.set(kv_rollback=64)
+        assert not r.seq_rm(0, 60)
+        assert r.seq_rm(0, 96)
+        close(r.decode(TOKENS[0][96:]), expected.logits[96:])
+
+
+def test_removing_a_sequence_leaves_the_other(routed):
+    tiny, path, expected = routed
+    with Raw(path) as r:
+        for seq in (0, 1):
+            r.decode(TOKENS[seq][:100], [seq] * 100)
+        both = cells(r)
+        assert r.seq_rm(1, 0)
+        assert cells(r) == expected_cells(tiny, expected.active, 100)
+        assert sum(both) > sum(cells(r))
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+
+
+# --- copies, keeping, shifting
+
+
+def test_a_copied_sequence_goes_its_own_way(routed):
+    tiny, path, expected = routed
+    other = np.concatenate([TOKENS[0][:100], TOKENS[1][:40]])
+    with Raw(path) as r:
+        r.decode(TOKENS[0][:100])
+        before = cells(r)
+        r.seq_cp(0, 1)
+        assert cells(r) == before  # cells are shared
+        logits = r.decode([*TOKENS[1][:40], *TOKENS[0][100:140]], [1] * 40 + [0] * 40)
+        active = r.trace()[0][:40]
+        close(logits[40:], expected.logits[100:140])
+        again = tiny.forward(other)
+        sure = (active == again.active[100:]).all(1).cumprod().astype(bool)
+        assert sure[0]
+        close(logits[:40][sure], again.logits[100:][sure])
+        llama_cpp.llama_memory_seq_keep(r.mem, 0)
+        assert cells(r) == expected_cells(tiny, expected.active, 140)
+        close(r.decode(TOKENS[0][140:]), expected.logits[140:])
+
+
+def test_moving_a_sequence_changes_nothing_but_positions(routed):
+    """Rotary positions are relative, so the same text further on gives the same logits."""
+    _, path, expected = routed
+    with Raw(path) as r:
+        r.decode(TOKENS[0][:100])
+        before = cells(r)
+        llama_cpp.llama_memory_seq_add(r.mem, 0, 0, -1, 11)
+        assert llama_cpp.llama_memory_seq_pos_max(r.mem, 0) == 110
+        logits = r.decode(TOKENS[0][100:], pos=np.arange(111, 111 + N - 100))
+        assert cells(r) >= before
+    close(logits, expected.logits[100:], 1e-3)
+
+
+def test_context_shift_equals_dense_when_all_is_active(routed, tmp_path):
+    tiny, path, _ = routed
+    with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(path) as r:
+        r.set(force="active")
+        results = []
+        for x in (dense, r):
+            x.decode(TOKENS[0][:100])
+            assert llama_cpp.llama_memory_seq_rm(x.mem, 0, 4, 44)
+            llama_cpp.llama_memory_seq_add(x.mem, 0, 44, -1, -40)
+            assert llama_cpp.llama_memory_seq_pos_max(x.mem, 0) == 59
+            results.append(x.decode(TOKENS[0][100:130], pos=np.arange(60, 90)))
+        assert cells(r) == [90] * 5
+        np.testing.assert_array_equal(*results)
+
+
+def test_context_shift_of_routed_layers(routed):
+    """Cells in the removed range go, the others stay; what follows does not depend on the cut."""
+    tiny, path, expected = routed
+    results = []
+    for size in (30, 1):
+        with Raw(path) as r:
+            r.set(kv_rollback=0)
+            r.decode(TOKENS[0][:100])
+            assert llama_cpp.llama_memory_seq_rm(r.mem, 0, 4, 44)
+            llama_cpp.llama_memory_seq_add(r.mem, 0, 44, -1, -40)
+            held = [
+                tiny.stored(i, expected.active, 100, 0)
+                - _stored_between(tiny, expected.active, i, 4, 44)
+                for i in range(5)
+            ]
+            assert cells(r) == held
+            r.pos[0] = 60
+            results.append(r.decode_cut(TOKENS[0][100:130], size)[0])
+    close(*results, 1e-3)
+
+
+def _stored_between(tiny, active, layer, a, b) -> int:
+    keep = np.ones(100, bool)
+    for i, (at, kind) in enumerate(tiny.units):
+        if at == layer and kind != "ffn":
+            keep &= active[:100, i] | ((kind == "kv") & (100 - np.arange(100) < tiny.kv_window))
+    return int(keep[a:b].sum())
+
+
+def test_dividing_positions_equals_dense_when_all_is_active(routed, tmp_path):
+    tiny, path, _ = routed
+    with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(path) as r:
+        r.set(force="active")
+        results = []
+        for x in (dense, r):
+            x.decode(TOKENS[0][:100])
+            llama_cpp.llama_memory_seq_div(x.mem, 0, 20, 100, 2)
+            top = llama_cpp.llama_memory_seq_pos_max(x.mem, 0)
+            results.append(x.decode(TOKENS[0][100:110], pos=np.arange(top + 1, top + 11)))
+        np.testing.assert_array_equal(*results)
+
+
+def test_clear(routed):
+    tiny, path, expected = routed
+    with Raw(path) as r:
+        r.decode(TOKENS[1])
+        r.clear()
+        assert cells(r) == [0] * 5
+        assert llama_cpp.llama_memory_seq_pos_max(r.mem, 0) == -1
+        close(r.decode(TOKENS[0]), expected.logits)
+
+
+# --- states
+
+
+def save(r: Raw) -> bytes:
+    buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(r.ctx))()
+    n = llama_cpp.llama_state_get_data(r.ctx, buffer, len(buffer))
+    assert 0 < n <= len(buffer)
+    return bytes(buffer[:n])
+
+
+def restore(r: Raw, data: bytes) -> int:
+    return llama_cpp.llama_state_set_data(
+        r.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
+    )
+
+
+def test_whole_state_round_trip(routed):
+    tiny, path, expected = routed
+    with Raw(path) as r:
+        r.decode([*TOKENS[0][:100], *TOKENS[1][:60]], [0] * 100 + [1] * 60)
+        data, held = save(r), cells(r)
+    with Raw(path) as r:
+        r.decode(TOKENS[2])  # something else is there before
+        assert restore(r, data) == len(data)
+        assert cells(r) == held
+        r.pos = {0: 100, 1: 60}
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+        close(r.decode(TOKENS[1][60:], [1] * 90), tiny.forward(TOKENS[1]).logits[60:])
+        assert r.seq_rm(1, 0)
+        assert cells(r) == expected_cells(tiny, expected.active, N)  # decisions came with the state
+
+
+@pytest.mark.parametrize("back", [8, 64])
+def test_a_restored_tail_is_taken_back_as_before(kv_model, back):
+    _, path, expected = kv_model
+    with Raw(path) as r:
+        r.set(kv_rollback=8)
+        r.decode(TOKENS[0][:100])
+        data = save(r)
+    with Raw(path) as r:
+        assert restore(r, data) == len(data)
+        r.pos = {0: 100}
+        assert r.seq_rm(0, 100 - back) == (back == 8)
+        n = r.pos[0]
+        close(r.decode(TOKENS[0][n:]), expected.logits[n:])
+
+
+def test_one_sequence_round_trip_to_another_id(routed):
+    tiny, path, expected = routed
+    with Raw(path) as r:
+        r.decode([*TOKENS[0][:100], *TOKENS[1][:60]], [0] * 100 + [1] * 60)
+        buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(r.ctx, 0))()
+        n = llama_cpp.llama_state_seq_get_data(r.ctx, buffer, len(buffer), 0)
+        assert n > 0
+        assert llama_cpp.llama_state_seq_set_data(r.ctx, buffer, n, 3) == n
+        close(r.decode(TOKENS[0][100:], [3] * 50, pos=np.arange(100, N)), expected.logits[100:])
+        close(r.decode(TOKENS[1][60:], [1] * 90), tiny.forward(TOKENS[1]).logits[60:])
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+
+
+def test_state_files(routed, tmp_path):
+    _, path, expected = routed
+    file, tokens = (
+        str(tmp_path / "state.bin").encode(),
+        (llama_cpp.llama_token * 100)(*TOKENS[0][:100].tolist()),
+    )
+    with Raw(path) as r:
+        r.decode(TOKENS[0][:100])
+        assert llama_cpp.llama_state_save_file(r.ctx, file, tokens, 100)
+        assert llama_cpp.llama_state_seq_save_file(r.ctx, file + b"1", 0, tokens, 100)
+    count, back = ctypes.c_size_t(), (llama_cpp.llama_token * 200)()
+    for whole in (True, False):
+        with Raw(path) as r:
+            if whole:
+                assert llama_cpp.llama_state_load_file(r.ctx, file, back, 200, ctypes.byref(count))
+            else:
+                assert llama_cpp.llama_state_seq_load_file(
+                    r.ctx, file + b"1", 0, back, 200, ctypes.byref(count)
+                )
+            assert back[: count.value] == TOKENS[0][:100].tolist()
+            r.pos = {0: 100}
+            close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+
+
+def test_a_broken_state_is_refused_and_the_context_still_works(routed):
+    _, path, expected = routed
+    with Raw(path) as r:
+        r.decode(TOKENS[0][:100])
+        data = save(r)
+    for keep in (0.3, 0.6, 0.9, 0.99):
+        with Raw(path) as r:
+            assert restore(r, data[: int(len(data) * keep)]) == 0
+            r.clear()
+            assert cells(r) == [0] * 5
+            close(r.decode(TOKENS[0]), expected.logits)
+
+
+# --- full
+
+
+def test_a_decode_without_free_cells_returns_1_and_leaves_the_state(routed):
+    tiny, path, expected = routed
+    with Raw(path, n_ctx=256) as r:
+        r.decode(TOKENS[0][:120])
+        for i in (1, 2, 3):
+            r.decode(TOKENS[i][:40], [i] * 40)  # 240 of 256 cells
+        before = cells(r)
+        assert r.try_decode(TOKENS[0][120:]) == 1
+        assert cells(r) == before
+        assert llama_cpp.llama_memory_seq_pos_max(r.mem, 0) == 119
+        close(r.decode(TOKENS[0][120:130]), expected.logits[120:130])
+        assert r.seq_rm(3, 0)
+        close(r.decode(TOKENS[0][130:]), expected.logits[130:])
+
+
+def test_full_in_the_middle_of_a_batch_of_several_ubatches(routed):
+    _, path, expected = routed
+    with Raw(path, n_ctx=256, n_ubatch=16) as r:
+        r.decode(TOKENS[0][:100])
+        r.decode(TOKENS[1][:100], [1] * 100)
+        before = cells(r)
+        assert r.try_decode([*TOKENS[0][100:150], *TOKENS[2][:50]], [0] * 50 + [2] * 50) == 1
+        assert cells(r) == before
+        assert llama_cpp.llama_memory_seq_pos_max(r.mem, 2) == -1
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])

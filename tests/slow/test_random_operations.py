@@ -1,0 +1,291 @@
+"""10,000 random operations on the runtime's KV memory, each compared with the slow reference of
+kv_reference.py.
+
+After every operation: return code, cells in use per layer, first and last position of each
+sequence. Now and then the logits of sequences that are a plain text by now, against the numpy
+oracle. A failure prints the shortest list of operations found that still fails, for `replay`; where
+the process dies, ops.log in pytest's temporary directory tells the last ones.
+"""
+
+import ctypes
+import time
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from mod_export.runtime import bindings
+from tests.runtime.kernel.test_abort import aborting
+from tests.runtime.kernel.test_decode import CASES, close
+from tests.support.c_api import Raw
+from tests.support.kv_operations import next_operation
+from tests.support.kv_reference import END, Full, Reference
+from tests.support.tiny_gguf import Tiny, logit
+
+pytestmark = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
+
+N_SEQ, N_CTX, N_UBATCH, SINKS = 4, 256, 16, 2
+OPERATIONS = 10_000
+SEEDS = 2
+SHIFTS = {"active": -1e9, "inactive": 1e9}  # force, as the oracle's shift
+
+
+def make(case: str, path):
+    tiny = Tiny(n_embd=64, n_head=2, n_head_kv=1, n_ff=64, sink_tokens=SINKS)
+    for layers, kinds in CASES[case].items():
+        tiny.route(layers, kinds, seed=layers[0] + 1)
+    tiny.place_biases(np.random.default_rng(9).integers(0, tiny.n_vocab, (2, 100)))
+    return tiny, tiny.write(path / "mod.gguf")
+
+
+class Machine:
+    """One context and its reference. An operation is a tuple: name, arguments; its method checks
+    what it returns.
+    """
+
+    def __init__(self, tiny, path, log=None):
+        self.tiny, self.path, self.log = tiny, path, log
+        self.r = Raw(path, n_ctx=N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ)
+        self.ref = Reference(tiny.units, tiny.n_layer, tiny.kv_window, N_CTX, N_SEQ)
+        self.settings = {"shift": 0.0, "force": "none"}
+        self.text = [
+            [] for _ in range(N_SEQ)
+        ]  # (token, shift, decisions) where a sequence is a plain text, else None
+        self.saved = {}
+        self.compared = 0
+
+    def do(self, op) -> None:
+        if self.log:
+            print(op, file=self.log, flush=True)
+        getattr(self, op[0])(*op[1:])
+        assert [self.r.kv(i).n_used for i in range(self.tiny.n_layer)] == self.ref.used()
+        for s in range(N_SEQ):
+            first = llama_cpp.llama_memory_seq_pos_min(self.r.mem, s)
+            last = llama_cpp.llama_memory_seq_pos_max(self.r.mem, s)
+            assert (first, last) == (self.ref.pos_min(s), self.ref.pos_max(s)), (
+                f"positions of sequence {s}"
+            )
+
+    # --- decoding
+
+    def decode(self, batch, outputs, compare, stop) -> None:
+        """batch: (sequence, token); outputs: "all", "last" or "none"; stop: None, or abort after so
+        many nodes.
+        """
+        tokens, following = [], {s: self.ref.pos_max(s) + 1 for s in range(N_SEQ)}
+        for s, _ in batch:
+            tokens.append((s, following[s]))
+            following[s] += 1
+        flags = [
+            outputs == "all" or outputs == "last" and i == len(batch) - 1 for i in range(len(batch))
+        ]
+        args = [token for _, token in batch], [s for s, _ in batch], [pos for _, pos in tokens]
+        with aborting(self.r, END if stop is None else stop):
+            rc = self.r.try_decode(*args, logits=[int(f) for f in flags])
+        broken = {self.ref.seqs[s].broken for s, _ in batch}
+        if "must" in broken or rc == -2 and "may" in broken:
+            assert rc == -2, "a copy that lacks K/V was decoded"
+        elif rc == 2:
+            assert stop is not None
+        elif rc == 1:
+            self._check_full(tokens, args)
+        else:
+            assert rc == 0, f"llama_decode returned {rc}"
+            active = self.r.trace()[0].astype(bool)
+            assert active.shape == (len(batch), len(self.tiny.units))
+            self.ref.decode(tokens, active, N_UBATCH)
+            self._remember(batch, tokens, active)
+            if compare and any(flags):
+                self._compare(tokens, flags)
+
+    def _check_full(self, tokens, args) -> None:
+        """Was there really no room? The decisions that the failed decode would have made come from
+        a larger context.
+        """
+        active = np.ones((len(tokens), len(self.tiny.units)), bool)
+        if self.ref.free(-1) >= len(tokens):
+            with Raw(self.path, n_ctx=4 * N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ) as large:
+                data = get_state(self.r, -1)
+                assert set_state(large, data, -1) == len(data)
+                large.set(kv_rollback=self.ref.rollback, **self.settings)
+                assert large.try_decode(*args, logits=[0] * len(tokens)) == 0
+                active = large.trace()[0].astype(bool)
+        with pytest.raises(Full):
+            self.ref.decode(tokens, active, N_UBATCH)
+
+    def _remember(self, batch, tokens, active) -> None:
+        force = self.settings["force"]
+        for (s, token), (_, pos), row in zip(batch, tokens, active, strict=True):
+            plain = self.text[s] is not None and len(self.text[s]) == pos
+            if plain and not (force == "inactive" and pos < SINKS):  # which the oracle keeps active
+                self.text[s].append((token, SHIFTS.get(force, self.settings["shift"]), row))
+            else:
+                self.text[s] = None
+
+    def _compare(self, tokens, flags) -> None:
+        """Logits of this decode's outputs against the oracle, unless a decision lies within noise
+        of its threshold.
+        """
+        logits = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self.r.ctx), (sum(flags), self.r.n_vocab)
+        )
+        outputs = [token for token, flag in zip(tokens, flags, strict=True) if flag]
+        for s in {s for s, _ in outputs}:
+            if self.text[s] is None:
+                continue
+            ids, shift, active = (np.array(x) for x in zip(*self.text[s], strict=True))
+            expected = self.tiny.forward(ids, shift=shift)
+            at = np.array([logit(self.tiny.routers[u][2]) for u in self.tiny.units])
+            if np.abs(expected.score - at - shift[:, None]).min() > 1e-3:
+                np.testing.assert_array_equal(active, expected.active)
+                rows = [i for i, (seq, _) in enumerate(outputs) if seq == s]
+                close(logits[rows], expected.logits[[outputs[i][1] for i in rows]])
+                self.compared += 1
+
+    def gap(self, seq) -> None:
+        """A batch that does not continue the sequence is refused."""
+        if (end := self.ref.pos_max(seq)) >= 0:
+            assert self.r.try_decode([1], [seq], [end + 2]) == -1
+
+    def set(self, name, value) -> None:
+        self.r.set(**{name: value})
+        if name == "kv_rollback":
+            self.ref.rollback = value
+        else:
+            self.settings[name] = value
+
+    # --- memory
+
+    def remove(self, seq, p0, p1) -> None:
+        ends = [self.ref.pos_max(s) for s in range(N_SEQ)]
+        done = llama_cpp.llama_memory_seq_rm(self.r.mem, seq, p0, p1)
+        right = self.ref.remove(seq, p0, p1, done)
+        assert right, (
+            "K/V are gone that the next token sees" if done else "refused although nothing is gone"
+        )
+        for s in range(N_SEQ) if done else ():
+            if seq in (s, -1) and p0 <= ends[s]:
+                whole, tail = self.ref.pos_max(s) < 0, p1 < 0 or p1 > ends[s]
+                self.text[s] = [] if whole else self.text[s][:p0] if tail and self.text[s] else None
+
+    def copy(self, src, dst, p0, p1) -> None:
+        if src == dst:
+            return
+        if self.ref.copy_collides(src, dst, p0, p1):
+            self.remove(dst, 0, -1)
+        empty = self.ref.pos_max(dst) < 0
+        llama_cpp.llama_memory_seq_cp(self.r.mem, src, dst, p0, p1)
+        self.ref.copy_sequence(src, dst, p0, p1)
+        text = self.text[src] if empty and p0 <= 0 else None
+        self.text[dst] = (
+            [] if self.ref.pos_max(dst) < 0 else text and text[: p1 if p1 >= 0 else None]
+        )
+
+    def keep(self, seq) -> None:
+        llama_cpp.llama_memory_seq_keep(self.r.mem, seq)
+        self.ref.keep(seq)
+        self.text = [text if s == seq else [] for s, text in enumerate(self.text)]
+
+    def clear(self, data) -> None:
+        llama_cpp.llama_memory_clear(self.r.mem, data)
+        self.ref.keep(-1)
+        self.text = [[] for _ in self.text]
+
+    def shift(self, seq, p0, p1, by) -> None:
+        if self.ref.shift_collides(seq, p0, p1, by):
+            return
+        moved = [s for s in range(N_SEQ) if s == seq or self.ref.shares(s, seq)]
+        llama_cpp.llama_memory_seq_add(self.r.mem, seq, p0, p1, by)
+        self.ref.shift(seq, p0, p1, by)
+        for s in moved:
+            self.text[s] = None if self.ref.pos_max(s) >= 0 else []
+
+    def close_gap(self, seq, p0, p1) -> None:
+        """A piece is removed, what follows moves there."""
+        self.remove(seq, p0, p1)
+        self.shift(seq, p1, -1, p0 - p1)
+
+    def save(self, slot, seq) -> None:
+        texts = [text and list(text) for text in self.text]
+        self.saved[slot] = seq, get_state(self.r, seq), self.ref.copy(), texts
+
+    def load(self, slot, dst) -> None:
+        if slot not in self.saved:
+            return
+        seq, data, ref, texts = self.saved[slot]
+        if seq < 0:
+            assert set_state(self.r, data, -1) == len(data)
+            self.ref.restore(ref)
+            self.text = [text and list(text) for text in texts]
+        else:
+            fits = self.ref.restore_sequence(ref, seq, dst)
+            assert set_state(self.r, data, dst) == (len(data) if fits else 0)
+            self.text[dst] = (texts[seq] and list(texts[seq])) if fits else []
+
+
+def get_state(r, seq: int) -> bytes:
+    """A whole state (seq -1) or that of one sequence."""
+    if seq < 0:
+        size = llama_cpp.llama_state_get_size(r.ctx)
+        buffer = (ctypes.c_uint8 * size)()
+        n = llama_cpp.llama_state_get_data(r.ctx, buffer, size)
+    else:
+        size = llama_cpp.llama_state_seq_get_size(r.ctx, seq)
+        buffer = (ctypes.c_uint8 * size)()
+        n = llama_cpp.llama_state_seq_get_data(r.ctx, buffer, size, seq)
+    assert n == size
+    return bytes(buffer)
+
+
+def set_state(r, data: bytes, seq: int) -> int:
+    buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+    if seq < 0:
+        return llama_cpp.llama_state_set_data(r.ctx, buffer, len(data))
+    return llama_cpp.llama_state_seq_set_data(r.ctx, buffer, len(data), seq)
+
+
+def replay(tiny, path, ops, log=None) -> str:
+    """Runs operations on a new context; what went wrong, or nothing."""
+    machine = Machine(tiny, path, log)
+    with machine.r:
+        for i, op in enumerate(ops):
+            try:
+                machine.do(op)
+            except AssertionError as exc:
+                return f"operation {i}, {op}: {exc}"
+    return ""
+
+
+def shrink(tiny, path, ops, seconds: float = 20.0) -> list:
+    """Leaves operations out as long as it still fails."""
+    stop, size = time.monotonic() + seconds, max(1, len(ops) // 2)
+    while size and time.monotonic() < stop:
+        for i in range(len(ops) - size, -1, -size):
+            if time.monotonic() < stop and replay(tiny, path, shorter := ops[:i] + ops[i + size :]):
+                ops = shorter
+        size //= 2
+    return ops
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("case", CASES)
+def test_random_operations(case, seed, tmp_path):
+    tiny, path = make(case, tmp_path)
+    rng, ops = np.random.default_rng([seed, *case.encode()]), []
+    failed = ""
+    with open(tmp_path / "ops.log", "w") as log:
+        machine = Machine(tiny, path, log)
+        with machine.r:
+            try:
+                for _ in range(OPERATIONS // (SEEDS * len(CASES))):
+                    ops.append(next_operation(rng, machine.ref))
+                    machine.do(ops[-1])
+            except AssertionError as exc:
+                failed = f"operation {len(ops)}: {exc}"
+    if failed:
+        ops = shrink(tiny, path, ops)
+        why = replay(tiny, path, ops) or f"not again on a new context; {failed}"
+        pytest.fail(f"{why}\nreplay(*make({case!r}, path), {ops})", pytrace=False)
+    assert machine.compared >= 10

@@ -1,0 +1,353 @@
+"""The commands behind the figures of docs/quality.md and docs/calibration.md, on a tiny model: they
+keep running.
+
+What they measure is tested where it is made; here every stage runs, and its rows and tables hold
+what they should.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mod_export.data import text as data_text
+from mod_export.errors import UserError
+from mod_export.export import export
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
+from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import TEXT, byte_tokenizer
+from tests.support.tiny_torch import one_thread  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def invoke(command, *args, code=0) -> str:
+    result = CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def little_to_calibrate_on(monkeypatch):
+    parts = tuple(text[:15000] for text in data_text.default_texts())
+    monkeypatch.setattr(data_text, "default_texts", lambda: parts)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model and two texts."""
+    path = tmp_path_factory.mktemp("study")
+    tiny.base().save_pretrained(path / "base")
+    byte_tokenizer().save_pretrained(path / "base")
+    text = TEXT * 10
+    (path / "train.txt").write_text(text[:20000])
+    (path / "a.txt").write_text(text[20000:80000])
+    return path
+
+
+def test_training_study(place):
+    study, out = script("training_study").study, place / "out"
+    names = [
+        "attn-0.8-calibrated",
+        "attn-0.8-lora",
+        "attn-0.8-static",
+        "attn-0.8-topk",
+        "attn-0.8-no-distillation",
+        "kv-0.5-routers",
+        "kv-0.5-window",
+        "attn-0.8+kv-0.1138-lora",
+    ]
+    assert set(names) < {line.split()[0] for line in invoke(study, "list").splitlines()}
+    texts = ("--text", f"a={place}/a.txt")
+    run = (
+        "run",
+        "--model",
+        place / "base",
+        "--out",
+        out,
+        "--data",
+        place / "train.txt",
+        *texts,
+        "--tokens",
+        1280,
+        "--train-length",
+        320,
+        "--length",
+        512,
+        "--count",
+        1,
+    )
+    invoke(study, *run, *names[:3])
+    invoke(study, *run, *names)
+    found = {row["name"]: row for row in rows(out / "rows.jsonl")}
+    assert (
+        sorted(found) == sorted(names) == sorted(row["name"] for row in rows(out / "rows.jsonl"))
+    )  # none twice
+    for name, row in found.items():
+        assert row["texts"]["a"]["kl"] > 0, name
+        if isinstance(row["target"], float) and "equal" in row:
+            assert row["equal"]["a"]["activation"] == pytest.approx(row["target"], abs=0.01), name
+    assert {name for name, row in found.items() if "equal" not in row} == {
+        n for n in names if n.endswith(("static", "topk", "window"))
+    }
+
+    judged = invoke(
+        study,
+        "judge",
+        out / "attn-0.8-lora",
+        "--model",
+        place / "base",
+        "--target",
+        0.8,
+        *texts,
+        "--length",
+        512,
+    )
+    assert f"{found['attn-0.8-lora']['equal']['a']['kl']:.4f}" in judged
+    again = place / "another"
+    (out / "attn-0.8-lora").rename(again)
+    judge = (
+        "judge",
+        again,
+        "--model",
+        place / "base",
+        "--target",
+        0.8,
+        *texts,
+        "--length",
+        512,
+        "--out",
+        out,
+    )
+    invoke(study, *judge)
+    (row,) = (row for row in rows(out / "rows.jsonl") if row["name"] == "another")
+    for key in ("texts", "equal"):
+        assert row[key]["a"]["kl"] == pytest.approx(
+            found["attn-0.8-lora"][key]["a"]["kl"], rel=1e-4
+        )
+    assert "has a row another already" in invoke(study, *judge, code=2)
+
+    shutil.copytree(out / "kv-0.5-routers", place / "without-target")
+    invoke(
+        study, "judge", place / "without-target", *judge[2:4], *texts, "--length", 512, "--out", out
+    )
+
+    shutil.rmtree(again)  # GGUF files need a tokenizer that llama.cpp knows
+    tiny.save_dir(again, {"attn": [3, 4]})
+    tiny.save_dir(out / "attn-0.8-lora", {"attn": [3, 4]})
+    invoke(study, "time", "attn-0.8-lora", "another", "--out", out, "--context", 128, "--rounds", 2)
+    timed = rows(out / "times.jsonl")
+    assert sorted(row["name"] for row in timed) == ["another", "attn-0.8-lora"]
+    assert all(row["decode"]["median"] > 0 and row["measured"] > "20" for row in timed)
+    assert [*out.glob("*.gguf")] == [out / "dense-q8_0.gguf"]
+    table = invoke(study, "report", "--out", out)
+    assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
+    assert any(
+        line.split("|")[2].strip() == "" for line in table.splitlines() if "trained" in line
+    )  # without a goal
+    assert all(
+        (out / picture).read_bytes().startswith(b"\x89PNG")
+        for picture in ("training.png", "frontier.png")
+    )
+    assert "decode / dense" not in invoke(
+        study, "report", "--out", out, "--measured", "another machine"
+    )
+
+    kept = ROOT / "docs" / "benchmarks" / "frontier"  # perplexities alone
+    (place / "plots").mkdir()
+    table = invoke(study, "report", "--out", kept, "--docs", place / "plots", "--measured", "Xeon")
+    assert table.count("| kv-smollm2-kv ") == 1 and "KL" not in table
+    assert [path.name for path in (place / "plots").iterdir()] == ["frontier.png"]
+
+
+def test_activation_by_length(place):
+    """As the trace of a forward says, in a directory; a GGUF file says the same."""
+    model, study = (
+        tiny.save_dir(place / "lengths", {"kv": [2, 3], "ffn": [4]}),
+        script("training_study").study,
+    )
+    from study.lengths import activation_by_length  # script() makes it importable
+
+    lengths, texts = (64, 256, 512), {"a": place / "a.txt"}
+    (found,) = activation_by_length(place / "lengths", texts, lengths, 3).values()
+    sequences = data_text.pack(model.tokenizer, (place / "a.txt").read_text(), 512, 3)
+    for ids, shares in zip(sequences, found, strict=True):
+        active = model(ids[None], trace=True)[1].active[0].float()
+        assert shares == pytest.approx(
+            [active[:length].mean().item() for length in lengths], abs=2e-3
+        )
+    assert len({round(share, 4) for shares in found for share in shares}) > 3
+
+    export(place / "lengths", place / "lengths.gguf", quant="f32")
+    (runtime,) = activation_by_length(place / "lengths.gguf", texts, lengths, 3).values()
+    assert torch.tensor(runtime).sub(torch.tensor(found)).abs().max() < 2e-3
+
+    table = invoke(
+        study,
+        "lengths",
+        place / "lengths",
+        "--text",
+        f"a={place}/a.txt",
+        "--length",
+        64,
+        "--length",
+        512,
+        "--count",
+        3,
+    ).splitlines()
+    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
+    means = [sum(shares[i] for shares in found) / 3 for i in (0, 2)]
+    assert [float(cell.split()[0]) for cell in cells[1:3]] == pytest.approx(means, abs=6e-4)
+    assert float(cells[3]) == pytest.approx(abs(means[0] - means[1]), abs=1.1e-3)
+    with pytest.raises(UserError, match="is a dense model"):
+        activation_by_length(place / "base", texts, lengths, 1)
+
+
+@pytest.mark.parametrize("parameters", ["routers", "lora", "full"])
+def test_train_speed(place, parameters):
+    if not (place / "mod").exists():
+        tiny.save_dir(place / "mod", {"kv": [2, 3], "attn": [4]})
+    table = invoke(
+        script("train_speed").main,
+        place / "mod",
+        "--text",
+        place / "a.txt",
+        "--train",
+        parameters,
+        "--length",
+        64,
+        "--rounds",
+        1,
+    )
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert cells[:3] == [parameters, "64", "1"] and float(cells[-1]) > 0
+
+
+def test_worth_is_what_the_divergence_rises_by(place):
+    """Against switching units one by one. They are made to add little, so that the KL is about
+    quadratic.
+    """
+    worth_study = script("worth_study")
+    model = tiny.save_dir(place / "ffn", {"ffn": [2, 3, 4]})
+    for layer in loading.decoder_layers(model.base):
+        layer.ffn.down_proj.weight.data *= 0.1
+    model.save(place / "ffn", force=True)
+    dense = MoDModel.from_base(loading.load(place / "ffn")[0], model.tokenizer)
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 250, (40,))
+    worth, _, z, active, kl, x = worth_study.measure(model, dense, ids, draws=100, autocast=False)
+    assert 0.2 < active.mean() < 0.9 and kl.sum() > 0 and x.shape[:2] == (3, 40)
+    units, expected, found = model.config.routed(), [], []
+    log_p = dense(ids[None])[0].log_softmax(-1)
+
+    def divergence(decided):
+        given = {unit: decided[None, :, i] for i, unit in enumerate(units)}
+        return (
+            (log_p.exp() * (log_p - model(ids[None], decisions=given)[0].log_softmax(-1)))
+            .sum()
+            .item()
+        )
+
+    for token in range(4, 40, 3):
+        for i in range(3):
+            both = []
+            for state in (True, False):
+                decided = active.bool().clone()
+                decided[token, i] = state
+                both.append(divergence(decided))
+            expected.append(both[1] - both[0])
+            found.append(worth[token, i].item())
+    assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > 0.95
+    assert sum(found) == pytest.approx(sum(expected), rel=0.1)
+
+    table = invoke(
+        worth_study.main,
+        place / "ffn",
+        "-d",
+        place / "a.txt",
+        "--original",
+        place / "ffn",
+        "--sequences",
+        6,
+        "--length",
+        64,
+        "--float32",
+    )
+    cells = [line.split("|") for line in table.splitlines() if line.count("|") == 3][2:]
+    lost = {name.strip(): float(value) for _, name, value, _ in cells}
+    assert set(lost) == {"as trained", "by the curvature itself", "at random", *worth_study.FITS}
+    assert lost["by the curvature itself"] < lost["at random"]
+    tiny.save_dir(place / "attn", {"attn": [2]})
+    assert "only ffn units" in invoke(
+        worth_study.main, place / "attn", "-d", place / "a.txt", code=1
+    )
+
+
+def test_steady_study(place):
+    (place / "long.txt").write_text("\n".join([TEXT] * 3))
+    run = (
+        "--model",
+        place / "base",
+        "--text",
+        f"a={place}/long.txt",
+        "--out",
+        place / "steady",
+        "--strengths",
+        "0,10",
+        "--layers",
+        "1-5,2-5",
+    )
+    invoke(script("steady_study").main, *run)
+    invoke(script("steady_study").main, *run)
+    found = rows(place / "steady" / "rows.jsonl")
+    assert [(row["layers"], row["steady"]) for row in found] == [
+        ("1-5", 0.0),
+        ("1-5", 10.0),
+        ("2-5", 0.0),
+    ]
+    assert all(len(row["activation"]["a"]) == 4 and row["equal"]["a"]["kl"] > 0 for row in found)
+
+
+def test_calibration_study(place):
+    study, out = script("calibration_study").study, place / "calibration"
+    given = (
+        "--model",
+        place / "base",
+        "--text",
+        f"a={place}/a.txt",
+        "--out",
+        out,
+        "--length",
+        256,
+        "--sequences",
+        1,
+        "--kinds",
+        "kv,ffn",
+        "--kv-window",
+        16,
+        "--threads",
+        1,
+    )
+    invoke(study, "scores", *given)
+    invoke(study, "table", *given, "--targets", "0.7,0.5")
+    table = invoke(study, "report", "--out", out)
+    assert "ffn" in (out / "study.md").read_text() + table
+    assert all(row["kl"] > 0 for path in out.glob("*.jsonl") for row in rows(path))

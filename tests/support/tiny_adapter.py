@@ -1,0 +1,49 @@
+"""A tiny trained MoD model, with LoRA and without, and its adapter: what the tests of adapters
+start from.
+"""
+
+import torch
+
+from mod_export.adapter import base_identity, inject_lora, save
+from mod_export.model.mod_model import MoDModel
+from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import byte_tokenizer
+
+IDS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(7))
+UNITS = {"kv": [2, 3], "attn": [3, 4], "ffn": [1]}
+TOKENIZER = byte_tokenizer()
+
+
+def identity_of(base) -> dict:
+    return base_identity(base, TOKENIZER, "tiny")
+
+
+def fill_lora(base) -> None:
+    """As training would: B starts at 0, so that LoRA does nothing."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def trained(order: str = "LoRA first", lora: bool = True) -> tuple[MoDModel, dict]:
+    """A MoD model, with filled LoRA, whose decisions lie far from its thresholds; and the identity
+    of its base.
+    """
+    base = tiny.base()
+    identity = identity_of(base)
+    if order == "LoRA first" and lora:
+        inject_lora(base, rank=4, alpha=8, seed=1)
+    model = tiny.wrap(base, tiny.config(UNITS), tokenizer=TOKENIZER)
+    if order == "routers first" and lora:
+        inject_lora(base, rank=4, alpha=8, seed=1)
+    fill_lora(base)
+    tiny.place_biases(model, IDS)
+    return model, identity
+
+
+def saved(path, lora: bool = True, **kwargs) -> MoDModel:
+    model, identity = trained(lora=lora)
+    save(path, model.config, model.router_tensors(), model.base, identity, **kwargs)
+    return model

@@ -1,0 +1,222 @@
+"""The convert command: what it reads, what it writes, and that it leaves nothing behind where it
+refuses.
+"""
+
+import os
+
+import pytest
+import torch
+
+from mod_export.convert import convert, layers_of, parse_layers, parse_units
+from mod_export.data.text import pack
+from mod_export.errors import UserError
+from mod_export.model.mod_model import MoDModel
+from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import TEXT, byte_tokenizer
+from tests.support.tiny_gguf import Tiny
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("convert") / "base"
+    tiny.base().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_layers():
+    assert parse_layers("auto") is None and layers_of(None, 5, "attn") == [2, 3, 4]
+    assert layers_of(None, 5, "kv") == [1, 2, 3, 4]
+    assert parse_layers("3-5") == [3, 4, 5] and parse_layers(" 7, 2-3,3 ") == [2, 3, 7]
+    assert layers_of([1, 4], 5, "kv") == [1, 4]
+    for wrong in ("", "3-", "-3", "a", "3..5", "1,,2", "5-3", "2-3-4", "1.5", "all"):
+        with pytest.raises(UserError, match="layers"):
+            parse_layers(wrong)
+    with pytest.raises(UserError, match="there is no layer 5"):
+        layers_of([2, 5], 5, "kv")
+    with pytest.raises(UserError, match="only 2 layers"):
+        layers_of(None, 2, "kv")
+
+
+def test_units():
+    assert parse_units("kv") == ["kv"] and parse_units("attn+ffn + kv") == ["attn", "ffn", "kv"]
+    for wrong in ("", "kvs", "kv+", "kv+kv", "block+attn", "ffn+block", "kv,ffn"):
+        with pytest.raises(UserError):
+            parse_units(wrong)
+
+
+def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_path):
+    told = []
+    out = tmp_path / "mod"
+    convert(
+        model_dir,
+        out,
+        "kv+ffn",
+        0.4,
+        12,
+        layers="2-4",
+        calibration_text=[text],
+        sink_tokens=3,
+        say=told.append,
+    )
+    model = MoDModel.load(out)
+    assert model.config.routed() == [
+        (2, "kv"),
+        (2, "ffn"),
+        (3, "kv"),
+        (3, "ffn"),
+        (4, "kv"),
+        (4, "ffn"),
+    ]
+    assert (model.config.kv_window, model.config.sink_tokens) == (12, 3)
+    record = model.config.calibration
+    assert (
+        record["target_activation"] == 0.4
+        and record["text"] == "given"
+        and record["model"] == "base"
+    )
+    assert [(unit["layer"], unit["kind"]) for unit in record["units"]] == model.config.routed()
+    assert all(
+        0 <= unit[key] <= 1 for unit in record["units"] for key in ("activation", "held_out")
+    )
+    assert record["held_out"]["tokens"] > 0 and any("sequence 1 of" in line for line in told)
+
+    # the record is what the saved model does: activation on the calibration text, measured anew
+    ids = pack(byte_tokenizer(), TEXT, 1024)
+    with torch.inference_mode():
+        _, trace = model(ids, trace=True)
+    assert trace.active.float().mean().item() == pytest.approx(0.4, abs=0.05)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_each_kind_has_its_own_target(model_dir, text, tmp_path):
+    out, target = tmp_path / "mod", {"kv": 0.3, "ffn": 0.8}
+    convert(model_dir, out, "kv+ffn", target, 12, calibration_text=[text])
+    record = MoDModel.load(out).config.calibration
+    assert record["target_activation"] == target
+    assert record["activation"] == pytest.approx(target, abs=0.02)
+
+
+def test_existing_output_is_refused_and_kept(model_dir, text, tmp_path):
+    out = tmp_path / "mod"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="exists already; use --force"):
+        convert(model_dir, out, calibration_text=[text])
+    assert (out / "config.json").read_text() == "{}"
+    convert(model_dir, out, layers="3", kv_window=8, calibration_text=[text], force=True)
+    assert MoDModel.load(out).config.routed() == [(3, "kv")]
+
+
+def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "routed").mkdir()
+    (tmp_path / "routed" / "config.json").write_text('{"mod": {}}')
+    Tiny(n_layer=3, n_embd=64).route([1], "kv").write(tmp_path / "routed.gguf")
+    for wrong, message in (
+        ({"model": tmp_path / "routed"}, "routed is a MoD model already; convert the original"),
+        ({"model": tmp_path / "routed.gguf"}, "routed.gguf is a MoD model already"),
+        ({"model": tmp_path / "nowhere"}, "no such model"),
+        ({"calibration_text": [tmp_path / "short.txt"]}, "calibration text too short"),
+        ({"calibration_text": [tmp_path / "none.txt"]}, "none.txt"),
+        ({"layers": "4-9"}, "there is no layer 9"),
+        ({"layers": "0-5"}, "no layer keeps complete K/V"),
+        ({"units": "depth"}, "unknown kind of unit 'depth'"),
+        (
+            {"target": {"kv": 0.5, "ffn": 0.5}},
+            "target activation for ffn, which is not routed; name kv",
+        ),
+        (
+            {"units": "kv+ffn", "target": {"kv": 0.5}},
+            "no target activation for ffn; write ffn=0.5 too",
+        ),
+        ({"target": {"kv": 1.5}}, "--target-activation 1.5 is not between 0 and 1"),
+        ({"out": tmp_path / "no" / "such" / "mod"}, "there is no directory"),
+    ):
+        given = {
+            "model": model_dir,
+            "out": work / "mod",
+            "calibration_text": [text],
+            "kv_window": 8,
+        } | wrong
+        with pytest.raises(UserError, match=message):
+            convert(**given)
+        assert list(work.iterdir()) == []
+
+
+def test_unwritable_output(model_dir, text, run_cli):
+    """/proc takes no directories, whoever asks: root's rights do not help there."""
+    result = run_cli("convert", model_dir, "-o", "/proc/mod", "--calibration-text", text)
+    assert result.returncode == 2 and result.stdout == ""
+    assert (
+        result.stderr.startswith("error: cannot write /proc/mod") and result.stderr.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--target-activation", "1"], "--target-activation"),
+        (["--target-activation", "nan"], "--target-activation"),
+        (
+            ["--target-activation", "kv=half"],
+            "'kv=half' is neither a number nor kinds such as kv=0.5,attn=0.8",
+        ),
+        (["--target-activation", "kv=0.5,kv=0.4"], "'kv=0.5,kv=0.4' names a kind twice"),
+        (["--target-activation", "attn=0.5"], "target activation for attn, which is not routed"),
+        (["--kv-window", "0"], "--kv-window"),
+        (["--sink-tokens", "-1"], "--sink-tokens"),
+        (["--layers", "5-3"], "run backwards"),
+        (["--units", "kv+block+attn"], "a block holds attention"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(options, told, tmp_path, run_cli):
+    result = run_cli("convert", "smollm2", "-o", tmp_path / "mod", *options)
+    assert result.returncode == 2 and told in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_eval_of_a_saved_model(model_dir, text, tmp_path, run_cli):
+    """Dense perplexity must be that of the base, KL positive, and a missing text told in one line."""
+    import json
+
+    out = tmp_path / "mod"
+    convert(model_dir, out, layers="2-5", kv_window=8, calibration_text=[text])
+    result = run_cli(
+        "eval",
+        out,
+        "--text",
+        text,
+        "--length",
+        256,
+        "--count",
+        2,
+        "--json",
+        "-",
+        OMP_NUM_THREADS="1",
+    )
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["texts"]
+    base = tiny.base()
+    ids = pack(byte_tokenizer(), TEXT, 256, count=2)
+    with torch.inference_mode():
+        nll = [
+            torch.nn.functional.cross_entropy(base(row[None]).logits[0, :-1], row[1:]).item()
+            for row in ids
+        ]
+    assert row["perplexity_dense"] == pytest.approx(torch.tensor(nll).mean().exp().item(), rel=1e-3)
+    assert row["kl"] > 0 and row["tokens"] == 2 * 255 and 0 < row["kv_share"] < 1
+    missing = run_cli("eval", out, "--text", tmp_path / "none.txt")
+    assert (
+        missing.returncode == 2 and "none.txt" in missing.stderr and missing.stderr.count("\n") == 1
+    )

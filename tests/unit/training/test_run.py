@@ -1,0 +1,730 @@
+"""Training runs on a tiny model with a real tokenizer: what is trained and what is not, resume,
+errors.
+"""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from mod_export import adapter
+from mod_export.data.packing import open_data, split
+from mod_export.data.text import default_texts
+from mod_export.errors import UserError
+from mod_export.evaluation.run import Plan, evaluate
+from mod_export.export import export
+from mod_export.model.directory import router_tensor_name
+from mod_export.model.mod_model import MoDModel
+from mod_export.training import checkpoints
+from mod_export.training import loop as train_loop
+from mod_export.training import run as train_module
+from mod_export.training.config import TrainConfig
+from mod_export.training.log import Log, read
+from mod_export.training.run import train
+from mod_export.training.student import Student
+from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.tiny_torch import one_thread  # noqa: F401
+
+UNITS = {"kv": [2, 3], "attn": [4]}
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train")
+    tiny.save_dir(path / "mod", UNITS)
+    (path / "text.txt").write_text(default_texts()[0][:30000])
+    return path
+
+
+def config(files, **kwargs):
+    base = TrainConfig(
+        data=(str(files / "text.txt"),),
+        target={"kv": 0.5, "attn": 0.7},
+        tokens=12 * 2 * LENGTH,
+        length=LENGTH,
+        batch=2,
+        held_out=3,
+        eval_every=100,
+        save_every=100,
+    )
+    return replace(base, **kwargs)
+
+
+def losses(run):
+    return [
+        (row["step"], row["loss"], row["activation"])
+        for row in read(run / "metrics.jsonl")
+        if "loss" in row
+    ]
+
+
+def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
+    run = config(files, tokens=12 * 2 * 2 * LENGTH, length=2 * LENGTH, held_out=12)
+    figures = train(files / "mod", tmp_path / "out", run)
+    before, after = (
+        load_file(path / "model.safetensors") for path in (files / "mod", tmp_path / "out")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        router_tensor_name(*unit, part)
+        for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
+        for part in ("weight", "bias")
+    }
+    model = MoDModel.load(tmp_path / "out")
+    training = model.config.calibration["training"]
+    assert training["tokens"] == 12 * 2 * 2 * LENGTH and training["data"] == ["text.txt"]
+    assert model.config.units["attn"].activation[4] == pytest.approx(
+        0.7, abs=0.01
+    )  # on training text
+    assert sum(model.config.units["kv"].activation[2:4]) / 2 == pytest.approx(0.5, abs=0.01)
+    assert figures["activation"]["attn"] == pytest.approx(0.7, abs=0.1)
+    assert figures["kl"] > 0 and figures["perplexity_dense"] > 1
+    for name in ("loss.png", "units.png"):
+        assert (tmp_path / "out.run" / name).read_bytes().startswith(b"\x89PNG")
+    assert [row["step"] for row in read(tmp_path / "out.run" / "metrics.jsonl")] == [
+        *range(1, 13),
+        12,
+    ]
+
+
+def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path):
+    parts = default_texts()[0][:20000].split(". ")
+    header = "- " * 30 + "\n"
+    (tmp_path / "text.txt").write_text("\n\n".join(header + part for part in parts))
+    run = config(
+        files,
+        data=(str(tmp_path / "text.txt"),),
+        target={"kv": 0.5, "attn": 0.5},
+        length=2 * LENGTH,
+    )
+    train(files / "mod", tmp_path / "out", run)
+    model = MoDModel.load(tmp_path / "out")
+    text, _ = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
+    chosen, fresh = train_module._long(model, text, train_module.SETTLE)
+    assert 0.1 < (~fresh).float().mean() < 0.4
+    with torch.inference_mode():
+        active = torch.cat([model(ids[None], trace=True)[1].active for ids in chosen]).float()
+    for units in (slice(0, 2), slice(2, 3)):  # kv, attn
+        assert active[fresh][:, units].mean() == pytest.approx(0.5, abs=0.01)
+    assert abs(active[..., 2].mean() - 0.5) > 0.02
+    recorded = model.config.units["attn"].activation[4]
+    assert recorded == pytest.approx(active[fresh][:, 2].mean().item(), abs=1e-4)
+
+
+def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
+    (tmp_path / "text.txt").write_text("The same line again and again, and no other one.\n" * 400)
+    run = config(files, data=(str(tmp_path / "text.txt"),), tokens=2 * 2 * LENGTH)
+    figures = train(files / "mod", tmp_path / "out", run)
+    model = MoDModel.load(tmp_path / "out")
+    _, held_out = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
+    assert not any(held_out[i]["fresh"].any() for i in range(run.held_out))
+    with torch.inference_mode():
+        active = torch.cat(
+            [
+                model(held_out[i]["input_ids"][None], trace=True)[1].active
+                for i in range(run.held_out)
+            ]
+        )
+    assert figures["activation"]["attn"] == pytest.approx(active[..., 2].float().mean().item())
+
+
+def test_routers_lose_their_drift_halfway(files, tmp_path):
+    """Nothing is learnt here; the attn router, which the start leaves as it is, comes out another."""
+    run = config(files, tokens=2 * 2 * LENGTH, router_lr=1e-12)
+    for name, steady in (("off", 0.0), ("on", 10.0)):
+        train(files / "mod", tmp_path / name, replace(run, steady=steady))
+    start, off, on = (
+        MoDModel.load(path).router((4, "attn")).weight
+        for path in (files / "mod", tmp_path / "off", tmp_path / "on")
+    )
+    assert torch.allclose(off, start, atol=1e-6) and (on - start).norm() > 0.1 * start.norm()
+    assert MoDModel.load(tmp_path / "on").config.units["attn"].activation[4] == pytest.approx(
+        0.7, abs=0.01
+    )
+
+
+def test_what_is_no_step_does_not_count_in_the_speed(tmp_path):
+    log = Log(tmp_path, 2, 0, ["kv"], print)
+    with log.aside():
+        time.sleep(1)
+    log.step({"step": 1, "loss": 0.1, "kl": 0.1, "activation": [0.5], "target": [0.5]}, 10)
+    log.close()
+    (row,) = read(tmp_path / "metrics.jsonl")
+    assert row["seconds"] < 1
+
+
+def test_distillation_lowers_the_divergence(files, tmp_path):
+    run = config(
+        files,
+        target=0.5,
+        tokens=200 * 2 * LENGTH,
+        eval_every=200,
+        parameters="full",
+        full_lr=1e-4,
+        start=0.5,
+        router_lr=3e-4,
+        steady=0,
+    )
+    figures = train(files / "mod", tmp_path / "out", run)
+    untrained = train(
+        files / "mod", tmp_path / "none", replace(run, tokens=1, full_lr=1e-12, router_lr=1e-12)
+    )
+    assert figures["kl"] < 0.9 * untrained["kl"]
+    assert figures["perplexity_dense"] == pytest.approx(
+        untrained["perplexity_dense"]
+    )  # the teacher is the original
+    seen = [
+        row["activation"]
+        for row in read(tmp_path / "out.run" / "metrics.jsonl")
+        if row["step"] > 60 and "loss" in row
+    ]
+    assert torch.tensor(seen).mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_learning_rates_fall_with_the_width():
+    lora, full = TrainConfig((), parameters="lora"), TrainConfig((), parameters="full")
+    assert lora.rate_of(576) == pytest.approx(1e-3) and lora.rate_of(4 * 576) == pytest.approx(5e-4)
+    assert full.rate_of(576) == pytest.approx(1e-4)
+    assert (
+        replace(lora, lora_lr=7e-4).rate_of(4096) == 7e-4
+        and replace(full, full_lr=2e-5).rate_of(4096) == 2e-5
+    )
+
+
+def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=2, lora_lr=0.01)
+    model = MoDModel.load(files / "mod")
+    model.config = replace(model.config, calibration={"model": "its original"})
+    model.save(tmp_path / "mod")
+    train(tmp_path / "mod", tmp_path / "adapter", run, save_as="adapter")
+    train(tmp_path / "mod", tmp_path / "merged", run)
+    assert adapter.load(tmp_path / "adapter").base["name"] == "its original"
+    assert (
+        "model" not in MoDModel.load(tmp_path / "merged").config.calibration
+    )  # its weights are no more
+    applied = adapter.apply(adapter.load(tmp_path / "adapter"), model.base, model.tokenizer)
+    merged, ids = MoDModel.load(tmp_path / "merged"), torch.arange(100, 160)[None]
+    with torch.inference_mode():
+        expected, original = merged(ids), MoDModel.load(files / "mod")
+        torch.testing.assert_close(applied(ids), expected, atol=1e-4, rtol=1e-4)
+        original.force = merged.force = "active"
+        assert (merged(ids) - original(ids)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, 3),
+        ({"method": "topk"}, 3),
+        ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, 4),
+        ({"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1, "recall": 0.5}, 5),
+    ],
+    ids=["routers", "topk", "lora", "terms"],
+)
+def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(
+    files, tmp_path, options, kept, monkeypatch
+):
+    """With a checkpoint before, at and after half of the steps, where routers lose their drift."""
+    run = config(
+        files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=kept, **options
+    )
+    train(files / "mod", tmp_path / "whole", run)
+    gradients = train_loop.Loop._gradients
+
+    def stopped(self, number, stop):
+        if number == kept + 1:
+            raise KeyboardInterrupt
+        return gradients(self, number, stop)
+
+    monkeypatch.setattr(train_loop.Loop, "_gradients", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(files / "mod", tmp_path / "cut", run)
+    monkeypatch.undo()
+    assert len(losses(tmp_path / "cut.run")) == kept + 1
+    assert checkpoints.load(tmp_path / "cut.run")["step"] == kept
+    train(files / "mod", tmp_path / "cut", run, resume=True)
+    assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_sigterm_saves_and_exits(files, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mod_export",
+        "train",
+        files / "mod",
+        "-o",
+        tmp_path / "out",
+        "-d",
+        files / "text.txt",
+        "--tokens",
+        10**6,
+        "--length",
+        LENGTH,
+        "--save-every",
+        10**6,
+        "--batch",
+        2,
+    ]
+    process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out.run" / "metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.is_file() and metrics.read_text().count("\n") > 2
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "go on with --resume" in errors
+    assert checkpoints.load(tmp_path / "out.run")["step"] == read(metrics)[-1]["step"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_does_not_wait_for_the_rest_of_a_step(files, tmp_path, monkeypatch):
+    forward, stop, forwards = Student.forward, [], []
+
+    def counted(self, *args, **kwargs):
+        forwards.extend([1] if kwargs.get("teach", True) else [])
+        if len(forwards) == 10:  # the second of the second step
+            stop.append(signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Student, "forward", counted)
+    monkeypatch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext(stop))
+    run = config(files, accumulate=8, batch=1, tokens=4 * 8 * LENGTH)
+    with pytest.raises(SystemExit) as ended:
+        train(files / "mod", tmp_path / "out", run)
+    assert ended.value.code == 128 + signal.SIGTERM and len(forwards) == 10
+    assert checkpoints.load(tmp_path / "out.run")["step"] == 1
+
+
+def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stopped(
+    files, tmp_path, monkeypatch
+):
+    run = config(files, tokens=3 * 2 * LENGTH)
+    train(files / "mod", tmp_path / "whole", run)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        train(files / "mod", tmp_path / "cut", run)
+    assert checkpoints.load(tmp_path / "cut.run")["step"] == 0
+    train(files / "mod", tmp_path / "cut", run, resume=True)
+    assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
+    """bf16, as all models of docs/quality.md were trained, stays near float32; and where
+    TensorBoard is, it is told.
+    """
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, step, value))
+
+        def close(self):
+            told.append("closed")
+
+    run = config(files, parameters="lora", lora_rank=2)
+    plain = train(files / "mod", tmp_path / "plain", run)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    AcceleratorState._reset_state(True)  # a process has one precision
+    said = []
+    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"), say=said.append)
+    AcceleratorState._reset_state(True)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # converts every number
+        assert re.search(r"note: bf16 takes \d+\.\d times as long as float32 on this CPU", said[0])
+    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1) and half["kl"] != plain["kl"]
+    assert half["activation"]["attn"] == pytest.approx(plain["activation"]["attn"], abs=0.05)
+    assert told[0] == (tmp_path / "half.run" / "tensorboard", None) and told[-1] == "closed"
+    steps = [row for row in read(tmp_path / "half.run" / "metrics.jsonl") if "loss" in row]
+    assert [entry[1:] for entry in told if entry[0] == "loss"] == [
+        (row["step"], row["loss"]) for row in steps
+    ]
+
+
+def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=2)
+    plain = train(files / "mod", tmp_path / "plain", run)
+    half = train(files / "mod", tmp_path / "half", replace(run, dtype="bfloat16"))
+    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1)
+    routers = {
+        router_tensor_name(*unit, part)
+        for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
+        for part in ("weight", "bias")
+    }
+    for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
+    assert (
+        evaluate(tmp_path / "half", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))[
+            "texts"
+        ][0]["kl"]
+        > 0
+    )
+    with pytest.raises(UserError, match="too coarse"):
+        train(files / "mod", tmp_path / "full", replace(run, parameters="full", dtype="bfloat16"))
+
+
+def test_trained_weights_are_no_teacher(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=2, tokens=2 * 2 * LENGTH)
+    train(files / "mod", tmp_path / "first", run)
+    with pytest.raises(
+        UserError, match="are trained, so .* not the original's; name the original with --teacher"
+    ):
+        train(tmp_path / "first", tmp_path / "second", run)
+    assert not (tmp_path / "second.run").exists()
+    first = train(files / "mod", tmp_path / "first", run, force=True)
+    second = train(
+        tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod"))
+    )
+    assert second["perplexity_dense"] == pytest.approx(first["perplexity_dense"])
+
+
+def test_baselines_run_from_the_same_code(files, tmp_path):
+    topk = train(files / "mod", tmp_path / "topk", config(files, method="topk"))
+    loss = evaluate(tmp_path / "topk", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))[
+        "texts"
+    ][0]
+    assert loss["activation"] == pytest.approx((0.5 + 0.5 + 0.7) / 3, abs=0.06)
+    with pytest.raises(
+        UserError, match="chooses by top-k, which looks at later tokens: it cannot generate"
+    ):
+        evaluate(tmp_path / "topk", Plan(haystack=str(files / "text.txt")))
+    assert topk["activation"]["attn"] == pytest.approx(
+        0.7, abs=0.06
+    )  # two sinks of 32 tokens beside the top 70 %
+    assert MoDModel.load(tmp_path / "topk").top_k == {"kv": 0.5, "attn": 0.7}
+    with pytest.raises(UserError, match="chooses by top-k, which looks at later tokens"):
+        export(tmp_path / "topk", tmp_path / "topk.gguf")
+    static = train(
+        files / "mod",
+        tmp_path / "static",
+        config(files, method="static", parameters="lora", lora_rank=2),
+    )
+    model = MoDModel.load(tmp_path / "static")
+    kept, dropped = sorted(model.config.units["kv"].activation[2:4], reverse=True)
+    assert kept == 1.0 and 0 < dropped < 0.1  # sinks
+    with torch.inference_mode():
+        _, trace = model(torch.arange(100, 150)[None], trace=True)
+    always = trace.active[0, 2:].float().mean(0).tolist()
+    assert sorted(always[:2]) == [0.0, 1.0] and always[2] == 1.0
+    tuned = train(files / "mod", tmp_path / "tuned", config(files, kl_weight=0.0, lm_weight=1.0))
+    assert static["kl"] > 0 and tuned["kl"] > 0
+
+
+def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(
+    files, tmp_path, monkeypatch
+):
+    run = config(files, method="topk", tokens=4 * 2 * LENGTH)
+    whole = train(files / "mod", tmp_path / "whole", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(files / "mod", tmp_path / "cut", run)
+    assert train(files / "mod", tmp_path / "cut", run, resume=True) == whole
+    train(tmp_path / "whole", tmp_path / "after", config(files, tokens=2 * LENGTH))
+    after = MoDModel.load(tmp_path / "after")
+    assert not after.top_k
+    assert after.config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("anneal, first", [(0.0, 0.7), (0.5, 0.95)])
+def test_thresholds_begin_where_annealing_does(files, tmp_path, monkeypatch, anneal, first):
+    settle, told = train_module._settle, []
+    monkeypatch.setattr(
+        train_module, "_settle", lambda *args: (told.append(args[3]), settle(*args))
+    )
+    train(files / "mod", tmp_path / "out", config(files, anneal=anneal, tokens=4 * 2 * LENGTH))
+    assert told[0] == pytest.approx([0.5, first]) and told[-1] == [0.5, 0.7]
+
+
+def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "Say " + "word " * (i % 7)},
+                {"role": "assistant", "content": " ".join(["Yes."] * (1 + 9 * (i % 3)))},
+            ]
+        }
+        for i in range(400)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    run = config(
+        files,
+        data=(str(tmp_path / "chat.jsonl"),),
+        loss_on="answers",
+        tokens=2 * LENGTH,
+        lm_weight=1.0,
+        kl_weight=0.0,
+    )
+    found = []
+    for options in ({}, {"batch": 1, "accumulate": 2}):
+        train(files / "mod", tmp_path / "out", replace(run, **options), force=True)
+        found.append(
+            next(row["nll"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if "nll" in row)
+        )
+    assert found[1] == pytest.approx(found[0], rel=0.01)  # the noise is another one
+
+
+def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path):
+    run = config(files, parameters="full", full_lr=1e18, save_every=1)
+    with pytest.raises(
+        UserError,
+        match="not a number at step 2; there is no checkpoint yet; start again with lower",
+    ):
+        train(files / "mod", tmp_path / "out", run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_replaced_by_spoilt_weights(files, tmp_path, monkeypatch):
+    run = config(files, parameters="full", full_lr=1e-4, save_every=1)
+    update = train_loop.Loop._update
+
+    def spoiling(loop, number, seen):
+        row = update(loop, number, seen)
+        if number == 4:
+            with torch.no_grad():
+                loop.trainable()[-1].fill_(1e30)
+        return row
+
+    monkeypatch.setattr(train_loop.Loop, "_update", spoiling)
+    with pytest.raises(
+        UserError, match="not a number at step 6; the last good checkpoint is in .*lower"
+    ):
+        train(files / "mod", tmp_path / "out", run)
+    assert checkpoints.load(tmp_path / "out.run")["step"] == 4
+    monkeypatch.undo()
+    assert train(files / "mod", tmp_path / "out", replace(run, full_lr=1e-5), resume=True)["kl"] > 0
+    assert [row[0] for row in losses(tmp_path / "out.run")] == [*range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target": 0.0}, "target activation 0.0 is not in"),
+        ({"target": 1.5}, "target activation 1.5 is not in"),
+        ({"target": float("nan")}, "target activation nan is not in"),
+        ({"target": {"kv": 0.5}}, "no target activation for attn"),
+        (
+            {"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}},
+            "target activation for ffn, which is not routed",
+        ),
+        ({"length": 4096}, "the model's context is 2048"),
+        ({"length": 8}, "8 tokens fit in the window of 8"),
+        ({"length": 2000}, "data too short"),
+        ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
+        ({"method": "static"}, "static dropping has no routers"),
+        ({"kl_weight": 0.0}, "all weights of the loss are 0"),
+    ],
+)
+def test_arguments_that_do_not_fit(files, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train(files / "mod", tmp_path / "out", config(files, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_there_are_no_plots_but_a_model(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = []
+    train(files / "mod", tmp_path / "out", config(files, tokens=2 * LENGTH), say=told.append)
+    assert MoDModel.load(tmp_path / "out").config.units["kv"]
+    assert told[-1] == "no plots: matplotlib is not installed"
+
+
+def test_teachers(files, tmp_path):
+    short, other = tmp_path / "short", tmp_path / "other"
+    tiny.base(n_layer=3, n_vocab=len(tiny.tokenizer())).save_pretrained(short)
+    tiny.tokenizer().save_pretrained(short)
+    tiny.base(n_vocab=len(tiny.tokenizer())).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    run = config(files, tokens=2 * 2 * LENGTH)
+    with pytest.raises(
+        UserError,
+        match="the teacher has 3 layers of 64, the model 6 layers of 64; leave out --hidden",
+    ):
+        train(files / "mod", tmp_path / "out", replace(run, teacher=str(short), hidden_weight=1.0))
+    with pytest.raises(UserError, match="other has another tokenizer"):
+        train(files / "mod", tmp_path / "out", replace(run, teacher=str(other)))
+    train(files / "mod", tmp_path / "own", run)
+    train(files / "mod", tmp_path / "out", replace(run, teacher=str(short)))
+    own, others = (losses(tmp_path / f"{name}.run")[0][1] for name in ("own", "out"))
+    assert others > 1.2 * own  # it is farther from a teacher of other weights
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_fp16_is_for_gpus(files, tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        train(files / "mod", tmp_path / "out", config(files, precision="fp16"))
+
+
+def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
+    run = config(files, tokens=2 * 2 * LENGTH)
+    (tmp_path / "out.run").mkdir()
+    with (
+        train_module.alone(tmp_path / "out.run"),
+        pytest.raises(UserError, match="another process trains into .*out"),
+    ):
+        train(files / "mod", tmp_path / "out", run)
+    left = (
+        tmp_path / "out.run" / f".{checkpoints.NAME}.0123.tmp"
+    )  # of a run that was stopped while it wrote
+    left.touch()
+    with pytest.raises(UserError, match="no checkpoint .*start without --resume"):
+        train(files / "mod", tmp_path / "out", run, resume=True)
+    train(files / "mod", tmp_path / "out", run)
+    assert not left.exists()
+    with pytest.raises(UserError, match="exists already"):
+        train(files / "mod", tmp_path / "out", run)
+    with pytest.raises(UserError, match="holds the checkpoint of a run"):
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        train(files / "mod", tmp_path / "out", run)
+    with pytest.raises(UserError, match="another temperature: 0.3, now 0.5"):
+        train(files / "mod", tmp_path / "out", replace(run, temperature=0.5), resume=True)
+    with pytest.raises(UserError, match="no-such-file.txt"):
+        train(files / "mod", tmp_path / "out", replace(run, data=("no-such-file.txt",)), force=True)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds no config.json, so it is not replaced"):
+        train(files / "mod", tmp_path / "theirs", run, force=True)
+    tiny.save_dir(tmp_path / "other", UNITS, seed=1)
+    with pytest.raises(UserError, match="another base .*"):
+        train(tmp_path / "other", tmp_path / "out", run, resume=True)
+    checkpoint = tmp_path / "out.run" / checkpoints.NAME
+    checkpoint.write_bytes(checkpoint.read_bytes()[:200])
+    with pytest.raises(UserError, match="is damaged"):
+        train(files / "mod", tmp_path / "out", run, resume=True)
+    torch.save({"a": 1}, checkpoint)
+    with pytest.raises(UserError, match="is no checkpoint"):
+        train(files / "mod", tmp_path / "out", run, resume=True)
+    with pytest.raises(UserError, match="which no adapter holds"):
+        train(files / "mod", tmp_path / "out", replace(run, parameters="full"), save_as="adapter")
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+from mod_export.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_costs_nothing(files, tmp_path):
+    run = config(files, parameters="lora", lora_rank=4)
+    train(files / "mod", tmp_path / "fits", replace(run, tokens=2 * 2 * LENGTH))
+    assert (tmp_path / "fits.run" / checkpoints.NAME).stat().st_size > 300_000
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        "train",
+        files / "mod",
+        "-o",
+        tmp_path / "out",
+        "-d",
+        files / "text.txt",
+        "--train",
+        "lora",
+        "--lora-rank",
+        4,
+        "--length",
+        LENGTH,
+        "--tokens",
+        500,
+        "--held-out",
+        2,
+    ]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write")
+    assert not list(tmp_path.glob("out.run/*.pt")) and not list(tmp_path.glob("out.run/.*tmp"))
+
+
+def test_a_disk_too_full_for_the_model_costs_nothing(files, tmp_path):
+    """The checkpoint of routers fits, what is written at the end does not; with room, --resume
+    writes it.
+    """
+    limit = LIMITED.replace("300_000", "3_000_000")
+    options = list(
+        map(
+            str,
+            [
+                "train",
+                files / "mod",
+                "-o",
+                tmp_path / "out",
+                "-d",
+                files / "text.txt",
+                "--length",
+                LENGTH,
+                "--tokens",
+                500,
+                "--held-out",
+                2,
+            ],
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *options], capture_output=True, text=True, timeout=120
+    )
+    last = done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and last.startswith("error: cannot write")
+    ), last
+    assert "too large" in last and "--resume" in last
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.run"]
+    steps = losses(tmp_path / "out.run")
+    again = [sys.executable, "-m", "mod_export", *options, "--resume"]
+    assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
+    assert (tmp_path / "out").is_dir() and losses(tmp_path / "out.run") == steps
+
+
+def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
+    train(files / "mod", tmp_path / "out", config(files, tokens=2 * 2 * LENGTH))
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {
+        "step",
+        "loss",
+        "kl",
+        "nll",
+        "activation",
+        "units",
+        "target",
+        "price",
+        "rate",
+        "norm",
+        "tokens_per_second",
+        "seconds",
+    } <= set(rows[0])
+    assert set(rows[-1]["held_out"]) == {
+        "kl",
+        "perplexity_dense",
+        "perplexity",
+        "top1_agreement",
+        "activation",
+        "kv_share",
+    }
