@@ -1,5 +1,5 @@
 """Adapters: routers, and where it was trained LoRA, to be put on the model they were made for;
-docs/adapter.md.
+docs/how-to/use-adapters.md.
 
     identity = base_identity(base, tokenizer, "SmolLM2-135M-Instruct")    # before training
     save("adapter", config, routers, base, identity, figures={"perplexity": 27.5})

@@ -1,7 +1,7 @@
 """What a Mixture-of-Depths model adds to a model's configuration: which units are routed, and how.
 
 Knows nothing of torch or of files. In a Hugging Face directory it is the key `mod` of config.json;
-the GGUF keys have the same layout (docs/gguf.md).
+the GGUF keys have the same layout (docs/reference/gguf-schema.md).
 
     config = MoDConfig(units={"kv": UnitConfig(threshold=(0.0, 0.0, 0.5), activation=(1.0, 1.0, 0.6))})
     config.validate(n_layer=3)
@@ -133,7 +133,7 @@ _SCALARS = tuple(f.name for f in fields(MoDConfig) if f.name not in ("units", "c
 
 def _check_keys(where: str, data: object, known: tuple, needed: tuple) -> None:
     if not isinstance(data, dict):
-        raise UserError(f"{where} is not an object", "see docs/gguf.md for its keys")
+        raise UserError(f"{where} is not an object", "see docs/reference/gguf-schema.md for its keys")
     if unknown := [str(key) for key in data if key not in known]:
         raise UserError(f"unknown key {where}.{unknown[0]}", f"known keys: {', '.join(known)}")
     if missing := [key for key in needed if key not in data]:

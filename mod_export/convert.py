@@ -21,7 +21,7 @@ from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile
 
 WINDOW = (
-    256  # docs/quality.md: far better than 64 at equal K/V, and 3 % of a context of 8192 tokens
+    256  # docs/log.md: far better than 64 at equal K/V, and 3 % of a context of 8192 tokens
 )
 # By default the first layers stay whole: they decide with too little context. One must have
 # complete K/V.

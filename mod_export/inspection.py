@@ -1,7 +1,7 @@
 """What a GGUF file routes, whether it follows the schema, and how much KV memory it can be expected
 to need.
 
-Needs neither llama_cpp nor torch. The rules are those of docs/gguf.md, which the patched llama.cpp
+Needs neither llama_cpp nor torch. The rules are those of docs/reference/gguf-schema.md, which the patched llama.cpp
 enforces too.
 
     report = inspect("mod.gguf")      # a dict, as `mod-export inspect --json` prints it

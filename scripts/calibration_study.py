@@ -1,5 +1,5 @@
 """Compare ways to calibrate, and the result with plain baselines: the figures of
-docs/calibration.md.
+docs/log.md.
 
     T="--text wiki=wiki.txt --text book=book.txt --out study"
     python scripts/calibration_study.py scores $T               # every score and fit, one activation

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The runtime's GPU work, in parts: build it, compare it with the CPU, sanitize it, measure it. See docs/gpu.md.
+# The runtime's GPU work, in parts: build it, compare it with the CPU, sanitize it, measure it. See docs/how-to/run-on-a-gpu-machine.md.
 #
 #   scripts/gpu_check.sh [--rehearse] PART PIECES WORK
 #
 # PART: build, ops, parity, sanitize, bench or report; PIECES: of scripts/gpu_pack; WORK: a folder that stays between calls.
-# A part ends after MINUTES (8); exit 3: call it again, it goes on. 1: a check failed. RESULTS (docs/benchmarks/gpu): JSON
+# A part ends after MINUTES (8); exit 3: call it again, it goes on. 1: a check failed. RESULTS (docs/results/data/gpu): JSON
 # files and plots. PYTHON (python3): one with numpy, jinja2 and typing_extensions, such as one with torch.
 # --rehearse: the same on a CPU build with the smallest sizes, results in WORK/results.
 set -euo pipefail
@@ -22,7 +22,7 @@ pieces=$(realpath -m "$2") work=$(realpath -m "$3") python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 MOD_EXPORT_CACHE=$work/cache MINUTES=${MINUTES:-8} GPU_WORK=$work
 kind=patched-cuda
 [ "${MOD_REHEARSE:-}" != 1 ] || { kind=patched RESULTS=$work/results; }
-export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/benchmarks/gpu}")
+export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/results/data/gpu}")
 # llama_cpp is used from its source, with the library that was built: nothing is installed into the machine's Python
 export PYTHONPATH=$PWD:$work/site PATH=$work/site/bin:$PATH
 source=$("$python" -c 'from mod_export import llama_source as s; print(s.source_dir() if s.is_unpacked() else "")')

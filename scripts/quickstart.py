@@ -20,7 +20,7 @@ from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 
 QUESTION = "Give three tips for staying healthy."
-# routers that were trained: docs/quality.md says what they are worth against calibrated ones
+# routers that were trained: docs/results/training.md says what they are worth against calibrated ones
 ADAPTER = "smollm2-kv"
 CONTEXT = 1024  # tokens read before the decode that is timed
 DECODE = 32

@@ -1,5 +1,5 @@
 """What it costs, and brings, to keep calibrated kv routers from following the text:
-docs/calibration.md, "Steady".
+docs/log.md, "Steady".
 
     python scripts/steady_study.py --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out
     steady

@@ -1,4 +1,4 @@
-"""Train and judge many ways to make a Mixture-of-Depths model: the figures of docs/quality.md.
+"""Train and judge many ways to make a Mixture-of-Depths model: the figures of docs/results/training.md.
 
     T="--data train/ --text wiki=wiki.txt --text book=book.txt --out study"
     python scripts/training_study.py list

@@ -10,7 +10,7 @@ complete K/V and
 what the process needs: it makes two contexts without memory behind them (memory_worker.py), and all
 three grow in a straight line with the context. How much of the K/V a routed layer stores follows
 from the activation in the file. The constants below were measured; `mod-export fit --check`
-measures again (docs/benchmarks/2026-11-24-fit.md). Linux and CPU only.
+measures again (docs/log.md). Linux and CPU only.
 """
 
 import copy

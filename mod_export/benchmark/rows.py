@@ -1,4 +1,4 @@
-"""Measurements to rows: one dict per step, shift and phase; docs/runtime.md lists the keys."""
+"""Measurements to rows: one dict per step, shift and phase; docs/reference/result-files.md lists the keys."""
 
 import numpy as np
 

@@ -82,7 +82,7 @@ def bench(
     say: Callable = print,
     progress: Progress | None = None,
 ) -> dict:
-    """Measures. Returns {"about": what was run, "rows": two per combination}; docs/runtime.md has
+    """Measures. Returns {"about": what was run, "rows": two per combination}; docs/reference/result-files.md has
     the keys.
 
     text: the prompts', by default the packaged one. stock: directory of the stock library, by

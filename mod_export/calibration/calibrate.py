@@ -9,7 +9,7 @@ for a target.
    routers say
    while the model skips, since skipping changes what later routers see; a few rounds settle it.
 
-docs/calibration.md has the comparison behind the defaults.
+docs/log.md has the comparison behind the defaults.
 
     config, routers = calibrate(base, tokenizer, Plan(units={"kv": range(2, 30)}))
     model = MoDModel.from_base(base, tokenizer, config, routers)

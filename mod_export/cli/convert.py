@@ -64,7 +64,7 @@ def command(ctx, model, output, adapter, force, **options):
     """Make a Mixture-of-Depths model from MODEL, without training.
 
     MODEL is a Hugging Face directory, a GGUF file that transformers can load, or `smollm2`. Routers
-    and thresholds are calibrated on text, in minutes on a CPU; docs/calibration.md says how well
+    and thresholds are calibrated on text, in minutes on a CPU; docs/results/calibration.md says how well
     that works. With --adapter they come from an adapter that was trained for MODEL.
     """
     from mod_export.convert import convert, convert_adapter

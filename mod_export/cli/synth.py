@@ -92,7 +92,7 @@ def command(
 
     PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2) or 8b (Llama 3.1). Or it
     is a dense GGUF file, which keeps its weights and gets random routers, fitted to the activation
-    on text. docs/synth.md.
+    on text. docs/how-to/measure-with-synthetic-models.md.
     """
     from mod_export.errors import UserError
     from mod_export.synthetic.onto_base import onto

@@ -2,7 +2,7 @@
 copied passages.
 
 A router learns fast to skip such tokens, and of short conversations they are a large part. Counted
-in the activation, they let thresholds come out too low for everything else (docs/data.md).
+in the activation, they let thresholds come out too low for everything else (docs/how-to/prepare-training-data.md).
 
     marks = Repeats()
     marks.mark(ids), marks.mark(more_ids)       # bool, of parts of one long row of tokens

@@ -51,7 +51,7 @@ def verify(
     length: int = 512,
     threads: int | None = None,
 ) -> dict:
-    """Compares on sequences of `length` tokens of the text, n_tokens in all; see docs/runtime.md
+    """Compares on sequences of `length` tokens of the text, n_tokens in all; see docs/reference/result-files.md
     for the result.
 
     f32 files run with KV in f32 and without flash attention, so that the code is compared and not

@@ -94,7 +94,7 @@ def evaluate(
     """Measure target beside dense, see eval_models.open_pair; {"about", "texts", "tasks",
     "passkey"} with rows each.
 
-    done: called with the name and the rows of each part as soon as it is there. docs/evaluate.md
+    done: called with the name and the rows of each part as soon as it is there. docs/reference/result-files.md
     has the rows' keys. Raises UserError for what cannot be read or measured, before anything is
     measured.
     """

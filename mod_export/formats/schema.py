@@ -1,4 +1,4 @@
-"""The only list of the router keys and tensor names in GGUF files: schema version 1 (docs/gguf.md).
+"""The only list of the router keys and tensor names in GGUF files: schema version 1 (docs/reference/gguf-schema.md).
 
 keys = to_keys("llama", config)          # [("llama.mod.version", "u32", 1), ...]
 config = from_keys(file)                 # MoDConfig, None for a dense file

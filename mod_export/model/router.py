@@ -1,7 +1,7 @@
 """The router of one unit and the one rule by which it decides.
 
 Everything is float32 whatever the model's type, as in the runtime. The rule is the threshold-p of
-docs/semantics.md, sigmoid(logit) >= p, compared as logits: that is exact where a sigmoid would
+docs/explanation/semantics.md, sigmoid(logit) >= p, compared as logits: that is exact where a sigmoid would
 saturate, and one number can shift all thresholds of a model.
 
     router = Router(weight, bias, threshold=0.5, eps=1e-5)

@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 class TrainConfig:
     """data: files and directories; target: activation, one number or {kind: number}.
 
-    method: how tokens are chosen; topk and static are baselines (docs/training.md)
+    method: how tokens are chosen; topk and static are baselines (docs/explanation/training-method.md)
     parameters: what is trained beside the routers: nothing (`routers`), LoRA, or all weights but
     embeddings
     start: activation at the first step, None: the target for `kv`, START for other kinds; anneal:
@@ -104,7 +104,7 @@ class TrainConfig:
         return self.target_of(kind) if kind == "kv" else max(self.START, self.target_of(kind))
 
     def rate_of(self, n_embd: int) -> float:
-        """Learning rate of LoRA or of all weights: best for SmolLM2-135M (docs/quality.md), less
+        """Learning rate of LoRA or of all weights: best for SmolLM2-135M (docs/log.md), less
         where there is more.
 
         How it falls with the width, and that all weights have a tenth of LoRA's, is as Schulman et

@@ -5,7 +5,7 @@ original.
 
 starts from a directory of `mod-export convert`, distils from the original model, and writes a
 directory of the same form (or an adapter). While it runs, OUT.run holds checkpoint, metrics and
-plots; docs/training.md says what is done.
+plots; docs/explanation/training-method.md says what is done.
 """
 
 from __future__ import annotations

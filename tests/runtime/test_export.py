@@ -487,8 +487,8 @@ def test_unsupported_architecture(run_cli, mod_dir, tmp_path):
 
 
 def test_schema_document_names_every_key():
-    """docs/gguf.md is the contract: what the code writes must stand there."""
-    text = (llama_source.patches_dir().parent / "docs/gguf.md").read_text()
+    """docs/reference/gguf-schema.md is the contract: what the code writes must stand there."""
+    text = (llama_source.patches_dir().parent / "docs/reference/gguf-schema.md").read_text()
     for name in [*schema.SCALARS, *schema.PER_LAYER]:
         assert f"mod.{name}`" in text or f"{{kind}}.{name}`" in text
     assert all(

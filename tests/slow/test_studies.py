@@ -1,4 +1,4 @@
-"""The commands behind the figures of docs/quality.md and docs/calibration.md, on a tiny model: they
+"""The commands behind the figures of docs/results and docs/log.md, on a tiny model: they
 keep running.
 
 What they measure is tested where it is made; here every stage runs, and its rows and tables hold
@@ -170,7 +170,7 @@ def test_training_study(place):
         study, "report", "--out", out, "--measured", "another machine"
     )
 
-    kept = ROOT / "docs" / "benchmarks" / "frontier"  # perplexities alone
+    kept = ROOT / "docs" / "results" / "data" / "frontier"  # perplexities alone
     (place / "plots").mkdir()
     table = invoke(study, "report", "--out", kept, "--docs", place / "plots", "--measured", "Xeon")
     assert table.count("| kv-smollm2-kv ") == 1 and "KL" not in table

@@ -328,7 +328,7 @@ def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stop
 
 
 def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
-    """bf16, as all models of docs/quality.md were trained, stays near float32; and where
+    """bf16, as all models of docs/log.md were trained, stays near float32; and where
     TensorBoard is, it is told.
     """
     told = []
