@@ -133,7 +133,9 @@ _SCALARS = tuple(f.name for f in fields(MoDConfig) if f.name not in ("units", "c
 
 def _check_keys(where: str, data: object, known: tuple, needed: tuple) -> None:
     if not isinstance(data, dict):
-        raise UserError(f"{where} is not an object", "see docs/reference/gguf-schema.md for its keys")
+        raise UserError(
+            f"{where} is not an object", "see docs/reference/gguf-schema.md for its keys"
+        )
     if unknown := [str(key) for key in data if key not in known]:
         raise UserError(f"unknown key {where}.{unknown[0]}", f"known keys: {', '.join(known)}")
     if missing := [key for key in needed if key not in data]:

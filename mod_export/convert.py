@@ -20,9 +20,7 @@ from mod_export.errors import UserError
 from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile
 
-WINDOW = (
-    256  # docs/log.md: far better than 64 at equal K/V, and 3 % of a context of 8192 tokens
-)
+WINDOW = 256  # docs/log.md: far better than 64 at equal K/V, and 3 % of a context of 8192 tokens
 # By default the first layers stay whole: they decide with too little context. One must have
 # complete K/V.
 FIRST_ROUTED = {"kv": 1, "attn": 2, "ffn": 2, "block": 2}
