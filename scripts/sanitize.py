@@ -1,12 +1,14 @@
 """Run the runtime's tests on builds of the patched library with sanitizers.
 
-    scripts/sanitize                     ThreadSanitizer, then AddressSanitizer with
-    UndefinedBehaviorSanitizer scripts/sanitize thread -k abort     one of them, some of the tests;
-    what follows -- goes to pytest
+    python scripts/sanitize.py                      # ThreadSanitizer, then AddressSanitizer
+    python scripts/sanitize.py thread -k abort      # one sanitizer, some of the tests
+    python scripts/sanitize.py address -- -x        # what follows -- goes to pytest
 
-Builds are cached like any other (mod_export/llama_build.py). The interpreter is not instrumented:
-the sanitizer's runtime is preloaded, and a report counts where a frame of it lies in libllama or
-libggml*. Exit code 1 where there is such a report, where a test fails, or where nothing ran.
+UndefinedBehaviorSanitizer runs together with AddressSanitizer. The builds are cached like any other
+build (mod_export/llamacpp/build.py). The interpreter is not instrumented: the sanitizer's runtime
+is preloaded, and a report counts where one of its frames lies in libllama or libggml*.
+
+The exit code is 1 where a report counts, where a test fails, or where nothing ran.
 """
 
 import argparse
@@ -18,16 +20,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from mod_export.errors import UserError
+from mod_export.llamacpp import build as llama_build
+from mod_export.llamacpp import source as llama_source
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from mod_export.errors import UserError  # noqa: E402
-from mod_export.llamacpp import build as llama_build  # noqa: E402
-from mod_export.llamacpp import source as llama_source  # noqa: E402
-
-# tests that drive the library through its C functions (tests/raw.py). Not those that do other
-# things most of the time
-OTHER = ("benchmark", "mod_llama", "synthetic")
+# The tests that drive the library through its C functions (tests/support/c_api.py) run. Those whose
+# path has one of these words do other things most of the time.
+OTHER_TESTS = ("benchmark", "mod_llama", "synthetic")
 # a sanitizer's own memory counts too, and it reserves terabytes of addresses
 SKIP = "resident_memory or out_of_memory or fit_into_memory or address_space or all_layers_at_once"
 # -O1: frames that can be read. Without NDEBUG: upstream's assertions on
@@ -133,7 +133,7 @@ def test_files() -> list[str]:
     return [
         str(path.relative_to(ROOT))
         for path in files
-        if not any(other in str(path) for other in OTHER)
+        if not any(other in str(path) for other in OTHER_TESTS)
     ]
 
 

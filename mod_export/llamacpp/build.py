@@ -61,7 +61,7 @@ def build(
     `force`).
 
     `cuda_arch`: GPU architectures to compile for ("75,86"), default: those of this machine's GPUs.
-    `extra`: cmake options of a build for a purpose of its own (scripts/sanitize), which stock_lib()
+    `extra`: cmake options of a build for a purpose of its own (scripts/sanitize.py), which stock_lib()
     and patched_lib() do not find.
 
     Raises UserError naming what is missing, or the last error of the build and its log.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mod_export.errors import UserError
 
-ARCHITECTURES = ("75", "80", "86", "89", "90", "120")  # for which scripts/cuda_check compiles
+ARCHITECTURES = ("75", "80", "86", "89", "90", "120")  # for which scripts/cuda/check.py compiles
 DRIVER_DIRS = (
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",

@@ -1,11 +1,13 @@
-"""Synthetic models on the GPU, by `mod-export bench`'s own code. Result: bench.jsonl, a line for
-each finished point.
+"""Measure synthetic models on the GPU by the code of `mod-export bench`.
 
-A point is a shape, a quantisation, a kind of units, a way to decode (segments, or one graph for a
-token, which kv units are anyway) and a context: the dense model, the floor, everything active,
-nothing active, and activations of about 0.75, 0.5 and 0.25, taking turns. Points that are there are
-not measured again; one that is not likely to end in time is not begun. SHAPES, QUANTS, UNITS, WAYS
-and CONTEXTS choose (with commas).
+The result is bench.jsonl, which has a line for each finished point. A point is a shape, a
+quantisation, a kind of units, a way to decode and a context. The ways to decode are segments and
+one graph for a token; kv units run as one graph in any case. At each point these variants take
+turns: the dense model, the floor, all units active, no unit active, and activations of about 0.75,
+0.5 and 0.25.
+
+A point that the file has is not measured again. A point that is not likely to end in time is not
+begun. SHAPES, QUANTS, UNITS, WAYS and CONTEXTS choose the points (values with commas).
 """
 
 import json
@@ -85,18 +87,15 @@ def main() -> bool:
             [1.3 * s for name, s in took.items() if name.split()[0] == point.shape] or [FIRST]
         )
         if time.monotonic() + expected > end and not REHEARSE:
-            print(
-                f"{sum(p.name not in took for p in plan)} of {len(plan)} points are left: call again to go on"
-            )
+            n_left = sum(p.name not in took for p in plan)
+            print(f"{n_left} of {len(plan)} points are left: call again to go on")
             sys.exit(3)
         start = time.monotonic()
         line = {"point": point.name, "machine": machine()} | measure(point)
         took[point.name] = line["seconds"] = round(time.monotonic() - start, 1)
         append(line)
-        print(
-            f"{point.name}: {line['seconds']} s{', failed: ' + line['error'] if 'error' in line else ''}",
-            flush=True,
-        )
+        failure = f", failed: {line['error']}" if "error" in line else ""
+        print(f"{point.name}: {line['seconds']} s{failure}", flush=True)
     failed = [
         line["point"]
         for line in finished()

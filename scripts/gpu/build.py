@@ -1,5 +1,6 @@
-"""Builds test-backend-ops and both libraries; an interrupted build goes on at the next call.
-Result: build.json.
+"""Build both libraries and test-backend-ops; the result is build.json.
+
+An interrupted build goes on at the next call.
 """
 
 import json
@@ -23,7 +24,10 @@ def main() -> bool:
 
 
 def timed(name: str, build) -> None:
-    """Seconds of each call, those that were cut off included; a call that finds it built adds none."""
+    """Run `build` and note its seconds.
+
+    The seconds of a call that was cut off count too. A call that finds it built adds none.
+    """
     start = time.monotonic()
     try:
         build()
@@ -38,7 +42,7 @@ def timed(name: str, build) -> None:
 
 
 def build_tests() -> None:
-    """One file against the built library: cmake would build a great deal more for it."""
+    """Compile one file against the built library; cmake would build a great deal more for it."""
     target, root = WORK / "test-backend-ops", llama_source.source_dir() / "vendor/llama.cpp"
     lib = patched_lib()
     if target.is_file() and target.stat().st_mtime > (lib / llama_build.MARKER).stat().st_mtime:

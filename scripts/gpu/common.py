@@ -1,8 +1,7 @@
-"""What the parts of scripts/gpu_check.sh share: where things are, results as JSON files, and what
-ran them.
+"""What the parts of scripts/gpu/check.sh share: folders, results as JSON files, the machine.
 
-gpu_check.sh sets GPU_WORK, GPU_RESULTS, and MOD_REHEARSE=1 for the same on a CPU build with the
-smallest sizes.
+check.sh sets GPU_WORK and GPU_RESULTS. In a rehearsal check.sh sets MOD_REHEARSE=1, and the parts
+run on a CPU build with the smallest sizes.
 """
 
 import json
@@ -87,8 +86,10 @@ def require_gpu() -> None:
 
 
 def part(main: Callable[[], bool], needs_gpu: bool = True) -> None:
-    """Ends the process: 0 where main() says that all is well, 1 where not, 2 for what the user can
-    cure.
+    """Run main() and end the process.
+
+    The exit code is 0 where main() says that all is well, 1 where not, and 2 for an error that the
+    user can cure.
     """
     try:
         if needs_gpu and not REHEARSE:
@@ -97,4 +98,4 @@ def part(main: Callable[[], bool], needs_gpu: bool = True) -> None:
     except UserError as exc:
         sys.exit(print(f"error: {exc}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(124)  # time is up; gpu_check.sh says it
+        sys.exit(124)  # time is up; check.sh says it

@@ -1,4 +1,4 @@
-"""Our operations on the GPU against the CPU, by test-backend-ops. Result: ops.json."""
+"""Compare our operations on the GPU with the CPU by test-backend-ops; the result is ops.json."""
 
 import re
 import subprocess

@@ -1,10 +1,10 @@
-"""What scripts/gpu_pack sends for gpu_check.sh: sources of both libraries, and routers for SmolLM2.
+"""Write what scripts/gpu/pack.sh sends for check.sh.
 
     python scripts/gpu/pack.py BUILD MODEL
 
-BUILD/cache/source: what cmake reads for libllama, ggml's CPU and CUDA backends and
-test-backend-ops, already patched, so that no git and no archive are needed there. MODEL/adapters:
-random routers whose biases fit text.
+BUILD/cache/source gets the sources of both libraries: what cmake reads for libllama, for ggml's CPU
+and CUDA backends and for test-backend-ops. The sources are patched, so that the GPU machine needs
+no git and no archive. MODEL/adapters gets random routers for SmolLM2, whose biases fit text.
 """
 
 import json
@@ -13,11 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
-from mod_export.errors import UserError  # noqa: E402
+from mod_export.errors import UserError
 from mod_export.formats import adapter_files, schema
-from mod_export.llamacpp import source as llama_source  # noqa: E402
+from mod_export.llamacpp import source as llama_source
 
 UNITS = ("block", "attn", "attn+ffn+kv")  # beside the packaged adapter, which has kv
 PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor", "ggml")

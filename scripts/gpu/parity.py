@@ -1,11 +1,11 @@
-"""SmolLM2 in F32 with routers, on the GPU against the CPU: decisions and logits. Result:
-parity.json.
+"""Compare SmolLM2 in F32 with routers on the GPU and on the CPU; the result is parity.json.
 
-A prompt in ubatches, then single tokens, which is where the ways to decode differ (CASES). The
-CPU's run is one with the same library and no GPU to be seen. Up to the first decision that differs
-both sides compute the same function: there KL must be at most 1e-4 without flash attention, and the
-differing score lie within 1e-3 of its threshold. Runs that are there are not made again; to make
-them anew remove parity.json.
+Decisions and logits are compared. The input is a prompt in ubatches, then single tokens, where the
+ways to decode differ (CASES). The run on the CPU uses the same library without a visible GPU. Up to
+the first decision that differs both sides compute the same function. There the KL must be at most
+1e-4 without flash attention, and the differing score must lie within 1e-3 of its threshold.
+
+A run that parity.json has is not made again; remove the file to make all runs anew.
 """
 
 import os
@@ -95,7 +95,8 @@ def main() -> bool:
     checks = [*found.values()]
     if pages := result.get("pages"):
         print(
-            f"K/V over many pages, on demand against all at once: largest difference {pages['difference']:.1e}"
+            "K/V over many pages, on demand against all at once: "
+            f"largest difference {pages['difference']:.1e}"
         )
         checks.append(pages)
     return not any(check["failures"] for check in checks)
@@ -143,7 +144,10 @@ def table(found: dict) -> str:
 
 
 def mod_file(units: str) -> Path:
-    """The embedded model in F32 with routers: the packaged ones for kv, random ones for the others."""
+    """Return the embedded model in F32 with routers.
+
+    The kv units have the packaged adapter's routers; the other units have random routers.
+    """
     from mod_export.export import export
 
     base, target = WORK / "smollm2-f32.gguf", WORK / "parity.gguf"

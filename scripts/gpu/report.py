@@ -1,5 +1,6 @@
-"""Tables and plots of bench.jsonl: bench.md, and a folder of PNG files for each model and kind of
-units.
+"""Write the tables and plots of bench.jsonl.
+
+The tables are in bench.md. Each model and kind of units has a folder of PNG files.
 """
 
 import bench

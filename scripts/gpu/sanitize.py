@@ -1,8 +1,8 @@
-"""compute-sanitizer's memcheck and racecheck on our operations and on a short decode each way.
-Result: sanitize.json.
+"""Run compute-sanitizer's memcheck and racecheck; the result is sanitize.json.
 
-The decode is of three layers of random weights with attn, ffn and kv units. A rehearsal runs the
-commands without the sanitizer.
+The programs are our operations and a short decode in each way. The model of the decode has three
+layers of random weights with attn, ffn and kv units. A rehearsal runs the programs without the
+sanitizer.
 """
 
 import os

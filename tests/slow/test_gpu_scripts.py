@@ -1,4 +1,4 @@
-"""scripts/gpu_pack, gpu_check.sh and their parts, as far as they go without a GPU, a network or a
+"""scripts/gpu/pack.sh, check.sh and their parts, as far as they go without a GPU, a network or a
 built library.
 """
 
@@ -30,7 +30,7 @@ def one_line(result, words, code=2):
 
 @pytest.fixture()
 def part(tmp_path, monkeypatch):
-    """Imports a part as gpu_check.sh would run it, in a rehearsal."""
+    """Imports a part as check.sh would run it, in a rehearsal."""
     for name, value in {
         "MOD_REHEARSE": "1",
         "GPU_WORK": str(tmp_path),
@@ -52,7 +52,7 @@ def part(tmp_path, monkeypatch):
 def test_pieces_and_back(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/file").write_text("text")
-    source = f"source {ROOT}/scripts/_gpu; "
+    source = f"source {ROOT}/scripts/gpu/pieces.sh; "
     assert shell(f"{source} pieces {tmp_path}/p {tmp_path}/a").returncode == 0
     unpack = f"{source} unpack {tmp_path}/p {tmp_path}/w {sys.executable}"
     assert shell(unpack).returncode == 0 and (tmp_path / "w/b/file").read_text() == "text"
@@ -72,7 +72,7 @@ def test_gpu_train(tmp_path):
     (tmp_path / "data/train.txt").write_text(text[:18000])
     (tmp_path / "data/dev/a.txt").write_text(text[-15000:])
     (tmp_path / "unpacked-pieces").touch()
-    command = f"{ROOT}/scripts/gpu_train {tmp_path}/pieces {tmp_path} 528"
+    command = f"{ROOT}/scripts/gpu/train.sh {tmp_path}/pieces {tmp_path} 528"
     env = {"PYTHON": sys.executable, "LENGTH": "264", "BATCH": "1", "COUNT": "1"}
     one_line(shell(command, PYTHON="/none"), "/none lacks torch")
     early = shell(command, **env, MINUTES="0.01")
@@ -96,26 +96,24 @@ def test_gpu_train(tmp_path):
 
 
 def test_what_is_wrong_is_one_line(tmp_path):
-    check = f"{ROOT}/scripts/gpu_check.sh"
-    one_line(shell(check), "usage: scripts/gpu_check.sh")
-    one_line(shell(f"{check} all {tmp_path} {tmp_path}/w"), "usage: scripts/gpu_check.sh")
+    check = f"{ROOT}/scripts/gpu/check.sh"
+    one_line(shell(check), "usage: scripts/gpu/check.sh")
+    one_line(shell(f"{check} all {tmp_path} {tmp_path}/w"), "usage: scripts/gpu/check.sh")
     python = {"PYTHON": sys.executable}
     one_line(
         shell(f"{check} build {tmp_path} {tmp_path}/w", **python),
         f"there are no pieces in {tmp_path}/build",
     )
     one_line(shell(f"{check} ops {tmp_path} {tmp_path}/w", PYTHON="/none"), "/none is no Python")
-    assert (
-        shell(
-            f"source {ROOT}/scripts/_gpu; mkdir {tmp_path}/e; pieces {tmp_path}/build {tmp_path}/e"
-        ).stderr
-        == ""
-    )
+    source = f"source {ROOT}/scripts/gpu/pieces.sh"
+    empty = tmp_path / "e"
+    result = shell(f"{source}; mkdir {empty}; pieces {tmp_path}/build {empty}")
+    assert result.stderr == ""
     one_line(
         shell(f"{check} --rehearse ops {tmp_path} {tmp_path}/w", **python),
         "other patches than this checkout",
     )
-    pack = f"{ROOT}/scripts/gpu_pack"
+    pack = f"{ROOT}/scripts/gpu/pack.sh"
     one_line(shell(f"{pack} {tmp_path}", **python), "exists already")
     one_line(shell(f"{pack} {tmp_path}/new {tmp_path}/none", **python), "there is no")
 

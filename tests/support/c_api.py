@@ -17,7 +17,7 @@ from mod_export.llamacpp import build as llama_build
 F32, F16, Q8_0 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
 THREADS = int(
     os.environ.get("MOD_EXPORT_TEST_THREADS", "1")
-)  # more where races are looked for: scripts/sanitize
+)  # more where races are looked for: scripts/sanitize.py
 FORCE = {"none": 0, "active": 1, "inactive": 2}
 
 

@@ -1,4 +1,4 @@
-"""What a CUDA build and scripts/cuda_check look for and ask for. No GPU, and nvcc is a script that
+"""What a CUDA build and scripts/cuda/check.py look for and ask for. No GPU, and nvcc is a script that
 only talks.
 """
 
@@ -142,7 +142,7 @@ def test_key_follows_architectures_and_nvcc(machine):
 
 
 def cuda_check(*args, **env):
-    command = [sys.executable, ROOT / "scripts/cuda_check", *args]
+    command = [sys.executable, ROOT / "scripts/cuda/check.py", *args]
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
 
 
@@ -174,10 +174,10 @@ def test_cuda_check_compiles_what_the_patches_touch(tmp_path):
 
 @pytest.fixture()
 def checker(machine, monkeypatch):
-    """scripts/cuda_check as a module, for a source tree with one file of its own and an nvcc that
+    """scripts/cuda/check.py as a module, for a source tree with one file of its own and an nvcc that
     counts.
     """
-    loader = machinery.SourceFileLoader("cuda_check", str(ROOT / "scripts/cuda_check"))
+    loader = machinery.SourceFileLoader("cuda_check", str(ROOT / "scripts/cuda/check.py"))
     module = util.module_from_spec(util.spec_from_loader("cuda_check", loader))
     loader.exec_module(module)
     monkeypatch.setattr(llama_source, "source_dir", lambda: machine / "source")
@@ -222,7 +222,7 @@ def test_cuda_check_takes_headers_out_of_the_package(checker, machine, monkeypat
         "cublas_v2.h"
     ] and include.parent.parent == machine / "cache"
     assert len(list((machine / "cache").iterdir())) == 1
-    monkeypatch.setattr(checker, "CUBLAS", "0")
+    monkeypatch.setattr(checker, "CUBLAS_VERSION", "0")
     failed = subprocess.CompletedProcess([], 1, "", "no network\n")
     monkeypatch.setattr(checker.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(UserError, match="cannot fetch nvidia-cublas 0: no network"):

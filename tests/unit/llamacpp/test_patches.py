@@ -21,7 +21,7 @@ HEADER = (
 def refresh(tmp_path):
     """The script as a module, working on a copy of patches/."""
     spec = importlib.util.spec_from_file_location(
-        "refresh_patches", ROOT / "scripts/refresh_patches.py"
+        "refresh_patches", ROOT / "scripts/patches/refresh.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

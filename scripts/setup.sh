@@ -1,4 +1,4 @@
-# Sourced by quickstart and test: .venv with CPU torch, the package, and the patched llama.cpp.
+# Sourced by scripts/quickstart and scripts/test: .venv with CPU torch, the package, and the patched llama.cpp.
 # Whatever is missing is named before any long work; what is done already is not done again.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,7 +26,7 @@ find_python() {
 }
 
 # the versions and the requirements that .venv was made from, and where: a moved .venv is no use
-setup_stamp() { { pwd; "$PYTHON" -VV; cat pyproject.toml scripts/constraints.txt scripts/_setup; } | sha256sum | cut -c1-16; }
+setup_stamp() { { pwd; "$PYTHON" -VV; cat pyproject.toml scripts/constraints.txt scripts/setup.sh; } | sha256sum | cut -c1-16; }
 
 check_tools() {
     local missing=()

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Train routers on one GPU for some minutes, from the packaged adapter on, and judge them; call it again to go on.
 #
-#   scripts/gpu_train PIECES WORK [TOKENS]     # PIECES: of scripts/gpu_pack; WORK: a folder that stays between calls
+#   scripts/gpu/train.sh PIECES WORK [TOKENS]     # PIECES: of scripts/gpu/pack.sh; WORK: a folder that stays between calls
 #
 # MINUTES (8): after so long the run saves and stops, exit 3. BATCH (8) sequences of LENGTH (2048) tokens a step: fewer
 # take less memory. COUNT (8): sequences of 2048 to judge by, of each text. PYTHON (python3): one with torch,
 # transformers and accelerate. Results in WORK: trained (an adapter), trained.run (metrics, plots), eval-start.json and
 # eval-mod.json beside them.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_gpu"
-[ $# -ge 2 ] || die "usage: scripts/gpu_train PIECES WORK [TOKENS]"
+source "$(dirname "${BASH_SOURCE[0]}")/pieces.sh"
+[ $# -ge 2 ] || die "usage: scripts/gpu/train.sh PIECES WORK [TOKENS]"
 pieces=$(realpath -m "$1") work=$(realpath -m "$2") tokens=${3:-20000000} python=${PYTHON:-python3}
 "$python" -c 'import torch, transformers, accelerate, click' 2>/dev/null || die "$python lacks torch, transformers, accelerate or click"
 unpack "$pieces" "$work" "$python"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What a GPU machine without a network needs beside this checkout, in pieces of at most 48 MiB: docs/how-to/run-on-a-gpu-machine.md.
 #
-#   scripts/gpu_pack DIR                # for gpu_check.sh: DIR/build (sources, packages) and DIR/model (SmolLM2)
-#   scripts/gpu_pack DIR PATH...        # for gpu_train; PATH: text and chats to train on, and dev/ to judge by
+#   scripts/gpu/pack.sh DIR                # for check.sh: DIR/build (sources, packages) and DIR/model (SmolLM2)
+#   scripts/gpu/pack.sh DIR PATH...        # for train.sh; PATH: text and chats to train on, and dev/ to judge by
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_gpu"
-[ $# -ge 1 ] || die "usage: scripts/gpu_pack DIR [PATH...]"
+source "$(dirname "${BASH_SOURCE[0]}")/pieces.sh"
+[ $# -ge 1 ] || die "usage: scripts/gpu/pack.sh DIR [PATH...]"
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || die "there is no $python; run scripts/test first"
 out=$(realpath -m "$1"); shift

@@ -1,6 +1,6 @@
-# Sourced by gpu_pack, gpu_train and gpu_check.sh: what travels to a GPU machine without a network, in small pieces.
+# Sourced by pack.sh, train.sh and check.sh: what travels to a GPU machine without a network, in small pieces.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
@@ -15,7 +15,7 @@ pieces() {
 unpack() {
     local mark; mark=$2/unpacked-$(basename "$1")
     if [ -e "$mark" ] && { [ ! -e "$1" ] || [ "$(cat "$1/SHA256SUMS")" = "$(cat "$mark")" ]; }; then return; fi
-    [ -f "$1/SHA256SUMS" ] || die "there are no pieces in $1; scripts/gpu_pack makes them"
+    [ -f "$1/SHA256SUMS" ] || die "there are no pieces in $1; scripts/gpu/pack.sh makes them"
     (cd "$1" && sha256sum --quiet --check SHA256SUMS) || die "pieces are missing or damaged in $1"
     mkdir -p "$2"
     cat "$1"/piece.* | tar -C "$2" -xz

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Compile the CUDA files that patches/ adds or changes, for every supported architecture. Needs no
-GPU.
+"""Compile the CUDA files of patches/ for every supported architecture; no GPU is needed.
 
-    scripts/cuda_check                                          # all of them
-    scripts/cuda_check --arch 75,90 --cublas DIR mod-route.cu   # some of both; DIR has include/cublas_v2.h
-    scripts/cuda_check --cached --fetch                         # what scripts/test runs
+    python scripts/cuda/check.py                             # all files, all architectures
+    python scripts/cuda/check.py --arch 75,90 mod-route.cu   # one file, two architectures
+    python scripts/cuda/check.py --cached --fetch            # what scripts/test runs
 
---cached passes over what compiled before with the same sources, nvcc and architectures. --fetch
-gets the headers of cuBLAS where there are none, out of NVIDIA's package for CUDA 13 (444 MB, once;
-the headers, 0.6 MB, stay in the cache).
+`--cublas DIR` names a folder that has include/cublas_v2.h. `--cached` passes over a file that
+compiled before with the same sources, nvcc and architectures. `--fetch` gets the headers of cuBLAS
+where there are none: NVIDIA's package for CUDA 13 is fetched once (444 MB), and its headers
+(0.6 MB) stay in the cache.
 
-Exit code 1 where a file does not compile, 2 where nvcc or the headers of cuBLAS are missing.
+The exit code is 1 where a file does not compile, and 2 where nvcc or the headers of cuBLAS are
+missing.
 """
 
 import argparse
@@ -23,20 +24,18 @@ import time
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from mod_export.common.files import atomic_dir
+from mod_export.errors import UserError
 from mod_export.llamacpp import cuda as llama_cuda
-from mod_export.llamacpp import source as llama_source  # noqa: E402
-from mod_export.errors import UserError  # noqa: E402
-from mod_export.common.files import atomic_dir  # noqa: E402
+from mod_export.llamacpp import source as llama_source
 
 FOLDER = Path("ggml/src/ggml-cuda")
 # as in ggml-cuda/CMakeLists.txt
-FLAGS = "-std=c++17 -O3 -use_fast_math -extended-lambda -DGGML_CUDA_USE_GRAPHS -I.. -I../../include".split()
-CUBLAS, CUBLAS_SHA256 = (
-    "13.10.0.20",
-    "dcc6d63884c53d07e267ce7e6feac17b2538cebaafec5db865736c3e28e4dc84",
-)
+FLAGS = (
+    "-std=c++17 -O3 -use_fast_math -extended-lambda -DGGML_CUDA_USE_GRAPHS -I.. -I../../include"
+).split()
+CUBLAS_VERSION = "13.10.0.20"
+CUBLAS_SHA256 = "dcc6d63884c53d07e267ce7e6feac17b2538cebaafec5db865736c3e28e4dc84"
 
 
 def touched() -> list[str]:
@@ -57,7 +56,10 @@ def gencode(arch: str) -> list[str]:
 
 
 def compile_file(command: list[str], folder: Path, name: str) -> str | None:
-    """None, or what nvcc said. A header is compiled alone: it must include what it needs."""
+    """Return None, or what nvcc said.
+
+    A header is compiled alone, because a header must include what it needs.
+    """
     with tempfile.TemporaryDirectory() as tmp:
         source = folder / name
         if source.suffix == ".cuh":
@@ -70,7 +72,7 @@ def compile_file(command: list[str], folder: Path, name: str) -> str | None:
 
 def fetch_cublas() -> Path:
     """The headers of cuBLAS, in the cache."""
-    target = llama_source.cache_dir() / f"cublas-{CUBLAS}"
+    target = llama_source.cache_dir() / f"cublas-{CUBLAS_VERSION}"
     if target.is_dir():
         return target / "include"
     with (
@@ -78,7 +80,7 @@ def fetch_cublas() -> Path:
         atomic_dir(target, force=True) as folder,
     ):
         wanted = Path(tmp, "wanted.txt")
-        wanted.write_text(f"nvidia-cublas=={CUBLAS} --hash=sha256:{CUBLAS_SHA256}\n")
+        wanted.write_text(f"nvidia-cublas=={CUBLAS_VERSION} --hash=sha256:{CUBLAS_SHA256}\n")
         command = [
             sys.executable,
             "-m",
@@ -89,12 +91,12 @@ def fetch_cublas() -> Path:
             "--no-deps",
         ]
         command += ["--only-binary=:all:", "--require-hashes", "--dest", tmp, "-r", wanted]
-        print(f"fetching the headers of cuBLAS {CUBLAS}, 444 MB once", flush=True)
+        print(f"fetching the headers of cuBLAS {CUBLAS_VERSION}, 444 MB once", flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["?"])[-1]
             raise UserError(
-                f"pip cannot fetch nvidia-cublas {CUBLAS}: {reason}", "check the network"
+                f"pip cannot fetch nvidia-cublas {CUBLAS_VERSION}: {reason}", "check the network"
             )
         with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
             for name in wheel.namelist():
@@ -105,9 +107,7 @@ def fetch_cublas() -> Path:
 
 
 def key(command: list[str], folder: Path, include: Path) -> str:
-    """Of all that a compilation reads, but for the toolkit's own headers, which the version stands
-    for.
-    """
+    """Hash of all that a compilation reads; nvcc's version stands for the toolkit's headers."""
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(repr((version, command[1:])).encode())
     ggml = folder.parent.parent
@@ -123,15 +123,18 @@ def key(command: list[str], folder: Path, include: Path) -> str:
 
 
 def check(names: list[str], archs: str, cublas: Path | None, cached: bool, fetch: bool) -> int:
-    """Compile the files `names`, print a line for each; the number of those that fail."""
+    """Compile the files `names`, print a line for each and return how many fail."""
     toolkit = llama_cuda.find()
     archs = toolkit.architectures(archs)
     include = cublas / "include" if cublas else toolkit.cublas_include()
     if not include and fetch and toolkit.version[0] == 13:
         include = fetch_cublas()
     if not include or not (include / "cublas_v2.h").is_file():
-        cure = "install the toolkit's cuBLAS or `pip install nvidia-cublas`, or name its place with --cublas"
-        raise UserError("missing: cublas_v2.h", cure)
+        raise UserError(
+            "missing: cublas_v2.h",
+            "install the toolkit's cuBLAS or `pip install nvidia-cublas`, or name the folder "
+            "with --cublas",
+        )
     folder = llama_source.source_dir() / "vendor/llama.cpp" / FOLDER
     command = [
         str(toolkit.nvcc),

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The runtime's GPU work, in parts: build it, compare it with the CPU, sanitize it, measure it. See docs/how-to/run-on-a-gpu-machine.md.
 #
-#   scripts/gpu_check.sh [--rehearse] PART PIECES WORK
+#   scripts/gpu/check.sh [--rehearse] PART PIECES WORK
 #
-# PART: build, ops, parity, sanitize, bench or report; PIECES: of scripts/gpu_pack; WORK: a folder that stays between calls.
+# PART: build, ops, parity, sanitize, bench or report; PIECES: of scripts/gpu/pack.sh; WORK: a folder that stays between calls.
 # A part ends after MINUTES (8); exit 3: call it again, it goes on. 1: a check failed. RESULTS (docs/results/data/gpu): JSON
 # files and plots. PYTHON (python3): one with numpy, jinja2 and typing_extensions, such as one with torch.
 # --rehearse: the same on a CPU build with the smallest sizes, results in WORK/results.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_gpu"
+source "$(dirname "${BASH_SOURCE[0]}")/pieces.sh"
 [ "${1:-}" != --rehearse ] || { export MOD_REHEARSE=1; shift; }
-usage="usage: scripts/gpu_check.sh [--rehearse] build|ops|parity|sanitize|bench|report PIECES WORK"
+usage="usage: scripts/gpu/check.sh [--rehearse] build|ops|parity|sanitize|bench|report PIECES WORK"
 [ $# = 3 ] || die "$usage"
 case $1 in build | ops | parity | sanitize | bench | report) part=$1 ;; *) die "$usage" ;; esac
 pieces=$(realpath -m "$2") work=$(realpath -m "$3") python=${PYTHON:-python3}
@@ -25,7 +25,7 @@ kind=patched-cuda
 export GPU_RESULTS=$(realpath -m "${RESULTS:-docs/results/data/gpu}")
 # llama_cpp is used from its source, with the library that was built: nothing is installed into the machine's Python
 export PYTHONPATH=$PWD:$work/site PATH=$work/site/bin:$PATH
-source=$("$python" -c 'from mod_export import llama_source as s; print(s.source_dir() if s.is_unpacked() else "")')
+source=$("$python" -c 'from mod_export.llamacpp import source as s; print(s.source_dir() if s.is_unpacked() else "")')
 [ "$part" = report ] || [ -n "$source" ] || die "the pieces are of other patches than this checkout; pack them again"
 export PYTHONPATH=$PYTHONPATH:$source
 if [ "$part" != build ] && [ "$part" != report ]; then

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Patches to an edited tree of llama.cpp and back, without loss of a byte.
+"""Turn the patches into an edited tree of llama.cpp and back, without loss of a byte.
 
-    scripts/refresh_patches.py TREE            make TREE: a commit for the base, one for the
-    overlay, one per patch scripts/refresh_patches.py --fold TREE     put uncommitted edits into the
-    commits they belong to scripts/refresh_patches.py --write TREE    write patches/overlay,
-    patches/*.patch and patches/series from TREE scripts/refresh_patches.py --check         demand
-    that both ways give the same bytes, and complete headers
+    python scripts/patches/refresh.py TREE           make TREE: base, overlay, a commit per patch
+    python scripts/patches/refresh.py --fold TREE    put uncommitted edits into their commits
+    python scripts/patches/refresh.py --write TREE   write overlay/, *.patch and series from TREE
+    python scripts/patches/refresh.py --check        demand complete headers and the same bytes
 
-A patch commit's subject is the patch's name without its number (`memory-kv-cache-mod`), its body
-the header. New files go to the overlay whichever commit adds them; changes to upstream's files go
-to their commit's patch.
+The subject of a patch's commit is the patch's name without its number (`memory-kv-cache-mod`), and
+the body is the patch's header. `--write` puts each new file into the overlay, whichever commit adds
+it. `--write` puts changes to upstream's files into the patch of their commit.
 """
 
 import argparse
@@ -21,22 +20,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from mod_export.errors import UserError  # noqa: E402
+from mod_export.errors import UserError
 from mod_export.llamacpp import source as llama_source  # noqa: E402
 
 ROOT = "vendor/llama.cpp"  # in the source distribution
-PATCHES = Path(__file__).resolve().parent.parent / "patches"
+PATCHES = Path(__file__).resolve().parents[2] / "patches"
 FIELDS = {"Description": r"\S.* : .+", "Author": r".+", "Forwarded": r"not-needed|\w+://\S+"}
 FIELDS |= {"Last-Update": r"\d{4}-\d\d-\d\d", "X-Test": r".+"}
 OPTIONAL = {"X-Test"}
 SERIES_HEAD = (
-    "# The patches in the order in which they apply; written by scripts/refresh_patches.py\n"
+    "# The patches in the order in which they apply; written by scripts/patches/refresh.py\n"
 )
 # everything that a user's configuration could change in a diff is fixed here
-DIFF = "diff --no-color --no-ext-diff --no-textconv --no-renames --unified=1 --inter-hunk-context=0".split()
-DIFF += "--diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/".split()
+DIFF_OPTIONS = (
+    "diff --no-color --no-ext-diff --no-textconv --no-renames --unified=1 --inter-hunk-context=0"
+    " --diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/"
+).split()
 IDENTITY = [
     "-c",
     "user.name=mod-export",
@@ -194,7 +193,7 @@ def patch_texts(tree: Path, base: str, commits: list[str], upstream: set[str]) -
                 )
             header = header.rstrip("\n") + "\n"
             check_header(subject, header)
-            diff = git(tree, *DIFF, parent, commit_id, "--", *changed)
+            diff = git(tree, *DIFF_OPTIONS, parent, commit_id, "--", *changed)
             diff = re.sub(
                 r"^index .*\n", "", diff, flags=re.MULTILINE
             )  # they name blobs, which say nothing here
