@@ -54,15 +54,15 @@ def convert(
     text = read_texts(calibration_text) if calibration_text else None
     with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
         from mod_export.calibration.calibrate import Plan, calibrate
-        from mod_export.model import loading
+        from mod_export.model import architectures, loading
         from mod_export.model.mod_model import MoDModel
 
         refuse_mod(model)
         say(f"loading {model}")
         base, tokenizer = loading.load(model)
-        n_layer = len(loading.decoder_layers(base))
+        n_layer = len(architectures.decoder_layers(base))
         kv_window = kv_window or min(
-            WINDOW, max(1, (loading.context_length(base) or 8 * WINDOW) // 8)
+            WINDOW, max(1, (architectures.context_length(base) or 8 * WINDOW) // 8)
         )
         plan = Plan(
             {kind: layers_of(chosen, n_layer, kind) for kind in kinds},

@@ -47,12 +47,12 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.convert import parse_layers
     from mod_export.data.text import default_texts, pack
-    from mod_export.model import loading
+    from mod_export.model import architectures, loading
     from mod_export.model.mod_model import MoDModel
 
     out.mkdir(parents=True, exist_ok=True)
     base, tokenizer = loading.load(model)
-    n_layer = len(loading.decoder_layers(base))
+    n_layer = len(architectures.decoder_layers(base))
     sequences = pack(tokenizer, default_texts()[0], 1024)
     sets = [parse_layers(part) for part in layers.split(",")]
     saved = out / f"fits-{window}.pt"

@@ -25,7 +25,7 @@ from mod_export.calibration.calibrate import quantile_logit  # noqa: E402
 from mod_export.calibration.ridge import Ridge  # noqa: E402
 from mod_export.common.tables import format_table  # noqa: E402
 from mod_export.data.packing import open_data  # noqa: E402
-from mod_export.model import loading  # noqa: E402
+from mod_export.model import architectures, loading  # noqa: E402
 from mod_export.model.mod_model import MoDModel  # noqa: E402
 from mod_export.model.relaxation import Relax, relaxed  # noqa: E402
 from mod_export.model.router import rms_norm, threshold_logit  # noqa: E402
@@ -133,7 +133,7 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
     dense = MoDModel.from_base(loading.load(original)[0], model.tokenizer)
     texts = open_data(model.tokenizer, data, length, "all", limit, click.echo)
     torch.manual_seed(0)
-    fits = {name: [Ridge(loading.n_embd(model.base)) for _ in units] for name in FITS}
+    fits = {name: [Ridge(architectures.n_embd(model.base)) for _ in units] for name in FITS}
     kept, rows, routers, sinks = sequences * 2 // 3, [], {}, model.config.sink_tokens
     for number in range(sequences):
         ids = texts[number * len(texts) // sequences]["input_ids"]

@@ -32,7 +32,7 @@ from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig, of_kinds
 from mod_export.data.repeats import counted
 from mod_export.data.text import default_texts, pack, tokenize
 from mod_export.errors import UserError
-from mod_export.model import loading
+from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import logit_threshold, rms_norm
 
@@ -138,8 +138,8 @@ def measure(
     """
     tape = Tape(base, plan.kv_window)
     wanted = {unit: [plan.scores[unit[1]]] for unit in plan.routed()}
-    fits = {unit: Ridge(loading.n_embd(base)) for unit in wanted}
-    eps = loading.norm_eps(base)
+    fits = {unit: Ridge(architectures.n_embd(base)) for unit in wanted}
+    eps = architectures.norm_eps(base)
     for number, ids in enumerate(sequences):
         say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         text, context = with_repetition(tokenizer, ids, wanted)
@@ -156,7 +156,9 @@ def drift(
     """Of the inputs of each router, [k, n_embd] (steady.py). sequences: [n, T], consecutive parts
     of a text.
     """
-    blank = {unit: (torch.zeros(loading.n_embd(base)), torch.zeros(1)) for unit in plan.routed()}
+    blank = {
+        unit: (torch.zeros(architectures.n_embd(base)), torch.zeros(1)) for unit in plan.routed()
+    }
     model = MoDModel.from_base(base, tokenizer, _first(base, plan), blank)
     try:
         n, length = sequences.shape
@@ -170,7 +172,7 @@ def drift(
 
 def together(base: nn.Module, length: int, n: int) -> int:
     """How many of n sequences of `length` tokens, one after the other, make one of LONG tokens."""
-    return min(n, max(1, min(LONG, loading.context_length(base) or length) // length))
+    return min(n, max(1, min(LONG, architectures.context_length(base) or length) // length))
 
 
 def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
@@ -314,7 +316,7 @@ def _first(base: nn.Module, plan: Plan) -> MoDConfig:
 def _config(
     base: nn.Module, plan: Plan, thresholds: dict, activation: dict | None, record: dict
 ) -> MoDConfig:
-    n_layer = len(loading.decoder_layers(base))
+    n_layer = len(architectures.decoder_layers(base))
     units = {}
     for kind, layers in plan.units.items():
         if beyond := [layer for layer in layers if not 0 <= layer < n_layer]:
@@ -340,7 +342,7 @@ def _sequence_length(base: nn.Module, plan: Plan) -> int:
     window.
     """
     needed = 4 * plan.kv_window if "kv" in plan.units else 0
-    limit = loading.context_length(base) or max(SEQUENCE, needed)
+    limit = architectures.context_length(base) or max(SEQUENCE, needed)
     if limit < needed:
         raise UserError(
             f"a window of {plan.kv_window} is too wide for a context of {limit} tokens",

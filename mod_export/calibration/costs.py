@@ -39,7 +39,7 @@ from torch import nn
 from mod_export.calibration.layer_hooks import Seen, first, observing, prepared
 from mod_export.config import Unit
 from mod_export.errors import UserError
-from mod_export.model import loading
+from mod_export.model import architectures
 
 SUBLAYER_SCORES = ("size", "cosine", "gradient")
 ATTENTION_SCORES = ("max", "sum", "max_value", "sum_value", "max_relative")
@@ -59,7 +59,7 @@ class Tape:
     """
 
     def __init__(self, base: nn.Module, kv_window: int, seed: int = 0):
-        self.base, self.parts = base, loading.decoder_layers(base)
+        self.base, self.parts = base, architectures.decoder_layers(base)
         self.kv_window = kv_window
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -81,7 +81,7 @@ class Tape:
         """Without gradients, all costs are known when a layer has run."""
         found, patched = [], []
 
-        def observe(layer: int, part: loading.LayerParts) -> None:
+        def observe(layer: int, part: architectures.LayerParts) -> None:
             inner = part.layer.forward
 
             def forward(*args, **kwargs):

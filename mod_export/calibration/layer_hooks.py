@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mod_export.model import loading
+from mod_export.model import architectures
 
 _NAME = "mod_observe"  # of our attention function in the registry of transformers
 
@@ -45,7 +45,9 @@ class Seen:
     mask: torch.Tensor | None = None
     softcap: float | None = None
 
-    def enter_layer(self, h: torch.Tensor, out: torch.Tensor, part: loading.LayerParts) -> None:
+    def enter_layer(
+        self, h: torch.Tensor, out: torch.Tensor, part: architectures.LayerParts
+    ) -> None:
         """Note input and output [1, T, n_embd] of the layer."""
         self.h, self.out = h[0], out[0] - h[0]
         if part.ffn_entry is None:
@@ -74,7 +76,7 @@ def prepared(base: nn.Module):
 
 
 @contextmanager
-def observing(part: loading.LayerParts):
+def observing(part: architectures.LayerParts):
     """Fill a Seen while one layer runs."""
     global _seen
     seen = _seen = Seen()

@@ -24,7 +24,7 @@ import torch
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
 from mod_export.formats.hf_directory import is_mod
-from mod_export.model import loading
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 
 # rows of logits [ROWS, n_vocab] in memory at a time: a vocabulary of 150k makes 150 MB of float32
@@ -124,7 +124,7 @@ class TorchReader(Reader):
         self.whole = whole or bool(model.top_k)
         self.tokenizer, self.n_layer = model.tokenizer, model.n_layer
         self.units, self.kv_window = model.config.routed(), model.config.kv_window
-        self.n_ctx = loading.context_length(model.base) or UNLIMITED
+        self.n_ctx = architectures.context_length(model.base) or UNLIMITED
         self.n_vocab = model.base.get_output_embeddings().weight.shape[0]
         self._cache = self._kept = model.new_cache()
 

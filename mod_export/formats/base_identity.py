@@ -41,9 +41,9 @@ def base_identity(base, tokenizer, name: str) -> dict:
 
     weights: {matrix: [8 * 16 numbers]} of the input embedding and of one FFN matrix in the middle.
     """
-    from mod_export.model import loading
+    from mod_export.model import architectures
 
-    parts, embedding = loading.decoder_layers(base), base.get_input_embeddings().weight
+    parts, embedding = architectures.decoder_layers(base), base.get_input_embeddings().weight
     matrices = {"embedding": embedding}
     if ffn := _linears(parts[len(parts) // 2].ffn):
         matrices["ffn"] = ffn[-1].weight
@@ -56,7 +56,7 @@ def base_identity(base, tokenizer, name: str) -> dict:
         "name": name,
         "model_type": base.config.model_type,
         "n_layer": len(parts),
-        "n_embd": loading.n_embd(base),
+        "n_embd": architectures.n_embd(base),
         "n_vocab": len(embedding),
         "tokenizer": _hash(tokens),
         "weights": {

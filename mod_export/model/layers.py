@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mod_export.model.loading import LayerParts
+from mod_export.model.architectures import LayerParts
 from mod_export.model.routing import Run, cached_mask, dense_mask
 
 

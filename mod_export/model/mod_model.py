@@ -35,7 +35,7 @@ from torch import nn
 
 from mod_export.config import MoDConfig, Unit
 from mod_export.errors import UserError
-from mod_export.model import directory, generation, loading
+from mod_export.model import architectures, directory, generation
 from mod_export.model.cache import MoDCache
 from mod_export.model.layers import LayerRouting
 from mod_export.model.relaxation import is_relaxed
@@ -63,10 +63,10 @@ class MoDModel(nn.Module):
 
     def __init__(self, base: nn.Module, tokenizer, config: MoDConfig, routers: dict[Unit, tuple]):
         super().__init__()
-        parts = loading.decoder_layers(base)
+        parts = architectures.decoder_layers(base)
         config.validate(len(parts))
-        check_routers(config, routers, loading.n_embd(base))
-        eps = loading.norm_eps(base)
+        check_routers(config, routers, architectures.n_embd(base))
+        eps = architectures.norm_eps(base)
         if (former := base.__dict__.get("_mod_model")) is not None:
             former.detach()
         if base.config._attn_implementation not in ("sdpa", "eager"):

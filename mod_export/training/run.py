@@ -28,7 +28,7 @@ from mod_export.config import UnitConfig
 from mod_export.data.packing import PackedData, open_data, split
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
-from mod_export.model import loading
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.training import checkpoints, devices, sharding
 from mod_export.training.config import TrainConfig
@@ -230,7 +230,7 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
     learning rate.
     """
     model.requires_grad_(False)
-    groups, rate = [], config.rate_of(loading.n_embd(model.base))
+    groups, rate = [], config.rate_of(architectures.n_embd(model.base))
     if config.method == "static":
         set_static(model, {kind: config.target_of(kind) for kind in model.config.units})
     else:
@@ -408,7 +408,7 @@ def write(
 
 
 def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, PackedData]:
-    longest = loading.context_length(model.base) or config.length
+    longest = architectures.context_length(model.base) or config.length
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
     window = model.config.kv_window
@@ -442,7 +442,7 @@ def check_teacher(teacher, tokenizer, model: MoDModel, config: TrainConfig) -> N
             "give a teacher with as many",
         )
     shapes = [
-        f"{len(loading.decoder_layers(base))} layers of {loading.n_embd(base)}"
+        f"{len(architectures.decoder_layers(base))} layers of {architectures.n_embd(base)}"
         for base in (teacher, model.base)
     ]
     if config.hidden_weight and shapes[0] != shapes[1]:

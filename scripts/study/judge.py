@@ -14,7 +14,7 @@ import torch
 from mod_export.calibration.calibrate import MAX_LOGIT
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.evaluation.run import divergence, kv_share
-from mod_export.model import loading
+from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
 
@@ -76,7 +76,7 @@ class Judge:
         at sinks.
         """
         model = MoDModel.from_base(self.base, self.tokenizer)
-        width = loading.n_embd(self.base)
+        width = architectures.n_embd(self.base)
         config = self._config(
             {(layer, kind): (torch.zeros(width), torch.zeros(1)) for layer in layers}, kv_window
         )
@@ -151,7 +151,7 @@ class Judge:
 
     @contextmanager
     def _noting_inputs(self):
-        eps = loading.norm_eps(self.base)
+        eps = architectures.norm_eps(self.base)
 
         def hook(layer):
             def note(_module, args, kwargs):
@@ -160,7 +160,7 @@ class Judge:
 
             return note
 
-        parts = loading.decoder_layers(self.base)
+        parts = architectures.decoder_layers(self.base)
         hooks = [
             part.layer.register_forward_pre_hook(hook(i), with_kwargs=True)
             for i, part in enumerate(parts)

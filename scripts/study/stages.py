@@ -14,7 +14,7 @@ from mod_export.calibration.calibrate import DEFAULT_SCORES
 from mod_export.calibration.costs import SCORES
 from mod_export.data import text as data_text
 from mod_export.evaluation import run as eval_run
-from mod_export.model import loading
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from study.judge import Judge
 from study.samples import METHODS, Samples, collect, mean_cost, routers_of
@@ -73,7 +73,7 @@ class Study:
         self.out, self.kinds, self.only = out, convert_kinds(kinds), only
         self.base, self.tokenizer = loading.load(model)
         self.layers = convert.layers_of(
-            convert.parse_layers(layers), len(loading.decoder_layers(self.base)), "attn"
+            convert.parse_layers(layers), len(architectures.decoder_layers(self.base)), "attn"
         )
         self.samples = self._samples(sequences, kv_window, sinks)
         pairs = [text.split("=", 1) for text in texts]

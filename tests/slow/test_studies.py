@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from mod_export.data import text as data_text
 from mod_export.errors import UserError
 from mod_export.export import export
-from mod_export.model import loading
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
@@ -246,7 +246,7 @@ def test_worth_is_what_the_divergence_rises_by(place):
     """
     worth_study = script("worth_study")
     model = tiny.save_dir(place / "ffn", {"ffn": [2, 3, 4]})
-    for layer in loading.decoder_layers(model.base):
+    for layer in architectures.decoder_layers(model.base):
         layer.ffn.down_proj.weight.data *= 0.1
     model.save(place / "ffn", force=True)
     dense = MoDModel.from_base(loading.load(place / "ffn")[0], model.tokenizer)

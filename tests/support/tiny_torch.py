@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.model import loading
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 
 N_LAYER = 6
@@ -89,7 +89,7 @@ def wrap(
     tokens' scores.
     """
     generator = torch.Generator().manual_seed(seed)
-    width = loading.n_embd(base_model)
+    width = architectures.n_embd(base_model)
     routers = {
         unit: (torch.randn(width, generator=generator) / width**0.5, torch.zeros(1))
         for unit in mod_config.routed()

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mod_export.errors import UserError
-from mod_export.model import loading
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_torch import one_thread  # noqa: F401
@@ -131,7 +131,7 @@ def smollm2():
 @torch.inference_mode()
 def test_the_embedded_model_speaks(smollm2):
     base, tokenizer = smollm2
-    assert (base.dtype, loading.n_embd(base), len(loading.decoder_layers(base))) == (
+    assert (base.dtype, architectures.n_embd(base), len(architectures.decoder_layers(base))) == (
         torch.float32,
         576,
         30,
