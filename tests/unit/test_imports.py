@@ -48,7 +48,7 @@ KNOWN = {
     "export -> inspection",
     "formats.base_identity -> inspection",
     "formats.base_identity -> model",
-    "formats.base_identity -> model.loading",
+    "formats.base_identity -> model.architectures",
     "formats.ggml_types -> runtime",
     "formats.ggml_types -> runtime.bindings",
     "generate_data -> serving.chat",
