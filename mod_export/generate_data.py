@@ -13,7 +13,7 @@ from __future__ import annotations
 import gzip
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mod_export.common.files import atomic_file
@@ -23,10 +23,13 @@ from mod_export.data import sources
 from mod_export.errors import UserError
 from mod_export.runtime import devices
 from mod_export.runtime.llama import MoDLlama
-from mod_export.runtime.sequences import Job, Sampling, new_context, write
-from mod_export.serving.chat import formatter
+from mod_export.runtime.sampling import Sampling
+from mod_export.runtime.sequences import Job, write
+from mod_export.runtime.templates import ChatTemplate, has_template
 
 MARK = "mod-export-user"  # stands for the user's words where only what is around them is wanted
+# Fields of Sampling that can be chosen here; a partial file holds them.
+DECIDING_SAMPLING = ("temperature", "top_p", "min_p", "seed")
 HOPELESS = 200  # results in a row that came to nothing
 
 
@@ -72,8 +75,8 @@ def open_model(file: str | Path, options: Options) -> MoDLlama:
     each = -(-options.ctx // 256) * 256
     # a cache of its own for each sequence where the library can: no time for the others' masked
     # cells
-    new_context(
-        llm, n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units)
+    llm.new_context(
+        n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units)
     )
     if llm.units:
         llm.force = "active"
@@ -149,7 +152,7 @@ def _identity(llm: MoDLlama, options: Options, files: list[Path]) -> dict:
         "bytes": path.stat().st_size,
         "prompts": sources.digest(files),
         **deciding,
-        **asdict(options.sampling),
+        **{name: getattr(options.sampling, name) for name in DECIDING_SAMPLING},
     }
 
 
@@ -160,7 +163,7 @@ def _run(writer: _Writer, partial: Partial) -> None:
     progress, tokens, hopeless, waiting = Progress(), 0, 0, {}
     jobs = writer.jobs(following)
     done = write(
-        writer.llm, jobs, options.parallel, options.max_tokens, options.sampling.sampler, following
+        writer.llm, jobs, options.parallel, options.max_tokens, options.sampling, following
     )
     while partial.count < total and (ended := next(done, None)):
         number, record, n = ended
@@ -186,12 +189,12 @@ class _Writer:
     def __init__(self, llm: MoDLlama, options: Options, prompts: sources.Mixed | None):
         self.llm, self.options, self.prompts = llm, options, prompts
         self.cut = self.dropped = 0
-        self.chat = None if "tokenizer.chat_template" not in llm.metadata else formatter(llm)
+        self.template = ChatTemplate.of(llm) if has_template(llm) else None
 
     def jobs(self, first: int) -> Iterator[Job]:
         """From number `first` on; the prompts over and over where a number of texts is wanted."""
         if self.prompts is None:
-            make = self._invent if self.chat else self._begin
+            make = self._invent if self.template else self._begin
             return (make() for _ in itertools.count(first))
         n = len(self.prompts)
         numbers = range(first, n) if self.options.count is None else itertools.count(first)
@@ -223,9 +226,8 @@ class _Writer:
         """The template up to the user's words; the model writes these, as a user would, and then
         the answer.
         """
-        written = yield self._tokens(
-            self._render([{"role": "user", "content": MARK}]).partition(MARK)[0]
-        )
+        text = self.template.render([{"role": "user", "content": MARK}])
+        written = yield self._tokens(text.partition(MARK)[0])
         question = self._text(written.tokens).strip()
         if not written.ended or not question:
             return self._drop()
@@ -245,20 +247,12 @@ class _Writer:
         return {"text": text} if text.strip() else self._drop()
 
     def _prompt(self, messages: list[dict], where: str) -> list[int]:
-        if self.chat is None:
+        if self.template is None:
             raise UserError(
                 f"{where} is a conversation, and {self.llm.model_path} has no chat template",
                 "use text as prompts, or a model tuned for chat",
             )
-        try:
-            return self._tokens(self._render(messages))
-        except Exception as exc:  # whatever the template raises
-            raise UserError(
-                f"{where}: the model's chat template refuses this conversation: {exc}"
-            ) from exc
-
-    def _render(self, messages: list[dict]) -> str:
-        return self.chat(messages=messages).prompt
+        return self._tokens(self.template.render(messages, where=where))
 
     def _tokens(self, text: str) -> list[int]:
         return self.llm.tokenize(text.encode(), add_bos=False, special=True)

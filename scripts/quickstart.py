@@ -6,6 +6,7 @@ Steps that have been done with the same code, model and files are not done again
 DIR/.stamps).
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -140,10 +141,11 @@ def check(directory: Path, name: str) -> dict:
 def answer(file: Path) -> str:
     """What the model says to QUESTION, the likeliest tokens."""
     from mod_export.runtime.llama import MoDLlama
-    from mod_export.serving.chat import Chat, Sampling
+    from mod_export.serving.chat import CHAT_SAMPLING, Chat
 
+    likeliest = dataclasses.replace(CHAT_SAMPLING, temperature=0)
     chat = Chat(
-        MoDLlama(file, n_ctx=2048), sampling=Sampling(temp=0, max_tokens=100), say=lambda line: None
+        MoDLlama(file, n_ctx=2048), sampling=likeliest, max_tokens=100, say=lambda line: None
     )
     return "".join(chat.ask(QUESTION)).strip()
 

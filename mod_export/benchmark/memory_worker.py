@@ -74,11 +74,11 @@ class Probe:
         return round(sum(float(mib) for mib in re.findall(pattern, self.log)) * 2**20)
 
     def failed(self, what: str) -> UserError:
-        from mod_export.runtime.llama import _reason
+        from mod_export.runtime.log import reason
 
         lines = [line for line in self.log.splitlines() if "error" in line or "failed" in line]
         return UserError(
-            f"{what}: {_reason(lines) or 'llama.cpp refuses it'}",
+            f"{what}: {reason(lines) or 'llama.cpp refuses it'}",
             "`mod-export inspect` may tell more",
         )
 

@@ -12,13 +12,6 @@ import numpy as np
 from mod_export.errors import UserError
 
 
-def has_vocab(llm) -> bool:
-    """Whether the file holds a tokenizer; one without still has a number of tokens."""
-    from llama_cpp import LLAMA_VOCAB_TYPE_NONE
-
-    return llm._model.vocab_type() != LLAMA_VOCAB_TYPE_NONE
-
-
 def prompt_tokens(llm, text: str, n: int, seq: int = 0, batch: int = 1) -> list[int]:
     """n tokens of sequence `seq` of `batch`: the text from another place for each, repeated where
     it is too short.
@@ -26,7 +19,7 @@ def prompt_tokens(llm, text: str, n: int, seq: int = 0, batch: int = 1) -> list[
     A file without a vocabulary gets uniformly random tokens, the same in each run: its routers are
     made for them.
     """
-    if not has_vocab(llm):
+    if not llm.has_vocab:
         return np.random.default_rng(seq).integers(0, llm.n_vocab(), n).tolist()
     tokens = llm.tokenize(text.encode())
     if not tokens:

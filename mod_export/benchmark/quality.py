@@ -7,7 +7,7 @@ bench_sweep.py.
 
 import numpy as np
 
-from mod_export.benchmark.process_helpers import has_vocab, prompt_tokens
+from mod_export.benchmark.process_helpers import prompt_tokens
 from mod_export.benchmark.worker import serve
 from mod_export.evaluation.parity import ROWS, compare
 
@@ -30,7 +30,7 @@ class Quality:
         from mod_export.runtime.llama import MoDLlama
 
         self.llm = MoDLlama(file, n_ctx=length, n_batch=length, threads=threads, logits_all=True)
-        self.compare = has_vocab(self.llm)
+        self.compare = self.llm.has_vocab
         if self.compare:
             sequences = max(1, min(sequences, LOGITS // (4 * self.llm.n_vocab() * length)))
         tokens = prompt_tokens(self.llm, text, length * sequences)

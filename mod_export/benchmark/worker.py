@@ -5,7 +5,6 @@ stdout. Run by bench_process.py as `python -m mod_export.benchmark.worker`; the 
 LLAMA_CPP_LIB_PATH.
 """
 
-import ctypes
 import dataclasses
 import json
 import sys
@@ -17,7 +16,6 @@ import numpy as np
 from mod_export.benchmark.process_helpers import (
     answers,
     forget_peak,
-    has_vocab,
     prompt_tokens,
     resident,
 )
@@ -51,7 +49,6 @@ class Variant:
         gpu_layers: int = 0,
     ):
         from mod_export.runtime.llama import MoDLlama
-        from mod_export.runtime.sequences import new_context
 
         # llama_cpp.Llama knows one sequence only: this small context gives way to one for `batch`
         # sequences
@@ -66,8 +63,7 @@ class Variant:
             type_v=type_v,
             n_gpu_layers=gpu_layers,
         )
-        new_context(
-            self.llm,
+        self.llm.new_context(
             n_ctx=batch * -(-(context + tail) // 256) * 256,
             n_batch=chunk,
             n_ubatch=ubatch,
@@ -87,18 +83,16 @@ class Variant:
         return {
             "units": len(llm.units),
             "kinds": llm.kinds,
-            "n_ctx_train": llm._model.n_ctx_train(),
+            "n_ctx_train": llm.n_ctx_train,
             "n_vocab": llm.n_vocab(),
-            "description": llm._model.desc(),
-            "vocab": has_vocab(llm),
+            "description": llm.description,
+            "vocab": llm.has_vocab,
             "rss": resident("VmRSS"),
         }
 
     def clear(self, shift: float | None = None) -> dict:
         """An empty context; the thresholds shifted from now on."""
-        import llama_cpp
-
-        llama_cpp.llama_memory_clear(self.llm._ctx.memory, False)
+        self.llm.clear_cells()
         self.llm.n_tokens, self.seen = 0, {}
         if shift is not None and self.llm.units and shift != self.llm.shift:
             self.llm.shift = shift
@@ -132,10 +126,8 @@ class Variant:
 
     def rewind(self) -> dict:
         """Takes back what has been decoded after the prompts."""
-        import llama_cpp
-
         for seq in range(len(self.tokens)):
-            if not llama_cpp.llama_memory_seq_rm(self.llm._ctx.memory, seq, self.context, -1):
+            if not self.llm.remove_tail(seq, self.context):
                 raise UserError(
                     "the decoded tokens cannot be taken back",
                     "decode fewer than kv_rollback tokens",
@@ -160,23 +152,14 @@ class Variant:
 
     def _decode(self, step: list[tuple[int, int, bool]]) -> float:
         """One batch of (sequence, position, whether its logits are wanted); ms."""
-        from mod_export.runtime.sequences import decode
-
-        ms = decode(
-            self.llm, [(self.tokens[seq][pos], pos, seq, logits) for seq, pos, logits in step]
+        ms = self.llm.decode_rows(
+            [(self.tokens[seq][pos], pos, seq, logits) for seq, pos, logits in step]
         )
         self.llm.n_tokens += len(step)
         return ms
 
     def _best_token(self) -> int:
-        import llama_cpp
-
-        logits = llama_cpp.llama_get_logits_ith(self.llm.ctx, -1)
-        return int(
-            np.ctypeslib.as_array(
-                ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (self.llm.n_vocab(),)
-            ).argmax()
-        )
+        return int(self.llm.last_logits().argmax())
 
     def _activation(self, units: dict, after: dict) -> float:
         """Share of units' work that these tokens meet, 1 for a dense file.
@@ -222,9 +205,9 @@ def _metered(gpu_layers: int) -> tuple[Callable, Callable]:
     """
     if not gpu_layers:
         return lambda f, **kwargs: f(**kwargs), dict
-    from mod_export.runtime.devices import Meter
+    from mod_export.runtime.devices import GpuMemoryMeter
 
-    meter = Meter()
+    meter = GpuMemoryMeter()
     return meter.during, lambda: {"vram": meter.used}
 
 

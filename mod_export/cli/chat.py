@@ -40,24 +40,29 @@ from mod_export.cli.numbers import Finite
     "--seed", type=click.IntRange(min=1), default=1, show_default=True, help="Seed of the sampling."
 )
 @model_options
-def command(file, prompt, ctx, threads, gpu_layers, threshold_shift, system, **sampling):
+def command(
+    file, prompt, ctx, threads, gpu_layers, threshold_shift, system, max_tokens, temp, **sampling
+):
     """Talk to the model in the GGUF FILE; /help lists the commands.
 
     With --prompt the answer goes to stdout and nothing else. Piped input is one prompt too, unless
     one of its lines is a command such as /stats: then it is a conversation, one turn a line.
     """
+    from dataclasses import replace
 
-    from mod_export.serving import chat as c
+    from mod_export.serving import terminal
+    from mod_export.serving.chat import CHAT_SAMPLING, Chat
 
     llm = open_model(file, ctx, threads, gpu_layers, threshold_shift)
-    talk = c.Chat(llm, system, c.Sampling(**sampling), say=lambda line: click.echo(line, err=True))
+    chosen = replace(CHAT_SAMPLING, temperature=temp, **sampling)
+    chat = Chat(llm, system, chosen, max_tokens, say=lambda line: click.echo(line, err=True))
     if prompt is None and sys.stdin.isatty():
-        click.echo(c.welcome(llm), err=True)
-        return c.repl(talk)
+        click.echo(terminal.welcome(llm), err=True)
+        return terminal.repl(chat)
     text = prompt if prompt not in (None, "-") else _stdin()
-    if prompt is None and c.is_script(text):
-        return 0 if c.run_lines(talk, text.splitlines()) else 2
-    return 0 if c.answer_once(talk, text.strip()) else 130
+    if prompt is None and terminal.is_script(text):
+        return 0 if terminal.run_lines(chat, text.splitlines()) else 2
+    return 0 if terminal.answer_once(chat, text.strip()) else 130
 
 
 def _stdin() -> str:

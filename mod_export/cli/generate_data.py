@@ -78,8 +78,10 @@ def command(file, out, prompts, force, temperature, top_p, min_p, seed, **option
     A stopped run leaves OUT.partial; the same command goes on from there.
     """
     from mod_export import generate_data
-    from mod_export.runtime.sequences import Sampling
+    from mod_export.runtime.sampling import Sampling
 
-    options = generate_data.Options(**options, sampling=Sampling(temperature, top_p, min_p, seed))
+    options = generate_data.Options(
+        **options, sampling=Sampling(temperature, top_p, min_p=min_p, seed=seed)
+    )
     llm = generate_data.open_model(file, options)
     generate_data.generate(llm, out, options, prompts, force)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mod_export.data.text import begun, tokenize
-from mod_export.errors import UserError
+from mod_export.errors import UserError, template_error
 from mod_export.evaluation.readers import Pair, Reader, Usage
 
 LENGTHS = (1024, 2048, 4096)
@@ -128,7 +128,7 @@ def _chat(tokenizer, text: str) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as exc:  # whatever the template raises
-        raise UserError(f"the model's chat template refuses a question: {exc}") from exc
+        raise template_error(exc, "a question") from exc
 
 
 def retrieve(pair: Pair, trials: Sequence[Trial], progress: Callable = iter) -> list[Cell]:

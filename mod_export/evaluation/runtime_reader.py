@@ -12,7 +12,7 @@ from mod_export.evaluation.readers import CHUNK, UNLIMITED, Reader
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import devices
 from mod_export.runtime.llama import MoDLlama
-from mod_export.serving.chat import formatter
+from mod_export.runtime.templates import ChatTemplate
 
 
 class _Llama(MoDLlama):
@@ -136,4 +136,4 @@ class _Tokenizer:
         )
 
     def apply_chat_template(self, messages: list[dict], **_options) -> str:
-        return formatter(self._reader.llm)(messages=messages).prompt
+        return ChatTemplate.of(self._reader.llm).apply(messages)

@@ -1,10 +1,9 @@
-"""ctypes bindings of llama-mod.h: what the patched llama.cpp adds to the library that llama_cpp
-loads.
+"""ctypes bindings of llama-mod.h, which the patched llama.cpp adds to llama_cpp's library.
 
 A library without these symbols (a stock build) still runs dense models: only calling a binding
-raises UserError. `patched()` tells which of the two it is.
+raises UserError. `patched()` tells which of the two libraries is loaded.
 
-    from mod_export import bindings
+    from mod_export.runtime import bindings
     bindings.require()
     n = bindings.llama_mod_n_units(llm.model)
 """
@@ -96,8 +95,9 @@ class llama_mod_perf(ctypes.Structure):
 
 
 def _symbol(argtypes: list, restype: Any) -> Callable:
-    """Replaces a function by the C symbol of its name, or by one that tells what to do about its
-    absence.
+    """Replace a function by the C symbol of its name.
+
+    Where the library lacks the symbol, the function becomes one that raises UserError.
     """
 
     def bind(f: Callable) -> Callable:
@@ -237,9 +237,7 @@ def patched() -> bool:
 
 
 def require() -> None:
-    """Raises UserError, naming the missing symbols, where the loaded library is not (fully)
-    patched.
-    """
+    """Raise UserError, naming a missing symbol, where the loaded library is not the patched one."""
     if _missing:
         more = f" and {len(_missing) - 1} others of llama-mod.h" if len(_missing) > 1 else ""
         raise UserError(
@@ -254,17 +252,16 @@ def n_units(model) -> int:
 
 
 def get_kv_stats(ctx, layer: int = -1) -> llama_mod_kv_stats | None:
-    """KV figures of a layer, of all layers with -1; None for a dense model or a layer that is not
-    there.
+    """KV figures of a layer, or of all layers with -1.
+
+    None for a dense model, and for a layer that does not exist.
     """
     stats = llama_mod_kv_stats()
     return stats if patched() and llama_mod_get_kv_stats(ctx, layer, ctypes.byref(stats)) else None
 
 
 def get_trace(model, ctx) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of the last decode's decisions (uint8) and router logits (float32), both [n_tokens,
-    n_units].
-    """
+    """Decisions (uint8) and router logits (float32) of the last decode, [n_tokens, n_units] each."""
     active, score = ctypes.POINTER(ctypes.c_uint8)(), ctypes.POINTER(ctypes.c_float)()
     n, units = 0, n_units(model)
     if units:

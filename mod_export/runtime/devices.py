@@ -1,10 +1,11 @@
-"""The GPUs that the loaded llama.cpp computes on, and their free memory as the driver counts it
-(cudaMemGetInfo).
+"""The GPUs that the loaded llama.cpp computes on, and their free memory.
 
-    gpus()                                     # [Gpu(name="NVIDIA ...", free=..., total=...)]; empty on a CPU build
-    meter = Meter(); answer = meter.during(f); meter.used
+    gpus()                       # [Gpu(name="NVIDIA ...", free=..., total=...)]; empty on a CPU build
+    meter = GpuMemoryMeter()
+    answer = meter.during(f)
+    meter.used
 
-Works with a stock library too.
+The driver counts the free memory (cudaMemGetInfo). A stock library works too.
 """
 
 import ctypes
@@ -40,7 +41,10 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """All of them. Asking for their memory makes this process take some of it for the driver."""
+    """All GPUs.
+
+    Asking for their memory makes this process take some of it for the driver.
+    """
     found = []
     for i in range(_lib.ggml_backend_dev_count()):
         device = _lib.ggml_backend_dev_get(i)
@@ -54,28 +58,28 @@ def gpus() -> list[Gpu]:
 
 
 def check(layers: int) -> None:
-    """Raises UserError where there are to be layers on a GPU (not 0) and the loaded llama.cpp sees
-    none.
-    """
+    """Raise UserError where layers are to lie on a GPU (not 0) and llama.cpp sees no GPU."""
     if layers and not gpus():
         raise UserError(
             "this llama.cpp sees no GPU", "run `mod-export build --cuda`, or leave out --gpu-layers"
         )
 
 
-class Meter:
-    """Adds up what `during` saw free memory lose: what this process took, if no other took any
-    meanwhile.
-    """
+def free_memory() -> int:
+    """Free bytes of all GPUs together."""
+    return sum(gpu.free for gpu in gpus())
 
-    def __init__(self):
+
+class GpuMemoryMeter:
+    """Adds up the bytes of GPU memory that calls take, if no other process takes any meanwhile."""
+
+    def __init__(self) -> None:
         self.used = 0
-        self._free = lambda: sum(gpu.free for gpu in gpus())
-        self._free()  # what the driver takes for a process is no part of the figure
+        free_memory()  # The memory that the driver takes for a process is no part of the figure.
 
-    def during(self, f: Callable, *args, **kwargs):
-        """f(*args, **kwargs)."""
-        before = self._free()
-        result = f(*args, **kwargs)
-        self.used += before - self._free()
+    def during(self, function: Callable, *args, **kwargs):
+        """The result of function(*args, **kwargs)."""
+        before = free_memory()
+        result = function(*args, **kwargs)
+        self.used += before - free_memory()
         return result

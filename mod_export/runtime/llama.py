@@ -1,8 +1,7 @@
-"""MoDLlama: llama_cpp.Llama with the routed units' statistics, thresholds, KV figures and
-decisions.
+"""MoDLlama: llama_cpp.Llama with the routed units' statistics, thresholds, KV figures and decisions.
 
-Everything of llama_cpp.Llama works as there. Dense files open too, on a stock library as well: they
-have no units.
+Everything of llama_cpp.Llama works as there. Dense files open too, on a stock library as well: a
+dense file has no units.
 
     llm = MoDLlama("mod.gguf")
     llm("Once upon a time", max_tokens=32)
@@ -12,28 +11,29 @@ have no units.
 import ctypes
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mod_export.benchmark.process_helpers import available_memory, has_vocab
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
+from mod_export.runtime.log import check_context, check_file, kept_log, load_error, reason
 
 import llama_cpp  # isort: skip
-from llama_cpp import _logger  # isort: skip
+from llama_cpp import _internals  # isort: skip
 
-
-GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp has no name for it
+# (token, position, sequence, whether its logits are wanted): one row of a batch
+Row = tuple[int, int, int, bool]
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A routed unit; `threshold` and `activation` (on calibration text) are those of the file."""
+class RoutedUnit:
+    """A routed unit, with the threshold and the activation (on calibration text) of the file."""
 
     index: int
     layer: int
@@ -46,7 +46,7 @@ class Unit:
 class UnitStats:
     """Tokens that met the unit's router, and those of them that were active."""
 
-    unit: Unit
+    unit: RoutedUnit
     seen: int
     active: int
 
@@ -56,9 +56,11 @@ class UnitStats:
 
 
 @dataclass(frozen=True)
-class KV:
-    """KV memory: cells, and bytes reserved (address space), committed (memory), used, and what
-    dense would use.
+class KVMemory:
+    """The KV memory of a context.
+
+    reserved: bytes of address space. committed: bytes of memory behind it. used: bytes of the cells
+    in use. dense: bytes that the same tokens would use in a dense model.
     """
 
     cells: int
@@ -70,14 +72,13 @@ class KV:
 
 
 @dataclass(frozen=True)
-class Perf:
-    """Decodes, tokens and graphs, and where the time went.
+class PerfCounters:
+    """Numbers of decodes, tokens and graphs, and where the time went.
 
-    graphs_reused: graphs that were not built again. decode_graphs: those of small batches, which
-    are kept;
-    decode_resized: those of them built again because the range of KV cells outgrew them. us_*:
-    microseconds spent on forming the batches of active tokens, on KV cells, on building graphs, on
-    their inputs, on running them, and on reading scores back.
+    graphs_reused: graphs that were not built again. decode_graphs: graphs of small batches, which
+    are kept. decode_resized: decode graphs that were built again because the range of KV cells
+    outgrew them. us_*: microseconds spent on forming the batches of active tokens (route), on KV
+    cells (slots), on building graphs, on their inputs, on running them, and on reading scores back.
     """
 
     decodes: int
@@ -98,19 +99,15 @@ class Stopped(Exception):
     """The evaluation was stopped between two batches because `MoDLlama.stop` was set."""
 
 
-SURE = 1 << 20  # tokens of context that any machine has lists for
-LISTS = 48  # bytes of a cell's place, shift and sequences, in each cache (llama-kv-cells.h)
-
-
 class MoDLlama(llama_cpp.Llama):
     """llama_cpp.Llama on a MoD (or dense) GGUF file.
 
-    path: the file. n_ctx: context in tokens, 0 for the model's own. threads: for decode and
-    prefill, default all
-    cores. Flash attention is on by default: without it V is stored transposed, which touches every
-    page of the
-    KV cache, so that no KV memory is saved. threshold_shift: see `shift`. More arguments as in
+    path: the file. n_ctx: context in tokens, 0 for the model's own. threads: threads of decode and
+    prefill, by default all cores. threshold_shift: see `shift`. More arguments as in
     llama_cpp.Llama.
+
+    Flash attention is on by default. Without it V is stored transposed, which touches every page of
+    the KV cache, so that no KV memory is saved.
 
     Raises UserError for a file that is missing, no GGUF or refused by llama.cpp, telling the reason
     it logged, and for a shift that is not finite, or not 0 for a dense model.
@@ -127,8 +124,8 @@ class MoDLlama(llama_cpp.Llama):
         verbose: bool = False,
         **kwargs,
     ):
-        _check_file(path)
-        _check_context(path, n_ctx)
+        check_file(path)
+        check_context(path, n_ctx)
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
         self.stop = False
@@ -136,7 +133,7 @@ class MoDLlama(llama_cpp.Llama):
         self._thresholds_changed = False
         self._quiet = not verbose
         threads = threads or len(os.sched_getaffinity(0))
-        with self._log() as log:
+        with self.errors_kept() as log:
             try:
                 super().__init__(
                     str(path),
@@ -148,10 +145,9 @@ class MoDLlama(llama_cpp.Llama):
                     **kwargs,
                 )
             except ValueError as exc:
-                raise _load_error(path, n_ctx, exc, log) from exc
-        if (
-            len(self.input_ids) < self.n_ctx()
-        ):  # llama.cpp rounds the context up, llama_cpp.Llama does not know
+                raise load_error(path, n_ctx, exc, log) from exc
+        if len(self.input_ids) < self.n_ctx():
+            # llama.cpp rounds the context up, and llama_cpp.Llama does not know of it
             self.input_ids = np.zeros(self.n_ctx(), np.intc)
         self.units = self._read_units()
         if threshold_shift:
@@ -168,24 +164,40 @@ class MoDLlama(llama_cpp.Llama):
 
     # --- what the file says
 
+    @property
+    def has_vocab(self) -> bool:
+        """Whether the file holds a tokenizer; a file without one still has a number of tokens."""
+        return self._model.vocab_type() != llama_cpp.LLAMA_VOCAB_TYPE_NONE
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The context in tokens that the model was trained for."""
+        return self._model.n_ctx_train()
+
+    @property
+    def description(self) -> str:
+        """llama.cpp's description of the model: architecture, size, type of the weights."""
+        return self._model.desc()
+
     def require_vocab(self) -> None:
-        """Raises UserError for a file without a tokenizer, where llama.cpp would abort on text."""
-        if not has_vocab(self):
+        """Raise UserError for a file without a tokenizer, where llama.cpp would abort on text."""
+        if not self.has_vocab:
             raise UserError(f"{self.model_path} has no tokenizer", "give a file that has one")
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of UTF-8 text; special: also of the names of special tokens. Raises UserError
-        as require_vocab.
+        """Token ids of UTF-8 text; with `special` also of the names of special tokens.
+
+        Raises UserError as require_vocab does.
         """
         self.require_vocab()
         return super().tokenize(text, add_bos, special)
 
-    def _read_units(self) -> list[Unit]:
+    def _read_units(self) -> list[RoutedUnit]:
         units, raw = [], bindings.llama_mod_unit()
         for i in range(bindings.n_units(self.model)):
             bindings.llama_mod_get_unit(self.model, i, ctypes.byref(raw))
             units.append(
-                Unit(i, raw.layer, bindings.KINDS[raw.kind], raw.threshold, raw.activation)
+                RoutedUnit(i, raw.layer, bindings.KINDS[raw.kind], raw.threshold, raw.activation)
             )
         return units
 
@@ -212,15 +224,17 @@ class MoDLlama(llama_cpp.Llama):
         return [bindings.llama_mod_get_threshold(self.ctx, u.index) for u in self.units]
 
     def set_threshold(self, unit: int, p: float) -> None:
-        """Sets p of one unit, 0 < p < 1. The next prompt is read anew with it, as after all changes
-        here.
+        """Set p of one unit, 0 < p < 1.
+
+        The next prompt is read anew, as after every change of a threshold, the shift or the force.
         """
         self._set("threshold", f"threshold {p}", unit, p)
 
     @property
     def shift(self) -> float:
-        """Shift of all thresholds in logit space: a token is active where logit(score) >= logit(p)
-        + shift.
+        """Shift of all thresholds, in logit space.
+
+        A token is active where logit(score) >= logit(p) + shift.
         """
         return bindings.llama_mod_get_shift(self.ctx) if self.units else 0.0
 
@@ -229,8 +243,10 @@ class MoDLlama(llama_cpp.Llama):
         self.set_shift(value)
 
     def set_shift(self, value: float, reread: bool = True) -> None:
-        """Sets the shift; without `reread` for the tokens from now on, what has been read before
-        stays as it is.
+        """Set the shift.
+
+        Without `reread` it holds for the tokens from now on, and tokens that were read stay as they
+        are.
         """
         changed = self._thresholds_changed
         self._set("shift", f"shift {value}", value)
@@ -238,8 +254,9 @@ class MoDLlama(llama_cpp.Llama):
 
     @property
     def force(self) -> str:
-        """ "none": the routers decide; "active": all units run (the dense model); "inactive": none
-        does.
+        """What decides: the routers ("none"), or a force.
+
+        "active": all units run, which is the dense model. "inactive": no unit runs.
         """
         return bindings.FORCES[bindings.llama_mod_get_force(self.ctx)] if self.units else "none"
 
@@ -297,21 +314,19 @@ class MoDLlama(llama_cpp.Llama):
         if self.units:
             bindings.llama_mod_reset_stats(self.ctx)
 
-    def perf(self) -> Perf | None:
+    def perf(self) -> PerfCounters | None:
         """Counters of decodes and graphs; None for a dense model."""
         raw = bindings.llama_mod_perf()
         if not self.units or not bindings.llama_mod_get_perf(self.ctx, ctypes.byref(raw)):
             return None
-        return Perf(*(getattr(raw, name) for name, _ in raw._fields_))
+        return PerfCounters(*(getattr(raw, name) for name, _ in raw._fields_))
 
-    def kv(self, layer: int = -1) -> KV:
-        """KV memory of a layer, of all with -1; `dense`: what the tokens now in the context would
-        use unrouted.
-        """
+    def kv(self, layer: int = -1) -> KVMemory:
+        """KV memory of a layer, or of all layers with -1."""
         raw = bindings.get_kv_stats(self.ctx, layer) if self.units else None
         if raw is None:
             return self._dense_kv()
-        return KV(
+        return KVMemory(
             raw.n_cells,
             raw.n_used,
             raw.bytes_reserved,
@@ -320,48 +335,48 @@ class MoDLlama(llama_cpp.Llama):
             self.n_tokens * raw.bytes_per_cell,
         )
 
-    def _dense_kv(self) -> KV:
-        from mod_export.formats.ggml_types import bytes_per_value
-
-        m = self.model
-        head = llama_cpp.llama_model_n_embd(m) / llama_cpp.llama_model_n_head(m)
-        row = llama_cpp.llama_model_n_layer(m) * llama_cpp.llama_model_n_head_kv(m) * head
+    def _dense_kv(self) -> KVMemory:
+        model = self.model
+        head = llama_cpp.llama_model_n_embd(model) / llama_cpp.llama_model_n_head(model)
+        row = llama_cpp.llama_model_n_layer(model) * llama_cpp.llama_model_n_head_kv(model) * head
         per_token = sum(
             row * bytes_per_value(t)
             for t in (self.context_params.type_k, self.context_params.type_v)
         )
-        used, full = int(per_token * self.n_tokens), int(per_token * self.n_ctx())
-        return KV(self.n_ctx(), self.n_tokens, full, full, used, used)
+        used = int(per_token * self.n_tokens)
+        full = int(per_token * self.n_ctx())
+        return KVMemory(self.n_ctx(), self.n_tokens, full, full, used, used)
 
     @contextmanager
     def recording(self) -> Iterator[list]:
-        """Collects the decisions of what is evaluated inside: a list of (active, score) per batch,
-        see `trace`.
+        """Collect the decisions of the batches that are evaluated inside the block.
+
+        The list gets a pair (active, score) for each batch, as `trace` gives it.
         """
-        self._recording = []
+        batches: list = []
+        self._recording = batches
         try:
-            yield self._recording
+            yield batches
         finally:
             self._recording = None
 
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decisions of the last batch: active (uint8) and router logits (float32), both [n_tokens,
-        n_units].
-        """
+        """Decisions (uint8) and router logits (float32) of the last batch, [n_tokens, n_units] each."""
         return bindings.get_trace(self.model, self.ctx)
 
     # --- llama_cpp.Llama, made safe
 
     def generate(self, tokens: Sequence[int], **kwargs):
-        """As llama_cpp.Llama.generate; after a change of thresholds nothing of the past is reused."""
+        """As llama_cpp.Llama.generate, but after a change of thresholds the prompt is read anew."""
         if self._thresholds_changed:
             self.reset()
             self._thresholds_changed = False
         return super().generate(tokens, **kwargs)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """As llama_cpp.Llama.eval. Raises UserError where the context is too small, Stopped after
-        `stop` was set.
+        """As llama_cpp.Llama.eval.
+
+        Raises UserError where the context is too small, and Stopped after `stop` was set.
         """
         tokens = list(tokens)
         if self.n_tokens + len(tokens) > self.n_ctx():
@@ -370,7 +385,7 @@ class MoDLlama(llama_cpp.Llama):
                 "use a larger context or a shorter prompt",
             )
         if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            # K/V that the tail's predecessors need are gone: they have to be read again
+            # The K/V that earlier tokens need are gone, so these tokens have to be read again.
             tokens = self.input_ids[: self.n_tokens].tolist() + tokens
             self.n_tokens = 0
             self._ctx.kv_cache_clear()
@@ -380,20 +395,18 @@ class MoDLlama(llama_cpp.Llama):
             self._eval_batch(tokens[i : i + self.n_batch])
 
     def _eval_batch(self, tokens: list[int]) -> None:
-        with self._log() as log:
+        with self.errors_kept() as log:
             try:
                 self._decode(tokens)
             except RuntimeError as exc:
-                reason = (
-                    "no free KV cell" if str(exc).endswith(" 1") else (_reason(log) or str(exc))
-                )
-                raise UserError(
-                    f"llama.cpp cannot decode: {reason}", "use a larger context"
-                ) from exc
+                no_cell = str(exc).endswith(" 1")
+                why = "no free KV cell" if no_cell else reason(log) or str(exc)
+                raise UserError(f"llama.cpp cannot decode: {why}", "use a larger context") from exc
         if self._recording is not None:
             self._recording.append(self.trace())
 
     def _decode(self, tokens: list[int]) -> None:
+        """Run one batch; a subclass may keep its logits elsewhere."""
         super().eval(tokens)
 
     def piece(self, token: int, special: bool = False) -> bytes:
@@ -410,87 +423,79 @@ class MoDLlama(llama_cpp.Llama):
         """Whether the token ends an answer."""
         return llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
 
-    @contextmanager
-    def _log(self) -> Iterator[list[str]]:
-        """Keeps llama.cpp's errors instead of printing them; with `verbose` it prints as usual."""
-        lines: list[str] = []
-        if not self._quiet:
-            yield lines
-            return
+    def is_control(self, token: int) -> bool:
+        """Whether the token is a control token, such as the end of a turn."""
+        return llama_cpp.llama_vocab_is_control(self._model.vocab, token)
 
-        @llama_cpp.llama_log_callback
-        def keep(level, text, _data):
-            if level == GGML_LOG_LEVEL_ERROR:
-                lines.append((text or b"").decode("utf-8", "replace").strip())
+    def token_text(self, token: int) -> str:
+        """The text of a token as the vocabulary has it; empty for -1, which is no token."""
+        return self._model.token_get_text(token) if token >= 0 else ""
 
-        llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-        try:
-            yield lines
-        finally:
-            llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+    # --- several sequences in one context; `n_tokens` is then the caller's business
 
+    def new_context(self, **params: Any) -> None:
+        """Replace the context by one with other llama_context_params.
 
-def _check_file(path: str | os.PathLike) -> None:
-    file = Path(path)
-    if not file.exists():
-        raise UserError(f"{path} does not exist", "check the path")
-    if not file.is_file():
-        raise UserError(
-            f"{path} is not a file",
-            "give a GGUF file; `mod-export export` makes one from a directory",
-        )
-    try:
-        with file.open("rb") as f:
-            magic = f.read(4)
-    except OSError as exc:
-        raise UserError(f"cannot read {path}: {exc.strerror}") from exc
-    if magic != b"GGUF":
-        raise UserError(
-            f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory"
-        )
+        llama_cpp.Llama can make a context for one sequence only. Raises UserError where llama.cpp
+        refuses the context.
+        """
+        self._ctx.close()
+        for name, value in params.items():
+            setattr(self.context_params, name, value)
+        with self.errors_kept() as log:
+            try:
+                self._ctx = _internals.LlamaContext(
+                    model=self._model, params=self.context_params, verbose=False
+                )
+            except ValueError as exc:
+                n_ctx = self.context_params.n_ctx
+                raise UserError(
+                    f"cannot create a context of {n_ctx} tokens: {log[0] if log else exc}",
+                    "use a smaller context",
+                ) from exc
 
+    def decode_rows(self, rows: Sequence[Row]) -> float:
+        """Decode one batch of rows; the milliseconds that it took.
 
-def _check_context(path: str | os.PathLike, n_ctx: int) -> None:
-    """Lists of cells are as long as the context, however little of it is used, and no lack of
-    memory is reported.
-    """
-    if n_ctx <= SURE:
-        return
-    file = GGUFFile.open(path)
-    layers = file.get(f"{file.architecture}.block_count", 0)
-    caches = (
-        1 + layers
-        if f"{file.architecture}.mod.version" in file.keys and isinstance(layers, int)
-        else 1
-    )
-    need, free = n_ctx * caches * LISTS, available_memory()
-    if n_ctx >= 1 << 31 or need > free:
-        raise UserError(
-            f"a context of {n_ctx} tokens takes {need >> 20} MiB for its lists of cells alone, of "
-            f"{free >> 20} MiB that are free",
-            "use a smaller context",
-        )
+        Raises UserError where llama.cpp cannot decode it.
+        """
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, logits) in enumerate(rows):
+            batch.token[i] = token
+            batch.pos[i] = position
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = logits
+        with self.errors_kept() as log:
+            start = time.perf_counter()
+            code = llama_cpp.llama_decode(self.ctx, batch)
+            llama_cpp.llama_synchronize(self.ctx)
+            milliseconds = (time.perf_counter() - start) * 1e3
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            detail = f": {log[0]}" if log else ""
+            raise UserError(f"llama_decode returned {code}{detail}", "use a smaller context")
+        return milliseconds
 
+    def sample_row(self, sampler: _internals.LlamaSampler, row: int = -1) -> int:
+        """The token that the sampler draws from the logits of a row of the last batch."""
+        return sampler.sample(self._ctx, row)
 
-def _load_error(path, n_ctx: int, exc: ValueError, log: list[str]) -> UserError:
-    reason = _reason(log) or str(exc)
-    if "context" in str(exc):
-        cure = "use a smaller context" if "alloc" in reason else ""
-        return UserError(f"cannot create a context of {n_ctx} tokens for {path}: {reason}", cure)
-    stock_meets_mod = not bindings.patched() and "wrong number of tensors" in reason
-    cure = "a MoD file needs the patched llama.cpp: run `mod-export build`"
-    if not stock_meets_mod:
-        cure = "make the file again"
-    return UserError(f"cannot load {path}: {reason}", cure)
+    def last_logits(self) -> np.ndarray:
+        """The logits of the last batch's last row, float32 [n_vocab]; valid until the next batch."""
+        logits = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, (self.n_vocab(),))
 
+    def clear_cells(self) -> None:
+        """Free the KV cells of all sequences."""
+        llama_cpp.llama_memory_clear(self._ctx.memory, False)
 
-def _reason(log: list[str]) -> str:
-    """The line of llama.cpp's log that says what is wrong, without the function's name."""
-    lines = [line for line in log if line]
-    for mark in (
-        "error loading model: ",
-        "error loading model hyperparameters: ",
-        "error loading model vocabulary: ",
-    ):
-        lines = [line.split(mark)[-1] for line in lines]
-    return lines[0] if lines else ""
+    def remove_tail(self, sequence: int, start: int = -1) -> bool:
+        """Take back a sequence from position `start` on, or all of it; False if that is impossible."""
+        return llama_cpp.llama_memory_seq_rm(self._ctx.memory, sequence, start, -1)
+
+    def errors_kept(self):
+        """Collect llama.cpp's errors, see log.kept_log; with `verbose` llama.cpp prints them."""
+        return kept_log(self._quiet)

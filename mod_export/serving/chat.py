@@ -1,7 +1,6 @@
-"""Chat with a model in the terminal: `Chat` holds the conversation, `repl` and `answer_once` are
-its two faces.
+"""A conversation with a model: the history, the context, and commands about thresholds.
 
-Chat knows nothing of terminals; everything that is no answer goes through its `say` callback.
+Chat knows nothing of terminals, see terminal.py. What is no answer goes through the `say` callback.
 
     chat = Chat(MoDLlama("mod.gguf"), system="Be brief.")
     for text in chat.ask("What is a lighthouse?"):
@@ -9,70 +8,60 @@ Chat knows nothing of terminals; everything that is no answer goes through its `
 """
 
 import codecs
-import functools
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, Stopped
+from mod_export.runtime.sampling import Sampling
+from mod_export.runtime.templates import ChatTemplate
 
-HELP = """\
-/reset        forget the conversation
-/stats        activation of each unit, KV memory, graphs
-/threshold X  shift all thresholds by X in logit space from the next token on: above 0 fewer tokens are active,
-              0 is the file's own; `/threshold X all` reads the conversation again with it; without X: show it
-/help         this text
-/quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
-COMMANDS = ("/reset", "/stats", "/threshold", "/help", "/quit")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are chosen; temp 0 takes the likeliest token."""
-
-    temp: float = 0.2
-    top_p: float = 0.9
-    repeat_penalty: float = 1.1  # of tokens among the last 64: small models loop without
-    seed: int = 1
-    max_tokens: int = 512
+# Small models loop without a penalty for tokens that they just wrote.
+CHAT_SAMPLING = Sampling(
+    temperature=0.2, top_p=0.9, top_k=40, min_p=0.05, repeat_penalty=1.1, seed=1
+)
 
 
 @dataclass
 class Turn:
-    """What the last answer took."""
+    """What the last answer took.
+
+    seconds: the time after the first token. seen, active: (token, unit) pairs.
+    """
 
     prompt_tokens: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # after the first token
-    seen: int = 0  # (token, unit) pairs
+    seconds: float = 0.0
+    seen: int = 0
     active: int = 0
 
 
 @dataclass
 class Chat:
-    """A conversation. `ask` streams an answer; the history keeps it, or as much as came before a
-    stop.
+    """A conversation.
+
+    `ask` streams an answer. The history keeps the answer, or as much of it as came before a stop.
     """
 
     llm: MoDLlama
     system: str = ""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = CHAT_SAMPLING
+    max_tokens: int = 512
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
     history: list[dict] = field(default_factory=list)
     turn: Turn = field(default_factory=Turn)
 
     def __post_init__(self):
-        self._format = formatter(self.llm)
+        self._template = ChatTemplate.of(self.llm)
         self.llm.set_seed(self.sampling.seed)
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer's pieces. Raises UserError where the question is empty or alone too
-        long.
+        """Yield the answer's pieces.
+
+        Raises UserError where the question is empty, or longer than the context.
         """
         if not text:
             raise UserError("the prompt is empty", "give it some text")
@@ -99,7 +88,7 @@ class Chat:
 
     def _fit(self) -> list[int]:
         """The prompt's tokens, after the oldest turns have gone if need be."""
-        room = self.llm.n_ctx() - min(self.sampling.max_tokens, self.llm.n_ctx() // 4)
+        room = self.llm.n_ctx() - min(self.max_tokens, self.llm.n_ctx() // 4)
         dropped = 0
         while len(tokens := self._tokens()) > room and len(self.history) > 1:
             del self.history[:2]  # a question and its answer
@@ -115,26 +104,23 @@ class Chat:
 
     def _tokens(self) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.llm.tokenize(
-            render(self._format, system + self.history).encode(), add_bos=False, special=True
-        )
+        text = self._template.render(system + self.history)
+        return self.llm.tokenize(text.encode(), add_bos=False, special=True)
 
     def _stream(self, tokens: list[int]) -> Iterator[str]:
         self.turn = Turn(prompt_tokens=len(tokens))
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        before, start = self._counters(), 0.0
-        s = self.sampling
+        seen, active = self._counters()
+        start = 0.0
         try:
-            for token in self.llm.generate(
-                tokens, temp=s.temp, top_p=s.top_p, repeat_penalty=s.repeat_penalty
-            ):
+            for token in self.llm.generate(tokens, **self.sampling.options()):
                 start = start or time.perf_counter()
                 if self.llm.stop or self.llm.is_end(token):
                     break
                 self.turn.tokens += 1
                 yield utf8.decode(self.llm.piece(token))
-                if self.turn.tokens >= s.max_tokens:
-                    self.say(f"\n[stopped after --max-tokens {s.max_tokens}]")
+                if self.turn.tokens >= self.max_tokens:
+                    self.say(f"\n[stopped after --max-tokens {self.max_tokens}]")
                     break
                 if self.llm.n_tokens >= self.llm.n_ctx():
                     self.say("\n[context full: the answer ends here]")
@@ -144,9 +130,9 @@ class Chat:
         if rest := utf8.decode(b"", final=True):
             yield rest
         self.turn.seconds = time.perf_counter() - start if start else 0.0
-        self.turn.seen, self.turn.active = (
-            a - b for a, b in zip(self._counters(), before, strict=True)
-        )
+        seen_now, active_now = self._counters()
+        self.turn.seen = seen_now - seen
+        self.turn.active = active_now - active
 
     def _counters(self) -> tuple[int, int]:
         pairs = list(self.llm.stats_by_kind().values())
@@ -168,8 +154,9 @@ class Chat:
         return f"[{', '.join(parts)}]"
 
     def set_shift(self, text: str) -> None:
-        """/threshold: shows the shift, or sets it, for what is read from now on or ("X all") for
-        everything.
+        """The command /threshold: show the shift, or set it.
+
+        "X" sets it for what is read from now on, "X all" for the whole conversation.
         """
         llm = self.llm
         if not llm.units:
@@ -187,11 +174,10 @@ class Chat:
                     f"{what!r} is unknown", "/threshold X all has the conversation read again"
                 )
             llm.set_shift(shift, reread=bool(what))
-            self.say(
-                "the next answer reads the conversation again with it"
-                if what
-                else "from the next token on"
-            )
+            if what:
+                self.say("the next answer reads the conversation again with it")
+            else:
+                self.say("from the next token on")
         ps = llm.thresholds
         self.say(
             f"thresholds p {min(ps):.3g} to {max(ps):.3g}, shifted by {llm.shift:+.3g} in logit space "
@@ -199,7 +185,7 @@ class Chat:
         )
 
     def stats(self) -> str:
-        """/stats: tables of units and of memory."""
+        """The command /stats: tables of units and of memory."""
         kv, perf = self.llm.kv(), self.llm.perf()
         lines = []
         if self.llm.units:
@@ -230,134 +216,3 @@ class Chat:
 
 def _mb(n: int) -> str:
     return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} kB"
-
-
-def formatter(llm: MoDLlama):
-    """The model's chat template: formatter(llm)(messages=[...]).prompt ends where the answer
-    begins.
-
-    Raises UserError where it has none.
-    """
-    template = llm.metadata.get("tokenizer.chat_template")
-    if template is None:
-        raise UserError(f"{llm.model_path} has no chat template", "use a model tuned for chat")
-    bos, eos = (
-        llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos())
-    )
-    return _compiled(template, bos, eos)
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(template: str, bos: str, eos: str):
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
-
-
-def render(form, messages: list[dict]) -> str:
-    """The conversation as the model reads it, by its `formatter`. Raises UserError where the
-    template refuses it.
-    """
-    try:
-        return form(messages=messages).prompt
-    except Exception as exc:  # whatever the template raises, such as "System role not supported"
-        raise UserError(f"the model's chat template refuses this conversation: {exc}") from exc
-
-
-@contextmanager
-def stop_on_interrupt(llm: MoDLlama) -> Iterator[None]:
-    """Inside, Ctrl-C stops the answer after the token (or prompt batch) in work; never in the
-    middle of a decode.
-    """
-
-    def stop(*_):
-        llm.stop = True
-
-    llm.stop = False
-    former = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
-def answer_once(chat: Chat, prompt: str) -> bool:
-    """One shot: the answer alone on stdout, the status on stderr. False if Ctrl-C stopped it."""
-    with stop_on_interrupt(chat.llm):
-        for piece in chat.ask(prompt):
-            print(piece, end="", flush=True)
-    print(flush=True)
-    chat.say(chat.status())
-    return not chat.llm.stop
-
-
-def run_lines(chat: Chat, lines: list[str]) -> bool:
-    """Turns and commands from a pipe, one a line; False if one of them failed."""
-    fine = True
-    for line in filter(None, map(str.strip, lines)):
-        try:
-            if not _turn(chat, line):
-                break
-        except UserError as exc:
-            chat.say(f"error: {exc}")
-            fine = False
-    return fine
-
-
-def welcome(llm: MoDLlama) -> str:
-    """The first line of a chat: what is routed, and the context."""
-    kinds = ", ".join(f"{sum(u.kind == kind for u in llm.units)} {kind}" for kind in llm.kinds)
-    trained = llm._model.n_ctx_train()
-    beyond = (
-        f" (beyond the {trained} that the model was trained for)" if llm.n_ctx() > trained else ""
-    )
-    what = f"routed units: {kinds}" if kinds else "dense model"
-    return f"{llm.model_path}: {what}; context {llm.n_ctx()}{beyond}; /help lists the commands"
-
-
-def repl(chat: Chat) -> None:
-    """Turns and commands from the terminal until /quit or Ctrl-D."""
-    try:
-        import readline  # noqa: F401  (editing and history in input())
-    except ImportError:
-        pass
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D to leave)")
-            continue
-        try:
-            if line and not _turn(chat, line):
-                return
-        except UserError as exc:
-            chat.say(f"error: {exc}")
-
-
-def _turn(chat: Chat, line: str) -> bool:
-    """One question or command; False to leave."""
-    name, _, argument = line.partition(" ")
-    if name == "/quit":
-        return False
-    if name == "/reset":
-        chat.reset()
-        chat.say("conversation forgotten")
-    elif name == "/stats":
-        chat.say(chat.stats())
-    elif name == "/threshold":
-        chat.set_shift(argument.strip())
-    elif name == "/help":
-        chat.say(HELP)
-    elif name.startswith("/"):
-        chat.say(f"unknown command {name}; one of {', '.join(COMMANDS)}")
-    else:
-        answer_once(chat, line)
-    return True
-
-
-def is_script(text: str) -> bool:
-    """Whether piped text is a script of turns: one of its lines is a command."""
-    return any(line.split(" ")[0] in COMMANDS for line in text.splitlines())

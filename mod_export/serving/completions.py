@@ -1,5 +1,4 @@
-"""OpenAI's completions without HTTP: what a request asks for, the answer piece by piece, and the
-bodies of both.
+"""OpenAI's completions without HTTP: requests, answers piece by piece, and the bodies of both.
 
     ask = parse({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}, llm, chat=True)
     answer = Answer(llm, ask)
@@ -18,21 +17,24 @@ from dataclasses import dataclass, field
 
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, Stopped
-from mod_export.serving.chat import formatter, render
+from mod_export.runtime.sampling import Sampling
+from mod_export.runtime.templates import ChatTemplate
 
-# name -> (least, most, default) of the numbers that choose tokens; None: of llama-cpp-python's
-# `generate`
-SAMPLING = {
-    "temperature": (0, 100, 0.8),
-    "top_p": (0, 1, 0.95),
-    "top_k": (0, 1 << 30, 40),
-    "min_p": (0, 1, 0.05),
-    "repeat_penalty": (0.1, 10, 1.0),
-    "frequency_penalty": (-2, 2, 0.0),
-    "presence_penalty": (-2, 2, 0.0),
+# The defaults of llama-cpp-python's `generate`.
+DEFAULT_SAMPLING = Sampling(top_k=40, min_p=0.05)
+# name of a Sampling field -> (least, most) that a request may ask for
+SAMPLING_RANGES = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, 1 << 30),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.1, 10),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
 }
-# what would change the answer and is not there, with the values that ask for nothing
-REFUSED = {
+MIN_TEMPERATURE = 0.01  # logits over a smaller one overflow, and the answer ends in nonsense
+# Fields that would change the answer and are not supported, with the values that change nothing.
+UNSUPPORTED = {
     "n": (1,),
     "best_of": (1,),
     "logprobs": (False, 0),
@@ -43,9 +45,7 @@ REFUSED = {
     "functions": ([],),
     "audio": (),
 }
-
-
-BYTES = 128  # of a token, at most, where many follow one another
+TOKEN_BYTES = 128  # bytes of a token, at most, where many tokens follow one another
 
 
 class TooLong(UserError):
@@ -54,8 +54,10 @@ class TooLong(UserError):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request that can be answered. max_tokens: None is until the context is full; usage: a
-    stream's last chunk has the counts; options: of MoDLlama.generate.
+    """A request that can be answered.
+
+    max_tokens: None means until the context is full. usage: a stream's last chunk has the counts.
+    seed: None means any seed, whatever `sampling` says.
     """
 
     chat: bool
@@ -67,12 +69,15 @@ class Ask:
     seed: int | None = None
     json: bool = False
     bias: dict[int, float] = field(default_factory=dict)
-    options: dict = field(default_factory=dict)
+    sampling: Sampling = DEFAULT_SAMPLING
 
 
 def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
-    """Raises UserError naming the field that is wrong, TooLong where the prompt fills the context."""
-    for name, harmless in REFUSED.items():
+    """What a request's body asks for.
+
+    Raises UserError naming the field that is wrong, and TooLong where the prompt fills the context.
+    """
+    for name, harmless in UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise UserError(f"{name} is not supported")
     try:
@@ -89,37 +94,32 @@ def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
         or not all(isinstance(s, str) and s for s in stop)
     ):
         raise UserError("stop is a string, or up to 16 of them")
-    options = {
-        name: _number(body, name, *limits, whole=name == "top_k")
-        for name, limits in SAMPLING.items()
-    }
-    temperature = options.pop("temperature")
-    options["temp"] = (
-        temperature if temperature >= 0.01 else 0.0
-    )  # logits over less overflow, and end in nonsense
-    longest = min(
-        (
-            n
-            for n in (
-                _number(body, name, 1, 1 << 30, None, whole=True)
-                for name in ("max_tokens", "max_completion_tokens")
-            )
-            if n
-        ),
-        default=None,
-    )
+    limits = [
+        _number(body, name, 1, 1 << 30, None, whole=True)
+        for name in ("max_tokens", "max_completion_tokens")
+    ]
     return Ask(
         chat,
         tokens,
-        longest,
+        min((limit for limit in limits if limit), default=None),
         tuple(stop),
         _flag(body, "stream"),
         _flag(_object(body, "stream_options"), "include_usage"),
         _number(body, "seed", -(1 << 63), 1 << 64, None, whole=True),
         _json(body),
         _bias(body, llm),
-        options,
+        _sampling(body),
     )
+
+
+def _sampling(body: dict) -> Sampling:
+    values = {}
+    for name, (least, most) in SAMPLING_RANGES.items():
+        default = getattr(DEFAULT_SAMPLING, name)
+        values[name] = _number(body, name, least, most, default, whole=name == "top_k")
+    if values["temperature"] < MIN_TEMPERATURE:
+        values["temperature"] = 0.0
+    return Sampling(**values)
 
 
 def _chat_tokens(body: dict, llm: MoDLlama) -> list[int]:
@@ -130,12 +130,14 @@ def _chat_tokens(body: dict, llm: MoDLlama) -> list[int]:
         or not all(isinstance(m, dict) for m in messages)
     ):
         raise UserError("messages is a list of objects with role and content")
-    return _tokenize(render(formatter(llm), [_message(m) for m in messages]), llm, add_bos=False)
+    text = ChatTemplate.of(llm).render([_message(m) for m in messages])
+    return _tokenize(text, llm, add_bos=False)
 
 
 def _message(message: dict) -> dict:
-    """With plain text as content: few templates take the parts that OpenAI's clients write, or
-    nothing.
+    """The message with plain text as its content.
+
+    Few templates take no content, or the list of parts that OpenAI's clients write.
     """
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant", "tool"):
@@ -163,9 +165,8 @@ def _text_tokens(body: dict, llm: MoDLlama) -> list[int]:
 
 def _tokenize(text: str, llm: MoDLlama, **options) -> list[int]:
     data = text.encode()
-    if (
-        len(data) > BYTES * llm.n_ctx()
-    ):  # tokenizing megabytes takes seconds, in which all others wait
+    # To tokenise megabytes takes seconds, in which all other requests wait.
+    if len(data) > TOKEN_BYTES * llm.n_ctx():
         raise TooLong(
             f"the prompt of {len(data)} bytes exceeds the context of {llm.n_ctx()} tokens"
         )
@@ -218,10 +219,9 @@ def _bias(body: dict, llm: MoDLlama) -> dict[int, float]:
 
 
 class Answer:
-    """The pieces of an answer. While they come, and afterwards: tokens, their number; reason:
-    `stop` or `length`.
+    """The pieces of an answer.
 
-    Iterating raises Stopped where `llm.stop` was set meanwhile. One answer at a time.
+    tokens: how many came so far. reason: why the answer ended, `stop` or `length`. Iterating raises Stopped where `llm.stop` was set meanwhile. One answer at a time.
     """
 
     def __init__(self, llm: MoDLlama, ask: Ask):
@@ -260,7 +260,7 @@ class Answer:
         grammar = LlamaGrammar.from_string(JSON_GBNF, verbose=False) if self.ask.json else None
         return self.llm.generate(
             self.ask.tokens,
-            **self.ask.options,
+            **self.ask.sampling.options(),
             grammar=grammar,
             logits_processor=LogitsProcessorList([biased]) if self.ask.bias else None,
         )
@@ -276,8 +276,10 @@ class Answer:
 
 
 def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
-    """-> what can be said, what may be the beginning of a stop string and has to wait, whether one
-    is there whole.
+    """Split a text at a stop string.
+
+    Returns the text that can be sent, the text that may be the beginning of a stop string and has
+    to wait, and whether a whole stop string was found.
     """
     ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     if ends:
@@ -306,12 +308,11 @@ class Bodies:
         return {**self.common, "object": kind, "choices": [choice], "usage": answer.usage}
 
     def chunk(self, text: str = "", reason: str | None = None) -> dict:
-        """A piece of a stream: the beginning, where a chat has its role; text; or with a reason the
-        end.
-        """
-        delta = (
-            {"content": text} if text else {} if reason else {"role": "assistant", "content": ""}
-        )
+        """A piece of a stream: the beginning with a chat's role, a text, or with a reason the end."""
+        if text:
+            delta = {"content": text}
+        else:
+            delta = {} if reason else {"role": "assistant", "content": ""}
         what = {"delta": delta} if self.chat else {"text": text}
         return self._stream([{"index": 0, **what, "logprobs": None, "finish_reason": reason}])
 

@@ -1,5 +1,4 @@
-"""An HTTP server with OpenAI's API for one model: completions.py behind the standard library's
-server.
+"""An HTTP server with OpenAI's API for one model: completions.py behind the standard library's.
 
     serve(MoDLlama("mod.gguf"), "mod", listen("127.0.0.1", 8000))
 
@@ -25,11 +24,11 @@ from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, Stopped
 from mod_export.serving import completions
 
-LARGEST = 8 << 20  # bytes of a request
-PATIENCE = 30  # seconds that a client may not read the answer that others wait for
-GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
-HERE = ("localhost", "127.0.0.1", "::1")
-STOPPED = "the server is being stopped"
+MAX_REQUEST_BYTES = 8 << 20
+READ_TIMEOUT_SECONDS = 30  # of a client that does not read the answer, while others wait
+CLIENT_GONE_EVENTS = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+STOPPED_MESSAGE = "the server is being stopped"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -102,7 +101,7 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
         self.socket, self.llm, self.name, self.api_key, self.say = sock, llm, name, api_key, say
         self.turn, self.closing = threading.Lock(), False
-        self.local = sock.getsockname()[0] in HERE
+        self.local = sock.getsockname()[0] in LOCAL_HOSTS
 
     def handle_error(self, request, address):
         """Clients that go away in the middle are no error."""
@@ -149,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client is gone, or does not read
             self.close_connection = True
         except Stopped:  # while it waited for its turn
-            self._send(error(503, STOPPED), 503)
+            self._send(error(503, STOPPED_MESSAGE), 503)
         except UserError as exc:
             self._send(error(400, exc), 400)
         except Exception as exc:  # a mistake of ours: the next request may be fine
@@ -178,8 +177,8 @@ class Handler(BaseHTTPRequestHandler):
         """
         host = self.headers.get("Host", "")
         keep, self.close_connection = self.close_connection, True
-        if self.server.local and urlsplit(f"//{host}").hostname not in HERE:
-            raise Refused(403, f"the server answers to {', '.join(HERE)}, not to {host!r}")
+        if self.server.local and urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+            raise Refused(403, f"the server answers to {', '.join(LOCAL_HOSTS)}, not to {host!r}")
         if (origin := self.headers.get("Origin")) and urlsplit(origin).netloc != host:
             raise Refused(403, f"pages of {origin} may not send requests")
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -194,11 +193,13 @@ class Handler(BaseHTTPRequestHandler):
         if (
             not size.isdecimal()
             or len(size) > 9
-            or int(size) > LARGEST
+            or int(size) > MAX_REQUEST_BYTES
             or self.headers.get("Transfer-Encoding")
         ):
             self.close_connection = True  # what follows is not read
-            raise Refused(413, f"a request has a Content-Length of at most {LARGEST} bytes")
+            raise Refused(
+                413, f"a request has a Content-Length of at most {MAX_REQUEST_BYTES} bytes"
+            )
         return self.rfile.read(int(size))
 
     def _send(self, body: dict, status: int = 200) -> None:
@@ -248,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(bodies.whole("".join(answer), answer))
             except Stopped:
                 if self.server.closing:  # else the client is gone
-                    self._send(error(503, STOPPED), 503)
+                    self._send(error(503, STOPPED_MESSAGE), 503)
 
     def _stream(self, ask, answer, bodies) -> None:
         """Server-sent events; an error comes as one too, as the status has been sent."""
@@ -266,7 +267,9 @@ class Handler(BaseHTTPRequestHandler):
             if ask.usage:
                 self._event(bodies.counts(answer))
         except (UserError, Stopped) as exc:
-            self._event(error(503, STOPPED) if isinstance(exc, Stopped) else error(400, exc))
+            self._event(
+                error(503, STOPPED_MESSAGE) if isinstance(exc, Stopped) else error(400, exc)
+            )
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, body: dict) -> None:
@@ -280,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         def watch():
             poll = select.poll()
             poll.register(done, select.POLLIN)
-            poll.register(self.connection, GONE)
+            poll.register(self.connection, CLIENT_GONE_EVENTS)
             if not any(fd == done for fd, _ in poll.poll()):
                 llm.stop = True
 
@@ -291,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
                     raise Stopped
                 watcher = threading.Thread(target=watch, daemon=True)
                 watcher.start()
-                self.connection.settimeout(PATIENCE)
+                self.connection.settimeout(READ_TIMEOUT_SECONDS)
                 try:
                     yield
                 finally:

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from llama_cpp import GGML_TYPE_F32, LLAMA_FLASH_ATTN_TYPE_DISABLED
 
-from mod_export import generate_data
 from mod_export.common.files import lock
 from mod_export.data.packing import open_data
 from mod_export.errors import UserError
 from mod_export.generate_data import Options, generate, open_model
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama
-from mod_export.runtime.sequences import Sampling, new_context
+from mod_export.runtime.sampling import Sampling
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 from tests.support.tiny_gguf import Tiny
 
@@ -139,13 +138,13 @@ def test_parallel_changes_nothing(temperature, models, prompts, tmp_path, monkey
     """With K/V of float32, as the rounding of float16 would tip one choice in thousands, on some
     CPUs other ones.
     """
-    exact = functools.partial(
-        new_context,
+    exact = functools.partialmethod(
+        MoDLlama.new_context,
         type_k=GGML_TYPE_F32,
         type_v=GGML_TYPE_F32,
         flash_attn_type=LLAMA_FLASH_ATTN_TYPE_DISABLED,
     )
-    monkeypatch.setattr(generate_data, "new_context", exact)
+    monkeypatch.setattr(MoDLlama, "new_context", exact)
     runs = [
         run(
             models["chat"],

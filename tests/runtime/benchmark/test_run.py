@@ -260,7 +260,7 @@ def test_gpu(files, monkeypatch):
         run(*files, gpu_layers=-1)
     free = iter([100, 100, 80, 75, 75])
     monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("a", next(free), 200)])
-    meter = devices.Meter()
+    meter = devices.GpuMemoryMeter()
     assert [meter.during(lambda x: x, x) for x in "ab"] == ["a", "b"] and meter.used == 20
     monkeypatch.setattr(
         devices, "gpus", lambda: [devices.Gpu("a", 1000, 2000), devices.Gpu("b", 500, 2000)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import pytest
 from mod_export.errors import UserError
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama
-from mod_export.serving.chat import Chat, Sampling, is_script
+from mod_export.serving.chat import CHAT_SAMPLING, Chat
+from mod_export.serving.terminal import is_script
 
+LIKELIEST = replace(CHAT_SAMPLING, temperature=0)
 ROOT = Path(__file__).parents[3]
 STATUS = r"\[\d+ tokens(, [\d.]+ tokens/s)?, "
 
@@ -183,7 +186,7 @@ def test_the_end_of_input_leaves(model):
 def test_history_is_remembered_reused_and_dropped_when_full(model):
     said = []
     llm = MoDLlama(model, n_ctx=256, n_batch=64, threads=1)
-    chat = Chat(llm, "Be brief.", Sampling(temp=0, max_tokens=8), say=said.append)
+    chat = Chat(llm, "Be brief.", LIKELIEST, max_tokens=8, say=said.append)
     "".join(chat.ask("My name is Ada."))
     assert [m["role"] for m in chat.history] == ["user", "assistant"]
     read = llm.input_ids[: llm.n_tokens].tolist()
@@ -210,9 +213,7 @@ def talk(model):
     if not bindings.patched():
         pytest.skip("needs the patched llama.cpp: run `mod-export build`")
     said = []
-    chat = Chat(
-        MoDLlama(model, n_ctx=512, threads=1), "", Sampling(temp=0, max_tokens=4), say=said.append
-    )
+    chat = Chat(MoDLlama(model, n_ctx=512, threads=1), "", LIKELIEST, max_tokens=4, say=said.append)
     "".join(chat.ask("What is a lighthouse? Say it in a few words."))
     return chat, chat.turn.active / chat.turn.seen, said
 

@@ -1,0 +1,119 @@
+"""llama.cpp's log as errors of ours, and the checks that llama.cpp itself does not make.
+
+with kept_log() as log:
+    ...                      # what llama.cpp reports as an error is appended to `log`
+reason(log)                  # the line that says what is wrong
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mod_export.benchmark.process_helpers import available_memory
+from mod_export.errors import UserError
+from mod_export.formats.gguf import GGUFFile
+from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
+
+import llama_cpp  # isort: skip
+from llama_cpp import _logger  # isort: skip
+
+GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp has no name for it
+# A context up to this many tokens is not checked: any machine has the memory for its cell lists.
+UNCHECKED_CONTEXT_TOKENS = 1 << 20
+# Bytes of a cell's position, shift and sequences, in each cache (llama-kv-cells.h).
+CELL_LIST_BYTES = 48
+MAX_CONTEXT_TOKENS = 1 << 31
+REASON_PREFIXES = (
+    "error loading model: ",
+    "error loading model hyperparameters: ",
+    "error loading model vocabulary: ",
+)
+
+
+@contextmanager
+def kept_log(keep: bool = True) -> Iterator[list[str]]:
+    """Collect llama.cpp's errors inside the block instead of printing them.
+
+    With keep=False llama.cpp prints as usual, and the list stays empty.
+    """
+    lines: list[str] = []
+    if not keep:
+        yield lines
+        return
+
+    @llama_cpp.llama_log_callback
+    def collect(level, text, _data):
+        if level == GGML_LOG_LEVEL_ERROR:
+            lines.append((text or b"").decode("utf-8", "replace").strip())
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def reason(log: list[str]) -> str:
+    """The first line of the log that says what is wrong, without the name of a C function."""
+    lines = [line for line in log if line]
+    for prefix in REASON_PREFIXES:
+        lines = [line.split(prefix)[-1] for line in lines]
+    return lines[0] if lines else ""
+
+
+def load_error(path: str | os.PathLike, n_ctx: int, exc: ValueError, log: list[str]) -> UserError:
+    """The error for a file or a context that llama.cpp refused."""
+    why = reason(log) or str(exc)
+    if "context" in str(exc):
+        cure = "use a smaller context" if "alloc" in why else ""
+        return UserError(f"cannot create a context of {n_ctx} tokens for {path}: {why}", cure)
+    stock_meets_mod = not bindings.patched() and "wrong number of tensors" in why
+    cure = "a MoD file needs the patched llama.cpp: run `mod-export build`"
+    if not stock_meets_mod:
+        cure = "make the file again"
+    return UserError(f"cannot load {path}: {why}", cure)
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raise UserError for a path that is no readable GGUF file."""
+    file = Path(path)
+    if not file.exists():
+        raise UserError(f"{path} does not exist", "check the path")
+    if not file.is_file():
+        raise UserError(
+            f"{path} is not a file",
+            "give a GGUF file; `mod-export export` makes one from a directory",
+        )
+    try:
+        with file.open("rb") as f:
+            magic = f.read(4)
+    except OSError as exc:
+        raise UserError(f"cannot read {path}: {exc.strerror}") from exc
+    if magic != b"GGUF":
+        raise UserError(
+            f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory"
+        )
+
+
+def check_context(path: str | os.PathLike, n_ctx: int) -> None:
+    """Raise UserError for a context whose lists of KV cells alone exceed the free memory.
+
+    The lists are as long as the context, however little of the context is used. llama.cpp does not
+    report a lack of memory for them.
+    """
+    if n_ctx <= UNCHECKED_CONTEXT_TOKENS:
+        return
+    file = GGUFFile.open(path)
+    layers = file.get(f"{file.architecture}.block_count", 0)
+    is_mod = f"{file.architecture}.mod.version" in file.keys
+    caches = 1 + layers if is_mod and isinstance(layers, int) else 1
+    need = n_ctx * caches * CELL_LIST_BYTES
+    free = available_memory()
+    if n_ctx >= MAX_CONTEXT_TOKENS or need > free:
+        raise UserError(
+            f"a context of {n_ctx} tokens takes {need >> 20} MiB for its lists of cells alone, of "
+            f"{free >> 20} MiB that are free",
+            "use a smaller context",
+        )
