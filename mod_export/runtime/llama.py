@@ -113,6 +113,10 @@ class MoDLlama(llama_cpp.Llama):
     it logged, and for a shift that is not finite, or not 0 for a dense model.
     """
 
+    n_tokens: int
+    input_ids: np.ndarray
+    _ctx: _internals.LlamaContext
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -193,7 +197,8 @@ class MoDLlama(llama_cpp.Llama):
         return super().tokenize(text, add_bos, special)
 
     def _read_units(self) -> list[RoutedUnit]:
-        units, raw = [], bindings.llama_mod_unit()
+        units = []
+        raw = bindings.llama_mod_unit()
         for i in range(bindings.n_units(self.model)):
             bindings.llama_mod_get_unit(self.model, i, ctypes.byref(raw))
             units.append(
@@ -288,7 +293,8 @@ class MoDLlama(llama_cpp.Llama):
 
     def stats(self) -> list[UnitStats]:
         """Counters of each unit since the start or the last reset_stats()."""
-        out, raw = [], bindings.llama_mod_unit_stats()
+        out = []
+        raw = bindings.llama_mod_unit_stats()
         for unit in self.units:
             bindings.llama_mod_get_unit_stats(self.ctx, unit.index, ctypes.byref(raw))
             out.append(UnitStats(unit, raw.n_seen, raw.n_active))
@@ -297,16 +303,18 @@ class MoDLlama(llama_cpp.Llama):
     def stats_by_kind(self) -> dict[str, tuple[int, int]]:
         """kind -> (tokens seen, of these active), summed over its units."""
         out = {kind: (0, 0) for kind in self.kinds}
-        for s in self.stats():
-            seen, active = out[s.unit.kind]
-            out[s.unit.kind] = (seen + s.seen, active + s.active)
+        for unit in self.stats():
+            seen, active = out[unit.unit.kind]
+            out[unit.unit.kind] = (seen + unit.seen, active + unit.active)
         return out
 
     def activation(self) -> float:
         """Share of (token, unit) pairs that were active; 1 for a dense model, nan before any token."""
         if not self.units:
             return 1.0
-        seen, active = (sum(x) for x in zip(*self.stats_by_kind().values(), strict=True))
+        counts = self.stats_by_kind().values()
+        seen = sum(kind_seen for kind_seen, _ in counts)
+        active = sum(kind_active for _, kind_active in counts)
         return active / seen if seen else float("nan")
 
     def reset_stats(self) -> None:
@@ -319,7 +327,7 @@ class MoDLlama(llama_cpp.Llama):
         raw = bindings.llama_mod_perf()
         if not self.units or not bindings.llama_mod_get_perf(self.ctx, ctypes.byref(raw)):
             return None
-        return PerfCounters(*(getattr(raw, name) for name, _ in raw._fields_))
+        return PerfCounters(*(getattr(raw, entry[0]) for entry in raw._fields_))
 
     def kv(self, layer: int = -1) -> KVMemory:
         """KV memory of a layer, or of all layers with -1."""
@@ -378,21 +386,21 @@ class MoDLlama(llama_cpp.Llama):
 
         Raises UserError where the context is too small, and Stopped after `stop` was set.
         """
-        tokens = list(tokens)
-        if self.n_tokens + len(tokens) > self.n_ctx():
+        pending = list(tokens)
+        if self.n_tokens + len(pending) > self.n_ctx():
             raise UserError(
-                f"{self.n_tokens + len(tokens)} tokens do not fit a context of {self.n_ctx()}",
+                f"{self.n_tokens + len(pending)} tokens do not fit a context of {self.n_ctx()}",
                 "use a larger context or a shorter prompt",
             )
         if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
             # The K/V that earlier tokens need are gone, so these tokens have to be read again.
-            tokens = self.input_ids[: self.n_tokens].tolist() + tokens
+            pending = self.input_ids[: self.n_tokens].tolist() + pending
             self.n_tokens = 0
             self._ctx.kv_cache_clear()
-        for i in range(0, len(tokens), self.n_batch):
+        for i in range(0, len(pending), self.n_batch):
             if self.stop:
                 raise Stopped
-            self._eval_batch(tokens[i : i + self.n_batch])
+            self._eval_batch(pending[i : i + self.n_batch])
 
     def _eval_batch(self, tokens: list[int]) -> None:
         with self.errors_kept() as log:
@@ -411,7 +419,8 @@ class MoDLlama(llama_cpp.Llama):
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of a token; those of a control token only with `special`."""
-        vocab, size = self._model.vocab, 64
+        vocab = self._model.vocab
+        size = 64
         buffer = ctypes.create_string_buffer(size)
         n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
         if n < 0:
