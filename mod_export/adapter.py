@@ -11,7 +11,7 @@ The files are those of adapter_files.py; LoRA itself is in lora.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from mod_export.model.lora import (
 )
 from mod_export.model.mod_model import MoDModel, check_routers
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "Adapter",
     "apply",
@@ -50,8 +52,6 @@ __all__ = [
     "save",
     "without_lora",
 ]
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,15 @@ def load(path: str | Path) -> Adapter:
     return Adapter(found.config, routers, found.base, read_lora(Path(path)) if found.lora else None)
 
 
-def apply(adapter: Adapter, base: nn.Module, tokenizer, say: Say = lambda line: None) -> MoDModel:
+def apply(adapter: Adapter, base: nn.Module, tokenizer) -> MoDModel:
     """Make `base` the adapter's MoD model, in place, LoRA merged into the weights.
 
-    Weights in another quantisation are accepted, and `say` is told. Raises UserError naming what
+    Weights in another quantisation are accepted, with a warning. Raises UserError naming what
     differs where `base` is another model.
     """
     distance = compare(adapter.base, base_identity(base, tokenizer, "the model given"))
     if distance > ROUNDING:
-        say(_differs(adapter, distance))
+        logger.warning(_differs(adapter, distance))
     if adapter.lora is not None:
         attach_lora(base, *adapter.lora)
         merge_lora(base)

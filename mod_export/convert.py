@@ -8,8 +8,9 @@ Knows nothing of GGUF outputs; export.py turns the directory into one.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mod_export.data.text import read_texts
 from mod_export.errors import UserError
 from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 256  # docs/log.md: far better than 64 at equal K/V, and 3 % of a context of 8192 tokens
 # By default the first layers stay whole: they decide with too little context. One must have
@@ -36,7 +39,6 @@ def convert(
     calibration_text: Sequence[str | Path] = (),
     sink_tokens: int = 4,
     force: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
@@ -58,7 +60,7 @@ def convert(
         from mod_export.model.mod_model import MoDModel
 
         refuse_mod(model)
-        say(f"loading {model}")
+        logger.info(f"loading {model}")
         base, tokenizer = loading.load(model)
         n_layer = len(architectures.decoder_layers(base))
         kv_window = kv_window or min(
@@ -71,15 +73,15 @@ def convert(
             sink_tokens,
             text,
         )
-        config, routers = calibrate(base, tokenizer, plan, say)
+        config, routers = calibrate(base, tokenizer, plan)
         config = replace(
             config, calibration={"model": loading.name_of(model), **config.calibration}
         )
-        say(f"writing {out}")
+        logger.info(f"writing {out}")
         MoDModel.from_base(base, tokenizer, config, routers).save(
             tmp, force=True
         )  # over the empty tmp
-    say(summary(config, n_layer))
+    logger.info(summary(config, n_layer))
 
 
 def convert_adapter(
@@ -87,7 +89,6 @@ def convert_adapter(
     out: str | Path,
     adapter: str | Path,
     force: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write `model` with an adapter, LoRA merged, to the directory `out`, whole or not at all.
 
@@ -103,9 +104,9 @@ def convert_adapter(
         from mod_export.model import loading
 
         found = load(path)
-        say(f"loading {model}")
-        mod = apply(found, *loading.load(model), say)
-        say(f"writing {out}")
+        logger.info(f"loading {model}")
+        mod = apply(found, *loading.load(model))
+        logger.info(f"writing {out}")
         mod.save(tmp, force=True)  # over the empty tmp
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import gzip
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mod_export.common.files import atomic_file
 from mod_export.common.journal import Partial
-from mod_export.common.progress import Progress, to_stderr
+from mod_export.common.progress import Progress
 from mod_export.data import sources
 from mod_export.errors import UserError
 from mod_export.runtime import devices
@@ -26,6 +27,8 @@ from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.sampling import Sampling
 from mod_export.runtime.sequences import Job, write
 from mod_export.runtime.templates import ChatTemplate, has_template
+
+logger = logging.getLogger(__name__)
 
 MARK = "mod-export-user"  # stands for the user's words where only what is around them is wanted
 # Fields of Sampling that can be chosen here; a partial file holds them.
@@ -89,7 +92,6 @@ def generate(
     options: Options,
     prompts: Sequence[str | Path] = (),
     force: bool = False,
-    say: Callable[[str], None] = to_stderr,
 ) -> int:
     """Write texts to `out` (.jsonl or .jsonl.gz), which appears when all are written; how many
     there are.
@@ -121,7 +123,7 @@ def generate(
                 _run(writer, partial)
             except (KeyboardInterrupt, SystemExit):
                 if partial.count:
-                    say(
+                    logger.info(
                         f"{partial.count} texts are kept in {partial.path}; the same command goes on from there"
                     )
                 raise
@@ -134,7 +136,7 @@ def generate(
                 file.writelines(itertools.islice(partial.lines(), options.count))
         partial.done()
     written = min(partial.count, options.count or partial.count)
-    say(
+    logger.info(
         f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, {writer.dropped} left out (empty, "
         "or with too long a prompt)"
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mod_export
+from mod_export.cli.output import show_messages
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 
@@ -37,6 +38,7 @@ def say(line: str) -> None:
 def main(directory: Path) -> None:
     """Do all the steps in `directory` and print the summary."""
     directory.mkdir(exist_ok=True)
+    show_messages(stdout=True, clock=True)
     make_files(directory)
     parity = {name: check(directory, name) for name in ("mod-f32.gguf", "mod.gguf")}
     say(f"asking: {QUESTION}")
@@ -61,7 +63,7 @@ def make_files(directory: Path) -> None:
         "mod",
         [loading.embedded_gguf()],
         mod,
-        lambda: convert_adapter("smollm2", mod, ADAPTER, force=True, say=say),
+        lambda: convert_adapter("smollm2", mod, ADAPTER, force=True),
     )
 
     def export_step(name: str, source: Path, **options) -> Path:
@@ -145,7 +147,7 @@ def answer(file: Path) -> str:
 
     likeliest = dataclasses.replace(CHAT_SAMPLING, temperature=0)
     chat = Chat(
-        MoDLlama(file, n_ctx=2048), sampling=likeliest, max_tokens=100, say=lambda line: None
+        MoDLlama(file, n_ctx=2048), sampling=likeliest, max_tokens=100, notice=lambda line: None
     )
     return "".join(chat.ask(QUESTION)).strip()
 

@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from mod_export.cli.output import show_messages
 from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
 from mod_export.llamacpp import source as llama_source
@@ -72,6 +73,7 @@ SANITIZERS = {
 def build(which: Sanitizer, jobs: int | None) -> Path:
     """The library built with the sanitizer, from the cache where it is there."""
     flags = {f"CMAKE_{lang}_FLAGS": which.flags for lang in ("C", "CXX")}
+    show_messages(stdout=True)
     return llama_build.build(jobs=jobs, extra=FLAGS | flags | which.cmake)
 
 

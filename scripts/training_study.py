@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from study.points import POINTS  # noqa: E402
 from study.rows import append, read  # noqa: E402
 
+from mod_export.cli.output import show_messages  # noqa: E402
 from mod_export.cli.shares import shares  # noqa: E402
 from mod_export.errors import UserError  # noqa: E402
 
@@ -36,6 +37,7 @@ ROWS, TIMES = "rows.jsonl", "times.jsonl"
 @click.group()
 def study():
     """Compare ways to train a Mixture-of-Depths model."""
+    show_messages(stdout=True)
 
 
 @study.command("list")

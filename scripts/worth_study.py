@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mod_export.calibration.calibrate import quantile_logit  # noqa: E402
 from mod_export.calibration.ridge import Ridge  # noqa: E402
+from mod_export.cli.output import show_messages  # noqa: E402
 from mod_export.common.tables import format_table  # noqa: E402
 from mod_export.data.packing import open_data  # noqa: E402
 from mod_export.model import architectures, loading  # noqa: E402
@@ -123,6 +124,7 @@ def lost(score: torch.Tensor, worth: torch.Tensor, share: float) -> float:
 )
 def main(directory, data, original, sequences, length, draws, limit, bf16):
     """Compare the routers of the trained model in DIRECTORY, of `ffn` units, with others."""
+    show_messages(stdout=True)
     model = MoDModel.load(directory)
     units = model.config.routed()
     if not units or {kind for _, kind in units} != {"ffn"}:
@@ -131,7 +133,7 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
         )
     model.requires_grad_(False)
     dense = MoDModel.from_base(loading.load(original)[0], model.tokenizer)
-    texts = open_data(model.tokenizer, data, length, "all", limit, click.echo)
+    texts = open_data(model.tokenizer, data, length, "all", limit)
     torch.manual_seed(0)
     fits = {name: [Ridge(architectures.n_embd(model.base)) for _ in units] for name in FITS}
     kept, rows, routers, sinks = sequences * 2 // 3, [], {}, model.config.sink_tokens

@@ -15,10 +15,11 @@ measures again (docs/log.md). Linux and CPU only.
 
 import copy
 import json
+import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ from mod_export.inspection import (
     model_number,
     read_routers,
 )
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 KV_TYPES = ("f16", "q8_0", "q4_0")
@@ -246,7 +249,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         )
 
 
-def check(plan: Plan, text: str, longest: int, say: Callable[[str], None] = print) -> list[dict]:
+def check(plan: Plan, text: str, longest: int) -> list[dict]:
     """Runs each file with its context full, or with `longest` tokens if that is less; a row for
     each.
 
@@ -257,13 +260,13 @@ def check(plan: Plan, text: str, longest: int, say: Callable[[str], None] = prin
     rows, options = [], plan.options
     for name, model in plan.models.items():
         if model.dense and model.config:
-            say(
+            logger.info(
                 "dense: computed from the MoD file; give the dense one with --dense to have it run too"
             )
             continue
         n = min(plan.needs[name].context, -(-longest // STEP) * STEP)
         if n < plan.needs[name].context:
-            say(f"{name}: checked at {n} of {plan.needs[name].context} tokens")
+            logger.info(f"{name}: checked at {n} of {plan.needs[name].context} tokens")
         ran = _ask(
             f"{name}, {n} tokens: ubatch",
             -(-n // options.ubatch),

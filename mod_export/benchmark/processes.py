@@ -1,16 +1,17 @@
 """The processes of a benchmark: which file and library each variant runs, and which variants fit
 into memory at once.
 
-with Team(plan, say) as team:
+with Team(plan) as team:
     team.ask("ceiling", do="prefill", seq=0, start=0, n=512)
 """
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from mod_export.benchmark.process_helpers import available_memory as of_host
@@ -18,6 +19,8 @@ from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.inspection import bytes_per_token, model_number
+
+logger = logging.getLogger(__name__)
 
 FORCE = {"all_active": "active", "none_active": "inactive"}
 STOCK = ("ceiling", "ceiling_split", "floor")  # variants on the stock library
@@ -140,9 +143,7 @@ class Team:
             worker.close()
 
 
-def groups(
-    variants: list[str], bytes_of: dict[str, int], available: int, say: Callable
-) -> list[list[str]]:
+def groups(variants: list[str], bytes_of: dict[str, int], available: int) -> list[list[str]]:
     """Variants that run side by side: all, or fewer at a time where memory is short (bytes_of: each
     one's need).
 
@@ -157,13 +158,13 @@ def groups(
         if need <= available:
             break
     if len(found) > 1:
-        say(
+        logger.warning(
             f"note: all variants at once need about {sum(bytes_of[v] for v in variants) / 1e9:.1f} GB, "
             f"{available / 1e9:.1f} GB are free: they run in groups, "
             + "; ".join(", ".join(g) for g in found)
         )
     if need > available:
-        say(
+        logger.warning(
             f"note: about {need / 1e9:.1f} GB are needed, {available / 1e9:.1f} GB are free: this may end or swap"
         )
     return found

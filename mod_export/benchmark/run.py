@@ -10,11 +10,11 @@ library), `mod`, `all_active` and `none_active` (the MoD file with every unit fo
 dense file without the routed layers, stock library; only where all that is routed is whole layers).
 """
 
+import logging
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,6 +27,8 @@ from mod_export.common.progress import Progress
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import type_named
 from mod_export.formats.gguf import GGUFFile
+
+logger = logging.getLogger(__name__)
 
 VARIANTS = (
     "ceiling",
@@ -79,7 +81,6 @@ def bench(
     options: Options | None = None,
     text: str | None = None,
     stock: Path | None = None,
-    say: Callable = print,
     progress: Progress | None = None,
 ) -> dict:
     """Measures. Returns {"about": what was run, "rows": two per combination}; docs/reference/result-files.md has
@@ -95,7 +96,7 @@ def bench(
     bindings.require()
     options = options or Options()
     devices.check(options.gpu_layers)
-    mod_file, dense_file = check_files(file, dense, say)
+    mod_file, dense_file = check_files(file, dense)
     n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
     options = replace(
         options,
@@ -104,7 +105,7 @@ def bench(
     )
     todo = steps(options)
     stock = stock or _stock_lib(
-        bool(options.gpu_layers), say
+        bool(options.gpu_layers)
     )  # which may build it: after all that can be refused
     text = text or "\n\n".join(default_texts())
     about = describe(mod_file, dense_file, options, stock)
@@ -112,12 +113,12 @@ def bench(
         floor = _make_floor(mod_file, dense_file, options, folder)
         about["floor_prefill_work"] = prefill_work(floor) if floor else None
         files = {"mod": mod_file, "dense": dense_file, "floor": floor}
-        bencher = _Bench(files, options, text, stock, say, progress or Progress())
+        bencher = _Bench(files, options, text, stock, progress or Progress())
         rows = [row for step in todo for row in bencher.run(step, n_ctx_train)]
     return {"about": about, "rows": rows}
 
 
-def check_files(file, dense, say: Callable) -> tuple[GGUFFile, GGUFFile]:
+def check_files(file, dense) -> tuple[GGUFFile, GGUFFile]:
     """The two files, opened. Raises UserError where they are not a MoD and a dense file of one
     model.
     """
@@ -142,7 +143,9 @@ def check_files(file, dense, say: Callable) -> tuple[GGUFFile, GGUFFile]:
             "give the dense file of the same model",
         )
     if any(mod_file.tensors[name].type != t.type for name, t in dense_file.tensors.items()):
-        say(f"note: {file} and {dense} are quantised differently: the ceiling is not its own")
+        logger.warning(
+            f"note: {file} and {dense} are quantised differently: the ceiling is not its own"
+        )
     return mod_file, dense_file
 
 
@@ -178,16 +181,15 @@ class _Bench:
         options: Options,
         text: str,
         stock: Path,
-        say: Callable,
         progress: Progress,
     ):
         self.files, self.options, self.text, self.stock = files, options, text, stock
-        self.say, self.progress = say, progress
+        self.progress = progress
 
     def run(self, step: Step, n_ctx_train: int) -> list[dict]:
         """Two rows for each shift."""
         if step.context > n_ctx_train:
-            self.say(
+            logger.warning(
                 f"note: context {step.context} is beyond the {n_ctx_train} of training: for timing only"
             )
         variants = [
@@ -236,7 +238,7 @@ class _Bench:
             )
             for name in variants
         }
-        return processes.groups(variants, need, processes.available_memory(on_gpu), self.say)
+        return processes.groups(variants, need, processes.available_memory(on_gpu))
 
     def _that_shift(self, group: list[str]) -> list[str]:
         """The variants to measure again at another shift: what it changes, and what that is
@@ -275,10 +277,10 @@ class _Bench:
         return setup, self.stock if name in processes.STOCK else None
 
 
-def _stock_lib(cuda: bool, say: Callable) -> Path:
+def _stock_lib(cuda: bool) -> Path:
     from mod_export.llamacpp import build as llama_build
 
-    return llama_build.stock_lib(cuda) or llama_build.build(stock=True, cuda=cuda, say=say)
+    return llama_build.stock_lib(cuda) or llama_build.build(stock=True, cuda=cuda)
 
 
 def _make_floor(

@@ -27,7 +27,6 @@ def sweep(
     options: benchmark.Options,
     targets: tuple[float, ...] | None = TARGETS,
     text: str | None = None,
-    say: Callable = print,
     progress: Progress | None = None,
     length: int = 512,
     sequences: int = 2,
@@ -45,7 +44,7 @@ def sweep(
     from mod_export.runtime import bindings
 
     bindings.require()
-    benchmark.check_files(file, dense, say)
+    benchmark.check_files(file, dense)
     options = replace(
         options,
         contexts=options.contexts or (CONTEXT,),
@@ -81,7 +80,7 @@ def sweep(
         {point["shift"]: point for point in points}.values(), key=lambda point: point["shift"]
     )
     options = replace(options, shifts=tuple(p["shift"] for p in points))
-    result = benchmark.bench(file, dense, options, text, say=say, progress=progress, **kwargs)
+    result = benchmark.bench(file, dense, options, text, progress=progress, **kwargs)
     return result | {"sweep": join(points, result["rows"])}
 
 

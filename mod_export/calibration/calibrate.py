@@ -18,6 +18,7 @@ docs/log.md has the comparison behind the defaults.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import logit_threshold, rms_norm
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
 PENALTIES = {
@@ -81,28 +82,25 @@ class Plan:
 
 
 @torch.no_grad()
-def calibrate(
-    base: nn.Module, tokenizer, plan: Plan, say: Say = lambda line: None
-) -> tuple[MoDConfig, dict]:
-    """Return config and routers {(layer, kind): (weight [n_embd], bias [1])}. `say` is told of
-    progress.
+def calibrate(base: nn.Module, tokenizer, plan: Plan) -> tuple[MoDConfig, dict]:
+    """Return config and routers {(layer, kind): (weight [n_embd], bias [1])}.
 
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
     first = _first(base, plan)
-    fits = measure(base, tokenizer, sequences, plan, say)
-    say("measuring what drifts from one part of a text to the next")
+    fits = measure(base, tokenizer, sequences, plan)
+    logger.info("measuring what drifts from one part of a text to the next")
     routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, plan))
     model = MoDModel.from_base(base, tokenizer, first, routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
         groups = first.by_kind()
         activation = settle_thresholds(
-            model, subset, groups, of_kinds(plan.target, groups), plan.rounds, say
+            model, subset, groups, of_kinds(plan.target, groups), plan.rounds
         )
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
-        say("measuring activation on held-out text")
+        logger.info("measuring activation on held-out text")
         _, held = _traces(model, held_out)
     finally:
         model.detach()
@@ -130,9 +128,7 @@ def calibrate(
     return _config(base, plan, thresholds, activation, record), routers
 
 
-def measure(
-    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan, say: Say
-) -> dict[Unit, Ridge]:
+def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan) -> dict[Unit, Ridge]:
     """Run the original model over sequences [n, T] and gather, for each unit, what its router is
     fitted to.
     """
@@ -141,7 +137,7 @@ def measure(
     fits = {unit: Ridge(architectures.n_embd(base)) for unit in wanted}
     eps = architectures.norm_eps(base)
     for number, ids in enumerate(sequences):
-        say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
+        logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         text, context = with_repetition(tokenizer, ids, wanted)
         for unit, (h, costs) in tape.measure(text, wanted, context):
             rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
@@ -234,7 +230,6 @@ def settle_thresholds(
     groups: Mapping[str, Sequence[Unit]],
     targets: Mapping[str, float],
     rounds: int = 4,
-    say: Say = lambda line: None,
     forward: Callable | None = None,
     fresh: torch.Tensor | None = None,
 ) -> dict[Unit, float]:
@@ -251,7 +246,7 @@ def settle_thresholds(
             name: sum(activation[unit] for unit in units) / len(units)
             for name, units in groups.items()
         }
-        say(
+        logger.info(
             f"choosing thresholds, round {number + 1}: activation "
             + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4])
         )

@@ -13,6 +13,7 @@ import sys
 import click
 
 from mod_export import __version__
+from mod_export.cli.output import hide_messages, show_messages
 from mod_export.errors import UserError
 
 # name -> (where the command is, its line in the help): help imports none of them
@@ -85,6 +86,8 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Mixture-of-Depths for existing models: convert, export to GGUF, run on a patched llama.cpp."""
+    show_messages()
+    ctx.call_on_close(hide_messages)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

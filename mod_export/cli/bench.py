@@ -186,9 +186,6 @@ def _measure(file, dense, options, text, targets: tuple[float, ...] | None) -> d
 
     words = read_texts([text]) if text else None
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
     if targets == ():
-        return bench_run.bench(file, dense, options, words, say=say)
-    return bench_sweep.sweep(file, dense, options, targets, words, say=say)
+        return bench_run.bench(file, dense, options, words)
+    return bench_sweep.sweep(file, dense, options, targets, words)

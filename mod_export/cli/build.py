@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from mod_export.cli.output import show_messages
+
 
 @click.command("build")
 @click.option(
@@ -36,6 +38,7 @@ def command(
     """
     from mod_export.llamacpp import build as llama_build
 
+    show_messages(stdout=True)
     options = {
         "jobs": jobs,
         "cuda": cuda or bool(cuda_arch),
@@ -43,6 +46,6 @@ def command(
         "stock": stock,
         "force": force,
     }
-    lib = llama_build.build(**options, sdist=sdist, say=click.echo)
+    lib = llama_build.build(**options, sdist=sdist)
     if not stock:
-        llama_build.install(lib, force=force, say=click.echo)
+        llama_build.install(lib, force=force)

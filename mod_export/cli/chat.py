@@ -55,7 +55,7 @@ def command(
 
     llm = open_model(file, ctx, threads, gpu_layers, threshold_shift)
     chosen = replace(CHAT_SAMPLING, temperature=temp, **sampling)
-    chat = Chat(llm, system, chosen, max_tokens, say=lambda line: click.echo(line, err=True))
+    chat = Chat(llm, system, chosen, max_tokens, notice=lambda line: click.echo(line, err=True))
     if prompt is None and sys.stdin.isatty():
         click.echo(terminal.welcome(llm), err=True)
         return terminal.repl(chat)

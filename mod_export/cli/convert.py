@@ -1,9 +1,8 @@
 """`mod-export convert`: options for convert.py."""
 
-import time
-
 import click
 
+from mod_export.cli.output import show_messages
 from mod_export.cli.shares import shares
 from mod_export.errors import UserError
 
@@ -69,20 +68,12 @@ def command(ctx, model, output, adapter, force, **options):
     """
     from mod_export.convert import convert, convert_adapter
 
-    start = time.monotonic()
-
-    def say(line):
-        click.echo(
-            line if "\n" in line else f"[{time.monotonic() - start:4.0f} s] {line}", err=True
-        )
-
+    show_messages(clock=True)
     if adapter is None:
-        convert(
-            model, output, target=options.pop("target_activation"), force=force, say=say, **options
-        )
+        convert(model, output, target=options.pop("target_activation"), force=force, **options)
     else:
         refuse_given(ctx, options)
-        convert_adapter(model, output, adapter, force, say)
+        convert_adapter(model, output, adapter, force)
     click.echo(output)
 
 

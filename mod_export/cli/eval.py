@@ -160,7 +160,6 @@ def command(
             threads,
             device,
             gpu_layers,
-            say=lambda line: click.echo(line, err=True),
             done=show,
         )
 

@@ -68,11 +68,7 @@ def command(file, memory, dense, check, check_context, text, threads, as_json, *
     )
     if not as_json:
         click.echo(m.report(plan))
-    rows = (
-        m.check(plan, words, check_context, say=lambda line: click.echo(line, err=True))
-        if check
-        else None
-    )
+    rows = m.check(plan, words, check_context) if check else None
     if as_json:
         click.echo(json.dumps(m.to_json(plan, rows), indent=1))
     elif rows:

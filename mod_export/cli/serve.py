@@ -38,14 +38,12 @@ def command(file, host, port, api_key, name, **model):
     """
     from mod_export.serving.server import listen, serve
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
     with listen(host, port) as sock:
         llm, name = open_model(file, **model), name or Path(file).stem
         llm.require_vocab()
         where = f"[{host}]" if ":" in host else host
-        say(f"{name} at http://{where}:{sock.getsockname()[1]}/v1; Ctrl-C ends it")
+        address = f"http://{where}:{sock.getsockname()[1]}/v1"
+        click.echo(f"{name} at {address}; Ctrl-C ends it", err=True)
         if "tokenizer.chat_template" not in llm.metadata:
-            say("the model has no chat template: only /v1/completions")
-        serve(llm, name, sock, api_key, say)
+            click.echo("the model has no chat template: only /v1/completions", err=True)
+        serve(llm, name, sock, api_key)

@@ -1,12 +1,12 @@
 """`mod-export synth`: options for synth.py."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from mod_export.cli.numbers import Finite
+from mod_export.cli.output import show_messages
 
 _NUMBER = click.IntRange(min=1)
 
@@ -100,25 +100,19 @@ def command(
     from mod_export.synthetic.shape import preset_named
     from mod_export.synthetic.write import synth
 
-    start = time.monotonic()
-
-    def say(line: str) -> None:
-        click.echo(f"[{time.monotonic() - start:4.0f} s] {line}", err=True)
-
+    show_messages(clock=True)
     if Path(preset).is_file():
         if dense or any(value is not None for value in shape.values()):
             raise UserError(
                 f"{preset} has its shape, and is the dense file itself",
                 "leave --dense and shapes out",
             )
-        onto(
-            preset, output, units, activation, layers_routed, sinks, kv_window, seed, force, say=say
-        )
+        onto(preset, output, units, activation, layers_routed, sinks, kv_window, seed, force)
         click.echo(output)
         return
     shape = replace(
         preset_named(preset), **{k: v for k, v in shape.items() if v is not None}
     ).checked()
     config = routing(shape.layers, units, activation, layers_routed, sinks, kv_window)
-    synth(output, shape, quant, config, dense, seed, force, say=say)
+    synth(output, shape, quant, config, dense, seed, force)
     click.echo(output)

@@ -1,10 +1,9 @@
 """`mod-export train`: options for train.py."""
 
-import time
-
 import click
 
 from mod_export.cli.numbers import Finite
+from mod_export.cli.output import show_messages
 from mod_export.cli.shares import shares
 from mod_export.training.config import DTYPES, METHODS, PARAMETERS, TrainConfig
 
@@ -260,6 +259,5 @@ def command(directory, output, data, save_as, resume, force, **options):
     """
     from mod_export.training.run import train
 
-    begin = time.monotonic()
-    say = lambda line: click.echo(f"[{time.monotonic() - begin:5.0f} s] {line}", err=True)  # noqa: E731
-    train(directory, output, TrainConfig(data=data, **options), save_as, resume, force, say)
+    show_messages(clock=True)
+    train(directory, output, TrainConfig(data=data, **options), save_as, resume, force)

@@ -72,11 +72,6 @@ class Progress:
             print("\r\033[K", end="", file=self.stream, flush=True)
 
 
-def to_stderr(line: str) -> None:
-    """Where what is said goes by default: stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def clock(seconds: float) -> str:
     """Minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -10,14 +10,13 @@ and the beginning of the next. The tokens lie in memory-mapped files, see token_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mod_export.common.progress import to_stderr
 from mod_export.data.token_cache import Tokens, tokens_of
 from mod_export.errors import UserError
 
@@ -72,7 +71,6 @@ def open_data(
     length: int,
     loss_on: str = "all",
     limit: int | None = None,
-    say: Callable[[str], None] = to_stderr,
     cache: str | Path | None = None,
 ) -> PackedData:
     """The text and conversations in files and directories (sources.py) as sequences of `length`
@@ -90,7 +88,7 @@ def open_data(
         raise UserError(
             f"sequences of {length} tokens have nothing to predict", "use a length of 2 or more"
         )
-    source = tokens_of(tokenizer, paths, loss_on == "answers", limit, say, cache)
+    source = tokens_of(tokenizer, paths, loss_on == "answers", limit, cache)
     body = length - len(source.begin)
     if source.count < body:
         raise UserError(

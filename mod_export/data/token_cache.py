@@ -14,19 +14,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mod_export.common.files import atomic_dir, locked
-from mod_export.common.progress import Progress, to_stderr
+from mod_export.common.progress import Progress
 from mod_export.data import conversations, sources
 from mod_export.data.repeats import Repeats
 from mod_export.data.text import bos
 from mod_export.errors import UserError
 from mod_export.llamacpp import source as llama_source
+
+logger = logging.getLogger(__name__)
 
 VERSION = 3  # of the entries; goes up with every change of what is in them
 CURE = "set MOD_EXPORT_CACHE"
@@ -67,7 +70,6 @@ def tokens_of(
     paths: Sequence[str | Path],
     answers: bool = False,
     limit: int | None = None,
-    say: Callable[[str], None] = to_stderr,
     cache: str | Path | None = None,
 ) -> Tokens:
     """The tokens of files and directories, see sources.py, mixed; from the cache, or made and kept
@@ -90,7 +92,7 @@ def tokens_of(
     folder = _cache_folder(cache)
     if (found := _open(folder / key)) is None:
         with locked(
-            folder, lambda: say("another process tokenises; waiting for it")
+            folder, lambda: logger.info("another process tokenises; waiting for it")
         ):  # it may be the same text
             if (found := _open(folder / key)) is None:
                 pieces = _mixed(files, folder)
@@ -101,7 +103,7 @@ def tokens_of(
                     )
                 found = _open(folder / key)
     marked = f", {found.answers} of them in answers" if answers else ""
-    say(f"{found.count} tokens from {len(files)} file{'s' * (len(files) > 1)}{marked}")
+    logger.info(f"{found.count} tokens from {len(files)} file{'s' * (len(files) > 1)}{marked}")
     return found
 
 

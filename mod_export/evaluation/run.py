@@ -13,6 +13,7 @@ The base is the same weights with every unit active, or another model.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -34,6 +35,8 @@ from mod_export.evaluation.passkey import DEPTHS, LENGTHS
 from mod_export.evaluation.perplexity import Loss, divergence
 from mod_export.evaluation.readers import Pair, open_pair, torch_pair, visible_share
 from mod_export.model.mod_model import MoDModel
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Loss",
@@ -88,7 +91,6 @@ def evaluate(
     device: str = "cpu",
     gpu_layers: int = 0,
     progress: Progress | None = None,
-    say: Callable = print,
     done: Callable = lambda name, rows: None,
 ) -> dict:
     """Measure target beside dense, see eval_models.open_pair; {"about", "texts", "tasks",
@@ -104,7 +106,7 @@ def evaluate(
     pair = open_pair(target, dense, shift, threads, device, gpu_layers)
     about = _about(target, dense, shift, threads, plan, pair) | {"skipped_tasks": skipped}
     for task, n in skipped.items():
-        say(f"note: {n} items of {task} left out: they have no choices")
+        logger.warning(f"note: {n} items of {task} left out: they have no choices")
     work = _Work(pair, plan, texts, items, haystack)
     pair.reserve(work.longest())
     result = {"about": about}

@@ -12,6 +12,7 @@ and the CPU.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ from mod_export.llamacpp import cuda as llama_cuda
 from mod_export.llamacpp import source as llama_source
 from mod_export.llamacpp import wheel as llama_wheel
 
+logger = logging.getLogger(__name__)
+
 # the libraries that llama_cpp loads, and nothing that links against curl, common or a web page
 FLAGS = {name: "OFF" for name in "COMMON TESTS TOOLS EXAMPLES SERVER APP".split()}
 FLAGS = {f"LLAMA_BUILD_{name}": value for name, value in FLAGS.items()}
@@ -44,8 +47,6 @@ FLAGS |= {"CMAKE_BUILD_WITH_INSTALL_RPATH": "ON", "CMAKE_INSTALL_RPATH": "$ORIGI
 MARKER = "build.json"
 BYTES_PER_JOB = 2 << 30  # what the largest compilation units take
 
-Say = Callable[[str], None]
-
 
 def build(
     jobs: int | None = None,
@@ -55,7 +56,6 @@ def build(
     cuda_arch: str | None = None,
     sdist: Path | None = None,
     extra: dict[str, str] | None = None,
-    say: Say = print,
 ) -> Path:
     """Return the directory of the built libraries, building them where the cache has none (or with
     `force`).
@@ -81,12 +81,12 @@ def build(
         llama_source.fetch_sdist(sdist)  # a wrong one is told even where nothing has to be built
     name = f"{'stock' if stock else 'patched'}-{_key(flags, stock)}"
     lib = llama_source.cache_dir() / "lib" / name
-    with _lock(name, say):
+    with _lock(name):
         if not force and (lib / MARKER).is_file():
-            say(f"llama.cpp is built already: {lib}")
+            logger.info(f"llama.cpp is built already: {lib}")
             return lib
         source = llama_source.source_dir(stock, sdist) / "vendor/llama.cpp"
-        _compile(source, lib, flags, jobs or default_jobs(), say)
+        _compile(source, lib, flags, jobs or default_jobs())
     if not extra:
         _remember(name, cuda, stock)
     return lib
@@ -126,13 +126,13 @@ def patched_lib(cuda: bool = False) -> Path | None:
     return _recall(cuda, stock=False)
 
 
-def install(lib: Path, force: bool = False, say: Say = print) -> str:
+def install(lib: Path, force: bool = False) -> str:
     """Install llama_cpp with the libraries of `lib` into the running Python; return its version
     (x.y.z+mod).
     """
     version = f"{llama_source.read_pin().version}+mod"
     if not force and installed_build() == lib.name:
-        say(f"llama-cpp-python {version} is installed already")
+        logger.info(f"llama-cpp-python {version} is installed already")
         return version
     folder = llama_source.cache_dir() / "wheel"
     folder.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ def install(lib: Path, force: bool = False, say: Say = print) -> str:
         raise UserError(
             f"pip could not install {wheel.name}: {(result.stderr.strip() or '?').splitlines()[-1]}"
         )
-    say(f"installed llama-cpp-python {version}")
+    logger.info(f"installed llama-cpp-python {version}")
     return version
 
 
@@ -210,17 +210,18 @@ def _cpu() -> str:
 
 
 @contextlib.contextmanager
-def _lock(name: str, say: Say) -> Iterator[None]:
+def _lock(name: str) -> Iterator[None]:
     """Let one process at a time build `name`; the next one finds it built."""
     folder = llama_source.cache_dir() / "log"
     folder.mkdir(exist_ok=True)
     with locked(
-        folder / f"{name}.lock", lambda: say("another process is building the same; waiting for it")
+        folder / f"{name}.lock",
+        lambda: logger.info("another process is building the same; waiting for it"),
     ):
         yield
 
 
-def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int, say: Say) -> None:
+def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
     """Configure and build in a tree beside the cache's libraries; an interrupted build goes on
     where it was.
     """
@@ -228,7 +229,7 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int, say: Say
     tree.mkdir(parents=True, exist_ok=True)
     lib.parent.mkdir(exist_ok=True)
     log = lib.parent.parent / "log" / f"{lib.name}.log"
-    say(
+    logger.info(
         f"building llama.cpp with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}"
     )
     start = time.monotonic()
@@ -238,17 +239,17 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int, say: Say
         *(f"-D{name}={value}" for name, value in flags.items()),
     ]
     with open(log, "w") as file:
-        _run(configure, file, say)
-        _run([_which("ninja"), "-C", str(tree), "-j", str(jobs), "llama", "ggml"], file, say)
+        _run(configure, file)
+        _run([_which("ninja"), "-C", str(tree), "-j", str(jobs), "llama", "ggml"], file)
     with atomic_dir(lib, force=True, marker=MARKER) as tmp:
         for library in sorted((tree / "bin").glob("lib*")):
             shutil.copy2(library, tmp)
         (tmp / MARKER).write_text(json.dumps({"name": lib.name, "flags": flags}, indent=1))
     shutil.rmtree(tree, ignore_errors=True)
-    say(f"built in {time.monotonic() - start:.0f} s: {lib}")
+    logger.info(f"built in {time.monotonic() - start:.0f} s: {lib}")
 
 
-def _run(command: list[str], log, say: Say) -> None:
+def _run(command: list[str], log) -> None:
     """Run a build tool: its output into the log, its last [n/m] onto the terminal's line."""
     pipes = {
         "stdout": subprocess.PIPE,
@@ -256,7 +257,7 @@ def _run(command: list[str], log, say: Say) -> None:
         "text": True,
         "errors": "replace",
     }
-    with subprocess.Popen(command, **pipes) as tool, _terminated(tool), _progress(say) as show:
+    with subprocess.Popen(command, **pipes) as tool, _terminated(tool), _progress() as show:
         for line in tool.stdout:
             log.write(line)
             show(line)
@@ -278,7 +279,7 @@ def _terminated(tool: subprocess.Popen) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(say: Say) -> Iterator[Say]:
+def _progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows a line's [n/m]: in place on a terminal, else each fifth of the
     way.
     """
@@ -292,7 +293,7 @@ def _progress(say: Say) -> Iterator[Say]:
             print(f"\r{step[0]} {share} %\033[K", end="", file=sys.stderr, flush=True)
         elif share >= shown + 20:
             shown = share
-            say(f"{step[0]} {share} %")
+            logger.info(f"{step[0]} {share} %")
 
     yield show
     if terminal:

@@ -1,6 +1,6 @@
 """A conversation with a model: the history, the context, and commands about thresholds.
 
-Chat knows nothing of terminals, see terminal.py. What is no answer goes through the `say` callback.
+Chat knows nothing of terminals, see terminal.py. What is no answer goes through the `notice` callback.
 
     chat = Chat(MoDLlama("mod.gguf"), system="Be brief.")
     for text in chat.ask("What is a lighthouse?"):
@@ -50,7 +50,7 @@ class Chat:
     system: str = ""
     sampling: Sampling = CHAT_SAMPLING
     max_tokens: int = 512
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+    notice: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
     history: list[dict] = field(default_factory=list)
     turn: Turn = field(default_factory=Turn)
 
@@ -99,7 +99,7 @@ class Chat:
                 "use a larger --ctx or a shorter prompt",
             )
         if dropped:
-            self.say(f"[context full: the oldest {dropped} turn{'s' * (dropped > 1)} forgotten]")
+            self.notice(f"[context full: the oldest {dropped} turn{'s' * (dropped > 1)} forgotten]")
         return tokens
 
     def _tokens(self) -> list[int]:
@@ -120,10 +120,10 @@ class Chat:
                 self.turn.tokens += 1
                 yield utf8.decode(self.llm.piece(token))
                 if self.turn.tokens >= self.max_tokens:
-                    self.say(f"\n[stopped after --max-tokens {self.max_tokens}]")
+                    self.notice(f"\n[stopped after --max-tokens {self.max_tokens}]")
                     break
                 if self.llm.n_tokens >= self.llm.n_ctx():
-                    self.say("\n[context full: the answer ends here]")
+                    self.notice("\n[context full: the answer ends here]")
                     break
         except Stopped:
             pass
@@ -175,11 +175,11 @@ class Chat:
                 )
             llm.set_shift(shift, reread=bool(what))
             if what:
-                self.say("the next answer reads the conversation again with it")
+                self.notice("the next answer reads the conversation again with it")
             else:
-                self.say("from the next token on")
+                self.notice("from the next token on")
         ps = llm.thresholds
-        self.say(
+        self.notice(
             f"thresholds p {min(ps):.3g} to {max(ps):.3g}, shifted by {llm.shift:+.3g} in logit space "
             f"(above 0: fewer tokens active)"
         )

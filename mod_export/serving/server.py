@@ -10,6 +10,7 @@ one before is not read again.
 
 import hmac
 import json
+import logging
 import os
 import select
 import socket
@@ -23,6 +24,8 @@ from mod_export import __version__
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, Stopped
 from mod_export.serving import completions
+
+logger = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 8 << 20
 READ_TIMEOUT_SECONDS = 30  # of a client that does not read the answer, while others wait
@@ -50,15 +53,14 @@ def serve(
     name: str,
     sock: socket.socket,
     api_key: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Serves until Ctrl-C or SystemExit, which end an answer that is being written after the token
     in work.
 
-    name: what answers call the model; api_key: what clients have to send, if any; say: one line for
-    each request.
+    name: what answers call the model; api_key: what clients have to send, if any. Each
+    request is logged.
     """
-    server = Server(llm, name, sock, api_key, say)
+    server = Server(llm, name, sock, api_key)
     try:
         with suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -94,12 +96,10 @@ def figures(llm: MoDLlama) -> dict:
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(
-        self, llm: MoDLlama, name: str, sock: socket.socket, api_key: str | None, say: Callable
-    ):
+    def __init__(self, llm: MoDLlama, name: str, sock: socket.socket, api_key: str | None):
         super().__init__(sock.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.llm, self.name, self.api_key, self.say = sock, llm, name, api_key, say
+        self.socket, self.llm, self.name, self.api_key = sock, llm, name, api_key
         self.turn, self.closing = threading.Lock(), False
         self.local = sock.getsockname()[0] in LOCAL_HOSTS
 
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, form, *args):
         line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in form % args)
         with suppress(OSError):  # nobody reads it any more
-            self.server.say(f"{self.client_address[0]} {line}")
+            logger.info(f"{self.client_address[0]} {line}")
 
     def _answer(self, routes: dict[str, Callable]) -> None:
         try:

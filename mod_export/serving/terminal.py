@@ -45,7 +45,7 @@ def answer_once(chat: Chat, prompt: str) -> bool:
         for piece in chat.ask(prompt):
             print(piece, end="", flush=True)
     print(flush=True)
-    chat.say(chat.status())
+    chat.notice(chat.status())
     return not chat.llm.stop
 
 
@@ -57,7 +57,7 @@ def run_lines(chat: Chat, lines: list[str]) -> bool:
             if not _turn(chat, line):
                 break
         except UserError as exc:
-            chat.say(f"error: {exc}")
+            chat.notice(f"error: {exc}")
             all_ran = False
     return all_ran
 
@@ -92,7 +92,7 @@ def repl(chat: Chat) -> None:
             if line and not _turn(chat, line):
                 return
         except UserError as exc:
-            chat.say(f"error: {exc}")
+            chat.notice(f"error: {exc}")
 
 
 def _turn(chat: Chat, line: str) -> bool:
@@ -102,15 +102,15 @@ def _turn(chat: Chat, line: str) -> bool:
         return False
     if name == "/reset":
         chat.reset()
-        chat.say("conversation forgotten")
+        chat.notice("conversation forgotten")
     elif name == "/stats":
-        chat.say(chat.stats())
+        chat.notice(chat.stats())
     elif name == "/threshold":
         chat.set_shift(argument.strip())
     elif name == "/help":
-        chat.say(HELP)
+        chat.notice(HELP)
     elif name.startswith("/"):
-        chat.say(f"unknown command {name}; one of {', '.join(COMMANDS)}")
+        chat.notice(f"unknown command {name}; one of {', '.join(COMMANDS)}")
     else:
         answer_once(chat, line)
     return True

@@ -9,8 +9,8 @@ it takes seconds. Needs the patched runtime.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.inspection import model_number
 from mod_export.synthetic.routers import SPREAD, routing
 from mod_export.synthetic.weights import rng_of
+
+logger = logging.getLogger(__name__)
 
 TOKENS = 1500
 # a unit's scores depend on the decisions before it: activations settle from the first layers on
@@ -41,7 +43,6 @@ def onto(
     force: bool = False,
     text: str | None = None,
     rounds: int = ROUNDS,
-    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write `output`: the weights of `base`, random routers, biases such that `activation` of the
     text's tokens run.
@@ -67,7 +68,7 @@ def onto(
         for number in range(rounds):
             write_routers(Path(base), tmp, config, routers)
             active, score = _trace(tmp, text)
-            say(
+            logger.info(
                 f"fitting biases, round {number + 1} of {rounds}: activation {active.mean():.3f}, "
                 f"by unit {active.mean(0).min():.3f} to {active.mean(0).max():.3f}"
             )

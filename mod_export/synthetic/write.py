@@ -10,9 +10,10 @@ unit, is real. The file has no tokenizer. Needs ggml's quantiser, from any build
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +32,8 @@ from mod_export.synthetic import shape as synth_shape
 from mod_export.synthetic.routers import routers
 from mod_export.synthetic.shape import Shape, Weight
 from mod_export.synthetic.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 ARCH = "llama"
 RMS_EPS = 1e-5
@@ -51,7 +54,6 @@ def synth(
     dense: str | os.PathLike | None = None,
     seed: int = 0,
     force: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write `output`, and to `dense` the same model without routers; each whole or not at all.
 
@@ -69,7 +71,7 @@ def synth(
         targets = [stack.enter_context(atomic_file(path, force)) for path in outputs]
         plan = list(synth_shape.weights(shape, type))
         _check_space(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
-        say("drawing tokens and routers")
+        logger.info("drawing tokens and routers")
         weights = Weights(shape, type, seed)
         added = _router_tensors(config, weights)
         for target in targets:
@@ -78,7 +80,7 @@ def synth(
                 target, shape, type, plan, config if is_mod else None, added if is_mod else {}
             )
         files = [stack.enter_context(target.open("ab")) for target in targets]
-        _write_weights(files, plan, weights, say)
+        _write_weights(files, plan, weights)
         for array in added.values():
             _append(files[:1], [array.view(np.uint8)])
 
@@ -152,9 +154,7 @@ def _write_header(
         fill(file, pad(file.tell(), ALIGNMENT))
 
 
-def _write_weights(
-    files: list[BinaryIO], plan: list[Weight], weights: Weights, say: Callable[[str], None]
-) -> None:
+def _write_weights(files: list[BinaryIO], plan: list[Weight], weights: Weights) -> None:
     """All weights, to all files at once, with a line for every tenth."""
     total, done, told = sum(weight.nbytes for weight in plan), 0, 0
     for weight in plan:
@@ -162,7 +162,7 @@ def _write_weights(
         done += weight.nbytes
         if done * 10 // total > told:
             told = done * 10 // total
-            say(f"wrote {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+            logger.info(f"wrote {done / 1e6:.0f} of {total / 1e6:.0f} MB")
 
 
 def _append(files: list[BinaryIO], pieces: Iterable[np.ndarray]) -> None:

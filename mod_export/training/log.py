@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,14 @@ from statistics import fmean
 from mod_export.common.files import atomic_file
 from mod_export.common.progress import Progress, clock
 
+logger = logging.getLogger(__name__)
+
 
 class Log:
     """Appends to run/metrics.jsonl; on resume what came after the checkpoint's step is dropped."""
 
-    def __init__(self, run: Path, steps: int, first: int, kinds: list[str], say):
-        self.path, self.steps, self.say, self.kinds = run / "metrics.jsonl", steps, say, kinds
+    def __init__(self, run: Path, steps: int, first: int, kinds: list[str]):
+        self.path, self.steps, self.kinds = run / "metrics.jsonl", steps, kinds
         kept = [row for row in read(self.path) if row["step"] <= first] if first else []
         with atomic_file(self.path, force=True) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -60,7 +63,7 @@ class Log:
             f"{kind} {share:.3f}" for kind, share in row["held_out"]["activation"].items()
         )
         figures = row["held_out"]
-        self.say(
+        logger.info(
             f"step {row['step']}, held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} "
             f"(dense {figures['perplexity_dense']:.2f}), active {shares}"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import signal
@@ -31,6 +32,8 @@ from mod_export.training.passages import recall
 from mod_export.training.sharding import number
 from mod_export.training.student import Student
 
+logger = logging.getLogger(__name__)
+
 MIN_RATE = 0.1  # of the learning rate, at the end of its decay
 
 
@@ -47,7 +50,6 @@ class Loop:
     held_out: PackedData
     run: Path
     identity: dict
-    say: Callable[[str], None]
     settled: dict = field(
         default_factory=dict
     )  # activation of each unit when thresholds were last chosen
@@ -70,7 +72,7 @@ class Loop:
 
         halfway: called with the number of steps done when half of them are.
         """
-        log = Log(self.run, self.steps, first, self.control.names, self.say) if self.main else None
+        log = Log(self.run, self.steps, first, self.control.names) if self.main else None
         try:
             with relaxed(self.model.base), stopping() as stop:
                 self._steps(first, halfway, log, stop)
@@ -115,7 +117,7 @@ class Loop:
         )
 
     def _stop(self, step: int, stop: list[int]) -> None:
-        self.say(f"stopped after step {step} of {self.steps}; go on with --resume")
+        logger.info(f"stopped after step {step} of {self.steps}; go on with --resume")
         raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
 
     def _gradients(self, step: int, stop: list[int]) -> dict:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,7 +38,8 @@ from mod_export.training.log import plot
 from mod_export.training.loop import Loop
 from mod_export.training.student import Relax, Student, Weights
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 SETTLE = 16384  # tokens that thresholds are chosen on, in long sequences: memory counts there
 SLOW = 1.2  # times as long as in float32, from which on a precision is said to be slow
 DRIFT = 24576  # tokens that drift is measured on
@@ -54,12 +56,10 @@ def train(
     save_as: str = "merged",
     resume: bool = False,
     force: bool = False,
-    say: Say = lambda line: None,
 ) -> dict:
-    """Train the MoD model in `directory` and write `out`; -> figures on held-out text. `say` is
-    called on one process.
+    """Train the MoD model in `directory` and write `out`; -> figures on held-out text.
 
-    save_as: `merged`, a MoD directory, or `adapter`. Raises UserError for anything that does not
+    The main process alone logs. save_as: `merged`, a MoD directory, or `adapter`. Raises UserError for anything that does not
     fit, and SystemExit after SIGTERM or SIGINT, with a checkpoint.
     """
     from accelerate import Accelerator
@@ -69,13 +69,39 @@ def train(
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=devices.autocast(config.precision)
     )
-    tell = say if accelerator.is_main_process else lambda line: None
+    with _one_voice(accelerator.is_main_process):
+        return _train(directory, out, config, accelerator, run, save_as, resume, force)
+
+
+@contextlib.contextmanager
+def _one_voice(is_main: bool) -> Iterator[None]:
+    """Inside, only the main process logs: the messages of the others repeat its messages."""
+    package = logging.getLogger("mod_export")
+    level = package.level
+    if not is_main:
+        package.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
+def _train(
+    directory: str,
+    out: str,
+    config: TrainConfig,
+    accelerator,
+    run: Path,
+    save_as: str,
+    resume: bool,
+    force: bool,
+) -> dict:
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and accelerator.mixed_precision == "bf16" and (times := devices.slower()) > SLOW:
-        tell(
+        logger.warning(
             f"note: bf16 takes {times:.1f} times as long as float32 on this CPU; --precision no is faster"
         )
-    tell(f"loading {directory}")
+    logger.info(f"loading {directory}")
     model = MoDModel.load(directory, getattr(torch, config.dtype))
     if not config.teacher and _is_trained(model.config):
         raise UserError(
@@ -89,7 +115,7 @@ def train(
         )
     config.validate(kinds)
     with accelerator.main_process_first():  # the others find the tokens in the cache
-        data, held_out = _data(model, config, tell)
+        data, held_out = _data(model, config)
         run.mkdir(exist_ok=True)
     with alone(run) if accelerator.is_main_process else contextlib.nullcontext():
         return _run(
@@ -104,7 +130,6 @@ def train(
             save_as,
             resume,
             force,
-            tell,
         )
 
 
@@ -134,15 +159,14 @@ def _run(
     save_as: str,
     resume: bool,
     force: bool,
-    tell: Say,
 ) -> dict:
     name = str(
         model.config.calibration.get("model") or Path(directory).resolve().name
     )  # of the original
     identity = adapter.base_identity(model.base, model.tokenizer, name)
-    loop = prepare(directory, model, config, accelerator, data, held_out, run, identity, tell)
-    first = loop.restore() if resume else start(model, loop, config, tell)
-    tell(
+    loop = prepare(directory, model, config, accelerator, data, held_out, run, identity)
+    first = loop.restore() if resume else start(model, loop, config)
+    logger.info(
         f"{loop.steps} steps of {loop.tokens} tokens, "
         f"{sum(p.numel() for p in loop.trainable()):,} parameters, {accelerator.device}, "
         f"{accelerator.mixed_precision} mixed precision"
@@ -150,8 +174,8 @@ def _run(
     if not resume and accelerator.is_main_process:
         clear(run)
     accelerator.wait_for_everyone()
-    loop.go(first, functools.partial(halfway, model, loop, config, tell))
-    figures = finish(model, loop, config, tell)
+    loop.go(first, functools.partial(halfway, model, loop, config))
+    figures = finish(model, loop, config)
     sharding.gather(loop.student, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         try:
@@ -163,11 +187,11 @@ def _run(
             raise UserError(
                 error.message, f"{run} has the last step: make room, then go on with --resume"
             ) from error
-        tell(f"{out} is written; metrics and plots are in {run}")
+        logger.info(f"{out} is written; metrics and plots are in {run}")
         try:
             plot(run, loop.units)
         except ModuleNotFoundError as error:  # where there is no network to install it
-            tell(f"no plots: {error.name} is not installed")
+            logger.warning(f"no plots: {error.name} is not installed")
     accelerator.wait_for_everyone()
     return figures
 
@@ -181,7 +205,6 @@ def prepare(
     held_out: PackedData,
     run: Path,
     identity: dict,
-    say: Say,
 ) -> Loop:
     """Choose what is trained, make teacher, optimizer and controller, and give them to Accelerate."""
     units = model.config.routed()
@@ -222,7 +245,7 @@ def prepare(
         "mod": replace(model.config, calibration={}).to_dict(),
         "processes": accelerator.num_processes,
     }
-    return Loop(config, accelerator, student, optimizer, control, data, held_out, run, told, say)
+    return Loop(config, accelerator, student, optimizer, control, data, held_out, run, told)
 
 
 def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
@@ -272,17 +295,17 @@ def set_static(model: MoDModel, targets: dict[str, float]) -> None:
             router.bias.data.fill_(STATIC_LOGIT if layer in kept else -STATIC_LOGIT)
 
 
-def start(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> int:
+def start(model: MoDModel, loop: Loop, config: TrainConfig) -> int:
     """Routers held steady, and thresholds for the activation of the first step; -> 0, the step."""
     if config.method != "static":
-        say("measuring what drifts")
+        logger.info("measuring what drifts")
         _hold(model, loop, config)
     if config.method == "threshold":
-        _settle(model, loop, config, loop.control.target(0).tolist(), say)
+        _settle(model, loop, config, loop.control.target(0).tolist())
     return 0
 
 
-def halfway(model: MoDModel, loop: Loop, config: TrainConfig, say: Say, step: int) -> None:
+def halfway(model: MoDModel, loop: Loop, config: TrainConfig, step: int) -> None:
     """Routers lose the drift that training has brought back, and are held steady in what it has
     made of the model.
 
@@ -294,18 +317,18 @@ def halfway(model: MoDModel, loop: Loop, config: TrainConfig, say: Say, step: in
         and config.steady
         and not set(model.config.units) <= set(DAMPED)
     ):
-        say("measuring what drifts in the model as it is now")
+        logger.info("measuring what drifts in the model as it is now")
         _hold(model, loop, config, trained=True)
-        _settle(model, loop, config, loop.control.target(step).tolist(), say)
+        _settle(model, loop, config, loop.control.target(step).tolist())
 
 
-def finish(model: MoDModel, loop: Loop, config: TrainConfig, say: Say) -> dict:
+def finish(model: MoDModel, loop: Loop, config: TrainConfig) -> dict:
     """Thresholds for the target, and the figures of the hard model."""
     if config.method == "threshold":
-        _settle(model, loop, config, loop.control.targets, say)
+        _settle(model, loop, config, loop.control.targets)
     loop.choose(loop.steps)
     figures = loop.evaluate()
-    say(
+    logger.info(
         f"held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} (dense "
         f"{figures['perplexity_dense']:.2f}), K/V {figures['kv_share']:.3f} of dense, active "
         + ", ".join(f"{kind} {share:.3f}" for kind, share in figures["activation"].items())
@@ -323,9 +346,7 @@ def _hold(model: MoDModel, loop: Loop, config: TrainConfig, trained: bool = Fals
 
 
 @torch.no_grad()
-def _settle(
-    model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float], say: Say
-) -> None:
+def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[float]) -> None:
     """On training sequences, spread evenly and joined; not on the held-out ones, which judge it."""
     chosen, fresh = _long(model, loop.train, SETTLE)
     names = loop.control.names
@@ -334,7 +355,7 @@ def _settle(
     )
     with loop.accelerator.autocast():
         loop.settled = calibrate.settle_thresholds(
-            model, chosen, groups, shares, say=say, forward=_forward(loop), fresh=fresh
+            model, chosen, groups, shares, forward=_forward(loop), fresh=fresh
         )
 
 
@@ -407,7 +428,7 @@ def write(
     model.save(out, force=force)
 
 
-def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, PackedData]:
+def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]:
     longest = architectures.context_length(model.base) or config.length
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
@@ -417,7 +438,7 @@ def _data(model: MoDModel, config: TrainConfig, say: Say) -> tuple[PackedData, P
             f"sequences of {config.length} tokens fit in the window of {window}: nothing is forgotten",
             f"use a --length well above {window}, or convert with a smaller --kv-window",
         )
-    data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit, say)
+    data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit)
     least = config.held_out + MIN_SEQUENCES
     if len(data) < least:
         raise UserError(

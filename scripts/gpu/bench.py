@@ -138,7 +138,6 @@ def measure(point: Point) -> dict:
             mod,
             dense,
             replace(OPTIONS, contexts=(point.context,)),
-            say=lambda line: print(line, flush=True),
             progress=Progress(),
         )
     except UserError as exc:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mod_export.cli.output import show_messages
 from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
@@ -91,6 +92,7 @@ def part(main: Callable[[], bool], needs_gpu: bool = True) -> None:
     The exit code is 0 where main() says that all is well, 1 where not, and 2 for an error that the
     user can cure.
     """
+    show_messages(stdout=True)
     try:
         if needs_gpu and not REHEARSE:
             require_gpu()

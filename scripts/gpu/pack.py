@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mod_export.cli.output import show_messages
 from mod_export.errors import UserError
 from mod_export.formats import adapter_files, schema
 from mod_export.llamacpp import source as llama_source
@@ -28,7 +29,9 @@ def main() -> None:
     for stock in (False, True):
         source = llama_source.source_dir(stock)
         copy_source(source, build / "cache/source" / source.name)
+    show_messages(stdout=True)
     for units in UNITS:
+        print(f"routers for {units}", flush=True)
         write_adapter(units, model / "adapters" / units)
 
 
@@ -77,7 +80,6 @@ def write_adapter(units: str, folder: Path) -> None:
             Path(tmp, "mod.gguf"),
             units,
             rounds=4,
-            say=lambda line: print(f"{units}: {line}", flush=True),
         )
         file = GGUFFile.open(Path(tmp, "mod.gguf"))
         config, routers = read_routers(

@@ -63,7 +63,6 @@ def make_point(
             target=target,
             kv_window=point.get("window"),
             sink_tokens=SINKS,
-            say=print,
         )
     if point["way"] == "window":
         return as_window(MoDModel.load(start), target, length), {"target": target}
@@ -81,7 +80,7 @@ def make_point(
         **point["train"],
     )
     resume = Path(f"{made}.run/checkpoint.pt").exists()
-    figures = train(str(start), str(made), config, resume=resume, force=True, say=print)
+    figures = train(str(start), str(made), config, resume=resume, force=True)
     return MoDModel.load(made), {"target": target, "held_out": figures}
 
 
@@ -105,7 +104,7 @@ def meet(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
     equal activation.
     """
     groups = made.config.by_kind()
-    settle_thresholds(made, sequences, groups, of_kinds(target, groups), rounds=2, say=print)
+    settle_thresholds(made, sequences, groups, of_kinds(target, groups), rounds=2)
 
 
 @torch.inference_mode()

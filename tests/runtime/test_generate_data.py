@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -74,7 +75,7 @@ def options(**changes) -> Options:
     )
 
 
-def run(model: Path, out: Path, prompts=(), force=False, said=None, **changes) -> list[dict]:
+def run(model: Path, out: Path, prompts=(), force=False, **changes) -> list[dict]:
     """The records of a run; `out` is removed, so that another can follow."""
     chosen = options(**changes)
     llm = open_model(model, chosen)
@@ -85,7 +86,6 @@ def run(model: Path, out: Path, prompts=(), force=False, said=None, **changes) -
             chosen,
             [prompts] if prompts else (),
             force,
-            say=(said if said is not None else []).append,
         )
     finally:
         llm.close()
@@ -95,9 +95,9 @@ def run(model: Path, out: Path, prompts=(), force=False, said=None, **changes) -
     return records
 
 
-def test_prompts_are_answered_and_continued(models, prompts, tmp_path):
-    said = []
-    records = run(models["chat"], tmp_path / "out.jsonl.gz", prompts, said=said, prompt_tokens=30)
+def test_prompts_are_answered_and_continued(models, prompts, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "mod_export")
+    records = run(models["chat"], tmp_path / "out.jsonl.gz", prompts, prompt_tokens=30)
     assert [r["id"] for r in records] == list(range(12))
     chats, texts = ([r for r in records if kind in r] for kind in ("messages", "text"))
     assert len(chats) == 7 and len(texts) == 5
@@ -108,7 +108,7 @@ def test_prompts_are_answered_and_continued(models, prompts, tmp_path):
     starts = {TEXT[i * 300 : i * 300 + 30] for i in range(5)}
     assert {text["text"][:30] for text in texts} == starts
     assert all(30 < len(text["text"]) <= 54 for text in texts)
-    assert said[-1].startswith(f"12 texts in {tmp_path / 'out.jsonl.gz'}; ")
+    assert caplog.messages[-1].startswith(f"12 texts in {tmp_path / 'out.jsonl.gz'}; ")
     assert list(tmp_path.iterdir()) == [prompts]
 
 
@@ -198,7 +198,7 @@ def test_a_mod_file_writes_as_the_dense_model(models, prompts, tmp_path):
 def test_the_output_is_training_data(models, prompts, tmp_path):
     chosen = options()
     llm = open_model(models["chat"], chosen)
-    generate(llm, tmp_path / "out.jsonl.gz", chosen, [prompts], say=lambda line: None)
+    generate(llm, tmp_path / "out.jsonl.gz", chosen, [prompts])
     llm.close()
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE

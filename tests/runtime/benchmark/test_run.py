@@ -44,19 +44,16 @@ def files(folder):
     return make(folder, "block")
 
 
-def run(file, dense, said=None, **options) -> dict:
+def run(file, dense, **options) -> dict:
     options = bench_run.Options(
         **{"contexts": (64,), "rounds": 1, "seconds": 0, "threads": 1} | options
     )
-    return bench_run.bench(
-        file, dense, options, stock=stock_lib(), say=(said if said is not None else []).append
-    )
+    return bench_run.bench(file, dense, options, stock=stock_lib())
 
 
 @patched
 def test_rows(files):
-    said = []
-    result = run(*files, said, contexts=(64, 256), rounds=2)
+    result = run(*files, contexts=(64, 256), rounds=2)
     rows = result["rows"]
     assert [(r["context"], r["phase"]) for r in rows] == [
         (c, p) for c in (64, 256) for p in ("prefill", "decode")
@@ -130,16 +127,15 @@ def test_settings(folder):
 
 
 @patched
-def test_beyond_training(folder):
+def test_beyond_training(folder, caplog):
     tiny = Tiny(n_layer=3, n_ctx=128).route([1], "attn+ffn")
     tiny.place_biases(np.random.default_rng(0).integers(0, 96, (1, 128)))
     file, dense = tiny.write(folder / "short.gguf"), tiny.dense().write(folder / "short-dense.gguf")
-    said = []
-    rows = run(
-        file, dense, said, contexts=(128, 256), flash_attn=(False,), variants=("ceiling", "mod")
-    )["rows"]
+    rows = run(file, dense, contexts=(128, 256), flash_attn=(False,), variants=("ceiling", "mod"))[
+        "rows"
+    ]
     assert [r["beyond_training"] for r in rows] == [False, False, True, True]
-    assert any("beyond the 128 of training" in line for line in said)
+    assert any("beyond the 128 of training" in line for line in caplog.messages)
     assert rows[2]["efficiency"] is None  # there is no floor
     table = bench_report.tables({"about": {}, "rows": rows}, markdown=True)
     assert " 256* |" in table and " 128 |" in table and "for timing only" in table
@@ -225,23 +221,23 @@ def test_memory_on_a_gpu_in_tables():
     assert "GPU" not in bench_report._memory([row | {"vram_bytes": {}}], False)
 
 
-def test_groups_keep_what_is_compared_together():
+def test_groups_keep_what_is_compared_together(caplog):
     variants = [v for v in bench_run.VARIANTS if v != "ceiling_split"]
-    need, said = dict.fromkeys(variants, 10), []
+    need = dict.fromkeys(variants, 10)
     assert (
-        processes.groups(variants, need, 60, said.append)
+        processes.groups(variants, need, 60)
         == [["ceiling", "floor", "dense_patched", "mod", "all_active", "none_active"]]
-        and not said
+        and not caplog.messages
     )
-    assert processes.groups(variants, need, 45, said.append) == [
+    assert processes.groups(variants, need, 45) == [
         ["ceiling", "floor", "mod", "none_active"],
         ["ceiling", "dense_patched", "all_active"],
     ]
-    assert len(processes.groups(variants, need, 30, said.append)) == 3
-    assert len(said) == 2 and "in groups" in said[0]
-    assert processes.groups(["ceiling", "mod"], need, 30, said.append) == [["ceiling", "mod"]]
-    processes.groups(variants, need, 10, said.append)
-    assert "may end or swap" in said[-1]
+    assert len(processes.groups(variants, need, 30)) == 3
+    assert len(caplog.messages) == 2 and "in groups" in caplog.messages[0]
+    assert processes.groups(["ceiling", "mod"], need, 30) == [["ceiling", "mod"]]
+    processes.groups(variants, need, 10)
+    assert "may end or swap" in caplog.messages[-1]
 
 
 def test_library_path_keeps_the_users_behind_ours(monkeypatch):

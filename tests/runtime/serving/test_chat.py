@@ -186,7 +186,7 @@ def test_the_end_of_input_leaves(model):
 def test_history_is_remembered_reused_and_dropped_when_full(model):
     said = []
     llm = MoDLlama(model, n_ctx=256, n_batch=64, threads=1)
-    chat = Chat(llm, "Be brief.", LIKELIEST, max_tokens=8, say=said.append)
+    chat = Chat(llm, "Be brief.", LIKELIEST, max_tokens=8, notice=said.append)
     "".join(chat.ask("My name is Ada."))
     assert [m["role"] for m in chat.history] == ["user", "assistant"]
     read = llm.input_ids[: llm.n_tokens].tolist()
@@ -213,7 +213,9 @@ def talk(model):
     if not bindings.patched():
         pytest.skip("needs the patched llama.cpp: run `mod-export build`")
     said = []
-    chat = Chat(MoDLlama(model, n_ctx=512, threads=1), "", LIKELIEST, max_tokens=4, say=said.append)
+    chat = Chat(
+        MoDLlama(model, n_ctx=512, threads=1), "", LIKELIEST, max_tokens=4, notice=said.append
+    )
     "".join(chat.ask("What is a lighthouse? Say it in a few words."))
     return chat, chat.turn.active / chat.turn.seen, said
 

@@ -106,7 +106,7 @@ def content(chunks: list[dict]) -> str:
 def test_a_chat_is_what_the_terminal_says(client, model):
     llm = MoDLlama(model, n_ctx=512, threads=1, n_batch=256)
     likeliest = replace(CHAT_SAMPLING, temperature=0, repeat_penalty=1.0)
-    chat = Chat(llm, "", likeliest, max_tokens=8, say=lambda line: None)
+    chat = Chat(llm, "", likeliest, max_tokens=8, notice=lambda line: None)
     own = "".join(chat.ask(ASK))
     status, answer = client("/v1/chat/completions", CHAT)
     assert (

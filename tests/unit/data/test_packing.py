@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import shutil
 import signal
@@ -38,9 +39,7 @@ def opened(tmp_path):
     """opened(tokenizer, paths, length, ...) -> PackedData with a cache of the test's own."""
 
     def open_(tokenizer, *args, **kwargs):
-        return open_data(
-            tokenizer, *args, **{"cache": tmp_path / "cache", "say": lambda line: None} | kwargs
-        )
+        return open_data(tokenizer, *args, **{"cache": tmp_path / "cache"} | kwargs)
 
     return open_
 
@@ -247,25 +246,24 @@ def test_the_cache_is_used(opened, tmp_path):
         opened(Untouchable(tokenizer), [moved], 64)
 
 
-def test_the_same_text_is_not_tokenised_twice_at_once(opened, tmp_path):
-    path, said, cache = write(tmp_path / "a.txt", TEXT), [], tmp_path / "cache"
+def test_the_same_text_is_not_tokenised_twice_at_once(opened, tmp_path, caplog):
+    path, found, cache = write(tmp_path / "a.txt", TEXT), [], tmp_path / "cache"
     whole = token_cache.tokens_of(byte_tokenizer(), [path], cache=tmp_path / "other")
+    caplog.set_level(logging.INFO, "mod_export")
     waits = Thread(
-        target=lambda: said.append(
-            token_cache.tokens_of(
-                Untouchable(byte_tokenizer()), [path], cache=cache, say=said.append
-            )
+        target=lambda: found.append(
+            token_cache.tokens_of(Untouchable(byte_tokenizer()), [path], cache=cache)
         )
     )
     cache.mkdir()
     with locked(cache, busy=lambda: None):
         waits.start()
-        while not said:
+        while not caplog.messages:
             time.sleep(0.01)
-        assert said == ["another process tokenises; waiting for it"]
+        assert caplog.messages == ["another process tokenises; waiting for it"]
         shutil.copytree(whole.folder, cache / whole.folder.name)
     waits.join()
-    assert said[-1].count == whole.count and [path.name for path in cache.iterdir()] == [
+    assert found[-1].count == whole.count and [path.name for path in cache.iterdir()] == [
         whole.folder.name
     ]
 
@@ -453,16 +451,15 @@ def test_a_template_that_refuses_is_quoted(opened, tmp_path):
         opened(tokenizer, [path], 64)
 
 
-def test_what_is_said(tmp_path):
-    said, start = [], time.monotonic()
+def test_what_is_logged(tmp_path, caplog):
+    start = time.monotonic()
+    caplog.set_level(logging.INFO, "mod_export")
     tokenizer = tiny.tokenizer()
     paths = [write(tmp_path / "c.jsonl", [{"messages": CHAT}] * 9), write(tmp_path / "a.txt", TEXT)]
     for _ in range(2):
-        packed = open_data(
-            tokenizer, paths, 64, "answers", say=said.append, cache=tmp_path / "cache"
-        )
-    assert said[0] == said[1] and time.monotonic() - start < 20
+        packed = open_data(tokenizer, paths, 64, "answers", cache=tmp_path / "cache")
+    assert caplog.messages[0] == caplog.messages[1] and time.monotonic() - start < 20
     assert (
-        said[0]
+        caplog.messages[0]
         == f"{packed.source.count} tokens from 2 files, {packed.source.answers} of them in answers"
     )

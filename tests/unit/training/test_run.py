@@ -156,7 +156,7 @@ def test_routers_lose_their_drift_halfway(files, tmp_path):
 
 
 def test_what_is_no_step_does_not_count_in_the_speed(tmp_path):
-    log = Log(tmp_path, 2, 0, ["kv"], print)
+    log = Log(tmp_path, 2, 0, ["kv"])
     with log.aside():
         time.sleep(1)
     log.step({"step": 1, "loss": 0.1, "kl": 0.1, "activation": [0.5], "target": [0.5]}, 10)
@@ -327,7 +327,7 @@ def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stop
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
+def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch, caplog):
     """bf16, as all models of docs/log.md were trained, stays near float32; and where
     TensorBoard is, it is told.
     """
@@ -349,11 +349,12 @@ def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch):
         sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
     )
     AcceleratorState._reset_state(True)  # a process has one precision
-    said = []
-    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"), say=said.append)
+    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"))
     AcceleratorState._reset_state(True)
     if torch.backends.cpu.get_cpu_capability() == "AVX2":  # converts every number
-        assert re.search(r"note: bf16 takes \d+\.\d times as long as float32 on this CPU", said[0])
+        assert re.search(
+            r"note: bf16 takes \d+\.\d times as long as float32 on this CPU", caplog.messages[0]
+        )
     assert half["kl"] == pytest.approx(plain["kl"], rel=0.1) and half["kl"] != plain["kl"]
     assert half["activation"]["attn"] == pytest.approx(plain["activation"]["attn"], abs=0.05)
     assert told[0] == (tmp_path / "half.run" / "tensorboard", None) and told[-1] == "closed"
@@ -543,12 +544,11 @@ def test_arguments_that_do_not_fit(files, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_there_are_no_plots_but_a_model(files, tmp_path, monkeypatch):
+def test_without_matplotlib_there_are_no_plots_but_a_model(files, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    told = []
-    train(files / "mod", tmp_path / "out", config(files, tokens=2 * LENGTH), say=told.append)
+    train(files / "mod", tmp_path / "out", config(files, tokens=2 * LENGTH))
     assert MoDModel.load(tmp_path / "out").config.units["kv"]
-    assert told[-1] == "no plots: matplotlib is not installed"
+    assert caplog.messages[-1] == "no plots: matplotlib is not installed"
 
 
 def test_teachers(files, tmp_path):
