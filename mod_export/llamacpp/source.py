@@ -60,9 +60,9 @@ def cache_dir() -> Path:
 
 
 def patches_dir() -> Path:
-    """The patches/ directory: that of the checkout, or the copy inside an installed package."""
+    """The patches/ directory: the copy inside an installed package, or that of the checkout."""
     package = Path(__file__).resolve().parent.parent
-    for path in (package.parent / "patches", package / "patches"):
+    for path in (package / "patches", package.parent / "patches"):
         if (path / "UPSTREAM").is_file():
             return path
     raise UserError("patches/UPSTREAM is missing", "install mod-export from a complete checkout")
