@@ -18,14 +18,12 @@ import gguf
 import numpy as np
 import pytest
 
-from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import export, read_directory, stored_type
 from mod_export.formats import schema
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.inspection import ROLLBACK, inspect, render
 from mod_export.llamacpp import converter
-from mod_export.llamacpp import source as llama_source
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_gguf import Tiny
 
@@ -484,13 +482,3 @@ def test_unsupported_architecture(run_cli, mod_dir, tmp_path):
         mod_dir, tmp_path, config=lambda data: data.update(architectures=["NoSuchForCausalLM"])
     )
     assert "NoSuchForCausalLM" in refused(run_cli, tmp_path, copy, "-o", "out.gguf")
-
-
-def test_schema_document_names_every_key():
-    """docs/reference/gguf-schema.md is the contract: what the code writes must stand there."""
-    text = (llama_source.patches_dir().parent / "docs/reference/gguf-schema.md").read_text()
-    for name in [*schema.SCALARS, *schema.PER_LAYER]:
-        assert f"mod.{name}`" in text or f"{{kind}}.{name}`" in text
-    assert all(
-        kind in text for kind in MoDConfig().to_dict() if kind in ("kv", "block", "attn", "ffn")
-    )
