@@ -1,40 +1,103 @@
-"""What several tests share: the command line in a subprocess, and a model to talk to."""
+"""Three tiers of tests, one folder each, and what several tests share.
+
+    unit     seconds, without llama.cpp; `pytest` alone runs these
+    runtime  minutes, on the patched library; `pytest tests/runtime` or `pytest -m runtime`
+    slow     builds, several processes, random operations; `pytest tests/slow` or `pytest -m slow`
+
+`pytest tests` runs all of them, as scripts/test does. A folder is run by as many processes as there
+are CPUs, a file by one.
+"""
 
 import os
-import subprocess
 import sys
+
+# Models of tests are small: more threads cost time, above all next to another process of tests.
+# Threads that wait must not spin. Set before any library reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import command_line
+
+TESTS = Path(__file__).resolve().parent
+TIERS = ("slow", "runtime", "unit")  # the order in which all of them run: long files first
+
+
+def tier_of(path: Path) -> str:
+    return path.relative_to(TESTS).parts[0]
+
+
+def pytest_configure(config):
+    """-m without a path looks at all tests. The unit tier alone cannot import llama_cpp."""
+    if config.option.markexpr and config.args_source == config.ArgsSource.TESTPATHS:
+        config.args[:] = [str(TESTS)]
+    paths = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    if all(path.resolve().is_relative_to(TESTS / "unit") for path in paths):
+        sys.modules["llama_cpp"] = None  # the unit tests do without: modules neither
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Of `-n auto`: one process where single files or tests are named."""
+    named = config.args_source == config.ArgsSource.ARGS
+    if named and not all(Path(arg).is_dir() for arg in config.args):
+        return 0
+    return len(os.sched_getaffinity(0))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks of the tiers, and their order. What needs the patched library is skipped without it."""
+    tiers = {item: tier_of(item.path) for item in items}
+    for item, tier in tiers.items():
+        item.add_marker(tier)
+    items.sort(key=lambda item: TIERS.index(tiers[item]))
+    runtime = [item for item, tier in tiers.items() if tier == "runtime"]
+    if runtime and not _patched():
+        for item in runtime:
+            item.add_marker(
+                pytest.mark.skip(reason="needs the patched llama.cpp: run `mod-export build`")
+            )
+
+
+def _patched() -> bool:
+    from mod_export.runtime import bindings
+
+    return bindings.patched()
 
 
 @pytest.fixture(scope="session")
 def run_cli():
-    """run_cli(*args, cwd=None) -> CompletedProcess of `mod-export args`, output as text."""
+    """run_cli(*args, cwd=None, **environment) -> CompletedProcess of `mod-export args`, as text.
 
-    def run(*args, cwd=None, **env):
-        command = [sys.executable, "-m", "mod_export", *map(str, args)]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path} | env
-        return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-        )
+    In this process, as imports take seconds; in one of its own where its environment is another.
+    """
+
+    def run(*args, cwd=None, **environment):
+        if environment:
+            return command_line.spawn(*args, cwd=cwd, **environment)
+        return command_line.run(*args, cwd=cwd)
 
     return run
 
 
 @pytest.fixture(scope="session")
+def spawn_cli():
+    """spawn_cli(*args, cwd=None, **environment): run_cli, in a process of its own."""
+    return command_line.spawn
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """A GGUF of SmolLM2, with random kv and ffn routers where the library can run them."""
+    import numpy as np
+
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.export import write_routers
     from mod_export.model import loading
-    from mod_export.runtime import bindings
 
-    if not bindings.patched():
+    if not _patched():
         return loading.embedded_gguf()
     rng = np.random.default_rng(0)
     units, routers = {}, {}

@@ -23,7 +23,6 @@ from mod_export.model.lora import inject_lora
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_adapter import fill_lora
-from tests.support.tiny_torch import one_thread  # noqa: F401  (a fixture)
 
 patched = pytest.mark.skipif(
     not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"

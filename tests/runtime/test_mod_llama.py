@@ -12,8 +12,8 @@ import pytest
 from mod_export.errors import UserError
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama, Stopped
-from tests.runtime.kernel.test_decode import TOKENS, N, close, make
 from tests.support.c_api import F32, Q8_0, stock_lib
+from tests.support.oracle import TOKENS, N, close, make
 from tests.support.tiny_gguf import Tiny
 
 patched = pytest.mark.skipif(

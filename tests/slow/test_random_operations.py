@@ -14,17 +14,13 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from mod_export.runtime import bindings
-from tests.runtime.kernel.test_abort import aborting
-from tests.runtime.kernel.test_decode import CASES, close
-from tests.support.c_api import Raw
+from tests.support.c_api import Raw, aborting
 from tests.support.kv_operations import next_operation
 from tests.support.kv_reference import END, Full, Reference
+from tests.support.oracle import CASES, close, needs_patched
 from tests.support.tiny_gguf import Tiny, logit
 
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
-)
+pytestmark = needs_patched
 
 N_SEQ, N_CTX, N_UBATCH, SINKS = 4, 256, 16, 2
 OPERATIONS = 10_000

@@ -21,7 +21,6 @@ from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
-from tests.support.tiny_torch import one_thread  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"

@@ -4,6 +4,7 @@ sequences, outputs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -170,3 +171,22 @@ class Raw:
 
     def __exit__(self, *_):
         self.close()
+
+
+@contextlib.contextmanager
+def aborting(r: Raw, after: int):
+    """The abort callback says stop from its call number `after` on; yields a list whose only item
+    counts the calls.
+    """
+    calls = [0]
+
+    @llama_cpp.ggml_abort_callback
+    def callback(_data):
+        calls[0] += 1
+        return calls[0] > after
+
+    llama_cpp.llama_set_abort_callback(r.ctx, callback, None)
+    yield calls
+    llama_cpp.llama_set_abort_callback(
+        r.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,15 +17,16 @@ from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 
 N_LAYER = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Import it into a test module: on models this small more threads only cost time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+IDS = torch.randint(3, 300, (1, 48), generator=torch.Generator().manual_seed(7))
+UNITS = {
+    "kv": {"kv": [2, 3, 5]},
+    "block": {"block": [1, 3, 4]},
+    "attn": {"attn": [2, 3, 5]},
+    "ffn": {"ffn": [0, 2, 5]},
+    "kv+block": {"kv": [1, 2, 4], "block": [2, 4, 5]},
+    "kv+attn+ffn": {"kv": [2, 3], "attn": [3, 4], "ffn": [1, 3, 5]},
+    "all": {"kv": [2, 3], "block": [3, 5], "attn": [4], "ffn": [0, 2, 4]},
+}
 
 
 def base(
@@ -148,3 +148,7 @@ def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs)
     model.tokenizer = tokenizer()
     model.save(path)
     return model
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=0)

@@ -23,7 +23,6 @@ from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.tiny_adapter import IDS, TOKENIZER, UNITS, saved, trained
-from tests.support.tiny_torch import one_thread  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from mod_export.model import MoDModel, loading
 from mod_export.training import run
 from mod_export.training.config import TrainConfig
 from tests.support.byte_tokenizer import TEXT
-from tests.support.tiny_torch import one_thread  # noqa: F401
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "v0.1"
 EXPECTED = np.load(FOLDER / "expected.npz")

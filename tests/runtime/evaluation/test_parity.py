@@ -11,7 +11,6 @@ from mod_export.evaluation.parity import BOUNDS, report, verify
 from mod_export.export import export
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
-from tests.support.tiny_torch import one_thread  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(
     not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"

@@ -2,7 +2,6 @@
 context works.
 """
 
-import contextlib
 import ctypes
 
 import llama_cpp
@@ -10,35 +9,11 @@ import numpy as np
 import pytest
 
 from mod_export.runtime import bindings
-from tests.runtime.kernel.test_decode import TOKENS, close, make
-from tests.runtime.kernel.test_state import cells, restore, save
-from tests.support.c_api import Raw
-
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
-)
+from tests.support.c_api import Raw, aborting
+from tests.support.oracle import TOKENS, cells, close, make, restore, save
 
 START = 80  # tokens that are there before
 PARTS = {"decode": 1, "small batch": 3, "prefill of three ubatches": 44}
-
-
-@contextlib.contextmanager
-def aborting(r: Raw, after: int):
-    """Says stop from the callback's call number `after` on; yields a list whose only item counts
-    the calls.
-    """
-    calls = [0]
-
-    @llama_cpp.ggml_abort_callback
-    def callback(_data):
-        calls[0] += 1
-        return calls[0] > after
-
-    llama_cpp.llama_set_abort_callback(r.ctx, callback, None)
-    yield calls
-    llama_cpp.llama_set_abort_callback(
-        r.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None
-    )
 
 
 @pytest.fixture(scope="module", params=["block", "attn", "ffn", "kv", "all"])

@@ -5,14 +5,9 @@ alone.
 import numpy as np
 import pytest
 
-from mod_export.runtime import bindings
-from tests.runtime.kernel.test_decode import CASES, close, make
 from tests.support.c_api import Raw
+from tests.support.oracle import CASES, close, make
 from tests.support.tiny_gguf import logit
-
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
-)
 
 N = 60
 TOKENS = np.random.default_rng(21).integers(0, 96, (8, N))

@@ -10,39 +10,15 @@ import pytest
 
 from mod_export.runtime import bindings
 from tests.support.c_api import F16, F32, Q8_0, Raw
-from tests.support.tiny_gguf import Tiny
-
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+from tests.support.oracle import (
+    CASES,
+    NOISE,
+    TOKENS,
+    N,
+    close,
+    make,
 )
-
-N = 150
-TOKENS = np.random.default_rng(0).integers(0, 96, (4, N))
-NOISE = 3e-4  # of logits with a standard deviation of 2, in f32
-
-CASES = {
-    "ffn": {(1, 3): "ffn"},
-    "attn": {(1, 3): "attn"},
-    "block": {(1, 2, 3): "block"},
-    "kv": {(1, 2, 4): "kv"},
-    "attn+ffn": {(1, 3): "attn+ffn"},
-    "block+kv": {(1, 3): "block+kv"},
-    "attn+ffn+kv": {(1, 2): "attn+ffn+kv"},
-    "all": {
-        (0,): "kv+ffn",
-        (1,): "block",
-        (2,): "attn+kv",
-        (4,): "block+kv",
-    },  # layer 3 has complete K/V
-}
-
-
-def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny:
-    """A tiny model with the units of a case; biases in gaps between the scores of the sequences."""
-    tiny = Tiny(**shape)
-    for layers, kinds in CASES[case].items():
-        tiny.route(layers, kinds, seed=layers[0] + 1)
-    return tiny.place_biases(sequences, activation)
+from tests.support.tiny_gguf import Tiny
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -51,10 +27,6 @@ def routed(request, tmp_path_factory):
     tiny = make(request.param)
     path = tiny.write(tmp_path_factory.mktemp("routed") / "mod.gguf")
     return tiny, path, tiny.forward(TOKENS[0])
-
-
-def close(a, b, noise=NOISE):
-    np.testing.assert_allclose(a, b, rtol=0, atol=noise)
 
 
 def test_matches_the_oracle(routed):

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 
 from mod_export.runtime import bindings
-from tests.runtime.kernel.test_decode import CASES, TOKENS, N, close, make
 from tests.support.c_api import Raw
-
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
-)
+from tests.support.oracle import CASES, TOKENS, N, close, make
 
 
 @pytest.fixture()

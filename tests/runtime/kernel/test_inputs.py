@@ -5,13 +5,8 @@ same bits.
 import numpy as np
 import pytest
 
-from mod_export.runtime import bindings
-from tests.runtime.kernel.test_decode import CASES, TOKENS, make
 from tests.support.c_api import Raw
-
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
-)
+from tests.support.oracle import CASES, TOKENS, make
 
 
 def run(path, fa: bool, scattered: bool) -> list[np.ndarray]:

@@ -12,21 +12,14 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from mod_export.runtime import bindings
-from tests.runtime.kernel.test_decode import NOISE, TOKENS, N, close, make
-from tests.runtime.kernel.test_state import cells, expected_cells, restore, save
 from tests.support import c_api as raw
 from tests.support.c_api import F16, F32, Raw
+from tests.support.oracle import NOISE, TOKENS, N, cells, close, expected_cells, make, restore, save
 from tests.support.tiny_gguf import Tiny
 
-pytestmark = [
-    pytest.mark.skipif(
-        not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
-    ),
-    pytest.mark.skipif(
-        sys.platform != "linux", reason="memory is read from the kernel as Linux tells it"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="memory is read from the kernel as Linux tells it"
+)
 
 FA_NOISE = 0.1  # it accumulates in f16 on a CPU; logits have a standard deviation of 2
 LONG = np.random.default_rng(5).integers(0, 96, (2, 700))
@@ -461,7 +454,7 @@ def test_memory_for_a_layer_but_not_for_the_lists_of_its_cells(tmp_path):
 
 STATES_WITHOUT_MEMORY = """
 import ctypes
-from tests.runtime.kernel.test_state import restore, save
+from tests.support.oracle import restore, save
 
 def unlimited():
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -6,13 +6,17 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from mod_export.runtime import bindings
-from tests.runtime.kernel.test_decode import CASES, TOKENS, N, close, make
 from tests.support.c_api import F16, Raw
-from tests.support.tiny_gguf import Tiny
-
-pytestmark = pytest.mark.skipif(
-    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+from tests.support.oracle import (
+    CASES,
+    TOKENS,
+    N,
+    cells,
+    close,
+    expected_cells,
+    make,
+    restore,
+    save,
 )
 
 CACHED = [case for case in CASES if case != "ffn"]  # ffn units have no influence on KV
@@ -30,14 +34,6 @@ def routed(request, tmp_path_factory):
 def kv_model(tmp_path_factory):
     tiny = make("kv")
     return tiny, tiny.write(tmp_path_factory.mktemp("kv") / "mod.gguf"), tiny.forward(TOKENS[0])
-
-
-def cells(r: Raw, n_layer: int = 5) -> list[int]:
-    return [r.kv(layer).n_used for layer in range(n_layer)]
-
-
-def expected_cells(tiny: Tiny, active, n: int, rollback: int = 64) -> list[int]:
-    return [tiny.stored(layer, active, n, rollback) for layer in range(tiny.n_layer)]
 
 
 # --- cells and bytes
@@ -287,19 +283,6 @@ def test_clear(routed):
 
 
 # --- states
-
-
-def save(r: Raw) -> bytes:
-    buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(r.ctx))()
-    n = llama_cpp.llama_state_get_data(r.ctx, buffer, len(buffer))
-    assert 0 < n <= len(buffer)
-    return bytes(buffer[:n])
-
-
-def restore(r: Raw, data: bytes) -> int:
-    return llama_cpp.llama_state_set_data(
-        r.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
-    )
 
 
 def test_whole_state_round_trip(routed):

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from mod_export.errors import UserError
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
-from tests.support.tiny_torch import one_thread  # noqa: F401
 
 IDS = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(7))
 UNITS = {"kv": [2, 3], "attn": [3, 4], "ffn": [1]}

@@ -11,7 +11,6 @@ from mod_export.errors import UserError
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_adapter import IDS, TOKENIZER, fill_lora, trained
-from tests.support.tiny_torch import one_thread  # noqa: F401  (a fixture)
 
 
 @pytest.mark.parametrize("order", ["LoRA first", "routers first"])

@@ -9,19 +9,9 @@ from torch.nn.functional import pad
 from mod_export.errors import UserError
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
-from tests.support.tiny_torch import one_thread  # noqa: F401
+from tests.support.tiny_torch import IDS, UNITS, assert_close
 
-IDS = torch.randint(3, 300, (1, 48), generator=torch.Generator().manual_seed(7))
 BATCH = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(8))
-UNITS = {
-    "kv": {"kv": [2, 3, 5]},
-    "block": {"block": [1, 3, 4]},
-    "attn": {"attn": [2, 3, 5]},
-    "ffn": {"ffn": [0, 2, 5]},
-    "kv+block": {"kv": [1, 2, 4], "block": [2, 4, 5]},
-    "kv+attn+ffn": {"kv": [2, 3], "attn": [3, 4], "ffn": [1, 3, 5]},
-    "all": {"kv": [2, 3], "block": [3, 5], "attn": [4], "ffn": [0, 2, 4]},
-}
 
 
 def in_pieces(model, ids, size):
@@ -31,10 +21,6 @@ def in_pieces(model, ids, size):
         model.step(ids[:, i : i + size], cache, trace=True) for i in range(0, ids.shape[1], size)
     ]
     return torch.cat([s[0] for s in steps], 1), torch.cat([s[1].active for s in steps], 1), cache
-
-
-def assert_close(a, b):
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale_output", [False, True], ids=["hard", "scaled"])

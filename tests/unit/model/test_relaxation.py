@@ -13,8 +13,7 @@ from mod_export.model.router import threshold_logit
 from mod_export.model.routing import among_top
 from mod_export.training.student import Student, Weights
 from tests.support import tiny_torch as tiny
-from tests.support.tiny_torch import one_thread  # noqa: F401
-from tests.unit.model.test_mod_model import IDS, UNITS, assert_close
+from tests.support.tiny_torch import IDS, UNITS, assert_close
 
 HARD = Relax(temperature=1e-4, noise=False)
 SMOOTH = Relax(temperature=1.0, noise=False)

@@ -34,7 +34,6 @@ from mod_export.training.run import train
 from mod_export.training.student import Student
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.tiny_torch import one_thread  # noqa: F401
 
 UNITS = {"kv": [2, 3], "attn": [4]}
 LENGTH = 32

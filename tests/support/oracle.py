@@ -1,0 +1,79 @@
+"""What the tests of the patched runtime compare it with: tiny routed models, and the results of the
+numpy oracle for them.
+
+tiny = oracle.make("kv+attn")
+expected = tiny.forward(oracle.TOKENS[0])
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from mod_export.runtime import bindings
+from tests.support.c_api import Raw
+from tests.support.tiny_gguf import Tiny
+
+needs_patched = pytest.mark.skipif(
+    not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
+)
+
+N = 150
+TOKENS = np.random.default_rng(0).integers(0, 96, (4, N))
+NOISE = 3e-4  # of logits with a standard deviation of 2, in f32
+
+CASES = {
+    "ffn": {(1, 3): "ffn"},
+    "attn": {(1, 3): "attn"},
+    "block": {(1, 2, 3): "block"},
+    "kv": {(1, 2, 4): "kv"},
+    "attn+ffn": {(1, 3): "attn+ffn"},
+    "block+kv": {(1, 3): "block+kv"},
+    "attn+ffn+kv": {(1, 2): "attn+ffn+kv"},
+    "all": {
+        (0,): "kv+ffn",
+        (1,): "block",
+        (2,): "attn+kv",
+        (4,): "block+kv",
+    },  # layer 3 has complete K/V
+}
+
+
+def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny:
+    """A tiny model with the units of a case; biases in gaps between the scores of the sequences."""
+    tiny = Tiny(**shape)
+    for layers, kinds in CASES[case].items():
+        tiny.route(layers, kinds, seed=layers[0] + 1)
+    return tiny.place_biases(sequences, activation)
+
+
+def close(a, b, noise=NOISE):
+    np.testing.assert_allclose(a, b, rtol=0, atol=noise)
+
+
+def cells(r: Raw, n_layer: int = 5) -> list[int]:
+    """The K/V cells in use, layer by layer."""
+    return [r.kv(layer).n_used for layer in range(n_layer)]
+
+
+def expected_cells(tiny: Tiny, active, n: int, rollback: int = 64) -> list[int]:
+    """The K/V cells that the decisions ask for after n tokens, layer by layer."""
+    return [tiny.stored(layer, active, n, rollback) for layer in range(tiny.n_layer)]
+
+
+def save(r: Raw) -> bytes:
+    """The state of a context."""
+    buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(r.ctx))()
+    n = llama_cpp.llama_state_get_data(r.ctx, buffer, len(buffer))
+    assert 0 < n <= len(buffer)
+    return bytes(buffer[:n])
+
+
+def restore(r: Raw, data: bytes) -> int:
+    """Give a context a state; how many bytes it read."""
+    return llama_cpp.llama_state_set_data(
+        r.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
+    )
