@@ -1,11 +1,11 @@
-"""Adapters: routers, and where it was trained LoRA, to be put on the model they were made for;
-docs/how-to/use-adapters.md.
+"""Adapters: routers, and LoRA where it was trained, to be put on the model they were made for.
 
     identity = base_identity(base, tokenizer, "SmolLM2-135M-Instruct")    # before training
     save("adapter", config, routers, base, identity, figures={"perplexity": 27.5})
     model = apply(load("adapter"), base, tokenizer)
 
-The files are those of adapter_files.py; LoRA itself is in lora.py.
+formats/adapter_files.py describes the files, docs/how-to/use-adapters.md the use. LoRA itself is in
+model/lora.py.
 """
 
 from __future__ import annotations
@@ -15,55 +15,73 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.common.tables import format_table
-from mod_export.config import MoDConfig
-from mod_export.formats import adapter_files
-from mod_export.formats.adapter_files import MOD_JSON, ROUTERS, is_adapter, packaged, resolve
-from mod_export.formats.base_identity import ROUNDING, base_identity, compare
-from mod_export.model.directory import router_tensor_name
-from mod_export.model.lora import (
-    attach_lora,
-    inject_lora,
-    lora_of,
-    merge_lora,
-    read_lora,
-    without_lora,
-    write_lora,
+from mod_export.config import MoDConfig, Unit
+from mod_export.formats import adapter_files, schema
+from mod_export.formats.adapter_files import MOD_JSON, ROUTERS
+from mod_export.formats.base_identity import (
+    ROUNDING_DISTANCE,
+    compare,
+    sample_matrix,
+    vocabulary_hash,
 )
+from mod_export.model import architectures
+from mod_export.model.lora import attach_lora, lora_of, merge_lora, read_lora, write_lora
 from mod_export.model.mod_model import MoDModel, check_routers
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "Adapter",
-    "apply",
-    "base_identity",
-    "inject_lora",
-    "is_adapter",
-    "load",
-    "merge_lora",
-    "packaged",
-    "resolve",
-    "save",
-    "without_lora",
-]
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """routers: {(layer, kind): (w [n_embd], b [1])}; base: its identity; lora: (LoraConfig, {name:
-    tensor}) or None.
+    """What an adapter's directory holds.
+
+    routers: {unit: (w [n_embd], b [1])}
+    base: identity of the model that the adapter is for
+    lora: (LoraConfig, {name: tensor}), or None
     """
 
     config: MoDConfig
-    routers: dict
+    routers: dict[Unit, tuple[torch.Tensor, torch.Tensor]]
     base: dict
     lora: tuple | None = None
+
+
+def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
+    """Identity of a model as it is now; training and LoRA change the weights that it samples.
+
+    `weights` of the result: {matrix: numbers} of the input embedding and of one FFN matrix in the
+    middle; formats/base_identity.py compares such records.
+    """
+    layers = architectures.decoder_layers(base)
+    embedding = base.get_input_embeddings().weight
+    weights = {"embedding": _sample(embedding)}
+    middle = layers[len(layers) // 2].ffn
+    if linears := [part for part in middle.modules() if isinstance(part, nn.Linear)]:
+        weights["ffn"] = _sample(linears[-1].weight)
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    return {
+        "name": name,
+        "model_type": base.config.model_type,
+        "n_layer": len(layers),
+        "n_embd": architectures.n_embd(base),
+        "n_vocab": len(embedding),
+        "tokenizer": vocabulary_hash({number: token for token, number in vocabulary.items()}),
+        "weights": weights,
+    }
+
+
+def _sample(matrix: torch.Tensor) -> list[float]:
+    def row(i: int) -> np.ndarray:
+        return matrix[i].detach().float().cpu().numpy()
+
+    return sample_matrix((matrix.shape[0], matrix.shape[1]), row)
 
 
 def save(
@@ -75,40 +93,42 @@ def save(
     figures: dict | None = None,
     force: bool = False,
 ) -> None:
-    """Write the directory, whole or not at all: routers, and the LoRA that inject_lora put on
-    `base`, if any.
+    """Write the directory, whole or not at all: routers, and the LoRA on `base` where there is one.
 
-    identity: of the model before training; figures: {what: number} for the README. Raises UserError
-    if `path` exists and `force` is not set, and for routers that do not fit or are not finite.
+    identity: of the model before training
+    figures: {what: number}, for the README
+
+    Raises UserError if `path` exists and `force` is not set, and for routers that do not fit or are
+    not finite.
     """
     check_routers(config.validate(identity["n_layer"]), routers, identity["n_embd"])
-    tensors = {
-        router_tensor_name(*unit, part): tensor.detach().float().cpu().contiguous()
-        for unit in config.routed()
-        for part, tensor in zip(("weight", "bias"), routers[unit], strict=True)
-    }
+    tensors = {}
+    for unit in config.routed():
+        for name, tensor in zip(schema.hf_tensor_names(*unit), routers[unit], strict=True):
+            tensors[name] = tensor.detach().float().cpu().contiguous()
     with atomic_dir(path, force, marker=MOD_JSON) as directory, safetensors_errors():
         if lora_of(base) is not None:
             write_lora(base, directory, identity["name"])
         save_file(tensors, directory / ROUTERS, metadata={"format": "pt"})
         data = {"mod": config.to_dict(), "base": identity}
         (directory / MOD_JSON).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        text = _readme(
-            Path(path).name, config, identity, figures or {}, lora_of(base)
-        )  # instead of PEFT's own
+        # PEFT writes a README of its own, which is replaced
+        text = _readme(Path(path).name, config, identity, figures or {}, lora_of(base))
         (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def load(path: str | Path) -> Adapter:
-    """Read and check a directory. Raises UserError naming what is missing, damaged, not finite or
-    unknown.
+    """Read and check a directory.
+
+    Raises UserError naming what is missing, damaged, not finite or unknown.
     """
     found = adapter_files.read(Path(path))
     routers = {
-        unit: tuple(torch.from_numpy(array) for array in pair)
-        for unit, pair in found.routers.items()
+        unit: (torch.from_numpy(weight), torch.from_numpy(bias))
+        for unit, (weight, bias) in found.routers.items()
     }
-    return Adapter(found.config, routers, found.base, read_lora(Path(path)) if found.lora else None)
+    lora = read_lora(Path(path)) if found.lora else None
+    return Adapter(found.config, routers, found.base, lora)
 
 
 def apply(adapter: Adapter, base: nn.Module, tokenizer) -> MoDModel:
@@ -118,7 +138,7 @@ def apply(adapter: Adapter, base: nn.Module, tokenizer) -> MoDModel:
     differs where `base` is another model.
     """
     distance = compare(adapter.base, base_identity(base, tokenizer, "the model given"))
-    if distance > ROUNDING:
+    if distance > ROUNDING_DISTANCE:
         logger.warning(_differs(adapter, distance))
     if adapter.lora is not None:
         attach_lora(base, *adapter.lora)
@@ -134,10 +154,10 @@ def _differs(adapter: Adapter, distance: float) -> str:
 
 
 def _readme(name: str, config: MoDConfig, identity: dict, figures: dict, lora) -> str:
-    kinds = ", ".join(
-        f"{sum(p > 0 for p in unit.threshold)} {kind}" for kind, unit in config.units.items()
-    )
-    parts = f"routers for {kinds} units of {identity['n_layer']} layers"
+    counts = []
+    for kind, unit in config.units.items():
+        counts.append(f"{sum(p > 0 for p in unit.threshold)} {kind}")
+    parts = f"routers for {', '.join(counts)} units of {identity['n_layer']} layers"
     if lora is not None:
         parts += f", and LoRA of rank {lora.peft_config['default'].r} in PEFT's format"
     model = f"{identity['name']} ({identity['model_type']})"
@@ -149,12 +169,8 @@ def _readme(name: str, config: MoDConfig, identity: dict, figures: dict, lora) -
         "",
     ]
     if figures:
-        lines += [
-            format_table(
-                ["figure", "value"], [[key, value] for key, value in figures.items()], True
-            ),
-            "",
-        ]
+        rows = [[what, number] for what, number in figures.items()]
+        lines += [format_table(["figure", "value"], rows, True), ""]
     lines += [
         f"    mod-export convert MODEL --adapter {name} -o mod",
         "    mod-export export mod -o mod.gguf",

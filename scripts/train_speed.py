@@ -31,9 +31,9 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     """Print tokens/s of both and the ratio."""
     import torch
 
-    from mod_export import adapter
     from mod_export.common.tables import format_table
     from mod_export.data.text import pack, read_texts
+    from mod_export.model.lora import without_lora
     from mod_export.model.mod_model import MoDModel
     from mod_export.model.relaxation import relaxed
     from mod_export.training.config import TrainConfig
@@ -50,7 +50,7 @@ def main(directory, text, parameters, length, batch, precision, rounds):
         None,
         [list(range(len(model.config.routed())))],
         Weights(),
-        original=lambda: adapter.without_lora(model.base),
+        original=lambda: without_lora(model.base),
     )
     twin, of_twin = model.base, optimizer
     if parameters == "routers":

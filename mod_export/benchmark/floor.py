@@ -7,28 +7,14 @@ memory does not grow with the file. What it computes is the model with these blo
 useful language model.
 """
 
-import struct
 from collections.abc import Set
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
-from mod_export.formats.gguf import (
-    CHUNK,
-    MAGIC,
-    Cursor,
-    GGUFFile,
-    Tensor,
-    encode_string,
-    encode_value,
-    fill,
-    pad,
-)
-
-FIRST_KEY = 24  # bytes: magic, version, numbers of tensors and keys
+from mod_export.formats.gguf import GGUFFile, rewrite
 
 
 def block_floor(mod: GGUFFile) -> set[int] | None:
@@ -67,8 +53,8 @@ def prefill_work(floor: GGUFFile) -> float:
 
 
 def prune(source: GGUFFile, target: str | Path, layers: Set[int], force: bool = False) -> None:
-    """Writes `source` without `layers`. Raises UserError where the target is there, or a layer is
-    not.
+    """Write `source` without `layers`. Raises UserError where the target exists, or a layer is
+    missing.
     """
     count = source.get(f"{source.architecture}.block_count", 0)
     if missing := sorted(layer for layer in layers if not 0 <= layer < count):
@@ -77,63 +63,33 @@ def prune(source: GGUFFile, target: str | Path, layers: Set[int], force: bool = 
             "give the dense file of the same model",
         )
     rest = [layer for layer in range(count) if layer not in layers]
-    tensors = [
-        (name, tensor)
-        for tensor in source.tensors.values()
-        if (name := _renamed(tensor.name, rest))
-    ]
     with atomic_file(target, force) as tmp, tmp.open("wb") as file:
-        file.write(MAGIC + struct.pack("<IQQ", source.version, len(tensors), len(source.keys)))
-        _write_keys(source, file, count, rest)
-        _write_tensors(source, file, tensors)
+        rewrite(
+            source,
+            file,
+            changed_keys=_keys_of_layers(source, count, rest),
+            kept_tensors=_tensors_of_layers(source, rest),
+        )
 
 
-def _renamed(name: str, rest: list[int]) -> str | None:
-    """A tensor's new name; None where its layer goes."""
-    parts = name.split(".")
-    if parts[0] != "blk":
-        return name
-    return (
-        ".".join(["blk", str(rest.index(int(parts[1]))), *parts[2:]])
-        if int(parts[1]) in rest
-        else None
-    )
+def _keys_of_layers(source: GGUFFile, count: int, rest: list[int]) -> dict[str, object]:
+    """The number of layers, and the arrays that have a value for each layer, for the layers `rest`."""
+    start = f"{source.architecture}."
+    changed: dict[str, object] = {f"{start}block_count": len(rest)}
+    for name, key in source.keys.items():
+        is_array = name.startswith(start) and isinstance(key.value, np.ndarray)
+        if is_array and len(key.value) == count:
+            changed[name] = key.value[rest]
+    return changed
 
 
-def _write_keys(source: GGUFFile, file: BinaryIO, count: int, rest: list[int]) -> None:
-    """All keys as the bytes they are, but for the number of layers and arrays that have a value per
-    layer.
-    """
-    cursor, start = Cursor(source.path, source.view), f"{source.architecture}."
-    cursor.at = FIRST_KEY
-    for _ in source.keys:
-        begin = cursor.at
-        name, key = cursor.string(), cursor.key()
-        if name == f"{start}block_count":
-            file.write(encode_string(name) + encode_value(key.type, len(rest)))
-        elif (
-            name.startswith(start) and isinstance(key.value, np.ndarray) and len(key.value) == count
-        ):
-            file.write(encode_string(name) + encode_value(key.type, key.value[rest]))
-        else:
-            file.write(source.view[begin : cursor.at])
-
-
-def _write_tensors(source: GGUFFile, file: BinaryIO, tensors: list[tuple[str, Tensor]]) -> None:
-    at, offsets = 0, []
-    for name, tensor in tensors:
-        dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-        file.write(encode_string(name) + dims + struct.pack("<IQ", tensor.type, at))
-        offsets.append(at)
-        at = pad(at + tensor.nbytes, source.alignment)
-    fill(file, pad(file.tell(), source.alignment))
-    start = file.tell()
-    with source.path.open(
-        "rb"
-    ) as origin:  # not through the map, whose pages would count as our memory
-        for (_, tensor), offset in zip(tensors, offsets, strict=True):
-            assert file.tell() == start + offset
-            origin.seek(tensor.start)
-            for done in range(0, tensor.nbytes, CHUNK):
-                file.write(origin.read(min(CHUNK, tensor.nbytes - done)))
-            fill(file, pad(file.tell(), source.alignment))
+def _tensors_of_layers(source: GGUFFile, rest: list[int]) -> dict[str, str]:
+    """Name -> new name of the tensors that belong to a layer of `rest` or to no layer."""
+    names = {}
+    for name in source.tensors:
+        parts = name.split(".")
+        if parts[0] != "blk":
+            names[name] = name
+        elif int(parts[1]) in rest:
+            names[name] = ".".join(["blk", str(rest.index(int(parts[1]))), *parts[2:]])
+    return names

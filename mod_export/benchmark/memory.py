@@ -28,13 +28,8 @@ from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import type_named
 from mod_export.formats.gguf import GGUFFile
-from mod_export.inspection import (
-    bytes_per_token,
-    expected_cells,
-    mean_activation,
-    model_number,
-    read_routers,
-)
+from mod_export.formats.kv_size import bytes_per_token, expected_cells, mean_activation
+from mod_export.formats.schema import read_routers
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +77,9 @@ class Model:
 
     def __init__(self, path: str | Path, options: Options):
         file = GGUFFile.open(path)
-        n_layer = model_number(file, "block_count")
+        n_layer = file.model_number("block_count")
         self.path, self.options, self.weights = Path(path), options, Path(path).stat().st_size
-        self.config = read_routers(file, n_layer, model_number(file, "embedding_length"))[0]
+        self.config = read_routers(file)[0]
         self.layers = (
             [bytes_per_token(file, layer) for layer in range(n_layer)] if self.config else []
         )

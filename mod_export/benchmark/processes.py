@@ -18,7 +18,7 @@ from mod_export.benchmark.process_helpers import available_memory as of_host
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
-from mod_export.inspection import bytes_per_token, model_number
+from mod_export.formats.kv_size import bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def bytes_per_cell(file: GGUFFile, type_k: int, type_v: int) -> float:
     """K and V of one token in all layers of a dense model; their ggml types."""
     k, v = bytes_per_value(type_k), bytes_per_value(type_v)
     return sum(
-        bytes_per_token(file, layer, k, v) for layer in range(model_number(file, "block_count"))
+        bytes_per_token(file, layer, k, v) for layer in range(file.model_number("block_count"))
     )
 
 

@@ -25,7 +25,7 @@ from mod_export.benchmark.measure import TAIL, Step, join, measure
 from mod_export.benchmark.rows import make_rows
 from mod_export.common.progress import Progress
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import type_named
+from mod_export.formats.ggml_types import KV_TYPES, type_named
 from mod_export.formats.gguf import GGUFFile
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ VARIANTS = (
     "all_active",
     "none_active",
 )
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DEFAULT_CONTEXTS = (512, 2048, 8192)
 
 

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import click
 
-from mod_export.llamacpp.converter import QUANTS
+from mod_export.formats.ggml_types import EXPORT_FORMATS
 
-QUANT_HELP = (
-    f"Type of the base weights: {', '.join(QUANTS)}. Default: q8_0; with --base, as they are there."
-)
+QUANT_HELP = f"Type of the base weights: {', '.join(EXPORT_FORMATS)}. Default: q8_0; with --base, as they are there."
 
 
 @click.command("export")
@@ -16,7 +14,7 @@ QUANT_HELP = (
 @click.option("-o", "--output", metavar="FILE.gguf", type=click.Path(path_type=Path), required=True)
 @click.option(
     "--quant",
-    type=click.Choice(list(QUANTS), case_sensitive=False),
+    type=click.Choice(list(EXPORT_FORMATS), case_sensitive=False),
     metavar="TYPE",
     help=QUANT_HELP,
 )

@@ -15,6 +15,7 @@ import numpy as np
 
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
+from mod_export.formats.ggml_types import precision
 
 ROWS = 128  # rows of logits compared at a time: a row of 150k float64 is 1.2 MB
 
@@ -40,7 +41,6 @@ BOUNDS = {
     "q8_0": Bounds(0.98, 0.9, 5e-2),
     "lower": Bounds(0.85, 0.7, 0.5),
 }
-FILE_TYPES = {"0": "f32", "1": "f16", "32": "f16", "7": "q8_0"}  # llama_ftype; 32 is bf16
 
 
 def verify(
@@ -71,7 +71,7 @@ def verify(
     llm = MoDLlama(file, **options)
     if not llm.units:
         raise UserError(f"{file} is a dense model", "give a MoD file")
-    weights = FILE_TYPES.get(llm.metadata.get("general.file_type", ""), "lower")
+    weights = precision(llm.metadata.get("general.file_type", ""))
     if weights == "f32":
         llm.close()
         llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)

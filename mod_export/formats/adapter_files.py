@@ -3,7 +3,7 @@
 An adapter is what makes a model a Mixture-of-Depths model, without the model itself. Its directory
 holds
 
-    mod.json             {"mod": the MoDConfig, "base": which model it is for (identity.py)}
+    mod.json             {"mod": the MoDConfig, "base": which model it is for (base_identity.py)}
     routers.safetensors  the routers, float32, under the names of a MoD directory
     adapter_config.json, adapter_model.safetensors    LoRA in PEFT's own format, where there is one
     README.md            for people
@@ -18,19 +18,24 @@ from pathlib import Path
 
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats.base_identity import check
-from mod_export.formats.hf_directory import Routers, read_json, read_routers
+from mod_export.formats import hf_directory
+from mod_export.formats.base_identity import ADAPTER_AGAIN, check
+from mod_export.formats.schema import Routers
 
 PACKAGED = Path(__file__).parent.parent / "assets/adapters"
-MOD_JSON, ROUTERS = "mod.json", "routers.safetensors"
-LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-CURE = "get the adapter again"
+MOD_JSON = "mod.json"
+ROUTERS = "routers.safetensors"
+LORA_CONFIG = "adapter_config.json"  # PEFT's name
+LORA_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
+GIVE_ADAPTER = "give the directory of an adapter"
 
 
 @dataclass(frozen=True)
-class Files:
-    """What an adapter's directory says. base: as identity.base_identity gives it; lora: there are
-    such weights.
+class AdapterFiles:
+    """What an adapter's directory says.
+
+    base: identity of the model that the adapter is for (base_identity.py)
+    lora: whether the directory holds LoRA weights
     """
 
     config: MoDConfig
@@ -55,50 +60,55 @@ def packaged_names() -> list[str]:
 
 
 def find(path: str | Path) -> Path | None:
-    """An adapter's directory, given as such or as the name of a packaged one; None where `path` is
-    neither.
-    """
+    """An adapter's directory, from its path or the name of a packaged adapter; None for neither."""
     if Path(path).exists():
         return Path(path) if is_adapter(path) else None
     return packaged(str(path))
 
 
 def resolve(path: str | Path) -> Path:
-    """The same where it has to be one: raises UserError."""
+    """As `find`, but raises UserError where `path` is no adapter."""
     if (found := find(path)) is not None:
         return found
     if Path(path).exists():
-        raise UserError(
-            f"{path} is no adapter: it has no {MOD_JSON}", "give the directory of an adapter"
-        )
+        raise UserError(f"{path} is no adapter: it has no {MOD_JSON}", GIVE_ADAPTER)
     known = ", ".join(packaged_names())
-    raise UserError(
-        f"no such adapter: {path}", f"give a directory{f', or one of {known}' if known else ''}"
-    )
+    cure = f"give a directory, or one of {known}" if known else "give a directory"
+    raise UserError(f"no such adapter: {path}", cure)
 
 
-def read(path: Path) -> Files:
-    """Everything but the LoRA weights, all checked. Raises UserError naming what is missing,
-    damaged or unknown.
+def read(path: Path) -> AdapterFiles:
+    """Everything but the LoRA weights, all checked.
+
+    Raises UserError naming what is missing, damaged or unknown.
     """
-    data = read_json(path / MOD_JSON, "give the directory of an adapter")
+    data = hf_directory.read_json(path / MOD_JSON, GIVE_ADAPTER)
     if set(data) != {"mod", "base"}:
-        raise UserError(f"{path / MOD_JSON} has not the keys mod and base", CURE)
-    config, base = MoDConfig.from_dict(data["mod"]), check(data["base"], str(path / MOD_JSON))
+        raise UserError(f"{path / MOD_JSON} has not the keys mod and base", ADAPTER_AGAIN)
+    config = MoDConfig.from_dict(data["mod"])
+    base = check(data["base"], str(path / MOD_JSON))
+    routers = _read_routers(path, config, base)
+    has_config = (path / LORA_CONFIG).is_file()
+    has_weights = (path / LORA_WEIGHTS).is_file()
+    if has_config != has_weights:
+        missing = LORA_WEIGHTS if has_config else LORA_CONFIG
+        raise UserError(f"{path} has no {missing}", ADAPTER_AGAIN)
+    return AdapterFiles(config, routers, base, lora=has_config)
+
+
+def _read_routers(path: Path, config: MoDConfig, base: dict) -> Routers:
     units = config.validate(base["n_layer"]).routed()
     if not units:
-        raise UserError(f"{path} routes no unit", CURE)
+        raise UserError(f"{path} routes no unit", ADAPTER_AGAIN)
     if not (path / ROUTERS).is_file():
-        raise UserError(f"{path} has no {ROUTERS}", CURE)
+        raise UserError(f"{path} has no {ROUTERS}", ADAPTER_AGAIN)
     try:
-        routers = read_routers([path / ROUTERS], units)
-    except UserError as error:  # whose cure is for MoD directories
-        raise UserError(error.message, CURE) from error
-    if (width := len(routers[units[0]][0])) != base["n_embd"]:
+        routers = hf_directory.read_routers([path / ROUTERS], units)
+    except UserError as error:  # its cure is for MoD directories
+        raise UserError(error.message, ADAPTER_AGAIN) from error
+    width = len(routers[units[0]][0])
+    if width != base["n_embd"]:
         raise UserError(
-            f"{path}: the routers have n_embd {width}, the model {base['n_embd']}", CURE
+            f"{path}: the routers have n_embd {width}, the model {base['n_embd']}", ADAPTER_AGAIN
         )
-    lora = [(path / name).is_file() for name in (LORA_CONFIG, LORA_WEIGHTS)]
-    if any(lora) and not all(lora):
-        raise UserError(f"{path} has no {(LORA_WEIGHTS if lora[0] else LORA_CONFIG)}", CURE)
-    return Files(config, routers, base, all(lora))
+    return routers

@@ -1,122 +1,145 @@
-"""Rows of numbers to ggml's types and back: ggml's own quantiser by ctypes, gguf-py to dequantise.
+"""The table of ggml's types: their names, their sizes, and the files that hold them.
 
-type = type_named("q4_K")
-rows = quantize(values, type)        # float32 [n, cols] -> uint8 [n, row_bytes(cols, type)]
-dequantize(rows, type)               # float32 [n, cols], the values that llama.cpp computes with
+    type = type_named("q4_K")            # gguf-py's GGMLQuantizationType
+    row_bytes(4096, type)                # bytes of a row of 4096 numbers
+    dequantize(rows, type)               # float32 [n, cols], the values that llama.cpp computes with
+
+The way from float32 to these types needs ggml itself: runtime/quantize.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
-
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import dequantize as _dequantize
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mod_export.errors import UserError
 
-_F = LlamaFileType
-# what ggml quantises to by the numbers alone -> general.file_type of a file whose weights have this
-# type
-QUANTS = {
-    "f32": _F.ALL_F32,
-    "f16": _F.MOSTLY_F16,
-    "bf16": _F.MOSTLY_BF16,
-    "q8_0": _F.MOSTLY_Q8_0,
-    "q4_0": _F.MOSTLY_Q4_0,
-    "q4_1": _F.MOSTLY_Q4_1,
-    "q5_0": _F.MOSTLY_Q5_0,
-    "q5_1": _F.MOSTLY_Q5_1,
-    "q2_K": _F.MOSTLY_Q2_K,
-    "q3_K": _F.MOSTLY_Q3_K_S,
-    "q4_K": _F.MOSTLY_Q4_K_S,
-    "q5_K": _F.MOSTLY_Q5_K_S,
-    "q6_K": _F.MOSTLY_Q6_K,
-    "iq3_s": _F.MOSTLY_IQ3_S,
-    "iq4_nl": _F.MOSTLY_IQ4_NL,
-    "iq4_xs": _F.MOSTLY_IQ4_XS,
-}
-# llama.cpp refuses these without importance data (tensor_requires_imatrix in llama-quant.cpp)
-NEED_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
+# numpy and gguf are imported where they are needed: the command line reads the names at its start
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGMLQuantizationType
 
 
-def type_named(quant: str) -> GGMLQuantizationType:
-    """The type of a name in QUANTS, in any case. Raises UserError for another, saying why where it
-    is known.
+@dataclass(frozen=True)
+class FileFormat:
+    """A way to store a model's weights.
+
+    name: what llama.cpp's quantiser calls it
+    type_name: the ggml type of most matrices, as ggml writes it
+    type: number of that type in enum ggml_type
+    file_type: number in enum llama_ftype, the key general.file_type
+    exported: `mod-export export` offers it
+    kv_cache: the runtime can store K and V in this type
+    precision: name under which evaluation/parity.py holds the bounds of the rounding
     """
-    if quant.lower() in NEED_IMPORTANCE:
-        raise UserError(
-            f"{quant} needs importance data, which random weights have not",
-            f"use {', '.join(QUANTS)}",
-        )
-    if quant.lower() not in map(str.lower, QUANTS):
-        raise UserError(f"unknown quantisation {quant!r}", f"use {', '.join(QUANTS)}")
-    return GGMLQuantizationType[quant.upper()]
+
+    name: str
+    type_name: str
+    type: int
+    file_type: int
+    exported: bool = True
+    kv_cache: bool = False
+    precision: str = "lower"
 
 
-def file_type(type: GGMLQuantizationType) -> LlamaFileType:
-    """general.file_type of a file whose weights are of this type."""
-    return next(value for name, value in QUANTS.items() if name.upper() == type.name)
+# Formats without importance data. The first row of a type stands for files that hold only this type.
+FILE_FORMATS = (
+    FileFormat("f32", "f32", 0, 0, kv_cache=True, precision="f32"),
+    FileFormat("f16", "f16", 1, 1, kv_cache=True, precision="f16"),
+    FileFormat("bf16", "bf16", 30, 32, kv_cache=True, precision="f16"),
+    FileFormat("q8_0", "q8_0", 8, 7, kv_cache=True, precision="q8_0"),
+    FileFormat("q4_0", "q4_0", 2, 2, kv_cache=True),
+    FileFormat("q4_1", "q4_1", 3, 3, kv_cache=True),
+    FileFormat("q5_0", "q5_0", 6, 8, kv_cache=True),
+    FileFormat("q5_1", "q5_1", 7, 9, kv_cache=True),
+    FileFormat("q2_k", "q2_K", 10, 10),
+    FileFormat("q3_k_s", "q3_K", 11, 11),
+    FileFormat("q3_k_m", "q3_K", 11, 12),
+    FileFormat("q3_k_l", "q3_K", 11, 13),
+    FileFormat("q4_k_s", "q4_K", 12, 14),
+    FileFormat("q4_k_m", "q4_K", 12, 15),
+    FileFormat("q5_k_s", "q5_K", 13, 16),
+    FileFormat("q5_k_m", "q5_K", 13, 17),
+    FileFormat("q6_k", "q6_K", 14, 18),
+    FileFormat("iq3_s", "iq3_s", 21, 26, exported=False),
+    FileFormat("iq4_nl", "iq4_nl", 20, 25),
+    FileFormat("iq4_xs", "iq4_xs", 23, 30),
+)
+# llama.cpp refuses these types without importance data (tensor_requires_imatrix in llama-quant.cpp)
+IMPORTANCE_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
+
+FLOAT_NAMES = ("f32", "f16", "bf16")  # what llama.cpp's converter writes itself
+EXPORT_FORMATS = {format.name: format for format in FILE_FORMATS if format.exported}
+TYPE_NAMES = tuple(dict.fromkeys(format.type_name for format in FILE_FORMATS))
+KV_TYPES = tuple(format.name for format in FILE_FORMATS if format.kv_cache)
 
 
-def block_size(type: GGMLQuantizationType) -> int:
-    """Numbers that are quantised together; a row consists of whole blocks."""
-    return GGML_QUANT_SIZES[type][0]
+def type_named(name: str) -> GGMLQuantizationType:
+    """The type of a name in TYPE_NAMES, in any case. Raises UserError for another name."""
+    from gguf import GGMLQuantizationType
+
+    cure = f"use {', '.join(TYPE_NAMES)}"
+    if name.lower() in IMPORTANCE_TYPES:
+        raise UserError(f"{name} needs importance data, which random weights have not", cure)
+    if name.lower() not in map(str.lower, TYPE_NAMES):
+        raise UserError(f"unknown quantisation {name!r}", cure)
+    return GGMLQuantizationType[name.upper()]
 
 
-def row_bytes(cols: int, type: GGMLQuantizationType) -> int:
+def enum_name(type: int) -> str:
+    """The type's name in gguf-py, in capitals: Q4_K."""
+    from gguf.constants import GGMLQuantizationType
+
+    return GGMLQuantizationType(type).name
+
+
+def file_type(type: int) -> int:
+    """general.file_type of a file whose weights are all of this type."""
+    return next(format.file_type for format in FILE_FORMATS if format.type == type)
+
+
+def precision(file_type: str | int) -> str:
+    """Name of the rounding of a file's weights, from general.file_type: f32, f16, q8_0 or lower."""
+    for format in FILE_FORMATS:
+        if str(format.file_type) == str(file_type):
+            return format.precision
+    return "lower"
+
+
+def block_size(type: int) -> int:
+    """Numbers that are quantised together. A row consists of whole blocks."""
+    return block_layout(type)[0]
+
+
+def row_bytes(cols: int, type: int) -> int:
     """Bytes of a row of `cols` numbers."""
-    block, size = GGML_QUANT_SIZES[type]
-    return cols // block * size
+    block, block_bytes = block_layout(type)
+    return cols // block * block_bytes
 
 
 def bytes_per_value(type: int) -> float:
-    """Of a ggml type, given by its number: 2 for f16, 1.0625 for q8_0."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(type)]
-    return size / block
+    """Bytes of one number, on average: 2 for f16, 1.0625 for q8_0."""
+    block, block_bytes = block_layout(type)
+    return block_bytes / block
 
 
-@functools.cache
-def _quantize_chunk() -> Callable[..., int]:
-    """ggml_quantize_chunk of the library that llama_cpp has loaded. Raises UserError where there is
-    none.
-    """
-    from llama_cpp import llama_cpp
+def is_known(type: int) -> bool:
+    """Whether gguf-py knows the type with this number."""
+    from gguf.constants import GGML_QUANT_SIZES
 
-    from mod_export.runtime import (
-        bindings,  # noqa: F401  its import tells a missing library apart from a broken one
-    )
-
-    # size_t ggml_quantize_chunk(enum ggml_type type, const float * src, void * dst, int64_t start,
-    # int64_t nrows, int64_t n_per_row, const float * imatrix);
-    arguments = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
-    return llama_cpp.ctypes_function("ggml_quantize_chunk", arguments, ctypes.c_size_t)(
-        lambda *_: 0
-    )
+    return type in GGML_QUANT_SIZES
 
 
-def quantize(values: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
-    """float32 [n, cols] -> uint8 [n, row_bytes], without importance data; cols is a multiple of the
-    block size.
-    """
-    values = np.ascontiguousarray(values, np.float32)
-    (n, cols), out = (
-        values.shape,
-        np.empty((len(values), row_bytes(values.shape[1], type)), np.uint8),
-    )
-    written = _quantize_chunk()(int(type), values.ctypes.data, out.ctypes.data, 0, n, cols, None)
-    assert written == out.nbytes, f"{type.name}: {written} bytes instead of {out.nbytes}"
-    return out
+def block_layout(type: int) -> tuple[int, int]:
+    """Values per block and bytes per block, of the type with this number."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType(type)]
 
 
 def dequantize(rows: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
     """uint8 [n, row_bytes] -> float32 [n, cols]."""
-    return _dequantize(rows, type).astype(np.float32, copy=False)
+    import numpy as np
+    from gguf.quants import dequantize
+
+    return dequantize(rows, type).astype(np.float32, copy=False)

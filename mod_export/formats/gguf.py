@@ -1,13 +1,13 @@
-"""Read the header of a GGUF file, whatever its state, and write the file again with more keys and
-tensors.
+"""The header of a GGUF file, read strictly, and the file written again with changes.
 
-Everything is copied as bytes: keys keep their exact types, tensors their data, and memory use does
-not grow
-with the file. Format: ggml/include/gguf.h of llama.cpp; little-endian, versions 2 and 3.
+All that does not change is copied as bytes: keys keep their exact types, tensors keep their data,
+and memory use does not grow with the file. The format is that of ggml/include/gguf.h in llama.cpp:
+little-endian, versions 2 and 3.
 
-    file = GGUFFile.open("model.gguf")                # mapped as long as it is referred to
+    file = GGUFFile.open("model.gguf")                 # mapped as long as something refers to it
     file.get("general.architecture")                   # "llama"
     file.tensors["output_norm.weight"].array()         # numpy, where the type is a plain one
+    rewrite(file, output, added_keys=[("llama.mod.version", "u32", 1)])
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mod_export.errors import UserError
+from mod_export.formats import ggml_types
 
 MAGIC = b"GGUF"
-STRING, ARRAY = 8, 9
-# enum gguf_type -> struct format, numpy dtype
-SCALARS = {
+KNOWN_VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32  # bytes, where the key general.alignment is missing
+MAX_DIMS = 4
+MAX_MODEL_NUMBER = 1 << 24  # layers or width of a model; a larger number is damage
+# enum gguf_type: names in the order of its values
+TYPE_NAMES = "u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64".split()
+STRING_TYPE = TYPE_NAMES.index("string")
+ARRAY_TYPE = TYPE_NAMES.index("array")
+# number in enum gguf_type -> struct format, which is numpy's name of the type as well
+SCALAR_FORMATS = {
     0: "B",
     1: "b",
     2: "H",
@@ -41,27 +49,31 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-TYPE_NAMES = "u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64".split()
-MAX_DIMS = 4
-F32 = 0
-PLAIN = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
-CHUNK = 16 << 20  # bytes copied at once
+# enum ggml_type
+F32_TYPE = 0
+PLAIN_DTYPES = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
+COPY_BYTES = 16 << 20  # copied at once
+GET_AGAIN = "get the file again"
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key's type name (`u32`, `string`, `f32[]`, ...) and its value; arrays of numbers are numpy
-    arrays.
+    """A key's type name (`u32`, `string`, `f32[]`, ...) and its value.
+
+    Arrays of numbers are numpy arrays, arrays of strings are lists.
     """
 
     type: str
-    value: object
+    value: Any
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape in GGUF order (fastest dimension first), number of the ggml type, place of the data in
-    the file.
+    """One tensor of a file.
+
+    shape: in GGUF order, fastest dimension first
+    type: number in enum ggml_type
+    start, nbytes: where the data lie in the file
     """
 
     name: str
@@ -72,14 +84,17 @@ class Tensor:
     data: memoryview
 
     def array(self) -> np.ndarray:
-        """The values, for the plain types (f32, f16, integers); shape in numpy order."""
-        return np.frombuffer(self.data, dtype=PLAIN[self.type]).reshape(self.shape[::-1])
+        """The values, for the plain types (floats and integers); shape in numpy order."""
+        return np.frombuffer(self.data, dtype=PLAIN_DTYPES[self.type]).reshape(self.shape[::-1])
 
 
 @dataclass
 class GGUFFile:
-    """A mapped file and its header; `key_bytes` and `tensor_bytes` are the header's sections as
-    they are there.
+    """A mapped file and its header.
+
+    key_entries: the bytes of each key as they are in the file: name, type and value
+    tensor_infos: the bytes of the header's section about tensors
+    data_start: position of the first tensor's data
     """
 
     path: Path
@@ -87,10 +102,9 @@ class GGUFFile:
     alignment: int
     keys: dict[str, Key]
     tensors: dict[str, Tensor]
-    key_bytes: memoryview
-    tensor_bytes: memoryview
+    key_entries: dict[str, memoryview]
+    tensor_infos: memoryview
     data_start: int
-    view: memoryview
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> GGUFFile:
@@ -103,12 +117,12 @@ class GGUFFile:
         if not path.is_file():
             raise UserError(f"no such file: {path}", "give a GGUF file")
         with path.open("rb") as file:
-            if file.read(4) != MAGIC:
+            if file.read(len(MAGIC)) != MAGIC:
                 raise UserError(f"{path} is not a GGUF file", "give a GGUF file")
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return _parse(path, view)
 
-    def get(self, name: str, default: object = None) -> object:
+    def get(self, name: str, default: Any = None) -> Any:
         """Value of a key, or the default."""
         return self.keys[name].value if name in self.keys else default
 
@@ -122,83 +136,117 @@ class GGUFFile:
             )
         return arch
 
+    def model_number(self, name: str) -> int:
+        """The key {architecture}.{name}: a positive whole number of a sensible size, or UserError."""
+        value = self.get(f"{self.architecture}.{name}")
+        if not isinstance(value, int) or not 1 <= value <= MAX_MODEL_NUMBER:
+            raise UserError(
+                f"{self.path}: key {self.architecture}.{name} is missing or no sensible number"
+            )
+        return value
+
+    def refuse_split(self) -> None:
+        """Raise UserError for one of several files of a model: only whole models can be changed."""
+        if self.get("split.count", 0) not in (0, 1):
+            raise UserError(
+                f"{self.path} is one of several pieces of a model",
+                "merge them with llama-gguf-split",
+            )
+
 
 class Cursor:
-    """Reads forward through the header; running out of bytes is the user's truncated file."""
+    """Reads forward through the header. Running out of bytes is the user's truncated file."""
 
     def __init__(self, path: Path, view: memoryview):
-        self.path, self.view, self.at = path, view, 4
+        self.path = path
+        self.view = view
+        self.position = len(MAGIC)
 
     def take(self, size: int) -> memoryview:
-        if self.at + size > len(self.view):
+        """The next `size` bytes."""
+        if self.position + size > len(self.view):
             raise UserError(
-                f"{self.path} is truncated or damaged at byte {self.at}", "get the file again"
+                f"{self.path} is truncated or damaged at byte {self.position}", GET_AGAIN
             )
-        self.at += size
-        return self.view[self.at - size : self.at]
+        self.position += size
+        return self.view[self.position - size : self.position]
 
-    def number(self, format: str) -> int | float | bool:
+    def number(self, format: str) -> Any:
+        """The next number, in a format of struct."""
         return struct.unpack(f"<{format}", self.take(struct.calcsize(f"<{format}")))[0]
 
     def string(self) -> str:
+        """The next string: its length and its bytes."""
         return bytes(self.take(self.number("Q"))).decode("utf-8", "replace")
 
     def key(self) -> Key:
-        kind = self.number("I")
-        if kind == STRING:
+        """Type and value of a key, whose name has been read."""
+        type = self.number("I")
+        if type == STRING_TYPE:
             return Key("string", self.string())
-        if kind in SCALARS:
-            return Key(TYPE_NAMES[kind], self.number(SCALARS[kind]))
-        if kind != ARRAY:
-            raise self.damaged(f"has a key of unknown type {kind}")
-        item, count = self.number("I"), self.number("Q")
-        if item == STRING:
+        if type in SCALAR_FORMATS:
+            return Key(TYPE_NAMES[type], self.number(SCALAR_FORMATS[type]))
+        if type != ARRAY_TYPE:
+            raise self.damaged(f"has a key of unknown type {type}")
+        return self._array()
+
+    def _array(self) -> Key:
+        item = self.number("I")
+        count = self.number("Q")
+        if item == STRING_TYPE:
             if 8 * count > len(self.view):  # each string has a length, so the count cannot be right
                 raise self.damaged(f"has an array of {count} strings")
             return Key("string[]", [self.string() for _ in range(count)])
-        if item not in SCALARS:
+        if item not in SCALAR_FORMATS:
             raise self.damaged(f"has an array of unknown type {item}")
-        dtype = np.dtype(SCALARS[item]).newbyteorder("<")
+        dtype = np.dtype(SCALAR_FORMATS[item]).newbyteorder("<")
         return Key(f"{TYPE_NAMES[item]}[]", np.frombuffer(self.take(dtype.itemsize * count), dtype))
 
     def damaged(self, what: str) -> UserError:
-        return UserError(
-            f"{self.path} is damaged: it {what} at byte {self.at}", "get the file again"
-        )
+        """The error of a file that `what` is wrong with."""
+        return UserError(f"{self.path} is damaged: it {what} at byte {self.position}", GET_AGAIN)
 
 
 def _parse(path: Path, view: memoryview) -> GGUFFile:
     cursor = Cursor(path, view)
     version = cursor.number("I")
-    if version not in (2, 3):
+    if version not in KNOWN_VERSIONS:
         raise UserError(
             f"{path} is a GGUF file of version {version}",
             "only little-endian versions 2 and 3 are known",
         )
-    n_tensors, n_keys, start = cursor.number("Q"), cursor.number("Q"), cursor.at
+    n_tensors = cursor.number("Q")
+    n_keys = cursor.number("Q")
     keys: dict[str, Key] = {}
+    key_entries: dict[str, memoryview] = {}
     for _ in range(n_keys):
+        start = cursor.position
         name = cursor.string()
         if name in keys:
             raise cursor.damaged(f"has the key {name!r} twice")
         keys[name] = cursor.key()
-    key_bytes, start = view[start : cursor.at], cursor.at
+        key_entries[name] = view[start : cursor.position]
+    start = cursor.position
     infos = [_tensor_info(cursor) for _ in range(n_tensors)]
-    tensor_bytes = view[start : cursor.at]
-    alignment = keys["general.alignment"].value if "general.alignment" in keys else 32
+    tensor_infos = view[start : cursor.position]
+    alignment = (
+        keys["general.alignment"].value if "general.alignment" in keys else DEFAULT_ALIGNMENT
+    )
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise UserError(
             f"{path}: key general.alignment is {alignment!r}", "it must be a power of two"
         )
-    base = pad(cursor.at, alignment)
-    tensors = {info[0]: _tensor(path, view, base, *info) for info in infos}
+    data_start = pad(cursor.position, alignment)
+    tensors = {info[0]: _tensor(path, view, data_start, *info) for info in infos}
     if len(tensors) != n_tensors:
         raise cursor.damaged("has a tensor twice")
-    return GGUFFile(path, version, alignment, keys, tensors, key_bytes, tensor_bytes, base, view)
+    return GGUFFile(path, version, alignment, keys, tensors, key_entries, tensor_infos, data_start)
 
 
 def _tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name, n_dims = cursor.string(), cursor.number("I")
+    """Name, shape, type and offset from the start of the data."""
+    name = cursor.string()
+    n_dims = cursor.number("I")
     if n_dims > MAX_DIMS:
         raise cursor.damaged(f"has a tensor {name!r} of {n_dims} dimensions")
     shape = tuple(cursor.number("Q") for _ in range(n_dims))
@@ -206,76 +254,131 @@ def _tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _tensor(
-    path: Path, view: memoryview, base: int, name: str, shape: tuple, type: int, offset: int
+    path: Path,
+    view: memoryview,
+    data_start: int,
+    name: str,
+    shape: tuple[int, ...],
+    type: int,
+    offset: int,
 ) -> Tensor:
-    from gguf.constants import GGML_QUANT_SIZES  # in values per block and bytes per block
-
-    if type not in {int(known) for known in GGML_QUANT_SIZES}:
+    if not ggml_types.is_known(type):
         raise UserError(
             f"{path}: tensor {name} has the unknown type {type}", "update the gguf package"
         )
-    block, size = GGML_QUANT_SIZES[type]
-    count = math.prod(shape)
+    block, block_bytes = ggml_types.block_layout(type)
     if block > 1 and (not shape or shape[0] % block):
         raise UserError(
-            f"{path}: rows of tensor {name} are no multiple of {block} values", "get the file again"
+            f"{path}: rows of tensor {name} are no multiple of {block} values", GET_AGAIN
         )
-    start, nbytes = base + offset, count // block * size
+    start = data_start + offset
+    nbytes = math.prod(shape) // block * block_bytes
     if start + nbytes > len(view):
-        raise UserError(
-            f"{path} is truncated: the data of tensor {name} is missing", "get the file again"
-        )
+        raise UserError(f"{path} is truncated: the data of tensor {name} is missing", GET_AGAIN)
     return Tensor(name, shape, type, start, nbytes, view[start : start + nbytes])
 
 
-def rewrite(
-    source: GGUFFile, target: BinaryIO, keys: Iterable[tuple], tensors: dict[str, np.ndarray]
-) -> None:
-    """Write `source` to `target` with more keys (name, type, value) and more f32 tensors at the
-    end.
+@dataclass(frozen=True)
+class _Copy:
+    """Bytes of the source's data and their offset in the target's data."""
 
-    keys: type is u32, bool, string or f32[]; tensors: float32 arrays, shape in numpy order.
+    start: int
+    nbytes: int
+    offset: int
+
+
+def rewrite(
+    source: GGUFFile,
+    target: BinaryIO,
+    *,
+    added_keys: Iterable[tuple[str, str, object]] = (),
+    changed_keys: Mapping[str, object] | None = None,
+    added_tensors: Mapping[str, np.ndarray] | None = None,
+    kept_tensors: Mapping[str, str] | None = None,
+) -> None:
+    """Write `source` to `target`, from the start of the file, with keys and tensors changed.
+
+    added_keys: (name, type, value), at the end; types as in Key, arrays of strings excepted
+    changed_keys: name -> value of keys that keep their type
+    added_tensors: name -> float32 array, shape in numpy order, at the end
+    kept_tensors: name -> new name of the tensors that stay; by default all stay, where they are
     """
-    added, infos, places = (
-        [encode_string(name) + encode_value(type, value) for name, type, value in keys],
-        [],
-        [],
-    )
-    size = max(
-        (tensor.start + tensor.nbytes for tensor in source.tensors.values()),
-        default=source.data_start,
-    )
-    size -= source.data_start
-    end = size
-    for name, array in tensors.items():
-        places.append(pad(end, source.alignment))
-        infos.append(
-            encode_string(name) + struct.pack(f"<I{array.ndim}Q", array.ndim, *array.shape[::-1])
-        )
-        infos[-1] += struct.pack("<IQ", F32, places[-1])
-        end = places[-1] + array.nbytes
-    counts = (len(source.tensors) + len(tensors), len(source.keys) + len(added))
-    target.write(MAGIC + struct.pack("<IQQ", source.version, *counts))
-    for part in (source.key_bytes, *added, source.tensor_bytes, *infos):
+    keys = _key_section(source, added_keys, changed_keys or {})
+    if kept_tensors is None:
+        kept, infos, copies = len(source.tensors), bytes(source.tensor_infos), _whole_data(source)
+    else:
+        kept = len(kept_tensors)
+        infos, copies = _selected_data(source, kept_tensors)
+    end = max((copy.offset + copy.nbytes for copy in copies), default=0)
+    added_tensors = added_tensors or {}
+    offsets = []
+    for name, array in added_tensors.items():
+        offsets.append(pad(end, source.alignment))
+        infos += encode_tensor_info(name, array.shape[::-1], F32_TYPE, offsets[-1])
+        end = offsets[-1] + array.nbytes
+    target.write(MAGIC)
+    target.write(struct.pack("<IQQ", source.version, kept + len(added_tensors), len(keys)))
+    for part in (*keys, infos):
         target.write(part)
     fill(target, pad(target.tell(), source.alignment))
     start = target.tell()
-    with source.path.open(
-        "rb"
-    ) as file:  # not through the map, whose pages would count as our memory
-        file.seek(source.data_start)
-        for at in range(0, size, CHUNK):
-            target.write(file.read(min(CHUNK, size - at)))
-    for place, array in zip(places, tensors.values(), strict=True):
-        fill(target, start + place)
+    _copy_data(source, target, start, copies)
+    for offset, array in zip(offsets, added_tensors.values(), strict=True):
+        fill(target, start + offset)
         target.write(np.ascontiguousarray(array, "<f4").tobytes())
-    fill(
-        target, start + pad(end, source.alignment)
-    )  # as gguf-py does: the last tensor is padded too
+    # gguf-py pads the last tensor too
+    fill(target, start + pad(end, source.alignment))
+
+
+def _key_section(
+    source: GGUFFile,
+    added: Iterable[tuple[str, str, object]],
+    changed: Mapping[str, object],
+) -> list[bytes | memoryview]:
+    """The bytes of each key of the target."""
+    entries: list[bytes | memoryview] = []
+    for name, entry in source.key_entries.items():
+        if name in changed:
+            value = encode_value(source.keys[name].type, changed[name])
+            entries.append(encode_string(name) + value)
+        else:
+            entries.append(entry)
+    for name, type, value in added:
+        entries.append(encode_string(name) + encode_value(type, value))
+    return entries
+
+
+def _whole_data(source: GGUFFile) -> list[_Copy]:
+    """All tensors with the gaps between them; what follows the last tensor is left out."""
+    ends = [tensor.start + tensor.nbytes for tensor in source.tensors.values()]
+    return [_Copy(source.data_start, max(ends, default=source.data_start) - source.data_start, 0)]
+
+
+def _selected_data(source: GGUFFile, names: Mapping[str, str]) -> tuple[bytes, list[_Copy]]:
+    """Infos and data of the tensors in `names`, one after the other, each at the alignment."""
+    infos = b""
+    copies = []
+    offset = 0
+    for tensor in source.tensors.values():
+        if tensor.name in names:
+            infos += encode_tensor_info(names[tensor.name], tensor.shape, tensor.type, offset)
+            copies.append(_Copy(tensor.start, tensor.nbytes, offset))
+            offset = pad(offset + tensor.nbytes, source.alignment)
+    return infos, copies
+
+
+def _copy_data(source: GGUFFile, target: BinaryIO, start: int, copies: list[_Copy]) -> None:
+    # the file is read again, because the pages of the map would count as our memory
+    with source.path.open("rb") as file:
+        for copy in copies:
+            fill(target, start + copy.offset)
+            file.seek(copy.start)
+            for done in range(0, copy.nbytes, COPY_BYTES):
+                target.write(file.read(min(COPY_BYTES, copy.nbytes - done)))
 
 
 def fill(target: BinaryIO, end: int) -> None:
-    """Zeros up to the position `end`."""
+    """Write zeros up to the position `end`."""
     target.write(bytes(end - target.tell()))
 
 
@@ -290,12 +393,18 @@ def encode_string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def encode_value(type: str, value: object) -> bytes:
-    """A key's type and value as bytes; type: as in Key, but for arrays of strings."""
+def encode_value(type: str, value: Any) -> bytes:
+    """A key's type and value as bytes. Types are those of Key, arrays of strings excepted."""
     if type == "string":
-        return struct.pack("<I", STRING) + encode_string(value)
+        return struct.pack("<I", STRING_TYPE) + encode_string(value)
     number = TYPE_NAMES.index(type.removesuffix("[]"))
     if type.endswith("[]"):
-        array = np.asarray(value, np.dtype(SCALARS[number]).newbyteorder("<"))
-        return struct.pack("<IIQ", ARRAY, number, len(array)) + array.tobytes()
-    return struct.pack(f"<I{SCALARS[number]}", number, value)
+        array = np.asarray(value, np.dtype(SCALAR_FORMATS[number]).newbyteorder("<"))
+        return struct.pack("<IIQ", ARRAY_TYPE, number, len(array)) + array.tobytes()
+    return struct.pack(f"<I{SCALAR_FORMATS[number]}", number, value)
+
+
+def encode_tensor_info(name: str, shape: tuple[int, ...], type: int, offset: int) -> bytes:
+    """A tensor's part of the header; shape in GGUF order, offset from the start of the data."""
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return encode_string(name) + dimensions + struct.pack("<IQ", type, offset)

@@ -1,29 +1,36 @@
-"""Routers in safetensors files, read and checked without torch: those of a MoD directory and those
-of an adapter.
+"""A MoD model as a Hugging Face directory: the key `mod` of config.json, and routers in safetensors.
 
-routers = read_routers([Path("mod/model.safetensors")], config.routed())
+This module is the only reader of routers outside of GGUF files: those of a directory and those of
+an adapter. It imports neither torch nor transformers.
+
+    config = read_config(Path("mod"))
+    routers = read_routers(tensor_files(Path("mod")), config.routed())
+    stored_type(Path("mod"))                     # "bf16"
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from mod_export.config import MoDConfig, Unit
 from mod_export.errors import UserError
 from mod_export.formats import schema
+from mod_export.formats.schema import Routers
 
-Routers = dict[
-    tuple[int, str], tuple[np.ndarray, np.ndarray]
-]  # (layer, kind) -> w f32 [n_embd], b f32 [1]
+CONFIG_JSON = "config.json"
+CONVERT = "make one with `mod-export convert`"
+CONVERT_AGAIN = "convert the model again"
 
 
 def is_mod(path: str | Path) -> bool:
     """Whether it is a MoD directory; where that cannot be told, loading tells what is wrong."""
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(path) / CONFIG_JSON).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "mod" in config
@@ -35,57 +42,106 @@ def read_json(path: Path, cure: str) -> dict:
         raise UserError(f"{path.parent} has no {path.name}", cure)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UserError(f"{path} cannot be read ({exc.strerror})", CONVERT_AGAIN) from exc
     except ValueError as exc:
-        raise UserError(f"{path} is no JSON: {exc}", "convert the model again") from exc
+        raise UserError(f"{path} is no JSON: {exc}", CONVERT_AGAIN) from exc
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds no JSON object", "convert the model again")
+        raise UserError(f"{path} holds no JSON object", CONVERT_AGAIN)
     return data
 
 
-def read_routers(files: list[Path], units: list[tuple[int, str]]) -> Routers:
-    """The routers of `units`. Raises UserError for one that is missing, damaged or not finite, and
-    for one too many.
+def read_config(directory: Path) -> MoDConfig:
+    """The configuration of a MoD directory, checked except for the base model's number of layers.
+
+    Raises UserError for another directory, for an unknown or missing key, and for a value that
+    breaks a rule.
     """
-    places, routers, width = places_of(files), {}, None
+    if directory.is_file():
+        raise UserError(f"{directory} is a file", f"give a MoD directory; {CONVERT}")
+    data = read_json(directory / CONFIG_JSON, CONVERT)
+    if "mod" not in data:
+        raise UserError(f"{directory} is no MoD model: its config.json has no key mod", CONVERT)
+    config = MoDConfig.from_dict(data["mod"])
+    if config.units:
+        # base models name their number of layers in many ways; who loads the base checks it
+        config.validate(max(len(unit.threshold) for unit in config.units.values()))
+    return config
+
+
+def read_routers(files: list[Path], units: Iterable[Unit]) -> Routers:
+    """The routers of `units`, all of them float32 and of one width.
+
+    Raises UserError for a router that is missing, damaged or not finite, and for one too many.
+    """
+    index = tensor_index(files)
+    routers: Routers = {}
+    expected = set()
+    width = None
     for unit in units:
-        weight, bias = (
-            _read_router(files[0].parent, places, name) for name in schema.hf_tensor_names(*unit)
-        )
+        weight_name, bias_name = schema.hf_tensor_names(*unit)
+        weight = _read_tensor(files[0].parent, index, weight_name)
+        bias = _read_tensor(files[0].parent, index, bias_name)
         width = width or weight.size
-        for name, value, size in zip(
-            schema.hf_tensor_names(*unit), (weight, bias), (width, 1), strict=True
-        ):
+        for name, value, size in ((weight_name, weight, width), (bias_name, bias, 1)):
             if value.shape != (size,):
                 raise UserError(
-                    f"{places[name]}: tensor {name} is not of shape [{size}]",
-                    "convert the model again",
+                    f"{index[name]}: tensor {name} is not of shape [{size}]", CONVERT_AGAIN
                 )
         routers[unit] = weight, bias
-    expected = {name for unit in units for name in schema.hf_tensor_names(*unit)}
-    for name in places:
+        expected |= {weight_name, bias_name}
+    for name, path in index.items():
         if schema.HF_ROUTER_TENSOR.fullmatch(name) and name not in expected:
-            raise UserError(
-                f"{places[name]}: tensor {name} belongs to no routed unit",
-                "convert the model again",
-            )
+            raise UserError(f"{path}: tensor {name} belongs to no routed unit", CONVERT_AGAIN)
     return routers
+
+
+def _read_tensor(directory: Path, index: dict[str, Path], name: str) -> np.ndarray:
+    from safetensors import SafetensorError, safe_open
+
+    if name not in index:
+        raise UserError(f"tensor {name} is missing in {directory}", CONVERT_AGAIN)
+    path = index[name]
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if file.get_slice(name).get_dtype() != "F32":
+                raise UserError(f"{path}: tensor {name} is not f32", CONVERT_AGAIN)
+            value = file.get_tensor(name)
+    except SafetensorError as exc:
+        raise UserError(f"{path} is damaged or truncated", CONVERT_AGAIN) from exc
+    if not np.isfinite(value).all():
+        raise UserError(f"{path}: tensor {name} holds a value that is not finite", CONVERT_AGAIN)
+    return value
+
+
+def stored_type(directory: Path) -> str:
+    """The widest float type among the directory's matrices: f32, bf16 or f16."""
+    types = set()
+    for path in tensor_files(directory):
+        for tensor in safetensors_header(path).values():
+            if len(tensor["shape"]) > 1:
+                types.add(tensor["dtype"])
+    for name in ("f32", "bf16", "f16"):
+        if name.upper() in types:
+            return name
+    return "f32"
 
 
 def tensor_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory, of which it must have one."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{directory} has no safetensors file", "convert the model again")
+        raise UserError(f"{directory} has no safetensors file", CONVERT_AGAIN)
     return files
 
 
-def places_of(files: list[Path]) -> dict[str, Path]:
+def tensor_index(files: list[Path]) -> dict[str, Path]:
     """Tensor name -> safetensors file, from the files' headers."""
     return {name: path for path in files for name in safetensors_header(path)}
 
 
 def safetensors_header(path: Path) -> dict[str, dict]:
-    """Name -> {dtype, shape, data_offsets}."""
+    """Tensor name -> {dtype, shape, data_offsets}."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -97,29 +153,5 @@ def safetensors_header(path: Path) -> dict[str, dict]:
             if 8 + size + end > path.stat().st_size:
                 raise ValueError("truncated")
     except (ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as exc:
-        raise UserError(f"{path} is damaged or truncated", "convert the model again") from exc
+        raise UserError(f"{path} is damaged or truncated", CONVERT_AGAIN) from exc
     return header
-
-
-def _read_router(directory: Path, places: dict[str, Path], name: str) -> np.ndarray:
-    from safetensors import SafetensorError, safe_open
-
-    if name not in places:
-        raise UserError(f"tensor {name} is missing in {directory}", "convert the model again")
-    try:
-        with safe_open(places[name], framework="numpy") as file:
-            if file.get_slice(name).get_dtype() != "F32":
-                raise UserError(
-                    f"{places[name]}: tensor {name} is not f32", "convert the model again"
-                )
-            value = file.get_tensor(name)
-    except SafetensorError as exc:
-        raise UserError(
-            f"{places[name]} is damaged or truncated", "convert the model again"
-        ) from exc
-    if not np.isfinite(value).all():
-        raise UserError(
-            f"{places[name]}: tensor {name} holds a value that is not finite",
-            "convert the model again",
-        )
-    return value

@@ -1,19 +1,30 @@
-"""The only list of the router keys and tensor names in GGUF files: schema version 1 (docs/reference/gguf-schema.md).
+"""What a MoD model adds to a GGUF file: keys and tensors of schema version 1.
 
-keys = to_keys("llama", config)          # [("llama.mod.version", "u32", 1), ...]
-config = from_keys(file)                 # MoDConfig, None for a dense file
-tensor_names(5, "kv")                    # ("blk.5.mod_kv.weight", "blk.5.mod_kv.bias")
+This module is the only place that knows their names; docs/reference/gguf-schema.md describes them,
+and the patched llama.cpp enforces the same rules.
+
+    keys = to_keys("llama", config)               # [("llama.mod.version", "u32", 1), ...]
+    config, routers = read_routers(file)          # checked; None and {} for a dense file
+    tensor_names(5, "kv")                         # ("blk.5.mod_kv.weight", "blk.5.mod_kv.bias")
+    write_routers(file, output, config, routers)
 """
 
 from __future__ import annotations
 
 import re
+from typing import BinaryIO
 
-from mod_export.config import KINDS, MoDConfig, UnitConfig
+import numpy as np
+
+from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import F32_TYPE, GGUFFile, Key, rewrite
 
-# {architecture}.mod.NAME -> type; NAMES of config.MoDConfig
+# unit -> w float32 [n_embd], b float32 [1]
+Routers = dict[Unit, tuple[np.ndarray, np.ndarray]]
+
+VERSION = 1
+# {architecture}.mod.NAME -> type; the names are those of config.MoDConfig
 SCALARS = {
     "version": "u32",
     "gating_func": "string",
@@ -21,24 +32,26 @@ SCALARS = {
     "sink_tokens": "u32",
     "kv_window": "u32",
 }
-# {architecture}.mod.{kind}.NAME; names of config.UnitConfig
+# {architecture}.mod.{kind}.NAME -> type; the names are those of config.UnitConfig
 PER_LAYER = {"threshold": "f32[]", "activation": "f32[]"}
 ROUTER_TENSOR = re.compile(r"blk\.(\d+)\.mod_(\w+)\.(\w+)")
 HF_ROUTER_TENSOR = re.compile(r"model\.layers\.(\d+)\.mod_(\w+)\.(\w+)")
+EXPORT_AGAIN = "export the model again"
+OTHER_BASE = "give the base of the same model"
 
 
 def prefix(architecture: str) -> str:
-    """What all router keys begin with."""
+    """What all our keys begin with."""
     return f"{architecture}.mod."
 
 
 def tensor_names(layer: int, kind: str) -> tuple[str, str]:
-    """Names of w, f32 [n_embd], and b, f32 [1]."""
+    """Names of w, f32 [n_embd], and b, f32 [1], in a GGUF file."""
     return f"blk.{layer}.mod_{kind}.weight", f"blk.{layer}.mod_{kind}.bias"
 
 
 def hf_tensor_names(layer: int, kind: str) -> tuple[str, str]:
-    """The same in a Hugging Face directory."""
+    """Names of w and b in a Hugging Face directory and in an adapter."""
     return f"model.layers.{layer}.mod_{kind}.weight", f"model.layers.{layer}.mod_{kind}.bias"
 
 
@@ -48,47 +61,127 @@ def to_keys(architecture: str, config: MoDConfig) -> list[tuple[str, str, object
     keys = [(start + name, type, getattr(config, name)) for name, type in SCALARS.items()]
     for kind in KINDS:
         if kind in config.units:
-            keys += [
-                (f"{start}{kind}.{n}", type, getattr(config.units[kind], n))
-                for n, type in PER_LAYER.items()
-            ]
+            for name, type in PER_LAYER.items():
+                keys.append((f"{start}{kind}.{name}", type, getattr(config.units[kind], name)))
     return keys
 
 
 def from_keys(file: GGUFFile) -> MoDConfig | None:
-    """The configuration that a file's keys state, None where it has none. The values are not
-    checked here.
+    """The configuration that a file's keys state, None where the file has none of our keys.
 
-    Raises UserError naming a key that is missing, unknown or of the wrong type.
+    The values are not checked here. Raises UserError naming a key that is missing, unknown or of
+    the wrong type.
     """
     start = prefix(file.architecture)
-    here = {
+    ours = {
         name.removeprefix(start): key for name, key in file.keys.items() if name.startswith(start)
     }
-    if not here:
+    if not ours:
         return None
-    if "version" in here and here["version"].value != 1:  # its other keys may well be unknown
+    # the version comes first: the other keys of a later version may well be unknown
+    if "version" in ours and ours["version"].value != VERSION:
         raise UserError(
-            f"key {start}version is {here['version'].value}, known is 1", "use a newer mod-export"
+            f"key {start}version is {ours['version'].value}, known is {VERSION}",
+            "use a newer mod-export",
         )
-    kinds = [kind for kind in KINDS if f"{kind}.threshold" in here or f"{kind}.activation" in here]
-    needed = SCALARS | {
-        f"{kind}.{name}": type for kind in kinds for name, type in PER_LAYER.items()
-    }
-    if "kv" not in kinds and "kv_window" not in here:
-        del needed["kv_window"]
+    kinds = [kind for kind in KINDS if any(f"{kind}.{name}" in ours for name in PER_LAYER)]
+    needed = _needed_keys(kinds, ours)
     for name, type in needed.items():
-        if name not in here:
-            raise UserError(f"key {start}{name} is missing", "export the model again")
-        if here[name].type != type:
+        if name not in ours:
+            raise UserError(f"key {start}{name} is missing", EXPORT_AGAIN)
+        if ours[name].type != type:
             raise UserError(
-                f"key {start}{name} has type {here[name].type}, not {type}",
-                "export the model again",
+                f"key {start}{name} has type {ours[name].type}, not {type}", EXPORT_AGAIN
             )
-    if unknown := sorted(set(here) - set(needed)):
+    if unknown := sorted(set(ours) - set(needed)):
         raise UserError(f"unknown key {start}{unknown[0]}", "use a newer mod-export")
-    units = {
-        k: UnitConfig(*(tuple(map(float, here[f"{k}.{n}"].value)) for n in PER_LAYER))
-        for k in kinds
-    }
-    return MoDConfig(**{name: here[name].value for name in SCALARS if name in needed}, units=units)
+    scalars = {name: ours[name].value for name in SCALARS if name in needed}
+    return MoDConfig(**scalars, units={kind: _unit_config(kind, ours) for kind in kinds})
+
+
+def _needed_keys(kinds: list[str], ours: dict[str, Key]) -> dict[str, str]:
+    """Name without prefix -> type of the keys that a file with these kinds of units must have."""
+    needed = dict(SCALARS)
+    for kind in kinds:
+        for name, type in PER_LAYER.items():
+            needed[f"{kind}.{name}"] = type
+    if "kv" not in kinds and "kv_window" not in ours:
+        del needed["kv_window"]
+    return needed
+
+
+def _unit_config(kind: str, ours: dict[str, Key]) -> UnitConfig:
+    values = {name: tuple(map(float, ours[f"{kind}.{name}"].value)) for name in PER_LAYER}
+    return UnitConfig(**values)
+
+
+def read_routers(file: GGUFFile) -> tuple[MoDConfig | None, Routers]:
+    """Configuration and routers of a file, all checked; None and {} for a dense file.
+
+    Raises UserError naming the key or tensor that is missing, damaged, not finite or too many.
+    """
+    n_layer = file.model_number("block_count")
+    n_embd = file.model_number("embedding_length")
+    config = from_keys(file)
+    units = config.validate(n_layer).routed() if config else []
+    if config and not units:
+        raise UserError(f"{file.path}: the keys {prefix(file.architecture)}* route no unit")
+    routers: Routers = {}
+    expected = set()
+    for unit in units:
+        weight_name, bias_name = tensor_names(*unit)
+        routers[unit] = (
+            _router_tensor(file, weight_name, n_embd),
+            _router_tensor(file, bias_name, 1),
+        )
+        expected |= {weight_name, bias_name}
+    for name in file.tensors:
+        if ROUTER_TENSOR.fullmatch(name) and name not in expected:
+            raise UserError(f"{file.path}: tensor {name} belongs to no routed unit", EXPORT_AGAIN)
+    return config, routers
+
+
+def _router_tensor(file: GGUFFile, name: str, size: int) -> np.ndarray:
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        raise UserError(f"{file.path}: tensor {name} is missing", EXPORT_AGAIN)
+    if tensor.type != F32_TYPE or tensor.shape != (size,):
+        raise UserError(f"{file.path}: tensor {name} is not f32 of shape [{size}]", EXPORT_AGAIN)
+    if not np.isfinite(tensor.array()).all():
+        raise UserError(
+            f"{file.path}: tensor {name} holds a value that is not finite",
+            "calibrate the model again",
+        )
+    return tensor.array()
+
+
+def write_routers(file: GGUFFile, target: BinaryIO, config: MoDConfig, routers: Routers) -> None:
+    """Write the dense `file` to `target` with the keys of `config` and the routers.
+
+    Raises UserError where they do not fit the file.
+    """
+    check_base(file, config, routers)
+    tensors = {}
+    for unit in config.routed():
+        for name, array in zip(tensor_names(*unit), routers[unit], strict=True):
+            tensors[name] = array
+    rewrite(file, target, added_keys=to_keys(file.architecture, config), added_tensors=tensors)
+
+
+def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:
+    """Raise UserError unless the routers fit the model in `file` and it has no routers yet."""
+    file.refuse_split()
+    n_layer = file.model_number("block_count")
+    n_embd = file.model_number("embedding_length")
+    if read_routers(file)[0] is not None:
+        raise UserError(f"{file.path} has routers already", "give the dense file as the base")
+    for unit in config.units.values():
+        if len(unit.threshold) != n_layer:
+            raise UserError(
+                f"{file.path} has {n_layer} layers, the routers are for {len(unit.threshold)}",
+                OTHER_BASE,
+            )
+    config.validate(n_layer)
+    width = len(next(iter(routers.values()))[0])
+    if width != n_embd:
+        raise UserError(f"{file.path} has n_embd {n_embd}, the routers {width}", OTHER_BASE)

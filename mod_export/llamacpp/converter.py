@@ -12,31 +12,8 @@ import sys
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.formats.ggml_types import EXPORT_FORMATS
 from mod_export.llamacpp import source as llama_source
-
-# name -> enum llama_ftype; those that need no importance matrix
-QUANTS = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 32,
-    "q8_0": 7,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q2_k": 10,
-}
-QUANTS |= {
-    "q3_k_s": 11,
-    "q3_k_m": 12,
-    "q3_k_l": 13,
-    "q4_k_s": 14,
-    "q4_k_m": 15,
-    "q5_k_s": 16,
-    "q5_k_m": 17,
-}
-QUANTS |= {"q6_k": 18, "iq4_nl": 25, "iq4_xs": 30}
-FLOATS = ("f32", "f16", "bf16")  # what the converter writes itself
 
 # runs inside the converter's process, in the source directory of llama.cpp
 CONVERTER = """
@@ -85,10 +62,16 @@ def convert_hf(
 
 
 def quantize(source: Path, target: Path, quant: str) -> None:
-    """Quantise a GGUF of floats to one of QUANTS. Raises UserError with the library's last words."""
+    """Quantise a GGUF of floats to one of EXPORT_FORMATS. Raises UserError with the library's last words."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     result = _python(
-        QUANTIZER, [str(source.resolve()), str(target.resolve()), str(QUANTS[quant]), str(threads)]
+        QUANTIZER,
+        [
+            str(source.resolve()),
+            str(target.resolve()),
+            str(EXPORT_FORMATS[quant].file_type),
+            str(threads),
+        ],
     )
     if "No module named 'llama_cpp'" in result.stderr:
         raise UserError("the runtime llama_cpp is not installed", "run `mod-export build`")

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
-from mod_export.formats.adapter_files import CURE, LORA_CONFIG, LORA_WEIGHTS
+from mod_export.formats.adapter_files import LORA_CONFIG, LORA_WEIGHTS
+from mod_export.formats.base_identity import ADAPTER_AGAIN
 from mod_export.formats.hf_directory import read_json, safetensors_header
 from mod_export.model import architectures
 
@@ -68,7 +69,7 @@ def attach_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> No
     try:
         peft = _wrap(base, copy.deepcopy(config))
     except Exception as error:  # PEFT raises many kinds, all about what the file asks for
-        raise UserError(f"{LORA_CONFIG} does not fit the model: {error}", CURE) from error
+        raise UserError(f"{LORA_CONFIG} does not fit the model: {error}", ADAPTER_AGAIN) from error
     expected = {
         name: tensor.shape
         for name, tensor in get_peft_model_state_dict(peft, **_NO_EMBEDDINGS).items()
@@ -86,7 +87,7 @@ def attach_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> No
             if name not in tensors
             else f"of shape {list(tensors[name].shape)} does not fit the model"
         )
-        raise UserError(f"{LORA_WEIGHTS}: tensor {name} {what}", CURE)
+        raise UserError(f"{LORA_WEIGHTS}: tensor {name} {what}", ADAPTER_AGAIN)
     set_peft_model_state_dict(peft, tensors)
 
 
@@ -111,7 +112,7 @@ def merge_lora(base: nn.Module) -> None:
             ValueError,
             NotImplementedError,
         ) as error:  # not finite; a kind that adds no constant to the weights
-            raise UserError(f"LoRA cannot be merged: {error}", CURE) from error
+            raise UserError(f"LoRA cannot be merged: {error}", ADAPTER_AGAIN) from error
 
 
 def lora_of(base: nn.Module):
@@ -134,26 +135,32 @@ def read_lora(directory: Path):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    data = read_json(directory / LORA_CONFIG, CURE)
+    data = read_json(directory / LORA_CONFIG, ADAPTER_AGAIN)
     if data.get("peft_type") != "LORA":
         raise UserError(
-            f"{directory / LORA_CONFIG}: peft_type is {data.get('peft_type')!r}, not LORA", CURE
+            f"{directory / LORA_CONFIG}: peft_type is {data.get('peft_type')!r}, not LORA",
+            ADAPTER_AGAIN,
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # PEFT only warns of keys that it does not know
             config = LoraConfig.from_pretrained(str(directory))
     except Exception as error:  # as above
-        raise UserError(f"{directory / LORA_CONFIG} cannot be read: {error}", CURE) from error
+        raise UserError(
+            f"{directory / LORA_CONFIG} cannot be read: {error}", ADAPTER_AGAIN
+        ) from error
     try:
         safetensors_header(directory / LORA_WEIGHTS)
         tensors = load_file(directory / LORA_WEIGHTS)
     except (SafetensorError, UserError) as error:
-        raise UserError(f"{directory / LORA_WEIGHTS} is damaged or truncated", CURE) from error
+        raise UserError(
+            f"{directory / LORA_WEIGHTS} is damaged or truncated", ADAPTER_AGAIN
+        ) from error
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"{directory / LORA_WEIGHTS}: tensor {name} holds a value that is not finite", CURE
+                f"{directory / LORA_WEIGHTS}: tensor {name} holds a value that is not finite",
+                ADAPTER_AGAIN,
             )
     return config, tensors
 

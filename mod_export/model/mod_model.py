@@ -35,6 +35,7 @@ from torch import nn
 
 from mod_export.config import MoDConfig, Unit
 from mod_export.errors import UserError
+from mod_export.formats import schema
 from mod_export.model import architectures, directory, generation
 from mod_export.model.cache import MoDCache
 from mod_export.model.layers import LayerRouting
@@ -267,8 +268,8 @@ def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) ->
             f"mod_{kind} of layer {layer} has {has} but no {lacks}", "convert the model again"
         )
     for (layer, kind), tensors in routers.items():
-        for part, tensor, size in zip(("weight", "bias"), tensors, (n_embd, 1), strict=True):
-            name = directory.router_tensor_name(layer, kind, part)
+        names = schema.hf_tensor_names(layer, kind)
+        for name, tensor, size in zip(names, tensors, (n_embd, 1), strict=True):
             if tuple(tensor.shape) != (size,):
                 raise UserError(f"{name} has shape {list(tensor.shape)}", f"it must be [{size}]")
             if not bool(torch.isfinite(tensor).all()):

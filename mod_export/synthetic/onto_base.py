@@ -18,9 +18,9 @@ import numpy as np
 from mod_export.common.files import atomic_file
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.export import Routers, write_routers
+from mod_export.export import write_routers
 from mod_export.formats.gguf import GGUFFile
-from mod_export.inspection import model_number
+from mod_export.formats.schema import Routers
 from mod_export.synthetic.routers import SPREAD, routing
 from mod_export.synthetic.weights import rng_of
 
@@ -52,10 +52,10 @@ def onto(
     is no dense GGUF or has no vocabulary, and for an existing output.
     """
     file = GGUFFile.open(base)
-    n_embd = model_number(file, "embedding_length")
+    n_embd = file.model_number("embedding_length")
     if file.get("tokenizer.ggml.model") in (None, "no_vocab"):
         raise UserError(f"{base} has no vocabulary", "give a preset: `mod-export synth 1b`")
-    config = routing(model_number(file, "block_count"), units, activation, layers, sinks, kv_window)
+    config = routing(file.model_number("block_count"), units, activation, layers, sinks, kv_window)
     rng = rng_of(seed, "routers")
     routers: Routers = {
         unit: (

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from mod_export.formats.ggml_types import dequantize, quantize, row_bytes
+from mod_export.formats.ggml_types import dequantize, row_bytes
+from mod_export.runtime.quantize import quantize
 from mod_export.synthetic import shape as synth_shape
 from mod_export.synthetic.shape import Shape, Weight
 

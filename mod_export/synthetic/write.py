@@ -57,7 +57,7 @@ def synth(
 ) -> None:
     """Write `output`, and to `dense` the same model without routers; each whole or not at all.
 
-    quant: a type in ggml_quant.QUANTS. The weights depend on shape, quant and seed only. Raises
+    quant: a type in ggml_types.TYPE_NAMES. The weights depend on shape, quant and seed only. Raises
     UserError for an impossible shape, an output that exists (unless `force`), and too little disk
     space.
     """

@@ -30,6 +30,7 @@ from mod_export.data.packing import PackedData, open_data, split
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
 from mod_export.model import architectures, loading
+from mod_export.model.lora import inject_lora, merge_lora, without_lora
 from mod_export.model.mod_model import MoDModel
 from mod_export.training import checkpoints, devices, sharding
 from mod_export.training.config import TrainConfig
@@ -228,7 +229,7 @@ def prepare(
         weights,
         Relax(config.temperature),
         config.recompute,
-        lambda: adapter.without_lora(model.base),
+        lambda: without_lora(model.base),
     )
     # whatever --dtype the base weights have, routers and LoRA are float32
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
@@ -263,9 +264,7 @@ def trained(model: MoDModel, config: TrainConfig) -> list[dict]:
             {"params": [router.bias for router in routers], "lr": BIAS_RATE * config.router_lr}
         )
     if config.parameters == "lora":
-        lora = adapter.inject_lora(
-            model.base, config.lora_rank, config.lora_alpha, seed=config.seed
-        )
+        lora = inject_lora(model.base, config.lora_rank, config.lora_alpha, seed=config.seed)
         groups.append({"params": lora, "lr": rate})
     elif config.parameters == "full":
         ends = {
@@ -424,7 +423,7 @@ def write(
         named = {name: f"{figures[key]:.4g}" for key, name in names.items()}
         adapter.save(out, model.config, model.router_tensors(), model.base, identity, named, force)
         return
-    adapter.merge_lora(model.base)
+    merge_lora(model.base)
     model.save(out, force=force)
 
 

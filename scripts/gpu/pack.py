@@ -69,7 +69,6 @@ def write_adapter(units: str, folder: Path) -> None:
 
     from mod_export.formats.base_identity import gguf_identity
     from mod_export.formats.gguf import GGUFFile
-    from mod_export.inspection import model_number, read_routers
     from mod_export.model import loading
     from mod_export.synthetic.onto_base import onto
 
@@ -82,9 +81,7 @@ def write_adapter(units: str, folder: Path) -> None:
             rounds=4,
         )
         file = GGUFFile.open(Path(tmp, "mod.gguf"))
-        config, routers = read_routers(
-            file, *(model_number(file, key) for key in ("block_count", "embedding_length"))
-        )
+        config, routers = schema.read_routers(file)
         tensors = {
             name: array.copy()
             for unit in config.routed()

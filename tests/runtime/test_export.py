@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 
 from mod_export.errors import UserError
-from mod_export.export import export, read_directory, stored_type
+from mod_export.export import export, read_directory
 from mod_export.formats import schema
 from mod_export.formats.gguf import GGUFFile, rewrite
-from mod_export.inspection import ROLLBACK, inspect, render
+from mod_export.formats.hf_directory import stored_type
+from mod_export.formats.kv_size import ROLLBACK_TOKENS
+from mod_export.inspection import inspect, render
 from mod_export.llamacpp import converter
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_gguf import Tiny
@@ -196,8 +198,7 @@ def test_memory_does_not_grow_with_the_file(mod_dir, base_f32, tmp_path):
         rewrite(
             GGUFFile.open(base_f32),
             out,
-            [],
-            {"padding.weight": np.zeros((100, 1_000_000), np.float32)},
+            added_tensors={"padding.weight": np.zeros((100, 1_000_000), np.float32)},
         )
     code = "import sys; from pathlib import Path; from mod_export.export import export\n"
     code += "export(Path(sys.argv[1]), Path(sys.argv[3]), base=Path(sys.argv[2]))\n"
@@ -237,7 +238,7 @@ def test_expected_kv(mod_f32):
     per_layer = 2 * 2 * 16 * 2  # K and V, 2 heads of 16 values, f16
     assert kv["bytes_per_token_dense"] == 6 * per_layer
     [first, *_] = kv["expected"]
-    window = 8 + ROLLBACK
+    window = 8 + ROLLBACK_TOKENS
     kept = window + 0.5 * (1000 - window)
     # layer 2: kv; layer 3: kv and attn; the other four are complete
     assert first["bytes_mod"] == round(per_layer * (4 * 1000 + kept + 0.5 * kept))

@@ -14,7 +14,7 @@ import pytest
 from mod_export.config import KINDS
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import QUANTS, type_named
+from mod_export.formats.ggml_types import TYPE_NAMES, type_named
 from mod_export.formats.gguf import GGUFFile
 from mod_export.inspection import inspect
 from mod_export.llamacpp import converter
@@ -143,7 +143,7 @@ def test_weights_do_not_depend_on_the_routers(tmp_path):
 @pytest.mark.parametrize(
     "quant, shape",
     [
-        *[(quant, UNTIED) for quant in QUANTS],  # the embedding has the same type
+        *[(quant, UNTIED) for quant in TYPE_NAMES],  # the embedding has the same type
         ("f32", SHAPE),
         ("q4_0", SHAPE),
         ("q4_0", SMALL),  # tied: f32, q6_K, q8_0

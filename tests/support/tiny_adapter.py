@@ -4,7 +4,8 @@ start from.
 
 import torch
 
-from mod_export.adapter import base_identity, inject_lora, save
+from mod_export.adapter import base_identity, save
+from mod_export.model.lora import inject_lora
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mod_export import adapter
 from mod_export.adapter import apply, load, save
 from mod_export.convert import convert_adapter
 from mod_export.data.text import default_texts
@@ -358,20 +357,24 @@ def test_rounding_to_bf16_is_no_difference(with_lora, caplog):
 def test_packaged(routers_only, with_lora, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_files, "PACKAGED", tmp_path / "adapters")
     with pytest.raises(UserError, match="no such adapter: tiny-kv; give a directory$"):
-        adapter.resolve("tiny-kv")
+        adapter_files.resolve("tiny-kv")
     (tmp_path / "adapters").mkdir()
     copied(routers_only, tmp_path / "adapters/tiny-kv")
     assert (
-        adapter.packaged("tiny-kv") == adapter.resolve("tiny-kv") == tmp_path / "adapters/tiny-kv"
+        adapter_files.packaged("tiny-kv")
+        == adapter_files.resolve("tiny-kv")
+        == tmp_path / "adapters/tiny-kv"
     )
-    assert adapter.packaged("../adapters/tiny-kv") is None and adapter.packaged("") is None
+    assert (
+        adapter_files.packaged("../adapters/tiny-kv") is None and adapter_files.packaged("") is None
+    )
     with pytest.raises(UserError, match="or one of tiny-kv"):
-        adapter.resolve("none")
+        adapter_files.resolve("none")
     with pytest.raises(UserError, match="is no adapter"):
-        adapter.resolve(tmp_path)
+        adapter_files.resolve(tmp_path)
     monkeypatch.chdir(tmp_path)
     copied(with_lora, tmp_path / "tiny-kv")  # a path goes before a packaged name
-    assert load(adapter.resolve("tiny-kv")).lora is not None
+    assert load(adapter_files.resolve("tiny-kv")).lora is not None
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import pytest
 from mod_export.benchmark import memory
 from mod_export.benchmark.memory import MIB, Model, Options
 from mod_export.errors import UserError
-from mod_export.inspection import expected_cells
+from mod_export.formats.kv_size import expected_cells
 from mod_export.runtime import bindings
 from tests.support.tiny_gguf import Tiny
 

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from mod_export.adapter import apply, inject_lora, load, merge_lora, save, without_lora
+from mod_export.adapter import apply, load, save
 from mod_export.errors import UserError
+from mod_export.model.lora import inject_lora, merge_lora, without_lora
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_adapter import IDS, TOKENIZER, fill_lora, trained

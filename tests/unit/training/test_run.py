@@ -23,7 +23,7 @@ from mod_export.data.text import default_texts
 from mod_export.errors import UserError
 from mod_export.evaluation.run import Plan, evaluate
 from mod_export.export import export
-from mod_export.model.directory import router_tensor_name
+from mod_export.formats.schema import hf_tensor_names
 from mod_export.model.mod_model import MoDModel
 from mod_export.training import checkpoints
 from mod_export.training import loop as train_loop
@@ -77,9 +77,7 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {
-        router_tensor_name(*unit, part)
-        for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
-        for part in ("weight", "bias")
+        name for unit in [(2, "kv"), (3, "kv"), (4, "attn")] for name in hf_tensor_names(*unit)
     }
     model = MoDModel.load(tmp_path / "out")
     training = model.config.calibration["training"]
@@ -369,9 +367,7 @@ def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
     half = train(files / "mod", tmp_path / "half", replace(run, dtype="bfloat16"))
     assert half["kl"] == pytest.approx(plain["kl"], rel=0.1)
     routers = {
-        router_tensor_name(*unit, part)
-        for unit in [(2, "kv"), (3, "kv"), (4, "attn")]
-        for part in ("weight", "bias")
+        name for unit in [(2, "kv"), (3, "kv"), (4, "attn")] for name in hf_tensor_names(*unit)
     }
     for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
         assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
