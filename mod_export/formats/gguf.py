@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -293,6 +293,7 @@ def rewrite(
     *,
     added_keys: Iterable[tuple[str, str, object]] = (),
     changed_keys: Mapping[str, object] | None = None,
+    dropped_keys: Collection[str] = (),
     added_tensors: Mapping[str, np.ndarray] | None = None,
     kept_tensors: Mapping[str, str] | None = None,
 ) -> None:
@@ -300,10 +301,11 @@ def rewrite(
 
     added_keys: (name, type, value), at the end; types as in Key, arrays of strings excepted
     changed_keys: name -> value of keys that keep their type
+    dropped_keys: names of keys that are left out
     added_tensors: name -> float32 array, shape in numpy order, at the end
     kept_tensors: name -> new name of the tensors that stay; by default all stay, where they are
     """
-    keys = _key_section(source, added_keys, changed_keys or {})
+    keys = _key_section(source, added_keys, changed_keys or {}, dropped_keys)
     if kept_tensors is None:
         kept, infos, copies = len(source.tensors), bytes(source.tensor_infos), _whole_data(source)
     else:
@@ -334,10 +336,13 @@ def _key_section(
     source: GGUFFile,
     added: Iterable[tuple[str, str, object]],
     changed: Mapping[str, object],
+    dropped: Collection[str],
 ) -> list[bytes | memoryview]:
     """The bytes of each key of the target."""
     entries: list[bytes | memoryview] = []
     for name, entry in source.key_entries.items():
+        if name in dropped:
+            continue
         if name in changed:
             value = encode_value(source.keys[name].type, changed[name])
             entries.append(encode_string(name) + value)

@@ -15,7 +15,8 @@ from mod_export import adapter
 from mod_export.errors import UserError
 from mod_export.export import export, read_directory
 from mod_export.formats.gguf import GGUFFile
-from mod_export.inspection import inspect, read_routers
+from mod_export.formats.schema import read_routers
+from mod_export.inspection import inspect
 from mod_export.model import MoDModel, loading
 from mod_export.training import run
 from mod_export.training.config import TrainConfig
@@ -87,7 +88,7 @@ def test_inspection_of_gguf(name):
 def test_gguf_holds_the_routers_of_its_directory():
     config, routers = read_directory(FOLDER / "mod")
     for file in (GGUFFile.open(FOLDER / f"{name}.gguf") for name in ("mod-f32", "mod-q8_0")):
-        found, tensors = read_routers(file, n_layer=3, n_embd=32)
+        found, tensors = read_routers(file)
         assert found.routed() == config.routed()
         for unit, pair in tensors.items():
             for ours, theirs in zip(pair, routers[unit], strict=True):
