@@ -137,6 +137,22 @@ def test_paths_in_pages_exist(page):
     assert not missing - NOT_YET
 
 
+@pytest.mark.parametrize("page", CURRENT, ids=name)
+def test_imports_in_pages_work(page):
+    """The modules of `from mod_export... import ...` are there and have these names."""
+    missing = []
+    for module, names in re.findall(
+        r"from (mod_export[\w.]*) import ([\w, ]+)", "\n".join(code_lines(page))
+    ):
+        path = ROOT / module.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        for wanted in names.replace(" ", "").split(","):
+            if not (re.search(rf"\b{wanted}\b", text) or (path / f"{wanted}.py").is_file()):
+                missing.append(f"{module}.{wanted}")
+    assert not missing
+
+
 def test_pages_that_the_code_names_exist():
     dead = []
     for folder in CODE:
