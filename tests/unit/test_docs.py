@@ -178,5 +178,13 @@ def test_schema_document_names_every_key():
     assert named == {*schema.SCALARS, *schema.PER_LAYER}
 
 
+def test_index_links_each_page():
+    index = DOCS / "index.md"
+    targets = re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
+    linked = {(DOCS / target).resolve() for target in targets}
+    pages = set(DOCS.rglob("*.md")) - {index}
+    assert not {name(page) for page in pages - linked}
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
