@@ -3,13 +3,11 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-mod-context.h"
 #include "llama-mod-model.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <set>
 #include <stdexcept>
@@ -18,9 +16,6 @@ static constexpr llama_pos POS_MAX = std::numeric_limits<llama_pos>::max();
 
 // memory is given back to the system when more than this many tokens are removed at once
 static constexpr uint32_t MOD_N_TRIM = 64;
-
-// cells that a graph has room for beyond those in use, where it takes them all
-static constexpr uint32_t MOD_N_ROOM = 256;
 
 //
 // llama_kv_cache_mod
@@ -389,197 +384,9 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mod::memory_breakdow
     return res;
 }
 
-llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id) const {
-    return base->seq_pos_max(seq_id) + 2 - (llama_pos) (mod.kv_window + rollback);
-}
-
-bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i) const {
-    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
-        if (ubatch.pos[i] >= reach(ubatch.seq_id[i][s])) {
-            return false;
-        }
-    }
-    return true;
-}
-
-llama_kv_cache::slot_info llama_kv_cache_mod::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
-    auto & c = *find(il);
-
-    const auto & cells = c.kv->get_cells(0);
-
-    // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing
-    std::array<std::vector<uint32_t>, 3> groups;
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const bool drop = !dropped.empty() && dropped[i];
-        groups[!drop ? 0 : is_passing(ubatch, i) ? 2 : 1].push_back(i);
-    }
-
-    llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
-    auto & idxs = sinfo.idxs[0];
-
-    // the first free cells: the range in use stays compact, and with it the time of attention
-    uint32_t head = c.head;
-    uint32_t next = c.head;
-    for (const auto & group : groups) {
-        if (&group == &groups[2]) {
-            // behind all others, if there is room
-            head = next;
-            const uint32_t n_used = std::max(next, cells.used_max_p1());
-            next = n_used + group.size() <= cells.size() ? n_used : next;
-        }
-        for (const uint32_t i : group) {
-            while (next < cells.size() && !cells.is_empty(next)) {
-                ++next;
-            }
-            if (next == cells.size()) {
-                return {};
-            }
-            idxs[i] = next++;
-        }
-    }
-
-    if (!c.rows->reserve(std::max(next, cells.used_max_p1()))) {
-        LLAMA_LOG_WARN("%s: layer %d: out of memory for the K/V of %u tokens\n", __func__, il, ubatch.n_tokens);
-        return {};
-    }
-
-    c.head = head;
-    c.passing.clear();
-    for (const uint32_t i : groups[2]) {
-        c.passing.push_back(idxs[i]);
-    }
-    for (const uint32_t idx : idxs) {
-        c.dropped[idx] = 0;
-        c.mask.touch(idx);
-    }
-
-    return sinfo;
-}
-
-void llama_kv_cache_mod::settle(int32_t il) {
-    auto * c = find(il);
-    if (!c || c->passing.empty()) {
-        return;
-    }
-
-    auto & cells = c->kv->v_cells[0];
-    for (const uint32_t idx : c->passing) {
-        for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
-            if (cells.seq_has(idx, s)) {
-                seqs[s].freed = std::max(seqs[s].freed, cells.pos_get(idx));
-            }
-        }
-        cells.rm(idx);
-        c->emptied(idx);
-    }
-    c->passing.clear();
-
-    // at once, so that no two layers hold such memory at a time
-    c->rows->trim_tail();
-}
-
-void llama_kv_cache_mod::set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
-    auto & c = *find(il);
-
-    GGML_ASSERT(sinfo.idxs[0].size() >= dropped.size());
-    for (size_t i = 0; i < dropped.size(); ++i) {
-        c.dropped[sinfo.idxs[0][i]] = dropped[i];
-        c.mask.touch(sinfo.idxs[0][i]);
-    }
-}
-
-void llama_kv_cache_mod::take_back(int32_t il, const llama_kv_cache::slot_info & sinfo, uint32_t i) {
-    auto & c = *find(il);
-
-    for (; i < sinfo.idxs[0].size(); ++i) {
-        const uint32_t idx = sinfo.idxs[0][i];
-
-        c.kv->v_cells[0].rm(idx);
-        c.emptied(idx);
-    }
-}
-
-int32_t llama_kv_cache_mod::reserve(int32_t il) {
-    auto & c = *find(il);
-
-    const auto & cells = c.kv->get_cells(0);
-    while (c.head < cells.size() && !cells.is_empty(c.head)) {
-        ++c.head;
-    }
-    const uint32_t n_room = slack_used == slack::room ? MOD_N_ROOM : 0;
-
-    const bool ok = c.head < cells.size() && c.rows->reserve(std::max(c.head + 1, cells.used_max_p1()) + n_room);
-
-    return ok ? (int32_t) c.head : -1;
-}
-
-void llama_kv_cache_mod::occupy(int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped) {
-    auto & c = *find(il);
-
-    auto & cells = c.kv->v_cells[0];
-
-    cells.pos_set(cell, ubatch.pos[0]);
-    if (ubatch.token) {
-        llama_kv_cell_ext ext;
-        ext.tok = ubatch.token[0];
-        cells.ext_set(cell, ext);
-    }
-    for (int32_t s = 0; s < ubatch.n_seq_id[0]; ++s) {
-        cells.seq_add(cell, ubatch.seq_id[0][s]);
-    }
-
-    c.dropped[cell] = dropped;
-    c.head = cell + 1;
-    c.mask.touch(cell);
-}
-
-bool llama_kv_cache_mod::has_f32() const {
-    return base->type_k() == GGML_TYPE_F32 || base->type_v() == GGML_TYPE_F32;
-}
-
-void llama_kv_cache_mod::set_slack(slack value) {
-    slack_used = value;
-}
-
-const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t cell) {
-    auto & c = *find(il);
-
-    if (!c.one) {
-        c.one = std::make_unique<llama_kv_cache_context>(c.kv);
-    }
-    // as llama_kv_cache::get_n_kv(), with the reserved cell and the slack
-    const uint32_t n_pad  = std::max(c.kv->n_pad, 256u);
-    const uint32_t n_used = get_n_used(il, cell);
-
-    uint32_t n = n_used;
-    switch (slack_used) {
-        case slack::none:                        break;
-        case slack::fit:  n += n_used/4 + n_pad; break;
-        case slack::room: n += MOD_N_ROOM;       break;
-    }
-    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(n, n_pad));
-
-    return c.one.get();
-}
-
-void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell) {
-    static const std::vector<uint8_t> none;
-
-    if (auto * c = find(il)) {
-        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, mod.kv_window);
-        if (cell >= 0) {
-            // 0 in either type
-            memset((char *) mask->data + cell*ggml_element_size(mask), 0, ggml_element_size(mask));
-        }
-    } else {
-        base_mask.fill(mask, ubatch, base->get_cells(0), none, 0);
-    }
-}
-
-uint32_t llama_kv_cache_mod::get_n_used(int32_t il, int32_t cell) const {
-    const auto * c = find(il);
-    return std::max((c ? *c->kv : *base).get_cells(0).used_max_p1(), uint32_t(cell + 1));
-}
+//
+// freeing cells
+//
 
 llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped) {
     auto & cells = c.kv->v_cells[0];
@@ -727,131 +534,6 @@ void llama_kv_cache_mod::kv_stats(int32_t il, llama_mod_kv_stats & stats) const 
     base_rows->add_stats(il, stats);
     for (const auto & c : own) {
         c.rows->add_stats(il, stats);
-    }
-}
-
-//
-// state
-//
-
-void llama_kv_cache_mod::state_write_own(llama_io_write_i & io, const own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    io.write(&c.il, sizeof(c.il));
-    c.kv->state_write(io, seq_id, flags);
-
-    // the decisions, cells in the order of llama_kv_cache::state_write()
-    const auto & cells = c.kv->get_cells(0);
-
-    std::vector<uint8_t> dropped;
-    for (uint32_t i = 0; i < cells.size(); ++i) {
-        if (!cells.is_empty(i) && (seq_id == -1 || cells.seq_has(i, seq_id))) {
-            dropped.push_back(c.dropped[i]);
-        }
-    }
-
-    const uint32_t n = dropped.size();
-    io.write(&n, sizeof(n));
-    if (n > 0) {
-        io.write(dropped.data(), n);
-    }
-}
-
-void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    int32_t il;
-    io.read(&il, sizeof(il));
-    if (il != c.il) {
-        throw std::runtime_error("mod: the state belongs to a model with other routed layers");
-    }
-
-    c.kv->state_clear(seq_id);
-    c.head = 0;
-
-    llama_kv_cache::slot_info_vec_t sinfos;
-    c.kv->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
-
-    uint32_t n;
-    io.read(&n, sizeof(n));
-
-    const std::vector<uint32_t> idxs = sinfos[0].empty() ? std::vector<uint32_t>() : sinfos[0].idxs[0];
-    if (n != idxs.size()) {
-        throw std::runtime_error("mod: the state's decisions do not match its cells");
-    }
-
-    std::vector<uint8_t> dropped(n);
-    if (n > 0) {
-        io.read(dropped.data(), n);
-    }
-    for (uint32_t i = 0; i < n; ++i) {
-        c.dropped[idxs[i]] = dropped[i] != 0;
-        if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
-            throw std::runtime_error("mod: the state's layers do not match");
-        }
-    }
-}
-
-void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    base->state_write(io, seq_id, flags);
-
-    const uint32_t n_own = own.size();
-    io.write(&n_own, sizeof(n_own));
-
-    for (const auto & c : own) {
-        state_write_own(io, c, seq_id, flags);
-    }
-
-    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        if (seq_id == -1 || s == seq_id) {
-            const int32_t info[2] = { seqs[s].freed, seqs[s].broken };
-            io.write(info, sizeof(info));
-        }
-    }
-}
-
-void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    touch_masks();
-
-    try {
-        // upstream leaves the cells alone where the state holds none for the sequence
-        base->state_clear(seq_id);
-        base->state_read(io, seq_id, flags);
-
-        uint32_t n_own;
-        io.read(&n_own, sizeof(n_own));
-        if (n_own != own.size()) {
-            throw std::runtime_error("mod: the state belongs to a model with other routed layers");
-        }
-
-        for (auto & c : own) {
-            state_read_own(io, c, seq_id, flags);
-        }
-
-        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-            if (seq_id == -1 || s == seq_id) {
-                int32_t info[2];
-                io.read(info, sizeof(info));
-
-                seqs[s] = {};
-                if (base->seq_pos_max(s) >= 0) {
-                    seqs[s].freed  = std::max(-1, info[0]);
-                    seqs[s].broken = info[1] != 0;
-                }
-            }
-        }
-
-        trim();
-    } catch (...) {
-        // never leave a state of which some layers are missing
-        if (seq_id == -1) {
-            clear(true);
-        } else {
-            base_rows->wipe(seq_id);
-            for (auto & c : own) {
-                c.rows->wipe(seq_id);
-                c.head = 0;
-            }
-            seqs[seq_id] = {};
-            trim();
-        }
-        throw;
     }
 }
 

@@ -1,0 +1,208 @@
+#include "llama-kv-cache-mod.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-mod-model.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+// cells that a graph has room for beyond those in use, where it takes them all
+static constexpr uint32_t MOD_N_ROOM = 256;
+
+//
+// placing tokens in cells
+//
+
+llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id) const {
+    return base->seq_pos_max(seq_id) + 2 - (llama_pos) (mod.kv_window + rollback);
+}
+
+bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i) const {
+    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+        if (ubatch.pos[i] >= reach(ubatch.seq_id[i][s])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+llama_kv_cache::slot_info llama_kv_cache_mod::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
+    auto & c = *find(il);
+
+    const auto & cells = c.kv->get_cells(0);
+
+    // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing
+    std::array<std::vector<uint32_t>, 3> groups;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const bool drop = !dropped.empty() && dropped[i];
+        groups[!drop ? 0 : is_passing(ubatch, i) ? 2 : 1].push_back(i);
+    }
+
+    llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
+    auto & idxs = sinfo.idxs[0];
+
+    // the first free cells: the range in use stays compact, and with it the time of attention
+    uint32_t head = c.head;
+    uint32_t next = c.head;
+    for (const auto & group : groups) {
+        if (&group == &groups[2]) {
+            // behind all others, if there is room
+            head = next;
+            const uint32_t n_used = std::max(next, cells.used_max_p1());
+            next = n_used + group.size() <= cells.size() ? n_used : next;
+        }
+        for (const uint32_t i : group) {
+            while (next < cells.size() && !cells.is_empty(next)) {
+                ++next;
+            }
+            if (next == cells.size()) {
+                return {};
+            }
+            idxs[i] = next++;
+        }
+    }
+
+    if (!c.rows->reserve(std::max(next, cells.used_max_p1()))) {
+        LLAMA_LOG_WARN("%s: layer %d: out of memory for the K/V of %u tokens\n", __func__, il, ubatch.n_tokens);
+        return {};
+    }
+
+    c.head = head;
+    c.passing.clear();
+    for (const uint32_t i : groups[2]) {
+        c.passing.push_back(idxs[i]);
+    }
+    for (const uint32_t idx : idxs) {
+        c.dropped[idx] = 0;
+        c.mask.touch(idx);
+    }
+
+    return sinfo;
+}
+
+void llama_kv_cache_mod::settle(int32_t il) {
+    auto * c = find(il);
+    if (!c || c->passing.empty()) {
+        return;
+    }
+
+    auto & cells = c->kv->v_cells[0];
+    for (const uint32_t idx : c->passing) {
+        for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+            if (cells.seq_has(idx, s)) {
+                seqs[s].freed = std::max(seqs[s].freed, cells.pos_get(idx));
+            }
+        }
+        cells.rm(idx);
+        c->emptied(idx);
+    }
+    c->passing.clear();
+
+    // at once, so that no two layers hold such memory at a time
+    c->rows->trim_tail();
+}
+
+void llama_kv_cache_mod::set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
+    auto & c = *find(il);
+
+    GGML_ASSERT(sinfo.idxs[0].size() >= dropped.size());
+    for (size_t i = 0; i < dropped.size(); ++i) {
+        c.dropped[sinfo.idxs[0][i]] = dropped[i];
+        c.mask.touch(sinfo.idxs[0][i]);
+    }
+}
+
+void llama_kv_cache_mod::take_back(int32_t il, const llama_kv_cache::slot_info & sinfo, uint32_t i) {
+    auto & c = *find(il);
+
+    for (; i < sinfo.idxs[0].size(); ++i) {
+        const uint32_t idx = sinfo.idxs[0][i];
+
+        c.kv->v_cells[0].rm(idx);
+        c.emptied(idx);
+    }
+}
+
+int32_t llama_kv_cache_mod::reserve(int32_t il) {
+    auto & c = *find(il);
+
+    const auto & cells = c.kv->get_cells(0);
+    while (c.head < cells.size() && !cells.is_empty(c.head)) {
+        ++c.head;
+    }
+    const uint32_t n_room = slack_used == slack::room ? MOD_N_ROOM : 0;
+
+    const bool ok = c.head < cells.size() && c.rows->reserve(std::max(c.head + 1, cells.used_max_p1()) + n_room);
+
+    return ok ? (int32_t) c.head : -1;
+}
+
+void llama_kv_cache_mod::occupy(int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped) {
+    auto & c = *find(il);
+
+    auto & cells = c.kv->v_cells[0];
+
+    cells.pos_set(cell, ubatch.pos[0]);
+    if (ubatch.token) {
+        llama_kv_cell_ext ext;
+        ext.tok = ubatch.token[0];
+        cells.ext_set(cell, ext);
+    }
+    for (int32_t s = 0; s < ubatch.n_seq_id[0]; ++s) {
+        cells.seq_add(cell, ubatch.seq_id[0][s]);
+    }
+
+    c.dropped[cell] = dropped;
+    c.head = cell + 1;
+    c.mask.touch(cell);
+}
+
+bool llama_kv_cache_mod::has_f32() const {
+    return base->type_k() == GGML_TYPE_F32 || base->type_v() == GGML_TYPE_F32;
+}
+
+void llama_kv_cache_mod::set_slack(slack value) {
+    slack_used = value;
+}
+
+const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t cell) {
+    auto & c = *find(il);
+
+    if (!c.one) {
+        c.one = std::make_unique<llama_kv_cache_context>(c.kv);
+    }
+    // as llama_kv_cache::get_n_kv(), with the reserved cell and the slack
+    const uint32_t n_pad  = std::max(c.kv->n_pad, 256u);
+    const uint32_t n_used = get_n_used(il, cell);
+
+    uint32_t n = n_used;
+    switch (slack_used) {
+        case slack::none:                        break;
+        case slack::fit:  n += n_used/4 + n_pad; break;
+        case slack::room: n += MOD_N_ROOM;       break;
+    }
+    c.one->n_kv = std::min(c.kv->get_size(), GGML_PAD(n, n_pad));
+
+    return c.one.get();
+}
+
+void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell) {
+    static const std::vector<uint8_t> none;
+
+    if (auto * c = find(il)) {
+        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, mod.kv_window);
+        if (cell >= 0) {
+            // 0 in either type
+            memset((char *) mask->data + cell*ggml_element_size(mask), 0, ggml_element_size(mask));
+        }
+    } else {
+        base_mask.fill(mask, ubatch, base->get_cells(0), none, 0);
+    }
+}
+
+uint32_t llama_kv_cache_mod::get_n_used(int32_t il, int32_t cell) const {
+    const auto * c = find(il);
+    return std::max((c ? *c->kv : *base).get_cells(0).used_max_p1(), uint32_t(cell + 1));
+}

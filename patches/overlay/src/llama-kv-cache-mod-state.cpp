@@ -1,0 +1,131 @@
+#include "llama-kv-cache-mod.h"
+
+#include "llama-io.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+//
+// state
+//
+
+void llama_kv_cache_mod::state_write_own(llama_io_write_i & io, const own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    io.write(&c.il, sizeof(c.il));
+    c.kv->state_write(io, seq_id, flags);
+
+    // the decisions, cells in the order of llama_kv_cache::state_write()
+    const auto & cells = c.kv->get_cells(0);
+
+    std::vector<uint8_t> dropped;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (!cells.is_empty(i) && (seq_id == -1 || cells.seq_has(i, seq_id))) {
+            dropped.push_back(c.dropped[i]);
+        }
+    }
+
+    const uint32_t n = dropped.size();
+    io.write(&n, sizeof(n));
+    if (n > 0) {
+        io.write(dropped.data(), n);
+    }
+}
+
+void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    int32_t il;
+    io.read(&il, sizeof(il));
+    if (il != c.il) {
+        throw std::runtime_error("mod: the state belongs to a model with other routed layers");
+    }
+
+    c.kv->state_clear(seq_id);
+    c.head = 0;
+
+    llama_kv_cache::slot_info_vec_t sinfos;
+    c.kv->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
+
+    uint32_t n;
+    io.read(&n, sizeof(n));
+
+    const std::vector<uint32_t> idxs = sinfos[0].empty() ? std::vector<uint32_t>() : sinfos[0].idxs[0];
+    if (n != idxs.size()) {
+        throw std::runtime_error("mod: the state's decisions do not match its cells");
+    }
+
+    std::vector<uint8_t> dropped(n);
+    if (n > 0) {
+        io.read(dropped.data(), n);
+    }
+    for (uint32_t i = 0; i < n; ++i) {
+        c.dropped[idxs[i]] = dropped[i] != 0;
+        if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
+            throw std::runtime_error("mod: the state's layers do not match");
+        }
+    }
+}
+
+void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    base->state_write(io, seq_id, flags);
+
+    const uint32_t n_own = own.size();
+    io.write(&n_own, sizeof(n_own));
+
+    for (const auto & c : own) {
+        state_write_own(io, c, seq_id, flags);
+    }
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (seq_id == -1 || s == seq_id) {
+            const int32_t info[2] = { seqs[s].freed, seqs[s].broken };
+            io.write(info, sizeof(info));
+        }
+    }
+}
+
+void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    touch_masks();
+
+    try {
+        // upstream leaves the cells alone where the state holds none for the sequence
+        base->state_clear(seq_id);
+        base->state_read(io, seq_id, flags);
+
+        uint32_t n_own;
+        io.read(&n_own, sizeof(n_own));
+        if (n_own != own.size()) {
+            throw std::runtime_error("mod: the state belongs to a model with other routed layers");
+        }
+
+        for (auto & c : own) {
+            state_read_own(io, c, seq_id, flags);
+        }
+
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+            if (seq_id == -1 || s == seq_id) {
+                int32_t info[2];
+                io.read(info, sizeof(info));
+
+                seqs[s] = {};
+                if (base->seq_pos_max(s) >= 0) {
+                    seqs[s].freed  = std::max(-1, info[0]);
+                    seqs[s].broken = info[1] != 0;
+                }
+            }
+        }
+
+        trim();
+    } catch (...) {
+        // never leave a state of which some layers are missing
+        if (seq_id == -1) {
+            clear(true);
+        } else {
+            base_rows->wipe(seq_id);
+            for (auto & c : own) {
+                c.rows->wipe(seq_id);
+                c.head = 0;
+            }
+            seqs[seq_id] = {};
+            trim();
+        }
+        throw;
+    }
+}
