@@ -43,7 +43,8 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     from study import rows
     from study.training import activation_for, judge_point
 
-    from mod_export.calibration.calibrate import Plan, drift, measure, settle_thresholds, solve
+    from mod_export.calibration.calibrate import Plan, drift, measure, solve
+    from mod_export.calibration.thresholds import set_thresholds
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.convert import parse_layers
     from mod_export.data.text import default_texts, pack
@@ -78,7 +79,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
             share = tuple(target if layer in some else 1.0 for layer in range(n_layer))
             config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, share)})
             mod = MoDModel.from_base(base, tokenizer, config, routers)
-            settle_thresholds(mod, sequences[::3], {"kv": list(routers)}, {"kv": target})
+            set_thresholds(mod, sequences[::3], {"kv": list(routers)}, {"kv": target})
             row = {
                 "layers": name,
                 "steady": steady,

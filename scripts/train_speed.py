@@ -35,8 +35,8 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     from mod_export.data.text import pack, read_texts
     from mod_export.model.lora import without_lora
     from mod_export.model.mod_model import MoDModel
-    from mod_export.model.relaxation import relaxed
     from mod_export.training.config import TrainConfig
+    from mod_export.training.relaxation import relaxed_attention
     from mod_export.training.run import trained
     from mod_export.training.student import Student, Weights
 
@@ -61,7 +61,7 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     counts = torch.ones_like(ids, dtype=torch.bool)
 
     def ours():
-        with relaxed(model.base):
+        with relaxed_attention(model.base):
             return student(ids, counts, counts, prices, shares)[0], optimizer
 
     def plain():

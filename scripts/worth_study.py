@@ -21,15 +21,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mod_export.calibration.calibrate import quantile_logit  # noqa: E402
 from mod_export.calibration.ridge import Ridge  # noqa: E402
+from mod_export.calibration.thresholds import quantile_logit  # noqa: E402
 from mod_export.cli.output import show_messages  # noqa: E402
 from mod_export.common.tables import format_table  # noqa: E402
 from mod_export.data.packing import open_data  # noqa: E402
 from mod_export.model import architectures, loading  # noqa: E402
 from mod_export.model.mod_model import MoDModel  # noqa: E402
-from mod_export.model.relaxation import Relax, relaxed  # noqa: E402
 from mod_export.model.router import rms_norm, threshold_logit  # noqa: E402
+from mod_export.training.relaxation import (  # noqa: E402
+    Relaxation,
+    RelaxedDecisions,
+    relaxed_attention,
+)
 
 CLIP = 1.0  # nats: a few units are worth ten, and would be all that least squares sees
 FITS = {
@@ -40,7 +44,7 @@ LEAST = 1e-5  # curvature whose logarithm is taken
 
 
 @dataclass(frozen=True)
-class Gates(Relax):
+class Gates(Relaxation):
     """Gates that gradients are asked for."""
 
     leaves: list = field(default_factory=list)
@@ -67,8 +71,11 @@ def measure(
     ]
     with torch.no_grad():
         log_p = dense(ids[None])[0].float().log_softmax(-1)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), relaxed(model.base):
-        logits, trace = model(ids[None], trace=True, relax=gates)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        relaxed_attention(model.base),
+    ):
+        logits, trace = model(ids[None], trace=True, strategy=RelaxedDecisions(gates))
     for hook in hooks:
         hook.remove()
     log_q = logits.detach()[0].float().log_softmax(-1)

@@ -17,25 +17,24 @@ docs/log.md has the comparison behind the defaults.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from mod_export.calibration.costs import REPEAT_PROMPT, Tape
-from mod_export.calibration.drift import Means, observe
+from mod_export.calibration.drift import ChunkMeans, router_inputs
 from mod_export.calibration.ridge import Ridge
+from mod_export.calibration.thresholds import routing_of, set_thresholds
 from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig, of_kinds
-from mod_export.data.repeats import counted
 from mod_export.data.text import default_texts, pack, tokenize
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
-from mod_export.model.router import logit_threshold, rms_norm
+from mod_export.model.router import rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +54,6 @@ SPREAD = 1.7
 # keys after this part of a sequence without its last window have too few later queries to judge
 # them by
 LATE = 0.75
-TOLERANCE = 0.005  # of the activation
-MAX_LOGIT = 12.0  # thresholds stay within sigmoid(+-12), where float32 still tells them apart
 
 
 @dataclass(frozen=True)
@@ -96,12 +93,12 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan) -> tuple[MoDConfig, dict]:
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
         groups = first.by_kind()
-        activation = settle_thresholds(
+        activation = set_thresholds(
             model, subset, groups, of_kinds(plan.target, groups), plan.rounds
         )
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
         logger.info("measuring activation on held-out text")
-        _, held = _traces(model, held_out)
+        _, held = routing_of(model, held_out)
     finally:
         model.detach()
     record = {
@@ -161,7 +158,10 @@ def drift(
         many = together(base, length, n)
         joined = sequences[: n // many * many].reshape(-1, many * length)
         with model.forced("active"):
-            return {unit: seen.drift() for unit, seen in observe(model, joined, Means).items()}
+            return {
+                unit: seen.drift()
+                for unit, seen in router_inputs(model, joined, ChunkMeans).items()
+            }
     finally:
         model.detach()
 
@@ -222,80 +222,6 @@ def solve(
             weight, bias = routers[unit]
             routers[unit] = (weight * scale, (bias - center) * scale)
     return routers, {unit: explained for unit, (_, _, explained) in spreads.items()}
-
-
-def settle_thresholds(
-    model: MoDModel,
-    sequences: torch.Tensor,
-    groups: Mapping[str, Sequence[Unit]],
-    targets: Mapping[str, float],
-    rounds: int = 4,
-    forward: Callable | None = None,
-    fresh: torch.Tensor | None = None,
-) -> dict[Unit, float]:
-    """Find one p for each group of units such that, with the model skipping, its target is met;
-    sets it on the model.
-
-    groups: name -> units; targets: name -> activation. Returns the activation of each unit.
-    forward: the model's own,
-    or what gives its trace last. fresh: bool [n, T], the tokens whose activation counts, None: all.
-    """
-    for number in range(rounds + 1):
-        logits, activation = _traces(model, sequences, forward, fresh)
-        means = {
-            name: sum(activation[unit] for unit in units) / len(units)
-            for name, units in groups.items()
-        }
-        logger.info(
-            f"choosing thresholds, round {number + 1}: activation "
-            + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4])
-        )
-        met = all(abs(mean - targets[name]) < TOLERANCE for name, mean in means.items())
-        if number == rounds or number and met:
-            break
-        for name, units in groups.items():
-            p = quantile_threshold(torch.stack([logits[unit] for unit in units]), targets[name])
-            for unit in units:
-                model.router(unit).threshold = p
-    return activation
-
-
-def quantile_threshold(logits: torch.Tensor, target: float) -> float:
-    """p that the share `target` of the logits reaches."""
-    return logit_threshold(quantile_logit(logits, target))
-
-
-def quantile_logit(logits: torch.Tensor, target: float) -> float:
-    """What the share `target` of the logits reaches, at most MAX_LOGIT from 0."""
-    ordered = logits.flatten().sort().values
-    skipped = min(max(round((1 - target) * len(ordered)), 0), len(ordered) - 1)
-    lower = ordered[max(skipped - 1, 0)]
-    middle = (
-        lower + ordered[skipped]
-    ) / 2  # in the gap between two tokens: float noise decides nothing
-    return middle.double().clamp(-MAX_LOGIT, MAX_LOGIT).item()
-
-
-def _traces(
-    model: MoDModel,
-    sequences: torch.Tensor,
-    forward: Callable | None = None,
-    fresh: torch.Tensor | None = None,
-) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
-    """Logits of each unit (infinite at sinks, which always run), and the share of tokens active in
-    it: of `fresh` ones.
-    """
-    units, parts, active = model.config.routed(), [], []
-    forward = forward or functools.partial(model, trace=True)
-    fresh = torch.ones_like(sequences, dtype=torch.bool) if fresh is None else fresh
-    for ids, counts in zip(sequences, counted(fresh).cpu(), strict=True):
-        ids = ids[None].to(model.base.device)
-        *_, trace = forward(ids, logits_to_keep=1)
-        trace.logit[0, : model.config.sink_tokens] = float("inf")
-        active.append(trace.active[0].cpu()[counts])
-        parts.append(trace.logit[0].cpu()[counts])
-    logits, shares = torch.cat(parts).unbind(-1), torch.cat(active).float().mean(0).tolist()
-    return dict(zip(units, logits, strict=True)), dict(zip(units, shares, strict=True))
 
 
 def _mean(activation: dict[Unit, float], kind: str) -> float:

@@ -121,7 +121,7 @@ class TorchReader(Reader):
     ):
         super().__init__()
         self.model, self.name, self.force = model, str(name), force
-        self.whole = whole or bool(model.top_k)
+        self.whole = whole or not model.strategy.is_causal
         self.tokenizer, self.n_layer = model.tokenizer, model.n_layer
         self.units, self.kv_window = model.config.routed(), model.config.kv_window
         self.n_ctx = architectures.context_length(model.base) or UNLIMITED

@@ -1,44 +1,66 @@
 """Wrap the decoder layers of a model so that tokens can skip them, with no code for any
 architecture.
 
-The forwards of a layer and of a few modules in it (hf.LayerParts) are replaced on the instance;
-modules and weights keep their names. Each forward of the model has a `Run` (decisions.py), which
-decides, and one of two ways of computing:
+The forwards of a layer and of a few modules in it (architectures.LayerParts) are replaced on the
+instance; modules and weights keep their names. Each forward of the model has a RoutingState, which
+decides. There are two ways to compute a layer:
 
 * dense: every token is computed, masks hide what was not stored, and what a skipping token got is
-  thrown away.
-  For batches and for gradients.
+  thrown away. This is the form for batches and for gradients.
 * sparse (a cache, batch size 1): the active tokens' rows of the hidden states, positions and mask
-  are gathered,
-  run, and scattered back. With no active token nothing runs.
+  are gathered, run, and scattered back. With no active token nothing runs.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from mod_export.model import architectures
 from mod_export.model.architectures import LayerParts
-from mod_export.model.routing import Run, cached_mask, dense_mask
+from mod_export.model.routing import RoutingState
+
+# The wrapped layers of each base model. A layer's wrappers do not refer to the base model, so an
+# entry goes with its base model.
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, list[LayerRouting]] = weakref.WeakKeyDictionary()
+
+
+def wrap_layers(base: nn.Module) -> list[LayerRouting]:
+    """Wrap every decoder layer of `base`. The wrappers of a former call are removed first."""
+    unwrap_layers(base, _WRAPPED.get(base, []))
+    parts = architectures.decoder_layers(base)
+    _WRAPPED[base] = [LayerRouting(index, part) for index, part in enumerate(parts)]
+    return _WRAPPED[base]
+
+
+def unwrap_layers(base: nn.Module, layers: list[LayerRouting]) -> None:
+    """Give the decoder layers their own forwards back, unless other wrappers have taken over."""
+    for layer in layers:
+        layer.detach()
+    if _WRAPPED.get(base) is layers:
+        del _WRAPPED[base]
+
+
+def is_wrapped(base: nn.Module) -> bool:
+    """Return whether the decoder layers of `base` are wrapped."""
+    return base in _WRAPPED
 
 
 class LayerRouting:
-    """The wrapped forwards of one decoder layer; without a `run` they are the plain ones."""
+    """The wrapped forwards of one decoder layer; without a `state` they are the plain ones."""
 
     def __init__(self, index: int, parts: LayerParts):
         self.index = index
-        self.run: Run | None = None
+        self.state: RoutingState | None = None
         self._patched: list[nn.Module] = []
-        self._h: torch.Tensor | None = (
-            None  # the residual stream where the current sublayer reads it
-        )
+        # The residual stream where the current sublayer reads it.
+        self._h: torch.Tensor | None = None
         self._ffn_reads_layer_input = parts.ffn_entry is None
-        self.attn = parts.attn
-        # a module can have two roles; the later wrapper is the outer one
+        # A module can have two roles; the later wrapper is the outer one.
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
         self._patch(parts.attn_out, self._gated("attn"))
@@ -50,7 +72,7 @@ class LayerRouting:
     def detach(self) -> None:
         """Give the layer its own forwards back."""
         for module in self._patched:
-            module.__dict__.pop("forward", None)
+            vars(module).pop("forward", None)
         self._patched.clear()
 
     def _patch(self, module: nn.Module, wrapper: Callable) -> None:
@@ -58,7 +80,7 @@ class LayerRouting:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
 
         def forward(*args, **kwargs):
-            if self.run is None:
+            if self.state is None:
                 return inner(*args, **kwargs)
             x, *rest = args if args else (kwargs.pop(names[0]),)
             return wrapper(inner, x, dict(zip(names[1:], rest, strict=False)) | kwargs)
@@ -67,70 +89,67 @@ class LayerRouting:
         self._patched.append(module)
 
     def _layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
-        run = self.run
-        if not run.recompute or not torch.is_grad_enabled():
-            return self._layer_of(run, inner, h, kwargs)
+        state = self.state
 
-        def again(h: torch.Tensor):
-            # in the backward pass the run is over
-            before, self.run = self.run, run
+        def compute(h: torch.Tensor):
+            # In a backward pass that computes the layer again, the forward's state is gone.
+            before, self.state = self.state, state
             try:
-                return self._layer_of(run, inner, h, dict(kwargs))
+                return self._compute_layer(inner, h, dict(kwargs))
             finally:
-                self.run = before
-                self.attn.__dict__.pop("_mod_keys", None)
+                self.state = before
 
-        return checkpoint(again, h, use_reentrant=False)
+        return state.strategy.run_layer(compute, h)
 
-    def _layer_of(self, run: Run, inner: Callable, h: torch.Tensor, kwargs: dict):
-        layer = self.index
+    def _compute_layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
+        state, layer = self.state, self.index
         self._h = h
-        keep = run.decide((layer, "kv"), h)
-        block = run.decide((layer, "block"), h)
-        attn = run.decide((layer, "attn"), h)
+        keep = state.decide((layer, "kv"), h)
+        block = state.decide((layer, "block"), h)
+        attn = state.decide((layer, "attn"), h)
         if self._ffn_reads_layer_input:
-            run.decide((layer, "ffn"), h)
+            state.decide((layer, "ffn"), h)
         stored = attn if block is None else block
-        if run.cache is not None:
+        if state.cache is not None:
             return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
-        if run.relax is None:
-            kwargs["attention_mask"] = dense_mask(run, kwargs.get("attention_mask"), stored, keep)
-        elif (keys := run.key_bias(layer)) is not None:
-            self.attn.__dict__["_mod_keys"] = keys  # relax.py's attention function finds it there
+        kwargs["attention_mask"] = state.strategy.mask(
+            state, layer, kwargs.get("attention_mask"), stored, keep
+        )
         out = inner(h, **kwargs)
-        self.attn.__dict__.pop("_mod_keys", None)
         return out if block is None else _replace(out, self._end_block(h, _first(out)))
 
     def _end_block(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        unit = (self.index, "block")
-        if self.run.observe is not None:
-            self.run.observe(unit, h, y - h)
-        if (gate := self.run.gate.get(unit)) is not None:
+        state, unit = self.state, (self.index, "block")
+        if state.strategy.on_unit is not None:
+            state.strategy.on_unit(unit, h, y - h)
+        if (gate := state.gate.get(unit)) is not None:
             y = h + gate.unsqueeze(-1).to(h.dtype) * (y - h)
-        if self.run.relax is not None:
-            return y  # the gate is 0 where not active, and has a gradient there
-        return torch.where(self.run.active[unit].unsqueeze(-1), y, h)
+        return state.strategy.select(state.active[unit], y, h)
 
     def _layer_sparse(
         self, inner: Callable, h: torch.Tensor, kwargs: dict, keep, stored, skips: bool
     ):
-        """stored: [1, T] tokens that get K/V, None: all; skips: the others do without the whole
-        layer.
+        """Run the layer for the tokens that need it.
+
+        keep: [1, T] tokens whose K/V stay beyond the window. stored: [1, T] tokens that get K/V.
+        None stands for all. skips: the tokens that are not stored skip the whole layer.
         """
-        run = self.run
+        state = self.state
         rows = None if stored is None else _rows(stored)
-        if rows is not None or keep is not None or run.cache.is_partial(self.index):
-            visible = run.cache.begin(
-                self.index, rows, None if keep is None else keep[0], run.kv_window
+        if rows is not None or keep is not None or state.cache.is_partial(self.index):
+            visible = state.cache.begin(
+                self.index, rows, None if keep is None else keep[0], state.kv_window
             )
-            kwargs["attention_mask"] = cached_mask(run, kwargs.get("attention_mask"), visible, rows)
+            kwargs["attention_mask"] = state.masks.sparse(
+                kwargs.get("attention_mask"), visible, rows, state.cache.cell_positions
+            )
         if not skips:
             return inner(h, **kwargs)
         if len(rows) == 0:
             return h
         x = h[:, rows]
         y = _first(inner(x, **_gather_positions(kwargs, rows)))
-        if (gate := run.gate.get((self.index, "block"))) is not None:
+        if (gate := state.gate.get((self.index, "block"))) is not None:
             y = x + gate[:, rows].unsqueeze(-1).to(h.dtype) * (y - x)
         return h.index_copy(1, rows, y)
 
@@ -141,9 +160,9 @@ class LayerRouting:
         return self._run_sparse("ffn", inner, x, kwargs, nothing=torch.zeros_like(x))
 
     def _run_sparse(self, kind: str, inner: Callable, x: torch.Tensor, kwargs: dict, nothing):
-        """With a cache: run the sublayer for the active rows of x [1, T, n_embd]; 0 elsewhere."""
-        active = self.run.active.get((self.index, kind))
-        if active is None or self.run.cache is None:
+        """Run the sublayer; with a cache for the active rows of x [1, T, n_embd] only, 0 elsewhere."""
+        active = self.state.active.get((self.index, kind))
+        if active is None or self.state.cache is None:
             return inner(x, **kwargs)
         rows = _rows(active)
         if len(rows) == 0:
@@ -153,28 +172,27 @@ class LayerRouting:
 
     def _enter_ffn(self, inner: Callable, h: torch.Tensor, kwargs: dict):
         self._h = h
-        self.run.decide((self.index, "ffn"), h)
+        self.state.decide((self.index, "ffn"), h)
         return inner(h, **kwargs)
 
     def _gated(self, kind: str) -> Callable:
-        """A wrapper of the last module before the residual sum: what the unit adds, exactly 0 where
-        not active.
+        """Return a wrapper of the last module before the residual sum.
+
+        What the unit adds is exactly 0 for inactive tokens.
         """
         unit = (self.index, kind)
 
         def gated(inner: Callable, x: torch.Tensor, kwargs: dict):
             out = inner(x, **kwargs)
-            run = self.run
-            if unit not in run.active:
+            state = self.state
+            if unit not in state.active:
                 return out
             delta = _first(out)
-            if run.observe is not None:
-                run.observe(unit, self._h, delta)
-            if (gate := run.gate.get(unit)) is not None:
+            if state.strategy.on_unit is not None:
+                state.strategy.on_unit(unit, self._h, delta)
+            if (gate := state.gate.get(unit)) is not None:
                 delta = gate.unsqueeze(-1).to(delta.dtype) * delta
-            if run.relax is not None:
-                return _replace(out, delta)
-            return _replace(out, torch.where(run.active[unit].unsqueeze(-1), delta, 0.0))
+            return _replace(out, state.strategy.select(state.active[unit], delta, 0.0))
 
         return gated
 
@@ -192,8 +210,9 @@ def _replace(out, value: torch.Tensor):
 
 
 def _gather_positions(kwargs: dict, rows: torch.Tensor) -> dict:
-    """kwargs with positions cut to `rows`: ids [.., T], embeddings [.., T, head_dim]. The mask is
-    cut already.
+    """Return kwargs with the positions cut to `rows`; the mask is cut already.
+
+    Positions are ids [.., T] or embeddings [.., T, head_dim].
     """
 
     def cut(value):

@@ -11,16 +11,14 @@ given:
 
     model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)   # bool [B, T] each
 
-They stand in for a router's decisions, sinks included, and may name any unit of any layer.
-`observe(unit, h, delta)` is called for each block, attn and ffn unit that decides, with its input h
-and what it would add, [B, T, n_embd]. Other keywords go to the base model, e.g. `logits_to_keep`.
-Use torch.inference_mode() unless gradients are wanted: those flow through the active tokens only,
-the decisions are hard; `relax` gives decisions a gradient (relax.py).
+Given decisions replace those of a router, sinks included, and may name any unit of any layer. Other
+keywords go to the base model, e.g. `logits_to_keep`. Use torch.inference_mode() unless gradients
+are wanted. Decisions are hard, so gradients flow through the active tokens only. A `strategy`
+changes that, or looks at the units (routing.DecisionStrategy, training/relaxation.py).
 
-`model.force = "active"` is the dense model, "inactive" skips every unit for every token, sinks
-included; `shift`
-moves all thresholds, in logit space. A base model carries one MoDModel at a time: wrapping it
-again, or `detach`, ends the former.
+`model.force = "active"` is the dense model. "inactive" skips every unit for every token, sinks
+included. `model.shift` moves all thresholds, in logit space. A base model carries one MoDModel at a
+time: to wrap it again, or `detach`, ends the former.
 """
 
 from __future__ import annotations
@@ -38,14 +36,13 @@ from mod_export.errors import UserError
 from mod_export.formats import schema
 from mod_export.model import architectures, directory, generation
 from mod_export.model.cache import MoDCache
-from mod_export.model.layers import LayerRouting
-from mod_export.model.relaxation import is_relaxed
+from mod_export.model.layers import unwrap_layers, wrap_layers
 from mod_export.model.router import Router
-from mod_export.model.routing import Run
+from mod_export.model.routing import DecisionStrategy, RoutingState, TopK
 
 
 @dataclass
-class Trace:
+class RoutingTrace:
     """Router logits and decisions, both [B, T, n_units], units in the order of config.routed().
 
     hidden: residual stream before each layer and at the end, as transformers gives it, where it was
@@ -64,14 +61,11 @@ class MoDModel(nn.Module):
 
     def __init__(self, base: nn.Module, tokenizer, config: MoDConfig, routers: dict[Unit, tuple]):
         super().__init__()
-        parts = architectures.decoder_layers(base)
-        config.validate(len(parts))
+        config.validate(len(architectures.decoder_layers(base)))
         check_routers(config, routers, architectures.n_embd(base))
         eps = architectures.norm_eps(base)
-        if (former := base.__dict__.get("_mod_model")) is not None:
-            former.detach()
         if base.config._attn_implementation not in ("sdpa", "eager"):
-            base.set_attn_implementation("sdpa")  # the others take no mask for each layer
+            base.set_attn_implementation("sdpa")  # other implementations take no mask for a layer
         self.base, self.tokenizer, self.config = base, tokenizer, config
         self.routers = nn.ModuleDict()
         for unit in config.routed():
@@ -79,11 +73,8 @@ class MoDModel(nn.Module):
         self.routers.to(base.device)
         self.force: str | None = None
         self.shift = 0.0
-        self.top_k: dict[str, float] = config.top_k()
-        self.layers = [LayerRouting(index, part) for index, part in enumerate(parts)]
-        base.__dict__["_mod_model"] = (
-            self  # past nn.Module's registry: as a submodule it would be a cycle
-        )
+        self.strategy = TopK(config.top_k()) if config.top_k() else DecisionStrategy()
+        self.layers = wrap_layers(base)
 
     @classmethod
     def from_base(
@@ -113,11 +104,16 @@ class MoDModel(nn.Module):
 
     def router_tensors(self) -> dict[Unit, tuple]:
         """{(layer, kind): (weight [n_embd], bias [1])}."""
-        return {unit: self.router(unit).plain() for unit in self.config.routed()}
+        routers = {unit: self.router(unit) for unit in self.config.routed()}
+        return {unit: (r.weight.detach(), r.bias.detach()) for unit, r in routers.items()}
 
     def router(self, unit: Unit) -> Router:
         """The router of a routed unit, (layer, kind)."""
         return self.routers[_key(unit)]
+
+    def replace_router(self, unit: Unit, router: Router) -> None:
+        """Let another router decide for a routed unit."""
+        self.routers[_key(unit)] = router
 
     @contextmanager
     def forced(self, force: str | None) -> Iterator[None]:
@@ -134,9 +130,7 @@ class MoDModel(nn.Module):
 
     def detach(self) -> None:
         """Give the base model its own forwards back."""
-        for layer in self.layers:
-            layer.detach()
-        self.base.__dict__.pop("_mod_model", None)
+        unwrap_layers(self.base, self.layers)
 
     def forward(
         self,
@@ -146,33 +140,30 @@ class MoDModel(nn.Module):
         decisions=None,
         kv_window=None,
         trace=False,
-        observe=None,
-        relax=None,
-        recompute=False,
+        strategy: DecisionStrategy | None = None,
         **kwargs,
     ):
         """Dense masked form: input_ids [B, T] -> logits [B, T, n_vocab], with `trace` (logits,
-        Trace).
+        RoutingTrace).
 
         attention_mask: [B, T], 0 for padding on either side; positions count from the first token
-        that is none.
+        that is none. strategy: replaces that of the model. Raises ValueError where the base model
+        is not prepared for the strategy.
         """
-        if relax is not None and not is_relaxed(self.base):
-            raise ValueError("relaxed decisions need the attention of `with relaxed(base)`")
+        strategy = strategy or self.strategy
+        strategy.check(self.base)
         position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
             position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = position
-        run = self._run(
-            position, given=decisions or {}, observe=observe, relax=relax, recompute=recompute
-        )
+        state = self._state(position, strategy, given=decisions or {})
         if kv_window is not None:
-            run = replace(run, kv_window=kv_window)
+            state = replace(state, kv_window=kv_window)
         out = self._forward(
-            run, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+            state, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
         )
         return (
-            (out.logits, replace(self._trace(run), hidden=out.hidden_states))
+            (out.logits, replace(self._trace(state), hidden=out.hidden_states))
             if trace
             else out.logits
         )
@@ -194,18 +185,18 @@ class MoDModel(nn.Module):
         position = torch.arange(
             cache.n_tokens, cache.n_tokens + input_ids.shape[1], device=input_ids.device
         )
-        run = self._run(position[None], cache=cache)
+        state = self._state(position[None], self.strategy, cache=cache)
         cache.start(position)
         logits = self._forward(
-            run,
+            state,
             input_ids=input_ids,
             position_ids=position[None],
             past_key_values=cache,
             use_cache=True,
             **kwargs,
         ).logits
-        cache.finish(run.kv_window)
-        return (logits, self._trace(run)) if trace else logits
+        cache.finish(state.kv_window)
+        return (logits, self._trace(state)) if trace else logits
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **kwargs) -> torch.Tensor:
         """Continue one sequence, input_ids [1, T] -> [1, T + n]; the options are those of
@@ -213,45 +204,46 @@ class MoDModel(nn.Module):
         """
         return generation.generate(self, input_ids, max_new_tokens, **kwargs)
 
-    def _run(self, position: torch.Tensor, **kwargs) -> Run:
+    def _state(self, position: torch.Tensor, strategy: DecisionStrategy, **kwargs) -> RoutingState:
         if self.force not in (None, "active", "inactive"):
             raise ValueError(f"force is {self.force!r}, not None, 'active' or 'inactive'")
-        return Run(
+        return RoutingState(
             position=position,
+            strategy=strategy,
             routers={unit: self.router(unit) for unit in self.config.routed()},
             sink_tokens=self.config.sink_tokens,
             kv_window=self.config.kv_window,
             scale_output=self.config.scale_output,
             shift=self.shift,
             force=self.force,
-            top_k=self.top_k,
             additive_masks=self.base.config._attn_implementation == "eager",
             **kwargs,
         )
 
-    def _forward(self, run: Run, **kwargs):
+    def _forward(self, state: RoutingState, **kwargs):
         if torch.is_grad_enabled() and any(
             getattr(m, "gradient_checkpointing", False) for m in self.base.modules()
         ):
-            # its second forward would come when the run is over, and would be that of the dense
-            # model
-            raise UserError("gradient checkpointing is on", "turn it off, and use recompute=True")
+            # Its second forward would come after this one, and would be that of the dense model.
+            raise UserError(
+                "gradient checkpointing is on", "turn it off, and train with --recompute"
+            )
         for layer in self.layers:
-            layer.run = run
+            layer.state = state
         try:
             return self.base(**kwargs)
         finally:
             for layer in self.layers:
-                layer.run = None
+                layer.state = None
 
-    def _trace(self, run: Run) -> Trace:
+    def _trace(self, state: RoutingState) -> RoutingTrace:
         units = self.config.routed()
         if not units:
-            nothing = torch.zeros(*run.position.shape, 0, device=run.position.device)
-            return Trace(logit=nothing, active=nothing.bool())
-        return Trace(
-            logit=torch.stack([run.logit[unit] for unit in units], dim=-1),
-            active=torch.stack([run.active[unit] for unit in units], dim=-1),
+            nothing = torch.zeros(*state.position.shape, 0, device=state.position.device)
+            return RoutingTrace(logit=nothing, active=nothing.bool())
+        return RoutingTrace(
+            logit=torch.stack([state.logit[unit] for unit in units], dim=-1),
+            active=torch.stack([state.active[unit] for unit in units], dim=-1),
         )
 
 

@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 
-from mod_export.calibration.calibrate import MAX_LOGIT
+from mod_export.calibration.thresholds import MAX_LOGIT
 from mod_export.data.packing import PackedData, order
 from mod_export.data.repeats import counted
 from mod_export.errors import UserError
 from mod_export.evaluation import run as eval_run
-from mod_export.model.relaxation import relaxed
 from mod_export.model.router import logit_threshold, threshold_logit
+from mod_export.model.routing import TopK
 from mod_export.training import checkpoints
 from mod_export.training.config import TrainConfig
 from mod_export.training.controller import Controller
 from mod_export.training.log import Log
 from mod_export.training.passages import recall
+from mod_export.training.relaxation import relaxed_attention
 from mod_export.training.sharding import number
 from mod_export.training.student import Student
 
@@ -74,7 +75,7 @@ class Loop:
         """
         log = Log(self.run, self.steps, first, self.control.names) if self.main else None
         try:
-            with relaxed(self.model.base), stopping() as stop:
+            with relaxed_attention(self.model.base), stopping() as stop:
                 self._steps(first, halfway, log, stop)
         finally:
             if log:
@@ -150,7 +151,7 @@ class Loop:
                     loss, figures = self.student(*batch, prices.to(device), shares, total)
                 self.accelerator.backward(loss / config.accumulate)
             seen.append(
-                figures | {"rise": student.lever.grad * (config.accumulate / self._scale())}
+                figures | {"rise": student.group_offset.grad * (config.accumulate / self._scale())}
             )
             if not last and self._stopped(stop):
                 break
@@ -186,7 +187,8 @@ class Loop:
         """The share of a sequence that top-k takes at this step."""
         if self.config.method == "topk":
             kinds = [group[0][1] for group in self.control.groups]
-            self.model.top_k = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
+            shares = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
+            self.model.strategy = TopK(shares)
 
     def _scale(self) -> float:
         """Of the gradients, in float16."""
@@ -271,9 +273,7 @@ class Loop:
             "control": self.control.state_dict(),
             "run": self.identity,
             "thresholds": [router.threshold for router in routers],
-            "buffers": [
-                {name: x.cpu() for name, x in router.named_buffers()} for router in routers
-            ],
+            "buffers": [router.buffer_state() for router in routers],
         }
         if self.accelerator.scaler is not None:  # of fp16
             state["scaler"] = self.accelerator.scaler.state_dict()
@@ -292,8 +292,7 @@ class Loop:
         for unit, p, buffers in zip(self.units, state["thresholds"], state["buffers"], strict=True):
             router = self.model.router(unit)
             router.threshold = p
-            for name, x in buffers.items():
-                setattr(router, name, x.to(self.accelerator.device))
+            router.load_buffer_state(buffers)
         return state["step"]
 
     def _not_finite(self, step: int) -> UserError:

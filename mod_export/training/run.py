@@ -23,7 +23,7 @@ import torch
 
 from mod_export import adapter
 from mod_export.calibration import calibrate
-from mod_export.calibration.drift import DAMPED, hold_steady
+from mod_export.calibration.thresholds import set_thresholds
 from mod_export.common.files import check_dir, locked
 from mod_export.config import UnitConfig
 from mod_export.data.packing import PackedData, open_data, split
@@ -32,12 +32,14 @@ from mod_export.errors import UserError
 from mod_export.model import architectures, loading
 from mod_export.model.lora import inject_lora, merge_lora, without_lora
 from mod_export.model.mod_model import MoDModel
-from mod_export.training import checkpoints, devices, sharding
+from mod_export.model.routing import DecisionStrategy
+from mod_export.training import checkpoints, devices, sharding, steady_router
 from mod_export.training.config import TrainConfig
 from mod_export.training.controller import Controller, groups_of
 from mod_export.training.log import plot
 from mod_export.training.loop import Loop
-from mod_export.training.student import Relax, Student, Weights
+from mod_export.training.relaxation import Relaxation
+from mod_export.training.student import Student, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +181,7 @@ def _run(
     figures = finish(model, loop, config)
     sharding.gather(loop.student, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
+        steady_router.remove(model)
         try:
             write(model, out, save_as, identity, figures, force)
         except UserError as error:
@@ -210,7 +213,8 @@ def prepare(
     """Choose what is trained, make teacher, optimizer and controller, and give them to Accelerate."""
     units = model.config.routed()
     weights = Weights(config.kl_weight, config.hidden_weight, config.lm_weight)
-    model.top_k = {}  # of a baseline that this one may start from; the loop sets it
+    model.strategy = DecisionStrategy()  # not that of a baseline; the loop sets a baseline's own
+    steady_router.install(model)
     teacher = None
     if (
         config.teacher or config.parameters == "full"
@@ -227,7 +231,7 @@ def prepare(
         teacher,
         index,
         weights,
-        Relax(config.temperature),
+        Relaxation(config.temperature),
         config.recompute,
         lambda: without_lora(model.base),
     )
@@ -314,7 +318,7 @@ def halfway(model: MoDModel, loop: Loop, config: TrainConfig, step: int) -> None
     if (
         config.method == "threshold"
         and config.steady
-        and not set(model.config.units) <= set(DAMPED)
+        and not set(model.config.units) <= set(steady_router.KINDS_STEADY_FROM_START)
     ):
         logger.info("measuring what drifts in the model as it is now")
         _hold(model, loop, config, trained=True)
@@ -339,7 +343,7 @@ def finish(model: MoDModel, loop: Loop, config: TrainConfig) -> dict:
 def _hold(model: MoDModel, loop: Loop, config: TrainConfig, trained: bool = False) -> None:
     """On training sequences, as _settle."""
     with loop.accelerator.autocast():
-        hold_steady(
+        steady_router.penalise_drift(
             model, _long(model, loop.train, DRIFT)[0], config.steady, _forward(loop), trained
         )
 
@@ -353,8 +357,8 @@ def _settle(model: MoDModel, loop: Loop, config: TrainConfig, targets: list[floa
         dict(zip(names, values, strict=True)) for values in (loop.control.groups, targets)
     )
     with loop.accelerator.autocast():
-        loop.settled = calibrate.settle_thresholds(
-            model, chosen, groups, shares, forward=_forward(loop), fresh=fresh
+        loop.settled = set_thresholds(
+            model, chosen, groups, shares, forward=_forward(loop), novel=fresh
         )
 
 

@@ -2,7 +2,7 @@
 
 student = Student(model, teacher=None, groups, weights)
 loss, seen = student(ids, counts, fresh, prices, shares, total)   # ids, counts, fresh [B, T]; backward through loss
-student.lever.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
+student.group_offset.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
 dense, logits, trace = student(ids)                 # hard decisions, for evaluation
 _, logits, trace = student(ids, teach=False, logits_to_keep=1)
 """
@@ -10,17 +10,17 @@ _, logits, trace = student(ids, teach=False, logits_to_keep=1)
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mod_export.calibration.calibrate import quantile_logit
+from mod_export.calibration.thresholds import quantile_logit
 from mod_export.data.repeats import counted
 from mod_export.model.mod_model import MoDModel
-from mod_export.model.relaxation import Relax
 from mod_export.model.router import threshold_logit
 from mod_export.training.losses import hidden_loss, logit_loss
+from mod_export.training.relaxation import Relaxation, RelaxedDecisions
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ class Student(nn.Module):
         teacher: nn.Module | None,
         groups: list[list[int]],
         weights: Weights,
-        relax: Relax | None = None,
+        relaxation: Relaxation | None = None,
         recompute: bool = False,
         original=contextlib.nullcontext,
     ):
         super().__init__()
         self.model, self.teacher, self.groups, self.weights = model, teacher, groups, weights
-        self.relax, self.recompute, self.original = relax or Relax(), recompute, original
-        self.lever = None
+        self.relaxation, self.recompute = relaxation or Relaxation(), recompute
+        self.original = original
+        self.group_offset = None
 
     @property
     def _no_split_modules(self):
@@ -92,9 +93,11 @@ class Student(nn.Module):
         states = {"output_hidden_states": True} if self.weights.hidden else {}
         with torch.no_grad():
             dense, dense_states = self._dense(ids, states) if self.weights.teacher else (None, None)
-        self.lever = torch.zeros(len(self.groups), device=ids.device, requires_grad=True)
-        relax = replace(self.relax, lever=self._levers())
-        logits, trace = self.model(ids, trace=True, relax=relax, recompute=self.recompute, **states)
+        self.group_offset = torch.zeros(len(self.groups), device=ids.device, requires_grad=True)
+        strategy = RelaxedDecisions(
+            self.relaxation, self.model.strategy, self._group_offsets(), self.recompute
+        )
+        logits, trace = self.model(ids, trace=True, strategy=strategy, **states)
         weight = counts[:, 1:].float()
         rows = (
             logits[:, :-1].flatten(0, 1),
@@ -139,10 +142,12 @@ class Student(nn.Module):
             "quantile": torch.tensor(quantiles, device=z.device),
         }
 
-    def _levers(self) -> dict:
+    def _group_offsets(self) -> dict:
         units = self.model.config.routed()
         return {
-            units[i]: self.lever[number] for number, group in enumerate(self.groups) for i in group
+            units[i]: self.group_offset[number]
+            for number, group in enumerate(self.groups)
+            for i in group
         }
 
     def _thresholds(self, device) -> torch.Tensor:

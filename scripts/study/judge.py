@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from mod_export.calibration.calibrate import MAX_LOGIT
+from mod_export.calibration.thresholds import MAX_LOGIT
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.evaluation.run import divergence, kv_share
 from mod_export.model import architectures

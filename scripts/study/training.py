@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mod_export.calibration.calibrate import settle_thresholds
+from mod_export.calibration.thresholds import set_thresholds
 from mod_export.config import UnitConfig, of_kinds
 from mod_export.convert import FIRST_ROUTED, convert
 from mod_export.data import text as data_text
@@ -104,7 +104,7 @@ def meet(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
     equal activation.
     """
     groups = made.config.by_kind()
-    settle_thresholds(made, sequences, groups, of_kinds(target, groups), rounds=2)
+    set_thresholds(made, sequences, groups, of_kinds(target, groups), rounds=2)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from mod_export.errors import UserError
 from mod_export.evaluation.perplexity import divergence
 from mod_export.formats import adapter_files
 from mod_export.model import loading
+from mod_export.model.layers import is_wrapped
 from mod_export.model.lora import lora_of
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
@@ -319,7 +320,7 @@ def test_another_model_is_refused_by_what_differs(routers_only, change, tokenize
     base = tiny.base(**change)
     with pytest.raises(UserError, match=words):
         apply(load(routers_only), base, tokenizer)
-    assert "_mod_model" not in base.__dict__
+    assert not is_wrapped(base)
 
 
 @pytest.mark.parametrize(

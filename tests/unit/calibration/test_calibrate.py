@@ -7,7 +7,7 @@ import torch
 
 from mod_export.calibration.calibrate import Plan, calibrate
 from mod_export.calibration.costs import SCORES, Tape, attention, received
-from mod_export.calibration.drift import CHUNK, Moments
+from mod_export.calibration.drift import CHUNK_TOKENS, ChunkMoments
 from mod_export.calibration.layer_hooks import prepared
 from mod_export.calibration.ridge import Ridge, logistic
 from mod_export.data.text import pack, read_texts
@@ -181,9 +181,9 @@ def test_ridge_tells_less_of_what_drifts():
     the second alone.
     """
     torch.manual_seed(0)
-    fit, seen = Ridge(6), Moments(torch.zeros(6))
+    fit, seen = Ridge(6), ChunkMoments()
     for _ in range(8):
-        x = torch.randn(CHUNK, 6)
+        x = torch.randn(CHUNK_TOKENS, 6)
         x[:, 0] = 0.1 * x[:, 0] + torch.randn(1)
         fit.add(x, x[:, 0] + x[:, 1])
         seen.add(x)

@@ -20,6 +20,7 @@ from transformers import (
 from mod_export.errors import UserError
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
+from mod_export.model.routing import DecisionStrategy
 from tests.support import tiny_torch as tiny
 
 SMALL = {
@@ -78,7 +79,7 @@ def test_units_read_and_feed_the_residual_stream(name):
     model(
         IDS,
         decisions=dict.fromkeys(units, on),
-        observe=lambda unit, h, delta: seen.update({unit: (h, delta)}),
+        strategy=DecisionStrategy(lambda unit, h, delta: seen.update({unit: (h, delta)})),
     )
     (h, attn), (h_ffn, ffn), (after, _) = (seen[unit] for unit in units)
     torch.testing.assert_close(h_ffn, h if "parallel" in name else h + attn, atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from mod_export.errors import UserError
 from mod_export.model.mod_model import MoDModel
+from mod_export.model.routing import DecisionStrategy
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_torch import IDS, UNITS, assert_close
 
@@ -158,7 +159,9 @@ def test_scaled_gate_multiplies_what_the_unit_adds(kind):
     model = tiny.mod_model({kind: [5]}, IDS, scale_output=True, sink_tokens=3)
     seen = {}
     logits, trace = model(
-        IDS, trace=True, observe=lambda unit, h, delta: seen.update({unit: (h, delta)})
+        IDS,
+        trace=True,
+        strategy=DecisionStrategy(lambda unit, h, delta: seen.update({unit: (h, delta)})),
     )
     h, delta = seen[5, kind]
     s, active = torch.sigmoid(trace.logit), trace.active

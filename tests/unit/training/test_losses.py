@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mod_export.calibration.calibrate import quantile_logit
+from mod_export.calibration.thresholds import quantile_logit
 from mod_export.training import losses as train_losses
 from mod_export.training.controller import Controller, groups_of
 from mod_export.training.losses import hidden_loss, logit_loss

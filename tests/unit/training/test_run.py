@@ -409,7 +409,7 @@ def test_baselines_run_from_the_same_code(files, tmp_path):
     assert topk["activation"]["attn"] == pytest.approx(
         0.7, abs=0.06
     )  # two sinks of 32 tokens beside the top 70 %
-    assert MoDModel.load(tmp_path / "topk").top_k == {"kv": 0.5, "attn": 0.7}
+    assert MoDModel.load(tmp_path / "topk").strategy.shares == {"kv": 0.5, "attn": 0.7}
     with pytest.raises(UserError, match="chooses by top-k, which looks at later tokens"):
         export(tmp_path / "topk", tmp_path / "topk.gguf")
     static = train(
@@ -440,7 +440,7 @@ def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(
     assert train(files / "mod", tmp_path / "cut", run, resume=True) == whole
     train(tmp_path / "whole", tmp_path / "after", config(files, tokens=2 * LENGTH))
     after = MoDModel.load(tmp_path / "after")
-    assert not after.top_k
+    assert after.strategy.is_causal
     assert after.config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)
 
 

@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 
-from mod_export.model import relaxation
-from mod_export.model.relaxation import Relax, relaxed
 from mod_export.model.router import threshold_logit
-from mod_export.model.routing import among_top
+from mod_export.model.routing import TopK, among_top
+from mod_export.training import relaxation
+from mod_export.training.relaxation import Relaxation, RelaxedDecisions, relaxed_attention
 from mod_export.training.student import Student, Weights
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_torch import IDS, UNITS, assert_close
 
-HARD = Relax(temperature=1e-4, noise=False)
-SMOOTH = Relax(temperature=1.0, noise=False)
+HARD = Relaxation(temperature=1e-4, noise=False)
+SMOOTH = Relaxation(temperature=1.0, noise=False)
 
 
 @pytest.mark.parametrize("scale_output", [False, True], ids=["hard", "scaled"])
@@ -24,9 +24,9 @@ SMOOTH = Relax(temperature=1.0, noise=False)
 def test_without_noise_and_at_low_temperature_decisions_are_the_hard_ones(units, scale_output):
     model = tiny.mod_model(units, IDS, scale_output=scale_output)
     expected, trace = model(IDS, trace=True)
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         assert_close(model(IDS), expected)  # no relaxed decisions asked for
-        logits, relaxed_trace = model(IDS, trace=True, relax=HARD)
+        logits, relaxed_trace = model(IDS, trace=True, strategy=RelaxedDecisions(HARD))
     assert torch.equal(relaxed_trace.active, trace.active)
     assert_close(logits, expected)
     assert_close(model(IDS), expected)  # the attention is the former one
@@ -38,17 +38,17 @@ def test_without_noise_and_at_low_temperature_decisions_are_the_hard_ones(units,
 def test_chunks_of_queries_change_nothing(units, monkeypatch):
     model = tiny.mod_model(units, IDS)
     found = []
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         for chunk in (256, 7, 1):
-            monkeypatch.setattr(relaxation, "CHUNK", chunk)
-            found.append(model(IDS, relax=SMOOTH))
+            monkeypatch.setattr(relaxation, "CHUNK_QUERIES", chunk)
+            found.append(model(IDS, strategy=RelaxedDecisions(SMOOTH)))
     assert_close(found[1], found[0])
     assert_close(found[2], found[0])
     assert (found[0] - model(IDS)).abs().max() > 1e-2  # smooth decisions are others than hard ones
 
 
-def loss_of(model, relax, direction, **kwargs):
-    return (model(IDS, relax=relax, **kwargs) * direction).sum()
+def loss_of(model, relaxation, direction, **kwargs):
+    return (model(IDS, strategy=RelaxedDecisions(relaxation, **kwargs)) * direction).sum()
 
 
 def test_keys_have_the_gradient_of_finite_differences():
@@ -58,7 +58,7 @@ def test_keys_have_the_gradient_of_finite_differences():
         1, IDS.shape[1], 300, generator=torch.Generator().manual_seed(1)
     ).double()
     bias, step = model.routers["2_kv"].bias, 3e-2
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         loss_of(model, SMOOTH, direction).backward()
         ends = []
         for sign in (1, -1):
@@ -74,12 +74,12 @@ def test_skipped_tokens_have_the_gradient_of_what_they_miss():
     """ffn: dL/dz of a token is <dL/d(unit's output), delta> sigmoid'(z), active or not."""
     model, seen = tiny.mod_model({"ffn": [5]}, IDS), {}
 
-    def observe(unit, h, delta):
+    def on_unit(unit, h, delta):
         seen["delta"] = delta
         h.register_hook(lambda gradient: seen.setdefault("residual", gradient))
 
-    with relaxed(model.base):
-        logits, trace = model(IDS, trace=True, relax=HARD, observe=observe)
+    with relaxed_attention(model.base):
+        logits, trace = model(IDS, trace=True, strategy=RelaxedDecisions(HARD, on_unit=on_unit))
         trace.logit.retain_grad()
         (logits[..., 7].sum()).backward()
     out_gradient = last_hidden_gradient(model, 7)
@@ -113,11 +113,11 @@ def last_hidden_gradient(model, column):
 def test_layers_computed_again_give_the_same_gradients(units):
     model, found = tiny.mod_model(units, IDS), []
     direction = torch.randn(1, IDS.shape[1], 300, generator=torch.Generator().manual_seed(1))
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         for recompute in (False, True):
             model.zero_grad()
             torch.manual_seed(3)  # the noise is part of what is computed again
-            loss = loss_of(model, Relax(), direction, recompute=recompute)
+            loss = loss_of(model, Relaxation(), direction, recompute=recompute)
             loss.backward()
             found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*found, strict=True):
@@ -127,14 +127,14 @@ def test_layers_computed_again_give_the_same_gradients(units):
 def test_a_key_is_drawn_with_the_probability_that_its_score_says():
     torch.manual_seed(0)
     z = torch.tensor([-2.0, 0.0, 1.5]).repeat(20000, 1)
-    weight = Relax(temperature=0.3).key(z, torch.zeros_like(z, dtype=torch.bool)).exp()
+    weight = Relaxation(temperature=0.3).key(z, torch.zeros_like(z, dtype=torch.bool)).exp()
     share = (weight > 0.5).float().mean(0)
     torch.testing.assert_close(share, torch.sigmoid(z[0]), atol=0.02, rtol=0)
 
 
 def test_top_k_runs_as_many_tokens_of_each_sequence_as_it_says():
     model = tiny.mod_model({"attn": [2, 3]}, IDS, sink_tokens=0)
-    model.top_k = {"attn": 0.25}
+    model.strategy = TopK({"attn": 0.25})
     _, trace = model(torch.cat((IDS, IDS.flip(1))), trace=True)
     assert trace.active.sum(1).tolist() == [[12, 12], [12, 12]]
     chosen = trace.logit.masked_fill(~trace.active, torch.inf).amin(1)
@@ -148,14 +148,18 @@ def test_top_k_is_relaxed_around_its_own_cut(units):
     model = tiny.mod_model(units, IDS)
     for router in model.routers.values():
         router.bias.data += 20  # the threshold says nothing here
-    model.top_k = dict.fromkeys(units, 0.25)
+    model.strategy = TopK(dict.fromkeys(units, 0.25))
     expected, trace = model(IDS, trace=True)
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         # tokens may lie as close to the cut as they like
-        logits, relaxed_trace = model(IDS, trace=True, relax=Relax(temperature=1e-7, noise=False))
+        logits, relaxed_trace = model(
+            IDS,
+            trace=True,
+            strategy=RelaxedDecisions(Relaxation(temperature=1e-7, noise=False), model.strategy),
+        )
     assert torch.equal(relaxed_trace.active, trace.active)
     assert_close(logits, expected)
-    model.top_k = dict.fromkeys(units, 1.0)
+    model.strategy = TopK(dict.fromkeys(units, 1.0))
     assert bool(model(IDS, trace=True)[1].active.all())
 
 
@@ -176,12 +180,12 @@ def test_the_cut_of_top_k_moves_with_the_logits_so_that_as_many_run():
 
 
 def test_relaxed_decisions_need_their_attention():
-    with pytest.raises(ValueError, match="with relaxed"):
-        tiny.mod_model({"kv": [2]}, IDS)(IDS, relax=Relax())
+    with pytest.raises(ValueError, match="with relaxed_attention"):
+        tiny.mod_model({"kv": [2]}, IDS)(IDS, strategy=RelaxedDecisions(Relaxation()))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_lever_has_the_gradient_of_all_logits_of_a_group(recompute):
+def test_the_group_offset_has_the_gradient_of_all_logits_of_a_group(recompute):
     units = {"kv": [2, 4], "attn": [3], "ffn": [3, 5]}
     model = tiny.mod_model(units, IDS)
     teacher = copy.deepcopy(tiny.base()).requires_grad_(False)
@@ -189,19 +193,19 @@ def test_the_lever_has_the_gradient_of_all_logits_of_a_group(recompute):
     groups = [[i for i, unit in enumerate(routed) if unit[1] == kind] for kind in units]
     student = Student(model, teacher, groups, Weights(), SMOOTH, recompute)
     counts, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]] * 3)
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         loss, seen = student(IDS, counts, counts, torch.zeros(3), shares)
         loss.backward()
     expected = [sum(model.router(routed[i]).bias.grad.item() for i in group) for group in groups]
     assert min(map(abs, expected)) > 1e-6
-    assert student.lever.grad.tolist() == pytest.approx(expected, rel=1e-4)
+    assert student.group_offset.grad.tolist() == pytest.approx(expected, rel=1e-4)
     for quantile, group in zip(seen["quantile"], groups, strict=True):
         for unit in (routed[i] for i in group):  # thresholds moved to a quantile give its share
             router = model.router(unit)
             router.threshold = torch.sigmoid(
                 threshold_logit(router.threshold) + quantile[1].double()
             ).item()
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         # what later units see has changed with the decisions of earlier ones
         seen = student(IDS, counts, counts, torch.zeros(3), shares)[1]
         assert seen["activation"][0] == pytest.approx(0.25, abs=0.1)
@@ -212,12 +216,12 @@ def test_activation_is_that_of_fresh_tokens():
     student = Student(model, None, [[0]], Weights())
     everything, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]])
     fresh = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) < 0.4
-    with relaxed(model.base):
+    with relaxed_attention(model.base):
         whole, some, none = (
             student(IDS, everything, mask, torch.zeros(1), shares)[1]
             for mask in (everything, fresh, ~everything)
         )
-        _, trace = model(IDS, trace=True, relax=Relax(noise=False))
+        _, trace = model(IDS, trace=True, strategy=RelaxedDecisions(Relaxation(noise=False)))
     assert some["activation"].item() == pytest.approx(trace.active[fresh].float().mean().item())
     assert (
         none["activation"] == whole["activation"] != some["activation"]
