@@ -55,7 +55,7 @@ def convert(
             )
     text = read_texts(calibration_text) if calibration_text else None
     with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
-        from mod_export.calibration.calibrate import Plan, calibrate
+        from mod_export.calibration.calibrate import CalibrationPlan, calibrate
         from mod_export.model import architectures, loading
         from mod_export.model.mod_model import MoDModel
 
@@ -66,7 +66,7 @@ def convert(
         kv_window = kv_window or min(
             WINDOW, max(1, (architectures.context_length(base) or 8 * WINDOW) // 8)
         )
-        plan = Plan(
+        plan = CalibrationPlan(
             {kind: layers_of(chosen, n_layer, kind) for kind in kinds},
             target,
             kv_window,

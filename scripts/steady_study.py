@@ -43,7 +43,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     from study import rows
     from study.training import activation_for, judge_point
 
-    from mod_export.calibration.calibrate import Plan, drift, measure, solve
+    from mod_export.calibration.calibrate import CalibrationPlan, drift, measure, solve
     from mod_export.calibration.thresholds import set_thresholds
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.convert import parse_layers
@@ -59,7 +59,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     saved = out / f"fits-{window}.pt"
     if not saved.exists():
         every = sorted({layer for some in sets for layer in some})
-        plan = Plan({"kv": every}, kv_window=window)
+        plan = CalibrationPlan({"kv": every}, kv_window=window)
         fits = measure(base, tokenizer, sequences, plan, print)
         torch.save((fits, drift(base, tokenizer, sequences, plan)), saved)
     (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
@@ -74,7 +74,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
                 continue
             target = activation_for(kv_share, window, 2048, n_layer, n_layer - len(some))
             routed = {unit: fit for unit, fit in fits.items() if unit[0] in some}
-            routers, _ = solve(routed, steady=steady, drift=drifts)
+            routers, _ = solve(routed, drift_penalty=steady, drift=drifts)
             p = tuple(0.5 if layer in some else 0.0 for layer in range(n_layer))
             share = tuple(target if layer in some else 1.0 for layer in range(n_layer))
             config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, share)})

@@ -33,12 +33,11 @@ def main(directory, text, parameters, length, batch, precision, rounds):
 
     from mod_export.common.tables import format_table
     from mod_export.data.text import pack, read_texts
-    from mod_export.model.lora import without_lora
     from mod_export.model.mod_model import MoDModel
     from mod_export.training.config import TrainConfig
+    from mod_export.training.prepare import trained
     from mod_export.training.relaxation import relaxed_attention
-    from mod_export.training.run import trained
-    from mod_export.training.student import Student, Weights
+    from mod_export.training.student import LossWeights, Student
 
     model = MoDModel.load(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +48,7 @@ def main(directory, text, parameters, length, batch, precision, rounds):
         model,
         None,
         [list(range(len(model.config.routed())))],
-        Weights(),
-        original=lambda: without_lora(model.base),
+        LossWeights(),
     )
     twin, of_twin = model.base, optimizer
     if parameters == "routers":

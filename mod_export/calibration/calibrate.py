@@ -1,17 +1,13 @@
-"""Set routers and thresholds without training: measure costs, fit each router, choose thresholds
-for a target.
+"""Set routers and thresholds without training: measure costs, fit routers, choose thresholds.
 
-1. Each unit's router is fitted to the logarithm of what skipping would cost (targets.py, fit.py).
-2. One affine map for all units of a kind turns the predicted log cost into a logit, so that a logit
-   means the same
-   cost in every layer, and layers share the budget as they need it.
-3. One quantile over all (token, unit) pairs of a kind gives the threshold. It is taken on what the
-   routers say
-   while the model skips, since skipping changes what later routers see; a few rounds settle it.
+1. Each unit's router is fitted to the logarithm of what skipping would cost (costs.py, ridge.py).
+2. One affine map for all units of a kind turns the predicted log cost into a logit. So a logit means
+   the same cost in every layer, and layers share the budget as they need it.
+3. One quantile over all (token, unit) pairs of a kind gives the threshold (thresholds.py).
 
 docs/log.md has the comparison behind the defaults.
 
-    config, routers = calibrate(base, tokenizer, Plan(units={"kv": range(2, 30)}))
+    config, routers = calibrate(base, tokenizer, CalibrationPlan(units={"kv": range(2, 30)}))
     model = MoDModel.from_base(base, tokenizer, config, routers)
 """
 
@@ -25,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mod_export.calibration.costs import REPEAT_PROMPT, Tape
+from mod_export.calibration.costs import REPEAT_PROMPT, CostMeter
 from mod_export.calibration.drift import ChunkMeans, router_inputs
 from mod_export.calibration.ridge import Ridge
 from mod_export.calibration.thresholds import routing_of, set_thresholds
@@ -45,23 +41,28 @@ PENALTIES = {
     "attn": 0.3,
     "ffn": 0.3,
 }  # of the ridge, against inputs of variance 1
-STEADY = 3.0  # weight of how much a router follows the kind of text and its length, see steady.py
-SEQUENCE = 1024  # tokens; shorter where the text is short, longer for a wide window
-LONG = 4096  # tokens in a sequence to see what drifts, as far as the model's context goes
+DRIFT_PENALTY = (
+    3.0  # weight of how much a router follows the kind of text and its length (drift.py)
+)
+# Tokens of a sequence: fewer where the text is short, more for a wide window.
+SEQUENCE_TOKENS = 1024
+# Tokens of a sequence to see what drifts, as far as the model's context goes.
+LONG_TOKENS = 4096
 MIN_SEQUENCES = 4
-# a standard deviation of predicted log cost in logits: then p is close to the share skipped
-SPREAD = 1.7
-# keys after this part of a sequence without its last window have too few later queries to judge
-# them by
-LATE = 0.75
+# A standard deviation of predicted log cost in logits. With this value p is close to the share that
+# is skipped.
+LOGIT_SPREAD = 1.7
+# Keys after this part of a sequence without its last window have too few later queries to judge them
+# by.
+JUDGED_SHARE = 0.75
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to calibrate. units: kind -> layers; scores: kind -> score (targets.SCORES).
+class CalibrationPlan:
+    """What to calibrate.
 
-    target: share of (token, unit) pairs that are to run, one number or kind -> number; text,
-    held_out: None is the packaged ones.
+    units: kind -> layers. target: share of (token, unit) pairs that are to run, one number or kind
+    -> number. text: None is the packaged text. scores: kind -> score (costs.SCORES).
     """
 
     units: Mapping[str, Sequence[int]]
@@ -79,13 +80,13 @@ class Plan:
 
 
 @torch.no_grad()
-def calibrate(base: nn.Module, tokenizer, plan: Plan) -> tuple[MoDConfig, dict]:
+def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDConfig, dict]:
     """Return config and routers {(layer, kind): (weight [n_embd], bias [1])}.
 
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
-    first = _first(base, plan)
+    first = _first_config(base, plan)
     fits = measure(base, tokenizer, sequences, plan)
     logger.info("measuring what drifts from one part of a text to the next")
     routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, plan))
@@ -125,18 +126,18 @@ def calibrate(base: nn.Module, tokenizer, plan: Plan) -> tuple[MoDConfig, dict]:
     return _config(base, plan, thresholds, activation, record), routers
 
 
-def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan) -> dict[Unit, Ridge]:
-    """Run the original model over sequences [n, T] and gather, for each unit, what its router is
-    fitted to.
-    """
-    tape = Tape(base, plan.kv_window)
+def measure(
+    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: CalibrationPlan
+) -> dict[Unit, Ridge]:
+    """Run the original model over sequences [n, T], and gather what each router is fitted to."""
+    meter = CostMeter(base, plan.kv_window)
     wanted = {unit: [plan.scores[unit[1]]] for unit in plan.routed()}
     fits = {unit: Ridge(architectures.n_embd(base)) for unit in wanted}
     eps = architectures.norm_eps(base)
     for number, ids in enumerate(sequences):
         logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         text, context = with_repetition(tokenizer, ids, wanted)
-        for unit, (h, costs) in tape.measure(text, wanted, context):
+        for unit, (h, costs) in meter.measure(text, wanted, context):
             rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
             (cost,), x = costs.values(), rms_norm(h, eps)
             fits[unit].add(x[rows], log_cost(cost[rows]))
@@ -144,18 +145,19 @@ def measure(base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan) -> 
 
 
 def drift(
-    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: Plan
+    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: CalibrationPlan
 ) -> dict[Unit, torch.Tensor]:
-    """Of the inputs of each router, [k, n_embd] (steady.py). sequences: [n, T], consecutive parts
-    of a text.
+    """Return the drift of the inputs of each router, [k, n_embd] (drift.py).
+
+    sequences: [n, T], consecutive parts of a text.
     """
     blank = {
         unit: (torch.zeros(architectures.n_embd(base)), torch.zeros(1)) for unit in plan.routed()
     }
-    model = MoDModel.from_base(base, tokenizer, _first(base, plan), blank)
+    model = MoDModel.from_base(base, tokenizer, _first_config(base, plan), blank)
     try:
         n, length = sequences.shape
-        many = together(base, length, n)
+        many = sequences_joined(base, length, n)
         joined = sequences[: n // many * many].reshape(-1, many * length)
         with model.forced("active"):
             return {
@@ -166,26 +168,26 @@ def drift(
         model.detach()
 
 
-def together(base: nn.Module, length: int, n: int) -> int:
-    """How many of n sequences of `length` tokens, one after the other, make one of LONG tokens."""
-    return min(n, max(1, min(LONG, architectures.context_length(base) or length) // length))
+def sequences_joined(base: nn.Module, length: int, n: int) -> int:
+    """Return how many of n sequences of `length` tokens make one of LONG_TOKENS tokens."""
+    return min(n, max(1, min(LONG_TOKENS, architectures.context_length(base) or length) // length))
 
 
 def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
-    """The tokens to fit to: no sinks, which are always active, and no keys whose later queries are
-    few.
+    """Return the tokens to fit to: no sinks, and no keys whose later queries are few.
 
-    kv_window: 0 where the queries are all after the sequence.
+    Sinks are always active. kv_window: 0 where the queries are all after the sequence.
     """
     late = kind == "kv" and kv_window > 0
-    return slice(sink_tokens, int(LATE * (n_token - kv_window)) if late else n_token)
+    return slice(sink_tokens, int(JUDGED_SHARE * (n_token - kv_window)) if late else n_token)
 
 
 def with_repetition(
     tokenizer, ids: torch.Tensor, wanted: dict[Unit, list[str]]
 ) -> tuple[torch.Tensor, int]:
-    """ids, or where a repeat_* score is wanted, ids, a request and ids again; and the length of the
-    first part or 0.
+    """Return ids, or ids, a request and ids again where a repeat_* score is wanted.
+
+    The second value is the length of the first part, or 0.
     """
     if not any(name.startswith("repeat_") for names in wanted.values() for name in names):
         return ids, 0
@@ -194,7 +196,10 @@ def with_repetition(
 
 
 def log_cost(cost: torch.Tensor) -> torch.Tensor:
-    """Natural logarithm; the lowest percent, which may be 0, is raised to the percentile first."""
+    """Return the natural logarithm of costs.
+
+    The lowest percent, which may be 0, is raised to the percentile first.
+    """
     floor = cost.float().quantile(0.01).clamp(min=1e-20)
     return cost.float().clamp(min=floor.item()).log()
 
@@ -202,22 +207,22 @@ def log_cost(cost: torch.Tensor) -> torch.Tensor:
 def solve(
     fits: dict[Unit, Ridge],
     penalties: Mapping[str, float] = PENALTIES,
-    steady: float = STEADY,
+    drift_penalty: float = DRIFT_PENALTY,
     drift: Mapping[Unit, torch.Tensor] | None = None,
 ) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
-    """Routers in logits common to all units of a kind, and the share of variance each explains.
+    """Return routers in logits common to all units of a kind, and the variance each explains.
 
-    drift: of each unit's inputs, as of the function; None: routers may follow it. steady: how much
-    it weighs.
+    drift: of each unit's inputs, as `drift` returns it; None lets routers follow it. drift_penalty:
+    how much the drift weighs.
     """
-    drifts = {unit: drift[unit] * math.sqrt(steady) if drift else None for unit in fits}
+    drifts = {unit: drift[unit] * math.sqrt(drift_penalty) if drift else None for unit in fits}
     routers = {unit: fit.solve(penalties[unit[1]], drifts[unit]) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
     for kind in {kind for _, kind in fits}:
         of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]
         center = sum(mean for mean, _, _ in of_kind) / len(of_kind)
         variance = sum(var + (mean - center) ** 2 for mean, var, _ in of_kind) / len(of_kind)
-        scale = SPREAD / math.sqrt(max(variance, 1e-12))
+        scale = LOGIT_SPREAD / math.sqrt(max(variance, 1e-12))
         for unit in [unit for unit in fits if unit[1] == kind]:
             weight, bias = routers[unit]
             routers[unit] = (weight * scale, (bias - center) * scale)
@@ -229,13 +234,13 @@ def _mean(activation: dict[Unit, float], kind: str) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def _first(base: nn.Module, plan: Plan) -> MoDConfig:
-    """Before there are thresholds."""
+def _first_config(base: nn.Module, plan: CalibrationPlan) -> MoDConfig:
+    """Return the configuration before there are thresholds."""
     return _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
 
 
 def _config(
-    base: nn.Module, plan: Plan, thresholds: dict, activation: dict | None, record: dict
+    base: nn.Module, plan: CalibrationPlan, thresholds: dict, activation: dict | None, record: dict
 ) -> MoDConfig:
     n_layer = len(architectures.decoder_layers(base))
     units = {}
@@ -258,22 +263,23 @@ def _config(
     return config.validate(n_layer)
 
 
-def _sequence_length(base: nn.Module, plan: Plan) -> int:
-    """Tokens of a sequence. Raises UserError where the model's own context is too short for the
-    window.
+def _sequence_length(base: nn.Module, plan: CalibrationPlan) -> int:
+    """Return the tokens of a sequence.
+
+    Raises UserError where the model's own context is too short for the window.
     """
     needed = 4 * plan.kv_window if "kv" in plan.units else 0
-    limit = architectures.context_length(base) or max(SEQUENCE, needed)
+    limit = architectures.context_length(base) or max(SEQUENCE_TOKENS, needed)
     if limit < needed:
         raise UserError(
             f"a window of {plan.kv_window} is too wide for a context of {limit} tokens",
             f"use --kv-window {limit // 4} or less",
         )
-    return min(max(SEQUENCE, needed), limit)
+    return min(max(SEQUENCE_TOKENS, needed), limit)
 
 
-def _texts(tokenizer, plan: Plan, length: int) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Calibration and held-out sequences [n, up to length], and where they are from."""
+def _texts(tokenizer, plan: CalibrationPlan, length: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Return calibration and held-out sequences [n, up to length], and where they are from."""
     if plan.text is None:
         text, held_out = default_texts()
         return pack(tokenizer, text, length), pack(tokenizer, held_out, length), "packaged"

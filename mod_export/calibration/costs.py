@@ -5,7 +5,7 @@ inputs of all layers are kept; then each layer runs once more by itself, last la
 its gradient to the one
 below: memory holds the graph and the attention of one layer only.
 
-    tape = Tape(base, kv_window=64) for unit, (h, costs) in tape.measure(ids, {(5, "kv"):
+    meter = CostMeter(base, kv_window=64) for unit, (h, costs) in meter.measure(ids, {(5, "kv"):
     ["max_value"], (7, "ffn"): ["gradient"]}): ...
 
 Scores of `block`, `attn` and `ffn`, with Δ what the unit adds to the residual stream h:
@@ -53,7 +53,7 @@ REPEAT_PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 _QUERIES = 256  # queries whose attention weights [n_head, _QUERIES, T] are in memory at once
 
 
-class Tape:
+class CostMeter:
     """Runs sequences through `base` and measures costs, layer by layer. Restores the model after
     each sequence.
     """

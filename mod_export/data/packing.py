@@ -44,7 +44,7 @@ class PackedData(torch.utils.data.Dataset):
         predicted.
 
         The first token of a sequence never is, there being nothing to predict it from.
-        fresh: BoolTensor [length], tokens that do not repeat what the data have said before
+        novel: BoolTensor [length], tokens that do not repeat what the data have said before
         (repeats.py).
         """
         begin = np.array(self.source.begin, np.int64)
@@ -52,11 +52,11 @@ class PackedData(torch.utils.data.Dataset):
         ids, loss, repeats = self.source.read(int(self.index[i]) * body, body)
         ids, loss = np.concatenate((begin, ids)), np.concatenate((of_begin, loss))
         loss[0] = False
-        fresh = np.concatenate((of_begin, ~repeats))
+        novel = np.concatenate((of_begin, ~repeats))
         return {
             "input_ids": torch.from_numpy(ids),
             "loss": torch.from_numpy(loss),
-            "fresh": torch.from_numpy(fresh),
+            "novel": torch.from_numpy(novel),
         }
 
     @property

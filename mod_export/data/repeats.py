@@ -6,7 +6,7 @@ in the activation, they let thresholds come out too low for everything else (doc
 
     marks = Repeats()
     marks.mark(ids), marks.mark(more_ids)       # bool, of parts of one long row of tokens
-    active[counted(fresh)]                      # of tokens that are none
+    active[counted(novel)]                      # of tokens that are none
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SLOTS = (
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: 2^64 over the golden ratio
 
 
-def counted(fresh):
-    """fresh: bool, tensor or array -> the tokens whose activation counts: these, and all where
+def counted(novel):
+    """novel: bool, tensor or array -> the tokens whose activation counts: these, and all where
     there are none.
     """
-    return fresh if fresh.any() else ~fresh
+    return novel if novel.any() else ~novel
 
 
 class Repeats:

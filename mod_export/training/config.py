@@ -1,132 +1,168 @@
 """What a training run is told, and what follows from it. Knows nothing of torch.
 
-config = TrainConfig(data=("train/",), target=0.5, parameters="routers").validate(["kv"])
+The help text of each field is that of its option in `mod-export train` (cli/train.py).
+
+    config = TrainConfig(data=("train/",), target=0.5, parameters="routers").validate(["kv"])
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 
 from mod_export.config import of_kinds
 from mod_export.errors import UserError
 
 METHODS = ("threshold", "topk", "static")
 PARAMETERS = ("routers", "lora", "full")
+LOSS_ON = ("all", "answers")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
 DTYPES = ("float32", "bfloat16")
+
+START_ACTIVATION = 0.95  # of kinds that have to grow into skipping
+# The best learning rate of LoRA for a model of this width (docs/log.md).
+LORA_RATE = 1e-3
+LORA_RATE_WIDTH = 576
+FULL_RATE_SHARE = 0.1  # learning rate of all weights over that of LoRA
+
+# What may be another when a run is resumed.
+RESUMABLE_CHANGES = (
+    "data",
+    "router_lr",
+    "lora_lr",
+    "full_lr",
+    "clip",
+    "precision",
+    "recompute",
+    "eval_every",
+    "save_every",
+)
+
+
+def option(default, text: str):
+    """Return a field with a default and a help text."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """data: files and directories; target: activation, one number or {kind: number}.
+    """The options of a training run; help_of gives the meaning of each."""
 
-    method: how tokens are chosen; topk and static are baselines (docs/explanation/training-method.md)
-    parameters: what is trained beside the routers: nothing (`routers`), LoRA, or all weights but
-    embeddings
-    start: activation at the first step, None: the target for `kv`, START for other kinds; anneal:
-    share of the
-        steps from start to target; per_layer: each unit meets the target, instead of all of a kind
-        together
-    load: a constant weight of the load term, None: train_control.py finds it; steady: steady.py
-    learning rates: of routers, LoRA, full weights, None: rate_of(); warmup: share of the steps
-    tokens: of the whole run; length, batch: of a forward on one device; accumulate: forwards of a
-    step
-    loss_on: `all` tokens or only `answers` of chat data
-    precision: of autocast; dtype: of the weights that are not trained, and of a merged model
-    recall: share of sequences that ask for passages of their own text (recall.py)
-    """
-
-    data: tuple[str, ...]
-    target: float | dict[str, float] = 0.5
-    method: str = "threshold"
-    parameters: str = "routers"
-    teacher: str = ""
-    per_layer: bool = False
-    start: float | None = None
-    anneal: float = 0.1
-    load: float | None = None
-    steady: float = 10.0
-    kl_weight: float = 1.0
-    hidden_weight: float = 0.0
-    lm_weight: float = 0.0
-    temperature: float = 0.3
-    tokens: int = 200_000
-    length: int = 512
-    batch: int = 1
-    accumulate: int = 1
-    router_lr: float = 1e-3
-    lora_lr: float | None = None
-    full_lr: float | None = None
-    warmup: float = 0.05
-    clip: float = 1.0
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    loss_on: str = "all"
-    recall: float = 0.0
-    limit: int | None = None
-    precision: str = "auto"
-    dtype: str = "float32"
-    recompute: bool = False
-    seed: int = 0
-    eval_every: int = 100
-    save_every: int = 100
-    held_out: int = 8
-
-    FREE = (
-        "data",
-        "router_lr",
-        "lora_lr",
-        "full_lr",
-        "clip",
-        "precision",
-        "recompute",
-        "eval_every",
-        "save_every",
+    data: tuple[str, ...] = field(
+        metadata={
+            "help": "Text, .gz, JSONL of messages or text, or a directory of these; may be repeated."
+        }
     )
-    START = 0.95
-    LORA_LR, WIDTH = 1e-3, 576
+    target: float | dict[str, float] = option(
+        0.5, "Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8."
+    )
+    method: str = option(
+        "threshold",
+        "How units are chosen: by threshold, or as baselines by top-k of each sequence (which "
+        "cannot be exported) or the same ones for all tokens.",
+    )
+    parameters: str = option(
+        "routers", "What is trained: routers only, LoRA too, or all weights but the embeddings."
+    )
+    teacher: str = option("", "Model to distil from. [default: DIR with all units active]")
+    per_layer: bool = option(
+        False, "Each unit meets the target, instead of all of a kind together."
+    )
+    start: float | None = option(
+        None, "Activation at the first step. [default: the target for kv, 0.95 with other kinds]"
+    )
+    anneal: float = option(0.1, "Share of the steps from start to target activation.")
+    load: float | None = option(None, "A fixed price of activation, in nats. [default: measured]")
+    drift_penalty: float = option(
+        10.0, "How much routers are kept from following the kind of text and its length."
+    )
+    kl_weight: float = option(1.0, "Weight of the KL to the teacher's logits.")
+    hidden_weight: float = option(0.0, "Weight of the distance to the teacher's hidden states.")
+    lm_weight: float = option(0.0, "Weight of the language-model loss.")
+    temperature: float = option(0.3, "Temperature of the relaxed decisions about keys.")
+    tokens: int = option(200_000, "Tokens of the whole run.")
+    length: int = option(512, "Tokens of a sequence.")
+    batch: int = option(1, "Sequences of a forward, per device.")
+    accumulate: int = option(1, "Forwards of a step.")
+    router_lr: float = option(1e-3, "Learning rate of routers.")
+    lora_lr: float | None = option(
+        None, "Learning rate of LoRA. [default: 0.001 at a width of 576, falls with its root]"
+    )
+    full_lr: float | None = option(
+        None, "Learning rate of all weights. [default: a tenth of LoRA's]"
+    )
+    warmup: float = option(
+        0.05, "Share of the steps in which the learning rate rises; then it falls as a cosine."
+    )
+    clip: float = option(1.0, "Largest norm of the gradient.")
+    lora_rank: int = option(16, "Rank of LoRA.")
+    lora_alpha: float = option(32.0, "LoRA counts alpha / rank times.")
+    loss_on: str = option(
+        "all", "Tokens that count: all, or only the assistant's answers in conversations."
+    )
+    recall: float = option(
+        0.0,
+        "Share of sequences that are a conversation about their text, which asks for passages of "
+        "it.",
+    )
+    limit: int | None = option(None, "Read at most this many tokens, of all files in proportion.")
+    precision: str = option(
+        "auto", "Autocast; auto: bf16 on GPUs that have it, else no; fp16 is for GPUs."
+    )
+    dtype: str = option(
+        "float32",
+        "Type of the weights that are not trained, and of a merged model: bfloat16 takes half the "
+        "memory.",
+    )
+    recompute: bool = option(False, "Compute layers again in the backward pass: less memory.")
+    seed: int = option(0, "Seed of the order of the data and of noise.")
+    eval_every: int = option(100, "Steps between evaluations on held-out text.")
+    save_every: int = option(100, "Steps between checkpoints.")
+    held_out: int = option(8, "Sequences to evaluate on.")
 
     def steps(self, processes: int = 1) -> int:
-        """Optimizer steps of the whole run."""
-        return max(
-            1, math.ceil(self.tokens / (self.length * self.batch * self.accumulate * processes))
-        )
+        """Return the number of optimizer steps of the whole run."""
+        tokens = self.length * self.batch * self.accumulate * processes
+        return max(1, math.ceil(self.tokens / tokens))
 
     def target_of(self, kind: str) -> float:
+        """Return the activation of a kind at the end."""
         return self.target[kind] if isinstance(self.target, dict) else self.target
 
     def start_of(self, kind: str) -> float:
-        """Activation of a kind at the first step: kv routers are good from the start, others have
-        to grow into it.
+        """Return the activation of a kind at the first step.
+
+        Routers of `kv` are good from the start; other kinds have to grow into skipping.
         """
         if self.start is not None:
             return self.start
-        return self.target_of(kind) if kind == "kv" else max(self.START, self.target_of(kind))
+        if kind == "kv":
+            return self.target_of(kind)
+        return max(START_ACTIVATION, self.target_of(kind))
 
     def rate_of(self, n_embd: int) -> float:
-        """Learning rate of LoRA or of all weights: best for SmolLM2-135M (docs/log.md), less
-        where there is more.
+        """Return the learning rate of LoRA, or of all weights.
 
-        How it falls with the width, and that all weights have a tenth of LoRA's, is as Schulman et
-        al. found it ("LoRA Without Regret", 2025).
+        The rate falls with the width as Schulman et al. found it ("LoRA Without Regret", 2025). The
+        same source has the tenth for all weights.
         """
-        lora = self.LORA_LR * math.sqrt(self.WIDTH / n_embd)
+        lora = LORA_RATE * math.sqrt(LORA_RATE_WIDTH / n_embd)
         if self.parameters == "lora":
             return lora if self.lora_lr is None else self.lora_lr
-        return 0.1 * lora if self.full_lr is None else self.full_lr
+        return FULL_RATE_SHARE * lora if self.full_lr is None else self.full_lr
 
     def to_dict(self) -> dict:
+        """Return all options as a dictionary."""
         return asdict(self)
 
     def fixed(self) -> dict:
-        """What has to stay as it is when a run is resumed; learning rates may change, and where the
-        data lie.
-        """
-        return {name: value for name, value in self.to_dict().items() if name not in self.FREE}
+        """Return the options that have to stay as they are when a run is resumed."""
+        return {k: value for k, value in self.to_dict().items() if k not in RESUMABLE_CHANGES}
 
     def validate(self, kinds: list[str]) -> TrainConfig:
-        """Return self; raises UserError for what does not fit the model's kinds of units, or
-        together.
+        """Return self.
+
+        Raises UserError for what does not fit the model's kinds of units, or does not fit together.
         """
         of_kinds(self.target, kinds)
         for kind in kinds:
@@ -147,3 +183,13 @@ class TrainConfig:
                 "all weights of the loss are 0", "give --kl-weight, --hidden-weight or --lm-weight"
             )
         return self
+
+
+def help_of(name: str) -> str:
+    """Return the help text of a field of TrainConfig."""
+    return next(f for f in fields(TrainConfig) if f.name == name).metadata["help"]
+
+
+def default_of(name: str):
+    """Return the default of a field of TrainConfig."""
+    return next(f for f in fields(TrainConfig) if f.name == name).default

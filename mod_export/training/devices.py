@@ -1,7 +1,14 @@
-"""The precision that matrices are multiplied in while training.
+"""The devices of a training run: the precision of products, and parameters in pieces.
 
-name = autocast("auto")                  # one of Accelerate's names: no, bf16, fp16
-slower()                                 # 7.3 on a CPU that has no instructions for bf16
+    name = autocast("auto")                  # one of Accelerate's names: no, bf16, fp16
+    bf16_slowdown()                          # 7.3 on a CPU that has no instructions for bf16
+
+Parameters can lie in pieces over the devices: FSDP2, which Accelerate applies to each decoder layer.
+
+    accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+        -m mod_export train ...
+
+A parameter in pieces is whole only while a forward of the prepared module (student.Student) runs.
 """
 
 from __future__ import annotations
@@ -9,12 +16,13 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import nn
 
 from mod_export.errors import UserError
 
 
 def autocast(name: str) -> str:
-    """`auto`: bf16 where a CUDA device has it, else no. Others are Accelerate's names.
+    """Return Accelerate's name of a precision; `auto` is bf16 where a CUDA device has it, else no.
 
     Raises UserError for fp16 on a CPU, where Accelerate would say nothing and train in float32.
     """
@@ -26,11 +34,11 @@ def autocast(name: str) -> str:
     return name
 
 
-def slower() -> float:
-    """How many times as long in bf16 as in float32 a product of matrices takes on this CPU.
+def bf16_slowdown() -> float:
+    """Return the time of a product of matrices in bf16 over that in float32, on this CPU.
 
-    Below 1 where the CPU has instructions for it. Others convert every number, and can be many
-    times slower.
+    The ratio is below 1 where the CPU has instructions for bf16. Other CPUs convert every number,
+    and can be many times slower.
     """
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -43,3 +51,55 @@ def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
     begin = time.perf_counter()
     torch.nn.functional.linear(x, weight)
     return time.perf_counter() - begin
+
+
+def configure(accelerator) -> None:
+    """Set up FSDP2, before `prepare` of Accelerate.
+
+    Raises UserError for FSDP1, which has no parameters of a module's own to gather.
+    """
+    if is_sharded(accelerator):
+        if not accelerator.is_fsdp2:
+            raise UserError("FSDP1 is not supported", "launch it with --fsdp_version 2")
+        # Pieces are put together in their own type: routers are float32, and autocast rounds the
+        # rest as on one device.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def is_sharded(accelerator) -> bool:
+    from accelerate import DistributedType
+
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def gather(module: nn.Module, keep: bool) -> None:
+    """Put whole parameters in the place of pieces, on the CPU, where `keep` is set.
+
+    Every process has to call it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # The next state_dict() would take away what is still whole after the last forward.
+            part.reshard()
+    whole: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for part in module.modules():
+        for name, piece in part._parameters.items():
+            if isinstance(piece, DTensor) and id(piece) not in whole:
+                tensor = piece.detach().full_tensor().cpu()
+                whole[id(piece)] = nn.Parameter(tensor, piece.requires_grad) if keep else piece
+            if id(piece) in whole:
+                part._parameters[name] = whole[id(piece)]
+    if whole and keep:
+        for part in module.modules():
+            part._buffers.update({k: v if v is None else v.cpu() for k, v in part._buffers.items()})
+
+
+def number(x: float | torch.Tensor) -> float:
+    """Return a scalar that may be in pieces, such as the norm of gradients.
+
+    Every process has to call it.
+    """
+    return float(x.full_tensor() if hasattr(x, "full_tensor") else x)

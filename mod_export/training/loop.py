@@ -1,6 +1,7 @@
 """The steps of a training run, on one device or many through Accelerate.
 
-Knows nothing of files of models: train.py makes what it works on, and writes what comes out.
+Knows nothing of files of models: prepare.py makes what a loop works on, and run.py writes what comes
+out.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from mod_export.calibration.thresholds import MAX_LOGIT
+from mod_export.config import Unit
 from mod_export.data.packing import PackedData, order
 from mod_export.data.repeats import counted
 from mod_export.errors import UserError
@@ -27,23 +30,40 @@ from mod_export.model.routing import TopK
 from mod_export.training import checkpoints
 from mod_export.training.config import TrainConfig
 from mod_export.training.controller import Controller
+from mod_export.training.devices import number
 from mod_export.training.log import Log
-from mod_export.training.passages import recall
+from mod_export.training.passages import ask_for_passages
 from mod_export.training.relaxation import relaxed_attention
-from mod_export.training.sharding import number
 from mod_export.training.student import Student
 
 logger = logging.getLogger(__name__)
 
-MIN_RATE = 0.1  # of the learning rate, at the end of its decay
+MIN_RATE_SHARE = 0.1  # of the learning rate, at the end of its decay
+
+
+class Callback(Protocol):
+    """What is done beside the steps of a run."""
+
+    def on_start(self, loop: Loop) -> None:
+        """Prepare the model for the first step; not called for a run that is resumed."""
+
+    def on_half(self, loop: Loop, step: int) -> None:
+        """Act when half of the steps are done; step: their number."""
+
+    def on_end(self, loop: Loop) -> None:
+        """Act after the last step, before the last evaluation."""
 
 
 @dataclass
-class Loop:
-    """student, optimizer: prepared by `accelerator`; identity: what a checkpoint must agree with."""
+class Setup:
+    """What a loop works on; prepare.py makes it.
+
+    student, optimizer: prepared by `accelerator`, Accelerate's object. train, held_out: sequences.
+    run: directory of checkpoint and metrics. identity: what a checkpoint must agree with.
+    """
 
     config: TrainConfig
-    accelerator: object
+    accelerator: Any
     student: Student
     optimizer: torch.optim.Optimizer
     control: Controller
@@ -51,46 +71,60 @@ class Loop:
     held_out: PackedData
     run: Path
     identity: dict
-    settled: dict = field(
-        default_factory=dict
-    )  # activation of each unit when thresholds were last chosen
-    active: dict = field(default_factory=dict)  # on the held-out text, when that was last looked at
 
-    def __post_init__(self):
+
+class Loop:
+    """Runs the steps of a training run.
+
+    activation_at_thresholds: of each unit, when thresholds were last chosen. activation_held_out:
+    of each unit, when the held-out text was last read.
+    """
+
+    def __init__(self, setup: Setup):
+        self.config = setup.config
+        self.accelerator = setup.accelerator
+        self.student = setup.student
+        self.optimizer = setup.optimizer
+        self.control = setup.control
+        self.train = setup.train
+        self.held_out = setup.held_out
+        self.run = setup.run
+        self.identity = setup.identity
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.model = self.accelerator.unwrap_model(self.student).model
         self.units = self.model.config.routed()
         self.main = self.accelerator.is_main_process
         processes = self.accelerator.num_processes
         self.steps = self.config.steps(processes)
-        self.tokens = (
-            self.config.length * self.config.batch * self.config.accumulate * processes
-        )  # of a step
+        of_process = self.config.length * self.config.batch * self.config.accumulate
+        self.tokens_per_step = of_process * processes
+        self.activation_at_thresholds: dict[Unit, float] = {}
+        self.activation_held_out: dict[Unit, float] = {}
 
-    def go(self, first: int = 0, halfway: Callable[[int], None] = lambda step: None) -> None:
-        """Run the steps after `first`. Raises UserError where the loss is no number, SystemExit
-        after SIGTERM.
+    def go(self, callback: Callback, first: int = 0) -> dict:
+        """Run the steps after `first`, and return the figures of the hard model on held-out text.
 
-        halfway: called with the number of steps done when half of them are.
+        Raises UserError where the loss is no number, and SystemExit after SIGTERM or SIGINT.
         """
         log = Log(self.run, self.steps, first, self.control.names) if self.main else None
         try:
             with relaxed_attention(self.model.base), stopping() as stop:
-                self._steps(first, halfway, log, stop)
+                self._steps(first, callback, log, stop)
         finally:
             if log:
                 log.close()
+        callback.on_end(self)
+        self.choose(self.steps)
+        return self.evaluate()
 
-    def _steps(
-        self, first: int, halfway: Callable[[int], None], log: Log | None, stop: list[int]
-    ) -> None:
+    def _steps(self, first: int, callback: Callback, log: Log | None, stop: list[int]) -> None:
         figures = {}
         for step in range(first, self.steps):
             if step == self.steps // 2 != first:  # a checkpoint of this step is written after it
                 with log.aside() if log else contextlib.nullcontext():
-                    halfway(step)
+                    callback.on_half(self, step)
             seen = self._gradients(step, stop)
-            # not before a loss has seen the weights: a step may have spoilt them
+            # A step may have spoilt the weights, so a checkpoint waits until a loss has seen them.
             if self._stopped(stop):
                 self.save(step)
                 self._stop(step, stop)
@@ -98,7 +132,7 @@ class Loop:
                 self.save(step)
             row = self._update(step, seen)
             if log:
-                log.step({"step": step + 1, **row}, self.tokens)
+                log.step({"step": step + 1, **row}, self.tokens_per_step)
             if (step + 1) % self.config.eval_every == 0 or step + 1 == self.steps:
                 figures = self.evaluate()
                 if log:
@@ -111,36 +145,33 @@ class Loop:
             self._stop(self.steps, stop)
 
     def _stopped(self, stop: list[int]) -> bool:
-        """Has any process been told to?"""
-        return bool(
-            self.accelerator.reduce(torch.tensor(float(bool(stop)), device=self.accelerator.device))
-            > 0
-        )
+        """Return whether any process has been told to stop."""
+        told = torch.tensor(float(bool(stop)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told) > 0)
 
     def _stop(self, step: int, stop: list[int]) -> None:
         logger.info(f"stopped after step {step} of {self.steps}; go on with --resume")
         raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
 
     def _gradients(self, step: int, stop: list[int]) -> dict:
-        """Forwards and backwards of a step; -> their mean figures, with the gradients' norm. After
-        the first, none more where `stop` says so: these gradients are not used. Raises UserError
-        where the loss is no number.
+        """Run the forwards and backwards of a step; return their mean figures and the gradients' norm.
+
+        Where `stop` says so, the first forward is the last: these gradients are not used. Raises
+        UserError where the loss is no number.
         """
         config, device = self.config, self.accelerator.device
         self.choose(step)
         prices, shares = self.control.prices(step), self.control.shares(step)
-        seen, student, process = (
-            [],
-            self.accelerator.unwrap_model(self.student),
-            self.accelerator.process_index,
-        )
+        student = self.accelerator.unwrap_model(self.student)
+        process = self.accelerator.process_index
+        seen = []
         first = step * config.accumulate
         batches = [
             self._batch((first + micro) * self.accelerator.num_processes + process)
             for micro in range(config.accumulate)
         ]
-        # mean over forwards and devices of what each counts: so every token weighs the same in the
-        # step
+        # The mean over forwards and devices of what each counts: so every token of the step weighs
+        # the same.
         total = torch.stack([counts[:, 1:].sum() for _, counts, _ in batches]).float().mean()
         total = self.accelerator.reduce(total, "mean")
         for micro, batch in enumerate(batches):
@@ -164,15 +195,12 @@ class Loop:
         return seen | {"norm": norm}
 
     def _update(self, step: int, seen: dict) -> dict:
-        """Move weights and thresholds; -> the step's row of metrics."""
+        """Move weights and thresholds; return the step's row of metrics."""
         rate = rate_at(step, self.steps, self.config.warmup)
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
-        prices, targets, norm = (
-            self.control.prices(step),
-            self.control.target(step),
-            seen.pop("norm"),
-        )
+        for group, rate_at_peak in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate_at_peak * rate
+        prices, targets = self.control.prices(step), self.control.target(step)
+        norm = seen.pop("norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
         slopes = [seen.pop(name) for name in ("quantile", "rise", "slope")]
@@ -184,14 +212,14 @@ class Loop:
         return {k: v.tolist() for k, v in seen.items()} | told
 
     def choose(self, step: int) -> None:
-        """The share of a sequence that top-k takes at this step."""
+        """Set the share of a sequence that top-k takes at this step."""
         if self.config.method == "topk":
             kinds = [group[0][1] for group in self.control.groups]
             shares = dict(zip(kinds, self.control.target(step).tolist(), strict=True))
             self.model.strategy = TopK(shares)
 
     def _scale(self) -> float:
-        """Of the gradients, in float16."""
+        """Return the scale of the gradients, which float16 has."""
         return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
     def _move(self, shift: torch.Tensor) -> None:
@@ -203,14 +231,15 @@ class Loop:
                 router.threshold = logit_threshold(logit)
 
     def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the number-th forward of the run, [batch, length] each: ids, tokens whose loss and
-        whose activation count.
+        """Return the batch of the number-th forward of the run, three times [batch, length].
+
+        These are the ids, the tokens whose loss counts, and the tokens whose activation counts.
         """
         n, items = len(self.train), []
         for i in range(number * self.config.batch, (number + 1) * self.config.batch):
             item = self.train[_order(n, self.config.seed, i // n)[i % n]]
             items.append(
-                recall(
+                ask_for_passages(
                     self.model.tokenizer,
                     item,
                     self.config.recall,
@@ -222,7 +251,7 @@ class Loop:
         device = self.accelerator.device
         return tuple(
             torch.stack([item[name] for item in items]).to(device)
-            for name in ("input_ids", "loss", "fresh")
+            for name in ("input_ids", "loss", "novel")
         )
 
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -230,10 +259,12 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Hard decisions on the held-out text: KL, perplexities, agreement, activation of each kind
-        where the text does not repeat itself, K/V of dense.
+        """Return figures of the hard decisions on the held-out text.
+
+        The activation of each kind is that where the text does not repeat itself.
         """
-        sums, active, fresh, share = torch.zeros(4, dtype=torch.float64), 0.0, 0, 0.0
+        sums = torch.zeros(4, dtype=torch.float64)
+        active, novel, share = 0.0, 0, 0.0
         self.student.eval()
         for i in range(len(self.held_out)):
             item = self.held_out[i]
@@ -241,21 +272,20 @@ class Loop:
             with self.accelerator.autocast():
                 dense, logits, trace = self.student(ids[None])
             sums += eval_run.divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
-            counts = counted(item["fresh"])
+            counts = counted(item["novel"])
             active = active + trace.active[0].cpu()[counts].float().sum(0)
-            fresh += int(counts.sum())
+            novel += int(counts.sum())
             share += eval_run.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
-        of_unit = dict(zip(self.units, (active / fresh).tolist(), strict=True))
-        self.active = of_unit
+        of_unit = dict(zip(self.units, (active / novel).tolist(), strict=True))
+        self.activation_held_out = of_unit
         activation = {
             kind: sum(of_unit[unit] for unit in units) / len(units)
             for kind, units in self.model.config.by_kind().items()
         }
-        of_dense, perplexity = (
-            torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()
-        )  # may be infinite
+        # Both may be infinite.
+        of_dense, perplexity = torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()
         return {
             "kl": kl,
             "perplexity_dense": of_dense,
@@ -266,7 +296,7 @@ class Loop:
         }
 
     def save(self, step: int) -> None:
-        """A checkpoint from which `step` steps are done."""
+        """Write a checkpoint of a run of which `step` steps are done."""
         routers = [self.model.router(unit) for unit in self.units]
         state = {
             "step": step,
@@ -280,13 +310,12 @@ class Loop:
         checkpoints.save(self.run, self.student, self.optimizer, state, self.main)
 
     def restore(self) -> int:
-        """Put the checkpoint's state back; -> its step."""
+        """Put the checkpoint's state back; return its step."""
         state = checkpoints.load(self.run)
         checkpoints.check(state, self.identity)
         checkpoints.restore(self.student, self.optimizer, state)
-        if (
-            self.accelerator.scaler is not None and "scaler" in state
-        ):  # --precision may have changed
+        if self.accelerator.scaler is not None and "scaler" in state:
+            # Another --precision may have been given before.
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.control.load_state_dict(state["control"])
         for unit, p, buffers in zip(self.units, state["thresholds"], state["buffers"], strict=True):
@@ -308,18 +337,19 @@ _order = functools.lru_cache(maxsize=2)(order)
 
 
 def rate_at(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate at a step: linear warm-up, then cosine decay to MIN_RATE."""
+    """Return the share of the learning rate at a step: linear warm-up, then cosine decay to MIN_RATE_SHARE."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
-    return MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    return MIN_RATE_SHARE + (1 - MIN_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to: the step is finished first. A second signal stops
-    at once.
+    """Give a list that SIGTERM and SIGINT append to, so that the step is finished first.
+
+    A second signal stops at once.
     """
     stop: list[int] = []
 

@@ -19,13 +19,14 @@ from mod_export.data.sources import Piece
 from mod_export.data.text import begun
 from mod_export.errors import UserError
 
-TEXT = 3 / 4  # of the sequence, at most; the rest are questions and answers
-WORDS, PASSAGE = 8, 48  # tokens: of a passage that the question gives, and of all of it
-HERE = Path("the training text")  # for messages
+TEXT_SHARE = 3 / 4  # of the sequence, at most; the rest are questions and answers
+WORDS_TOKENS = 8  # of a passage, which the question gives
+PASSAGE_TOKENS = 48
+TEXT_NAME = Path("the training text")  # in messages
 REQUEST = "Repeat the passage that begins with: {}"
 
 
-def recall(
+def ask_for_passages(
     tokenizer,
     item: dict[str, torch.Tensor],
     share: float,
@@ -33,30 +34,30 @@ def recall(
     number: int,
     answers: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """`share` of the items made such conversations, in the model's chat format where it has one;
-    others as they are.
+    """Make such a conversation of an item, or with a chance of 1 - share return it as it is.
 
-    item: input_ids, loss and fresh [T] as PackedData has them. The same for the same seed and
-    number. All tokens count, or, with `answers`, those of the passages only. Raises UserError where
-    the chat template refuses the conversation, or leaves parts of it out.
+    The conversation has the model's chat format where the model has one. item: input_ids, loss and
+    novel [T] as PackedData has them. The result is the same for the same seed and number. All
+    tokens count, or, with `answers`, those of the passages only. Raises UserError where the chat
+    template refuses the conversation, or leaves parts of it out.
     """
     rng = np.random.RandomState([seed, 1, number])
     if rng.random_sample() >= share:
         return item
     ids, length = item["input_ids"].tolist(), len(item["input_ids"])
-    text, messages, made = ids[: int(TEXT * length)], [], []
+    text, messages, made = ids[: int(TEXT_SHARE * length)], [], []
     document = tokenizer.decode(text, skip_special_tokens=True).strip() + "\n\n"
     while len(made) < length:
-        start = rng.randint(0, max(1, len(text) - PASSAGE))
+        start = rng.randint(0, max(1, len(text) - PASSAGE_TOKENS))
         words, passage = (
             tokenizer.decode(text[start : start + n], skip_special_tokens=True)
-            for n in (WORDS, PASSAGE)
+            for n in (WORDS_TOKENS, PASSAGE_TOKENS)
         )
         messages += [
             {"role": "user", "content": document + REQUEST.format(words.strip())},
             {"role": "assistant", "content": passage.strip()},
         ]
-        document = ""  # is given once
+        document = ""  # the document is given once
         so_far, made = len(made), begun(tokenizer, _encode(tokenizer, messages))
         if len(made) <= so_far:
             raise UserError(
@@ -64,7 +65,7 @@ def recall(
             )
     loss = torch.ones(length, dtype=torch.bool)
     if answers:
-        _, (marks,) = encode(tokenizer, [Piece(HERE, messages=messages)], mark=True)
+        _, (marks,) = encode(tokenizer, [Piece(TEXT_NAME, messages=messages)], mark=True)
         loss[len(made) - len(marks) :] = torch.from_numpy(marks)[
             : length - (len(made) - len(marks))
         ]
@@ -72,7 +73,7 @@ def recall(
     return {
         "input_ids": torch.tensor(made[:length]),
         "loss": loss,
-        "fresh": torch.ones(length, dtype=torch.bool),
+        "novel": torch.ones(length, dtype=torch.bool),
     }
 
 
@@ -80,5 +81,5 @@ def _encode(tokenizer, messages: list[dict]) -> list[int]:
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in messages)
     else:
-        text = render(tokenizer, Piece(HERE, messages=messages))
+        text = render(tokenizer, Piece(TEXT_NAME, messages=messages))
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

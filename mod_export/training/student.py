@@ -1,15 +1,14 @@
 """One forward of training as a module, so that Accelerate can wrap it: student, teacher, losses.
 
 student = Student(model, teacher=None, groups, weights)
-loss, seen = student(ids, counts, fresh, prices, shares, total)   # ids, counts, fresh [B, T]; backward through loss
-student.group_offset.grad                                  # [n_groups] slope of the loss, if all logits of a group rise
+loss, seen = student(ids, counts, novel, prices, shares, total)   # counts, novel: [B, T]
+student.group_offset.grad      # [n_groups], slope of the loss if all logits of a group rise
 dense, logits, trace = student(ids)                 # hard decisions, for evaluation
 _, logits, trace = student(ids, teach=False, logits_to_keep=1)
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from mod_export.calibration.thresholds import quantile_logit
 from mod_export.data.repeats import counted
+from mod_export.model.lora import without_lora
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import threshold_logit
 from mod_export.training.losses import hidden_loss, logit_loss
@@ -24,8 +24,8 @@ from mod_export.training.relaxation import Relaxation, RelaxedDecisions
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Of the terms of the loss: distillation on logits, hidden states, language model."""
+class LossWeights:
+    """The weights of the terms of the loss: distillation on logits, hidden states, language model."""
 
     kl: float = 1.0
     hidden: float = 0.0
@@ -39,10 +39,10 @@ class Weights:
 class Student(nn.Module):
     """The MoD model with its teacher, the original model.
 
-    teacher: a frozen copy; None: the model itself with every unit active (and LoRA off), which
-    costs no memory, where
-    the base weights stay as they are. groups: index into the routed units of each group of the load
-    term.
+    teacher: a frozen copy. None is the model itself with every unit active and LoRA off, which
+    costs no memory; it needs base weights that stay as they are. groups: of each group of the load
+    term, the indices of its units among the routed ones. group_offset: [n_groups], a zero that is
+    added to z of all units of a group; its gradient is that of all logits of the group together.
     """
 
     def __init__(
@@ -50,46 +50,46 @@ class Student(nn.Module):
         model: MoDModel,
         teacher: nn.Module | None,
         groups: list[list[int]],
-        weights: Weights,
+        weights: LossWeights,
         relaxation: Relaxation | None = None,
         recompute: bool = False,
-        original=contextlib.nullcontext,
     ):
         super().__init__()
         self.model, self.teacher, self.groups, self.weights = model, teacher, groups, weights
         self.relaxation, self.recompute = relaxation or Relaxation(), recompute
-        self.original = original
         self.group_offset = None
 
     @property
     def _no_split_modules(self):
-        """For Accelerate: what FSDP makes a unit of, as transformers has it."""
+        """What FSDP makes a unit of, as transformers has it; Accelerate asks for it."""
         return self.model.base._no_split_modules
 
     def forward(
         self,
         ids: torch.Tensor,
         counts: torch.Tensor | None = None,
-        fresh: torch.Tensor | None = None,
+        novel: torch.Tensor | None = None,
         prices: torch.Tensor | None = None,
         shares: torch.Tensor | None = None,
         total: torch.Tensor | None = None,
         teach: bool = True,
         **kwargs,
     ):
-        """-> loss, and figures without gradient: kl, nll, hidden, activation of each group and of
-        each unit, and of each group the slope of mean sigmoid(z), and the quantiles of z that
-        `shares` reach.
+        """Return the loss and figures without gradient, or what the hard model gives.
 
-        ids: [B, T]; counts: bool [B, T], tokens whose prediction counts; fresh: bool [B, T], tokens
-        whose activation does, all where there are none; prices: [n_groups] of activation, nats;
-        shares: [n_groups, 2]; total: what sums
-        over tokens are divided by, None: the tokens that count here.
+        ids: [B, T]. counts: bool [B, T], tokens whose prediction counts. novel: bool [B, T], tokens
+        whose activation counts; all where there are none. prices: [n_groups] of activation, nats.
+        shares: [n_groups, 2]. total: what sums over tokens are divided by; None is the number of
+        tokens that count here.
+
+        The figures are kl, nll, hidden, the activation of each group and of each unit, and of each
+        group the slope of mean sigmoid(z) and the quantiles of z that `shares` reach. Without
+        prices the result is the dense logits (None without `teach`), the model's logits and its
+        trace, all by hard decisions.
         """
         if prices is None:
-            return self._dense(ids, kwargs)[0] if teach else None, *self.model(
-                ids, trace=True, **kwargs
-            )
+            dense = self._dense(ids, kwargs)[0] if teach else None
+            return dense, *self.model(ids, trace=True, **kwargs)
         states = {"output_hidden_states": True} if self.weights.hidden else {}
         with torch.no_grad():
             dense, dense_states = self._dense(ids, states) if self.weights.teacher else (None, None)
@@ -113,25 +113,26 @@ class Student(nn.Module):
             seen["hidden"] = distance.detach()
         seen["loss"] = loss.detach()
         z = trace.logit - self._thresholds(ids.device)
-        fresh = counted(fresh)
-        soft, units = torch.sigmoid(z), trace.active[fresh].float().mean(0)
+        novel = counted(novel)
+        soft, units = torch.sigmoid(z), trace.active[novel].float().mean(0)
         terms = torch.stack([soft[..., group].mean() for group in self.groups])
         seen |= {
             "units": units,
             "activation": torch.stack([units[group].mean() for group in self.groups]),
         }
         return loss + (prices * terms).sum(), seen | self._slopes(
-            z.detach().clone(), soft.detach(), fresh, shares
+            z.detach().clone(), soft.detach(), novel, shares
         )
 
     def _slopes(
-        self, z: torch.Tensor, soft: torch.Tensor, fresh: torch.Tensor, shares: torch.Tensor
+        self, z: torch.Tensor, soft: torch.Tensor, novel: torch.Tensor, shares: torch.Tensor
     ) -> dict:
-        """Of each group: slope of the mean of `soft`, and the quantiles of z. z, soft: [B, T,
-        n_units].
+        """Return the slope of the mean of `soft` and the quantiles of z, of each group.
+
+        z, soft: [B, T, n_units].
         """
         z[:, : self.model.config.sink_tokens] = float("inf")  # always active
-        z = z[fresh]
+        z = z[novel]
         quantiles = [
             [quantile_logit(z[..., group], share) for share in of_group]
             for group, of_group in zip(self.groups, shares.tolist(), strict=True)
@@ -157,10 +158,10 @@ class Student(nn.Module):
         )
 
     def _dense(self, ids: torch.Tensor, states: dict):
-        """The original model's logits and hidden states (None where they were not asked for)."""
+        """Return the original model's logits, and its hidden states where they are asked for."""
         if self.teacher is not None:
             out = self.teacher(input_ids=ids, use_cache=False, **states)
             return out.logits, out.hidden_states
-        with self.model.forced("active"), self.original():
+        with self.model.forced("active"), without_lora(self.model.base):
             logits, trace = self.model(ids, trace=True, **states)
         return logits, trace.hidden

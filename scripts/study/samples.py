@@ -15,7 +15,7 @@ from mod_export.calibration.calibrate import (
     solve,
     with_repetition,
 )
-from mod_export.calibration.costs import Tape
+from mod_export.calibration.costs import CostMeter
 from mod_export.calibration.ridge import Ridge, logistic
 from mod_export.model import architectures
 from mod_export.model.router import rms_norm
@@ -43,7 +43,7 @@ def collect(
 ) -> Samples:
     """Measure all scores in `kinds` {kind: scores} on sequences [n, T]."""
     x, cost = {}, {}
-    tape, eps = Tape(base, kv_window), architectures.norm_eps(base)
+    tape, eps = CostMeter(base, kv_window), architectures.norm_eps(base)
     once = {
         kind: [name for name in names if not name.startswith("repeat_")]
         for kind, names in kinds.items()

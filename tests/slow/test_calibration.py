@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mod_export.calibration.calibrate import Plan, calibrate
+from mod_export.calibration.calibrate import CalibrationPlan, calibrate
 from mod_export.convert import FIRST_ROUTED
 from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import run as eval_run
@@ -19,7 +19,9 @@ def calibrated():
     base, tokenizer = loading.load("smollm2")
     text, held_out = default_texts()
     text = "\n\n\n".join(document[:1800] for document in text.split("\n\n\n"))
-    plan = Plan({"kv": range(FIRST_ROUTED["kv"], 30)}, 0.35, kv_window=32, text=text, rounds=1)
+    plan = CalibrationPlan(
+        {"kv": range(FIRST_ROUTED["kv"], 30)}, 0.35, kv_window=32, text=text, rounds=1
+    )
     config, routers = calibrate(base, tokenizer, plan)
     return MoDModel.from_base(base, tokenizer, config, routers), pack(
         tokenizer, held_out, 512, count=2

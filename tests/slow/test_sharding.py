@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
 from mod_export.formats.schema import hf_tensor_names
-from mod_export.training import sharding
+from mod_export.training import devices
 from mod_export.training.log import read
 from mod_export.training.run import train
 from tests.support import tiny_torch as tiny
@@ -104,4 +104,4 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(folder, tmp_path):
 def test_fsdp1_is_refused():
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(UserError, match="FSDP1"):
-        sharding.configure(accelerator)
+        devices.configure(accelerator)

@@ -5,8 +5,8 @@ baselines beaten.
 import pytest
 import torch
 
-from mod_export.calibration.calibrate import Plan, calibrate
-from mod_export.calibration.costs import SCORES, Tape, attention, received
+from mod_export.calibration.calibrate import CalibrationPlan, calibrate
+from mod_export.calibration.costs import SCORES, CostMeter, attention, received
 from mod_export.calibration.drift import CHUNK_TOKENS, ChunkMoments
 from mod_export.calibration.layer_hooks import prepared
 from mod_export.calibration.ridge import Ridge, logistic
@@ -23,12 +23,12 @@ def tokenizer():
 
 
 def seen_of(base, ids, layer):
-    """What the tape sees of one layer, and the gradients there."""
-    tape = Tape(base, kv_window=8)
+    """What the meter sees of one layer, and the gradients there."""
+    meter = CostMeter(base, kv_window=8)
     with prepared(base), torch.enable_grad():
-        inputs, grad = tape._forward(ids)
+        inputs, grad = meter._forward(ids)
         for index in range(len(inputs) - 1, layer - 1, -1):
-            seen, grads, grad = tape._layer(index, inputs[index], grad)
+            seen, grads, grad = meter._layer(index, inputs[index], grad)
     return seen, grads
 
 
@@ -127,7 +127,7 @@ def test_every_score_of_every_kind_is_finite_and_costs_differ(tokenizer):
         repeated = [name for name in names if name not in plain]
         for wanted, text, context in ((plain, ids, 0), (repeated, torch.cat((ids, ids)), 64)):
             if wanted:
-                for _, (h, costs) in Tape(base, kv_window=8).measure(
+                for _, (h, costs) in CostMeter(base, kv_window=8).measure(
                     text, {(3, kind): wanted}, context
                 ):
                     assert h.shape == (64, 64) and list(costs) == sorted(
@@ -139,15 +139,19 @@ def test_every_score_of_every_kind_is_finite_and_costs_differ(tokenizer):
                         ), (kind, name)
 
 
-def test_tape_leaves_the_model_as_it_was():
+def test_the_meter_leaves_the_model_as_it_was():
     base = tiny.base()
     ids = torch.randint(0, 256, (1, 50))
     before = base(ids).logits
-    list(Tape(base, kv_window=8).measure(ids[0], {(1, "kv"): ["gradient"], (2, "ffn"): ["size"]}))
+    list(
+        CostMeter(base, kv_window=8).measure(
+            ids[0], {(1, "kv"): ["gradient"], (2, "ffn"): ["size"]}
+        )
+    )
     assert torch.equal(base(ids).logits, before)
     assert all(p.requires_grad for p in base.parameters())
     with pytest.raises(UserError, match="unknown score 'cosine' for kv"):
-        list(Tape(base, kv_window=8).measure(ids[0], {(1, "kv"): ["cosine"]}))
+        list(CostMeter(base, kv_window=8).measure(ids[0], {(1, "kv"): ["cosine"]}))
 
 
 def test_ridge_is_least_squares_and_logistic_stands_at_its_optimum():
@@ -188,10 +192,10 @@ def test_ridge_tells_less_of_what_drifts():
         fit.add(x, x[:, 0] + x[:, 1])
         seen.add(x)
     drift = seen.drift()
-    plain, steady = fit.solve(1e-6)[0], fit.solve(1e-6, 10**0.5 * drift)[0]
+    plain, corrected = fit.solve(1e-6)[0], fit.solve(1e-6, 10**0.5 * drift)[0]
     assert torch.allclose(plain, torch.tensor([1.0, 1, 0, 0, 0, 0]), atol=1e-3)
-    assert steady[0].abs() < 0.15 and steady[1] == pytest.approx(1.0, abs=0.1)
-    assert (drift @ steady).pow(2).sum() < 0.05 * (drift @ plain).pow(2).sum()
+    assert corrected[0].abs() < 0.15 and corrected[1] == pytest.approx(1.0, abs=0.1)
+    assert (drift @ corrected).pow(2).sum() < 0.05 * (drift @ plain).pow(2).sum()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,7 @@ def test_target_activation_is_met(tokenizer, kinds, target):
     """Within 0.02 on calibration text, measured while the model skips; thresholds are ordinary
     ones.
     """
-    plan = Plan({kind: [2, 3, 4, 5] for kind in kinds}, target, kv_window=16, text=TEXT)
+    plan = CalibrationPlan({kind: [2, 3, 4, 5] for kind in kinds}, target, kv_window=16, text=TEXT)
     config, routers = calibrate(tiny.base(), tokenizer, plan)
     for kind in kinds:
         unit = config.units[kind]
@@ -214,11 +218,11 @@ def test_target_activation_is_met(tokenizer, kinds, target):
 
 def test_calibration_text_too_short(tokenizer):
     with pytest.raises(UserError, match="calibration text too short: .* tokens where"):
-        calibrate(tiny.base(), tokenizer, Plan({"kv": [2]}, text="Far too short."))
+        calibrate(tiny.base(), tokenizer, CalibrationPlan({"kv": [2]}, text="Far too short."))
     with pytest.raises(
         UserError, match="a window of 600 is too wide for a context of 2048 .*; use --kv-window 512"
     ):
-        calibrate(tiny.base(), tokenizer, Plan({"kv": [2]}, kv_window=600))
+        calibrate(tiny.base(), tokenizer, CalibrationPlan({"kv": [2]}, kv_window=600))
 
 
 def test_texts_are_packed_whole_and_named_when_wrong(tokenizer, tmp_path):

@@ -150,15 +150,15 @@ def test_answers_are_the_assistants_words_and_the_end_of_turn(opened, tmp_path):
         assert everything[i]["loss"].sum() == 59
 
 
-def test_what_is_said_again_is_not_fresh(opened, tmp_path):
+def test_what_is_said_again_is_not_novel(opened, tmp_path):
     tokenizer = tiny.tokenizer()
     path = write(tmp_path / "c.jsonl", [{"messages": [*CHAT[:2]]}] * 3)
     packed = opened(tokenizer, [path], 16)
-    fresh = torch.cat([packed[i]["fresh"] for i in range(len(packed))])
+    novel = torch.cat([packed[i]["novel"] for i in range(len(packed))])
     said = len(tokenizer.apply_chat_template(CHAT[:2], tokenize=True)["input_ids"])
     assert said > 2 * PASSAGE
-    assert fresh[: said - PASSAGE].all()
-    assert not fresh[said + PASSAGE - 1 :].any()
+    assert novel[: said - PASSAGE].all()
+    assert not novel[said + PASSAGE - 1 :].any()
 
 
 TEMPLATES = {  # template -> what the answers of CHAT are in it
@@ -322,8 +322,8 @@ def test_a_killed_run_leaves_no_entry(sign, opened, tmp_path):
     left = [p.name for p in (tmp_path / "cache").iterdir()]
     assert left == [] if sign == signal.SIGTERM else all(name.endswith(".tmp") for name in left)
     whole = opened(byte_tokenizer(), [path], 64)
-    fresh = opened(byte_tokenizer(), [path], 64, cache=tmp_path / "fresh")
-    assert torch.equal(all_ids(whole), all_ids(fresh))
+    novel = opened(byte_tokenizer(), [path], 64, cache=tmp_path / "novel")
+    assert torch.equal(all_ids(whole), all_ids(novel))
 
 
 def test_limit_takes_from_all_files_and_tokenises_little(opened, tmp_path, monkeypatch):

@@ -6,7 +6,13 @@ import torch
 
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
-from mod_export.training.passages import PASSAGE, REQUEST, TEXT, WORDS, recall
+from mod_export.training.passages import (
+    PASSAGE_TOKENS,
+    REQUEST,
+    TEXT_SHARE,
+    WORDS_TOKENS,
+    ask_for_passages,
+)
 from tests.support.byte_tokenizer import byte_tokenizer, with_bos
 
 LENGTH = 1024
@@ -27,12 +33,12 @@ def tokenizer(request):
 
 def test_the_text_is_followed_by_questions_about_it(tokenizer):
     plain = item(tokenizer)
-    made = recall(tokenizer, plain, 1.0, seed=0, number=3)
+    made = ask_for_passages(tokenizer, plain, 1.0, seed=0, number=3)
     assert made["input_ids"].shape == (LENGTH,) and made["input_ids"].dtype == torch.int64
     assert made["loss"].tolist() == [False] + [True] * (LENGTH - 1)
     text, written = (
         tokenizer.decode(ids)
-        for ids in (plain["input_ids"][: int(TEXT * LENGTH)], made["input_ids"])
+        for ids in (plain["input_ids"][: int(TEXT_SHARE * LENGTH)], made["input_ids"])
     )
     before, *asked = written.split(REQUEST.format(""))
     assert text.strip() in before and len(asked) >= 2
@@ -45,7 +51,10 @@ def test_the_text_is_followed_by_questions_about_it(tokenizer):
         )
         words, passage = parts[0], parts[1].strip()
         assert passage in text and passage.startswith(words)
-        assert WORDS - 2 <= len(words) <= WORDS and PASSAGE - 2 <= len(passage) <= PASSAGE
+        assert (
+            WORDS_TOKENS - 2 <= len(words) <= WORDS_TOKENS
+            and PASSAGE_TOKENS - 2 <= len(passage) <= PASSAGE_TOKENS
+        )
     if tokenizer.chat_template:
         assert written.startswith("<user>") and written.count("<assistant>") >= 2
 
@@ -56,8 +65,8 @@ def test_only_the_passages_count_where_only_answers_do():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    made = recall(tokenizer, item(tokenizer), 1.0, seed=0, number=3, answers=True)
-    every = recall(tokenizer, item(tokenizer), 1.0, seed=0, number=3)
+    made = ask_for_passages(tokenizer, item(tokenizer), 1.0, seed=0, number=3, answers=True)
+    every = ask_for_passages(tokenizer, item(tokenizer), 1.0, seed=0, number=3)
     assert torch.equal(made["input_ids"], every["input_ids"])
     written = tokenizer.decode(made["input_ids"][made["loss"]])
     expected = [
@@ -73,7 +82,7 @@ def test_there_is_one_beginning_whoever_writes_it(begin):
     tokenizer.chat_template = (
         begin + CHATML + "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    made = recall(tokenizer, item(tokenizer), 1.0, seed=0, number=3, answers=True)
+    made = ask_for_passages(tokenizer, item(tokenizer), 1.0, seed=0, number=3, answers=True)
     ids = made["input_ids"].tolist()
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     written = tokenizer.decode(made["input_ids"][made["loss"]])
@@ -82,9 +91,9 @@ def test_there_is_one_beginning_whoever_writes_it(begin):
 
 def test_it_depends_on_seed_and_number_alone(tokenizer):
     plain = item(tokenizer)
-    ids = recall(tokenizer, plain, 1.0, 0, 3)["input_ids"]
-    assert torch.equal(recall(tokenizer, plain, 1.0, 0, 3)["input_ids"], ids)
-    others = [recall(tokenizer, plain, 1.0, *at)["input_ids"] for at in ((1, 3), (0, 4))]
+    ids = ask_for_passages(tokenizer, plain, 1.0, 0, 3)["input_ids"]
+    assert torch.equal(ask_for_passages(tokenizer, plain, 1.0, 0, 3)["input_ids"], ids)
+    others = [ask_for_passages(tokenizer, plain, 1.0, *at)["input_ids"] for at in ((1, 3), (0, 4))]
     assert not any(torch.equal(other, ids) for other in others)
 
 
@@ -94,7 +103,7 @@ def test_a_share_of_the_sequences_is_changed(tokenizer, share, least, most):
         "input_ids": torch.from_numpy(np.arange(40, 104)),
         "loss": torch.ones(64, dtype=torch.bool),
     }
-    made = [recall(tokenizer, short, share, 0, k) for k in range(200)]
+    made = [ask_for_passages(tokenizer, short, share, 0, k) for k in range(200)]
     assert least <= sum(one is not short for one in made) <= most
     assert all(len(one["input_ids"]) == 64 for one in made)
 
@@ -110,4 +119,4 @@ def test_templates_that_cannot_be_used(template, message):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
-        recall(tokenizer, item(tokenizer), 1.0, 0, 0)
+        ask_for_passages(tokenizer, item(tokenizer), 1.0, 0, 0)

@@ -11,7 +11,7 @@ from mod_export.model.router import threshold_logit
 from mod_export.model.routing import TopK, among_top
 from mod_export.training import relaxation
 from mod_export.training.relaxation import Relaxation, RelaxedDecisions, relaxed_attention
-from mod_export.training.student import Student, Weights
+from mod_export.training.student import LossWeights, Student
 from tests.support import tiny_torch as tiny
 from tests.support.tiny_torch import IDS, UNITS, assert_close
 
@@ -191,7 +191,7 @@ def test_the_group_offset_has_the_gradient_of_all_logits_of_a_group(recompute):
     teacher = copy.deepcopy(tiny.base()).requires_grad_(False)
     routed = model.config.routed()
     groups = [[i for i, unit in enumerate(routed) if unit[1] == kind] for kind in units]
-    student = Student(model, teacher, groups, Weights(), SMOOTH, recompute)
+    student = Student(model, teacher, groups, LossWeights(), SMOOTH, recompute)
     counts, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]] * 3)
     with relaxed_attention(model.base):
         loss, seen = student(IDS, counts, counts, torch.zeros(3), shares)
@@ -213,7 +213,7 @@ def test_the_group_offset_has_the_gradient_of_all_logits_of_a_group(recompute):
 
 def test_activation_is_that_of_fresh_tokens():
     model = tiny.mod_model({"ffn": [2]}, IDS, sink_tokens=0)
-    student = Student(model, None, [[0]], Weights())
+    student = Student(model, None, [[0]], LossWeights())
     everything, shares = torch.ones_like(IDS, dtype=torch.bool), torch.tensor([[0.5, 0.25]])
     fresh = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) < 0.4
     with relaxed_attention(model.base):

@@ -25,9 +25,10 @@ from mod_export.evaluation.run import Plan, evaluate
 from mod_export.export import export
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.model.mod_model import MoDModel
-from mod_export.training import checkpoints
+from mod_export.training import callbacks, checkpoints
 from mod_export.training import loop as train_loop
 from mod_export.training import run as train_module
+from mod_export.training.callbacks import RouterCallback
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import Log, read
 from mod_export.training.run import train
@@ -109,15 +110,15 @@ def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path
     train(files / "mod", tmp_path / "out", run)
     model = MoDModel.load(tmp_path / "out")
     text, _ = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
-    chosen, fresh = train_module._long(model, text, train_module.SETTLE)
-    assert 0.1 < (~fresh).float().mean() < 0.4
+    chosen, novel = callbacks.long_sequences(model, text, callbacks.THRESHOLD_TOKENS)
+    assert 0.1 < (~novel).float().mean() < 0.4
     with torch.inference_mode():
         active = torch.cat([model(ids[None], trace=True)[1].active for ids in chosen]).float()
     for units in (slice(0, 2), slice(2, 3)):  # kv, attn
-        assert active[fresh][:, units].mean() == pytest.approx(0.5, abs=0.01)
+        assert active[novel][:, units].mean() == pytest.approx(0.5, abs=0.01)
     assert abs(active[..., 2].mean() - 0.5) > 0.02
     recorded = model.config.units["attn"].activation[4]
-    assert recorded == pytest.approx(active[fresh][:, 2].mean().item(), abs=1e-4)
+    assert recorded == pytest.approx(active[novel][:, 2].mean().item(), abs=1e-4)
 
 
 def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
@@ -126,7 +127,7 @@ def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
     figures = train(files / "mod", tmp_path / "out", run)
     model = MoDModel.load(tmp_path / "out")
     _, held_out = split(open_data(model.tokenizer, run.data, run.length), run.held_out)
-    assert not any(held_out[i]["fresh"].any() for i in range(run.held_out))
+    assert not any(held_out[i]["novel"].any() for i in range(run.held_out))
     with torch.inference_mode():
         active = torch.cat(
             [
@@ -140,8 +141,8 @@ def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
 def test_routers_lose_their_drift_halfway(files, tmp_path):
     """Nothing is learnt here; the attn router, which the start leaves as it is, comes out another."""
     run = config(files, tokens=2 * 2 * LENGTH, router_lr=1e-12)
-    for name, steady in (("off", 0.0), ("on", 10.0)):
-        train(files / "mod", tmp_path / name, replace(run, steady=steady))
+    for name, penalty in (("off", 0.0), ("on", 10.0)):
+        train(files / "mod", tmp_path / name, replace(run, drift_penalty=penalty))
     start, off, on = (
         MoDModel.load(path).router((4, "attn")).weight
         for path in (files / "mod", tmp_path / "off", tmp_path / "on")
@@ -172,7 +173,7 @@ def test_distillation_lowers_the_divergence(files, tmp_path):
         full_lr=1e-4,
         start=0.5,
         router_lr=3e-4,
-        steady=0,
+        drift_penalty=0,
     )
     figures = train(files / "mod", tmp_path / "out", run)
     untrained = train(
@@ -434,7 +435,7 @@ def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(
     run = config(files, method="topk", tokens=4 * 2 * LENGTH)
     whole = train(files / "mod", tmp_path / "whole", run)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RouterCallback, "on_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(files / "mod", tmp_path / "cut", run)
     assert train(files / "mod", tmp_path / "cut", run, resume=True) == whole
@@ -446,9 +447,11 @@ def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(
 
 @pytest.mark.parametrize("anneal, first", [(0.0, 0.7), (0.5, 0.95)])
 def test_thresholds_begin_where_annealing_does(files, tmp_path, monkeypatch, anneal, first):
-    settle, told = train_module._settle, []
+    set_thresholds, told = RouterCallback._set_thresholds, []
     monkeypatch.setattr(
-        train_module, "_settle", lambda *args: (told.append(args[3]), settle(*args))
+        RouterCallback,
+        "_set_thresholds",
+        lambda *args: (told.append(args[2]), set_thresholds(*args)),
     )
     train(files / "mod", tmp_path / "out", config(files, anneal=anneal, tokens=4 * 2 * LENGTH))
     assert told[0] == pytest.approx([0.5, first]) and told[-1] == [0.5, 0.7]
