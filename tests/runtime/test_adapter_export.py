@@ -19,7 +19,6 @@ from mod_export.formats.base_identity import UNRELATED_DISTANCE, compare, gguf_i
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import read_routers
 from mod_export.inspection import inspect
-from mod_export.model import loading
 from mod_export.model.lora import inject_lora
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
@@ -161,9 +160,3 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(UserError, match="has routers already"):
         export(routers, tmp_path / "again.gguf", base=out)
     assert not (tmp_path / "again.gguf").exists()
-
-
-def test_a_vocabulary_through_transformers_is_the_same():
-    """SmolLM2's, as transformers makes it of the GGUF, against the list in the file."""
-    made = base_identity(plain(), tiny.tokenizer(), "tiny")["tokenizer"]
-    assert made == gguf_identity(GGUFFile.open(loading.embedded_gguf()))["tokenizer"]

@@ -7,16 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
 from mod_export.runtime import bindings
+from tests.support.bad_gguf import ROUTERS, tiny
 from tests.support.c_api import stock_lib
 from tests.support.tiny_gguf import Tiny
-
-V = gguf.GGUFValueType
-NAN = float("nan")
 
 # runs `mod-export` on each line of stdin in one process, so that a crash shows in the process's own
 # exit code
@@ -59,128 +56,16 @@ def refused(result, *words) -> None:
         assert word in err, err
 
 
-def tiny(kinds: str = "kv", layers=(1, 3)) -> Tiny:
-    return Tiny(n_layer=4, n_embd=64, n_head=2, n_head_kv=1, n_ff=64, n_vocab=32).route(
-        layers, kinds
-    )
-
-
-def router(value=None, layer: int = 3, kind: str = "kv", part: str = "weight") -> dict:
-    return {f"blk.{layer}.mod_{kind}.{part}": value}
-
-
-def with_nan(n: int, value: float = NAN) -> np.ndarray:
-    x = np.zeros(n, np.float32)
-    x[n // 2] = value
-    return x
-
-
-def threshold(*p: float, kind: str = "kv") -> dict:
-    return {f"{kind}.threshold": ([float(x) for x in p], V.ARRAY, V.FLOAT32)}
-
-
-# name -> (model, keys and tensors that replace the right ones, words of the message)
-BAD = {
-    "router weight missing": (tiny(), {}, router(), ["blk.3.mod_kv.weight"]),
-    "router bias missing": (tiny(), {}, router(part="bias"), ["blk.3.mod_kv.bias"]),
-    "router too short": (
-        tiny(),
-        {},
-        router(np.zeros(63, np.float32)),
-        ["blk.3.mod_kv.weight", "shape"],
-    ),
-    "router a matrix": (
-        tiny(),
-        {},
-        router(np.zeros((64, 64), np.float32)),
-        ["blk.3.mod_kv.weight", "shape"],
-    ),
-    "bias of two": (
-        tiny(),
-        {},
-        router(np.zeros(2, np.float32), part="bias"),
-        ["blk.3.mod_kv.bias", "shape"],
-    ),
-    "router in f16": (
-        tiny(),
-        {},
-        router(np.zeros(64, np.float16)),
-        ["blk.3.mod_kv.weight", "type"],
-    ),
-    "router NaN": (tiny(), {}, router(with_nan(64)), ["blk.3.mod_kv.weight", "finite"]),
-    "router infinite": (
-        tiny(),
-        {},
-        router(with_nan(64, np.inf)),
-        ["blk.3.mod_kv.weight", "finite"],
-    ),
-    "bias NaN": (tiny(), {}, router(with_nan(1), part="bias"), ["blk.3.mod_kv.bias", "finite"]),
-    "router without a threshold": (tiny(), threshold(0, 0.5, 0, 0), {}, ["blk.3.mod_kv"]),
-    "router in a layer that is not there": (
-        tiny(),
-        {},
-        router(np.zeros(64, np.float32), layer=9),
-        ["blk.9.mod_kv"],
-    ),
-    "threshold without a router": (
-        tiny(),
-        threshold(0, 0.5, 0.5, 0.5),
-        {},
-        ["blk.2.mod_kv.weight"],
-    ),
-    "threshold 1": (tiny(), threshold(0, 0.5, 0, 1), {}, ["llama.mod.kv.threshold"]),
-    "threshold negative": (tiny(), threshold(0, 0.5, 0, -0.5), {}, ["llama.mod.kv.threshold"]),
-    "threshold NaN": (tiny(), threshold(0, 0.5, 0, NAN), {}, ["llama.mod.kv.threshold"]),
-    "threshold list short": (tiny(), threshold(0, 0.5, 0.5), {}, ["llama.mod.kv.threshold"]),
-    "threshold of integers": (
-        tiny(),
-        {"kv.threshold": ([0, 1, 0, 1], V.ARRAY, V.INT32)},
-        {},
-        ["kv.threshold", "type"],
-    ),
-    "threshold a number": (
-        tiny(),
-        {"kv.threshold": (0.5, V.FLOAT32, None)},
-        {},
-        ["kv.threshold", "type"],
-    ),
-    "threshold key missing": (tiny(), {"kv.threshold": (None,) * 3}, {}, ["llama.mod."]),
-    "activation missing": (tiny(), {"kv.activation": (None,) * 3}, {}, ["llama.mod.kv.activation"]),
-    "activation above 1": (
-        tiny(),
-        {"kv.activation": ([1.0, 2.0, 1.0, 1.0], V.ARRAY, V.FLOAT32)},
-        {},
-        ["activation"],
-    ),
-    "block beside attn": (tiny("block+attn"), {}, {}, ["layer 1", "block", "attn"]),
-    "block beside ffn": (tiny("block+ffn"), {}, {}, ["layer 1", "block", "ffn"]),
-    "no complete layer": (tiny("kv", (0, 1, 2, 3)), {}, {}, ["complete K/V"]),
-    "kv_window 0": (tiny(), {"kv_window": (0, V.UINT32, None)}, {}, ["llama.mod.kv_window"]),
-    "kv_window missing": (tiny(), {"kv_window": (None,) * 3}, {}, ["llama.mod.kv_window"]),
-    "version 2": (tiny(), {"version": (2, V.UINT32, None)}, {}, ["llama.mod.version", "2"]),
-    "version missing": (tiny(), {"version": (None,) * 3}, {}, ["mod"]),
-    "version a string": (tiny(), {"version": ("1", V.STRING, None)}, {}, ["llama.mod.version"]),
-    "gating function": (
-        tiny(),
-        {"gating_func": ("softmax", V.STRING, None)},
-        {},
-        ["llama.mod.gating_func", "softmax"],
-    ),
-    "sink_tokens missing": (tiny(), {"sink_tokens": (None,) * 3}, {}, ["llama.mod.sink_tokens"]),
-    "scale_output missing": (tiny(), {"scale_output": (None,) * 3}, {}, ["llama.mod.scale_output"]),
-}
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     commands = []
-    for i, (model, keys, tensors, _) in enumerate(BAD.values()):
+    for i, (model, keys, tensors, _) in enumerate(ROUTERS.values()):
         commands.append(
             ["chat", model.write(folder / f"{i}.gguf", keys, tensors), "--prompt", "hi"]
         )
     before = set(folder.iterdir())
-    answers = dict(zip(BAD, run_all(commands), strict=True))
+    answers = dict(zip(ROUTERS, run_all(commands), strict=True))
     assert set(folder.iterdir()) == before
     return answers
 
@@ -188,9 +73,9 @@ def results(tmp_path_factory):
 @pytest.mark.skipif(
     not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
 )
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_bad_routers(results, name):
-    refused(results[name], *BAD[name][3])
+    refused(results[name], *ROUTERS[name][3])
 
 
 @pytest.mark.skipif(

@@ -10,19 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mod_export.adapter import apply, load, save
+from mod_export.adapter import apply, base_identity, load, save
 from mod_export.convert import convert_adapter
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
 from mod_export.evaluation.perplexity import divergence
 from mod_export.formats import adapter_files
+from mod_export.formats.base_identity import gguf_identity
+from mod_export.formats.gguf import GGUFFile
 from mod_export.model import loading
 from mod_export.model.layers import is_wrapped
 from mod_export.model.lora import lora_of
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.tiny_adapter import IDS, TOKENIZER, UNITS, saved, trained
+from tests.support.tiny_adapter import IDS, TOKENIZER, saved, trained
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,6 @@ def test_routers_that_cannot_be_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-NAME = "model.layers.3.mod_kv.weight"
 LORA_NAME = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 
@@ -127,63 +128,6 @@ def remove(file):
 
 
 DAMAGE = {
-    "no mod.json": (remove("mod.json"), "has no mod.json"),
-    "mod.json broken": (lambda path: (path / "mod.json").write_text("{"), "mod.json is no JSON"),
-    "mod.json a list": (
-        lambda path: (path / "mod.json").write_text("[]"),
-        "mod.json holds no JSON object",
-    ),
-    "mod.json not text": (
-        lambda path: (path / "mod.json").write_bytes(b"\xff\xfe"),
-        "mod.json is no JSON",
-    ),
-    "no key base": (values("mod.json", lambda d: d.pop("base")), "the keys mod and base"),
-    "other version": (values("mod.json", lambda d: d["mod"].update(version=2)), "mod.version is 2"),
-    "other key": (values("mod.json", lambda d: d["mod"].update(sinks=2)), "mod.sinks"),
-    "no unit": (
-        values("mod.json", lambda d: [d["mod"].pop(kind) for kind in UNITS]),
-        "routes no unit",
-    ),
-    "layers": (values("mod.json", lambda d: d["base"].update(n_layer=7)), "the model has 7 layers"),
-    "no layers": (values("mod.json", lambda d: d["base"].update(n_layer=0)), "base.n_layer is 0"),
-    "base name": (values("mod.json", lambda d: d["base"].update(name=None)), "base.name is None"),
-    "base key": (
-        values("mod.json", lambda d: d["base"].pop("tokenizer")),
-        "base is not an object with the keys",
-    ),
-    "weights": (
-        values("mod.json", lambda d: d["base"]["weights"]["ffn"].pop()),
-        "base.weights.ffn",
-    ),
-    "weights nan": (
-        values("mod.json", lambda d: d["base"]["weights"].update(ffn=[float("nan")] * 128)),
-        "weights.ffn",
-    ),
-    "width": (values("mod.json", lambda d: d["base"].update(n_embd=65)), "n_embd 64, the model 65"),
-    "no routers": (remove("routers.safetensors"), "has no routers.safetensors"),
-    "router missing": (tensors("routers.safetensors", lambda t: t.pop(NAME)), f"{NAME} is missing"),
-    "router short": (
-        tensors("routers.safetensors", lambda t: t.update({NAME: torch.zeros(63)})),
-        f"{NAME} is not of",
-    ),
-    "router nan": (
-        tensors("routers.safetensors", lambda t: t[NAME].fill_(torch.nan)),
-        f"{NAME} holds a value",
-    ),
-    "router f16": (
-        tensors("routers.safetensors", lambda t: t.update({NAME: t[NAME].half()})),
-        f"{NAME} is not f32",
-    ),
-    "router too many": (
-        tensors(
-            "routers.safetensors", lambda t: t.update({NAME.replace("3", "5"): t[NAME].clone()})
-        ),
-        "no routed unit",
-    ),
-    "routers truncated": (
-        lambda p: cut(p / "routers.safetensors"),
-        "routers.safetensors is damaged or truncated",
-    ),
     "no config": (remove("adapter_config.json"), "has no adapter_config.json"),
     "no weights": (remove("adapter_model.safetensors"), "has no adapter_model.safetensors"),
     "config broken": (
@@ -352,30 +296,13 @@ def test_rounding_to_bf16_is_no_difference(with_lora, caplog):
     assert caplog.messages == [] and model.base.dtype == torch.bfloat16
 
 
+def test_a_vocabulary_through_transformers_is_the_same():
+    """SmolLM2's, as transformers makes it of the GGUF, against the list in the file."""
+    made = base_identity(tiny.base(), tiny.tokenizer(), "tiny")["tokenizer"]
+    assert made == gguf_identity(GGUFFile.open(loading.embedded_gguf()))["tokenizer"]
+
+
 # --- names and commands
-
-
-def test_packaged(routers_only, with_lora, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_files, "PACKAGED", tmp_path / "adapters")
-    with pytest.raises(UserError, match="no such adapter: tiny-kv; give a directory$"):
-        adapter_files.resolve("tiny-kv")
-    (tmp_path / "adapters").mkdir()
-    copied(routers_only, tmp_path / "adapters/tiny-kv")
-    assert (
-        adapter_files.packaged("tiny-kv")
-        == adapter_files.resolve("tiny-kv")
-        == tmp_path / "adapters/tiny-kv"
-    )
-    assert (
-        adapter_files.packaged("../adapters/tiny-kv") is None and adapter_files.packaged("") is None
-    )
-    with pytest.raises(UserError, match="or one of tiny-kv"):
-        adapter_files.resolve("none")
-    with pytest.raises(UserError, match="is no adapter"):
-        adapter_files.resolve(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    copied(with_lora, tmp_path / "tiny-kv")  # a path goes before a packaged name
-    assert load(adapter_files.resolve("tiny-kv")).lora is not None
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mod_export.errors import UserError
+from mod_export.formats.hf_directory import stored_type
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
 
@@ -119,3 +120,8 @@ def test_damage_is_named(saved, damage, named):
         MoDModel.load(saved[1])
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_stored_type_of_what_transformers_saves(tmp_path):
+    tiny.base().bfloat16().save_pretrained(tmp_path / "half")
+    assert stored_type(tmp_path / "half") == "bf16"

@@ -1,0 +1,141 @@
+"""A tiny MoD directory and a tiny adapter without torch, and what gguf-py reads in a GGUF file.
+
+path = write_directory(tmp_path / "mod", {"kv": [2, 3], "ffn": [4]})   # no base weights but one matrix
+edited(path, tmp_path / "copy", tensors=lambda tensors: tensors.pop(name))
+assert_same_base("mod.gguf", "base.gguf")
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.formats import adapter_files, schema
+from mod_export.formats.base_identity import SAMPLE_SIZE
+
+N_LAYER, N_EMBD = 6, 64
+
+
+def config(units: dict[str, list[int]], n_layer: int = N_LAYER) -> MoDConfig:
+    """Threshold and activation 0.5 in the routed layers."""
+    made = {}
+    for kind, layers in units.items():
+        routed = [layer in layers for layer in range(n_layer)]
+        made[kind] = UnitConfig(
+            threshold=tuple(0.5 if here else 0.0 for here in routed),
+            activation=tuple(0.5 if here else 1.0 for here in routed),
+        )
+    return MoDConfig(sink_tokens=2, kv_window=8, units=made)
+
+
+def router_tensors(mod: MoDConfig, n_embd: int = N_EMBD) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for unit in mod.routed():
+        weight, bias = schema.hf_tensor_names(*unit)
+        tensors[weight] = rng.standard_normal(n_embd).astype(np.float32)
+        tensors[bias] = rng.standard_normal(1).astype(np.float32)
+    return tensors
+
+
+def write_directory(path: Path, units: dict[str, list[int]], n_layer: int = N_LAYER) -> Path:
+    """A MoD directory, of whose base it holds the embedding alone."""
+    mod = config(units, n_layer)
+    path.mkdir(parents=True)
+    data = {"architectures": ["LlamaForCausalLM"], "mod": mod.to_dict()}
+    (path / "config.json").write_text(json.dumps(data))
+    embedding = {"model.embed_tokens.weight": np.zeros((4, N_EMBD), np.float32)}
+    save_file(embedding | router_tensors(mod), path / "model.safetensors")
+    return path
+
+
+def write_adapter(path: Path, units: dict[str, list[int]]) -> Path:
+    """An adapter without LoRA, for a base that has zeros where its identity samples it."""
+    mod = config(units)
+    path.mkdir(parents=True)
+    base = {
+        "name": "tiny",
+        "model_type": "llama",
+        "n_layer": N_LAYER,
+        "n_embd": N_EMBD,
+        "n_vocab": 300,
+        "tokenizer": "",
+        "weights": {name: [0.0] * SAMPLE_SIZE for name in ("embedding", "ffn")},
+    }
+    data = {"mod": mod.to_dict(), "base": base}
+    (path / adapter_files.MOD_JSON).write_text(json.dumps(data))
+    save_file(router_tensors(mod), path / adapter_files.ROUTERS)
+    return path
+
+
+def edited(
+    source: Path,
+    target: Path,
+    config: Callable[[dict], object] | None = None,
+    tensors: Callable[[dict], object] | None = None,
+) -> Path:
+    """A copy of a MoD directory with its config.json or its tensors changed."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    if config:
+        data = json.loads((target / "config.json").read_text())
+        config(data)
+        (target / "config.json").write_text(json.dumps(data))
+    if tensors:
+        weights = load_file(target / "model.safetensors")
+        tensors(weights)
+        save_file(weights, target / "model.safetensors")
+    return target
+
+
+@functools.cache  # gguf-py takes seconds for a vocabulary
+def reader_of(path: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(path)
+
+
+def keys_of(path: Path) -> dict:
+    """Name -> types and value, or the bytes of a long array."""
+    fields = [
+        field for name, field in reader_of(path).fields.items() if not name.startswith("GGUF.")
+    ]
+    return {
+        f.name: (f.types, f.contents() if len(f.data) < 100 else b"".join(map(bytes, f.parts)))
+        for f in fields
+    }
+
+
+def tensors_of(path: Path) -> dict:
+    """Name -> type, shape and bytes."""
+    return {
+        t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader_of(path).tensors
+    }
+
+
+def assert_same_base(mod: Path, base: Path, *, ignore=()) -> None:
+    """`mod` is `base` and nothing but the schema's keys and tensors more."""
+    ours, theirs = keys_of(mod), keys_of(base)
+    assert {name: ours.get(name) for name in theirs if name not in ignore} == {
+        name: value for name, value in theirs.items() if name not in ignore
+    }
+    assert all(name.startswith("llama.mod.") for name in ours.keys() - theirs.keys())
+    ours, theirs = tensors_of(mod), tensors_of(base)
+    assert {name: ours.get(name) for name in theirs} == theirs
+    assert all(schema.ROUTER_TENSOR.fullmatch(name) for name in ours.keys() - theirs.keys())
+
+
+def export_refused(run_cli, folder, *args) -> str:
+    """Run export in `folder`; demand one line and nothing left behind. Returns the line."""
+    before = sorted(folder.rglob("*"))
+    result = run_cli("export", *args, cwd=folder)
+    assert result.returncode == 2, result
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert sorted(folder.rglob("*")) == before
+    return result.stderr
