@@ -1,5 +1,4 @@
-"""Measures variants that take turns: in prefill a chunk of the prompt each, in decode a few tokens
-each.
+"""Measures variants that take turns: a chunk of the prompt in prefill, a few tokens in decode.
 
 runs = measure(team, ["ceiling", "mod"], step, shift=0.0, rounds=12, seconds=10, progress=Progress())
 runs["decode"]["mod"].ms                   # [repeats, turns]
@@ -17,18 +16,21 @@ import numpy as np
 from mod_export.benchmark.processes import Team
 from mod_export.common.progress import Progress
 
-CHUNK = 512  # tokens of a prefill's turn, at least an ubatch
-# steps of a decode's turn; the first is not timed, it brings the weights back into the caches
-SLICE = 8
-MOST = 8  # times the turns that were asked for, where they are short
-# steps decoded before the tail is taken back, so that all happens at one context; at most
-# kv_rollback
-TAIL = 64
+MIN_CHUNK_TOKENS = 512  # of a prefill's turn, which has at least an ubatch
+# Steps of a decode's turn. The first is not timed, because it brings the weights back into the
+# caches.
+TURN_STEPS = 8
+MAX_TURNS_FACTOR = 8  # where turns are short: at most so many times the turns that were asked for
+# Steps that are decoded before the tail is taken back, so that all of them happen at one context. At
+# most kv_rollback.
+TAIL_STEPS = 64
+# Tokens of context at which attention takes about as long as everything else.
+ATTENTION_HALF_TOKENS = 4000
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a set of processes is started for. types: ggml types of K and V."""
+    """What a set of processes is started for; types: ggml types of K and V."""
 
     context: int
     batch: int = 1
@@ -40,22 +42,22 @@ class Step:
     @property
     def chunk(self) -> int:
         """Tokens of a prefill's turn."""
-        return max(CHUNK, self.ubatch)
+        return max(MIN_CHUNK_TOKENS, self.ubatch)
 
     @property
     def label(self) -> str:
-        """For people."""
-        more = f" x {self.batch}" if self.batch > 1 else ""
-        return f"context {self.context}{more}, K/V {self.kv_type}, ubatch {self.ubatch}" + (
-            "" if self.flash_attn else ", no flash attention"
-        )
+        """The step in words."""
+        sequences = f" x {self.batch}" if self.batch > 1 else ""
+        label = f"context {self.context}{sequences}, K/V {self.kv_type}, ubatch {self.ubatch}"
+        return label if self.flash_attn else label + ", no flash attention"
 
 
 @dataclass
 class Run:
-    """One variant's measurements of a phase. ms, activation: [repeats, turns]; perf: sums of the
-    runtime's counters; units: kind -> [active, seen]; kv, rss_peak, vram (None without a GPU): at
-    the end of the phase, bytes.
+    """One variant's measurements of a phase.
+
+    ms, activation: [repeats, turns]. perf: sums of the runtime's counters. units: kind -> [active,
+    seen]. kv, rss_peak, vram (None without a GPU): bytes at the end of the phase.
     """
 
     ms: np.ndarray
@@ -69,24 +71,25 @@ class Run:
 
     @classmethod
     def of(cls, answers: list[list[dict]]) -> "Run":
-        """From the process's answers, [repeats][turns]."""
-        ms, activation = (
-            np.array([[f(x) for x in turns] for turns in answers])
-            for f in (lambda x: sum(x["ms"]), lambda x: x["activation"])
+        """The run of a process's answers, [repeats][turns]."""
+        run = cls(
+            ms=np.array([[sum(answer["ms"]) for answer in turns] for turns in answers]),
+            activation=np.array([[answer["activation"] for answer in turns] for turns in answers]),
         )
-        run = cls(ms, activation)
-        for answer in (x for turns in answers for x in turns):
-            run.perf.update(answer["perf"])
-            for kind, counts in answer["units"].items():
-                run.units[kind] = run.units.get(kind, 0) + np.array(counts)
-            if "sample_ms" in answer:
-                run.sample_ms.append(answer["sample_ms"])
+        for turns in answers:
+            for answer in turns:
+                run.perf.update(answer["perf"])
+                for kind, counts in answer["units"].items():
+                    run.units[kind] = run.units.get(kind, 0) + np.array(counts)
+                if "sample_ms" in answer:
+                    run.sample_ms.append(answer["sample_ms"])
         return run
 
 
 def join(parts: list[dict[str, dict[str, Run]]]) -> dict[str, dict[str, Run]]:
-    """Measurements of the same step by processes that were started anew, as one: their repeats one
-    after the other.
+    """Measurements of one step by processes that were started anew, as one measurement.
+
+    Their repeats stand one after the other.
     """
     return {
         phase: {name: _join([part[phase][name] for part in parts]) for name in runs}
@@ -95,7 +98,9 @@ def join(parts: list[dict[str, dict[str, Run]]]) -> dict[str, dict[str, Run]]:
 
 
 def _join(runs: list[Run]) -> Run:
-    last, units, perf = runs[-1], runs[0].units, Counter()
+    last = runs[-1]
+    units = runs[0].units
+    perf: Counter = Counter()
     for run in runs:
         perf.update(run.perf)  # a sum of counters would leave out zeros
     return Run(
@@ -119,10 +124,10 @@ def measure(
     seconds: float,
     progress: Progress,
 ) -> dict[str, dict[str, Run]]:
-    """phase -> variant -> its run, of `rounds` turns of each variant in prefill and three times as
-    many in decode.
+    """phase -> variant -> its run.
 
-    More where they are short, and so noisier: a phase takes at least `seconds`, or MOST times the
+    Each variant has `rounds` turns in prefill and three times as many in decode. It has more where
+    turns are short, and so noisier: a phase takes at least `seconds`, or MAX_TURNS_FACTOR times the
     turns.
     """
     warm_up(team, names, step, shift)
@@ -133,7 +138,7 @@ def measure(
 
 
 def warm_up(team: Team, names: list[str], step: Step, shift: float) -> None:
-    """Brings weights, code and compute buffers into memory: one turn that does not count."""
+    """Bring weights, code and compute buffers into memory, by one turn that does not count."""
     team.ask_all(names, do="clear", shift=shift)
     team.ask_all(names, do="prefill", seq=0, start=0, n=min(step.context, step.chunk))
 
@@ -154,20 +159,19 @@ def _prefill(
         seq, start, n = chunks[i]
         return team.ask(name, do="prefill", seq=seq, start=start, n=n)
 
-    # a chunk's work grows with what is before it; 4000: about where attention takes as long as all
-    # else
-    weights = [n * (1 + start / 4000) for _, start, n in chunks]
+    # The work of a chunk grows with the context before it.
+    weights = [n * (1 + start / ATTENTION_HALF_TOKENS) for _, start, n in chunks]
     return _take_turns(team, names, least, weights, begin, turn, progress, f"{step.label}: prefill")
 
 
 def _decode(team: Team, names: list[str], step: Step, least: tuple, progress: Progress) -> dict:
-    n = TAIL // SLICE
+    n = TAIL_STEPS // TURN_STEPS
 
     def begin() -> None:
         team.ask_all(names, do="rewind")
 
     def turn(name: str, i: int) -> dict:
-        return team.ask(name, do="decode", start=i * SLICE, n=SLICE)
+        return team.ask(name, do="decode", start=i * TURN_STEPS, n=TURN_STEPS)
 
     return _take_turns(
         team, names, least, [1.0] * n, begin, turn, progress, f"{step.label}: decode"
@@ -184,15 +188,17 @@ def _take_turns(
     progress: Progress,
     label: str,
 ) -> dict[str, Run]:
-    """Repeats until there are enough turns: `least` many, that many seconds; the first repeat tells
-    how many.
+    """Repeat until there are enough turns.
 
-    weights: how long each turn of a repeat takes, in any unit.
+    least: the number of turns, and the seconds that they take. The first repeat tells how many
+    repeats that is. weights: how long each turn of a repeat takes, in any unit.
     """
     started = time.monotonic()
     answers = [_repeat(names, begin, turn, progress.count(label, range(len(weights)), weights))]
     fewest = math.ceil(least[0] / len(weights))
-    repeats = max(fewest, min(math.ceil(least[1] / (time.monotonic() - started)), MOST * fewest))
+    repeats = max(
+        fewest, min(math.ceil(least[1] / (time.monotonic() - started)), MAX_TURNS_FACTOR * fewest)
+    )
     rest = progress.count(
         label, range(len(weights), repeats * len(weights)), weights * (repeats - 1)
     )
@@ -209,7 +215,7 @@ def _take_turns(
 
 
 def _repeat(names: list[str], begin: Callable, turn: Callable, turns: Iterable[int]) -> list[dict]:
-    """Each turn by every variant, in another order each time: a list of variant -> answer."""
+    """Each turn by every variant, in another order each time; a list of variant -> answer."""
     begin()
     answers = []
     for i, number in enumerate(turns):

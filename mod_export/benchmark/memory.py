@@ -1,29 +1,26 @@
-"""What a run takes in memory, and the largest context that fits: the dense model against the MoD
-one.
+"""What a run takes in memory, and the largest context that fits: the dense model beside the MoD one.
 
-    plan = fit("mod.gguf", parse_size("8G"))
+    plan = fit("mod.gguf", parse_size("8G"), MemoryOptions())
     print(report(plan))
-    checks = check(plan)                   # runs it, and compares
+    checks = check(plan, text, longest=8192)       # runs it, and compares
 
 Total = weights + K/V + compute buffers + process. llama.cpp itself tells the compute buffers, the
-complete K/V and
-what the process needs: it makes two contexts without memory behind them (memory_worker.py), and all
-three grow in a straight line with the context. How much of the K/V a routed layer stores follows
-from the activation in the file. The constants below were measured; `mod-export fit --check`
-measures again (docs/log.md). Linux and CPU only.
+complete K/V and what the process needs: it makes two contexts without memory behind them
+(memory_worker.py). All three grow in a straight line with the context. How much of the K/V a routed
+layer stores follows from the activation in the file. The constants below were measured, and
+`mod-export fit --check` measures again (docs/log.md). Linux and CPU only.
 """
 
 import copy
-import json
 import logging
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from mod_export.benchmark.processes import Worker
+from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import type_named
@@ -35,18 +32,23 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 KV_TYPES = ("f16", "q8_0", "q4_0")
-MARGIN = 0.1  # more activation than calibrated; smollm2-kv has up to 6 % more on three texts
-STEP = 256  # llama.cpp rounds contexts up to a multiple of it
-PROBED = (4096, 65536)  # contexts that llama.cpp measures
-WORK = 1.07  # of the compute buffers: with those in which the CPU quantises the inputs of products
-PROCESS = 6 * MIB  # tokens, Python's side of a run
-CELL = 96  # in use: a node in each of the cache's two sets
-PAGE = 4096
-TOLERANCE = 0.05  # a run that takes more than this above the prediction fails the check
+# Share of activation above the calibrated one. The adapter smollm2-kv has up to 6 % more on three
+# texts.
+ACTIVATION_MARGIN = 0.1
+CONTEXT_STEP_TOKENS = 256  # llama.cpp rounds contexts up to a multiple of it
+PROBED_CONTEXTS = (4096, 65536)  # contexts that llama.cpp measures
+# The compute buffers are multiplied by it, for buffers in which the CPU quantises the inputs of
+# products.
+COMPUTE_FACTOR = 1.07
+PROCESS_BYTES = 6 * MIB  # tokens, and Python's side of a run
+USED_CELL_BYTES = 96  # of a cell in use: a node in each of the cache's two sets
+PAGE_BYTES = 4096
+TOLERANCE = 0.05  # a run that takes more than this share above the prediction fails the check
+MAX_CONTEXT_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that a run takes with a context of `context` tokens, all of them in use."""
 
     context: int
@@ -61,31 +63,35 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Tokens per graph, type of K and V (of KV_TYPES), threads, activation above the calibrated one
-    (a share).
+class MemoryOptions:
+    """The settings of a run.
+
+    ubatch: tokens per graph. kv_type: type of K and V, one of KV_TYPES. margin: activation above
+    the calibrated one, as a share of it.
     """
 
     ubatch: int = 512
     kv_type: str = "f16"
     threads: int = 1
-    margin: float = MARGIN
+    margin: float = ACTIVATION_MARGIN
 
 
-class Model:
+class MemoryModel:
     """A GGUF file whose needs can be told."""
 
-    def __init__(self, path: str | Path, options: Options):
+    def __init__(self, path: str | Path, options: MemoryOptions):
         file = GGUFFile.open(path)
         n_layer = file.model_number("block_count")
-        self.path, self.options, self.weights = Path(path), options, Path(path).stat().st_size
+        self.path = Path(path)
+        self.options = options
+        self.weights = self.path.stat().st_size
         self.config = read_routers(file)[0]
         self.layers = (
             [bytes_per_token(file, layer) for layer in range(n_layer)] if self.config else []
         )
         self.dense = self.config is None
 
-    def as_dense(self) -> "Model":
+    def as_dense(self) -> "MemoryModel":
         """The same weights as a dense model."""
         other = copy.copy(self)
         other.dense = True
@@ -93,59 +99,65 @@ class Model:
 
     @cached_property
     def probe(self) -> dict:
-        """See memory_worker.probe."""
-        return _ask(
-            do="probe",
-            file=str(self.path),
-            contexts=PROBED,
-            ubatch=self.options.ubatch,
-            kv_type=int(type_named(self.options.kv_type)),
-        )
+        """What llama.cpp says that contexts take, see MemoryWorker.probe."""
+        with _worker() as worker:
+            return worker.ask(
+                do="probe",
+                file=str(self.path),
+                contexts=PROBED_CONTEXTS,
+                ubatch=self.options.ubatch,
+                kv_type=int(type_named(self.options.kv_type)),
+            )
 
-    def need(self, n: int) -> Need:
+    def need(self, n: int) -> MemoryNeed:
         """What a context of n tokens takes when it is full."""
-        kv, compute = self._line("kv", n), self._line("compute", n) * WORK
+        kv = self._line("kv", n)
+        compute = self._line("compute", n) * COMPUTE_FACTOR
         fixed = self._line("process", 0)
-        lists = (
-            self._line("process", n) - fixed
-        )  # of cells, as long as the context, in each of the caches
+        # The lists of cells are as long as the context, in each of the caches.
+        lists = self._line("process", n) - fixed
         routed = [layer for layer in range(len(self.layers)) if self._routes(layer)]
-        if self.dense:  # one cache for all layers
-            process = fixed + lists / (1 + len(routed)) + CELL * n
+        if self.dense:  # it has one cache for all layers
+            process = fixed + lists / (1 + len(routed)) + USED_CELL_BYTES * n
         else:
             cells = {
                 layer: expected_cells(self.config, layer, n, self.options.margin)
                 for layer in routed
             }
             stored = sum(size * cells.get(layer, n) for layer, size in enumerate(self.layers))
-            stored += self.options.ubatch * max(
-                self.layers
-            )  # the layer in work holds a ubatch before it drops any
-            kv = kv * min(1, stored / (n * sum(self.layers))) + PAGE * len(
-                self.layers
-            )  # half a page for each K, V
-            process = fixed + lists + CELL * (n + sum(cells.values()))
-        return Need(n, self.weights, round(kv), round(compute), round(PROCESS + process))
+            # The layer in work holds a ubatch before it drops any cell of it.
+            stored += self.options.ubatch * max(self.layers)
+            kv *= min(1, stored / (n * sum(self.layers)))
+            # K and V of a layer waste half a page each.
+            kv += PAGE_BYTES * len(self.layers)
+            process = fixed + lists + USED_CELL_BYTES * (n + sum(cells.values()))
+        process += PROCESS_BYTES
+        return MemoryNeed(n, self.weights, round(kv), round(compute), round(process))
 
     def _line(self, what: str, n: int) -> float:
-        (n0, n1), (a, b) = PROBED, (size[what] for size in self.probe["sizes"])
+        """The line through the two probed contexts, at a context of n tokens."""
+        n0, n1 = PROBED_CONTEXTS
+        a, b = (size[what] for size in self.probe["sizes"])
         return a + (b - a) * (n - n0) / (n1 - n0)
 
     def _routes(self, layer: int) -> bool:
         return any(self.config.threshold(layer, kind) > 0 for kind in ("block", "attn", "kv"))
 
-    def largest(self, memory: int, limit: int = 1 << 24) -> Need:
-        """The largest context up to `limit` that fits, a multiple of STEP. Raises UserError where
-        none does.
+    def largest(self, memory: int, limit: int = MAX_CONTEXT_TOKENS) -> MemoryNeed:
+        """The largest context up to `limit` that fits, in steps of CONTEXT_STEP_TOKENS.
+
+        Raises UserError where no context fits.
         """
-        low, high = 0, max(1, limit // STEP)
+        low = 0
+        high = max(1, limit // CONTEXT_STEP_TOKENS)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if self.need(middle * STEP).total <= memory else (low, middle - 1)
-            )
+            if self.need(middle * CONTEXT_STEP_TOKENS).total <= memory:
+                low = middle
+            else:
+                high = middle - 1
         if not low:
-            least = self.need(STEP)
+            least = self.need(CONTEXT_STEP_TOKENS)
             cure = "use a smaller quantisation, or more memory"
             if self.weights > memory:
                 raise UserError(
@@ -153,14 +165,15 @@ class Model:
                     cure,
                 )
             raise UserError(
-                f"{self.path} needs {mib(least.total)} for a context of {STEP} tokens, not {mib(memory)}",
+                f"{self.path} needs {mib(least.total)} for a context of {CONTEXT_STEP_TOKENS} tokens, "
+                f"not {mib(memory)}",
                 cure,
             )
-        return self.need(low * STEP)
+        return self.need(low * CONTEXT_STEP_TOKENS)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `8G`, `512M`, `1.5GiB` or `8000000`: powers of 1024, with or without `iB` or `B`."""
+    """Bytes of `8G`, `512M`, `1.5GiB` or `8000000`; the units are powers of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
     size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
     if size <= 0:
@@ -172,24 +185,28 @@ def parse_size(text: str) -> int:
 
 
 def mib(size: float) -> str:
-    """In MiB, from 4 GiB on in GiB."""
+    """The size in MiB, from 4 GiB on in GiB."""
     return f"{size / MIB:.1f} MiB" if size < 4 << 30 else f"{size / (1 << 30):.2f} GiB"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What fits: needs at the largest context within the trained one, and how much the memory alone
-    would hold.
+class MemoryPlan:
+    """What fits into `memory` bytes.
+
+    models: "dense" first, then "MoD" unless the file is a dense one. needs: those of the largest
+    context within the trained one. unlimited: tokens that the memory alone would hold.
     """
 
     memory: int
-    options: Options
-    models: dict[str, Model]  # "dense" first, "MoD" unless the file is a dense one
-    needs: dict[str, Need] = field(default_factory=dict)
+    options: MemoryOptions
+    models: dict[str, MemoryModel]
+    needs: dict[str, MemoryNeed] = field(default_factory=dict)
     unlimited: dict[str, int] = field(default_factory=dict)
 
 
-def fit(file: str | Path, memory: int, options: Options, dense: str | Path | None = None) -> Plan:
+def fit(
+    file: str | Path, memory: int, options: MemoryOptions, dense: str | Path | None = None
+) -> MemoryPlan:
     """The largest contexts of a MoD or dense file within `memory` bytes.
 
     dense: the dense file to compare with, by default the MoD file with all units active. Raises
@@ -199,19 +216,19 @@ def fit(file: str | Path, memory: int, options: Options, dense: str | Path | Non
         raise UserError(
             f"K/V type {options.kv_type!r} is unknown", f"use one of {', '.join(KV_TYPES)}"
         )
-    model = Model(file, options)
+    model = MemoryModel(file, options)
     if model.dense and dense:
         raise UserError(f"{file} is a dense model", "give a MoD file to compare with --dense")
-    model.probe  # noqa: B018  (once, for both)
-    models = {"dense": Model(dense, options) if dense else model.as_dense()}
-    plan = Plan(memory, options, models if model.dense else models | {"MoD": model})
+    model.probe  # noqa: B018  measured once, for both models
+    models = {"dense": MemoryModel(dense, options) if dense else model.as_dense()}
+    plan = MemoryPlan(memory, options, models if model.dense else models | {"MoD": model})
     for name, m in plan.models.items():
         plan.unlimited[name] = m.largest(memory).context
         plan.needs[name] = m.largest(memory, m.probe["n_ctx_train"])
     return plan
 
 
-def report(plan: Plan) -> str:
+def report(plan: MemoryPlan) -> str:
     """The plan as a table and the notes that belong to it."""
     names, needs = list(plan.needs), list(plan.needs.values())
     rows = [["largest context, tokens", *(need.context for need in needs)]]
@@ -229,50 +246,43 @@ def report(plan: Plan) -> str:
     return "\n".join([format_table([f"in {mib(plan.memory)}", *names], rows), "", *_notes(plan)])
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def _notes(plan: MemoryPlan) -> Iterator[str]:
     for name, model in plan.models.items():
         if plan.unlimited[name] > plan.needs[name].context:
-            yield f"{name}: stops at the {model.probe['n_ctx_train']} tokens that the model was trained for"
+            trained = model.probe["n_ctx_train"]
+            yield f"{name}: stops at the {trained} tokens that the model was trained for"
     if "MoD" in plan.models:
         mean = mean_activation(plan.models["MoD"].config)["all"]
-        yield f"activation: {mean:.3f} on calibration text, and {plan.options.margin:.0%} more to be safe"
+        margin = plan.options.margin
+        yield f"activation: {mean:.3f} on calibration text, and {margin:.0%} more to be safe"
     repacked = {m.path: m for m in plan.models.values() if m.probe["repacks"]}
     for model in repacked.values():
         yield (
-            f"{model.path}: weights are copied into this processor's own layout; the file's pages behind them stay "
-            f"resident too, up to {mib(model.weights)} more, until the system wants them back"
+            f"{model.path}: weights are copied into this processor's own layout; the file's pages "
+            f"behind them stay resident too, up to {mib(model.weights)} more, until the system "
+            "wants them back"
         )
 
 
-def check(plan: Plan, text: str, longest: int) -> list[dict]:
-    """Runs each file with its context full, or with `longest` tokens if that is less; a row for
-    each.
+def check(plan: MemoryPlan, text: str, longest: int) -> list[dict]:
+    """Run each file with its context full, or with `longest` tokens if that is less.
 
-    Rows: model, context, predicted and needed bytes, peak (RSS, with pages that the system can have
-    back), activation, K/V, ok. Not ok: more than the memory given, or more than TOLERANCE above the
-    prediction.
+    Returns a row for each: model, context, predicted and needed bytes, peak (resident memory, with
+    pages that the system can have back), activation, K/V, ok. A run is not ok where it needs more
+    than the memory given, or more than TOLERANCE above the prediction.
     """
-    rows, options = [], plan.options
+    rows = []
     for name, model in plan.models.items():
         if model.dense and model.config:
             logger.info(
-                "dense: computed from the MoD file; give the dense one with --dense to have it run too"
+                "dense: computed from the MoD file; give the dense one with --dense to have it run "
+                "too"
             )
             continue
-        n = min(plan.needs[name].context, -(-longest // STEP) * STEP)
+        n = min(plan.needs[name].context, -(-longest // CONTEXT_STEP_TOKENS) * CONTEXT_STEP_TOKENS)
         if n < plan.needs[name].context:
             logger.info(f"{name}: checked at {n} of {plan.needs[name].context} tokens")
-        ran = _ask(
-            f"{name}, {n} tokens: ubatch",
-            -(-n // options.ubatch),
-            do="run",
-            file=str(model.path),
-            n_ctx=n,
-            ubatch=options.ubatch,
-            kv_type=int(type_named(options.kv_type)),
-            threads=options.threads,
-            text=text,
-        )
+        ran = _run(name, model, n, text)
         need = model.need(n)
         ok = ran["needed"] <= min(plan.memory, need.total * (1 + TOLERANCE))
         rows.append(
@@ -286,6 +296,24 @@ def check(plan: Plan, text: str, longest: int) -> list[dict]:
             }
         )
     return rows
+
+
+def _run(name: str, model: MemoryModel, n_ctx: int, text: str) -> dict:
+    """The result of MemoryWorker.run, with a line of progress for each ubatch."""
+    options = model.options
+    ubatches = -(-n_ctx // options.ubatch)
+    steps = Progress().count(f"{name}, {n_ctx} tokens: ubatch", range(ubatches))
+    with _worker() as worker:
+        return worker.ask(
+            on_progress=lambda _: next(steps, None),
+            do="run",
+            file=str(model.path),
+            n_ctx=n_ctx,
+            ubatch=options.ubatch,
+            kv_type=int(type_named(options.kv_type)),
+            threads=options.threads,
+            text=text,
+        )
 
 
 def check_report(rows: list[dict]) -> str:
@@ -322,7 +350,7 @@ def check_report(rows: list[dict]) -> str:
     )
 
 
-def to_json(plan: Plan, checks: list[dict] | None) -> dict:
+def to_json(plan: MemoryPlan, checks: list[dict] | None) -> dict:
     """Everything as plain values."""
     models = {
         name: {
@@ -337,27 +365,8 @@ def to_json(plan: Plan, checks: list[dict] | None) -> dict:
     return {"memory": plan.memory, **asdict(plan.options), "models": models, "checks": checks}
 
 
-def _ask(label: str = "", steps: int = 0, **question) -> dict:
-    """The answer of a worker process; its steps are shown as progress."""
-    from mod_export.common.progress import Progress
-
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "mod_export.benchmark.memory_worker"],
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    with worker:
-        worker.stdin.write(json.dumps(question) + "\n")
-        worker.stdin.flush()
-        step = Progress().count(label, range(steps))
-        for answer in map(json.loads, worker.stdout):
-            if "error" in answer:
-                raise UserError(answer["error"], answer["cure"])
-            if "result" in answer:
-                return answer["result"]
-            next(step, None)
-    raise UserError(
-        f"the measuring process ended with code {worker.returncode}", "is there enough memory?"
+def _worker() -> Worker:
+    """A process that measures, see memory_worker.py."""
+    return Worker(
+        "", {}, module="mod_export.benchmark.memory_worker", cure="is there enough memory?"
     )

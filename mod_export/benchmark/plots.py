@@ -4,6 +4,7 @@ activation.
 draw(result, "plots/")                     # PNG files; their names say what they show
 """
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,8 @@ STYLES = {
 PHASES = ("prefill", "decode")
 SETTING = ("batch", "ubatch", "flash_attn", "kv_type")
 INK = "#444444"
-# nats: a divergence below is that of the dense model from itself, and has no place on a log scale
-SAME = 1e-5
+# A divergence below it is that of the dense model from itself, and has no place on a log scale.
+MIN_KL_NATS = 1e-5
 
 
 def check_folder(folder: str | Path, force: bool) -> Path:
@@ -47,8 +48,9 @@ def check_folder(folder: str | Path, force: bool) -> Path:
 
 
 def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
-    """Writes what the rows can show; returns the files. Raises UserError where they cannot be
-    written.
+    """Write what the rows can show; the files.
+
+    Raises UserError where a file cannot be written.
     """
     import matplotlib
 
@@ -69,15 +71,15 @@ def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
 
 
 def _plan(rows: list[dict], swept: bool) -> list[tuple[Callable, str, list[dict]]]:
-    """(figure, what to add to its name, its rows): one for each setting, which a file's name tells
-    where it must.
+    """(figure, what to add to its name, its rows) for each setting.
+
+    A file's name tells its setting where there are several.
     """
     found = []
-    base = [
-        row for row in rows if row["shift"] == rows[0]["shift"]
-    ]  # what the shift does not change is measured there
+    # What the shift does not change is measured at the first shift.
+    base = [row for row in rows if row["shift"] == rows[0]["shift"]]
 
-    def add(figure: Callable, rows: list[dict], keys: tuple[str, ...], worth: Callable) -> None:
+    def add(figure: Callable, rows: list[dict], keys: tuple[str, ...], shows: Callable) -> None:
         groups: dict[tuple, list[dict]] = {}
         for row in rows:
             groups.setdefault(tuple(row[k] for k in keys), []).append(row)
@@ -87,7 +89,7 @@ def _plan(rows: list[dict], swept: bool) -> list[tuple[Callable, str, list[dict]
                 for k, v in zip(keys, values, strict=True)
                 if len({r[k] for r in rows}) > 1
             ]
-            if worth(group):
+            if shows(group):
                 found.append((figure, "".join(differ).replace("/", "-"), group))
 
     for figure in () if swept else (latency_context, memory_context, ratios_context):
@@ -151,8 +153,9 @@ def latency_batch(rows: list[dict], title: str):
 
 
 def memory_context(rows: list[dict], title: str):
-    """K/V of the MoD file against dense, and each variant's GPU memory, without a GPU its peak
-    resident memory.
+    """K/V of the MoD file against dense, and the memory of each variant.
+
+    That is GPU memory, and without a GPU the peak of resident memory.
     """
     mine = [row for row in rows if row["phase"] == "decode"]
     fig, axes = _panels(2, title)
@@ -222,29 +225,27 @@ def ratios_context(rows: list[dict], title: str):
 
 
 def latency_activation(rows: list[dict], title: str):
-    """Time of the MoD file over dense, for shifts of its thresholds; median and quartiles of the
-    turns' ratios.
+    """Time of the MoD file over dense, for shifts of its thresholds.
 
-    Ratios, because the two took turns: a slow spell of the machine is a spike in milliseconds and
-    none in these.
+    It shows median and quartiles of the turns' ratios. A slow spell of the machine is a spike in
+    milliseconds, but not in the ratios of two variants that took turns.
     """
     fig, axes = _panels(2, title)
     for ax, phase in zip(axes, PHASES, strict=True):
         mine = sorted((row for row in rows if row["phase"] == phase), key=lambda row: row["work"])
         floor = "floor" if any("floor" in row["ms"] for row in mine) else "none_active"
-        least = _median(
-            [row["ms"][floor] / row["ms"]["ceiling"] for row in mine if floor in row["ms"]]
-        )
+        least = [row["ms"][floor] / row["ms"]["ceiling"] for row in mine if floor in row["ms"]]
         ax.axhline(
             1, color=STYLES["ceiling"][0], linewidth=1.5, linestyle="--", label=NAMES["ceiling"]
         )
-        if least is not None:
+        if least:
+            lowest = statistics.median(least)
             ax.axhline(
-                least, color=STYLES[floor][0], linewidth=1.5, linestyle="--", label=NAMES[floor]
+                lowest, color=STYLES[floor][0], linewidth=1.5, linestyle="--", label=NAMES[floor]
             )
             ax.plot(
                 [0, 1],
-                [least, 1],
+                [lowest, 1],
                 color="#999999",
                 linewidth=1,
                 linestyle=":",
@@ -276,14 +277,15 @@ def latency_activation(rows: list[dict], title: str):
 
 
 def speed_quality(rows: list[dict], name: str):
-    """Divergence from the dense model beside the time of a decoded token, each point marked with
-    its activation.
+    """Divergence from the dense model beside the time of a decoded token.
+
+    Each point is marked with its activation.
     """
     contexts = sorted({row["context"] for row in rows})
     fig, axes = _panels(2, f"{name}: speed and quality over shifts of the thresholds")
     for i, context in enumerate(contexts):
         mine = sorted(
-            (row for row in rows if row["context"] == context and row["kl"] > SAME),
+            (row for row in rows if row["context"] == context and row["kl"] > MIN_KL_NATS),
             key=lambda row: row["activation_held_out"],
         )
         colour, marker = list(STYLES.values())[[4, 3, 6, 0, 2, 5][i % 6]][:2]
@@ -305,7 +307,9 @@ def speed_quality(rows: list[dict], name: str):
                 fontsize=7,
                 color=INK,
             )
-        dense = _median([row["ms_decode_ceiling"] for row in rows if row["context"] == context])
+        dense = statistics.median(
+            [row["ms_decode_ceiling"] for row in rows if row["context"] == context]
+        )
         axes[1].axvline(
             dense,
             color=colour,
@@ -407,10 +411,6 @@ def _setting_title(row: dict, figure: Callable) -> str:
     parts += [f"{row['batch']} sequences"] * (row["batch"] > 1 and figure is not latency_batch)
     parts += [f"shift {row['shift']:g}"] * (row["shift"] != 0 and figure is not latency_activation)
     return ": " + ", ".join(parts)
-
-
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
 
 
 def _save(fig, target: Path, force: bool) -> None:

@@ -1,52 +1,42 @@
-"""The processes of a benchmark: which file and library each variant runs, and which variants fit
-into memory at once.
+"""Processes that measure a model, and the protocol of JSON lines that they speak.
 
-with Team(plan) as team:
-    team.ask("ceiling", do="prefill", seq=0, start=0, n=512)
+Each request is one line on the process's stdin, a JSON object. The answer is one line on its stdout;
+lines {"progress": ...} may come before. The first request makes the process's object, and the later
+ones call its methods: {"do": "prefill", "seq": 0, ...}. An error is {"error": ..., "cure": ...}.
+
+    with Worker("ceiling", setup) as worker:             # this end
+        worker.ask(do="prefill", seq=0, start=0, n=512)
+
+    if __name__ == "__main__":                           # the process's end
+        serve(Variant.from_setup)
 """
 
+from __future__ import annotations
+
 import contextlib
+import inspect
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from mod_export.benchmark.process_helpers import available_memory as of_host
+import numpy as np
+
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import bytes_per_value
-from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import bytes_per_token
 
-logger = logging.getLogger(__name__)
-
-FORCE = {"all_active": "active", "none_active": "inactive"}
-STOCK = ("ceiling", "ceiling_split", "floor")  # variants on the stock library
-# what is compared with what has to run side by side; from few large groups to many small ones
-GROUPINGS = (
-    (("ceiling", "ceiling_split", "floor", "dense_patched", "mod", "all_active", "none_active"),),
-    (
-        ("ceiling", "floor", "mod", "none_active"),
-        ("ceiling", "ceiling_split", "dense_patched", "all_active"),
-    ),
-    (
-        ("ceiling", "floor", "mod"),
-        ("floor", "none_active"),
-        ("ceiling", "dense_patched", "all_active"),
-        ("ceiling", "ceiling_split"),
-    ),
-)
-# ggml's CPU backend copies weights of these types into a layout of its own, which processes do not
-# share
-REPACKED = {2, 10, 12, 13, 14, 20, 39}  # q4_0, q2_k, q4_k, q5_k, q6_k, iq4_nl, mxfp4
-PROCESS = 300 << 20  # bytes of Python, libraries and compute buffers, about
-GPU_PROCESS = 1 << 30  # bytes of kernels and compute buffers on a GPU, a guess
+DEFAULT_CURE = "is there enough memory? try fewer --variants or a smaller context"
 
 
 class Worker:
-    """A process that answers one question at a time; see bench_worker."""
+    """A process that answers one question at a time.
+
+    name: what errors call the process, without a name `the measuring process`. setup: the first
+    request, whose answer becomes `about`. lib: directory of the library that the process loads, by
+    default the installed one. module: what the process runs. cure: for a process that dies.
+    """
 
     def __init__(
         self,
@@ -54,12 +44,14 @@ class Worker:
         setup: dict,
         lib: Path | None = None,
         module: str = "mod_export.benchmark.worker",
+        cure: str = DEFAULT_CURE,
     ):
         self.name = name
-        env = os.environ | (
-            {"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": library_path(lib)} if lib else {}
-        )
-        # a session of its own: Ctrl-C reaches us alone, and we end the process
+        self.cure = cure
+        env = dict(os.environ)
+        if lib:
+            env |= {"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": library_path(lib)}
+        # In a session of its own: Ctrl-C reaches this process alone, which ends the other one.
         self.process = subprocess.Popen(
             [sys.executable, "-m", module],
             env=env,
@@ -75,25 +67,42 @@ class Worker:
             self.close()
             raise
 
-    def ask(self, **question) -> dict:
-        """The process's answer. Raises UserError with what went wrong there."""
-        try:
-            print(json.dumps(question), file=self.process.stdin, flush=True)
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def ask(self, on_progress: Callable[[Any], None] | None = None, **question) -> dict:
+        """The process's answer; on_progress gets the values that it reports before.
+
+        Raises UserError with what went wrong in the process.
+        """
+        line = self._exchange(json.dumps(question))
+        while True:
+            if not line:
+                who = f"the process of {self.name}" if self.name else "the measuring process"
+                raise UserError(f"{who} ended with code {self.process.wait()}", self.cure)
+            answer = json.loads(line)
+            if "error" in answer:
+                start = f"{self.name}: " if self.name else ""
+                raise UserError(f"{start}{answer['error']}", answer["cure"])
+            if "progress" not in answer:
+                return answer
+            if on_progress:
+                on_progress(answer["progress"])
             line = self.process.stdout.readline()
+
+    def _exchange(self, request: str) -> str:
+        """The first line of the answer; empty where the process has ended."""
+        try:
+            print(request, file=self.process.stdin, flush=True)
+            return self.process.stdout.readline()
         except BrokenPipeError:
-            line = ""
-        if not line:
-            raise UserError(
-                f"the process of {self.name} ended with code {self.process.wait()}",
-                "is there enough memory? try fewer --variants or a smaller context",
-            )
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"{self.name}: {answer['error']}", answer["cure"])
-        return answer
+            return ""
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """End the process, whatever it does."""
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):  # a question that was never read
@@ -102,10 +111,9 @@ class Worker:
 
 
 def library_path(lib: Path) -> str:
-    """LD_LIBRARY_PATH with `lib` first, so that the user's own does not mix the libraries of two
-    builds.
+    """LD_LIBRARY_PATH with `lib` first, so that the libraries of two builds are not mixed.
 
-    The user's stays behind it: a GPU's driver may be found through it alone.
+    The user's own path stays behind `lib`: a GPU's driver may be found through it alone.
     """
     return os.pathsep.join(filter(None, [str(lib), os.environ.get("LD_LIBRARY_PATH")]))
 
@@ -122,7 +130,7 @@ class Team:
             self.close()
             raise
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> Team:
         return self
 
     def __exit__(self, *_) -> None:
@@ -133,64 +141,93 @@ class Team:
         return list(self.workers)
 
     def ask(self, name: str, **question) -> dict:
+        """The answer of one variant's process."""
         return self.workers[name].ask(**question)
 
     def ask_all(self, names: Iterable[str], **question) -> dict[str, dict]:
+        """The answers of several variants' processes, which work one after the other."""
         return {name: self.workers[name].ask(**question) for name in names}
 
     def close(self) -> None:
+        """End all the processes."""
         for worker in self.workers.values():
             worker.close()
 
 
-def groups(variants: list[str], bytes_of: dict[str, int], available: int) -> list[list[str]]:
-    """Variants that run side by side: all, or fewer at a time where memory is short (bytes_of: each
-    one's need).
+def serve(make: Callable[..., Any]) -> None:
+    """The process's end: answer requests until stdin closes.
 
-    Where not even the smallest groups fit, it says so and tries.
+    make(**setup) gives the object that answers, whose describe() is the first answer. A method that
+    yields reports progress. With layers on a GPU each answer also has `vram`, the bytes of GPU
+    memory that this process has taken so far.
     """
-    for grouping in GROUPINGS:
-        found = [[v for v in group if v in variants] for group in grouping]
-        found = [
-            g for i, g in enumerate(found) if not any(set(g) <= set(other) for other in found[:i])
-        ]
-        need = max(sum(bytes_of[v] for v in group) for group in found)
-        if need <= available:
-            break
-    if len(found) > 1:
-        logger.warning(
-            f"note: all variants at once need about {sum(bytes_of[v] for v in variants) / 1e9:.1f} GB, "
-            f"{available / 1e9:.1f} GB are free: they run in groups, "
-            + "; ".join(", ".join(g) for g in found)
-        )
-    if need > available:
-        logger.warning(
-            f"note: about {need / 1e9:.1f} GB are needed, {available / 1e9:.1f} GB are free: this may end or swap"
-        )
-    return found
+    answer = _answer_channel()
+    try:
+        setup = json.loads(sys.stdin.readline())
+        during, vram = _gpu_meter(setup.get("gpu_layers", 0))
+        worker = during(make, **setup)
+        answer(worker.describe() | vram())
+        for line in sys.stdin:
+            command = json.loads(line)
+            method = getattr(worker, command.pop("do"))
+            if inspect.isgeneratorfunction(method):
+                method = _reporting(method, answer)
+            answer(during(method, **command) | vram())
+    except UserError as exc:
+        answer({"error": exc.message, "cure": exc.cure})
+    except Exception as exc:  # a bug, whose one line is all that the user sees of this process
+        answer({"error": f"{type(exc).__name__}: {exc}", "cure": ""})
 
 
-def process_bytes(file: GGUFFile, cells: int, bytes_per_cell: float, on_gpu: bool = False) -> int:
-    """Memory that a process takes for itself, about; on a GPU, of the GPU's.
+def _answer_channel() -> Callable[[dict], None]:
+    """A function that writes a JSON line to stdout.
 
-    The mapped file is shared, repacked weights are not, and neither is anything on a GPU.
+    What llama.cpp and Python print from now on goes to stderr.
     """
-    own = sum(t.nbytes for t in file.tensors.values() if on_gpu or t.type in REPACKED)
-    return int(own + cells * bytes_per_cell + (GPU_PROCESS if on_gpu else PROCESS))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return lambda line: print(json.dumps(line), file=out, flush=True)
 
 
-def bytes_per_cell(file: GGUFFile, type_k: int, type_v: int) -> float:
-    """K and V of one token in all layers of a dense model; their ggml types."""
-    k, v = bytes_per_value(type_k), bytes_per_value(type_v)
-    return sum(
-        bytes_per_token(file, layer, k, v) for layer in range(file.model_number("block_count"))
-    )
+def _reporting(method: Callable, answer: Callable[[dict], None]) -> Callable[..., dict]:
+    """A generator method as a function: what it yields is progress, what it returns the result."""
+
+    def run(**arguments) -> dict:
+        steps = method(**arguments)
+        while True:
+            try:
+                answer({"progress": next(steps)})
+            except StopIteration as end:
+                return end.value
+
+    return run
 
 
-def available_memory(on_gpu: bool = False) -> int:
-    """Bytes that can be taken without swapping, of all GPUs together, a tenth left over."""
-    if on_gpu:
-        from mod_export.runtime.devices import gpus
+def _gpu_meter(gpu_layers: int) -> tuple[Callable, Callable[[], dict]]:
+    """A function that calls another, and one that tells what such calls have taken.
 
-        return sum(gpu.free for gpu in gpus()) * 9 // 10
-    return of_host()
+    The second gives {"vram": bytes}, and {} without layers on a GPU.
+    """
+    if not gpu_layers:
+        return lambda function, **kwargs: function(**kwargs), dict
+    from mod_export.runtime.devices import GpuMemoryMeter
+
+    meter = GpuMemoryMeter()
+    return meter.during, lambda: {"vram": meter.used}
+
+
+def prompt_tokens(llm, text: str, n: int, seq: int = 0, batch: int = 1) -> list[int]:
+    """n tokens for sequence `seq` of `batch` sequences.
+
+    Each sequence begins at another place of the text, which is repeated where it is too short. A
+    file without a vocabulary gets uniformly random tokens, the same in each run: its routers are
+    made for them.
+    """
+    if not llm.has_vocab:
+        return np.random.default_rng(seq).integers(0, llm.n_vocab(), n).tolist()
+    tokens = llm.tokenize(text.encode())
+    if not tokens:
+        raise UserError("the text has no tokens", "give a longer --text")
+    first = seq * len(tokens) // batch
+    repeats = -(-n // len(tokens))
+    return ((tokens[first:] + tokens[:first]) * repeats)[:n]

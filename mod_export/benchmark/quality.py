@@ -1,22 +1,22 @@
-"""What a shift of the thresholds costs, in a process of its own: activation, and divergence from
-the dense model.
+"""What a shift of the thresholds costs, in a process of its own.
 
-The dense model is the MoD file with every unit active. Speaks as bench_worker does; run by
-bench_sweep.py.
+It measures the activation and the divergence from the dense model, which is the MoD file with every
+unit active. sweep.py starts it as `python -m mod_export.benchmark.quality`; processes.py has the
+protocol.
 """
 
 import numpy as np
 
-from mod_export.benchmark.process_helpers import prompt_tokens
-from mod_export.benchmark.worker import serve
+from mod_export.benchmark.processes import prompt_tokens, serve
 from mod_export.evaluation.parity import ROWS, compare
 
-LOGITS = 256 << 20  # bytes of the dense model's logits that are kept
+DENSE_LOGITS_BYTES = 256 << 20  # of the dense model's logits that are kept
 
 
 class Quality:
-    """A MoD file and sequences of a held-out text; without a vocabulary there is no text, and no
-    divergence.
+    """A MoD file and sequences of a held-out text.
+
+    A file without a vocabulary has no text, and so no divergence.
     """
 
     def __init__(
@@ -32,7 +32,9 @@ class Quality:
         self.llm = MoDLlama(file, n_ctx=length, n_batch=length, threads=threads, logits_all=True)
         self.compare = self.llm.has_vocab
         if self.compare:
-            sequences = max(1, min(sequences, LOGITS // (4 * self.llm.n_vocab() * length)))
+            sequences = max(
+                1, min(sequences, DENSE_LOGITS_BYTES // (4 * self.llm.n_vocab() * length))
+            )
         tokens = prompt_tokens(self.llm, text, length * sequences)
         self.sequences = [tokens[i : i + length] for i in range(0, len(tokens), length)]
         self.dense = []
@@ -49,12 +51,15 @@ class Quality:
         }
 
     def measure(self, shift: float) -> dict:
-        """activation; kl in nats per token and top1_agreement with the dense model, None without a
+        """The figures at one shift.
+
+        kl (nats per token) and top1_agreement compare with the dense model. Both are None without a
         text.
         """
         self.llm.shift = shift
         self.llm.reset_stats()
-        sums, n = np.zeros(2), 0
+        sums = np.zeros(2)
+        n = 0
         for i, sequence in enumerate(self.sequences):
             logits = self._logits(sequence)
             if self.compare:
@@ -69,15 +74,16 @@ class Quality:
         }
 
     def _logits(self, tokens: list[int]) -> np.ndarray:
-        """[T, n_vocab] of a sequence from its beginning."""
+        """Logits of a sequence from its beginning, [T, n_vocab]."""
         self.llm.reset()
         self.llm.eval(tokens)
         return self.llm.scores[: len(tokens)].copy() if self.compare else np.zeros((0, 0))
 
 
 def divergence(dense: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Sums over the rows of logits [T, n_vocab]: KL of the next-token distributions in nats, same
-    likeliest token.
+    """Sums over the rows of logits [T, n_vocab]: KL in nats, and whether the top token is the same.
+
+    The KL is that of the next-token distributions.
     """
     sums = np.zeros(2)
     for i in range(0, len(dense), ROWS):

@@ -1,11 +1,17 @@
-"""Measurements to rows: one dict per step, shift and phase; docs/reference/result-files.md lists the keys."""
+"""Measurements to rows: one dict per step, shift and phase, and the statistics in them.
+
+docs/reference/result-files.md lists the keys of a row.
+
+Times stand in arrays [repeats, turns]. A repeat is a whole prompt, or a tail of decoded tokens; its
+turns are the chunks or slices in which the variants alternate. So a turn of one variant and the same
+turn of another did the same work seconds apart, and their ratio is free of a machine's slow changes.
+"""
 
 import numpy as np
 
-from mod_export.benchmark.measure import SLICE, Run, Step
-from mod_export.benchmark.stats import efficiency, ratio, total
+from mod_export.benchmark.measure import TURN_STEPS, Run, Step
 
-# variant -> what it is compared with
+# variant -> the variant that it is compared with
 REFERENCES = {
     "dense_patched": "ceiling",
     "all_active": "ceiling",
@@ -13,13 +19,15 @@ REFERENCES = {
     "mod": "ceiling",
     "ceiling_split": "ceiling",
 }
+QUARTILES = (0.25, 0.5, 0.75)
 
 
 def make_rows(
     step: Step, shift: float, groups: list[dict[str, dict[str, Run]]], n_ctx_train: int
 ) -> list[dict]:
-    """Rows of prefill and decode. groups: what `measure` gave for each group of variants, the main
-    one first.
+    """Rows of prefill and decode.
+
+    groups: what `measure` gave for each group of variants, the main one first.
     """
     rows = []
     for phase in ("prefill", "decode"):
@@ -44,11 +52,12 @@ def make_rows(
 
 
 def _times(step: Step, phase: str, runs: dict[str, Run]) -> dict:
-    """Time and speed of each variant: prefill per prompt, decode per step (one token of every
-    sequence).
+    """Time and speed of each variant.
+
+    The time of prefill is per prompt, that of decode per step (one token of every sequence).
     """
     n_turns = next(iter(runs.values())).ms.shape[1]
-    parts = step.batch if phase == "prefill" else n_turns * (SLICE - 1)
+    parts = step.batch if phase == "prefill" else n_turns * (TURN_STEPS - 1)
     tokens = step.context if phase == "prefill" else step.batch
     ms = {name: total(run.ms) / parts for name, run in runs.items()}
     out = {
@@ -90,9 +99,10 @@ def _ratios(sets: list[dict[str, Run]]) -> dict:
 
 
 def _mod(run: Run) -> dict:
-    """What the MoD variant's counters say. activation: share of (token, unit) pairs that ran in
-    this phase; work: of the work that efficiency is judged by, which for `kv` units is attention to
-    the whole context (bench_worker).
+    """What the MoD variant's counters say.
+
+    activation: share of (token, unit) pairs that ran in this phase. work: share of the work that
+    efficiency is judged by, which for `kv` units is attention to the whole context (see worker.py).
     """
     active, seen = np.sum(list(run.units.values()), axis=0)
     return {
@@ -114,3 +124,56 @@ def _memory(runs: dict[str, Run]) -> dict:
         "raw_ms": {name: run.ms.round(3).tolist() for name, run in runs.items()},
     }
     return out
+
+
+def total(times: np.ndarray) -> float:
+    """Time of a repeat, in which a disturbed turn does not count.
+
+    It is the sum of each turn's median over the repeats.
+    """
+    return float(np.median(times, axis=0).sum())
+
+
+def ratio(times: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """times / reference; median, q1, q3 of the ratios of turns, totals of the whole repeats."""
+    q1, median, q3 = weighted_quantiles(times / reference, reference, QUARTILES)
+    return {"median": median, "q1": q1, "q3": q3, "totals": total(times) / total(reference)}
+
+
+def efficiency(
+    ceiling: np.ndarray, mod: np.ndarray, floor: np.ndarray, activation: np.ndarray
+) -> dict | None:
+    """Time saved over the time that could be saved at this activation; 1 where time follows work.
+
+    (ceiling - mod) / ((1 - activation) (ceiling - floor)), with the keys of `ratio`. All arrays are
+    [repeats, turns]. None where nothing can be saved: everything is active, or the floor is no
+    faster than the ceiling.
+    """
+    possible = (1 - activation) * (ceiling - floor)
+    medians = [np.median(x, axis=0) for x in (ceiling, mod, floor, activation)]
+    can_save = float(((1 - medians[3]) * (medians[0] - medians[2])).sum())
+    usable = possible > 0
+    if can_save <= 0 or not usable.any():
+        return None
+    saved = (ceiling - mod)[usable] / possible[usable]
+    q1, median, q3 = weighted_quantiles(saved, possible[usable], QUARTILES)
+    return {
+        "median": median,
+        "q1": q1,
+        "q3": q3,
+        "totals": float((medians[0] - medians[1]).sum()) / can_save,
+    }
+
+
+def weighted_quantiles(
+    values: np.ndarray, weights: np.ndarray, at: tuple[float, ...]
+) -> list[float]:
+    """Quantiles of the values as if each stood there as often as its weight says.
+
+    So long turns count for more.
+    """
+    values = np.ravel(values)
+    weights = np.ravel(weights)
+    order = np.argsort(values)
+    position = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
+    return [float(x) for x in np.interp(at, position, values[order])]

@@ -1,13 +1,19 @@
-"""Speed and memory of a MoD file against the dense one, each variant in a process of its own,
-taking short turns.
+"""Speed and memory of a MoD file against the dense one.
 
-    result = bench("mod.gguf", "dense.gguf", Options(contexts=(512, 2048)))
-    print(bench_report.tables(result))
+Each variant is a process of its own, and the processes take short turns.
 
-Variants: `ceiling` (the dense file, stock library), `ceiling_split` (the same with a KV stream for
-each sequence; only where several are decoded at once), `dense_patched` (the dense file, patched
-library), `mod`, `all_active` and `none_active` (the MoD file with every unit forced), `floor` (the
-dense file without the routed layers, stock library; only where all that is routed is whole layers).
+    result = bench("mod.gguf", "dense.gguf", BenchOptions(contexts=(512, 2048)))
+    print(report.tables(result))
+
+The variants:
+
+* ceiling: the dense file on the stock library.
+* ceiling_split: the same with a KV stream for each sequence, where several are decoded at once.
+* dense_patched: the dense file on the patched library.
+* mod: the MoD file.
+* all_active, none_active: the MoD file with every unit forced.
+* floor: the dense file without the routed layers on the stock library, where all that is routed is
+  whole layers.
 """
 
 import logging
@@ -15,14 +21,16 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from mod_export.benchmark import processes
+from mod_export.benchmark import grouping
 from mod_export.benchmark.floor import block_floor, prefill_work, prune
-from mod_export.benchmark.measure import TAIL, Step, join, measure
+from mod_export.benchmark.measure import TAIL_STEPS, Step, join, measure
+from mod_export.benchmark.processes import Team
 from mod_export.benchmark.rows import make_rows
+from mod_export.benchmark.worker import VariantSetup
 from mod_export.common.progress import Progress
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import KV_TYPES, type_named
@@ -40,18 +48,20 @@ VARIANTS = (
     "none_active",
 )
 DEFAULT_CONTEXTS = (512, 2048, 8192)
+FORCE_OF_VARIANT = {"all_active": "active", "none_active": "inactive"}
+STOCK_VARIANTS = ("ceiling", "ceiling_split", "floor")  # they run on the stock library
+MAX_CONTEXT_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What to measure: every combination of the lists.
 
-    contexts: prompt tokens, None for the default ones that the model was trained for. kv_types: K
-    and V, or `K/V`.
-    shifts: of the thresholds, in logit space. rounds, seconds: least number of turns, and time for
-    a phase, see
-    bench_measure.measure. starts: how often the processes are started anew, each time for all of
-    that. gpu_layers: how many layers lie on the GPU, -1: all; needs a CUDA build.
+    contexts: prompt tokens, None for the default ones that the model was trained for. kv_types: the
+    type of K and V, or `K/V`. shifts: of the thresholds, in logit space. rounds, seconds: least
+    number of turns, and time for a phase, see measure.measure. starts: how often the processes are
+    started anew, each time for all of it. gpu_layers: how many layers lie on the GPU, -1 for all;
+    needs a CUDA build.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -77,23 +87,22 @@ class Options:
 def bench(
     file,
     dense,
-    options: Options | None = None,
+    options: BenchOptions | None = None,
     text: str | None = None,
     stock: Path | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """Measures. Returns {"about": what was run, "rows": two per combination}; docs/reference/result-files.md has
-    the keys.
+    """Measure; {"about": what was run, "rows": two per combination}.
 
-    text: the prompts', by default the packaged one. stock: directory of the stock library, by
-    default the cached one, built if there is none. Raises UserError for files that do not load or
-    do not belong together.
+    docs/reference/result-files.md has the keys of a row. text: of the prompts, by default the
+    packaged one. stock: directory of the stock library, by default the cached one, built if there
+    is none. Raises UserError for files that do not load or do not belong together.
     """
     from mod_export.data.text import default_texts
     from mod_export.runtime import bindings, devices
 
     bindings.require()
-    options = options or Options()
+    options = options or BenchOptions()
     devices.check(options.gpu_layers)
     mod_file, dense_file = check_files(file, dense)
     n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
@@ -103,9 +112,8 @@ def bench(
         or tuple(c for c in DEFAULT_CONTEXTS if c <= max(n_ctx_train, DEFAULT_CONTEXTS[0])),
     )
     todo = steps(options)
-    stock = stock or _stock_lib(
-        bool(options.gpu_layers)
-    )  # which may build it: after all that can be refused
+    # It may build the library, so it comes after all that can be refused.
+    stock = stock or _stock_lib(bool(options.gpu_layers))
     text = text or "\n\n".join(default_texts())
     about = describe(mod_file, dense_file, options, stock)
     with tempfile.TemporaryDirectory(prefix="mod-export-bench-") as folder:
@@ -118,8 +126,9 @@ def bench(
 
 
 def check_files(file, dense) -> tuple[GGUFFile, GGUFFile]:
-    """The two files, opened. Raises UserError where they are not a MoD and a dense file of one
-    model.
+    """The two files, opened.
+
+    Raises UserError where they are not a MoD and a dense file of one model.
     """
     mod_file, dense_file = GGUFFile.open(file), GGUFFile.open(dense)
     arch = mod_file.architecture
@@ -148,7 +157,7 @@ def check_files(file, dense) -> tuple[GGUFFile, GGUFFile]:
     return mod_file, dense_file
 
 
-def steps(options: Options) -> list[Step]:
+def steps(options: BenchOptions) -> list[Step]:
     """Every combination, each for a set of processes of its own."""
     found = []
     for flash, kv, ubatch, context, batch in product(
@@ -163,7 +172,7 @@ def steps(options: Options) -> list[Step]:
             raise UserError(
                 f"V in {names[1]} needs flash attention", "leave out --flash-attn off, or use f16"
             )
-        if not 0 < context < 1 << 24:
+        if not 0 < context < MAX_CONTEXT_TOKENS:
             raise UserError(f"a context of {context} tokens", "use one below 16777216")
         found.append(
             Step(context, batch, ubatch, flash, kv, tuple(int(type_named(name)) for name in names))
@@ -177,19 +186,23 @@ class _Bench:
     def __init__(
         self,
         files: dict[str, GGUFFile | None],
-        options: Options,
+        options: BenchOptions,
         text: str,
         stock: Path,
         progress: Progress,
     ):
-        self.files, self.options, self.text, self.stock = files, options, text, stock
+        self.files = files
+        self.options = options
+        self.text = text
+        self.stock = stock
         self.progress = progress
 
     def run(self, step: Step, n_ctx_train: int) -> list[dict]:
         """Two rows for each shift."""
         if step.context > n_ctx_train:
             logger.warning(
-                f"note: context {step.context} is beyond the {n_ctx_train} of training: for timing only"
+                f"note: context {step.context} is beyond the {n_ctx_train} of training: for timing "
+                "only"
             )
         variants = [
             v
@@ -208,9 +221,9 @@ class _Bench:
         ]
 
     def _measure(self, group: list[str], step: Step) -> dict[float, dict]:
-        """shift -> what `measure` says, with processes that are started for it."""
+        """shift -> what `measure` says; the processes are started for it."""
         found = {}
-        with processes.Team({name: self._setup(name, step) for name in group}) as team:
+        with Team({name: self._setup(name, step) for name in group}) as team:
             for i, shift in enumerate(self.options.shifts):
                 names = group if i == 0 else self._that_shift(group)
                 if "mod" in names or i == 0:
@@ -226,54 +239,53 @@ class _Bench:
         return found
 
     def _groups(self, step: Step, variants: list[str]) -> list[list[str]]:
-        cells = step.batch * (step.context + TAIL)
+        cells = step.batch * (step.context + TAIL_STEPS)
         on_gpu = self.options.gpu_layers != 0
         need = {
-            name: processes.process_bytes(
+            name: grouping.process_bytes(
                 self._file(name),
                 cells,
-                processes.bytes_per_cell(self._file(name), *step.types),
+                grouping.bytes_per_cell(self._file(name), *step.types),
                 on_gpu,
             )
             for name in variants
         }
-        return processes.groups(variants, need, processes.available_memory(on_gpu))
+        return grouping.groups(variants, need, grouping.available_memory(on_gpu))
 
     def _that_shift(self, group: list[str]) -> list[str]:
-        """The variants to measure again at another shift: what it changes, and what that is
-        compared with.
+        """The variants to measure again at another shift.
+
+        These are the variant that the shift changes, and those that it is compared with.
         """
         floor = "floor" if "floor" in group else "none_active"
         return [name for name in group if name in ("ceiling", floor, "mod")]
 
     def _file(self, name: str) -> GGUFFile:
-        kind = (
-            "floor"
-            if name == "floor"
-            else "dense"
-            if "ceiling" in name or name == "dense_patched"
-            else "mod"
-        )
-        return self.files[kind]
+        """The file that a variant runs."""
+        if name == "floor":
+            return self.files["floor"]
+        dense = "ceiling" in name or name == "dense_patched"
+        return self.files["dense" if dense else "mod"]
 
     def _setup(self, name: str, step: Step) -> tuple[dict, Path | None]:
-        setup = {
-            "file": str(self._file(name).path),
-            "text": self.text,
-            "context": step.context,
-            "tail": TAIL,
-            "batch": step.batch,
-            "ubatch": step.ubatch,
-            "chunk": step.chunk,
-            "threads": self.options.threads,
-            "flash_attn": step.flash_attn,
-            "type_k": step.types[0],
-            "type_v": step.types[1],
-            "gpu_layers": self.options.gpu_layers,
-            "unified": name != "ceiling_split",
-            "force": processes.FORCE.get(name, "none"),
-        }
-        return setup, self.stock if name in processes.STOCK else None
+        """What a variant's process is opened with, and the directory of its library."""
+        setup = VariantSetup(
+            file=str(self._file(name).path),
+            text=self.text,
+            context=step.context,
+            tail=TAIL_STEPS,
+            batch=step.batch,
+            ubatch=step.ubatch,
+            chunk=step.chunk,
+            threads=self.options.threads,
+            flash_attn=step.flash_attn,
+            type_k=step.types[0],
+            type_v=step.types[1],
+            unified=name != "ceiling_split",
+            force=FORCE_OF_VARIANT.get(name, "none"),
+            gpu_layers=self.options.gpu_layers,
+        )
+        return asdict(setup), self.stock if name in STOCK_VARIANTS else None
 
 
 def _stock_lib(cuda: bool) -> Path:
@@ -283,7 +295,7 @@ def _stock_lib(cuda: bool) -> Path:
 
 
 def _make_floor(
-    mod_file: GGUFFile, dense_file: GGUFFile, options: Options, folder: str
+    mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, folder: str
 ) -> GGUFFile | None:
     layers = block_floor(mod_file) if "floor" in options.variants else None
     if not layers:
@@ -293,7 +305,7 @@ def _make_floor(
     return GGUFFile.open(target)
 
 
-def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: Options, stock: Path) -> dict:
+def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, stock: Path) -> dict:
     """What the figures hold for."""
     import shlex
     import sys

@@ -1,82 +1,92 @@
 """One variant of a benchmark in a process of its own: a file, a library, a context.
 
-Reads a JSON setup line, then a JSON line per command, from stdin; answers each with a JSON line on
-stdout. Run by bench_process.py as `python -m mod_export.benchmark.worker`; the library is chosen by
-LLAMA_CPP_LIB_PATH.
+processes.py starts it as `python -m mod_export.benchmark.worker` and has the protocol.
+LLAMA_CPP_LIB_PATH chooses the library.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import json
-import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from mod_export.benchmark.process_helpers import (
-    answers,
-    forget_peak,
-    prompt_tokens,
-    resident,
-)
+from mod_export.benchmark.process_helpers import forget_peak, resident
+from mod_export.benchmark.processes import prompt_tokens, serve
 from mod_export.errors import UserError
 
-# s; OpenMP's threads look for work some time after the last, and would disturb who has the next
-# turn
-IDLE = 0.003
+# OpenMP's threads look for work some time after the last piece of it, and would disturb the variant
+# that has the next turn.
+IDLE_SECONDS = 0.003
+
+
+@dataclass(frozen=True)
+class VariantSetup:
+    """What a variant is opened with.
+
+    context: tokens of each prompt. tail: tokens that are decoded after it. batch: sequences.
+    chunk: tokens of a prefill's turn. type_k, type_v: ggml types of K and V. unified: whether the
+    sequences share one KV stream. force: as MoDLlama.force.
+    """
+
+    file: str
+    text: str
+    context: int
+    tail: int
+    batch: int = 1
+    ubatch: int = 512
+    chunk: int = 512
+    threads: int | None = None
+    flash_attn: bool = True
+    type_k: int = 1
+    type_v: int = 1
+    unified: bool = True
+    force: str = "none"
+    gpu_layers: int = 0
 
 
 class Variant:
-    """A model, a context for `batch` sequences of `context` tokens and a tail, and the tokens of
-    each sequence.
-    """
+    """A model, a context for several sequences and their tails, and the tokens of each sequence."""
 
-    def __init__(
-        self,
-        file: str,
-        text: str,
-        context: int,
-        tail: int,
-        batch: int = 1,
-        ubatch: int = 512,
-        chunk: int = 512,
-        threads: int | None = None,
-        flash_attn: bool = True,
-        type_k: int = 1,
-        type_v: int = 1,
-        unified: bool = True,
-        force: str = "none",
-        gpu_layers: int = 0,
-    ):
+    def __init__(self, setup: VariantSetup):
         from mod_export.runtime.llama import MoDLlama
 
-        # llama_cpp.Llama knows one sequence only: this small context gives way to one for `batch`
-        # sequences
+        # llama_cpp.Llama knows one sequence only: this small context gives way to one for several.
         self.llm = MoDLlama(
-            file,
+            setup.file,
             n_ctx=256,
-            threads=threads,
+            threads=setup.threads,
             n_batch=256,
             n_ubatch=256,
-            flash_attn=flash_attn,
-            type_k=type_k,
-            type_v=type_v,
-            n_gpu_layers=gpu_layers,
+            flash_attn=setup.flash_attn,
+            type_k=setup.type_k,
+            type_v=setup.type_v,
+            n_gpu_layers=setup.gpu_layers,
         )
+        tokens = setup.context + setup.tail
         self.llm.new_context(
-            n_ctx=batch * -(-(context + tail) // 256) * 256,
-            n_batch=chunk,
-            n_ubatch=ubatch,
-            n_seq_max=batch,
-            kv_unified=unified,
+            n_ctx=setup.batch * -(-tokens // 256) * 256,
+            n_batch=setup.chunk,
+            n_ubatch=setup.ubatch,
+            n_seq_max=setup.batch,
+            kv_unified=setup.unified,
         )
-        if force != "none" and self.llm.units:  # a dense file by mistake is told of by bench.py
-            self.llm.force = force
-        self.context = context
+        # Another module tells of a dense file that was given as the MoD file.
+        if setup.force != "none" and self.llm.units:
+            self.llm.force = setup.force
+        self.context = setup.context
         self.tokens = [
-            prompt_tokens(self.llm, text, context + tail, seq, batch) for seq in range(batch)
+            prompt_tokens(self.llm, setup.text, tokens, seq, setup.batch)
+            for seq in range(setup.batch)
         ]
-        self.seen: dict[str, np.ndarray] = {}  # kind -> active and all tokens of the prompts so far
+        # kind -> active and all tokens of the prompts so far
+        self.seen: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def from_setup(cls, **setup) -> Variant:
+        """The variant of a request's fields, see VariantSetup."""
+        return cls(VariantSetup(**setup))
 
     def describe(self) -> dict:
         llm = self.llm
@@ -91,7 +101,7 @@ class Variant:
         }
 
     def clear(self, shift: float | None = None) -> dict:
-        """An empty context; the thresholds shifted from now on."""
+        """Empty the context; from now on the thresholds are shifted."""
         self.llm.clear_cells()
         self.llm.n_tokens, self.seen = 0, {}
         if shift is not None and self.llm.units and shift != self.llm.shift:
@@ -100,8 +110,9 @@ class Variant:
         return {}
 
     def prefill(self, seq: int, start: int, n: int) -> dict:
-        """Some tokens of a sequence's prompt in one batch; with the last of them, the first new
-        token is chosen.
+        """Read some tokens of a sequence's prompt in one batch.
+
+        After the last token of the prompt the first new token is chosen too.
         """
         end = start + n
         batch = [(seq, i, i == self.context - 1) for i in range(start, end)]
@@ -115,8 +126,9 @@ class Variant:
         return turn | {"activation": self._activation(turn["units"], {})}
 
     def decode(self, start: int, n: int) -> dict:
-        """`n` steps from position context + start, one token of every sequence in each; the first
-        is not timed.
+        """Decode n steps from position context + start, one token of every sequence in each.
+
+        The first step is not timed.
         """
         at = self.context + start
         steps = [[(seq, i, True) for seq in range(len(self.tokens))] for i in range(at, at + n)]
@@ -125,7 +137,7 @@ class Variant:
         return turn | {"activation": self._activation(turn["units"], turn["units"])}
 
     def rewind(self) -> dict:
-        """Takes back what has been decoded after the prompts."""
+        """Take back what has been decoded after the prompts."""
         for seq in range(len(self.tokens)):
             if not self.llm.remove_tail(seq, self.context):
                 raise UserError(
@@ -140,18 +152,19 @@ class Variant:
         return {"kv": dataclasses.asdict(self.llm.kv()), "rss_peak": resident("VmHWM")}
 
     def _turn(self, steps: list[list[tuple]]) -> dict:
-        """Decodes the batches. ms: of each; units: kind -> [active, seen]; perf: the runtime's
-        counters.
+        """Decode the batches.
+
+        ms: milliseconds of each batch. units: kind -> [active, seen]. perf: the runtime's counters.
         """
         self.llm.reset_stats()
         ms = [self._decode(step) for step in steps]
         units = {kind: [active, seen] for kind, (seen, active) in self.llm.stats_by_kind().items()}
         perf = self.llm.perf()
-        time.sleep(IDLE)
+        time.sleep(IDLE_SECONDS)
         return {"ms": ms, "units": units, "perf": dataclasses.asdict(perf) if perf else {}}
 
     def _decode(self, step: list[tuple[int, int, bool]]) -> float:
-        """One batch of (sequence, position, whether its logits are wanted); ms."""
+        """Decode one batch of (sequence, position, whether its logits are wanted); milliseconds."""
         ms = self.llm.decode_rows(
             [(self.tokens[seq][pos], pos, seq, logits) for seq, pos, logits in step]
         )
@@ -162,54 +175,21 @@ class Variant:
         return int(self.llm.last_logits().argmax())
 
     def _activation(self, units: dict, after: dict) -> float:
-        """Share of units' work that these tokens meet, 1 for a dense file.
+        """Share of the units' work that these tokens meet, 1 for a dense file.
 
-        A `kv` unit's work is attention to what is remembered of the whole context, so for that kind
-        the context's
-        tokens count: the prompts', and those of `after`. For the others, the tokens of `units`.
+        The work of a `kv` unit is attention to what is remembered of the whole context. So for that
+        kind the tokens of the context count: those of the prompts and of `after`. For other kinds
+        the tokens of `units` count.
         """
         counts = dict(units)
         if "kv" in counts:
             counts["kv"] = self.seen.get("kv", 0) + np.array(after.get("kv", [0, 0]))
         shares = {kind: active / seen for kind, (active, seen) in counts.items() if seen}
         weights = {kind: sum(u.kind == kind for u in self.llm.units) for kind in shares}
-        return (
-            sum(shares[k] * weights[k] for k in shares) / sum(weights.values()) if shares else 1.0
-        )
-
-
-def serve(make) -> None:
-    """Reads the setup, then commands: {"do": name of a method, and its arguments}.
-
-    With layers on a GPU each answer tells the GPU memory that this process has taken so far, in
-    bytes: `vram`.
-    """
-    answer = answers()
-    try:
-        setup = json.loads(sys.stdin.readline())
-        during, vram = _metered(setup.get("gpu_layers", 0))
-        worker = during(make, **setup)
-        answer(worker.describe() | vram())
-        for line in sys.stdin:
-            command = json.loads(line)
-            answer(during(getattr(worker, command.pop("do")), **command) | vram())
-    except UserError as exc:
-        answer({"error": exc.message, "cure": exc.cure})
-    except Exception as exc:  # a bug: its one line is all that the user sees of this process
-        answer({"error": f"{type(exc).__name__}: {exc}", "cure": ""})
-
-
-def _metered(gpu_layers: int) -> tuple[Callable, Callable]:
-    """A function that calls another, and one that gives {"vram": what such calls have taken}, if
-    there is a GPU.
-    """
-    if not gpu_layers:
-        return lambda f, **kwargs: f(**kwargs), dict
-    from mod_export.runtime.devices import GpuMemoryMeter
-
-    meter = GpuMemoryMeter()
-    return meter.during, lambda: {"vram": meter.used}
+        if not shares:
+            return 1.0
+        return sum(shares[kind] * weights[kind] for kind in shares) / sum(weights.values())
 
 
 if __name__ == "__main__":
-    serve(Variant)
+    serve(Variant.from_setup)

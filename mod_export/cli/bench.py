@@ -152,7 +152,7 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
         )
     if plots:
         bench_plots.check_folder(plots, force)
-    options = bench_run.Options(
+    options = bench_run.BenchOptions(
         **{name: value for name, value in options.items() if value is not None}
     )
 

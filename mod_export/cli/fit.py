@@ -64,7 +64,10 @@ def command(file, memory, dense, check, check_context, text, threads, as_json, *
     size = m.parse_size(memory)
     words = read_texts([text]) if text else "\n\n".join(default_texts())
     plan = m.fit(
-        file, size, m.Options(threads=threads or len(os.sched_getaffinity(0)), **options), dense
+        file,
+        size,
+        m.MemoryOptions(threads=threads or len(os.sched_getaffinity(0)), **options),
+        dense,
     )
     if not as_json:
         click.echo(m.report(plan))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import GPU_LAYERS, REHEARSE, RESULTS, THREADS, WORK, machine, part
 
-from mod_export.benchmark.run import Options, bench
+from mod_export.benchmark.run import BenchOptions, bench
 from mod_export.common.progress import Progress
 from mod_export.errors import UserError
 from mod_export.synthetic.routers import routing
@@ -31,7 +31,7 @@ from mod_export.synthetic.write import synth
 # 2
 SHIFTS = (0.0, -1.35, 1.35)
 VARIANTS = ("ceiling", "floor", "dense_patched", "mod", "all_active", "none_active")
-OPTIONS = Options(
+OPTIONS = BenchOptions(
     ubatches=(1024,),
     shifts=SHIFTS,
     variants=VARIANTS,

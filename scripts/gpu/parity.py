@@ -206,7 +206,7 @@ def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
     """Logits [T, n_vocab], decisions and router logits [T, n_units] of the packaged text's first
     tokens; and how many graphs each of those took that were decoded one by one.
     """
-    from mod_export.benchmark.process_helpers import prompt_tokens
+    from mod_export.benchmark.processes import prompt_tokens
     from mod_export.data.text import default_texts
     from mod_export.runtime.llama import MoDLlama
 
@@ -248,7 +248,7 @@ def refill(file: str, output: str, flash_attn: str, layers: str) -> None:
     """
     import llama_cpp
 
-    from mod_export.benchmark.process_helpers import prompt_tokens
+    from mod_export.benchmark.processes import prompt_tokens
     from mod_export.data.text import default_texts
     from mod_export.runtime.llama import MoDLlama
 

@@ -100,7 +100,7 @@ def tiny_model() -> Path:
 
 def decode(file: str) -> None:
     """A prompt, then some tokens, with cells dropped and freed on the way."""
-    from mod_export.benchmark.process_helpers import prompt_tokens
+    from mod_export.benchmark.processes import prompt_tokens
     from mod_export.runtime.llama import MoDLlama
 
     llm = MoDLlama(

@@ -5,7 +5,7 @@ the runtime.
 import tempfile
 from pathlib import Path
 
-from mod_export.benchmark.run import Options, bench
+from mod_export.benchmark.run import BenchOptions, bench
 from mod_export.common.tables import format_table
 from mod_export.export import export
 
@@ -24,7 +24,7 @@ def time_point(made: Path, out: Path, context: int, rounds: int) -> dict:
     with tempfile.TemporaryDirectory(dir=out) as folder:
         file = Path(folder) / "mod.gguf"
         export(made, file, quant=QUANT)
-        options = Options(
+        options = BenchOptions(
             contexts=(context,), variants=("ceiling", "mod"), rounds=rounds, seconds=0.0
         )
         found = bench(file, dense, options)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mod_export.benchmark import memory
-from mod_export.benchmark.memory import MIB, Model, Options
+from mod_export.benchmark.memory import MIB, MemoryModel, MemoryOptions
 from mod_export.errors import UserError
 from mod_export.formats.kv_size import expected_cells
 from mod_export.runtime import bindings
@@ -70,8 +70,8 @@ def test_sizes():
 
 @patched
 def test_the_needs_follow_the_file(files):
-    options = Options(ubatch=128, margin=0.2)
-    mod, dense = Model(files["mod"], options), Model(files["dense"], options)
+    options = MemoryOptions(ubatch=128, margin=0.2)
+    mod, dense = MemoryModel(files["mod"], options), MemoryModel(files["dense"], options)
     per_layer = 2 * 2 * 512  # f16
     for n in (256, 2048, 100_096):
         assert dense.need(n).kv == pytest.approx(n * 14 * per_layer, rel=1e-3)
@@ -80,18 +80,18 @@ def test_the_needs_follow_the_file(files):
         assert mod.as_dense().need(n).kv == dense.need(n).kv
         assert mod.as_dense().need(n).total == pytest.approx(dense.need(n).total, rel=0.02)
     assert dense.need(512).weights == files["dense"].stat().st_size
-    quantised = Model(files["dense"], replace(options, kv_type="q8_0"))
+    quantised = MemoryModel(files["dense"], replace(options, kv_type="q8_0"))
     assert quantised.need(2048).kv == pytest.approx(dense.need(2048).kv * 34 / 64, rel=1e-3)
 
 
 @patched
 def test_the_largest_context_is_the_largest(files):
-    plan = memory.fit(files["mod"], 300 * MIB, Options(), files["dense"])
+    plan = memory.fit(files["mod"], 300 * MIB, MemoryOptions(), files["dense"])
     for name, n in plan.unlimited.items():
         assert (
             plan.models[name].need(n).total
             <= 300 * MIB
-            < plan.models[name].need(n + memory.STEP).total
+            < plan.models[name].need(n + memory.CONTEXT_STEP_TOKENS).total
         )
     assert plan.unlimited["MoD"] > 1.3 * plan.unlimited["dense"]
     assert {need.context for need in plan.needs.values()} == {2048}  # the trained one
@@ -99,15 +99,18 @@ def test_the_largest_context_is_the_largest(files):
     assert text.count("stops at the 2048 tokens that the model was trained for") == 2
     assert "0.500 on calibration text, and 10% more" in text
     # half a step more: what the process takes is measured anew, and differs by some pages
-    enough = sum(plan.models["dense"].need(n).total for n in (1024, 1024 + memory.STEP)) // 2
-    tight = memory.fit(files["mod"], enough, Options(), files["dense"])
+    enough = (
+        sum(plan.models["dense"].need(n).total for n in (1024, 1024 + memory.CONTEXT_STEP_TOKENS))
+        // 2
+    )
+    tight = memory.fit(files["mod"], enough, MemoryOptions(), files["dense"])
     assert tight.needs["dense"].context == 1024 < tight.needs["MoD"].context < 2048
     assert "trained" not in memory.report(tight)
 
 
 @patched
 def test_a_run_takes_what_was_predicted(files):
-    plan = memory.fit(files["mod"], 1024 * MIB, Options(ubatch=256), files["dense"])
+    plan = memory.fit(files["mod"], 1024 * MIB, MemoryOptions(ubatch=256), files["dense"])
     rows = memory.check(plan, TEXT, 1536)
     assert [(r["model"], r["context"], r["tokens"], r["ok"]) for r in rows] == [
         ("dense", 1536, 1536, True),
@@ -125,7 +128,7 @@ def test_a_run_takes_what_was_predicted(files):
 @pytest.mark.parametrize("kinds", ["block", "attn+ffn"])
 def test_other_units(kinds, tmp_path, caplog):
     caplog.set_level(logging.INFO, "mod_export")
-    plan = memory.fit(make(kinds).write(tmp_path / "mod.gguf"), 1024 * MIB, Options())
+    plan = memory.fit(make(kinds).write(tmp_path / "mod.gguf"), 1024 * MIB, MemoryOptions())
     (row,) = memory.check(plan, TEXT, 1024)
     assert row["ok"] and row["needed"] == pytest.approx(row["predicted"], rel=0.1)
     assert any("--dense" in line for line in caplog.messages)

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from mod_export.benchmark import processes, sweep
+from mod_export.benchmark import grouping, processes, sweep
 from mod_export.benchmark import report as bench_report
+from mod_export.benchmark import rows as bench_rows
 from mod_export.benchmark import run as bench_run
-from mod_export.benchmark import stats as bench_stats
 from mod_export.benchmark.floor import block_floor, prune
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
@@ -45,7 +45,7 @@ def files(folder):
 
 
 def run(file, dense, **options) -> dict:
-    options = bench_run.Options(
+    options = bench_run.BenchOptions(
         **{"contexts": (64,), "rounds": 1, "seconds": 0, "threads": 1} | options
     )
     return bench_run.bench(file, dense, options, stock=stock_lib())
@@ -179,7 +179,7 @@ def test_ratio_is_free_of_drift_and_of_spikes():
     reference = drift * [1, 2, 3, 4, 5] * rng.normal(1, 0.01, (8, 5))
     times = drift * [1, 2, 3, 4, 5] * rng.normal(1, 0.01, (8, 5)) * 1.1
     times[3, 2] *= 10
-    found = bench_stats.ratio(times, reference)
+    found = bench_rows.ratio(times, reference)
     assert found["median"] == pytest.approx(1.1, abs=0.01)
     assert 1.08 < found["q1"] < found["median"] < found["q3"] < 1.12
     assert found["totals"] == pytest.approx(1.1, abs=0.03)
@@ -187,19 +187,19 @@ def test_ratio_is_free_of_drift_and_of_spikes():
 
 def test_long_turns_count_for_more():
     times, reference = np.array([[1.0, 1.0, 200.0]]), np.array([[1.0, 1.0, 100.0]])
-    assert bench_stats.ratio(times, reference)["median"] == pytest.approx(2, abs=0.05)
-    assert bench_stats.total(np.array([[1.0, 5.0], [2.0, 5.0], [9.0, 5.0]])) == 7
+    assert bench_rows.ratio(times, reference)["median"] == pytest.approx(2, abs=0.05)
+    assert bench_rows.total(np.array([[1.0, 5.0], [2.0, 5.0], [9.0, 5.0]])) == 7
 
 
 def test_efficiency():
     ceiling, floor = np.full((4, 3), 10.0), np.full((4, 3), 2.0)
     a = np.tile([0.25, 0.5, 0.75], (4, 1))
-    exact = bench_stats.efficiency(ceiling, 2 + 8 * a, floor, a)
+    exact = bench_rows.efficiency(ceiling, 2 + 8 * a, floor, a)
     assert exact == pytest.approx({"median": 1, "q1": 1, "q3": 1, "totals": 1})
-    half = bench_stats.efficiency(ceiling, 6 + 4 * a, floor, a)
+    half = bench_rows.efficiency(ceiling, 6 + 4 * a, floor, a)
     assert half == pytest.approx({"median": 0.5, "q1": 0.5, "q3": 0.5, "totals": 0.5})
-    assert bench_stats.efficiency(ceiling, ceiling, floor, np.ones((4, 3))) is None
-    assert bench_stats.efficiency(floor, floor, floor, a) is None
+    assert bench_rows.efficiency(ceiling, ceiling, floor, np.ones((4, 3))) is None
+    assert bench_rows.efficiency(floor, floor, floor, a) is None
 
 
 def test_memory_on_a_gpu_in_tables():
@@ -225,18 +225,18 @@ def test_groups_keep_what_is_compared_together(caplog):
     variants = [v for v in bench_run.VARIANTS if v != "ceiling_split"]
     need = dict.fromkeys(variants, 10)
     assert (
-        processes.groups(variants, need, 60)
+        grouping.groups(variants, need, 60)
         == [["ceiling", "floor", "dense_patched", "mod", "all_active", "none_active"]]
         and not caplog.messages
     )
-    assert processes.groups(variants, need, 45) == [
+    assert grouping.groups(variants, need, 45) == [
         ["ceiling", "floor", "mod", "none_active"],
         ["ceiling", "dense_patched", "all_active"],
     ]
-    assert len(processes.groups(variants, need, 30)) == 3
+    assert len(grouping.groups(variants, need, 30)) == 3
     assert len(caplog.messages) == 2 and "in groups" in caplog.messages[0]
-    assert processes.groups(["ceiling", "mod"], need, 30) == [["ceiling", "mod"]]
-    processes.groups(variants, need, 10)
+    assert grouping.groups(["ceiling", "mod"], need, 30) == [["ceiling", "mod"]]
+    grouping.groups(variants, need, 10)
     assert "may end or swap" in caplog.messages[-1]
 
 
@@ -261,16 +261,16 @@ def test_gpu(files, monkeypatch):
     monkeypatch.setattr(
         devices, "gpus", lambda: [devices.Gpu("a", 1000, 2000), devices.Gpu("b", 500, 2000)]
     )
-    assert processes.available_memory(on_gpu=True) == 1350
+    assert grouping.available_memory(on_gpu=True) == 1350
     dense = GGUFFile.open(files[1])
-    more = processes.process_bytes(dense, 0, 1, on_gpu=True) - processes.GPU_PROCESS
+    more = grouping.process_bytes(dense, 0, 1, on_gpu=True) - grouping.GPU_PROCESS_BYTES
     assert more == sum(t.nbytes for t in dense.tensors.values())
 
 
 @patched
 def test_groups_are_measured_one_after_the_other(files, monkeypatch):
     monkeypatch.setattr(
-        processes, "available_memory", lambda _: 3 * processes.PROCESS + (100 << 20)
+        grouping, "available_memory", lambda _: 3 * grouping.PROCESS_BYTES + (100 << 20)
     )
     rows = run(*files)["rows"]
     assert set(rows[0]["ratios"]) == {
@@ -296,7 +296,7 @@ def test_files_that_do_not_fit(files, tmp_path):
         with pytest.raises(UserError, match=words):
             run(*pair)
     with pytest.raises(UserError, match="activation 2 is not between 0 and 1"):
-        sweep.sweep(mod, dense, bench_run.Options(), targets=(2, 0.5))
+        sweep.sweep(mod, dense, bench_run.BenchOptions(), targets=(2, 0.5))
 
 
 @patched
@@ -342,4 +342,4 @@ def test_bad_types():
         ({"contexts": (1 << 40,)}, "use one below"),
     ):
         with pytest.raises(UserError, match=words):
-            bench_run.steps(bench_run.Options(**{"contexts": (64,)} | options))
+            bench_run.steps(bench_run.BenchOptions(**{"contexts": (64,)} | options))

@@ -50,7 +50,7 @@ def swept(folder):
     return sweep.sweep(
         path,
         loading.embedded_gguf(),
-        bench_run.Options(**OPTIONS),
+        bench_run.BenchOptions(**OPTIONS),
         (1.0, 0.6, 0.1),
         stock=stock_lib(),
         length=64,
@@ -78,13 +78,17 @@ def test_sweep(swept):
 @patched
 def test_sweep_of_a_file_without_a_vocabulary(folder):
     mod, dense = make(folder, "block")
-    options = bench_run.Options(**OPTIONS, shifts=(0.0, 50.0))
+    options = bench_run.BenchOptions(**OPTIONS, shifts=(0.0, 50.0))
     result = sweep.sweep(mod, dense, options, None, stock=stock_lib())
     assert [(row["shift"], row["kl"]) for row in result["sweep"]] == [(0.0, None), (50.0, None)]
     assert "No KL" in bench_report.tables(result)
     with pytest.raises(UserError, match="needs the variants ceiling and mod"):
         sweep.sweep(
-            mod, dense, bench_run.Options(**OPTIONS, variants=("mod",)), None, stock=stock_lib()
+            mod,
+            dense,
+            bench_run.BenchOptions(**OPTIONS, variants=("mod",)),
+            None,
+            stock=stock_lib(),
         )
 
 
@@ -97,7 +101,9 @@ def test_shifts_that_hit_targets():
 
     targets = (1.0, 0.8, 0.5, 0.3, 0.0)
     points = sweep.find_shifts(measure, targets, Progress())
-    assert [p["activation"] for p in points] == pytest.approx(targets, abs=sweep.CLOSE)
+    assert [p["activation"] for p in points] == pytest.approx(
+        targets, abs=sweep.ACTIVATION_TOLERANCE
+    )
     assert len(asked) < 30
 
 
@@ -131,7 +137,7 @@ def test_plots(swept, folder, tmp_path):
     assert [p.name for p in drawn] == ["latency_activation.png", "speed_quality.png"]
     mod, dense = make(folder, "block")
     rows = bench_run.bench(
-        mod, dense, bench_run.Options(**OPTIONS, batches=(1, 2)), stock=stock_lib()
+        mod, dense, bench_run.BenchOptions(**OPTIONS, batches=(1, 2)), stock=stock_lib()
     )
     drawn += bench_plots.draw(rows, tmp_path / "bench")
     names = {p.name for p in drawn[2:]}
@@ -154,7 +160,7 @@ def test_contexts_are_drawn_where_they_lie(folder, tmp_path):
     result = bench_run.bench(
         mod,
         dense,
-        bench_run.Options(**OPTIONS | {"contexts": (64, 128)}, variants=("ceiling", "mod")),
+        bench_run.BenchOptions(**OPTIONS | {"contexts": (64, 128)}, variants=("ceiling", "mod")),
         stock=stock_lib(),
     )
     figure = bench_plots.latency_context(result["rows"], "title")
