@@ -11,7 +11,6 @@ import pytest
 
 from mod_export.benchmark import memory
 from mod_export.benchmark.memory import MIB, MemoryModel, MemoryOptions
-from mod_export.errors import UserError
 from mod_export.formats.kv_size import expected_cells
 from mod_export.runtime import bindings
 from tests.support.tiny_gguf import Tiny
@@ -52,20 +51,6 @@ def files(tmp_path_factory) -> dict:
             folder / "liar.gguf", {"kv.activation": ([0.02 * x for x in low[0]], *low[1:])}
         ),
     }
-
-
-def test_sizes():
-    for text, size in {
-        "8G": 8 << 30,
-        "512m": 512 << 20,
-        "1.5GiB": 3 << 29,
-        " 2 kb ": 2048,
-        "123456": 123456,
-    }.items():
-        assert memory.parse_size(text) == size
-    for text in ("", "8X", "-1G", "0", "lots", "1GG"):
-        with pytest.raises(UserError, match="no size of memory"):
-            memory.parse_size(text)
 
 
 @patched

@@ -9,9 +9,8 @@ import pytest
 
 from mod_export.benchmark import grouping, processes, sweep
 from mod_export.benchmark import report as bench_report
-from mod_export.benchmark import rows as bench_rows
 from mod_export.benchmark import run as bench_run
-from mod_export.benchmark.floor import block_floor, prune
+from mod_export.benchmark.floor import prune
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import bindings, devices
@@ -157,96 +156,6 @@ def test_pruned_file_is_the_model_without_these_layers(tmp_path, layers):
     assert np.abs(logits - reference).max() < 1e-3
 
 
-def test_which_files_have_a_pruned_floor(tmp_path):
-    def floor(tiny: Tiny):
-        return block_floor(GGUFFile.open(tiny.write(tmp_path / "x.gguf")))
-
-    assert floor(Tiny().route([2, 4], "block")) == {2, 4}
-    assert floor(Tiny().route([2, 4], "block+kv")) == {2, 4}
-    assert floor(Tiny().route([2], "block").route([3], "kv")) is None
-    assert floor(Tiny().route([2], "attn")) is None
-    assert floor(Tiny()) is None
-    with pytest.raises(UserError, match="has 5 layers, no layer 7"):
-        prune(GGUFFile.open(Tiny().write(tmp_path / "x.gguf")), tmp_path / "y.gguf", {2, 7})
-    assert not (tmp_path / "y.gguf").exists()
-
-
-def test_ratio_is_free_of_drift_and_of_spikes():
-    rng = np.random.default_rng(0)
-    drift = np.linspace(1, 3, 8)[:, None] * np.ones(
-        (8, 5)
-    )  # the machine becomes slower from repeat to repeat
-    reference = drift * [1, 2, 3, 4, 5] * rng.normal(1, 0.01, (8, 5))
-    times = drift * [1, 2, 3, 4, 5] * rng.normal(1, 0.01, (8, 5)) * 1.1
-    times[3, 2] *= 10
-    found = bench_rows.ratio(times, reference)
-    assert found["median"] == pytest.approx(1.1, abs=0.01)
-    assert 1.08 < found["q1"] < found["median"] < found["q3"] < 1.12
-    assert found["totals"] == pytest.approx(1.1, abs=0.03)
-
-
-def test_long_turns_count_for_more():
-    times, reference = np.array([[1.0, 1.0, 200.0]]), np.array([[1.0, 1.0, 100.0]])
-    assert bench_rows.ratio(times, reference)["median"] == pytest.approx(2, abs=0.05)
-    assert bench_rows.total(np.array([[1.0, 5.0], [2.0, 5.0], [9.0, 5.0]])) == 7
-
-
-def test_efficiency():
-    ceiling, floor = np.full((4, 3), 10.0), np.full((4, 3), 2.0)
-    a = np.tile([0.25, 0.5, 0.75], (4, 1))
-    exact = bench_rows.efficiency(ceiling, 2 + 8 * a, floor, a)
-    assert exact == pytest.approx({"median": 1, "q1": 1, "q3": 1, "totals": 1})
-    half = bench_rows.efficiency(ceiling, 6 + 4 * a, floor, a)
-    assert half == pytest.approx({"median": 0.5, "q1": 0.5, "q3": 0.5, "totals": 0.5})
-    assert bench_rows.efficiency(ceiling, ceiling, floor, np.ones((4, 3))) is None
-    assert bench_rows.efficiency(floor, floor, floor, a) is None
-
-
-def test_memory_on_a_gpu_in_tables():
-    row = {
-        "context": 64,
-        "batch": 1,
-        "ubatch": 512,
-        "kv_type": "f16",
-        "flash_attn": True,
-        "shift": 0.0,
-        "beyond_training": False,
-        "phase": "decode",
-        "kv_bytes": {},
-        "ms": {"mod": 1.0, "ceiling": 2.0},
-        "rss_peak_bytes": {"mod": 3e6},
-        "vram_bytes": {"mod": 7e6},
-    }
-    assert "GPU MoD" in (table := bench_report._memory([row], False)) and " 7" in table
-    assert "GPU" not in bench_report._memory([row | {"vram_bytes": {}}], False)
-
-
-def test_groups_keep_what_is_compared_together(caplog):
-    variants = [v for v in bench_run.VARIANTS if v != "ceiling_split"]
-    need = dict.fromkeys(variants, 10)
-    assert (
-        grouping.groups(variants, need, 60)
-        == [["ceiling", "floor", "dense_patched", "mod", "all_active", "none_active"]]
-        and not caplog.messages
-    )
-    assert grouping.groups(variants, need, 45) == [
-        ["ceiling", "floor", "mod", "none_active"],
-        ["ceiling", "dense_patched", "all_active"],
-    ]
-    assert len(grouping.groups(variants, need, 30)) == 3
-    assert len(caplog.messages) == 2 and "in groups" in caplog.messages[0]
-    assert grouping.groups(["ceiling", "mod"], need, 30) == [["ceiling", "mod"]]
-    grouping.groups(variants, need, 10)
-    assert "may end or swap" in caplog.messages[-1]
-
-
-def test_library_path_keeps_the_users_behind_ours(monkeypatch):
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/driver")
-    assert processes.library_path("/lib") == "/lib:/driver"
-    monkeypatch.delenv("LD_LIBRARY_PATH")
-    assert processes.library_path("/lib") == "/lib"
-
-
 @patched
 def test_gpu(files, monkeypatch):
     """Memory that processes take of a GPU is theirs alone, so fewer run at once; a CPU build has
@@ -314,32 +223,3 @@ def test_an_error_in_a_process_is_one_clear_line(files):
     with pytest.raises(UserError, match="the process of mod ended with code -9"):
         worker.ask(do="state")
     worker.close()
-
-
-def test_bad_options(run_cli, tmp_path):
-    (tmp_path / "rows.json").write_text("[]")
-    for args in (
-        ["--contexts", "512,many"],
-        ["--contexts", "0"],
-        ["--rounds", "0"],
-        ["--batch", "0"],
-        ["--flash-attn", "maybe"],
-        ["--variants", "all"],
-        ["--threshold-shift", "nan"],
-        ["--json", tmp_path / "rows.json"],
-        ["--json", tmp_path / "none" / "rows.json"],
-    ):
-        done = run_cli("bench", "none.gguf", "--dense", "none.gguf", *args)
-        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert (tmp_path / "rows.json").read_text() == "[]"
-
-
-def test_bad_types():
-    for options, words in (
-        ({"kv_types": ("q9",)}, "q9"),
-        ({"kv_types": ("f16/q8_0/f16",)}, "unknown"),
-        ({"kv_types": ("q8_0",), "flash_attn": (False,)}, "needs flash attention"),
-        ({"contexts": (1 << 40,)}, "use one below"),
-    ):
-        with pytest.raises(UserError, match=words):
-            bench_run.steps(bench_run.BenchOptions(**{"contexts": (64,)} | options))

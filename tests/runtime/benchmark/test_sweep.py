@@ -1,7 +1,6 @@
 """The sweep over thresholds, its divergence from the dense model, and the plots."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 
 from mod_export.benchmark import plots as bench_plots
-from mod_export.benchmark import quality, sweep
 from mod_export.benchmark import report as bench_report
 from mod_export.benchmark import run as bench_run
-from mod_export.common.progress import Progress
+from mod_export.benchmark import sweep
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
@@ -92,39 +90,6 @@ def test_sweep_of_a_file_without_a_vocabulary(folder):
         )
 
 
-def test_shifts_that_hit_targets():
-    asked = []
-
-    def measure(shift: float) -> dict:
-        asked.append(shift)
-        return {"shift": shift, "activation": 1 / (1 + math.exp(2 * shift - 1))}
-
-    targets = (1.0, 0.8, 0.5, 0.3, 0.0)
-    points = sweep.find_shifts(measure, targets, Progress())
-    assert [p["activation"] for p in points] == pytest.approx(
-        targets, abs=sweep.ACTIVATION_TOLERANCE
-    )
-    assert len(asked) < 30
-
-
-def test_a_target_between_two_steps_gets_the_nearest():
-    def measure(shift: float) -> dict:
-        return {"shift": shift, "activation": 1.0 if shift < 1 else 0.2}
-
-    points = sweep.find_shifts(measure, (0.5, 0.9), Progress())
-    assert [p["activation"] for p in points] == [0.2, 1.0]
-
-
-def test_divergence():
-    rng = np.random.default_rng(0)
-    dense, other = rng.standard_normal((2, 150, 40)).astype(np.float32)
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, other))
-    kl, same = quality.divergence(dense, other)
-    assert kl == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
-    assert same == (dense.argmax(-1) == other.argmax(-1)).sum()
-    assert quality.divergence(dense, dense + 3) == pytest.approx([0, 150], abs=1e-3)
-
-
 def colours(path) -> int:
     import matplotlib.pyplot as plt
 
@@ -169,21 +134,6 @@ def test_contexts_are_drawn_where_they_lie(folder, tmp_path):
     assert list(lines["MoD"].get_ydata()) == [
         r["ms"]["mod"] for r in result["rows"] if r["phase"] == "decode"
     ]
-
-
-def test_bad_sweeps_and_plots(run_cli, tmp_path):
-    (tmp_path / "file").touch()
-    for args in (
-        ["--activations", "0.5"],
-        ["--sweep-activation", "--activations", "0.5,x"],
-        ["--sweep-activation", "--activations", "0.5", "--threshold-shift", "1"],
-        ["--plots", tmp_path / "file"],
-        ["--plots", tmp_path / "no" / "plots"],
-    ):
-        done = run_cli("bench", "none.gguf", "--dense", "none.gguf", *args)
-        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, (
-            done.stderr
-        )
 
 
 @patched
