@@ -144,7 +144,7 @@ def command(
     from mod_export.evaluation import report as eval_report
     from mod_export.evaluation import run as eval_run
 
-    plan = eval_run.Plan(**options)
+    plan = eval_run.EvaluationPlan(**options)
     if plots:
         bench_plots.check_folder(plots, force)
 

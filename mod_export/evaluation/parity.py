@@ -17,24 +17,25 @@ from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import precision
 
-ROWS = 128  # rows of logits compared at a time: a row of 150k float64 is 1.2 MB
+ROWS = 128  # rows of logits that are compared at a time; a row of 150k float64 is 1.2 MB
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What passes. margin: how far, in logit space, a first differing decision may lie from its
-    threshold.
+    """The figures that pass.
+
+    mean_kl: over tokens before any differing decision, None where these are too few to judge by.
+    margin: how far, in logit space, a first differing decision may lie from its threshold.
     """
 
     decision_agreement: float
     top1_agreement: float
     mean_kl_all: float
-    mean_kl: float | None = None  # where decisions agree; None: too few such tokens to judge by
+    mean_kl: float | None = None
     margin: float | None = None
 
 
-# by the type of most weights: f32 is the test of the code, the others allow for the rounding of the
-# weights
+# By the type of most weights: f32 tests the code, the others allow for the rounding of the weights.
 BOUNDS = {
     "f32": Bounds(0.999, 0.99, 1e-2, mean_kl=1e-5, margin=1e-3),
     "f16": Bounds(0.995, 0.97, 2e-2, mean_kl=1e-3, margin=0.05),
@@ -51,12 +52,12 @@ def verify(
     length: int = 512,
     threads: int | None = None,
 ) -> dict:
-    """Compares on sequences of `length` tokens of the text, n_tokens in all; see docs/reference/result-files.md
-    for the result.
+    """Compare on sequences of `length` tokens of the text, n_tokens in all.
 
-    f32 files run with KV in f32 and without flash attention, so that the code is compared and not
-    its rounding; others as they are used, with KV in f16 and flash attention. Raises UserError
-    where file and directory do not hold the same units and thresholds, or the text is too short.
+    docs/reference/result-files.md has the keys of the result. f32 files run with KV in f32 and
+    without flash attention, so that the code is compared and not its rounding. Others run as they
+    are used, with KV in f16 and flash attention. Raises UserError where file and directory do not
+    hold the same units and thresholds, or the text is too short.
     """
     from mod_export.data.text import default_texts
     from mod_export.runtime.llama import MoDLlama
@@ -123,7 +124,7 @@ def _check_same_units(llm, model, file, reference) -> None:
 
 
 def _reference_run(model, tokens: list[int]):
-    """logits [T, n_vocab], active [T, n_units], router logits [T, n_units]."""
+    """Logits [T, n_vocab], decisions [T, n_units] and router logits [T, n_units] in torch."""
     import torch
 
     with torch.inference_mode():
@@ -136,7 +137,7 @@ def _reference_run(model, tokens: list[int]):
 
 
 def _runtime_run(llm, tokens: list[int]):
-    """logits [T, n_vocab], active [T, n_units]."""
+    """Logits [T, n_vocab] and decisions [T, n_units] in llama.cpp."""
     llm.reset()
     with llm.recording() as batches:
         llm.eval(tokens)
@@ -144,20 +145,24 @@ def _runtime_run(llm, tokens: list[int]):
 
 
 class Sums:
-    """Adds up the comparison, sequence by sequence."""
+    """Adds up the comparison, sequence by sequence.
+
+    rows: per position KL, same top token, mean and max difference of the logits, and whether no
+    decision has differed so far.
+    """
 
     def __init__(self, units: list[tuple[int, str]], thresholds: list[float]):
         self.units = units
         self.logit_p = np.log(thresholds) - np.log1p(-np.asarray(thresholds))
         self.same = self.decisions = self.active = 0
-        self.rows: list[
-            np.ndarray
-        ] = []  # per position: KL, same top token, mean and max difference, before a flip
+        self.rows: list[np.ndarray] = []
         self.first: list[dict] = []
 
     def add(self, logits, active, score, logits_run, active_run) -> None:
-        """logits [T, n_vocab], decisions and router logits [T, n_units] of the reference, then of
-        the runtime.
+        """Add a sequence.
+
+        Logits are [T, n_vocab], decisions and router logits [T, n_units]. The first three are the
+        reference's, the others the runtime's.
         """
         differ = active != active_run
         self.same += int((~differ).sum())
@@ -195,8 +200,9 @@ class Sums:
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rows of logits -> per row: KL(a, b) in nats, whether the top token is the same, mean and max
-    difference.
+    """Four figures for each row of logits [n, n_vocab], as [n, 4].
+
+    KL(a, b) in nats, whether the top token is the same, mean and max difference of the logits.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     diff = np.abs(a - b)
@@ -207,7 +213,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def judge(result: dict, bounds: Bounds) -> list[str]:
-    """What is beyond the bounds, one line each."""
+    """The figures that are beyond the bounds, one line each."""
     failures = [
         f"{key} {result[key]:.6g} is below {low}"
         for key in ("decision_agreement", "top1_agreement")
@@ -220,8 +226,8 @@ def judge(result: dict, bounds: Bounds) -> list[str]:
     ]
     if bounds.margin is not None:
         failures += [
-            f"the first differing decision, {d['kind']} of layer {d['layer']} at position {d['position']}, "
-            f"lies {d['margin']:.2g} from its threshold, more than {bounds.margin}"
+            f"the first differing decision, {d['kind']} of layer {d['layer']} at position "
+            f"{d['position']}, lies {d['margin']:.2g} from its threshold, more than {bounds.margin}"
             for d in result["first_disagreements"]
             if not d["margin"] <= bounds.margin
         ]
@@ -246,7 +252,8 @@ def report(result: dict) -> str:
     if margins:
         rows.append(["margin of first differing decisions", max(margins), bounds["margin"]])
     lines = [
-        f"{result['file']} ({result['weights']}) against {result['reference']}: {result['tokens']} tokens, "
+        f"{result['file']} ({result['weights']}) against {result['reference']}: "
+        f"{result['tokens']} tokens, "
         f"{result['units']} units, activation {result['activation']:.3f}; "
         f"{result['tokens_agreed']} tokens before any differing decision",
         "",

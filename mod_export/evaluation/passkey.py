@@ -1,7 +1,7 @@
 """Passkey retrieval: a number is hidden in a long text, and the model is asked for it.
 
-    trials = make_trials(tokenizer, haystack_text, lengths=(1024, 4096), depths=(0.1, 0.5, 0.9), n=2)
-    rows = by_length(retrieve(pair, trials))        # [{"length": 1024, "dense": 1.0, "mod": 0.9, ...}, ...]
+    trials = make_trials(tokenizer, text, lengths=(1024, 4096), depths=(0.1, 0.5, 0.9), n=2)
+    rows = by_length(retrieve(pair, trials))        # [{"length": 1024, "dense": 1.0, ...}, ...]
 
 The task of Mohtashami and Jaggi (arXiv 2305.16300); the answer is generated, greedily, from K/V
 that the model kept.
@@ -24,17 +24,19 @@ LENGTHS = (1024, 2048, 4096)
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = (
-    "Some important information is hidden in the following text. Find it and memorize it.\n\n{text}\n\n"
+    "Some important information is hidden in the following text. Find it and memorize it.\n\n"
+    "{text}\n\n"
     "What is the pass key mentioned in the text?"
 )
-ANSWER = "The pass key is {key}."  # begun for the model, which goes on with the key
-SPARE = 4  # tokens that an answer may be longer than the expected one, such as a line break
+ANSWER = "The pass key is {key}."  # the prompt ends with its beginning, up to the key
+SPARE_TOKENS = 4  # that an answer may be longer than the expected one, such as a line break
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt with the key at `depth` (0: beginning of the text, 1: end). length: tokens, the
-    answer's included.
+    """A prompt with the key at `depth` (0: beginning of the text, 1: end).
+
+    length: tokens of the prompt and the answer.
     """
 
     length: int
@@ -46,7 +48,7 @@ class Trial:
 
 @dataclass
 class Cell:
-    """The trials at one length and depth: how many of them each model got right."""
+    """The trials at one length and depth, and how many of them each model got right."""
 
     length: int
     depth: float
@@ -63,8 +65,7 @@ def make_trials(
     n: int = 2,
     seed: int = 0,
 ) -> list[Trial]:
-    """n prompts for each length and depth, from other places of the text and with other keys each
-    time.
+    """n prompts for each length and depth, each with its own part of the text and its own key.
 
     The text is repeated where it is too short. Raises UserError where a prompt does not fit into a
     length, and for an empty text.
@@ -76,9 +77,8 @@ def make_trials(
     for length in lengths:
         for depth in depths:
             for number in range(n):
-                rng = random.Random(
-                    f"{seed} {length} {depth} {number}"
-                )  # a trial does not depend on which others run
+                # A trial does not depend on which other trials run.
+                rng = random.Random(f"{seed} {length} {depth} {number}")
                 trials.append(_trial(tokenizer, hay, length, depth, rng))
     return trials
 
@@ -93,14 +93,14 @@ def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Ran
         encode, (before, after + ANSWER.format(key=key), NEEDLE.format(key=key))
     )
     head = begun(tokenizer, head)
-    # the model is given all before the first digit: left alone after `is`, it may tell of the key
-    # instead of giving it
+    # The prompt has all that comes before the first digit. After `is` alone a model may speak of
+    # the key instead of giving it.
     asked = next(
         i
         for i in range(len(encode(after)), len(tail))
         if re.search(r"\d", tokenizer.decode(tail[i : i + 1]))
     )
-    n_hay = length - sum(map(len, (head, tail, needle))) - SPARE
+    n_hay = length - sum(map(len, (head, tail, needle))) - SPARE_TOKENS
     if n_hay < 1:
         raise UserError(
             f"a passkey prompt does not fit into {length} tokens",
@@ -119,8 +119,9 @@ def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Ran
 
 
 def _chat(tokenizer, text: str) -> str:
-    """`text` as a user's message in the model's chat format; as it is where the tokenizer has no
-    such format.
+    """`text` as a user's message in the model's chat format.
+
+    Without such a format it is the text itself.
     """
     if not getattr(tokenizer, "chat_template", None):
         return text + "\n\n"
@@ -138,7 +139,7 @@ def retrieve(pair: Pair, trials: Sequence[Trial], progress: Callable = iter) -> 
         cell = cells.setdefault((trial.length, trial.depth), Cell(trial.length, trial.depth))
         cell.trials += 1
         for name, reader in pair.readers().items():
-            text = generate(reader, trial.prompt, trial.n_answer + SPARE)
+            text = generate(reader, trial.prompt, trial.n_answer + SPARE_TOKENS)
             cell.right[name] = cell.right.get(name, 0) + (first_number(text) == trial.key)
         cell.usage.add(pair.measured)
     return list(cells.values())
@@ -165,8 +166,7 @@ def generate(reader: Reader, prompt: list[int], n_tokens: int) -> str:
 
 
 def by_length(cells: Sequence[Cell]) -> list[dict]:
-    """A row for each length: trials, shares of keys found (dense, mod, and each by depth),
-    activation, kv_share.
+    """A row for each length, with the shares of keys that were found (in all, and by depth).
 
     mod, activation and kv_share are None where there is no MoD model.
     """

@@ -1,6 +1,7 @@
 """Perplexity of a text, and how far a model's next-token distributions are from the dense model's.
 
-found = loss(open_pair("mod.gguf"), pack(tokenizer, text, 2048, count=4))     # found.perplexity, found.kl, ...
+found = loss(open_pair("mod.gguf"), pack(tokenizer, text, 2048, count=4))
+found.perplexity, found.kl
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from mod_export.evaluation.readers import ROWS, Pair, Usage
 
 @dataclass(frozen=True)
 class Loss:
-    """Means over the tokens that count. kl: nats, dense against MoD; kv_share: cells at the end
-    against dense ones.
+    """Means over the tokens that count.
 
-    Without a MoD model only `tokens` and `perplexity_dense` are there, the others None.
+    kl: nats, of dense against MoD. kv_share: cells at the end over those of the dense model.
+    Without a MoD model all but `tokens` and `perplexity_dense` are None.
     """
 
     tokens: int
@@ -32,11 +33,10 @@ class Loss:
 
 
 def loss(pair: Pair, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter) -> Loss:
-    """Read the sequences [n, T] with both models; the first `skip` positions of each do not count,
-    skip < T - 1.
+    """Read the sequences [n, T] with both models.
 
-    Early tokens of a sequence lie within every window and tell little of what is forgotten later,
-    hence `skip`.
+    The first `skip` positions of each do not count, skip < T - 1: early tokens of a sequence lie
+    within every window and tell little of what is forgotten later.
     """
     n, length = sequences.shape
     if not 0 <= skip < length - 1:
@@ -47,9 +47,8 @@ def loss(pair: Pair, sequences: torch.Tensor, skip: int = 0, progress: Callable 
         usage.add(pair.measured)
     count = n * (length - skip - 1)
     kl, nll_dense, nll, same = (sums / count).tolist()
-    of_dense, perplexity = (
-        torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()
-    )  # may be infinite
+    # torch, because a perplexity may be infinite.
+    of_dense, perplexity = torch.tensor([nll_dense, nll], dtype=torch.float64).exp().tolist()
     if pair.mod is None:
         return Loss(count, of_dense)
     return Loss(count, of_dense, perplexity, kl, same, **usage.shares())

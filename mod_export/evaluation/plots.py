@@ -13,8 +13,9 @@ COLOURS = {"dense": "#888888", "mod": "#0072B2"}
 
 
 def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
-    """Writes the pictures into the folder, made where it is missing; returns them. Raises UserError
-    where it cannot.
+    """Write the pictures into the folder, which is made where it is missing; the files.
+
+    Raises UserError where a file cannot be written.
     """
     import matplotlib
 

@@ -21,8 +21,9 @@ USAGE = {"activation": "activation", "kv_share": "KV of dense"}
 
 
 def table(name: str, rows: list[dict], markdown: bool = False) -> str:
-    """The table of one part of a result: texts, tasks or passkey. What is None everywhere has no
-    column.
+    """The table of one part of a result: texts, tasks or passkey.
+
+    A figure that is None in all rows has no column.
     """
     columns, lines = {"texts": _texts, "tasks": _tasks, "passkey": _passkey}[name](rows)
     columns |= USAGE
@@ -71,7 +72,7 @@ def _with_error(scores: dict, key: str) -> str | None:
 
 
 def _passkey(rows: list[dict]) -> tuple[dict, list[dict]]:
-    """A column for each depth, dense / MoD."""
+    """Columns and lines of the table of passkeys, with a column for each depth."""
     depths = list(rows[0]["dense_by_depth"])
     columns = {"length": "passkey: tokens", "trials": "trials", "dense": "dense", "mod": "MoD"}
     columns |= {depth: f"at {depth}" for depth in depths}

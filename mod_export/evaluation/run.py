@@ -1,14 +1,15 @@
-"""How much a Mixture-of-Depths model loses against its dense base: perplexity, KL, accuracy,
-passkeys, K/V.
+"""How much a Mixture-of-Depths model loses against its dense base.
 
-The base is the same weights with every unit active, or another model.
+It measures perplexity, KL, accuracy, passkeys and K/V. The base is the same weights with every unit
+active, or another model.
 
-    result = evaluate("mod.gguf", Plan(texts=["wiki.txt"], tasks=["tasks.jsonl"]))     # what `mod-export eval` does
+    plan = EvaluationPlan(texts=["wiki.txt"], tasks=["tasks.jsonl"])
+    result = evaluate("mod.gguf", plan)                   # what `mod-export eval` does
 
-    model = MoDModel.load("mod")                                        # the same on a model that is at hand
-    loss(model, pack(model.tokenizer, text, 2048, count=4))             # Loss(perplexity=..., kl=..., kv_share=...)
-    passkey(model, haystack_text, length=2048)                          # {"mod": 0.9, "dense": 1.0, "trials": 20, ...}
-    accuracy(model, ["tasks.jsonl"], limit=50)                          # [{"task": "piqa", "mod": {"acc": ...}}, ...]
+    model = MoDModel.load("mod")                          # the same on a model that is at hand
+    loss(model, pack(model.tokenizer, text, 2048, count=4))   # Loss(perplexity=..., kl=..., ...)
+    passkey(model, haystack_text, length=2048)            # {"mod": 0.9, "dense": 1.0, ...}
+    accuracy(model, ["tasks.jsonl"], limit=50)            # [{"task": "piqa", "mod": {...}}, ...]
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from mod_export.common.progress import Progress
 from mod_export.config import MoDConfig
 from mod_export.data.text import pack, read_texts
 from mod_export.errors import UserError
-from mod_export.evaluation import passkey as eval_passkey
+from mod_export.evaluation import passkey as passkeys
 from mod_export.evaluation import perplexity, scoring
-from mod_export.evaluation import tasks as eval_tasks
+from mod_export.evaluation import tasks as task_files
+from mod_export.evaluation.open import open_pair
 from mod_export.evaluation.passkey import DEPTHS, LENGTHS
 from mod_export.evaluation.perplexity import Loss, divergence
-from mod_export.evaluation.readers import Pair, open_pair, torch_pair, visible_share
+from mod_export.evaluation.readers import Pair, torch_pair, visible_share
 from mod_export.model.mod_model import MoDModel
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "EvaluationPlan",
     "Loss",
-    "Plan",
     "accuracy",
-    "dense_logits",
     "divergence",
     "evaluate",
     "kv_share",
@@ -52,14 +53,13 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to measure.
 
-    texts: files for perplexity and KL, `count` sequences of `length` tokens from each, of which the
-    first `skip` do not
-    count. tasks: JSONL files, see eval_items.py; task_limit: items of each task. haystack: text for
-    passkeys, in prompts of passkey_lengths tokens (None: those of LENGTHS that fit the model),
-    `passkey_trials` for each depth.
+    texts: files for perplexity and KL. Each gives `count` sequences of `length` tokens, of which
+    the first `skip` do not count. tasks: JSONL files, see tasks.py. task_limit: items of each task.
+    haystack: text for passkeys. passkey_lengths: tokens of the prompts, None for those of LENGTHS
+    that fit the model. passkey_trials: prompts for each length and depth.
     """
 
     texts: Sequence[str] = ()
@@ -84,7 +84,7 @@ class Plan:
 
 def evaluate(
     target,
-    plan: Plan,
+    plan: EvaluationPlan,
     dense=None,
     shift: float = 0.0,
     threads: int | None = None,
@@ -93,21 +93,20 @@ def evaluate(
     progress: Progress | None = None,
     done: Callable = lambda name, rows: None,
 ) -> dict:
-    """Measure target beside dense, see eval_models.open_pair; {"about", "texts", "tasks",
-    "passkey"} with rows each.
+    """Measure target beside dense; {"about", "texts", "tasks", "passkey"} with rows each.
 
-    done: called with the name and the rows of each part as soon as it is there. docs/reference/result-files.md
-    has the rows' keys. Raises UserError for what cannot be read or measured, before anything is
-    measured.
+    The arguments up to gpu_layers are those of open_pair. done: is called with the name and the
+    rows of each part as soon as the part is measured. docs/reference/result-files.md has the keys
+    of a row. Raises UserError, before anything is measured, for what cannot be read or measured.
     """
     texts = {path: read_texts([path]) for path in plan.texts}
-    items, skipped = eval_tasks.read_tasks(plan.tasks, plan.task_limit)
+    items, skipped = task_files.read_tasks(plan.tasks, plan.task_limit)
     haystack = read_texts([plan.haystack]) if plan.haystack else None
     pair = open_pair(target, dense, shift, threads, device, gpu_layers)
     about = _about(target, dense, shift, threads, plan, pair) | {"skipped_tasks": skipped}
     for task, n in skipped.items():
         logger.warning(f"note: {n} items of {task} left out: they have no choices")
-    work = _Work(pair, plan, texts, items, haystack)
+    work = _Evaluation(pair, plan, texts, items, haystack)
     pair.reserve(work.longest())
     result = {"about": about}
     for name, run in (
@@ -121,31 +120,36 @@ def evaluate(
     return result
 
 
-class _Work:
+class _Evaluation:
     """A plan as tokens, and its three parts."""
 
     def __init__(
-        self, pair: Pair, plan: Plan, texts: dict[str, str], items: list, haystack: str | None
+        self,
+        pair: Pair,
+        plan: EvaluationPlan,
+        texts: dict[str, str],
+        items: list,
+        haystack: str | None,
     ):
         self.pair, tokenizer = pair, pair.measured.tokenizer
         if (items or haystack is not None) and any(
             reader.whole for reader in pair.readers().values()
         ):
             raise UserError(
-                f"{pair.measured.name} chooses by top-k, which looks at later tokens: it cannot generate",
+                f"{pair.measured.name} chooses by top-k, which looks at later tokens: it cannot "
+                "generate",
                 "measure it on --text only",
             )
         self.skip = plan.skip
         if plan.texts:
-            pair.reserve(
-                plan.length
-            )  # told first: a text is mostly too short for a length that is too long
+            # Checked first: a text is mostly too short for a length that is too long.
+            pair.reserve(plan.length)
         self.sequences = {path: _pack(tokenizer, path, text, plan) for path, text in texts.items()}
-        self.items = [eval_tasks.encode(tokenizer, item) for item in items]
+        self.items = [task_files.encode(tokenizer, item) for item in items]
         n_ctx = min(reader.n_ctx for reader in pair.readers().values())
         lengths = plan.passkey_lengths or [n for n in LENGTHS if n <= n_ctx] or [n_ctx]
         self.trials = (
-            eval_passkey.make_trials(
+            passkeys.make_trials(
                 tokenizer, haystack, lengths, plan.passkey_depths, plan.passkey_trials
             )
             if haystack is not None
@@ -178,13 +182,13 @@ class _Work:
 
     def passkeys(self, progress: Progress) -> list[dict]:
         weights = [float(trial.length) for trial in self.trials]
-        cells = eval_passkey.retrieve(
+        cells = passkeys.retrieve(
             self.pair, self.trials, lambda x: progress.count("passkeys", x, weights)
         )
-        return eval_passkey.by_length(cells)
+        return passkeys.by_length(cells)
 
 
-def _pack(tokenizer, path: str, text: str, plan: Plan) -> torch.Tensor:
+def _pack(tokenizer, path: str, text: str, plan: EvaluationPlan) -> torch.Tensor:
     try:
         return pack(tokenizer, text, plan.length, plan.count)
     except UserError as exc:
@@ -193,7 +197,9 @@ def _pack(tokenizer, path: str, text: str, plan: Plan) -> torch.Tensor:
         ) from exc
 
 
-def _about(target, dense, shift: float, threads: int | None, plan: Plan, pair: Pair) -> dict:
+def _about(
+    target, dense, shift: float, threads: int | None, plan: EvaluationPlan, pair: Pair
+) -> dict:
     """What the figures hold for."""
     return {
         "command": shlex.join(["mod-export", *sys.argv[1:]]),
@@ -217,8 +223,9 @@ def _about(target, dense, shift: float, threads: int | None, plan: Plan, pair: P
 def loss(
     model: MoDModel, sequences: torch.Tensor, skip: int = 0, progress: Callable = iter
 ) -> Loss:
-    """Compare `model` with its dense base on sequences [n, T]; the first `skip` positions of each
-    do not count.
+    """Compare `model` with its dense base on sequences [n, T].
+
+    The first `skip` positions of each do not count.
     """
     return perplexity.loss(torch_pair(model), sequences, skip, progress)
 
@@ -226,9 +233,9 @@ def loss(
 def accuracy(
     model: MoDModel, paths: Sequence[str], limit: int | None = None, progress: Callable = iter
 ) -> list[dict]:
-    """Rows of eval_tasks.accuracy for task files; `limit` items of each task."""
-    items, _ = eval_tasks.read_tasks(paths, limit)
-    encoded = [eval_tasks.encode(model.tokenizer, item) for item in items]
+    """The rows of scoring.accuracy for task files, with `limit` items of each task."""
+    items, _ = task_files.read_tasks(paths, limit)
+    encoded = [task_files.encode(model.tokenizer, item) for item in items]
     return scoring.accuracy(torch_pair(model), encoded, progress)
 
 
@@ -241,16 +248,10 @@ def passkey(
     seed: int = 0,
     progress: Callable = iter,
 ) -> dict:
-    """The row of eval_passkey.by_length for prompts of `length` tokens, `keys` at each depth."""
-    trials = eval_passkey.make_trials(model.tokenizer, haystack, [length], depths, keys, seed)
-    (row,) = eval_passkey.by_length(eval_passkey.retrieve(torch_pair(model), trials, progress))
+    """The row of passkey.by_length for prompts of `length` tokens, `keys` of them at each depth."""
+    trials = passkeys.make_trials(model.tokenizer, haystack, [length], depths, keys, seed)
+    (row,) = passkeys.by_length(passkeys.retrieve(torch_pair(model), trials, progress))
     return row
-
-
-def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
-    """Logits [B, T, n_vocab] of the model with every unit active."""
-    with model.forced("active"):
-        return model(ids, **kwargs)
 
 
 def kv_share(config: MoDConfig, active: torch.Tensor, n_layer: int) -> float:

@@ -1,4 +1,4 @@
-"""A GGUF file, MoD or dense, as a `Reader` for `mod-export eval`: see eval_models.py.
+"""A GGUF file, MoD or dense, as a Reader: see readers.py.
 
 reader = RuntimeReader("mod.gguf", threads=2)
 """
@@ -8,20 +8,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mod_export.evaluation.readers import CHUNK, UNLIMITED, Reader
+from mod_export.evaluation.readers import CHUNK_TOKENS, UNLIMITED_TOKENS, Reader
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import devices
 from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.templates import ChatTemplate
 
 
-class _Llama(MoDLlama):
-    """Hands over the logits of each batch; llama_cpp.Llama would keep a row of the vocabulary for
-    all n_ctx tokens.
+class _BatchLlama(MoDLlama):
+    """Hands over the logits of each batch [n, n_vocab].
+
+    llama_cpp.Llama would keep a row of the vocabulary for all n_ctx tokens.
     """
 
     all_rows = True
-    logits: np.ndarray  # of the last batch, [n, n_vocab]
+    logits: np.ndarray
 
     def _decode(self, tokens: list[int]) -> None:
         n = len(tokens)
@@ -34,10 +35,11 @@ class _Llama(MoDLlama):
 
 
 class RuntimeReader(Reader):
-    """force and shift: as those of MoDLlama; dense files have neither.
+    """Reads a sequence with llama.cpp.
 
-    F32 files run with K/V in F32 and without flash attention, as in `verify`, so that they give
-    torch's figures; others run as they are used.
+    force and shift: as those of MoDLlama; dense files have neither. F32 files run with K/V in F32
+    and without flash attention, as in parity.py, so that they give torch's figures. Other files run
+    as they are used.
     """
 
     def __init__(
@@ -51,25 +53,26 @@ class RuntimeReader(Reader):
         super().__init__()
         devices.check(gpu_layers)
         file = GGUFFile.open(path)
-        self.name, self.force = str(path), force
+        self.name = str(path)
+        self.force = force
         self._options = {
-            "n_batch": CHUNK,
+            "n_batch": CHUNK_TOKENS,
             "threads": threads,
             "n_gpu_layers": gpu_layers,
             "threshold_shift": shift,
         }
         if file.get("general.file_type") == 0:
             self._options |= {"flash_attn": False, "type_k": 0, "type_v": 0}
-        self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED
+        self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED_TOKENS
         self.n_layer = file.get(f"{file.architecture}.block_count")
-        self._open(CHUNK)
+        self._open(CHUNK_TOKENS)
         self.llm.require_vocab()
         self.tokenizer = _Tokenizer(self)
         self.units = [(unit.layer, unit.kind) for unit in self.llm.units]
         self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()
 
     def _open(self, n_ctx: int) -> None:
-        self.llm = _Llama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)
+        self.llm = _BatchLlama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)
         if self.llm.units:
             self.llm.force = self.force
 
@@ -102,7 +105,8 @@ class RuntimeReader(Reader):
     def mark(self) -> None:
         super().mark()
         self._marked_tokens = self.llm.n_tokens
-        self._keep_tails(self.llm.n_ctx())  # K/V that what follows could make go: rewind needs them
+        # `rewind` needs K/V that the tokens that follow could free.
+        self._keep_tails(self.llm.n_ctx())
 
     def rewind(self) -> None:
         super().rewind()
@@ -114,7 +118,7 @@ class RuntimeReader(Reader):
 
 
 class _Tokenizer:
-    """The file's vocabulary behind as much of a transformers tokenizer as eval needs."""
+    """The file's vocabulary as a tokenizer of transformers, as far as an evaluation needs it."""
 
     def __init__(self, reader: RuntimeReader):
         self._reader = reader  # not its llm, which gives way to another in `reserve`

@@ -1,6 +1,6 @@
 """Multiple choice by likelihood: which of the choices does a model find likeliest?
 
-encoded = [encode(tokenizer, item) for item in read_tasks(["tasks.jsonl"])[0]]      # eval_items.py
+encoded = [encode(tokenizer, item) for item in read_tasks(["tasks.jsonl"])[0]]      # tasks.py
 rows = accuracy(pair, encoded)                # a row for each task, and their mean
 """
 
@@ -20,12 +20,13 @@ from mod_export.evaluation.tasks import Encoded, Item
 def likelihoods(
     reader: Reader, encoded: Encoded, usage: Usage | None = None
 ) -> list[tuple[float, bool]]:
-    """For each choice the log likelihood (nats) of its scored tokens, and whether each of them was
-    the best one.
+    """For each choice the log likelihood of its scored tokens, and whether all of them were the best.
 
-    What the choices share is read once; after each choice the sequence is taken back to there.
+    The likelihood is in nats. The beginning that the choices share is read once. After each choice the sequence is taken back
+    to the end of that beginning.
     """
-    shared, results = encoded.shared, []
+    shared = encoded.shared
+    results = []
     reader.reset()
     row = reader.last(encoded.ids[0][:shared]) if shared else None
     reader.mark()
@@ -50,12 +51,11 @@ def likelihoods(
 
 
 def accuracy(pair: Pair, items: list[Encoded], progress: Callable = iter) -> list[dict]:
-    """A row for each task, and with several a row `mean`: task, items, dense, mod, agreement,
-    activation, kv_share.
+    """A row for each task, and with several tasks a row `mean`.
 
-    dense and mod hold acc, acc_norm (likelihood by byte) and their standard errors; agreement:
-    share of the items where both choose the same. Without a MoD model `mod` and what follows it are
-    None.
+    The keys are task, items, dense, mod, agreement, activation, kv_share. dense and mod hold acc,
+    acc_norm (by likelihood per byte) and their standard errors. agreement: share of the items where
+    both choose the same. Without a MoD model `mod` and the keys after it are None.
     """
     tasks: dict[str, _Task] = {}
     for encoded in progress(items):
@@ -66,13 +66,13 @@ def accuracy(pair: Pair, items: list[Encoded], progress: Callable = iter) -> lis
 
 
 class _Task:
-    """What the models chose in one task."""
+    """What the models chose in one task.
+
+    hits: whether an item is right by likelihood, and by likelihood per byte.
+    """
 
     def __init__(self):
-        self.hits: dict[str, list[tuple[bool, bool | None]]] = {
-            "dense": [],
-            "mod": [],
-        }  # by likelihood, and by byte
+        self.hits: dict[str, list[tuple[bool, bool | None]]] = {"dense": [], "mod": []}
         self.same = 0
         self.usage = Usage()
 
@@ -96,10 +96,10 @@ class _Task:
 
 
 def choose(item: Item, found: list[tuple[float, bool]]) -> tuple[int, tuple[bool, bool | None]]:
-    """From `likelihoods`: the choice taken, and whether it is right by likelihood and by likelihood
-    per byte.
+    """The choice that a model takes, and whether it is right by likelihood and per byte.
 
-    Of a GREEDY item: whether greedy decoding gives its answer; nothing by byte.
+    found: what `likelihoods` gives. For a GREEDY item it is whether greedy decoding gives the
+    answer, and None per byte.
     """
     if item.greedy:
         return int(found[0][1]), (found[0][1], None)
@@ -113,7 +113,7 @@ def choose(item: Item, found: list[tuple[float, bool]]) -> tuple[int, tuple[bool
 
 
 def _shares(hits: list[tuple[bool, bool | None]]) -> dict:
-    """acc, acc_norm and the standard errors of these means."""
+    """acc and acc_norm, and the standard errors of these means."""
     result = {}
     for key, values in zip(("acc", "acc_norm"), zip(*hits, strict=True), strict=True):
         n, known = len(values), values[0] is not None
@@ -126,7 +126,7 @@ def _shares(hits: list[tuple[bool, bool | None]]) -> dict:
 
 
 def _mean(rows: list[dict]) -> dict:
-    """All tasks alike, however many items they have; acc_norm of those that have one."""
+    """The mean of the tasks, each with the same weight; acc_norm is that of tasks that have one."""
 
     def mean(values: list, spread: bool = False):
         values = [v for v in values if v is not None]

@@ -1,9 +1,8 @@
-"""Task files of multiple-choice questions: reading them, and putting a question as text and as
-tokens.
+"""Task files of multiple-choice questions: how they are read and put as text and as tokens.
 
-A task file has a JSON object on each line: {"question", "choices", "answer"} and, where there are,
-"task", "passage", "subject". `answer` is the index of the right choice; where `choices` is null it
-is a text.
+A task file has a JSON object on each line, with the keys "question", "choices" and "answer". The
+keys "task", "passage" and "subject" are optional. `answer` is the index of the right choice; where
+`choices` is null, it is a text.
 
     items, skipped = read_tasks(["tasks.jsonl"], limit=50)
     encoded = [encode(tokenizer, item) for item in items]
@@ -23,9 +22,9 @@ from mod_export.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# task -> (what is given, what is scored), in lm-evaluation-harness' words. {lettered}: the choices,
-# one a line, with letters; {before}, {after}: the question's parts around its slot `_`, so there
-# the choice is given, not scored
+# task -> (text that is given, text that is scored), in the words of lm-evaluation-harness.
+# {lettered}: the choices with letters, one a line. {before}, {after}: the parts of the question
+# around its slot `_`; there the choice is given, not scored.
 QUESTION = ("Question: {question}\nAnswer:", " {choice}")
 PASSAGE = ("{passage}\nQuestion: {question}\nAnswer:", " {choice}")
 CONTINUATION = ("{question}", " {choice}")
@@ -41,15 +40,17 @@ FORMATS = {
     ),
 }
 DEFAULT = QUESTION  # PASSAGE where an item has one
-GREEDY = (
-    "lambada",
-)  # no choices: right where greedy decoding gives the answer; others without choices are left out
+# Tasks without choices, which are right where greedy decoding gives the answer. Other items without
+# choices are left out.
+GREEDY = ("lambada",)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. texts: (given, scored) for each choice, for the one answer of a GREEDY task;
-    answer: index.
+    """One question.
+
+    texts: (given, scored) for each choice, or for the one answer of a GREEDY task. answer: index of
+    the right one.
     """
 
     where: str
@@ -64,7 +65,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An item as tokens: of each choice all, and how many of these are given, not scored."""
+    """An item as tokens; given: how many of a choice's ids are given, not scored."""
 
     item: Item
     ids: list[list[int]]
@@ -72,7 +73,7 @@ class Encoded:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are read: the shared beginning once."""
+        """Tokens that are read; the shared beginning counts once."""
         return self.shared + sum(len(ids) - self.shared for ids in self.ids)
 
     @cached_property
@@ -86,12 +87,11 @@ class Encoded:
 def read_tasks(
     paths: Sequence[str | Path], limit: int | None = None
 ) -> tuple[list[Item], dict[str, int]]:
-    """The items of the files, the first `limit` of each task, and how many of which tasks are left
-    out, {task: n}.
+    """The items of the files, the first `limit` of each task, and {task: items left out}.
 
-    Left out is what has neither choices nor a GREEDY task. An item without a task belongs to the
-    one that its file is named after. Raises UserError, naming the line, for anything that is no
-    item, and where no item is left.
+    An item is left out if it has neither choices nor a GREEDY task. An item without a task belongs
+    to the one that its file is named after. Raises UserError, naming the line, for a line that is
+    no item, and where no item is left.
     """
     items: list[Item] = []
     count, skipped = Counter(), Counter()
@@ -111,7 +111,7 @@ def read_tasks(
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each line."""
+    """(file and line number, object) of each line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -123,9 +123,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}:{number}"
             try:
                 raw = json.loads(line)
-                json.dumps(
-                    raw, ensure_ascii=False
-                ).encode()  # no half of a surrogate pair, which is no text
+                # Half of a surrogate pair is no text, and cannot be encoded.
+                json.dumps(raw, ensure_ascii=False).encode()
             except (ValueError, RecursionError):
                 raw = None
             if not isinstance(raw, dict) or not {"question", "answer"} <= set(raw):
@@ -164,9 +163,7 @@ def _item(where: str, task: str, raw: dict) -> Item:
 
 
 def _texts(where: str, task: str, raw: dict, choices: list[str], index: int) -> tuple[str, str]:
-    """What is given and what is scored of one choice; white space at the seam belongs to what is
-    scored.
-    """
+    """The given and the scored text of one choice; white space at the seam is scored."""
     before, slot, after = raw["question"].partition("_")
     fields = {
         "question": raw["question"],
@@ -207,7 +204,7 @@ def encode(tokenizer, item: Item) -> Encoded:
     ids_all, n_given = [], []
     for given, scored in item.texts:
         alone, both = ids(given), ids(given + scored)
-        # a token that holds the seam is scored, as a part of it would be
+        # A token across the seam is scored, because a part of it belongs to the scored text.
         same = next(
             (i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), len(alone)
         )

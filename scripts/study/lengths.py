@@ -10,7 +10,7 @@ from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
 from mod_export.data import text as data_text
 from mod_export.errors import UserError
-from mod_export.evaluation.readers import open_pair
+from mod_export.evaluation.open import open_pair
 
 
 def activation_by_length(

@@ -9,6 +9,7 @@ from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import run as eval_run
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
+from tests.support import tiny_torch as tiny
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def windowed_kl(model, sequences, skip, window, n_sink):
         windowed = model(
             ids[None], decisions={unit: sinks for unit in model.config.routed()}, kv_window=window
         )[0]
-        dense = eval_run.dense_logits(model, ids[None])[0]
+        dense = tiny.dense_logits(model, ids[None])[0]
         sums += eval_run.divergence(dense[skip:], windowed[skip:], ids[skip:])
         count += len(ids) - skip - 1
     return (sums[0] / count).item()

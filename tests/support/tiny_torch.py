@@ -152,3 +152,9 @@ def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs)
 
 def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Logits [B, T, n_vocab] of the model with every unit active."""
+    with model.forced("active"):
+        return model(ids, **kwargs)

@@ -3,7 +3,6 @@ to be.
 """
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import passkey, perplexity, scoring
 from mod_export.evaluation import run as eval_run
-from mod_export.evaluation.readers import ROWS, Pair, TorchReader, Usage, open_pair, torch_pair
-from mod_export.evaluation.run import Plan
+from mod_export.evaluation.open import open_pair
+from mod_export.evaluation.readers import ROWS, TorchReader, Usage, torch_pair
+from mod_export.evaluation.run import EvaluationPlan
 from mod_export.evaluation.tasks import encode, read_tasks
 from mod_export.export import export
 from mod_export.runtime import bindings
@@ -81,7 +81,7 @@ def items(folder, pairs):
 
 def test_torch_and_the_runtime_give_the_same_figures(folder):
     text, tasks = folder / "text.txt", folder / "tasks.jsonl"
-    plan = Plan(
+    plan = EvaluationPlan(
         texts=[text],
         length=LENGTH,
         count=2,
@@ -172,71 +172,6 @@ def test_choices_by_likelihood_and_by_byte(items):
     assert scoring.choose(items[3].item, [(-3.0, True)]) == (1, (True, None))
     shares = scoring._shares([(True, None), (False, None), (True, None)])
     assert shares["acc"] == pytest.approx(2 / 3) and shares["acc_stderr"] == pytest.approx(1 / 3)
-
-
-def test_mean_of_tasks():
-    scores = {"acc": 0.5, "acc_stderr": 0.3, "acc_norm": 0.7, "acc_norm_stderr": 0.1}
-    greedy = {"acc": 0.1, "acc_stderr": 0.4, "acc_norm": None, "acc_norm_stderr": None}
-    rows = [
-        {
-            "task": t,
-            "items": n,
-            "dense": s,
-            "mod": None,
-            "agreement": None,
-            "activation": None,
-            "kv_share": None,
-        }
-        for t, n, s in (("a", 10, scores), ("b", 90, greedy))
-    ]
-    mean = scoring._mean(rows)
-    assert mean["dense"] == pytest.approx(
-        {"acc": 0.3, "acc_stderr": 0.25, "acc_norm": 0.7, "acc_norm_stderr": 0.1}
-    )
-    assert mean["items"] == 100 and mean["mod"] is None
-
-
-@pytest.mark.parametrize("skip", [0, 100, 270])
-def test_loss_by_hand(skip):
-    """From whole forwards; 600 tokens take several blocks of logits."""
-    model = tiny.mod_model(UNITS, n_vocab=300)
-    ids = pack(byte_tokenizer(), TEXT, 2 * LENGTH, count=2)
-    assert ids.shape[1] > 2 * ROWS
-    sums, active, n = torch.zeros(4, dtype=torch.float64), [], 2 * (2 * LENGTH - skip - 1)
-    with torch.inference_mode():
-        for row in ids:
-            logits, trace = model(row[None], trace=True)
-            p, q = (
-                x[0, skip:].double().log_softmax(-1)
-                for x in (eval_run.dense_logits(model, row[None]), logits)
-            )
-            p, q, after = p[:-1], q[:-1], row[skip + 1 :, None]
-            sums += torch.stack(
-                [
-                    (p.exp() * (p - q)).sum(),
-                    -p.gather(1, after).sum(),
-                    -q.gather(1, after).sum(),
-                    (p.argmax(-1) == q.argmax(-1)).sum(),
-                ]
-            )
-            active.append(trace.active[0])
-    share = sum(eval_run.kv_share(model.config, a, model.n_layer) for a in active) / 2
-    expected = [*(sums / n).tolist(), torch.cat(active).float().mean().item(), share]
-    whole = TorchReader(model, whole=True)
-    for found in (
-        eval_run.loss(model, ids, skip),
-        perplexity.loss(Pair(whole.dense(), whole), ids, skip),
-    ):
-        assert found.tokens == n
-        figures = [
-            found.kl,
-            math.log(found.perplexity_dense),
-            math.log(found.perplexity),
-            found.top1_agreement,
-            found.activation,
-            found.kv_share,
-        ]
-        assert figures == pytest.approx(expected, rel=1e-4)
 
 
 def test_memory_is_bounded_and_kv_is_what_the_runtime_holds(pairs):

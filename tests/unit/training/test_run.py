@@ -21,7 +21,7 @@ from mod_export import adapter
 from mod_export.data.packing import open_data, split
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
-from mod_export.evaluation.run import Plan, evaluate
+from mod_export.evaluation.run import EvaluationPlan, evaluate
 from mod_export.export import export
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.model.mod_model import MoDModel
@@ -373,9 +373,9 @@ def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
     for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
         assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
     assert (
-        evaluate(tmp_path / "half", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))[
-            "texts"
-        ][0]["kl"]
+        evaluate(
+            tmp_path / "half", EvaluationPlan(texts=(files / "text.txt",), length=LENGTH, count=2)
+        )["texts"][0]["kl"]
         > 0
     )
     with pytest.raises(UserError, match="too coarse"):
@@ -399,14 +399,14 @@ def test_trained_weights_are_no_teacher(files, tmp_path):
 
 def test_baselines_run_from_the_same_code(files, tmp_path):
     topk = train(files / "mod", tmp_path / "topk", config(files, method="topk"))
-    loss = evaluate(tmp_path / "topk", Plan(texts=(files / "text.txt",), length=LENGTH, count=2))[
-        "texts"
-    ][0]
+    loss = evaluate(
+        tmp_path / "topk", EvaluationPlan(texts=(files / "text.txt",), length=LENGTH, count=2)
+    )["texts"][0]
     assert loss["activation"] == pytest.approx((0.5 + 0.5 + 0.7) / 3, abs=0.06)
     with pytest.raises(
         UserError, match="chooses by top-k, which looks at later tokens: it cannot generate"
     ):
-        evaluate(tmp_path / "topk", Plan(haystack=str(files / "text.txt")))
+        evaluate(tmp_path / "topk", EvaluationPlan(haystack=str(files / "text.txt")))
     assert topk["activation"]["attn"] == pytest.approx(
         0.7, abs=0.06
     )  # two sinks of 32 tokens beside the top 70 %

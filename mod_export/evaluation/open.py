@@ -1,0 +1,86 @@
+"""Opens the models that `mod-export eval` measures: a directory in torch, a GGUF file in llama.cpp.
+
+pair = open_pair("mod.gguf")
+pair = open_pair("mod/", dense="smollm2")
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from mod_export.data.text import same_tokens
+from mod_export.errors import UserError
+from mod_export.evaluation.readers import Pair, Reader, TorchReader
+from mod_export.formats.hf_directory import is_mod
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
+
+
+def open_pair(
+    target,
+    dense=None,
+    shift: float = 0.0,
+    threads: int | None = None,
+    device: str = "cpu",
+    gpu_layers: int = 0,
+) -> Pair:
+    """Open the model that is to be measured, and the one that it is compared with.
+
+    target: a MoD directory, a plain Hugging Face directory, `smollm2`, or a GGUF file, MoD or
+    dense. dense: any of these, by default target with every unit active. shift: of all thresholds
+    of target, in logit space. device: of models in torch. gpu_layers: of GGUF files, -1 for all.
+    Raises UserError for a model that cannot be opened, and for two that do not have the same
+    tokens.
+    """
+    if not math.isfinite(shift):
+        raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
+    reader = _open(target, shift, threads, device, gpu_layers)
+    if shift and not reader.units:
+        raise UserError(
+            f"{target} is a dense model, so it has no thresholds to shift",
+            "leave out --threshold-shift",
+        )
+    if dense is None:
+        return Pair(reader.dense(), reader) if reader.units else Pair(reader, None)
+    other = _open(dense, 0.0, threads, device, gpu_layers)
+    if other.units:
+        other = other.dense()
+    _check_same_tokens(other, reader)
+    return Pair(other, reader)
+
+
+def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int) -> Reader:
+    if Path(path).is_file():
+        # Models in torch open without llama.cpp.
+        from mod_export.evaluation.runtime_reader import RuntimeReader
+
+        if device != "cpu":
+            raise UserError(
+                f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers"
+            )
+        return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
+    if not Path(path).exists() and str(path) != loading.EMBEDDED:
+        raise UserError(f"no such model: {path}", "give a MoD directory or a GGUF file")
+    if threads:
+        torch.set_num_threads(threads)
+    model = MoDModel.load(path) if is_mod(path) else MoDModel.from_base(*loading.load(path))
+    model.shift = shift
+    try:
+        return TorchReader(model.to(device), path)
+    except (RuntimeError, AssertionError) as exc:
+        # torch raises one of them for a device that is unknown, missing or full.
+        raise UserError(
+            f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out"
+        ) from exc
+
+
+def _check_same_tokens(a: Reader, b: Reader) -> None:
+    """Raise UserError unless both read a text as the same tokens."""
+    if a.n_vocab != b.n_vocab or not same_tokens(a.tokenizer, b.tokenizer):
+        raise UserError(
+            f"{a.name} and {b.name} have different tokenizers",
+            "give the dense model of the same family",
+        )
