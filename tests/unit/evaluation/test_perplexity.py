@@ -11,7 +11,6 @@ from mod_export.evaluation import run as eval_run
 from mod_export.evaluation.readers import ROWS, Pair, TorchReader
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.tiny_torch import one_thread  # noqa: F401  (a fixture)
 
 UNITS = {"kv": [2, 3], "attn": [2, 4], "ffn": [2, 4], "block": [5]}
 LENGTH = 300
