@@ -42,8 +42,9 @@ def tables(result: dict, markdown: bool = False) -> str:
 
 
 def _settings(rows: list[dict]) -> list[tuple[str, str]]:
-    """(key, heading) of the settings that a table has to show: the context, and what differs
-    between rows.
+    """(key, heading) of the settings that a table has to show.
+
+    These are the context, and every setting that differs between rows.
     """
     known = [
         ("context", "context"),
@@ -141,7 +142,7 @@ def _memory(rows: list[dict], markdown: bool) -> str:
 
 
 def _perf(rows: list[dict], markdown: bool) -> str:
-    """Graphs, and microseconds per call of llama_decode by stage, of each variant of the MoD file."""
+    """The table of graphs, and of microseconds by stage, for each variant of the MoD file."""
     settings = _settings(rows)
     stages = dict.fromkeys(
         k for row in rows for perf in row["perf"].values() for k in perf if k.startswith("us_")
@@ -214,12 +215,14 @@ def _notes(result: dict) -> list[str]:
         notes.append("* beyond the context of training: for timing only.")
     if any(row["floor"] == "none_active" and "none_active" in row["ms"] for row in rows):
         notes.append(
-            "The floor of these units is the MoD file with none active: no dense file leaves out just them."
+            "The floor of these units is the MoD file with none active: no dense file leaves out "
+            "just them."
         )
     if work := result["about"].get("floor_prefill_work"):
         notes.append(
-            f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: llama.cpp "
-            "leaves out the last layer's FFN for all but the last token. Routers read that layer's result."
+            f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: "
+            "llama.cpp leaves out the last layer's FFN for all but the last token. Routers read that "
+            "layer's result."
         )
     if any(row["kl"] is None for row in result.get("sweep", ())):
         notes.append("No KL: a file without a vocabulary has no text to be judged by.")

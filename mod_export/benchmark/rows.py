@@ -2,9 +2,10 @@
 
 docs/reference/result-files.md lists the keys of a row.
 
-Times stand in arrays [repeats, turns]. A repeat is a whole prompt, or a tail of decoded tokens; its
-turns are the chunks or slices in which the variants alternate. So a turn of one variant and the same
-turn of another did the same work seconds apart, and their ratio is free of a machine's slow changes.
+Times stand in arrays [repeats, turns]. A repeat is a whole prompt, or a tail of decoded tokens. Its
+turns are the chunks or slices in which the variants alternate. So a turn of one variant and the
+same turn of another did the same work seconds apart, and their ratio is free of slow changes of the
+machine.
 """
 
 import numpy as np
@@ -113,7 +114,7 @@ def _mod(run: Run) -> dict:
 
 
 def _memory(runs: dict[str, Run]) -> dict:
-    out = {
+    return {
         "kv_bytes": {
             name: {k: run.kv[k] for k in ("dense", "used", "committed", "reserved")}
             for name, run in runs.items()
@@ -123,7 +124,6 @@ def _memory(runs: dict[str, Run]) -> dict:
         "perf": {name: dict(run.perf) for name, run in runs.items() if run.perf},
         "raw_ms": {name: run.ms.round(3).tolist() for name, run in runs.items()},
     }
-    return out
 
 
 def total(times: np.ndarray) -> float:

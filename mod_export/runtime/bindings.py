@@ -23,7 +23,8 @@ except ModuleNotFoundError as exc:
     if not (exc.name or "").startswith("llama_cpp"):
         raise
     raise UserError("the runtime llama_cpp is not installed", "run `mod-export build`") from exc
-except (FileNotFoundError, RuntimeError) as exc:  # LLAMA_CPP_LIB_PATH names no usable library
+except (FileNotFoundError, RuntimeError) as exc:
+    # LLAMA_CPP_LIB_PATH names no usable library.
     raise UserError(
         f"cannot load llama.cpp: {exc}", "run `mod-export build`, or unset LLAMA_CPP_LIB_PATH"
     ) from exc
@@ -44,9 +45,11 @@ _model_p, _ctx_p = _llama.llama_model_p_ctypes, _llama.llama_context_p_ctypes
 _missing: list[str] = []
 
 
-# struct llama_mod_unit { int32_t layer; enum llama_mod_kind kind; float threshold; float
-# activation; };
-class llama_mod_unit(ctypes.Structure):
+# struct llama_mod_unit {
+#     int32_t layer; enum llama_mod_kind kind; float threshold; float activation; };
+class llama_mod_unit(ctypes.Structure):  # noqa: N801
+    """A routed unit of a file."""
+
     _fields_ = [
         ("layer", ctypes.c_int32),
         ("kind", ctypes.c_int),
@@ -56,13 +59,17 @@ class llama_mod_unit(ctypes.Structure):
 
 
 # struct llama_mod_unit_stats { uint64_t n_seen; uint64_t n_active; };
-class llama_mod_unit_stats(ctypes.Structure):
+class llama_mod_unit_stats(ctypes.Structure):  # noqa: N801
+    """Counters of a unit."""
+
     _fields_ = [("n_seen", ctypes.c_uint64), ("n_active", ctypes.c_uint64)]
 
 
-# struct llama_mod_kv_stats { uint64_t n_cells, n_used, bytes_per_cell, bytes_reserved,
-# bytes_committed, bytes_used; };
-class llama_mod_kv_stats(ctypes.Structure):
+# struct llama_mod_kv_stats {
+#     uint64_t n_cells, n_used, bytes_per_cell, bytes_reserved, bytes_committed, bytes_used; };
+class llama_mod_kv_stats(ctypes.Structure):  # noqa: N801
+    """KV figures of a layer or of all layers."""
+
     _fields_ = [
         ("n_cells", ctypes.c_uint64),
         ("n_used", ctypes.c_uint64),
@@ -74,7 +81,9 @@ class llama_mod_kv_stats(ctypes.Structure):
 
 
 # struct llama_mod_perf { uint64_t n_decode, n_tokens, n_graphs, ..., us_compute, us_read; };
-class llama_mod_perf(ctypes.Structure):
+class llama_mod_perf(ctypes.Structure):  # noqa: N801
+    """Counters of decodes and graphs."""
+
     _fields_ = [
         (name, ctypes.c_uint64)
         for name in (
@@ -124,8 +133,8 @@ def llama_mod_n_units(model):
     """Number of routed units; 0 for a dense model."""
 
 
-# LLAMA_API bool llama_mod_get_unit(const struct llama_model * model, int32_t i, struct
-# llama_mod_unit * unit);
+# LLAMA_API bool llama_mod_get_unit(
+#     const struct llama_model * model, int32_t i, struct llama_mod_unit * unit);
 @_symbol([_model_p, ctypes.c_int32, ctypes.POINTER(llama_mod_unit)], ctypes.c_bool)
 def llama_mod_get_unit(model, i, unit):
     """Fills `unit`; False where there is no unit i."""
@@ -191,8 +200,8 @@ def llama_mod_set_kv_rollback(ctx, n):
     """Sets it, n >= 0; 0 or an ERRORS key."""
 
 
-# LLAMA_API bool llama_mod_get_unit_stats(const struct llama_context * ctx, int32_t i, struct
-# llama_mod_unit_stats *);
+# LLAMA_API bool llama_mod_get_unit_stats(
+#     const struct llama_context * ctx, int32_t i, struct llama_mod_unit_stats *);
 @_symbol([_ctx_p, ctypes.c_int32, ctypes.POINTER(llama_mod_unit_stats)], ctypes.c_bool)
 def llama_mod_get_unit_stats(ctx, i, stats):
     """Fills the counters of unit i; False where there is none."""
@@ -210,15 +219,15 @@ def llama_mod_reset_stats(ctx):
     """Sets all counters to 0."""
 
 
-# LLAMA_API bool llama_mod_get_kv_stats(const struct llama_context * ctx, int32_t il, struct
-# llama_mod_kv_stats *);
+# LLAMA_API bool llama_mod_get_kv_stats(
+#     const struct llama_context * ctx, int32_t il, struct llama_mod_kv_stats *);
 @_symbol([_ctx_p, ctypes.c_int32, ctypes.POINTER(llama_mod_kv_stats)], ctypes.c_bool)
 def llama_mod_get_kv_stats(ctx, il, stats):
     """Fills the KV figures of layer il, of all layers with il = -1."""
 
 
-# LLAMA_API int32_t llama_mod_get_trace(const struct llama_context *, const uint8_t ** active, const
-# float ** score);
+# LLAMA_API int32_t llama_mod_get_trace(
+#     const struct llama_context *, const uint8_t ** active, const float ** score);
 @_symbol(
     [
         _ctx_p,
@@ -261,7 +270,7 @@ def get_kv_stats(ctx, layer: int = -1) -> llama_mod_kv_stats | None:
 
 
 def get_trace(model, ctx) -> tuple[np.ndarray, np.ndarray]:
-    """Decisions (uint8) and router logits (float32) of the last decode, [n_tokens, n_units] each."""
+    """Decisions (uint8) and router logits (float32) of the last decode, [n_tokens, n_units]."""
     active, score = ctypes.POINTER(ctypes.c_uint8)(), ctypes.POINTER(ctypes.c_float)()
     n, units = 0, n_units(model)
     if units:

@@ -1,6 +1,6 @@
 """The GPUs that the loaded llama.cpp computes on, and their free memory.
 
-    gpus()                       # [Gpu(name="NVIDIA ...", free=..., total=...)]; empty on a CPU build
+    gpus()                       # [Gpu(name="NVIDIA ...", free=..., total=...)], or []
     meter = GpuMemoryMeter()
     answer = meter.during(f)
     meter.used

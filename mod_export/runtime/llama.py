@@ -1,4 +1,4 @@
-"""MoDLlama: llama_cpp.Llama with the routed units' statistics, thresholds, KV figures and decisions.
+"""MoDLlama: llama_cpp.Llama with statistics, thresholds, KV figures and decisions of the units.
 
 Everything of llama_cpp.Llama works as there. Dense files open too, on a stock library as well: a
 dense file has no units.
@@ -95,7 +95,7 @@ class PerfCounters:
     us_read: int
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The evaluation was stopped between two batches because `MoDLlama.stop` was set."""
 
 
@@ -302,14 +302,17 @@ class MoDLlama(llama_cpp.Llama):
 
     def stats_by_kind(self) -> dict[str, tuple[int, int]]:
         """kind -> (tokens seen, of these active), summed over its units."""
-        out = {kind: (0, 0) for kind in self.kinds}
+        out = dict.fromkeys(self.kinds, (0, 0))
         for unit in self.stats():
             seen, active = out[unit.unit.kind]
             out[unit.unit.kind] = (seen + unit.seen, active + unit.active)
         return out
 
     def activation(self) -> float:
-        """Share of (token, unit) pairs that were active; 1 for a dense model, nan before any token."""
+        """Share of (token, unit) pairs that were active.
+
+        It is 1 for a dense model, and nan before any token.
+        """
         if not self.units:
             return 1.0
         counts = self.stats_by_kind().values()
@@ -369,7 +372,7 @@ class MoDLlama(llama_cpp.Llama):
             self._recording = None
 
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decisions (uint8) and router logits (float32) of the last batch, [n_tokens, n_units] each."""
+        """Decisions (uint8) and router logits (float32) of the last batch, [n_tokens, n_units]."""
         return bindings.get_trace(self.model, self.ctx)
 
     # --- llama_cpp.Llama, made safe
@@ -384,7 +387,7 @@ class MoDLlama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """As llama_cpp.Llama.eval.
 
-        Raises UserError where the context is too small, and Stopped after `stop` was set.
+        Raises UserError where the context is too small, and StoppedError after `stop` was set.
         """
         pending = list(tokens)
         if self.n_tokens + len(pending) > self.n_ctx():
@@ -399,7 +402,7 @@ class MoDLlama(llama_cpp.Llama):
             self._ctx.kv_cache_clear()
         for i in range(0, len(pending), self.n_batch):
             if self.stop:
-                raise Stopped
+                raise StoppedError
             self._eval_batch(pending[i : i + self.n_batch])
 
     def _eval_batch(self, tokens: list[int]) -> None:
@@ -492,7 +495,7 @@ class MoDLlama(llama_cpp.Llama):
         return sampler.sample(self._ctx, row)
 
     def last_logits(self) -> np.ndarray:
-        """The logits of the last batch's last row, float32 [n_vocab]; valid until the next batch."""
+        """Logits of the last batch's last row, float32 [n_vocab], valid until the next batch."""
         logits = llama_cpp.llama_get_logits_ith(self.ctx, -1)
         pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(pointer, (self.n_vocab(),))
@@ -502,7 +505,10 @@ class MoDLlama(llama_cpp.Llama):
         llama_cpp.llama_memory_clear(self._ctx.memory, False)
 
     def remove_tail(self, sequence: int, start: int = -1) -> bool:
-        """Take back a sequence from position `start` on, or all of it; False if that is impossible."""
+        """Take back a sequence from position `start` on, or all of it.
+
+        False where the library cannot do it.
+        """
         return llama_cpp.llama_memory_seq_rm(self._ctx.memory, sequence, start, -1)
 
     def errors_kept(self):

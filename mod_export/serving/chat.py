@@ -1,6 +1,6 @@
 """A conversation with a model: the history, the context, and commands about thresholds.
 
-Chat knows nothing of terminals, see terminal.py. What is no answer goes through the `notice` callback.
+Chat knows nothing of terminals, see terminal.py. Its callback `notice` gets all that is no answer.
 
     chat = Chat(MoDLlama("mod.gguf"), system="Be brief.")
     for text in chat.ask("What is a lighthouse?"):
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
-from mod_export.runtime.llama import MoDLlama, Stopped
+from mod_export.runtime.llama import MoDLlama, StoppedError
 from mod_export.runtime.sampling import Sampling
 from mod_export.runtime.templates import ChatTemplate
 
@@ -125,7 +125,7 @@ class Chat:
                 if self.llm.n_tokens >= self.llm.n_ctx():
                     self.notice("\n[context full: the answer ends here]")
                     break
-        except Stopped:
+        except StoppedError:
             pass
         if rest := utf8.decode(b"", final=True):
             yield rest
@@ -180,8 +180,8 @@ class Chat:
                 self.notice("from the next token on")
         ps = llm.thresholds
         self.notice(
-            f"thresholds p {min(ps):.3g} to {max(ps):.3g}, shifted by {llm.shift:+.3g} in logit space "
-            f"(above 0: fewer tokens active)"
+            f"thresholds p {min(ps):.3g} to {max(ps):.3g}, shifted by {llm.shift:+.3g} in logit "
+            f"space (above 0: fewer tokens active)"
         )
 
     def stats(self) -> str:

@@ -1,6 +1,6 @@
 """OpenAI's completions without HTTP: requests, answers piece by piece, and the bodies of both.
 
-    ask = parse({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}, llm, chat=True)
+    ask = parse({"messages": [{"role": "user", "content": "Hello"}]}, llm, chat=True)
     answer = Answer(llm, ask)
     text = "".join(answer)              # then answer.tokens and answer.reason
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mod_export.errors import UserError
-from mod_export.runtime.llama import MoDLlama, Stopped
+from mod_export.runtime.llama import MoDLlama, StoppedError
 from mod_export.runtime.sampling import Sampling
 from mod_export.runtime.templates import ChatTemplate
 
@@ -48,7 +48,7 @@ UNSUPPORTED = {
 TOKEN_BYTES = 128  # bytes of a token, at most, where many tokens follow one another
 
 
-class TooLong(UserError):
+class TooLongError(UserError):
     """The prompt does not fit the context."""
 
 
@@ -75,7 +75,8 @@ class Ask:
 def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
     """What a request's body asks for.
 
-    Raises UserError naming the field that is wrong, and TooLong where the prompt fills the context.
+    Raises UserError naming the field that is wrong, and TooLongError where the prompt fills the
+    context.
     """
     for name, harmless in UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in harmless:
@@ -85,7 +86,9 @@ def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
     except UnicodeEncodeError as exc:
         raise UserError("the text is no valid Unicode") from exc
     if len(tokens) >= llm.n_ctx():
-        raise TooLong(f"the prompt of {len(tokens)} tokens exceeds the context of {llm.n_ctx()}")
+        raise TooLongError(
+            f"the prompt of {len(tokens)} tokens exceeds the context of {llm.n_ctx()}"
+        )
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if (
@@ -167,7 +170,7 @@ def _tokenize(text: str, llm: MoDLlama, **options) -> list[int]:
     data = text.encode()
     # To tokenise megabytes takes seconds, in which all other requests wait.
     if len(data) > TOKEN_BYTES * llm.n_ctx():
-        raise TooLong(
+        raise TooLongError(
             f"the prompt of {len(data)} bytes exceeds the context of {llm.n_ctx()} tokens"
         )
     return llm.tokenize(data, special=True, **options)
@@ -221,7 +224,8 @@ def _bias(body: dict, llm: MoDLlama) -> dict[int, float]:
 class Answer:
     """The pieces of an answer.
 
-    tokens: how many came so far. reason: why the answer ended, `stop` or `length`. Iterating raises Stopped where `llm.stop` was set meanwhile. One answer at a time.
+    tokens: how many came so far. reason: why the answer ended, `stop` or `length`. Iterating raises
+    StoppedError where `llm.stop` was set meanwhile. One answer is written at a time.
     """
 
     def __init__(self, llm: MoDLlama, ask: Ask):
@@ -231,7 +235,7 @@ class Answer:
         utf8, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
         for token in self._generate():
             if self.llm.stop:
-                raise Stopped
+                raise StoppedError
             if self.llm.is_end(token):
                 break
             self.tokens += 1
@@ -308,7 +312,7 @@ class Bodies:
         return {**self.common, "object": kind, "choices": [choice], "usage": answer.usage}
 
     def chunk(self, text: str = "", reason: str | None = None) -> dict:
-        """A piece of a stream: the beginning with a chat's role, a text, or with a reason the end."""
+        """A piece of a stream: the beginning with a chat's role, a text, or the end."""
         if text:
             delta = {"content": text}
         else:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from mod_export import __version__
 from mod_export.errors import UserError
-from mod_export.runtime.llama import MoDLlama, Stopped
+from mod_export.runtime.llama import MoDLlama, StoppedError
 from mod_export.serving import completions
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ def figures(llm: MoDLlama) -> dict:
 
 
 class Server(ThreadingHTTPServer):
+    """The HTTP server of one model; one request at a time has the model."""
+
     daemon_threads = True
 
     def __init__(self, llm: MoDLlama, name: str, sock: socket.socket, api_key: str | None):
@@ -107,7 +109,7 @@ class Server(ThreadingHTTPServer):
         """Clients that go away in the middle are no error."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer other than 200: status and message."""
 
 
@@ -143,11 +145,11 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, routes: dict[str, Callable]) -> None:
         try:
             self._route(routes)()
-        except Refused as exc:
+        except RefusedError as exc:
             self._send(error(*exc.args), exc.args[0])
         except OSError:  # the client is gone, or does not read
             self.close_connection = True
-        except Stopped:  # while it waited for its turn
+        except StoppedError:  # while it waited for its turn
             self._send(error(503, STOPPED_MESSAGE), 503)
         except UserError as exc:
             self._send(error(400, exc), 400)
@@ -166,9 +168,9 @@ class Handler(BaseHTTPRequestHandler):
             path = urlsplit(self.path).path
         except ValueError as exc:  # of urlsplit
             self.close_connection = True
-            raise Refused(400, f"the request cannot be read: {exc}") from exc
+            raise RefusedError(400, f"the request cannot be read: {exc}") from exc
         if path not in routes:
-            raise Refused(404, f"{self.command} {path} is not served")
+            raise RefusedError(404, f"{self.command} {path} is not served")
         return routes[path]
 
     def _admit(self) -> None:
@@ -178,14 +180,16 @@ class Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         keep, self.close_connection = self.close_connection, True
         if self.server.local and urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
-            raise Refused(403, f"the server answers to {', '.join(LOCAL_HOSTS)}, not to {host!r}")
+            raise RefusedError(
+                403, f"the server answers to {', '.join(LOCAL_HOSTS)}, not to {host!r}"
+            )
         if (origin := self.headers.get("Origin")) and urlsplit(origin).netloc != host:
-            raise Refused(403, f"pages of {origin} may not send requests")
+            raise RefusedError(403, f"pages of {origin} may not send requests")
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.server.api_key and not hmac.compare_digest(
             key.encode(), self.server.api_key.encode()
         ):
-            raise Refused(401, "the API key is missing or wrong")
+            raise RefusedError(401, "the API key is missing or wrong")
         self.close_connection = keep
 
     def _read(self) -> bytes:
@@ -197,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
             or self.headers.get("Transfer-Encoding")
         ):
             self.close_connection = True  # what follows is not read
-            raise Refused(
+            raise RefusedError(
                 413, f"a request has a Content-Length of at most {MAX_REQUEST_BYTES} bytes"
             )
         return self.rfile.read(int(size))
@@ -233,9 +237,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(self.body)
         except (ValueError, RecursionError) as exc:
-            raise Refused(400, f"the body is no JSON: {exc}") from exc
+            raise RefusedError(400, f"the body is no JSON: {exc}") from exc
         if not isinstance(body, dict):
-            raise Refused(400, "the body is no JSON object")
+            raise RefusedError(400, "the body is no JSON object")
         with self._turn():
             ask = completions.parse(body, self.server.llm, chat)
             answer, bodies = (
@@ -247,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             try:
                 self._send(bodies.whole("".join(answer), answer))
-            except Stopped:
+            except StoppedError:
                 if self.server.closing:  # else the client is gone
                     self._send(error(503, STOPPED_MESSAGE), 503)
 
@@ -266,9 +270,9 @@ class Handler(BaseHTTPRequestHandler):
             self._event(bodies.chunk(reason=answer.reason))
             if ask.usage:
                 self._event(bodies.counts(answer))
-        except (UserError, Stopped) as exc:
+        except (UserError, StoppedError) as exc:
             self._event(
-                error(503, STOPPED_MESSAGE) if isinstance(exc, Stopped) else error(400, exc)
+                error(503, STOPPED_MESSAGE) if isinstance(exc, StoppedError) else error(400, exc)
             )
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -291,7 +295,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.turn:
                 llm.stop = False  # before the look at closing, which sets it again
                 if self.server.closing:
-                    raise Stopped
+                    raise StoppedError
                 watcher = threading.Thread(target=watch, daemon=True)
                 watcher.start()
                 self.connection.settimeout(READ_TIMEOUT_SECONDS)
@@ -308,6 +312,6 @@ class Handler(BaseHTTPRequestHandler):
 
 def error(status: int, what: Exception | str) -> dict:
     """The body of an answer that says what is wrong."""
-    code = "context_length_exceeded" if isinstance(what, completions.TooLong) else None
+    code = "context_length_exceeded" if isinstance(what, completions.TooLongError) else None
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": str(what), "type": kind, "param": None, "code": code}}

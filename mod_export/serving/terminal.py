@@ -5,7 +5,7 @@ repl(Chat(MoDLlama("mod.gguf")))
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama
@@ -14,8 +14,9 @@ from mod_export.serving.chat import Chat
 HELP = """\
 /reset        forget the conversation
 /stats        activation of each unit, KV memory, graphs
-/threshold X  shift all thresholds by X in logit space from the next token on: above 0 fewer tokens are active,
-              0 is the file's own; `/threshold X all` reads the conversation again with it; without X: show it
+/threshold    show the shift of all thresholds
+/threshold X  shift all thresholds by X in logit space from the next token on. Above 0 fewer tokens
+              are active; 0 is the file's own. `/threshold X all` reads the conversation again
 /help         this text
 /quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 COMMANDS = ("/reset", "/stats", "/threshold", "/help", "/quit")
@@ -75,10 +76,8 @@ def welcome(llm: MoDLlama) -> str:
 
 def repl(chat: Chat) -> None:
     """Run turns and commands from the terminal until /quit or Ctrl-D."""
-    try:
-        import readline  # noqa: F401  (editing and history in input())
-    except ImportError:
-        pass
+    with suppress(ImportError):
+        import readline  # noqa: F401  editing and history in input()
     while True:
         try:
             line = input("> ").strip()

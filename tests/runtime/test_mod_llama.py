@@ -11,7 +11,7 @@ import pytest
 
 from mod_export.errors import UserError
 from mod_export.runtime import bindings
-from mod_export.runtime.llama import MoDLlama, Stopped
+from mod_export.runtime.llama import MoDLlama, StoppedError
 from tests.support.c_api import F32, Q8_0, stock_lib
 from tests.support.oracle import TOKENS, N, close, make
 from tests.support.tiny_gguf import Tiny
@@ -191,7 +191,7 @@ def test_too_many_tokens_and_a_stop_leave_it_usable(mod):
         llm.eval([1] * 300)
     llm.eval(TOKENS[0][:100].tolist())
     llm.stop = True
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         llm.eval(TOKENS[0][100:].tolist())
     llm.stop = False
     llm.eval(TOKENS[0][100:].tolist())
