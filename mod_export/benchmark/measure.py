@@ -1,6 +1,6 @@
 """Measures variants that take turns: a chunk of the prompt in prefill, a few tokens in decode.
 
-runs = measure(team, ["ceiling", "mod"], step, shift=0.0, rounds=12, seconds=10, progress=Progress())
+runs = measure(team, ["ceiling", "mod"], step, 0.0, rounds=12, seconds=10, progress=Progress())
 runs["decode"]["mod"].ms                   # [repeats, turns]
 """
 
@@ -21,8 +21,8 @@ MIN_CHUNK_TOKENS = 512  # of a prefill's turn, which has at least an ubatch
 # caches.
 TURN_STEPS = 8
 MAX_TURNS_FACTOR = 8  # where turns are short: at most so many times the turns that were asked for
-# Steps that are decoded before the tail is taken back, so that all of them happen at one context. At
-# most kv_rollback.
+# Steps that are decoded before the tail is taken back, so that all of them happen at one context.
+# At most kv_rollback.
 TAIL_STEPS = 64
 # Tokens of context at which attention takes about as long as everything else.
 ATTENTION_HALF_TOKENS = 4000

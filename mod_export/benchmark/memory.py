@@ -1,4 +1,4 @@
-"""What a run takes in memory, and the largest context that fits: the dense model beside the MoD one.
+"""What a run takes in memory, and the largest context that fits, for the dense and the MoD model.
 
     plan = fit("mod.gguf", parse_size("8G"), MemoryOptions())
     print(report(plan))
@@ -165,8 +165,8 @@ class MemoryModel:
                     cure,
                 )
             raise UserError(
-                f"{self.path} needs {mib(least.total)} for a context of {CONTEXT_STEP_TOKENS} tokens, "
-                f"not {mib(memory)}",
+                f"{self.path} needs {mib(least.total)} for a context of {CONTEXT_STEP_TOKENS} "
+                f"tokens, not {mib(memory)}",
                 cure,
             )
         return self.need(low * CONTEXT_STEP_TOKENS)

@@ -1,6 +1,7 @@
 """What a run takes in memory, measured in a process of its own.
 
-memory.py starts it as `python -m mod_export.benchmark.memory_worker`; processes.py has the protocol.
+memory.py starts it as `python -m mod_export.benchmark.memory_worker`. processes.py has the
+protocol.
 """
 
 import ctypes

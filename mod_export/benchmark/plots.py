@@ -63,10 +63,10 @@ def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
         target = path / f"{figure.__name__}{suffix}.png"
         _save(figure(rows, title), target, force)
         written.append(target)
-    if sweep := result.get("sweep") or []:
-        if any(row["kl"] is not None for row in sweep):
-            _save(speed_quality(sweep, name), path / "speed_quality.png", force)
-            written.append(path / "speed_quality.png")
+    sweep = result.get("sweep") or []
+    if any(row["kl"] is not None for row in sweep):
+        _save(speed_quality(sweep, name), path / "speed_quality.png", force)
+        written.append(path / "speed_quality.png")
     return written
 
 

@@ -221,8 +221,8 @@ def _notes(result: dict) -> list[str]:
     if work := result["about"].get("floor_prefill_work"):
         notes.append(
             f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: "
-            "llama.cpp leaves out the last layer's FFN for all but the last token. Routers read that "
-            "layer's result."
+            "llama.cpp leaves out the last layer's FFN for all but the last token. Routers read "
+            "that layer's result."
         )
     if any(row["kl"] is None for row in result.get("sweep", ())):
         notes.append("No KL: a file without a vocabulary has no text to be judged by.")
