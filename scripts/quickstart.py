@@ -1,9 +1,9 @@
 """The steps of scripts/quickstart after the set-up: convert, export, verify, ask, measure, sum up.
 
-    python scripts/quickstart.py quickstart
+    python scripts/quickstart.py DIR
 
-Steps that have been done with the same code, model and files are not done again (stamps in
-DIR/.stamps).
+A step that was done with the same code, model and files is not done again. The stamps of the steps
+are in DIR/.stamps.
 """
 
 import dataclasses
@@ -22,16 +22,17 @@ from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 
 QUESTION = "Give three tips for staying healthy."
-# routers that were trained: docs/results/training.md says what they are worth against calibrated ones
-ADAPTER = "smollm2-kv"
-CONTEXT = 1024  # tokens read before the decode that is timed
-DECODE = 32
+ADAPTER = (
+    "smollm2-kv"  # trained routers; docs/results/training.md compares them with calibrated ones
+)
+CONTEXT_TOKENS = 1024  # read before the decode that is timed
+DECODE_TOKENS = 32
 REPEATS = 3
 START = time.monotonic()
 
 
 def say(line: str) -> None:
-    """A line with the time since the start."""
+    """Print a line with the time since the start."""
     print(f"[{time.monotonic() - START:4.0f} s] {line}", flush=True)
 
 
@@ -43,16 +44,16 @@ def main(directory: Path) -> None:
     parity = {name: check(directory, name) for name in ("mod-f32.gguf", "mod.gguf")}
     say(f"asking: {QUESTION}")
     print(f"\n{answer(directory / 'mod.gguf')}\n", flush=True)
-    say(f"measuring speed and KV memory at {CONTEXT} tokens, {REPEATS} times")
+    say(f"measuring speed and KV memory at {CONTEXT_TOKENS} tokens, {REPEATS} times")
     figures = measure({name: directory / f"{name}.gguf" for name in ("dense", "mod")})
-    print(
-        f"\n{summary(figures, parity)}\n\nTalk to it:  .venv/bin/mod-export chat {directory}/mod.gguf"
-    )
+    print(f"\n{summary(figures, parity)}")
+    print(f"\nTalk to it:  .venv/bin/mod-export chat {directory}/mod.gguf")
 
 
 def make_files(directory: Path) -> None:
-    """mod/, then the four GGUF files: the dense ones from the converter, the others by putting the
-    routers on them.
+    """Make the MoD directory mod/, then the four GGUF files.
+
+    The converter writes the dense files. Each MoD file is a dense file with the routers added.
     """
     from mod_export.convert import convert_adapter
     from mod_export.export import export
@@ -84,42 +85,45 @@ def step(
     work: Callable[[], None],
     build: str | None = None,
 ) -> None:
-    """Do `work` unless its stamp says that the output comes from this code, these inputs and this
-    runtime's build.
+    """Do `work` unless the step's stamp says that it was done.
+
+    The stamp holds for this code, these inputs, this output and this build of the runtime.
     """
     stamp = output.parent / ".stamps" / name
     stamp.parent.mkdir(exist_ok=True)
     if stamp.is_file() and stamp.read_text() == fingerprint([*inputs, output], build):
-        return say(f"{name}: done before")
+        say(f"{name}: done before")
+        return
     say(f"{name} ...")
     work()
     stamp.write_text(fingerprint([*inputs, output], build))
 
 
 def fingerprint(paths: Sequence[Path], build: str | None) -> str:
-    """Hash of the package's code, texts and adapters, of main dependencies' versions, of the paths'
-    sizes and times.
+    """Hash of the package's code and assets, the main dependencies' versions, and the paths' files.
+
+    A file of the paths counts with its size and time.
     """
     digest, package = hashlib.sha256(repr(build).encode()), Path(mod_export.__file__).parent
-    for path in sorted([*package.rglob("*.py"), *package.glob("assets/*/*")]):
-        digest.update(path.read_bytes())
+    for path in sorted([*package.rglob("*.py"), *package.glob("assets/**/*")]):
+        if path.is_file():
+            digest.update(path.read_bytes())
     for name in ("torch", "transformers", "llama-cpp-python"):
         digest.update(importlib.metadata.version(name).encode())
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            facts = (
-                (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ("missing",)
-            )
+            facts: tuple = ("missing",)
+            if file.is_file():
+                facts = (file.stat().st_size, file.stat().st_mtime_ns)
             digest.update(repr((str(file), *facts)).encode())
     return digest.hexdigest()
 
 
 def check(directory: Path, name: str) -> dict:
-    """Result of verify for one file, kept beside its stamp. Raises UserError where the f32 file
-    does not pass.
+    """Result of verify for one file, kept beside the step's stamp.
 
-    That one tests the code. A quantised file differs by the rounding of its weights, too, which the
-    summary shows.
+    Raises UserError where the f32 file does not pass: that file tests the code. A quantised file
+    differs by the rounding of its weights, too; the summary shows by how much.
     """
     from mod_export.evaluation.parity import verify
     from mod_export.llamacpp import build as llama_build
@@ -141,7 +145,7 @@ def check(directory: Path, name: str) -> dict:
 
 
 def answer(file: Path) -> str:
-    """What the model says to QUESTION, the likeliest tokens."""
+    """What the model answers to QUESTION with the likeliest tokens."""
     from mod_export.runtime.llama import MoDLlama
     from mod_export.serving.chat import CHAT_SAMPLING, Chat
 
@@ -153,27 +157,31 @@ def answer(file: Path) -> str:
 
 
 def measure(files: dict[str, Path]) -> dict[str, dict]:
-    """Prefill and decode tokens/s (medians, the files taking turns), activation and KV after
-    CONTEXT tokens.
+    """Measure prefill and decode in tokens/s, activation and KV memory of each file.
+
+    The files take turns, and the speeds are medians. KV memory is that after CONTEXT_TOKENS and the
+    decode.
     """
     from mod_export.data.text import default_texts
     from mod_export.runtime.llama import MoDLlama
 
-    models = {name: MoDLlama(path, n_ctx=CONTEXT + DECODE) for name, path in files.items()}
-    tokens = models["dense"].tokenize(default_texts()[1].encode())[: CONTEXT + DECODE]
+    models = {
+        name: MoDLlama(path, n_ctx=CONTEXT_TOKENS + DECODE_TOKENS) for name, path in files.items()
+    }
+    tokens = models["dense"].tokenize(default_texts()[1].encode())[: CONTEXT_TOKENS + DECODE_TOKENS]
     runs: dict[str, list] = {name: [] for name in models}
     for model in models.values():
         run(model, tokens[:128], decode=8)  # warm up
     for _ in range(REPEATS):
         for name, model in models.items():
             model.reset_stats()
-            runs[name].append(run(model, tokens, DECODE))
+            runs[name].append(run(model, tokens, DECODE_TOKENS))
     result = {}
     for name, model in models.items():
         prefill, decode = (statistics.median(times) for times in zip(*runs[name], strict=True))
         result[name] = {
-            "prefill": (len(tokens) - DECODE) / prefill,
-            "decode": DECODE / decode,
+            "prefill": (len(tokens) - DECODE_TOKENS) / prefill,
+            "decode": DECODE_TOKENS / decode,
             "kv": model.kv(),
         }
         result[name]["activation"] = {
@@ -212,12 +220,14 @@ def summary(figures: dict[str, dict], parity: dict[str, dict]) -> str:
             f"{mod[name] / dense[name]:.2f}",
         ]
         rows.append(row)
-    table = format_table([f"at {CONTEXT} tokens, q8_0", "dense", "MoD", "MoD/dense"], rows)
-    lines = [
-        f"parity with torch, {name}: decisions {100 * result['decision_agreement']:.2f} % the same, "
-        f"top-1 {100 * result['top1_agreement']:.1f} %, mean KL {result['mean_kl_all']:.1e}"
-        for name, result in parity.items()
-    ]
+    table = format_table([f"at {CONTEXT_TOKENS} tokens, q8_0", "dense", "MoD", "MoD/dense"], rows)
+    lines = []
+    for name, result in parity.items():
+        decisions, top1 = 100 * result["decision_agreement"], 100 * result["top1_agreement"]
+        lines.append(
+            f"parity with torch, {name}: decisions {decisions:.2f} % the same, "
+            f"top-1 {top1:.1f} %, mean KL {result['mean_kl_all']:.1e}"
+        )
     return "\n".join([table, "", *lines])
 
 

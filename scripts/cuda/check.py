@@ -31,9 +31,15 @@ from mod_export.llamacpp import source as llama_source
 
 FOLDER = Path("ggml/src/ggml-cuda")
 # as in ggml-cuda/CMakeLists.txt
-FLAGS = (
-    "-std=c++17 -O3 -use_fast_math -extended-lambda -DGGML_CUDA_USE_GRAPHS -I.. -I../../include"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-use_fast_math",
+    "-extended-lambda",
+    "-DGGML_CUDA_USE_GRAPHS",
+    "-I..",
+    "-I../../include",
+]
 CUBLAS_VERSION = "13.10.0.20"
 CUBLAS_SHA256 = "dcc6d63884c53d07e267ce7e6feac17b2538cebaafec5db865736c3e28e4dc84"
 

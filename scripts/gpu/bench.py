@@ -63,6 +63,8 @@ else:
 
 @dataclass(frozen=True)
 class Point:
+    """What one measurement is of: see the module's first paragraph."""
+
     shape: str
     quant: str
     units: str

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from mod_export.errors import UserError
-from mod_export.llamacpp import source as llama_source  # noqa: E402
+from mod_export.llamacpp import source as llama_source
 
 ROOT = "vendor/llama.cpp"  # in the source distribution
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
@@ -32,10 +32,19 @@ SERIES_HEAD = (
     "# The patches in the order in which they apply; written by scripts/patches/refresh.py\n"
 )
 # everything that a user's configuration could change in a diff is fixed here
-DIFF_OPTIONS = (
-    "diff --no-color --no-ext-diff --no-textconv --no-renames --unified=1 --inter-hunk-context=0"
-    " --diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/"
-).split()
+DIFF_COMMAND = [
+    "diff",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-renames",
+    "--unified=1",
+    "--inter-hunk-context=0",
+    "--diff-algorithm=myers",
+    "--indent-heuristic",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+]
 IDENTITY = [
     "-c",
     "user.name=mod-export",
@@ -193,7 +202,7 @@ def patch_texts(tree: Path, base: str, commits: list[str], upstream: set[str]) -
                 )
             header = header.rstrip("\n") + "\n"
             check_header(subject, header)
-            diff = git(tree, *DIFF_OPTIONS, parent, commit_id, "--", *changed)
+            diff = git(tree, *DIFF_COMMAND, parent, commit_id, "--", *changed)
             diff = re.sub(
                 r"^index .*\n", "", diff, flags=re.MULTILINE
             )  # they name blobs, which say nothing here
