@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mod_export.common.files import atomic_file
-from mod_export.common.journal import Partial
+from mod_export.common.journal import Journal
 from mod_export.common.progress import Progress
 from mod_export.data import sources
 from mod_export.errors import UserError
@@ -99,7 +99,7 @@ def generate(
     prompts: files of conversations, whose first question is answered, and of text, whose documents'
     beginnings are continued. Without, the model makes up conversations, or texts if it has no chat
     template.
-    A stopped run goes on where it was when it is started again: see partial.py.
+    A stopped run goes on where it was when it is started again: see common/journal.py.
     """
     if not str(out).endswith((".jsonl", ".jsonl.gz")):
         raise UserError(
@@ -110,7 +110,7 @@ def generate(
             "it is not said how many texts to make up", "use --count, or give --prompts"
         )
     files = sources.find(prompts) if prompts else []
-    with Partial(out, _identity(llm, options, files)) as partial:
+    with Journal(out, _identity(llm, options, files)) as journal:
         with atomic_file(out, force) as tmp:
             pieces = sources.Mixed(files) if files else None
             if pieces is not None and not len(pieces):
@@ -120,22 +120,22 @@ def generate(
                 )
             writer = _Writer(llm, options, pieces)
             try:
-                _run(writer, partial)
+                _run(writer, journal)
             except (KeyboardInterrupt, SystemExit):
-                if partial.count:
+                if journal.count:
                     logger.info(
-                        f"{partial.count} texts are kept in {partial.path}; the same command goes on from there"
+                        f"{journal.count} texts are kept in {journal.path}; the same command goes on from there"
                     )
                 raise
-            if not partial.count:
+            if not journal.count:
                 raise UserError(
                     "the model wrote nothing",
                     f"prompts must have at most {options.longest_prompt} tokens",
                 )
             with (gzip.open if str(out).endswith(".gz") else open)(tmp, "wb") as file:
-                file.writelines(itertools.islice(partial.lines(), options.count))
-        partial.done()
-    written = min(partial.count, options.count or partial.count)
+                file.writelines(itertools.islice(journal.lines(), options.count))
+        journal.done()
+    written = min(journal.count, options.count or journal.count)
     logger.info(
         f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, {writer.dropped} left out (empty, "
         "or with too long a prompt)"
@@ -158,30 +158,30 @@ def _identity(llm: MoDLlama, options: Options, files: list[Path]) -> dict:
     }
 
 
-def _run(writer: _Writer, partial: Partial) -> None:
+def _run(writer: _Writer, journal: Journal) -> None:
     """Fill the partial file; in the order of the jobs, whichever ends first."""
-    options, following, before = writer.options, partial.following, partial.count
+    options, following, before = writer.options, journal.following, journal.count
     total = len(writer.prompts) if options.count is None else options.count
     progress, tokens, hopeless, waiting = Progress(), 0, 0, {}
     jobs = writer.jobs(following)
     done = write(
         writer.llm, jobs, options.parallel, options.max_tokens, options.sampling, following
     )
-    while partial.count < total and (ended := next(done, None)):
+    while journal.count < total and (ended := next(done, None)):
         number, record, n = ended
         waiting[number], tokens = record, tokens + n
-        while following in waiting and partial.count < total:
+        while following in waiting and journal.count < total:
             record = waiting.pop(following)
             if record is not None:
-                partial.add({"id": following} | record)
+                journal.add({"id": following} | record)
             hopeless, following = 0 if record else hopeless + 1, following + 1
         if hopeless > HOPELESS:
             raise UserError(
                 f"{hopeless} texts in a row came to nothing",
                 "the prompts are too long, or the model answers with nothing",
             )
-        note = f"{partial.count} of {total}, {tokens / (progress.seconds or 1):.0f} tokens/s"
-        progress.tell("generating", partial.count, total, note, before)
+        note = f"{journal.count} of {total}, {tokens / (progress.seconds or 1):.0f} tokens/s"
+        progress.tell("generating", journal.count, total, note, before)
     progress.clear()
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from mod_export.common.tables import format_table
+from mod_export.common.text import megabytes
 from mod_export.config import MoDConfig
 from mod_export.formats import ggml_types, kv_size, schema
 from mod_export.formats.gguf import GGUFFile
@@ -95,7 +96,12 @@ def _render_mod(mod: dict) -> list[str]:
     ]
     kv = mod["kv"]
     sizes = [
-        [row["tokens"], _mb(row["bytes_dense"]), _mb(row["bytes_mod"]), f"{row['share']:.3f}"]
+        [
+            row["tokens"],
+            megabytes(row["bytes_dense"]),
+            megabytes(row["bytes_mod"]),
+            f"{row['share']:.3f}",
+        ]
         for row in kv["expected"]
     ]
     return [
@@ -112,7 +118,3 @@ def _render_mod(mod: dict) -> list[str]:
         "",
         kv["formula"],
     ]
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.2f} MB"

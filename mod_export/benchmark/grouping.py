@@ -5,7 +5,7 @@ found = groups(variants, bytes_of, available_memory())
 
 import logging
 
-from mod_export.benchmark.process_helpers import available_memory as host_memory
+from mod_export.common.system import available_memory as host_memory
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import bytes_per_token

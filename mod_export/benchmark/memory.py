@@ -22,6 +22,7 @@ from pathlib import Path
 from mod_export.benchmark.processes import Worker
 from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
+from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import type_named
 from mod_export.formats.gguf import GGUFFile
@@ -161,12 +162,12 @@ class MemoryModel:
             cure = "use a smaller quantisation, or more memory"
             if self.weights > memory:
                 raise UserError(
-                    f"{mib(memory)} do not hold the weights of {self.path}, {mib(self.weights)}",
+                    f"{mebibytes(memory)} do not hold the weights of {self.path}, {mebibytes(self.weights)}",
                     cure,
                 )
             raise UserError(
-                f"{self.path} needs {mib(least.total)} for a context of {CONTEXT_STEP_TOKENS} "
-                f"tokens, not {mib(memory)}",
+                f"{self.path} needs {mebibytes(least.total)} for a context of {CONTEXT_STEP_TOKENS} "
+                f"tokens, not {mebibytes(memory)}",
                 cure,
             )
         return self.need(low * CONTEXT_STEP_TOKENS)
@@ -182,11 +183,6 @@ def parse_size(text: str) -> int:
             "for example 8G, 512M or a number of bytes; 1G is 1024M",
         )
     return size
-
-
-def mib(size: float) -> str:
-    """The size in MiB, from 4 GiB on in GiB."""
-    return f"{size / MIB:.1f} MiB" if size < 4 << 30 else f"{size / (1 << 30):.2f} GiB"
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ def report(plan: MemoryPlan) -> str:
     names, needs = list(plan.needs), list(plan.needs.values())
     rows = [["largest context, tokens", *(need.context for need in needs)]]
     rows += [
-        [label, *(mib(getattr(need, key)) for need in needs)]
+        [label, *(mebibytes(getattr(need, key)) for need in needs)]
         for key, label in (
             ("weights", "weights"),
             ("kv", f"K/V, {plan.options.kv_type}"),
@@ -243,7 +239,9 @@ def report(plan: MemoryPlan) -> str:
         )
     ]
     rows.append(["memory alone would hold, tokens", *plan.unlimited.values()])
-    return "\n".join([format_table([f"in {mib(plan.memory)}", *names], rows), "", *_notes(plan)])
+    return "\n".join(
+        [format_table([f"in {mebibytes(plan.memory)}", *names], rows), "", *_notes(plan)]
+    )
 
 
 def _notes(plan: MemoryPlan) -> Iterator[str]:
@@ -259,7 +257,7 @@ def _notes(plan: MemoryPlan) -> Iterator[str]:
     for model in repacked.values():
         yield (
             f"{model.path}: weights are copied into this processor's own layout; the file's pages "
-            f"behind them stay resident too, up to {mib(model.weights)} more, until the system "
+            f"behind them stay resident too, up to {mebibytes(model.weights)} more, until the system "
             "wants them back"
         )
 
@@ -322,13 +320,13 @@ def check_report(rows: list[dict]) -> str:
         [
             r["model"],
             r["context"],
-            mib(r["predicted"]),
-            mib(r["needed"]),
+            mebibytes(r["predicted"]),
+            mebibytes(r["needed"]),
             f"{r['predicted'] / r['needed'] - 1:+.1%}",
-            mib(r["predicted_kv"]),
-            mib(r["kv"]),
+            mebibytes(r["predicted_kv"]),
+            mebibytes(r["kv"]),
             round(r["activation"], 3),
-            mib(r["peak"]),
+            mebibytes(r["peak"]),
             "yes" if r["ok"] else "NO",
         ]
         for r in rows

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mod_export.benchmark.process_helpers import forget_peak, resident
 from mod_export.benchmark.processes import prompt_tokens, serve
+from mod_export.common.system import forget_peak, resident
 from mod_export.errors import UserError
 
 MADV_DONTNEED = 4  # of Linux

@@ -9,42 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mod_export.benchmark.report import NAMES, ORDER
-from mod_export.common.files import atomic_file
-from mod_export.errors import UserError
+from mod_export.common import plots as colours
+from mod_export.common.plots import INK, check_folder, save_figure
 
-# Okabe and Ito's colours, with markers and dashes of their own, so that lines differ without colour
-# too
+# markers and dashes differ too, so that lines differ without colour
 STYLES = {
-    "ceiling": ("#000000", "o", "-"),
-    "ceiling_split": ("#888888", "P", ":"),
-    "dense_patched": ("#56B4E9", "s", "--"),
-    "all_active": ("#D55E00", "^", "--"),
-    "mod": ("#0072B2", "D", "-"),
-    "none_active": ("#E69F00", "v", "--"),
-    "floor": ("#009E73", "X", "-"),
+    "ceiling": (colours.BLACK, "o", "-"),
+    "ceiling_split": (colours.GREY, "P", ":"),
+    "dense_patched": (colours.SKY_BLUE, "s", "--"),
+    "all_active": (colours.VERMILION, "^", "--"),
+    "mod": (colours.BLUE, "D", "-"),
+    "none_active": (colours.ORANGE, "v", "--"),
+    "floor": (colours.GREEN, "X", "-"),
 }
 PHASES = ("prefill", "decode")
 SETTING = ("batch", "ubatch", "flash_attn", "kv_type")
-INK = "#444444"
 # A divergence below it is that of the dense model from itself, and has no place on a log scale.
 MIN_KL_NATS = 1e-5
-
-
-def check_folder(folder: str | Path, force: bool) -> Path:
-    """The folder as a path. Raises UserError at once, before a long run, where pictures could not
-    be put there.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{folder} is not a directory", "choose another name for --plots")
-    if not path.exists() and not path.absolute().parent.is_dir():
-        raise UserError(
-            f"there is no directory {path.absolute().parent} to make {path.name} in",
-            "create it first",
-        )
-    if path.exists() and not force and (there := next(path.glob("*.png"), None)):
-        raise UserError(f"{there} exists already", "use --force to replace the pictures")
-    return path
 
 
 def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
@@ -61,11 +42,11 @@ def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
     for figure, suffix, rows in _plan(result["rows"], "sweep" in result):
         title = f"{name}{_setting_title(rows[0], figure)}, threads: {result['about']['threads']}"
         target = path / f"{figure.__name__}{suffix}.png"
-        _save(figure(rows, title), target, force)
+        save_figure(figure(rows, title), target, force)
         written.append(target)
     sweep = result.get("sweep") or []
     if any(row["kl"] is not None for row in sweep):
-        _save(speed_quality(sweep, name), path / "speed_quality.png", force)
+        save_figure(speed_quality(sweep, name), path / "speed_quality.png", force)
         written.append(path / "speed_quality.png")
     return written
 
@@ -411,11 +392,3 @@ def _setting_title(row: dict, figure: Callable) -> str:
     parts += [f"{row['batch']} sequences"] * (row["batch"] > 1 and figure is not latency_batch)
     parts += [f"shift {row['shift']:g}"] * (row["shift"] != 0 and figure is not latency_activation)
     return ": " + ", ".join(parts)
-
-
-def _save(fig, target: Path, force: bool) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic_file(target, force) as tmp:
-        fig.savefig(tmp, format="png", dpi=130)
-    plt.close(fig)

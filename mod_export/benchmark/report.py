@@ -241,14 +241,3 @@ def _number(x: float | None) -> str | None:
 
 def _share(x: float | None) -> str | None:
     return None if x is None else f"{x:.3f}"
-
-
-def as_json(result: dict) -> str:
-    """JSON with one row on each line."""
-    import json
-
-    parts = [f'"about": {json.dumps(result["about"], indent=1)}']
-    for key, rows in result.items():
-        if key != "about":
-            parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
-    return "{" + ",\n".join(parts) + "}"

@@ -18,7 +18,6 @@ The variants:
 
 import logging
 import os
-import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from mod_export.benchmark.processes import Team
 from mod_export.benchmark.rows import make_rows
 from mod_export.benchmark.worker import VariantSetup
 from mod_export.common.progress import Progress
+from mod_export.common.system import cpu_name, total_memory, usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import KV_TYPES, type_named
 from mod_export.formats.gguf import GGUFFile
@@ -314,24 +314,14 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, st
 
     from mod_export.runtime.devices import gpus
 
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        cpu = next(
-            (
-                x.split(":")[1].strip()
-                for x in info.read_text().splitlines()
-                if x.startswith("model name")
-            ),
-            cpu,
-        )
     patched = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib"
     return {
         "command": shlex.join(["mod-export", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "threads": options.threads or len(os.sched_getaffinity(0)),
+        "memory_bytes": total_memory(),
+        "threads": options.threads or usable_cpus(),
         "llama_cpp": llama_cpp.__version__,
         "build_patched": _build(Path(patched)),
         "build_stock": _build(stock),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mod_export.benchmark.process_helpers import forget_peak, resident
 from mod_export.benchmark.processes import prompt_tokens, serve
+from mod_export.common.system import forget_peak, resident
 from mod_export.errors import UserError
 
 # OpenMP's threads look for work some time after the last piece of it, and would disturb the variant

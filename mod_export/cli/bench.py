@@ -142,6 +142,8 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
     from mod_export.benchmark import run as bench_run
     from mod_export.benchmark import sweep as bench_sweep
     from mod_export.common.files import atomic_file
+    from mod_export.common.plots import check_folder
+    from mod_export.common.text import result_as_json
     from mod_export.errors import UserError
 
     targets = activations or (None if options["shifts"] else bench_sweep.TARGETS)
@@ -151,7 +153,7 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
             "use --sweep-activation, without --threshold-shift",
         )
     if plots:
-        bench_plots.check_folder(plots, force)
+        check_folder(plots, force)
     options = bench_run.BenchOptions(
         **{name: value for name, value in options.items() if value is not None}
     )
@@ -168,13 +170,13 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
     if json_file in (None, "-"):
         result = run()
         if json_file:
-            click.echo(bench_report.as_json(result))
+            click.echo(result_as_json(result))
         return draw(result)
     with atomic_file(
         json_file, force
     ) as tmp:  # asked for first: a long run must not end in a name that is taken
         result = run()
-        tmp.write_text(bench_report.as_json(result) + "\n")
+        tmp.write_text(result_as_json(result) + "\n")
     draw(result)
 
 

@@ -138,15 +138,16 @@ def command(
 
     A dense TARGET without --dense gets its own figures alone.
     """
-    from mod_export.benchmark import plots as bench_plots
     from mod_export.common.files import atomic_file
+    from mod_export.common.plots import check_folder
+    from mod_export.common.text import result_as_json
     from mod_export.evaluation import plots as eval_plots
     from mod_export.evaluation import report as eval_report
     from mod_export.evaluation import run as eval_run
 
     plan = eval_run.EvaluationPlan(**options)
     if plots:
-        bench_plots.check_folder(plots, force)
+        check_folder(plots, force)
 
     def show(name: str, rows: list[dict]) -> None:
         click.echo(eval_report.table(name, rows, markdown) + "\n", err=json_file == "-")
@@ -166,12 +167,12 @@ def command(
     if json_file in (None, "-"):
         result = run()
         if json_file:
-            click.echo(eval_report.as_json(result))
+            click.echo(result_as_json(result))
     else:
         with atomic_file(
             json_file, force
         ) as tmp:  # asked for first: a long run must not end in a name that is taken
             result = run()
-            tmp.write_text(eval_report.as_json(result) + "\n")
+            tmp.write_text(result_as_json(result) + "\n")
     for path in eval_plots.draw(result, plots, force) if plots else ():
         click.echo(f"drew {path}", err=True)

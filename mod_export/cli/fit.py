@@ -56,9 +56,9 @@ from mod_export.cli.numbers import Finite
 def command(file, memory, dense, check, check_context, text, threads, as_json, **options):
     """Tell the largest context of the GGUF FILE that fits into memory: dense against MoD."""
     import json
-    import os
 
     from mod_export.benchmark import memory as m
+    from mod_export.common.system import usable_cpus
     from mod_export.data.text import default_texts, read_texts
 
     size = m.parse_size(memory)
@@ -66,7 +66,7 @@ def command(file, memory, dense, check, check_context, text, threads, as_json, *
     plan = m.fit(
         file,
         size,
-        m.MemoryOptions(threads=threads or len(os.sched_getaffinity(0)), **options),
+        m.MemoryOptions(threads=threads or usable_cpus(), **options),
         dense,
     )
     if not as_json:

@@ -4,7 +4,6 @@ with atomic_file("model.gguf", force=False) as tmp:   # tmp lies beside model.gg
     write(tmp)                                        # renamed at the end, removed on any exception
 """
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -19,9 +18,9 @@ ANOTHER = "choose another output"
 
 @contextmanager
 def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path`, which takes its place when the block ends well.
+    """Yield an empty temporary file, which takes the place of `path` when the block ends well.
 
-    Raises UserError where `path` exists and `force` is not set, is no regular file, or cannot be
+    The temporary file lies beside `path`. Raises UserError where `path` exists and `force` is not set, is no regular file, or cannot be
     written.
     """
     target = _check_target(path, force)
@@ -43,12 +42,11 @@ def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
 def atomic_dir(
     path: str | os.PathLike, force: bool = False, marker: str = "config.json", cure: str = ANOTHER
 ) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`, which takes its place when the block ends
-    well.
+    """Yield an empty temporary directory, which takes the place of `path` when the block ends well.
 
-    With `force` an existing directory is replaced whole, but only one that is empty or holds
-    `marker`: a mistyped `-o ~ --force` must not cost a home directory. Raises UserError as
-    atomic_file does, with `cure` where the disk is full or the like.
+    The temporary directory lies beside `path`. With `force` an existing directory is replaced
+    whole, but only where it is empty or holds `marker`: a mistyped `-o ~ --force` must not cost a
+    home directory. Raises UserError as atomic_file does, with `cure` where the disk is full.
     """
     target = check_dir(path, force, marker)
     tmp, old = _beside(target), _beside(target)
@@ -70,43 +68,37 @@ def atomic_dir(
 
 @contextmanager
 def locked(path: str | os.PathLike, busy: Callable[[], object]) -> Iterator[None]:
-    """Let one process at a time into the block: all that lock `path`, a directory or a file, made
-    where there is none.
+    """Let one process at a time into the block: all that lock the same `path`.
 
-    busy: called where another one is inside; it raises, or else that one is waited for. Where the
-    file system knows no locks there are none. Raises UserError where `path` cannot be opened.
+    path: a directory, which holds the lock file `.lock` meanwhile, or a name, beside which
+    `path.lock` lies. busy: this function is called where another process is inside. It may raise;
+    else that process is waited for. Raises UserError where the lock file cannot be written.
     """
+    from filelock import FileLock, Timeout
+
+    file = Path(path, ".lock") if os.path.isdir(path) else Path(f"{path}.lock")
+    lock = FileLock(file)
     try:
-        handle = os.open(
-            path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666
-        )
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            busy()
+            lock.acquire()
     except OSError as exc:
         raise UserError(
-            f"cannot write {path}: {exc.strerror}", "check its permissions and the disk's room"
+            f"cannot write {file}: {exc.strerror}", "check its permissions and the disk's room"
         ) from exc
     try:
-        lock(handle, busy)
         yield
     finally:
-        os.close(handle)
-
-
-def lock(file, busy: Callable[[], object]) -> None:
-    """The same of an open file, until it is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        busy()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        pass
+        # whoever waits for the removed file sees that it is gone, and makes a new one
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
 def safetensors_errors() -> Iterator[None]:
-    """Inside, what safetensors cannot write is an OSError, as it is of every other file; its own is
-    none.
-    """
+    """Raise OSError for files that safetensors cannot write: its own error is none."""
     from safetensors import SafetensorError
 
     try:
@@ -116,8 +108,9 @@ def safetensors_errors() -> Iterator[None]:
 
 
 def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Path:
-    """-> where atomic_dir would write; raises UserError where it would refuse. For before the hours
-    of work.
+    """Return the path where atomic_dir would write. Call this before hours of work.
+
+    Raises UserError where atomic_dir would refuse.
     """
     target = _check_target(path, force)
     if target.exists() and not target.is_dir():
@@ -149,9 +142,7 @@ def _beside(target: Path) -> Path:
 
 
 def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike, cure: str = ANOTHER) -> Exception:
-    """A UserError where the output is the trouble (permissions, a full disk), else the exception
-    itself.
-    """
+    """Return a UserError where the output is the trouble, as with a full disk, else `exc`."""
     concerns_output = exc.filename is None or str(exc.filename).startswith(str(tmp))
     return (
         UserError(f"cannot write {path}: {exc.strerror or exc}", cure) if concerns_output else exc
@@ -159,9 +150,7 @@ def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike, cure: str = AN
 
 
 def _share(directory: Path) -> None:
-    """Let others read the files as far as the directory: safetensors writes files for their owner
-    alone.
-    """
+    """Let all who may read the directory read its files: safetensors lets the owner alone."""
     mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file():

@@ -1,10 +1,12 @@
-"""Records written one by one, in a file that outlives a stopped run: JSONL, after a line that says
-what run it is.
+"""Records that are written one by one, in a JSONL file that outlives a stopped run.
 
-with Partial("out.jsonl.gz", {"seed": 1}) as partial:   # out.jsonl.gz.partial
-    for number in range(partial.following, 10): partial.add({"id": number, ...})
-    ...
-    partial.done()                                      # removes it
+The first line of the file says which run it belongs to.
+
+    with Journal("out.jsonl.gz", {"seed": 1}) as journal:   # out.jsonl.gz.partial
+        for number in range(journal.following, 10):
+            journal.add({"id": number, ...})
+        ...
+        journal.done()                                      # removes the file
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mod_export.common.files import lock
+from mod_export.common.files import locked
 from mod_export.errors import UserError
 
 
-class Partial:
-    """The file beside `out`; records have an "id" that grows. A line that was being written at the
-    end is dropped.
+class Journal:
+    """The file `out.partial`, whose records have an "id" that grows.
 
-    count: records in it; following: the id after the last. A file without records does not stay.
-    Raises UserError where the file is that of another run, or another process writes it.
+    count: the number of records; following: the id after the last one. A line at the end that is
+    not whole is dropped. A file without records does not stay. Raises UserError where the file
+    belongs to another run, and where another process writes it.
     """
 
     def __init__(self, out: str | Path, identity: dict):
@@ -36,7 +38,16 @@ class Partial:
             raise UserError(
                 f"cannot write {self.path}: {exc.strerror}", "choose another output"
             ) from exc
-        lock(self._file, self._busy)
+        self._lock = locked(self.path, self._busy)
+        self._lock.__enter__()
+        try:
+            self._start_from(head)
+        except BaseException:
+            self._close()
+            raise
+
+    def _start_from(self, head: bytes) -> None:
+        """Write the first line, or compare it with what is there, and find the end."""
         self._file.seek(0)
         if self.path.stat().st_size == 0:
             self._file.write(head)
@@ -45,20 +56,23 @@ class Partial:
             found = self._file.readline()
             self._start = len(found)
             if difference := _difference(found, json.loads(head)):
-                self._file.close()
                 raise UserError(
                     f"{self.path} is of a run with other options: {difference}",
                     "use the same options, or delete it",
                 )
         self._find_end()
 
-    def __enter__(self) -> Partial:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
         if not self.count:
             self.path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        self._file.close()
+        self._lock.__exit__(None, None, None)
 
     def _busy(self) -> None:
         self._file.close()
@@ -81,11 +95,10 @@ class Partial:
         self._file.seek(end)
 
     def lines(self) -> Iterator[bytes]:
-        """The records' lines, from the first one on."""
+        """Yield the lines of the records, from the first one on."""
         self._file.seek(self._start)
-        yield from iter(
-            self._file.readline, b""
-        )  # `yield from self._file` would close it with the generator
+        # `yield from self._file` would close the file with the generator
+        yield from iter(self._file.readline, b"")
 
     def add(self, record: dict) -> None:
         """Append a record, at once."""

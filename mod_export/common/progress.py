@@ -1,8 +1,10 @@
-"""One line that tells how far long work has come: in place on a terminal, else every now and then.
+"""One line that tells how far long work has come.
 
-progress = Progress()
-for i in progress.count("prefill 512", items): ...
-progress.tell("tokenising", done, total, "2.1 million tokens")   # where the work is no list
+On a terminal the line stays in place, with a bar. Elsewhere a line is printed every 15 seconds.
+
+    progress = Progress()
+    for item in progress.count("prefill 512", items): ...
+    progress.tell("tokenising", done, total, "2.1 million tokens")   # where the work is no list
 """
 
 import sys
@@ -10,7 +12,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-EVERY = 15.0  # s between lines where there is no terminal
+from mod_export.common.text import clock
+
+LINE_SECONDS = 15.0  # between two lines where there is no terminal
 
 
 class Progress:
@@ -20,24 +24,28 @@ class Progress:
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self.start = self.last = time.monotonic()
+        self._bar = None
 
     @property
     def seconds(self) -> float:
-        """Since this was made."""
+        """Seconds since this progress was made."""
         return time.monotonic() - self.start
 
     def count(self, label: str, items: Iterable, weights: list[float] | None = None) -> Iterator:
-        """Yields the items, telling how many are done. weights: how long each takes, in any unit."""
+        """Yield the items and show how many are done.
+
+        weights: the time that each item takes, in any unit; by default all take the same time.
+        """
         items = list(items)
         weights = weights or [1.0] * len(items)
-        start, done = time.monotonic(), 0.0
+        start, done, total = time.monotonic(), 0.0, sum(weights)
         try:
             for i, (item, weight) in enumerate(zip(items, weights, strict=True)):
-                left = (time.monotonic() - start) / done * (sum(weights) - done) if done else None
-                self.show(
-                    f"{label}: {i + 1} of {len(items)}"
-                    + (f", {clock(left)} left" if left is not None else "")
-                )
+                text = f"{label}: {i + 1} of {len(items)}"
+                if done:
+                    left = (time.monotonic() - start) / done * (total - done)
+                    text += f", {clock(left)} left"
+                self.show(text, done / total)
                 yield item
                 done += weight
         finally:
@@ -46,32 +54,41 @@ class Progress:
     def tell(
         self, label: str, done: float, total: float, note: str = "", before: float = 0.0
     ) -> None:
-        """Shows `label: 34 %, note, 0:40 left`. before: how much of `done` was there when this
-        progress was made.
+        """Show `label: 34 %, note, 0:40 left`.
+
+        before: the part of `done` that was there when this progress was made.
         """
         share = min(1.0, done / total) if total else 1.0
-        left = self.seconds / (done - before) * max(0.0, total - done) if done > before else None
-        parts = [
-            f"{share:.0%}",
-            *filter(None, [note]),
-            *([f"{clock(left)} left"] if left is not None else []),
-        ]
-        self.show(f"{label}: {', '.join(parts)}")
+        parts = [f"{share:.0%}"]
+        if note:
+            parts.append(note)
+        if done > before:
+            left = self.seconds / (done - before) * max(0.0, total - done)
+            parts.append(f"{clock(left)} left")
+        self.show(f"{label}: {', '.join(parts)}", share)
 
-    def show(self, text: str) -> None:
-        """Shows a line: at once on a terminal, elsewhere every EVERY seconds."""
+    def show(self, text: str, share: float | None = None) -> None:
+        """Show a line: on a terminal at once, elsewhere every LINE_SECONDS.
+
+        share: how much is done, from 0 to 1; a terminal shows it as a bar.
+        """
         if self.terminal:
-            print(f"\r{text}\033[K", end="", file=self.stream, flush=True)
-        elif time.monotonic() - self.last > EVERY:
+            self._draw(text, share)
+        elif time.monotonic() - self.last > LINE_SECONDS:
             self.last = time.monotonic()
             print(text, file=self.stream, flush=True)
 
+    def _draw(self, text: str, share: float | None) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=1.0, file=self.stream, leave=False, dynamic_ncols=True)
+        self._bar.bar_format = "{desc}" if share is None else "{desc}  |{bar:20}|"
+        self._bar.n = share or 0.0
+        self._bar.set_description_str(text)
+
     def clear(self) -> None:
-        """Wipes the terminal's line, so that other output can follow."""
-        if self.terminal:
-            print("\r\033[K", end="", file=self.stream, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+        """Wipe the line of the terminal, so that other output can follow."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

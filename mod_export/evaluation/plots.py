@@ -5,8 +5,7 @@ draw(result, "plots/")                     # passkey.png, tasks.png: what the re
 
 from pathlib import Path
 
-from mod_export.benchmark.plots import check_folder
-from mod_export.common.files import atomic_file
+from mod_export.common.plots import check_folder, save_figure
 
 NAMES = {"dense": "dense", "mod": "MoD"}
 COLOURS = {"dense": "#888888", "mod": "#0072B2"}
@@ -26,7 +25,7 @@ def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
     for figure, rows in ((passkey, result["passkey"]), (tasks, result["tasks"])):
         if rows:
             target = path / f"{figure.__name__}.png"
-            _save(figure(rows, title), target, force)
+            save_figure(figure(rows, title), target, force)
             written.append(target)
     return written
 
@@ -118,11 +117,3 @@ def tasks(rows: list[dict], title: str):
     ax.legend(frameon=False, fontsize=8, ncols=2)
     ax.set_title(title, fontsize=10, parse_math=False)
     return fig
-
-
-def _save(fig, target: Path, force: bool) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic_file(target, force) as tmp:
-        fig.savefig(tmp, format="png", dpi=130)
-    plt.close(fig)

@@ -3,7 +3,6 @@
 print(table("tasks", result["tasks"]))
 """
 
-import json
 from pathlib import Path
 
 from mod_export.common.tables import format_table
@@ -89,14 +88,3 @@ def _passkey(rows: list[dict]) -> tuple[dict, list[dict]]:
             line[depth] = " / ".join(f"{share:.2f}" for share in parts)
         lines.append(line)
     return columns, lines
-
-
-def as_json(result: dict) -> str:
-    """JSON with one row on each line."""
-    parts = [f'"about": {json.dumps(result["about"], indent=1, default=str)}']
-    for key, rows in result.items():
-        if key != "about":
-            parts.append(
-                f'"{key}": [\n' + ",\n".join(json.dumps(row, default=str) for row in rows) + "\n]"
-            )
-    return "{" + ",\n".join(parts) + "}"

@@ -15,7 +15,6 @@ active, or another model.
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 
 from mod_export import __version__
 from mod_export.common.progress import Progress
+from mod_export.common.system import usable_cpus
 from mod_export.config import MoDConfig
 from mod_export.data.text import pack, read_texts
 from mod_export.errors import UserError
@@ -212,7 +212,7 @@ def _about(
             name: type(reader).__name__.removesuffix("Reader").lower()
             for name, reader in pair.readers().items()
         },
-        "threads": threads or len(os.sched_getaffinity(0)),
+        "threads": threads or usable_cpus(),
         "plan": asdict(plan),
     }
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -25,6 +24,8 @@ from importlib import util
 from pathlib import Path
 
 from mod_export.common.files import atomic_dir, locked
+from mod_export.common.progress import Progress
+from mod_export.common.system import cpu_features, free_memory, usable_cpus
 from mod_export.errors import UserError
 from mod_export.llamacpp import cuda as llama_cuda
 from mod_export.llamacpp import source as llama_source
@@ -107,11 +108,7 @@ def missing_tools(patching: bool = True) -> dict[str, str]:
 
 def default_jobs() -> int:
     """One job per core, fewer where memory is short."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(cores, memory // BYTES_PER_JOB))
+    return max(1, min(usable_cpus(), free_memory() // BYTES_PER_JOB))
 
 
 def stock_lib(cuda: bool = False) -> Path | None:
@@ -191,22 +188,15 @@ def _key(flags: dict[str, str], stock: bool) -> str:
         for c in compilers
         if c
     ]
-    parts = [source, sorted(flags.items()), compilers, versions, os.environ.get("CXXFLAGS"), _cpu()]
+    parts = [
+        source,
+        sorted(flags.items()),
+        compilers,
+        versions,
+        os.environ.get("CXXFLAGS"),
+        cpu_features(),
+    ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-def _cpu() -> str:
-    """What `-march=native` sees: a cache in a shared home must not offer another CPU's
-    instructions.
-    """
-    with contextlib.suppress(OSError):
-        found = re.search(
-            r"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-        return (
-            platform.machine() + " ".join(sorted(found[2].split())) if found else platform.machine()
-        )
-    return platform.machine()
 
 
 @contextlib.contextmanager
@@ -280,24 +270,25 @@ def _terminated(tool: subprocess.Popen) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows a line's [n/m]: in place on a terminal, else each fifth of the
-    way.
-    """
-    terminal, shown = sys.stderr.isatty(), 0
+    """Yield a function that shows the [n/m] of a line: on a terminal each, else every fifth part."""
+    progress, logged = Progress(), 0
 
     def show(line: str) -> None:
-        nonlocal shown
+        nonlocal logged
         step = re.match(r"\[(\d+)/(\d+)\]", line)
-        share = 100 * int(step[1]) // int(step[2]) if step else 0
-        if step and terminal:
-            print(f"\r{step[0]} {share} %\033[K", end="", file=sys.stderr, flush=True)
-        elif share >= shown + 20:
-            shown = share
+        if not step:
+            return
+        share = 100 * int(step[1]) // int(step[2])
+        if progress.terminal:
+            progress.show(f"{step[0]} {share} %", share / 100)
+        elif share >= logged + 20:
+            logged = share
             logger.info(f"{step[0]} {share} %")
 
-    yield show
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    try:
+        yield show
+    finally:
+        progress.clear()
 
 
 def _last_error(log: Path) -> str:

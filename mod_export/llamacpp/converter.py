@@ -5,12 +5,12 @@ convert_hf(Path("dir"), Path("base.gguf"), "f32")   # a Hugging Face directory, 
 quantize(Path("base.gguf"), Path("small.gguf"), "q4_k_m")
 """
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import EXPORT_FORMATS
 from mod_export.llamacpp import source as llama_source
@@ -63,14 +63,13 @@ def convert_hf(
 
 def quantize(source: Path, target: Path, quant: str) -> None:
     """Quantise a GGUF of floats to one of EXPORT_FORMATS. Raises UserError with the library's last words."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     result = _python(
         QUANTIZER,
         [
             str(source.resolve()),
             str(target.resolve()),
             str(EXPORT_FORMATS[quant].file_type),
-            str(threads),
+            str(usable_cpus()),
         ],
     )
     if "No module named 'llama_cpp'" in result.stderr:

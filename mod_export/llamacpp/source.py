@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mod_export.common.files import atomic_dir, atomic_file
+from mod_export.common.paths import cache_dir
 from mod_export.errors import UserError
 
 # parts of the source distribution that neither the build nor the converter reads (most of its size)
@@ -40,23 +41,6 @@ class Pin:
     @property
     def filename(self) -> str:
         return f"llama_cpp_python-{self.version}.tar.gz"
-
-
-def cache_dir() -> Path:
-    """$MOD_EXPORT_CACHE, or mod-export in the user's cache directory. Created when missing."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = (
-        Path(os.environ.get("MOD_EXPORT_CACHE") or Path(base) / "mod-export")
-        .expanduser()
-        .absolute()
-    )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise UserError(
-            f"cannot create the cache directory {path}: {exc.strerror}", "set MOD_EXPORT_CACHE"
-        ) from exc
-    return path
 
 
 def patches_dir() -> Path:

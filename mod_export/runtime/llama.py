@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
@@ -136,7 +137,7 @@ class MoDLlama(llama_cpp.Llama):
         self._recording: list | None = None
         self._thresholds_changed = False
         self._quiet = not verbose
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or usable_cpus()
         with self.errors_kept() as log:
             try:
                 super().__init__(

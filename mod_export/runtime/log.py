@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mod_export.benchmark.process_helpers import available_memory
+from mod_export.common.system import available_memory
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing

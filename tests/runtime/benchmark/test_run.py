@@ -11,6 +11,7 @@ from mod_export.benchmark import grouping, processes, sweep
 from mod_export.benchmark import report as bench_report
 from mod_export.benchmark import run as bench_run
 from mod_export.benchmark.floor import prune
+from mod_export.common.text import result_as_json
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import bindings, devices
@@ -82,7 +83,7 @@ def test_rows(files):
     ]
     assert [r["ttft_ms"]["mod"] > r["ms"]["mod"] for r in rows[::2]] == [True, True]
     assert rows[2]["ms"]["floor"] < rows[2]["ms"]["ceiling"]
-    assert json.loads(bench_report.as_json(result)) == result
+    assert json.loads(result_as_json(result)) == result
     assert 0.5 < result["about"]["floor_prefill_work"] < 0.9  # the FFN is 3/4 of a layer, of two
     assert (
         result["about"]["routed"] == {"block": 6}

@@ -14,6 +14,7 @@ from mod_export.benchmark import plots as bench_plots
 from mod_export.benchmark import report as bench_report
 from mod_export.benchmark import run as bench_run
 from mod_export.benchmark import sweep
+from mod_export.common.text import result_as_json
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
@@ -70,7 +71,7 @@ def test_sweep(swept):
         assert row["ms_decode_mod"] > 0 and row["ms_prefill_ceiling"] > 0
     table = bench_report.tables(swept)
     assert "same best token" in table and len(swept["rows"]) == 6
-    assert json.loads(bench_report.as_json(swept)) == swept
+    assert json.loads(result_as_json(swept)) == swept
 
 
 @patched

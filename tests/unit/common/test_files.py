@@ -1,0 +1,116 @@
+"""Outputs that appear whole or not at all, and locks between processes."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mod_export.common.files import atomic_dir, atomic_file, locked
+from mod_export.errors import UserError
+
+
+def test_atomic_file(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), atomic_file(target) as tmp:
+        tmp.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_file(target) as tmp:
+        tmp.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    with pytest.raises(UserError, match="--force"), atomic_file(target):
+        pass
+    with pytest.raises(RuntimeError), atomic_file(target, force=True) as tmp:
+        raise RuntimeError
+    assert target.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_dir(tmp_path):
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with atomic_dir(target, force=True) as tmp:
+            (tmp / "config.json").write_text(text)
+            (tmp / "config.json").chmod(0o600)
+    assert (target / "config.json").read_text() == "second"
+    assert target.stat().st_mode & 0o666 == (target / "config.json").stat().st_mode & 0o777
+    with pytest.raises(RuntimeError), atomic_dir(target, force=True) as tmp:
+        raise RuntimeError
+    assert (target / "config.json").read_text() == "second" and list(tmp_path.iterdir()) == [target]
+
+
+def test_force_spares_other_directories_and_devices(tmp_path):
+    (tmp_path / "letters").write_text("dear")
+    with pytest.raises(UserError, match="not replaced"), atomic_dir(tmp_path, force=True):
+        pass
+    with pytest.raises(UserError, match="regular file"), atomic_file(os.devnull, force=True):
+        pass
+    assert (tmp_path / "letters").read_text() == "dear"
+
+
+def test_outputs_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="no directory"), atomic_file(tmp_path / "none" / "out"):
+        pass
+    with pytest.raises(UserError, match="cannot write"), atomic_file("/proc/self/out"):
+        pass
+
+
+def test_a_lock_is_for_one_at_a_time(tmp_path):
+    """The second one is told, and waits; then no lock file is left."""
+    order = []
+
+    def second():
+        with locked(tmp_path, busy=lambda: order.append("busy")):
+            order.append("second")
+
+    with locked(tmp_path, busy=lambda: order.append("never")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not order:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["busy", "first", "second"] and list(tmp_path.iterdir()) == []
+
+
+def test_a_busy_lock_may_be_refused(tmp_path):
+    def busy():
+        raise UserError("another process is at work")
+
+    name = tmp_path / "name"
+    with locked(name, busy):
+        assert [path.name for path in tmp_path.iterdir()] == ["name.lock"]
+        with pytest.raises(UserError, match="at work"), locked(name, busy):
+            pass
+    with locked(name, busy):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = f"""
+from mod_export.common.files import locked
+with locked({str(tmp_path)!r}, busy=lambda: None):
+    print("locked", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == b"locked\n"
+        process.kill()
+    calls = []
+    with locked(tmp_path, busy=lambda: calls.append("busy")):
+        pass
+    assert calls == []
+
+
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="cannot write .*file/name.lock"),
+        locked(tmp_path / "file" / "name", busy=lambda: None),
+    ):
+        pass

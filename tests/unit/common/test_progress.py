@@ -1,0 +1,46 @@
+"""The line that tells how far work has come: in place on a terminal, else now and then."""
+
+import io
+
+from mod_export.common import progress as progress_module
+from mod_export.common.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_without_a_terminal_lines_come_now_and_then(monkeypatch):
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    progress = Progress(stream)
+    for item in progress.count("prefill", range(8)):
+        now[0] = 10.0 * (item + 1)
+    # the first 15 s are silent, and so are 15 s after each line
+    assert stream.getvalue().splitlines() == [
+        "prefill: 3 of 8, 1:00 left",
+        "prefill: 5 of 8, 0:40 left",
+        "prefill: 7 of 8, 0:20 left",
+    ]
+
+
+def test_a_share_and_a_note(monkeypatch):
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    progress = Progress(stream)
+    now[0] = 20.0
+    progress.tell("generating", 3, 4, "3 of 4", before=1)
+    assert stream.getvalue() == "generating: 75%, 3 of 4, 0:10 left\n"
+
+
+def test_a_terminal_has_one_line_with_a_bar():
+    stream = Terminal()
+    progress = Progress(stream)
+    seen = list(progress.count("prefill", "ab"))
+    progress.show("step 1 of 2")
+    progress.clear()
+    text = stream.getvalue()
+    assert seen == ["a", "b"] and "\n" not in text
+    assert "prefill: 1 of 2  |" in text and "prefill: 2 of 2, 0:00 left  |" in text
+    assert "step 1 of 2" in text and text.endswith("\r")

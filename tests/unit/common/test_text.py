@@ -1,0 +1,20 @@
+"""Numbers and results as text."""
+
+import json
+from pathlib import Path
+
+from mod_export.common.text import clock, mebibytes, megabytes, result_as_json, short_bytes
+
+
+def test_sizes_and_times():
+    assert megabytes(12_345_678) == "12.35 MB" and megabytes(12_345_678, 1) == "12.3 MB"
+    assert short_bytes(99_999) == "100.0 kB" and short_bytes(100_000) == "0.1 MB"
+    assert mebibytes(3 * 2**20) == "3.0 MiB" and mebibytes(5 * 2**30) == "5.00 GiB"
+    assert clock(125.9) == "2:05"
+
+
+def test_a_result_has_one_row_on_each_line():
+    result = {"about": {"file": Path("mod.gguf")}, "rows": [{"n": 1}, {"n": 2}], "none": []}
+    text = result_as_json(result)
+    assert json.loads(text) == result | {"about": {"file": "mod.gguf"}}
+    assert '{"n": 1},\n{"n": 2}' in text
