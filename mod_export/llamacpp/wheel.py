@@ -1,7 +1,7 @@
-"""A wheel of llama_cpp from the source distribution's Python files and libraries that are built
-already.
+"""A wheel of llama_cpp: Python files of the source distribution, and libraries that are built already.
 
-Written by hand because the distribution's own build backend would compile llama.cpp once more.
+The wheel is written by hand because the distribution's own build backend would compile llama.cpp
+once more.
 """
 
 import base64
@@ -13,23 +13,24 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
-SKIPPED = "llama_cpp/server/"  # needs packages of its own, and no part of this project uses it
+SKIPPED_FOLDER = "llama_cpp/server/"  # needs packages of its own, and this project does not use it
 
 
 def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
     """Write llama_cpp_python-{version}-py3-none-{platform}.whl into `folder` and return its path.
 
-    source: unpacked source distribution; lib: directory whose files become llama_cpp/lib.
+    source: the unpacked source distribution
+    lib: a directory whose files become llama_cpp/lib
     """
     platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
+    tag = f"py3-none-{platform}"
     info = f"llama_cpp_python-{version}.dist-info"
-    files = _package(source, version) | {
-        f"llama_cpp/lib/{path.name}": path.read_bytes() for path in lib.iterdir()
-    }
+    files = _package(source, version)
+    for path in lib.iterdir():
+        files[f"llama_cpp/lib/{path.name}"] = path.read_bytes()
     files[f"{info}/METADATA"] = _metadata(source, version)
     files[f"{info}/licenses/LICENSE.md"] = (source / "LICENSE.md").read_bytes()
     files[f"{info}/licenses/llama.cpp.LICENSE"] = (source / "vendor/llama.cpp/LICENSE").read_bytes()
-    tag = f"py3-none-{platform}"
     files[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: mod-export\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
     )
@@ -42,14 +43,12 @@ def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
 
 
 def _package(source: Path, version: str) -> dict[str, bytes]:
-    """The Python files, with the new version in __init__.py."""
-    paths = {
-        str(path.relative_to(source)): path
-        for path in sorted((source / "llama_cpp").rglob("*.py*"))
-    }
-    files = {
-        name: path.read_bytes() for name, path in paths.items() if not name.startswith(SKIPPED)
-    }
+    """Name -> content of the Python files, with the new version in __init__.py."""
+    files = {}
+    for path in sorted((source / "llama_cpp").rglob("*.py*")):
+        name = str(path.relative_to(source))
+        if not name.startswith(SKIPPED_FOLDER):
+            files[name] = path.read_bytes()
     plain = version.partition("+")[0]
     init = files["llama_cpp/__init__.py"]
     files["llama_cpp/__init__.py"] = init.replace(f'"{plain}"'.encode(), f'"{version}"'.encode())
@@ -59,16 +58,14 @@ def _package(source: Path, version: str) -> dict[str, bytes]:
 def _metadata(source: Path, version: str) -> bytes:
     """The distribution's own metadata without its long description."""
     head = (source / "PKG-INFO").read_text(encoding="utf-8").partition("\n\n")[0]
-    lines = [
-        line
-        for line in head.splitlines()
-        if not line.startswith(("Version:", "Description-Content-Type:"))
-    ]
+    replaced = ("Version:", "Description-Content-Type:")
+    lines = [line for line in head.splitlines() if not line.startswith(replaced)]
     lines.insert(2, f"Version: {version}")
     return ("\n".join(lines) + "\n\nPatched for Mixture-of-Depths models by mod-export.\n").encode()
 
 
 def _record(files: dict[str, bytes], own_name: str) -> bytes:
+    """The file RECORD: name, hash and size of each file but itself."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for name, content in files.items():
