@@ -188,9 +188,7 @@ def _gpu_architectures() -> list[str]:
     if smi is None:
         return []
     output = _output([smi, "--query-gpu=compute_cap", "--format=csv,noheader"]).stdout
-    return [
-        major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", output, re.MULTILINE)
-    ]
+    return [major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", output, re.MULTILINE)]
 
 
 def _output(command: list[str]) -> subprocess.CompletedProcess:
