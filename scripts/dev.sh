@@ -15,7 +15,10 @@ run() { printf '%s: ' "$1"; "${@:2}"; }
 check() {
     case $1 in
         format) run format "$python" -m ruff format --check . ;;
-        lint) run lint "$python" -m ruff check . && run spelling "$python" -m codespell_lib . && echo "clean" ;;
+        lint)
+            run lint "$python" -m ruff check --output-format concise . || return 1
+            run spelling "$python" -m codespell_lib . && echo clean
+            ;;
         types) run types "$python" -m mypy ;;
         docs) run docs "$python" -m pytest -q --no-header tests/unit/test_docs.py tests/unit/test_imports.py ;;
         fix) "$python" -m ruff check --fix --quiet . || true; run format "$python" -m ruff format . ;;
