@@ -1,5 +1,6 @@
-"""Shapes of the llama family and the tensors that a model of such a shape has; knows nothing of
-files or routers.
+"""Shapes of the llama family, and the tensors that a model of such a shape has.
+
+This module knows nothing of files and routers.
 
     shape = replace(preset_named("1b"), layers=8).checked()
     for weight in weights(shape, type_named("q4_0")): ...
@@ -20,15 +21,16 @@ from mod_export.formats.ggml_types import block_size, row_bytes
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
 MAX_SIZE = 1 << 24
-MIN_RESERVED = 64
-# variance that all layers together add to a residual stream of variance 1
+MIN_RESERVED_VALUES = 64
+# The variance that all layers together add to a residual stream of variance 1.
 ADDED_VARIANCE = 0.4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a llama model. ctx: trained context in tokens; tied: the embedding is the
-    output matrix too.
+    """Dimensions of a llama model.
+
+    ctx: trained context in tokens. tied: whether the embedding is the output matrix too.
     """
 
     layers: int
@@ -69,7 +71,7 @@ class Shape:
 
     @property
     def embd_kv(self) -> int:
-        """Numbers in K, or V, of one token in one layer."""
+        """Numbers in K of one token in one layer; V has as many."""
         return self.head * self.heads_kv
 
 
@@ -96,8 +98,7 @@ class Weight:
     """A tensor of `rows` rows of `cols` values with standard deviation `std`.
 
     writes: its product is added to the residual stream, so the rows of the reserved values are
-    zero.
-    norm: the weights of a norm, all `std`; with `signs` of random sign.
+    zero. norm: the weights of a norm, which are all `std`; with `signs` their signs are random.
     """
 
     name: str
@@ -116,11 +117,10 @@ class Weight:
 
 
 def embedding_types(shape: Shape, type: Type) -> tuple[Type, Type]:
-    """Types of token_embd and output, as llama.cpp's own quantiser chooses them (the same where
-    they are tied).
+    """Types of token_embd and output, as llama.cpp's own quantiser chooses them.
 
-    The output matrix is q6_K, or q8_0 where its rows are no multiple of 256, unless the model is
-    q8_0 or float.
+    They are the same where the two are tied. The output matrix is q6_K, or q8_0 where its rows are
+    no multiple of 256. In a model of q8_0 or floats it has the type of the model.
     """
     output = type
     if type not in (Type.F32, Type.F16, Type.BF16, Type.Q8_0):
@@ -129,27 +129,32 @@ def embedding_types(shape: Shape, type: Type) -> tuple[Type, Type]:
 
 
 def reserved(embedding_type: Type) -> int:
-    """How many leading values of the residual stream nothing but the token embedding writes: whole
-    blocks of it.
+    """How many leading values of the residual stream only the token embedding writes.
+
+    They are whole blocks of the embedding.
     """
-    return max(MIN_RESERVED, block_size(embedding_type))
+    return max(MIN_RESERVED_VALUES, block_size(embedding_type))
 
 
 def check_type(shape: Shape, type: Type) -> None:
-    """Raises UserError where rows of the shape's matrices are no whole blocks, or no room is left
-    to reserve.
+    """Raise UserError for a shape that the type does not fit.
+
+    Rows of the shape's matrices have to be whole blocks, and leave room for the reserved values.
     """
     for name in ("embd", "ff"):
         if getattr(shape, name) % block_size(type):
-            reason = f"{name} {getattr(shape, name)} is no multiple of {block_size(type)}, the block of {type.name}"
             raise UserError(
-                reason,
+                f"{name} {getattr(shape, name)} is no multiple of {block_size(type)}, the block "
+                f"of {type.name}",
                 "choose another size, or a quantisation with smaller blocks such as q8_0 or q4_0",
             )
     taken = reserved(embedding_types(shape, type)[0])
     if shape.embd < 2 * taken:
-        reason = f"embd {shape.embd} is too small, because the routers of a {type.name} model reserve {taken} of it"
-        raise UserError(reason, f"use {2 * taken} or more")
+        raise UserError(
+            f"embd {shape.embd} is too small, because the routers of a {type.name} model reserve "
+            f"{taken} of it",
+            f"use {2 * taken} or more",
+        )
 
 
 def weights(shape: Shape, type: Type) -> Iterator[Weight]:
@@ -158,8 +163,8 @@ def weights(shape: Shape, type: Type) -> Iterator[Weight]:
     embd_type, output_type = embedding_types(shape, type)
     into, out = 1 / math.sqrt(embd), math.sqrt(ADDED_VARIANCE / (2 * shape.layers))
     yield Weight("token_embd.weight", shape.vocab, embd, embd_type, 1.0)
-    # rows of a tied output have the length sqrt(embd); the signs keep it from predicting the token
-    # that it reads
+    # Rows of a tied output have the length sqrt(embd). The signs keep the model from predicting the
+    # token that it reads.
     yield Weight(
         "output_norm.weight", 1, embd, Type.F32, into if shape.tied else 1.0, norm=True, signs=True
     )

@@ -1,13 +1,13 @@
 """Random weights, quantised, in pieces of a few MB: the content of a synthetic model's tensors.
 
-A matrix is rows drawn at random from a pool of quantised random rows, so that writing is as fast as
-the disk although
-every page of the file is memory of its own. All depends on shape, type and seed alone, and not on
-the routers: a MoD file and its dense twin have the same weights.
+A matrix is rows drawn at random from a pool of quantised random rows. So writing is as fast as the
+disk, although every page of the file is memory of its own. All depends on shape, type and seed, and
+not on the routers: a MoD file and its dense twin have the same weights.
 
-    weights = Weights(shape, type_named("q4_0"), seed=0)
-    for weight in synth_shape.weights(shape, type):
-        for piece in weights.content(weight): file.write(piece)
+    content = Weights(shape, type_named("q4_0"), seed=0)
+    for weight in weights(shape, type):                     # shape.weights
+        for piece in content.content(weight):
+            file.write(piece)
 """
 
 from __future__ import annotations
@@ -26,26 +26,29 @@ from mod_export.synthetic.shape import Shape, Weight
 
 POOL_VALUES = 1 << 21
 PIECE_BYTES = 8 << 20
-ROWS = 4096  # of the token table at once
-# Reserved values are uniform with variance 1, but for the first, which is larger than all: the
-# largest value of its block stays positive and about the same for all tokens, whatever it is
-# quantised to.
-HALF_WIDTH, CONSTANT = math.sqrt(3), 2.0
+TABLE_ROWS = 4096  # of the token table at once
+# Reserved values are uniform with variance 1. Only the first one is a constant that is larger than
+# all others. So the largest value of its block stays positive and about the same for all tokens,
+# whatever it is quantised to.
+HALF_WIDTH = math.sqrt(3)
+CONSTANT = 2.0
 
 
 def rng_of(seed: int, name: str) -> np.random.Generator:
-    """A generator of random numbers for one purpose, so that none depends on what else is drawn."""
+    """A generator of random numbers for one purpose, whose numbers depend on no other purpose."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def token_table(shape: Shape, type: Type, seed: int) -> np.ndarray:
-    """The reserved part of every token's embedding, quantised: uint8 [vocab, bytes]. `type`: of the
-    embedding.
+    """The reserved part of every token's embedding, quantised: uint8 [vocab, bytes].
+
+    type: that of the embedding.
     """
-    rng, cols = rng_of(seed, "token table"), synth_shape.reserved(type)
+    rng = rng_of(seed, "token table")
+    cols = synth_shape.reserved(type)
     table = np.empty((shape.vocab, row_bytes(cols, type)), np.uint8)
-    for at in range(0, shape.vocab, ROWS):
-        part = table[at : at + ROWS]
+    for at in range(0, shape.vocab, TABLE_ROWS):
+        part = table[at : at + TABLE_ROWS]
         values = rng.uniform(-HALF_WIDTH, HALF_WIDTH, (len(part), cols))
         values[:, 0] = CONSTANT
         part[:] = quantize(values, type)
@@ -55,7 +58,7 @@ def token_table(shape: Shape, type: Type, seed: int) -> np.ndarray:
 def table_values(table: np.ndarray, type: Type) -> np.ndarray:
     """The table as the runtime sees it: float32 [vocab, reserved]."""
     return np.concatenate(
-        [dequantize(table[at : at + ROWS], type) for at in range(0, len(table), ROWS)]
+        [dequantize(table[at : at + TABLE_ROWS], type) for at in range(0, len(table), TABLE_ROWS)]
     )
 
 
@@ -87,8 +90,9 @@ class Weights:
             yield np.hstack([self.table[at : at + step], rows]) if own else rows
 
     def _pool(self, cols: int, type: Type, std: float) -> np.ndarray:
-        """Quantised rows of normal random numbers and, as the last one, of zeros: uint8 [n + 1, row
-        bytes].
+        """Quantised rows of normal random numbers, and a last row of zeros.
+
+        uint8 [n + 1, bytes of a row].
         """
         key = cols, type, std
         if key not in self._pools:
