@@ -22,7 +22,7 @@ from torch import nn
 
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.common.tables import format_table
-from mod_export.config import MoDConfig, Unit
+from mod_export.config import MoDConfig
 from mod_export.formats import adapter_files, schema
 from mod_export.formats.adapter_files import MOD_JSON, ROUTERS
 from mod_export.formats.base_identity import (
@@ -34,6 +34,7 @@ from mod_export.formats.base_identity import (
 from mod_export.model import architectures
 from mod_export.model.lora import attach_lora, lora_of, merge_lora, read_lora, write_lora
 from mod_export.model.mod_model import MoDModel, check_routers
+from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 

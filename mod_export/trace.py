@@ -11,17 +11,9 @@ import numpy as np
 
 from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
+from mod_export.units import UNIT_KINDS, Unit
 
-# one colour for each kind, of equal weight to the eye and distinct without colour vision (Okabe and
-# Ito)
-COLOURS = {"kv": "#0072B2", "block": "#6A3D9A", "attn": "#D55E00", "ffn": "#009E73"}
 SKIPPED = "#F0F0EC"
-MEANING = {
-    "kv": "remembered beyond the window",
-    "block": "layer runs",
-    "attn": "attention runs",
-    "ffn": "FFN runs",
-}
 CELL = 0.135  # width of a token in inches: its text still reads at 6 points
 MAX_TOKENS = 8192
 
@@ -33,7 +25,7 @@ class Decisions:
     """
 
     active: np.ndarray
-    units: list[tuple[int, str]]
+    units: list[Unit]
     texts: list[str]
     n_prompt: int
     title: str = ""
@@ -73,7 +65,11 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
     active = np.concatenate([a for a, _ in batches]).astype(bool)
     texts = [llm.piece(t, special=True).decode("utf-8", "replace") for t in tokens[: len(active)]]
     return Decisions(
-        active, [(u.layer, u.kind) for u in llm.units], texts, n_prompt, Path(llm.model_path).name
+        active,
+        [Unit(u.layer, u.kind) for u in llm.units],
+        texts,
+        n_prompt,
+        Path(llm.model_path).name,
     )
 
 
@@ -114,7 +110,7 @@ def _by_kind(d: Decisions) -> Decisions:
     them.
     """
     order = sorted(
-        range(len(d.units)), key=lambda i: (list(COLOURS).index(d.units[i][1]), d.units[i][0])
+        range(len(d.units)), key=lambda i: (UNIT_KINDS[d.units[i].kind].order, d.units[i].layer)
     )
     return replace(d, active=d.active[:, order], units=[d.units[i] for i in order])
 
@@ -160,7 +156,7 @@ def _panel(ax, d: Decisions, part: slice) -> None:
     """The decisions of some tokens."""
     from matplotlib.colors import to_rgb
 
-    on = np.array([to_rgb(COLOURS[kind]) for _, kind in d.units])
+    on = np.array([to_rgb(UNIT_KINDS[kind].colour) for _, kind in d.units])
     active = d.active[part].T[..., None]
     ax.imshow(
         np.where(active, on[:, None], to_rgb(SKIPPED)), aspect="auto", interpolation="nearest"
@@ -202,7 +198,7 @@ def _panel(ax, d: Decisions, part: slice) -> None:
         spine.set_visible(False)
 
 
-def _bands(units: list[tuple[int, str]]) -> dict[str, tuple[int, int]]:
+def _bands(units: list[Unit]) -> dict[str, tuple[int, int]]:
     """kind -> its first and last row."""
     rows: dict[str, list[int]] = {}
     for i, (_, kind) in enumerate(units):
@@ -210,7 +206,7 @@ def _bands(units: list[tuple[int, str]]) -> dict[str, tuple[int, int]]:
     return {kind: (r[0], r[-1]) for kind, r in rows.items()}
 
 
-def _unit_labels(units: list[tuple[int, str]], points: float) -> tuple[list[int], list[int]]:
+def _unit_labels(units: list[Unit], points: float) -> tuple[list[int], list[int]]:
     """Rows that get their layer as a label, thinned so that lines of 6 points do not touch."""
     step = int(np.ceil(6.2 / points))
     ticks = [i for first, last in _bands(units).values() for i in range(first, last + 1, step)]
@@ -220,7 +216,9 @@ def _unit_labels(units: list[tuple[int, str]], points: float) -> tuple[list[int]
 def _shares(ax, d: Decisions) -> None:
     """Bars beside the first panel: each unit's share of active tokens in the whole text."""
     share = d.active.mean(0)
-    ax.barh(range(len(share)), share, color=[COLOURS[kind] for _, kind in d.units], height=0.8)
+    ax.barh(
+        range(len(share)), share, color=[UNIT_KINDS[kind].colour for _, kind in d.units], height=0.8
+    )
     ax.set_xlim(0, 1)
     ax.set_ylim(len(share) - 0.5, -0.5)
     ax.set_yticks([])
@@ -234,9 +232,10 @@ def _shares(ax, d: Decisions) -> None:
 def _legend(fig, d: Decisions, left: float, height: float) -> None:
     from matplotlib.patches import Patch
 
-    kinds = [kind for kind in COLOURS if any(kind == k for _, k in d.units)]
+    kinds = [kind for kind in UNIT_KINDS if any(kind == k for _, k in d.units)]
     patches = [
-        Patch(color=COLOURS[k], label=f"{k}: {MEANING[k]} ({_mean(d, k):.0%})") for k in kinds
+        Patch(color=UNIT_KINDS[k].colour, label=f"{k}: {UNIT_KINDS[k].active} ({_mean(d, k):.0%})")
+        for k in kinds
     ]
     patches.append(Patch(color=SKIPPED, label="not"))
     title = (

@@ -46,10 +46,10 @@ def main(model, texts, kv_share, window, layers, strengths, out):
     from mod_export.calibration.calibrate import CalibrationPlan, drift, measure, solve
     from mod_export.calibration.thresholds import set_thresholds
     from mod_export.config import MoDConfig, UnitConfig
-    from mod_export.convert import parse_layers
     from mod_export.data.text import default_texts, pack
     from mod_export.model import architectures, loading
     from mod_export.model.mod_model import MoDModel
+    from mod_export.units import parse_layers
 
     out.mkdir(parents=True, exist_ok=True)
     base, tokenizer = loading.load(model)
@@ -73,7 +73,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
             if (name, steady, kv_share, window) in done:
                 continue
             target = activation_for(kv_share, window, 2048, n_layer, n_layer - len(some))
-            routed = {unit: fit for unit, fit in fits.items() if unit[0] in some}
+            routed = {unit: fit for unit, fit in fits.items() if unit.layer in some}
             routers, _ = solve(routed, drift_penalty=steady, drift=drifts)
             p = tuple(0.5 if layer in some else 0.0 for layer in range(n_layer))
             share = tuple(target if layer in some else 1.0 for layer in range(n_layer))

@@ -15,6 +15,7 @@ import numpy as np
 from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile, rewrite
+from mod_export.units import BLOCK
 
 
 def block_floor(mod: GGUFFile) -> set[int] | None:
@@ -30,7 +31,7 @@ def block_floor(mod: GGUFFile) -> set[int] | None:
         kind: {i for i, p in enumerate(unit.threshold) if p > 0}
         for kind, unit in config.units.items()
     }
-    blocks = routed.get("block", set())
+    blocks = routed.get(BLOCK, set())
     return blocks if blocks and all(layers <= blocks for layers in routed.values()) else None
 
 

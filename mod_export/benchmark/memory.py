@@ -28,6 +28,7 @@ from mod_export.formats.ggml_types import type_named
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import bytes_per_token, expected_cells, mean_activation
 from mod_export.formats.schema import read_routers
+from mod_export.units import UNIT_KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,11 @@ class MemoryModel:
         return a + (b - a) * (n - n0) / (n1 - n0)
 
     def _routes(self, layer: int) -> bool:
-        return any(self.config.threshold(layer, kind) > 0 for kind in ("block", "attn", "kv"))
+        return any(
+            self.config.threshold(layer, name) > 0
+            for name, kind in UNIT_KINDS.items()
+            if kind.frees_kv
+        )
 
     def largest(self, memory: int, limit: int = MAX_CONTEXT_TOKENS) -> MemoryNeed:
         """The largest context up to `limit` that fits, in steps of CONTEXT_STEP_TOKENS.

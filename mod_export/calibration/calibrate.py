@@ -25,21 +25,22 @@ from mod_export.calibration.costs import REPEAT_PROMPT, CostMeter
 from mod_export.calibration.drift import ChunkMeans, router_inputs
 from mod_export.calibration.ridge import Ridge
 from mod_export.calibration.thresholds import routing_of, set_thresholds
-from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig, of_kinds
+from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
 from mod_export.data.text import default_texts, pack, tokenize
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
+from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, shares_by_kind
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SCORES = {"kv": "max_relative", "block": "size", "attn": "gradient_keys", "ffn": "gradient"}
+DEFAULT_SCORES = {KV: "max_relative", BLOCK: "size", ATTN: "gradient_keys", FFN: "gradient"}
 PENALTIES = {
-    "kv": 0.01,
-    "block": 0.3,
-    "attn": 0.3,
-    "ffn": 0.3,
+    KV: 0.01,
+    BLOCK: 0.3,
+    ATTN: 0.3,
+    FFN: 0.3,
 }  # of the ridge, against inputs of variance 1
 DRIFT_PENALTY = (
     3.0  # weight of how much a router follows the kind of text and its length (drift.py)
@@ -67,16 +68,16 @@ class CalibrationPlan:
 
     units: Mapping[str, Sequence[int]]
     target: float | Mapping[str, float] = 0.5
-    kv_window: int = 64
-    sink_tokens: int = 4
+    kv_window: int = KV_WINDOW
+    sink_tokens: int = SINK_TOKENS
     text: str | None = None
     scores: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_SCORES))
     rounds: int = 4
 
     def routed(self) -> list[Unit]:
         """Units in deciding order."""
-        units = [(layer, kind) for kind, layers in self.units.items() for layer in layers]
-        return sorted(units, key=lambda unit: (unit[0], KINDS.index(unit[1])))
+        units = [Unit(layer, kind) for kind, layers in self.units.items() for layer in layers]
+        return sorted(units, key=deciding_order)
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
         subset = sequences[:: math.ceil(len(sequences) / 6)]
         groups = first.by_kind()
         activation = set_thresholds(
-            model, subset, groups, of_kinds(plan.target, groups), plan.rounds
+            model, subset, groups, shares_by_kind(plan.target, groups), plan.rounds
         )
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
         logger.info("measuring activation on held-out text")
@@ -131,14 +132,16 @@ def measure(
 ) -> dict[Unit, Ridge]:
     """Run the original model over sequences [n, T], and gather what each router is fitted to."""
     meter = CostMeter(base, plan.kv_window)
-    wanted = {unit: [plan.scores[unit[1]]] for unit in plan.routed()}
+    wanted = {unit: [plan.scores[unit.kind]] for unit in plan.routed()}
     fits = {unit: Ridge(architectures.n_embd(base)) for unit in wanted}
     eps = architectures.norm_eps(base)
     for number, ids in enumerate(sequences):
         logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         text, context = with_repetition(tokenizer, ids, wanted)
         for unit, (h, costs) in meter.measure(text, wanted, context):
-            rows = judged_rows(unit[1], len(h), plan.sink_tokens, 0 if context else plan.kv_window)
+            rows = judged_rows(
+                unit.kind, len(h), plan.sink_tokens, 0 if context else plan.kv_window
+            )
             (cost,), x = costs.values(), rms_norm(h, eps)
             fits[unit].add(x[rows], log_cost(cost[rows]))
     return fits
@@ -178,7 +181,7 @@ def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> sl
 
     Sinks are always active. kv_window: 0 where the queries are all after the sequence.
     """
-    late = kind == "kv" and kv_window > 0
+    late = kind == KV and kv_window > 0
     return slice(sink_tokens, int(JUDGED_SHARE * (n_token - kv_window)) if late else n_token)
 
 
@@ -216,21 +219,21 @@ def solve(
     how much the drift weighs.
     """
     drifts = {unit: drift[unit] * math.sqrt(drift_penalty) if drift else None for unit in fits}
-    routers = {unit: fit.solve(penalties[unit[1]], drifts[unit]) for unit, fit in fits.items()}
+    routers = {unit: fit.solve(penalties[unit.kind], drifts[unit]) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
     for kind in {kind for _, kind in fits}:
-        of_kind = [spread for unit, spread in spreads.items() if unit[1] == kind]
+        of_kind = [spread for unit, spread in spreads.items() if unit.kind == kind]
         center = sum(mean for mean, _, _ in of_kind) / len(of_kind)
         variance = sum(var + (mean - center) ** 2 for mean, var, _ in of_kind) / len(of_kind)
         scale = LOGIT_SPREAD / math.sqrt(max(variance, 1e-12))
-        for unit in [unit for unit in fits if unit[1] == kind]:
+        for unit in [unit for unit in fits if unit.kind == kind]:
             weight, bias = routers[unit]
             routers[unit] = (weight * scale, (bias - center) * scale)
     return routers, {unit: explained for unit, (_, _, explained) in spreads.items()}
 
 
 def _mean(activation: dict[Unit, float], kind: str) -> float:
-    values = [value for unit, value in activation.items() if unit[1] == kind]
+    values = [value for unit, value in activation.items() if unit.kind == kind]
     return round(sum(values) / len(values), 4)
 
 
@@ -268,7 +271,7 @@ def _sequence_length(base: nn.Module, plan: CalibrationPlan) -> int:
 
     Raises UserError where the model's own context is too short for the window.
     """
-    needed = 4 * plan.kv_window if "kv" in plan.units else 0
+    needed = 4 * plan.kv_window if KV in plan.units else 0
     limit = architectures.context_length(base) or max(SEQUENCE_TOKENS, needed)
     if limit < needed:
         raise UserError(
@@ -285,7 +288,7 @@ def _texts(tokenizer, plan: CalibrationPlan, length: int) -> tuple[torch.Tensor,
         return pack(tokenizer, text, length), pack(tokenizer, held_out, length), "packaged"
     n_tokens = len(tokenize(tokenizer, plan.text))
     length = min(length, n_tokens // (MIN_SEQUENCES + 1))
-    shortest = max(128, 4 * plan.kv_window if "kv" in plan.units else 0)
+    shortest = max(128, 4 * plan.kv_window if KV in plan.units else 0)
     if length < shortest:
         need = shortest * (MIN_SEQUENCES + 1)
         raise UserError(

@@ -37,17 +37,17 @@ import torch
 from torch import nn
 
 from mod_export.calibration.layer_hooks import Seen, first, observing, prepared
-from mod_export.config import Unit
 from mod_export.errors import UserError
 from mod_export.model import architectures
+from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
 
 SUBLAYER_SCORES = ("size", "cosine", "gradient")
 ATTENTION_SCORES = ("max", "sum", "max_value", "sum_value", "max_relative")
 SCORES = {
-    "kv": (*ATTENTION_SCORES, "gradient", *(f"repeat_{name}" for name in ATTENTION_SCORES)),
-    "block": (*SUBLAYER_SCORES, "gradient_keys"),
-    "attn": (*SUBLAYER_SCORES, "gradient_keys"),
-    "ffn": SUBLAYER_SCORES,
+    KV: (*ATTENTION_SCORES, "gradient", *(f"repeat_{name}" for name in ATTENTION_SCORES)),
+    BLOCK: (*SUBLAYER_SCORES, "gradient_keys"),
+    ATTN: (*SUBLAYER_SCORES, "gradient_keys"),
+    FFN: SUBLAYER_SCORES,
 }
 REPEAT_PROMPT = "\n\nRepeat the previous context exactly.\n\n"
 _QUERIES = 256  # queries whose attention weights [n_head, _QUERIES, T] are in memory at once
@@ -72,6 +72,7 @@ class CostMeter:
         from the queries after them, and h and costs have that length. Raises UserError for a score
         that the kind does not have.
         """
+        wanted = {Unit(*unit): names for unit, names in wanted.items()}
         check_scores(wanted)
         gradients = any(name.startswith("gradient") for names in wanted.values() for name in names)
         with prepared(self.base), torch.set_grad_enabled(gradients):
@@ -88,7 +89,7 @@ class CostMeter:
                 with observing(part) as seen:
                     out = inner(*args, **kwargs)
                 seen.enter_layer(args[0] if args else kwargs["hidden_states"], first(out), part)
-                units = [unit for unit in wanted if unit[0] == layer]
+                units = [unit for unit in wanted if unit.layer == layer]
                 found.extend(
                     (unit, self._costs(unit, wanted[unit], seen, None, context)) for unit in units
                 )
@@ -113,7 +114,7 @@ class CostMeter:
         inputs, grad = self._forward(ids)
         for layer in range(len(self.parts) - 1, min(layer for layer, _ in wanted) - 1, -1):
             seen, grads, grad = self._layer(layer, inputs.pop(), grad)
-            for unit in [unit for unit in wanted if unit[0] == layer]:
+            for unit in [unit for unit in wanted if unit.layer == layer]:
                 yield unit, self._costs(unit, wanted[unit], seen, grads, context)
 
     def _forward(self, ids: torch.Tensor) -> tuple[list, torch.Tensor]:
@@ -163,8 +164,8 @@ class CostMeter:
     @torch.no_grad()
     def _costs(self, unit: Unit, names: list[str], seen: Seen, grads, context: int):
         layer, kind = unit
-        entrance = seen.mid if kind == "ffn" else seen.h
-        if kind == "kv":
+        entrance = seen.mid if kind == FFN else seen.h
+        if kind == KV:
             costs = self._kv_costs(names, seen, grads, self.parts[layer].attn, context)
             return entrance.detach()[: context or None], costs
         return entrance.detach(), {
@@ -172,16 +173,16 @@ class CostMeter:
         }
 
     def _sublayer_cost(self, kind: str, name: str, seen: Seen, grads) -> torch.Tensor:
-        h = seen.mid if kind == "ffn" else seen.h
-        delta = {"attn": seen.attn, "ffn": seen.ffn, "block": seen.out}[kind]
+        h = seen.mid if kind == FFN else seen.h
+        delta = {ATTN: seen.attn, FFN: seen.ffn, BLOCK: seen.out}[kind]
         if name == "size":
             return delta.norm(dim=-1) / h.norm(dim=-1).clamp(min=1e-12)
         if name == "cosine":
             return 1 - torch.cosine_similarity(h.double(), (h + delta).double(), dim=-1).float()
         effect = 0.0
-        if kind in ("attn", "block"):
+        if kind in (ATTN, BLOCK):
             effect = effect + (grads[0] * seen.attn).sum(-1)
-        if kind in ("ffn", "block"):
+        if kind in (FFN, BLOCK):
             effect = effect + (grads[1] * seen.ffn).sum(-1)
         cost = effect.pow(2)
         return (

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-from mod_export.config import Unit
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
+from mod_export.units import Unit
 
 CHUNK_TOKENS = 256  # a mean over so many tokens shows what drifts
 # Weight of the covariance of the position buckets over that of the chunks. The first is known less

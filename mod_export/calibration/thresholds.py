@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from mod_export.config import Unit
 from mod_export.data.repeats import counted
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import logit_threshold
+from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 

@@ -2,21 +2,13 @@
 
 import click
 
+from mod_export.errors import UserError
+from mod_export.units import parse_shares
+
 
 def shares(_ctx, _param, value: str) -> float | dict[str, float]:
     """`0.5` or `kv=0.5,attn=0.8`. Raises BadParameter for anything else."""
     try:
-        if "=" not in value:
-            return float(value)
-        pairs = [
-            (kind.strip(), float(share))
-            for kind, _, share in (part.partition("=") for part in value.split(","))
-        ]
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is neither a number nor kinds such as kv=0.5,attn=0.8"
-        ) from None
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise click.BadParameter(f"{value!r} names a kind twice")
-    return found
+        return parse_shares(value)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None

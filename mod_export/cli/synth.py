@@ -7,6 +7,7 @@ import click
 
 from mod_export.cli.numbers import Finite
 from mod_export.cli.output import show_messages
+from mod_export.config import KV_WINDOW
 
 _NUMBER = click.IntRange(min=1)
 
@@ -35,7 +36,11 @@ _NUMBER = click.IntRange(min=1)
     help="Share of tokens that run a unit; for each kind: attn=0.3,kv=0.5.",
 )
 @click.option(
-    "--layers-routed", default="2-", show_default=True, metavar="LAYERS", help="2-, 3-28, 2,4,8-11."
+    "--layers-routed",
+    default="auto",
+    show_default=True,
+    metavar="LAYERS",
+    help="Layers to route: 2-, 3-28, 2,4,8-11; auto: kv from 1 on, others from 2 on.",
 )
 @click.option(
     "--sinks",
@@ -47,7 +52,7 @@ _NUMBER = click.IntRange(min=1)
 @click.option(
     "--kv-window",
     type=_NUMBER,
-    default=64,
+    default=KV_WINDOW,
     show_default=True,
     help="Recent tokens that kv units always see.",
 )

@@ -16,6 +16,7 @@ import numpy as np
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import precision
+from mod_export.units import Unit
 
 ROWS = 128  # rows of logits that are compared at a time; a row of 150k float64 is 1.2 MB
 
@@ -84,7 +85,7 @@ def verify(
             f"the text has {len(tokens)} tokens where {n_tokens} are needed",
             "give more text, or --tokens",
         )
-    sums = Sums([(u.layer, u.kind) for u in llm.units], llm.thresholds)
+    sums = Sums([Unit(u.layer, u.kind) for u in llm.units], llm.thresholds)
     for start in range(0, n_tokens - length + 1, length):
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
@@ -108,7 +109,7 @@ def _load_reference(reference, threads: int | None):
 
 
 def _check_same_units(llm, model, file, reference) -> None:
-    here, there = [(u.layer, u.kind) for u in llm.units], model.config.routed()
+    here, there = [Unit(u.layer, u.kind) for u in llm.units], model.config.routed()
     if here != there:
         (layer, kind) = sorted(set(here) ^ set(there))[0]
         which = file if (layer, kind) in here else reference
@@ -151,7 +152,7 @@ class Sums:
     decision has differed so far.
     """
 
-    def __init__(self, units: list[tuple[int, str]], thresholds: list[float]):
+    def __init__(self, units: list[Unit], thresholds: list[float]):
         self.units = units
         self.logit_p = np.log(thresholds) - np.log1p(-np.asarray(thresholds))
         self.same = self.decisions = self.active = 0

@@ -22,6 +22,7 @@ import torch
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
+from mod_export.units import KV, UNIT_KINDS, Unit
 
 # Rows of logits [ROWS, n_vocab] in memory at a time. A vocabulary of 150k makes 150 MB of float32.
 ROWS = 256
@@ -39,7 +40,7 @@ class Reader(abc.ABC):
 
     name: str
     tokenizer: object
-    units: list[tuple[int, str]]
+    units: list[Unit]
     kv_window: int
     n_layer: int
     n_ctx: int
@@ -218,9 +219,7 @@ class Usage:
         }
 
 
-def visible_share(
-    units: list[tuple[int, str]], kv_window: int, active: torch.Tensor, n_layer: int
-) -> float:
+def visible_share(units: list[Unit], kv_window: int, active: torch.Tensor, n_layer: int) -> float:
     """Cells whose K/V a next token could see, over those of the dense model.
 
     active: decisions [n_tokens, n_units].
@@ -230,8 +229,8 @@ def visible_share(
     recent = torch.arange(n_tokens) >= n_tokens + 1 - kv_window
     visible: dict[int, torch.Tensor] = {}
     for index, (layer, kind) in enumerate(units):
-        if kind != "ffn":
-            mask = active[:, index] | recent if kind == "kv" else active[:, index]
+        if UNIT_KINDS[kind].frees_kv:
+            mask = active[:, index] | recent if kind == KV else active[:, index]
             visible[layer] = visible[layer] & mask if layer in visible else mask
     cells = (n_layer - len(visible)) * n_tokens + sum(
         mask.sum().item() for mask in visible.values()

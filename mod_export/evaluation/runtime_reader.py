@@ -13,6 +13,7 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import devices
 from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.templates import ChatTemplate
+from mod_export.units import Unit
 
 
 class _BatchLlama(MoDLlama):
@@ -68,7 +69,7 @@ class RuntimeReader(Reader):
         self._open(CHUNK_TOKENS)
         self.llm.require_vocab()
         self.tokenizer = _Tokenizer(self)
-        self.units = [(unit.layer, unit.kind) for unit in self.llm.units]
+        self.units = [Unit(unit.layer, unit.kind) for unit in self.llm.units]
         self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()
 
     def _open(self, n_ctx: int) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mod_export.config import MoDConfig, Unit
+from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import schema
 from mod_export.formats.schema import Routers
+from mod_export.units import Unit
 
 CONFIG_JSON = "config.json"
 CONVERT = "make one with `mod-export convert`"

@@ -12,6 +12,7 @@ import numpy as np
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
+from mod_export.units import ATTN, BLOCK, KV
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
 ROLLBACK_TOKENS = 64
@@ -47,7 +48,7 @@ def expected_cells(config: MoDConfig, layer: int, n: int, margin: float = 0.0) -
         return min(1.0, config.units[kind].activation[layer] * (1 + margin))
 
     window = min(n, config.kv_window + ROLLBACK_TOKENS)
-    return activation("block") * activation("attn") * (window + activation("kv") * (n - window))
+    return activation(BLOCK) * activation(ATTN) * (window + activation(KV) * (n - window))
 
 
 def mean_activation(config: MoDConfig) -> dict[str, float]:

@@ -16,9 +16,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mod_export.config import KINDS, MoDConfig, Unit, UnitConfig
+from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.formats.gguf import F32_TYPE, GGUFFile, Key, rewrite
+from mod_export.units import KV, UNIT_KINDS, Unit
 
 # unit -> w float32 [n_embd], b float32 [1]
 Routers = dict[Unit, tuple[np.ndarray, np.ndarray]]
@@ -59,7 +60,7 @@ def to_keys(architecture: str, config: MoDConfig) -> list[tuple[str, str, object
     """(key, type, value) of every key that a file with this configuration has."""
     start = prefix(architecture)
     keys = [(start + name, type, getattr(config, name)) for name, type in SCALARS.items()]
-    for kind in KINDS:
+    for kind in UNIT_KINDS:
         if kind in config.units:
             for name, type in PER_LAYER.items():
                 keys.append((f"{start}{kind}.{name}", type, getattr(config.units[kind], name)))
@@ -84,7 +85,7 @@ def from_keys(file: GGUFFile) -> MoDConfig | None:
             f"key {start}version is {ours['version'].value}, known is {VERSION}",
             "use a newer mod-export",
         )
-    kinds = [kind for kind in KINDS if any(f"{kind}.{name}" in ours for name in PER_LAYER)]
+    kinds = [kind for kind in UNIT_KINDS if any(f"{kind}.{name}" in ours for name in PER_LAYER)]
     needed = _needed_keys(kinds, ours)
     for name, type in needed.items():
         if name not in ours:
@@ -105,7 +106,7 @@ def _needed_keys(kinds: list[str], ours: dict[str, Key]) -> dict[str, str]:
     for kind in kinds:
         for name, type in PER_LAYER.items():
             needed[f"{kind}.{name}"] = type
-    if "kv" not in kinds and "kv_window" not in ours:
+    if KV not in kinds and "kv_window" not in ours:
         del needed["kv_window"]
     return needed
 

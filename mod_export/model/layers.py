@@ -23,6 +23,7 @@ from torch import nn
 from mod_export.model import architectures
 from mod_export.model.architectures import LayerParts
 from mod_export.model.routing import RoutingState
+from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
 
 # The wrapped layers of each base model. A layer's wrappers do not refer to the base model, so an
 # entry goes with its base model.
@@ -63,8 +64,8 @@ class LayerRouting:
         # A module can have two roles; the later wrapper is the outer one.
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
-        self._patch(parts.attn_out, self._gated("attn"))
-        self._patch(parts.ffn_out, self._gated("ffn"))
+        self._patch(parts.attn_out, self._gated(ATTN))
+        self._patch(parts.ffn_out, self._gated(FFN))
         if parts.ffn_entry is not None:
             self._patch(parts.ffn_entry, self._enter_ffn)
         self._patch(parts.layer, self._layer)
@@ -104,11 +105,11 @@ class LayerRouting:
     def _compute_layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
         state, layer = self.state, self.index
         self._h = h
-        keep = state.decide((layer, "kv"), h)
-        block = state.decide((layer, "block"), h)
-        attn = state.decide((layer, "attn"), h)
+        keep = state.decide(Unit(layer, KV), h)
+        block = state.decide(Unit(layer, BLOCK), h)
+        attn = state.decide(Unit(layer, ATTN), h)
         if self._ffn_reads_layer_input:
-            state.decide((layer, "ffn"), h)
+            state.decide(Unit(layer, FFN), h)
         stored = attn if block is None else block
         if state.cache is not None:
             return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
@@ -119,7 +120,7 @@ class LayerRouting:
         return out if block is None else _replace(out, self._end_block(h, _first(out)))
 
     def _end_block(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        state, unit = self.state, (self.index, "block")
+        state, unit = self.state, Unit(self.index, BLOCK)
         if state.strategy.on_unit is not None:
             state.strategy.on_unit(unit, h, y - h)
         if (gate := state.gate.get(unit)) is not None:
@@ -149,15 +150,15 @@ class LayerRouting:
             return h
         x = h[:, rows]
         y = _first(inner(x, **_gather_positions(kwargs, rows)))
-        if (gate := state.gate.get((self.index, "block"))) is not None:
+        if (gate := state.gate.get(Unit(self.index, BLOCK))) is not None:
             y = x + gate[:, rows].unsqueeze(-1).to(h.dtype) * (y - x)
         return h.index_copy(1, rows, y)
 
     def _attn(self, inner: Callable, x: torch.Tensor, kwargs: dict):
-        return self._run_sparse("attn", inner, x, kwargs, nothing=(torch.zeros_like(x), None))
+        return self._run_sparse(ATTN, inner, x, kwargs, nothing=(torch.zeros_like(x), None))
 
     def _ffn(self, inner: Callable, x: torch.Tensor, kwargs: dict):
-        return self._run_sparse("ffn", inner, x, kwargs, nothing=torch.zeros_like(x))
+        return self._run_sparse(FFN, inner, x, kwargs, nothing=torch.zeros_like(x))
 
     def _run_sparse(self, kind: str, inner: Callable, x: torch.Tensor, kwargs: dict, nothing):
         """Run the sublayer; with a cache for the active rows of x [1, T, n_embd] only, 0 elsewhere."""
@@ -172,7 +173,7 @@ class LayerRouting:
 
     def _enter_ffn(self, inner: Callable, h: torch.Tensor, kwargs: dict):
         self._h = h
-        self.state.decide((self.index, "ffn"), h)
+        self.state.decide(Unit(self.index, FFN), h)
         return inner(h, **kwargs)
 
     def _gated(self, kind: str) -> Callable:

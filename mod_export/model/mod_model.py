@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mod_export.config import MoDConfig, Unit
+from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import schema
 from mod_export.model import architectures, directory, generation
@@ -39,6 +39,7 @@ from mod_export.model.cache import MoDCache
 from mod_export.model.layers import unwrap_layers, wrap_layers
 from mod_export.model.router import Router
 from mod_export.model.routing import DecisionStrategy, RoutingState, TopK
+from mod_export.units import Unit
 
 
 @dataclass
@@ -270,4 +271,5 @@ def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) ->
 
 def _key(unit: Unit) -> str:
     """Name of a unit's router in the ModuleDict, where dots are not allowed."""
-    return f"{unit[0]}_{unit[1]}"
+    layer, kind = unit
+    return f"{layer}_{kind}"

@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from mod_export.config import Unit
 from mod_export.model.cache import MoDCache
 from mod_export.model.masks import MaskBuilder
 from mod_export.model.router import Router, is_active, threshold_logit
+from mod_export.units import Unit
 
 # Distance of the cut below the lowest logit where top-k takes every token.
 ALL_ACTIVE_MARGIN = 10.0

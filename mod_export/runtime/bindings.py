@@ -29,8 +29,6 @@ except (FileNotFoundError, RuntimeError) as exc:
         f"cannot load llama.cpp: {exc}", "run `mod-export build`, or unset LLAMA_CPP_LIB_PATH"
     ) from exc
 
-# enum llama_mod_kind: names in the order of its values
-KINDS = ("block", "attn", "ffn", "kv")
 # enum llama_mod_force
 FORCES = ("none", "active", "inactive")
 

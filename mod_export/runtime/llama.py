@@ -24,6 +24,7 @@ from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.log import check_context, check_file, kept_log, load_error, reason
+from mod_export.units import UNIT_KINDS, kind_of_c_value
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
@@ -203,14 +204,14 @@ class MoDLlama(llama_cpp.Llama):
         for i in range(bindings.n_units(self.model)):
             bindings.llama_mod_get_unit(self.model, i, ctypes.byref(raw))
             units.append(
-                RoutedUnit(i, raw.layer, bindings.KINDS[raw.kind], raw.threshold, raw.activation)
+                RoutedUnit(i, raw.layer, kind_of_c_value(raw.kind), raw.threshold, raw.activation)
             )
         return units
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of units that occur, in a fixed order."""
-        return [kind for kind in bindings.KINDS if any(u.kind == kind for u in self.units)]
+        return [kind for kind in UNIT_KINDS if any(u.kind == kind for u in self.units)]
 
     @property
     def kv_window(self) -> int:

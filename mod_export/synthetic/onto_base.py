@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mod_export.common.files import atomic_file
-from mod_export.config import MoDConfig
+from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
 from mod_export.formats.gguf import GGUFFile
@@ -36,9 +36,9 @@ def onto(
     output: str | os.PathLike,
     units: str = "kv",
     activation: str = "0.5",
-    layers: str = "2-",
-    sinks: int = 4,
-    kv_window: int = 64,
+    layers: str = "auto",
+    sinks: int = SINK_TOKENS,
+    kv_window: int = KV_WINDOW,
     seed: int = 0,
     force: bool = False,
     text: str | None = None,
@@ -47,7 +47,7 @@ def onto(
     """Write `output`: the weights of `base`, random routers, biases such that `activation` of the
     text's tokens run.
 
-    Options as in synth_routers.routing; text: by default the packaged one. The activation is met
+    Options as in `routing`; text: by default the packaged one. The activation is met
     within a few points in each unit, in fewer rounds less closely. Raises UserError for a base that
     is no dense GGUF or has no vocabulary, and for an existing output.
     """

@@ -14,10 +14,17 @@ import re
 
 import numpy as np
 
-from mod_export.config import MoDConfig, UnitConfig
-from mod_export.convert import parse_layers, parse_units
+from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.synthetic.weights import Weights, rng_of, table_values
+from mod_export.units import (
+    Unit,
+    parse_kinds,
+    parse_layers,
+    parse_shares,
+    routed_layers,
+    shares_by_kind,
+)
 
 SPREAD = 2.0  # standard deviation of a router's logit where the residual stream has an RMS of 1
 THRESHOLD = 0.5
@@ -27,35 +34,33 @@ def routing(
     n_layer: int,
     units: str = "kv",
     activation: str = "0.5",
-    layers: str = "2-",
-    sinks: int = 4,
-    kv_window: int = 64,
+    layers: str = "auto",
+    sinks: int = SINK_TOKENS,
+    kv_window: int = KV_WINDOW,
 ) -> MoDConfig:
     """The configuration that the options ask for. Raises UserError for what they cannot mean, or
     the schema forbids.
 
     units: kinds joined with +; activation: `0.5`, or for each kind: `attn=0.3,kv=0.5`; layers:
-    `2-`, `3-5,8`.
+    `auto`, `2-`, `3-5,8`.
     """
-    kinds = parse_units(units)
+    kinds = parse_kinds(units)
     shares = parse_activation(activation, kinds)
-    text = "2-" if layers.strip() == "auto" else layers
     # an open end is the last layer
     text = re.sub(
-        r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", text
+        r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", layers
     )
     chosen = parse_layers(text)
-    if chosen[-1] >= n_layer:
+    if chosen is not None and chosen[-1] >= n_layer:
         cure = f"the model has layers 0 to {n_layer - 1}; give others to --layers-routed"
         raise UserError(f"there is no layer {chosen[-1]} to route", cure)
-    routed = [layer in chosen for layer in range(n_layer)]
-    units_of = {
-        kind: UnitConfig(
-            threshold=tuple(THRESHOLD if here else 0.0 for here in routed),
-            activation=tuple(shares[kind] if here else 1.0 for here in routed),
+    units_of = {}
+    for kind in kinds:
+        here = routed_layers(chosen, n_layer, kind)
+        units_of[kind] = UnitConfig(
+            threshold=tuple(THRESHOLD if layer in here else 0.0 for layer in range(n_layer)),
+            activation=tuple(shares[kind] if layer in here else 1.0 for layer in range(n_layer)),
         )
-        for kind in kinds
-    }
     return MoDConfig(sink_tokens=sinks, kv_window=kv_window, units=units_of).validate(n_layer)
 
 
@@ -64,26 +69,22 @@ def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:
     other form.
     """
     cure = f"give a number in (0, 1], or one for each kind: {','.join(f'{kind}=0.5' for kind in kinds)}"
-    pairs = (
-        [part.rpartition("=")[::2] for part in text.split(",")]
-        if "=" in text
-        else [(k, text) for k in kinds]
-    )
-    named = {name.strip(): value for name, value in pairs}
-    if set(named) != set(kinds) or len(named) != len(pairs):
-        raise UserError(f"activation {text!r} does not fit the units {'+'.join(kinds)}", cure)
     try:
-        shares = {name: float(value) for name, value in named.items()}
-    except ValueError as exc:
-        raise UserError(f"activation {text!r} is no number", cure) from exc
+        given = parse_shares(text)
+    except UserError as error:
+        raise UserError(f"activation {error.message}", cure) from error
+    try:
+        shares = shares_by_kind(given, kinds)
+    except UserError as error:
+        raise UserError(
+            f"activation {text!r} does not fit the units {'+'.join(kinds)}", cure
+        ) from error
     if not all(0 < share <= 1 for share in shares.values()):  # written so that NaN fails too
         raise UserError(f"activation {text!r} is not in (0, 1]", cure)
     return shares
 
 
-def routers(
-    config: MoDConfig, weights: Weights
-) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+def routers(config: MoDConfig, weights: Weights) -> dict[Unit, tuple[np.ndarray, np.ndarray]]:
     """(layer, kind) -> w, float32 [n_embd], and b, float32 [1], of all routed units."""
     units = config.routed()
     directions = _directions(rng_of(weights.seed, "routers"), len(units), weights.reserved - 1)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from mod_export.config import of_kinds
 from mod_export.errors import UserError
+from mod_export.units import KV, shares_by_kind
 
 METHODS = ("threshold", "topk", "static")
 PARAMETERS = ("routers", "lora", "full")
@@ -136,7 +136,7 @@ class TrainConfig:
         """
         if self.start is not None:
             return self.start
-        if kind == "kv":
+        if kind == KV:
             return self.target_of(kind)
         return max(START_ACTIVATION, self.target_of(kind))
 
@@ -164,7 +164,7 @@ class TrainConfig:
 
         Raises UserError for what does not fit the model's kinds of units, or does not fit together.
         """
-        of_kinds(self.target, kinds)
+        shares_by_kind(self.target, kinds)
         for kind in kinds:
             for name, value in (("target", self.target_of(kind)), ("start", self.start_of(kind))):
                 if not 0 < value <= 1:  # written so that NaN fails too

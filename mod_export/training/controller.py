@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mod_export.config import Unit, by_kind
+from mod_export.units import Unit, by_kind
 
 MEMORY = 0.95  # of the running slopes: those of one sequence are noisy
 # of the way to a step's quantile; the activation of one sequence may be five times that of the next

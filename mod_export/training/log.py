@@ -16,6 +16,7 @@ from mod_export.common.files import atomic_file
 from mod_export.common.plots import save_figure
 from mod_export.common.progress import Progress
 from mod_export.common.text import clock
+from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def plot(run: Path, units: list[tuple[int, str]]) -> None:
+def plot(run: Path, units: list[Unit]) -> None:
     """run/loss.png: KL and activation over the steps; run/units.png: activation of each unit over
     the steps.
     """

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 
 from mod_export.calibration.thresholds import MAX_LOGIT
-from mod_export.config import Unit
 from mod_export.data.packing import PackedData, order
 from mod_export.data.repeats import counted
 from mod_export.errors import UserError
@@ -35,6 +34,7 @@ from mod_export.training.log import Log
 from mod_export.training.passages import ask_for_passages
 from mod_export.training.relaxation import relaxed_attention
 from mod_export.training.student import Student
+from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 

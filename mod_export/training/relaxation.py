@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mod_export.config import Unit
 from mod_export.model.attention import has_attention, replaced_attention
 from mod_export.model.router import Router
 from mod_export.model.routing import DecisionStrategy, RoutingState
+from mod_export.units import ATTN, BLOCK, KV, UNIT_KINDS, Unit
 
 # The least log weight of a key: exp(-30) is nothing, and -30 is finite.
 MIN_LOG_WEIGHT = -30.0
@@ -102,15 +102,15 @@ class RelaxedDecisions(DecisionStrategy):
     ) -> None:
         _, kind = unit
         z = logit - cut + self.group_offset.get(unit, 0.0)
-        if kind != "kv":
+        if UNIT_KINDS[kind].skips_compute:
             scale = state.gate.get(unit, 1.0)
             state.gate[unit] = scale * self.relaxation.gate(z, state.active[unit])
-        if kind != "ffn":
+        if UNIT_KINDS[kind].frees_kv:
             self._keys[unit] = self.relaxation.key(z, state.position < state.sink_tokens)
 
     def mask(self, state: RoutingState, layer: int, mask, stored, keep):
-        attn = self._keys.get((layer, "attn"), self._keys.get((layer, "block")))
-        kept = self._keys.get((layer, "kv"))
+        attn = self._keys.get((layer, ATTN), self._keys.get((layer, BLOCK)))
+        kept = self._keys.get((layer, KV))
         if attn is None and kept is None:
             return mask
         return RelaxedMask(mask, KeyBias(attn, kept, state.kv_window))

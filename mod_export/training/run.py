@@ -35,6 +35,7 @@ from mod_export.training.config import TrainConfig
 from mod_export.training.log import plot
 from mod_export.training.loop import Loop
 from mod_export.training.prepare import Source, prepare
+from mod_export.units import KV
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
     window = model.config.kv_window
-    if "kv" in model.config.units and config.length <= window:
+    if KV in model.config.units and config.length <= window:
         raise UserError(
             f"sequences of {config.length} tokens fit in the window of {window}: nothing is forgotten",
             f"use a --length well above {window}, or convert with a smaller --kv-window",

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 import torch
 
 from mod_export.calibration.drift import ChunkMoments, router_inputs
-from mod_export.config import Unit
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import Router, rms_norm
+from mod_export.units import KV, Unit
 
 # Routers of these kinds lose their drift before training, and stay steady: they were calibrated on
 # few kinds of text, and training text has more. Other kinds lose their drift halfway, when training
 # has changed what drifts.
-KINDS_STEADY_FROM_START = ("kv",)
+KINDS_STEADY_FROM_START = (KV,)
 # Penalty on the weights, against inputs of their own variance, as for kv in calibrate.py.
 WEIGHT_PENALTY = 0.01
 

@@ -162,7 +162,7 @@ def files(point: Point) -> tuple[Path, Path]:
             mod,
             shape,
             point.quant,
-            routing(shape.layers, point.units, "0.5"),
+            routing(shape.layers, point.units, "0.5", layers="2-", kv_window=64),
             None if dense.is_file() else dense,
         )
     return dense, mod

@@ -78,6 +78,8 @@ def write_adapter(units: str, folder: Path) -> None:
             base,
             Path(tmp, "mod.gguf"),
             units,
+            layers="2-",
+            kv_window=64,
             rounds=4,
         )
         file = GGUFFile.open(Path(tmp, "mod.gguf"))

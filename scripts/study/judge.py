@@ -146,7 +146,7 @@ class Judge:
         """What routers at the layers' inputs say while nothing is skipped."""
         columns = []
         for unit, (weight, bias) in sorted(routers.items()):
-            columns.append([x.float() @ weight + bias for x in self.inputs[unit[0]]])
+            columns.append([x.float() @ weight + bias for x in self.inputs[unit.layer]])
         return [torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True)]
 
     @contextmanager

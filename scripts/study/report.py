@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from mod_export.common.tables import format_table
+from mod_export.units import UNIT_KINDS
 
-COLOURS = {"kv": "#0b6e4f", "attn": "#c8553d", "ffn": "#3d5a80", "block": "#8d6a9f"}
 STYLES = {"router": "-o", "static": "--s", "random": ":^", "sinks + window": "--D", "window": ":v"}
 
 
@@ -112,7 +112,7 @@ def scores_picture(rows: list[dict], path: Path) -> None:
     figure, axes = _axes(8, 1 + 0.21 * len(ordered))
     for position, row in enumerate(ordered):
         alpha = 1 if row["variant"] == "router" else 0.4
-        axes.barh(position, row["kl"], color=COLOURS[row["kind"]], alpha=alpha)
+        axes.barh(position, row["kl"], color=UNIT_KINDS[row["kind"]].colour, alpha=alpha)
         axes.text(row["kl"] * 1.05, position, f"{row['kl']:.4f}", va="center", fontsize=7)
     axes.set_yticks(
         range(len(ordered)), [f"{row['kind']}: {label(row)}" for row in ordered], fontsize=7
@@ -141,7 +141,7 @@ def targets_picture(rows: list[dict], path: Path) -> None:
         axes.plot(
             *zip(*points, strict=True),
             STYLES[variant],
-            color=COLOURS[kind],
+            color=UNIT_KINDS[kind].colour,
             linewidth=strength,
             markersize=4,
             label=f"{kind}: {variant}",

@@ -57,8 +57,8 @@ def collect(
         say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         rows = {kind: judged_rows(kind, len(ids), sinks, kv_window) for kind in kinds}
         for unit, (h, costs) in tape.measure(ids, plain):
-            x.setdefault(unit, []).append(rms_norm(h[rows[unit[1]]], eps).half())
-            _append(cost, unit, costs, rows[unit[1]])
+            x.setdefault(unit, []).append(rms_norm(h[rows[unit.kind]], eps).half())
+            _append(cost, unit, costs, rows[unit.kind])
         if any(again.values()):
             text, context = with_repetition(tokenizer, ids, again)
             for unit, (_, costs) in tape.measure(text, again, context):
@@ -78,7 +78,7 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
     """Routers {(layer, kind): (weight, bias)}; a common threshold belongs to all but the per-layer
     one.
     """
-    units = [unit for unit in samples.x if unit[1] == kind]
+    units = [unit for unit in samples.x if unit.kind == kind]
     costs = {unit: log_cost(samples.cost[unit][score]) for unit in units}
     if method == "logistic":
         cut = torch.cat(list(costs.values())).quantile(1 - target)
@@ -99,5 +99,7 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
 def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:
     """Mean cost of each unit of a kind: what dropping it whole costs, to first order."""
     return {
-        unit: named[score].mean().item() for unit, named in samples.cost.items() if unit[1] == kind
+        unit: named[score].mean().item()
+        for unit, named in samples.cost.items()
+        if unit.kind == kind
     }

@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import torch
 
-from mod_export import convert
 from mod_export.calibration.calibrate import DEFAULT_SCORES
 from mod_export.calibration.costs import SCORES
 from mod_export.data import text as data_text
 from mod_export.evaluation import run as eval_run
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
+from mod_export.units import Unit, parse_kinds, parse_layers, routed_layers
 from study.judge import Judge
 from study.samples import METHODS, Samples, collect, mean_cost, routers_of
 
@@ -72,8 +72,8 @@ class Study:
         torch.set_num_threads(threads)
         self.out, self.kinds, self.only = out, convert_kinds(kinds), only
         self.base, self.tokenizer = loading.load(model)
-        self.layers = convert.layers_of(
-            convert.parse_layers(layers), len(architectures.decoder_layers(self.base)), "attn"
+        self.layers = routed_layers(
+            parse_layers(layers), len(architectures.decoder_layers(self.base)), "attn"
         )
         self.samples = self._samples(sequences, kv_window, sinks)
         pairs = [text.split("=", 1) for text in texts]
@@ -98,16 +98,22 @@ class Study:
                 self.base, self.tokenizer, ids, missing, self.layers, kv_window, sinks, say
             )
             for kind in missing:
+                # torch.load takes plain tuples only
                 of_kind = [
-                    {unit: part[unit] for unit in part if unit[1] == kind}
+                    {tuple(unit): part[unit] for unit in part if unit.kind == kind}
                     for part in (found.x, found.cost)
                 ]
                 torch.save(of_kind, paths[kind])
-        return {kind: Samples(*torch.load(path)) for kind, path in paths.items()}
+        return {kind: read_samples(path) for kind, path in paths.items()}
+
+
+def read_samples(path: Path) -> Samples:
+    x, cost = ({Unit(*unit): value for unit, value in part.items()} for part in torch.load(path))
+    return Samples(x, cost)
 
 
 def convert_kinds(kinds: str) -> list[str]:
-    return [convert.parse_units(kind)[0] for kind in kinds.split(",")]
+    return [parse_kinds(kind)[0] for kind in kinds.split(",")]
 
 
 def compare_scores(study: Study, kind: str, target: float) -> None:
@@ -180,14 +186,14 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
             layers=f"{study.layers[0]}-{study.layers[-1]}",
         )
     judge.kv_window = usual
-    bytes_all = len(convert.layers_of(None, n_layer, "attn")) * (
+    bytes_all = len(routed_layers(None, n_layer, "attn")) * (
         tokens - kept
     )  # saved with the default layers
     for layers in layer_sets:
-        chosen = convert.layers_of(convert.parse_layers(layers), n_layer, "attn")
+        chosen = routed_layers(parse_layers(layers), n_layer, "attn")
 
         def make(chosen=chosen):
-            some = Samples({u: x for u, x in samples.x.items() if u[0] in chosen}, samples.cost)
+            some = Samples({u: x for u, x in samples.x.items() if u.layer in chosen}, samples.cost)
             goal = (tokens - bytes_all / len(chosen) - usual) / (tokens - usual)
             return judge.routers(routers_of(some, "kv", DEFAULT_SCORES["kv"], "ridge", goal), goal)
 
@@ -203,7 +209,7 @@ def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
     def add(variant: str, make) -> None:
         rows.add(f"{kind} {variant} {target}", make, kind=kind, variant=variant, target=target)
 
-    order = sorted((cost, unit[0]) for unit, cost in mean_cost(samples, kind).items())
+    order = sorted((cost, unit.layer) for unit, cost in mean_cost(samples, kind).items())
     dropped = [layer for _, layer in order[: round((1 - target) * len(order))]]
     add("static", lambda: judge.static(kind, dropped, study.layers, judge.kv_window, judge.sinks))
     if kind == "kv":

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from mod_export.calibration.thresholds import set_thresholds
-from mod_export.config import UnitConfig, of_kinds
-from mod_export.convert import FIRST_ROUTED, convert
+from mod_export.config import UnitConfig
+from mod_export.convert import convert
 from mod_export.data import text as data_text
 from mod_export.evaluation.perplexity import loss
 from mod_export.evaluation.readers import Pair, TorchReader
@@ -15,12 +15,17 @@ from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.training.config import TrainConfig
 from mod_export.training.run import train
+from mod_export.units import UNIT_KINDS, shares_by_kind
 
 SINKS = 4
 
 
 def activation_for(
-    kv_share: float, window: int, length: int, n_layer: int, whole: int = FIRST_ROUTED["kv"]
+    kv_share: float,
+    window: int,
+    length: int,
+    n_layer: int,
+    whole: int = UNIT_KINDS["kv"].first_layer,
 ) -> float:
     """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense
     K/V at its end.
@@ -51,7 +56,7 @@ def make_point(
         target = activation_for(point["kv_share"], point["window"], length, n_layer)
     else:
         target = point["target"]
-    shares = of_kinds(target, point["units"].split("+")).values()
+    shares = shares_by_kind(target, point["units"].split("+")).values()
     start = out / "-".join(
         [point["units"], *(f"{share:.4f}" for share in shares)]
     )  # a window has a target of its own
@@ -104,7 +109,7 @@ def meet(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
     equal activation.
     """
     groups = made.config.by_kind()
-    set_thresholds(made, sequences, groups, of_kinds(target, groups), rounds=2)
+    set_thresholds(made, sequences, groups, shares_by_kind(target, groups), rounds=2)
 
 
 @torch.inference_mode()

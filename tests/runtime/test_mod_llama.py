@@ -50,7 +50,7 @@ def test_generation_and_statistics(mod):
     tiny, path = mod
     llm = MoDLlama(path, **EXACT)
     assert [(u.layer, u.kind) for u in llm.units] == tiny.units
-    assert llm.kinds == ["block", "attn", "ffn", "kv"]
+    assert llm.kinds == ["kv", "block", "attn", "ffn"]
     assert (llm.kv_window, llm.sink_tokens, llm.kv_rollback) == (8, 2, 64)
     assert np.isnan(llm.activation())
     with llm.recording() as batches:

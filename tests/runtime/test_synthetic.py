@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 import pytest
 
-from mod_export.config import KINDS
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import TYPE_NAMES, type_named
@@ -25,6 +24,7 @@ from mod_export.synthetic.onto_base import onto
 from mod_export.synthetic.routers import parse_activation, routing
 from mod_export.synthetic.shape import PRESETS, Shape
 from mod_export.synthetic.write import synth
+from mod_export.units import UNIT_KINDS
 from tests.support.c_api import Raw
 
 VOCAB = 1024
@@ -43,6 +43,7 @@ def make(
     seed=0,
     **options,
 ) -> Path:
+    options = {"layers": "2-", "kv_window": 64} | options
     synth(path, shape, quant, routing(shape.layers, units, activation, **options), dense, seed)
     return path
 
@@ -166,7 +167,7 @@ def test_each_unit_is_active_for_the_exact_share_of_the_vocabulary(tmp_path, qua
 
 
 @pytest.mark.parametrize("quant", ["f32", "q8_0", "q4_0"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNIT_KINDS)
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_random_tokens_give_the_activation_at_every_layer(tmp_path, quant, kind, share):
     path = make(tmp_path / "m.gguf", SMALL, quant, kind, str(share))
@@ -297,12 +298,12 @@ def test_quantisations_that_do_not_fit(tmp_path, shape, quant, message):
         ({"activation": "0"}, r"activation '0' is not in \(0, 1\]; give a number"),
         ({"activation": "1.1"}, "is not in"),
         ({"activation": "nan"}, "is not in"),
-        ({"activation": "half"}, "activation 'half' is no number"),
+        ({"activation": "half"}, "activation 'half' is neither a number nor kinds"),
         (
             {"activation": "attn=0.5"},
             r"activation 'attn=0.5' does not fit the units kv; .*: kv=0.5",
         ),
-        ({"activation": "kv=0.5,kv=0.4"}, "does not fit"),
+        ({"activation": "kv=0.5,kv=0.4"}, "activation 'kv=0.5,kv=0.4' names a kind twice"),
         ({"units": "mlp"}, "unknown kind of unit 'mlp'"),
         ({"units": "block+attn"}, "a block holds attention"),
         ({"layers": "0-"}, "every layer has a block, attn or kv router"),

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mod_export.calibration.calibrate import CalibrationPlan, calibrate
-from mod_export.convert import FIRST_ROUTED
 from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import run as eval_run
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
+from mod_export.units import UNIT_KINDS
 from tests.support import tiny_torch as tiny
 
 
@@ -21,7 +21,7 @@ def calibrated():
     text, held_out = default_texts()
     text = "\n\n\n".join(document[:1800] for document in text.split("\n\n\n"))
     plan = CalibrationPlan(
-        {"kv": range(FIRST_ROUTED["kv"], 30)}, 0.35, kv_window=32, text=text, rounds=1
+        {"kv": range(UNIT_KINDS["kv"].first_layer, 30)}, 0.35, kv_window=32, text=text, rounds=1
     )
     config, routers = calibrate(base, tokenizer, plan)
     return MoDModel.from_base(base, tokenizer, config, routers), pack(

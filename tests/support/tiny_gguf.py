@@ -15,7 +15,8 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-KINDS = ("kv", "block", "attn", "ffn")  # deciding order within a layer
+from mod_export.units import ATTN, BLOCK, KV, deciding_order
+
 EPS = 1e-5
 
 
@@ -84,7 +85,7 @@ class Tiny:
     @property
     def units(self) -> list:
         """(layer, kind) in deciding order."""
-        return sorted(self.routers, key=lambda u: (u[0], KINDS.index(u[1])))
+        return sorted(self.routers, key=deciding_order)
 
     def route(self, layers, kinds: str, p: float = 0.4, seed: int = 1) -> Tiny:
         """Puts a random router of each of the kinds (joined with +) into the layers."""
@@ -148,7 +149,7 @@ class Tiny:
                 k: {i: (a, g) for i, a, g in decide((layer, k))}
                 if (layer, k) in self.routers
                 else dict(full)
-                for k in KINDS[:3]
+                for k in (KV, BLOCK, ATTN)
             }
             block_in = [h.copy() for h in hs]
             for i, h in enumerate(hs):

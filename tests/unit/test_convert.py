@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from mod_export.convert import convert, layers_of, parse_layers, parse_units
+from mod_export.convert import convert
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from mod_export.model.mod_model import MoDModel
@@ -30,27 +30,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def test_layers():
-    assert parse_layers("auto") is None and layers_of(None, 5, "attn") == [2, 3, 4]
-    assert layers_of(None, 5, "kv") == [1, 2, 3, 4]
-    assert parse_layers("3-5") == [3, 4, 5] and parse_layers(" 7, 2-3,3 ") == [2, 3, 7]
-    assert layers_of([1, 4], 5, "kv") == [1, 4]
-    for wrong in ("", "3-", "-3", "a", "3..5", "1,,2", "5-3", "2-3-4", "1.5", "all"):
-        with pytest.raises(UserError, match="layers"):
-            parse_layers(wrong)
-    with pytest.raises(UserError, match="there is no layer 5"):
-        layers_of([2, 5], 5, "kv")
-    with pytest.raises(UserError, match="only 2 layers"):
-        layers_of(None, 2, "kv")
-
-
-def test_units():
-    assert parse_units("kv") == ["kv"] and parse_units("attn+ffn + kv") == ["attn", "ffn", "kv"]
-    for wrong in ("", "kvs", "kv+", "kv+kv", "block+attn", "ffn+block", "kv,ffn"):
-        with pytest.raises(UserError):
-            parse_units(wrong)
 
 
 def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_path, caplog):

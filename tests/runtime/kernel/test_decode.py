@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mod_export.runtime import bindings
+from mod_export.units import kind_of_c_value
 from tests.support.c_api import F16, F32, Q8_0, Raw
 from tests.support.oracle import (
     CASES,
@@ -298,7 +299,7 @@ def test_units_of_the_file(routed):
         assert bindings.llama_mod_n_units(r.model) == len(tiny.units)
         for i, (layer, kind) in enumerate(tiny.units):
             assert bindings.llama_mod_get_unit(r.model, i, ctypes.byref(unit))
-            assert (unit.layer, bindings.KINDS[unit.kind]) == (layer, kind)
+            assert (unit.layer, kind_of_c_value(unit.kind)) == (layer, kind)
             assert (unit.threshold, unit.activation) == (np.float32(0.4), 0.5)
         has_kv = any(kind == "kv" for _, kind in tiny.units)
         assert bindings.llama_mod_kv_window(r.model) == (tiny.kv_window if has_kv else 0)
