@@ -37,6 +37,7 @@ def base(
     n_vocab: int = 300,
     tied: bool = False,
     seed: int = 0,
+    n_ctx: int = 2048,
     **kwargs,
 ) -> LlamaForCausalLM:
     """A random Llama; n_head_kv = n_head is multi-head attention. Weights are large enough for
@@ -51,7 +52,7 @@ def base(
         intermediate_size=96,
         vocab_size=n_vocab,
         tie_word_embeddings=tied,
-        max_position_embeddings=2048,
+        max_position_embeddings=n_ctx,
         initializer_range=0.12,
         rms_norm_eps=1e-5,
         bos_token_id=1,
