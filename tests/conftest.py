@@ -89,6 +89,14 @@ def spawn_cli():
 
 
 @pytest.fixture(scope="session")
+def smollm2():
+    """The embedded SmolLM2 in torch, and its tokenizer. Copy it before it is changed."""
+    from mod_export.model import loading
+
+    return loading.load("smollm2")
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """A GGUF of SmolLM2, with random kv and ffn routers where the library can run them."""
     import numpy as np

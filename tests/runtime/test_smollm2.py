@@ -1,18 +1,20 @@
-"""The embedded SmolLM2 in torch: it speaks, and its tokens are those of llama.cpp."""
+"""The embedded SmolLM2 in torch: it speaks, its tokens are those of llama.cpp, and the adapters of
+the package fit it.
+"""
 
+import copy
 import random
 
 import pytest
 import torch
 from llama_cpp import Llama
 
+from mod_export.adapter import apply, load
+from mod_export.data.text import default_texts
+from mod_export.evaluation.perplexity import divergence
+from mod_export.formats import adapter_files
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return loading.load("smollm2")
 
 
 @torch.inference_mode()
@@ -27,7 +29,9 @@ def test_the_embedded_model_speaks(smollm2):
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    answer = MoDModel.from_base(base, tokenizer).generate(ids["input_ids"], 12)
+    model = MoDModel.from_base(base, tokenizer)
+    answer = model.generate(ids["input_ids"], 12)
+    model.detach()
     assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
 
 
@@ -43,3 +47,18 @@ def test_token_ids_are_those_of_llama_cpp(smollm2):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 15)))
         ids = llama.tokenize(text.encode(), add_bos=False, special=True)
         assert tokenizer.encode(text) == ids, repr(text)
+
+
+@pytest.mark.parametrize("name", adapter_files.packaged_names())
+@torch.inference_mode()
+def test_what_comes_with_the_package_fits_the_embedded_model(name, smollm2, caplog):
+    base, tokenizer = smollm2
+    ids = tokenizer(default_texts()[1], return_tensors="pt").input_ids[:, :1024]
+    dense = base(ids).logits[0]
+    model = apply(load(adapter_files.resolve(name)), copy.deepcopy(base), tokenizer)
+    logits, trace = model(ids, trace=True)
+    assert caplog.messages == []  # exactly these weights
+    kl, _, _, same = (divergence(dense, logits[0], ids[0]) / (ids.shape[1] - 1)).tolist()
+    assert 0 < kl < 0.1 and same > 0.85
+    target = model.config.calibration["training"]["target"]
+    assert trace.active.float().mean().item() == pytest.approx(target, abs=0.1)

@@ -6,27 +6,26 @@ import torch
 from mod_export.calibration.calibrate import CalibrationPlan, calibrate
 from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import run as eval_run
-from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.units import UNIT_KINDS
 from tests.support import tiny_torch as tiny
 
 
 @pytest.fixture(scope="module")
-def calibrated():
+def calibrated(smollm2):
     """SmolLM2 with kv units calibrated on a fifth of the packaged text, and held-out sequences [2,
     512].
     """
-    base, tokenizer = loading.load("smollm2")
+    base, tokenizer = smollm2
     text, held_out = default_texts()
     text = "\n\n\n".join(document[:1800] for document in text.split("\n\n\n"))
     plan = CalibrationPlan(
         {"kv": range(UNIT_KINDS["kv"].first_layer, 30)}, 0.35, kv_window=32, text=text, rounds=1
     )
     config, routers = calibrate(base, tokenizer, plan)
-    return MoDModel.from_base(base, tokenizer, config, routers), pack(
-        tokenizer, held_out, 512, count=2
-    )
+    model = MoDModel.from_base(base, tokenizer, config, routers)
+    yield model, pack(tokenizer, held_out, 512, count=2)
+    model.detach()
 
 
 def test_kv_routers_beat_windows_of_equal_size_on_a_real_model(calibrated):
@@ -51,7 +50,7 @@ def windowed_kl(model, sequences, skip, window, n_sink):
     for ids in sequences:
         sinks = (torch.arange(len(ids)) < n_sink)[None]
         windowed = model(
-            ids[None], decisions={unit: sinks for unit in model.config.routed()}, kv_window=window
+            ids[None], decisions=dict.fromkeys(model.config.routed(), sinks), kv_window=window
         )[0]
         dense = tiny.dense_logits(model, ids[None])[0]
         sums += eval_run.divergence(dense[skip:], windowed[skip:], ids[skip:])

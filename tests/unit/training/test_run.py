@@ -34,7 +34,7 @@ from mod_export.training.log import Log, read
 from mod_export.training.run import train
 from mod_export.training.student import Student
 from tests.support import tiny_torch as tiny
-from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.byte_tokenizer import byte_tokenizer, with_bos
 
 UNITS = {"kv": [2, 3], "attn": [4]}
 LENGTH = 32
@@ -43,9 +43,30 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
-    tiny.save_dir(path / "mod", UNITS)
-    (path / "text.txt").write_text(default_texts()[0][:30000])
+    save_dir(path / "mod")
+    (path / "text.txt").write_text(default_texts()[0][:9000])
     return path
+
+
+def save_dir(path, **kwargs):
+    """A model with a short context and few tokens: most of a run's time goes into long sequences,
+    where thresholds are chosen, and into logits.
+    """
+    model = tiny.mod_model(UNITS, n_ctx=512, **kwargs)
+    model.tokenizer = byte_tokenizer()
+    model.save(path)
+
+
+@pytest.fixture
+def plots():
+    """Pictures are drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Pictures take longer than training does here; tests that look at them ask for `plots`."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(train_module, "plot", lambda *_: None)
 
 
 def config(files, **kwargs):
@@ -70,7 +91,7 @@ def losses(run):
     ]
 
 
-def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path):
+def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots):
     run = config(files, tokens=12 * 2 * 2 * LENGTH, length=2 * LENGTH, held_out=12)
     figures = train(files / "mod", tmp_path / "out", run)
     before, after = (
@@ -528,9 +549,9 @@ def test_a_checkpoint_is_not_replaced_by_spoilt_weights(files, tmp_path, monkeyp
             {"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}},
             "target activation for ffn, which is not routed",
         ),
-        ({"length": 4096}, "the model's context is 2048"),
+        ({"length": 1024}, "the model's context is 512"),
         ({"length": 8}, "8 tokens fit in the window of 8"),
-        ({"length": 2000}, "data too short"),
+        ({"length": 500, "held_out": 30}, "data too short"),
         ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
         ({"method": "static"}, "static dropping has no routers"),
         ({"kl_weight": 0.0}, "all weights of the loss are 0"),
@@ -542,7 +563,9 @@ def test_arguments_that_do_not_fit(files, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_there_are_no_plots_but_a_model(files, tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_there_are_no_plots_but_a_model(
+    files, tmp_path, monkeypatch, caplog, plots
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train(files / "mod", tmp_path / "out", config(files, tokens=2 * LENGTH))
     assert MoDModel.load(tmp_path / "out").config.units["kv"]
@@ -551,10 +574,10 @@ def test_without_matplotlib_there_are_no_plots_but_a_model(files, tmp_path, monk
 
 def test_teachers(files, tmp_path):
     short, other = tmp_path / "short", tmp_path / "other"
-    tiny.base(n_layer=3, n_vocab=len(tiny.tokenizer())).save_pretrained(short)
-    tiny.tokenizer().save_pretrained(short)
-    tiny.base(n_vocab=len(tiny.tokenizer())).save_pretrained(other)
-    byte_tokenizer().save_pretrained(other)
+    tiny.base(n_layer=3).save_pretrained(short)
+    byte_tokenizer().save_pretrained(short)
+    tiny.base().save_pretrained(other)
+    with_bos(byte_tokenizer()).save_pretrained(other)
     run = config(files, tokens=2 * 2 * LENGTH)
     with pytest.raises(
         UserError,
@@ -604,7 +627,7 @@ def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
     (tmp_path / "theirs" / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds no config.json, so it is not replaced"):
         train(files / "mod", tmp_path / "theirs", run, force=True)
-    tiny.save_dir(tmp_path / "other", UNITS, seed=1)
+    save_dir(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="another base .*"):
         train(tmp_path / "other", tmp_path / "out", run, resume=True)
     checkpoint = tmp_path / "out.run" / checkpoints.NAME
