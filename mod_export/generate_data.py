@@ -1,11 +1,11 @@
-"""Training text written by a model itself: it answers questions, continues texts, or makes up
-conversations.
+"""Training text that a model writes itself.
 
-For models whose training data is unknown: distilled on such text, a MoD model stays close to what
-the original says.
+It answers questions, continues texts, or makes up conversations. This is for models whose training
+data is unknown: a MoD model that is distilled on such text stays close to what the original says.
 
-    llm = open_model("dense.gguf", Options(parallel=8))
-    generate(llm, "out.jsonl.gz", Options(parallel=8, count=1000), prompts=["chat.jsonl.gz"])
+    options = GenerationOptions(parallel=8, count=1000)
+    llm = open_model("dense.gguf", options)
+    generate(llm, "out.jsonl.gz", options, prompts=["chat.jsonl.gz"])
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from mod_export.runtime.templates import ChatTemplate, has_template
 
 logger = logging.getLogger(__name__)
 
-MARK = "mod-export-user"  # stands for the user's words where only what is around them is wanted
-# Fields of Sampling that can be chosen here; a partial file holds them.
+# It stands for the user's words where only the text around them is wanted.
+USER_MARK = "mod-export-user"
+# The fields of Sampling that can be chosen here; the journal's identity has them.
 DECIDING_SAMPLING = ("temperature", "top_p", "min_p", "seed")
-HOPELESS = 200  # results in a row that came to nothing
+MAX_EMPTY_RESULTS = 200  # results in a row that came to nothing
 
 
 @dataclass(frozen=True)
-class Options:
-    """count: texts to write; None: one for each prompt. max_tokens: of each answer, continuation,
-    made-up question.
+class GenerationOptions:
+    """What is written.
 
-    ctx: tokens of a prompt and what follows; longer prompts are left out. prompt_tokens: how much
-    of a document is
-    its beginning. parallel: sequences at a time.
+    count: texts to write, None for one for each prompt. max_tokens: of each answer, continuation or
+    made-up question. ctx: tokens of a prompt and of the text after it; longer prompts are left out.
+    prompt_tokens: tokens of a document's beginning. parallel: sequences at a time.
     """
 
     count: int | None = None
@@ -57,27 +57,29 @@ class Options:
 
     @property
     def longest_prompt(self) -> int:
+        """Tokens of a prompt, at most."""
         return self.ctx - self.max_tokens
 
 
-def open_model(file: str | Path, options: Options) -> MoDLlama:
-    """The model with a context for `options.parallel` sequences; a MoD model with every unit
-    active.
+def open_model(file: str | Path, options: GenerationOptions) -> MoDLlama:
+    """The model with a context for `options.parallel` sequences.
+
+    A MoD model runs with every unit active. Raises UserError for a file that does not open, has no
+    vocabulary, or where no prompt fits.
     """
     if options.longest_prompt < 2:
         raise UserError(
             f"{options.max_tokens} new tokens leave no room for a prompt in {options.ctx}",
             "use a larger --ctx, or fewer --max-tokens",
         )
-    # this small context gives way to one for several sequences
     devices.check(options.gpu_layers)
+    # This small context gives way to one for several sequences.
     llm = MoDLlama(
         file, n_ctx=256, threads=options.threads, n_batch=256, n_gpu_layers=options.gpu_layers
     )
     llm.require_vocab()
     each = -(-options.ctx // 256) * 256
-    # a cache of its own for each sequence where the library can: no time for the others' masked
-    # cells
+    # A dense model has a cache for each sequence: no time goes to the masked cells of the others.
     llm.new_context(
         n_ctx=each * options.parallel, n_seq_max=options.parallel, kv_unified=bool(llm.units)
     )
@@ -89,17 +91,17 @@ def open_model(file: str | Path, options: Options) -> MoDLlama:
 def generate(
     llm: MoDLlama,
     out: str | Path,
-    options: Options,
+    options: GenerationOptions,
     prompts: Sequence[str | Path] = (),
     force: bool = False,
 ) -> int:
-    """Write texts to `out` (.jsonl or .jsonl.gz), which appears when all are written; how many
-    there are.
+    """Write texts to `out` (.jsonl or .jsonl.gz), and return how many there are.
 
-    prompts: files of conversations, whose first question is answered, and of text, whose documents'
-    beginnings are continued. Without, the model makes up conversations, or texts if it has no chat
-    template.
-    A stopped run goes on where it was when it is started again: see common/journal.py.
+    `out` appears when all are written. prompts: files of conversations, whose first question is
+    answered, and of text, whose documents' beginnings are continued. Without prompts the model
+    makes up conversations, or texts if it has no chat template. A stopped run goes on where it was
+    when it is started again, see common/journal.py. Raises UserError for an output or prompts that
+    cannot be used.
     """
     if not str(out).endswith((".jsonl", ".jsonl.gz")):
         raise UserError(
@@ -124,7 +126,8 @@ def generate(
             except (KeyboardInterrupt, SystemExit):
                 if journal.count:
                     logger.info(
-                        f"{journal.count} texts are kept in {journal.path}; the same command goes on from there"
+                        f"{journal.count} texts are kept in {journal.path}; the same command goes "
+                        "on from there"
                     )
                 raise
             if not journal.count:
@@ -137,15 +140,16 @@ def generate(
         journal.done()
     written = min(journal.count, options.count or journal.count)
     logger.info(
-        f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, {writer.dropped} left out (empty, "
-        "or with too long a prompt)"
+        f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, "
+        f"{writer.dropped} left out (empty, or with too long a prompt)"
     )
     return written
 
 
-def _identity(llm: MoDLlama, options: Options, files: list[Path]) -> dict:
-    """What decides the texts, to tell whether a partial file belongs to this run; more texts may be
-    wanted now.
+def _identity(llm: MoDLlama, options: GenerationOptions, files: list[Path]) -> dict:
+    """All that decides the texts, to tell whether a journal belongs to this run.
+
+    The number of texts is no part of it: more texts may be wanted now.
     """
     path = Path(llm.model_path)
     deciding = {name: getattr(options, name) for name in ("max_tokens", "ctx", "prompt_tokens")}
@@ -159,25 +163,32 @@ def _identity(llm: MoDLlama, options: Options, files: list[Path]) -> dict:
 
 
 def _run(writer: _Writer, journal: Journal) -> None:
-    """Fill the partial file; in the order of the jobs, whichever ends first."""
-    options, following, before = writer.options, journal.following, journal.count
+    """Fill the journal in the order of the jobs, whichever of them ends first."""
+    options = writer.options
+    following = journal.following
+    before = journal.count
     total = len(writer.prompts) if options.count is None else options.count
-    progress, tokens, hopeless, waiting = Progress(), 0, 0, {}
+    progress = Progress()
+    tokens = 0
+    empty = 0  # results in a row that came to nothing
+    waiting: dict[int, dict | None] = {}
     jobs = writer.jobs(following)
     done = write(
         writer.llm, jobs, options.parallel, options.max_tokens, options.sampling, following
     )
     while journal.count < total and (ended := next(done, None)):
-        number, record, n = ended
-        waiting[number], tokens = record, tokens + n
+        number, record, n_tokens = ended
+        waiting[number] = record
+        tokens += n_tokens
         while following in waiting and journal.count < total:
             record = waiting.pop(following)
             if record is not None:
                 journal.add({"id": following} | record)
-            hopeless, following = 0 if record else hopeless + 1, following + 1
-        if hopeless > HOPELESS:
+            empty = 0 if record else empty + 1
+            following += 1
+        if empty > MAX_EMPTY_RESULTS:
             raise UserError(
-                f"{hopeless} texts in a row came to nothing",
+                f"{empty} texts in a row came to nothing",
                 "the prompts are too long, or the model answers with nothing",
             )
         note = f"{journal.count} of {total}, {tokens / (progress.seconds or 1):.0f} tokens/s"
@@ -186,15 +197,20 @@ def _run(writer: _Writer, journal: Journal) -> None:
 
 
 class _Writer:
-    """Jobs for `sequences.write`, one for each text. Counts what was cut short and left out."""
+    """Jobs for `sequences.write`, one for each text.
 
-    def __init__(self, llm: MoDLlama, options: Options, prompts: sources.Mixed | None):
-        self.llm, self.options, self.prompts = llm, options, prompts
+    cut: texts that were cut short. dropped: texts that were left out.
+    """
+
+    def __init__(self, llm: MoDLlama, options: GenerationOptions, prompts: sources.Mixed | None):
+        self.llm = llm
+        self.options = options
+        self.prompts = prompts
         self.cut = self.dropped = 0
         self.template = ChatTemplate.of(llm) if has_template(llm) else None
 
     def jobs(self, first: int) -> Iterator[Job]:
-        """From number `first` on; the prompts over and over where a number of texts is wanted."""
+        """The jobs from number `first` on; where a count is wanted, the prompts repeat."""
         if self.prompts is None:
             make = self._invent if self.template else self._begin
             return (make() for _ in itertools.count(first))
@@ -205,7 +221,7 @@ class _Writer:
     def _from(self, piece: sources.Piece) -> Job:
         if piece.messages is not None:
             return self._answer(_question(piece.messages), piece.where)
-        # more characters than the tokens can have, but not the whole document
+        # These are more characters than the tokens can have, but not the whole document.
         start = self.llm.tokenize(
             piece.text[: 32 * self.options.prompt_tokens].encode(), add_bos=True
         )
@@ -225,18 +241,19 @@ class _Writer:
         )
 
     def _invent(self) -> Job:
-        """The template up to the user's words; the model writes these, as a user would, and then
-        the answer.
+        """Give the model the template up to the user's words.
+
+        The model writes these words, as a user would, and then the answer.
         """
-        text = self.template.render([{"role": "user", "content": MARK}])
-        written = yield self._tokens(text.partition(MARK)[0])
+        text = self.template.render([{"role": "user", "content": USER_MARK}])
+        written = yield self._tokens(text.partition(USER_MARK)[0])
         question = self._text(written.tokens).strip()
         if not written.ended or not question:
             return self._drop()
         return (yield from self._answer([{"role": "user", "content": question}]))
 
     def _begin(self) -> Job:
-        """A text from nothing; the model needs one token to begin with."""
+        """Let the model write a text from nothing; it needs one token to begin with."""
         bos, eos = self.llm.token_bos(), self.llm.token_eos()
         return (yield from self._continue([bos if bos >= 0 else max(eos, 0)]))
 
@@ -260,7 +277,7 @@ class _Writer:
         return self.llm.tokenize(text.encode(), add_bos=False, special=True)
 
     def _text(self, tokens: list[int]) -> str:
-        """Without the half of a character where a text was cut."""
+        """The text of tokens, without half a character where it was cut."""
         return b"".join(map(self.llm.piece, tokens)).decode("utf-8", "ignore")
 
     def _drop(self) -> None:
@@ -268,8 +285,6 @@ class _Writer:
 
 
 def _question(messages: list[dict]) -> list[dict]:
-    """A conversation up to its first question, the system prompt included; nothing where no user
-    speaks.
-    """
+    """A conversation up to its first question, with the system prompt; [] where no user speaks."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     return [] if first is None else messages[: first + 1]

@@ -167,12 +167,13 @@ class MemoryModel:
             cure = "use a smaller quantisation, or more memory"
             if self.weights > memory:
                 raise UserError(
-                    f"{mebibytes(memory)} do not hold the weights of {self.path}, {mebibytes(self.weights)}",
+                    f"{mebibytes(memory)} do not hold the weights of {self.path}, "
+                    f"{mebibytes(self.weights)}",
                     cure,
                 )
             raise UserError(
-                f"{self.path} needs {mebibytes(least.total)} for a context of {CONTEXT_STEP_TOKENS} "
-                f"tokens, not {mebibytes(memory)}",
+                f"{self.path} needs {mebibytes(least.total)} for a context of "
+                f"{CONTEXT_STEP_TOKENS} tokens, not {mebibytes(memory)}",
                 cure,
             )
         return self.need(low * CONTEXT_STEP_TOKENS)
@@ -262,8 +263,8 @@ def _notes(plan: MemoryPlan) -> Iterator[str]:
     for model in repacked.values():
         yield (
             f"{model.path}: weights are copied into this processor's own layout; the file's pages "
-            f"behind them stay resident too, up to {mebibytes(model.weights)} more, until the system "
-            "wants them back"
+            f"behind them stay resident too, up to {mebibytes(model.weights)} more, until the "
+            "system wants them back"
         )
 
 

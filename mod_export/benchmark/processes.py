@@ -1,8 +1,9 @@
 """Processes that measure a model, and the protocol of JSON lines that they speak.
 
 Each request is one line on the process's stdin, a JSON object. The answer is one line on its
-stdout; lines {"progress": ...} may come before. The first request makes the process's object, and
-later ones call its methods: {"do": "prefill", "seq": 0, ...}. An error is {"error": ..., "cure": ...}.
+stdout; lines {"progress": ...} may come before. The first request makes the process's object. Later
+requests call its methods: {"do": "prefill", "seq": 0, ...}. An error is a line {"error": ...,
+"cure": ...}.
 
     with Worker("ceiling", setup) as worker:             # this end
         worker.ask(do="prefill", seq=0, start=0, n=512)

@@ -80,7 +80,7 @@ def command(file, out, prompts, force, temperature, top_p, min_p, seed, **option
     from mod_export import generate_data
     from mod_export.runtime.sampling import Sampling
 
-    options = generate_data.Options(
+    options = generate_data.GenerationOptions(
         **options, sampling=Sampling(temperature, top_p, min_p=min_p, seed=seed)
     )
     llm = generate_data.open_model(file, options)

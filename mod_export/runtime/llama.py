@@ -165,7 +165,7 @@ class MoDLlama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Frees the context and the model."""
-        if "_stack" in self.__dict__:  # not where __init__ refused the file
+        if hasattr(self, "_stack"):  # not where __init__ refused the file
             super().close()
 
     # --- what the file says

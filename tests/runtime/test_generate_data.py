@@ -18,7 +18,7 @@ from llama_cpp import GGML_TYPE_F32, LLAMA_FLASH_ATTN_TYPE_DISABLED
 from mod_export.common.files import locked
 from mod_export.data.packing import open_data
 from mod_export.errors import UserError
-from mod_export.generate_data import Options, generate, open_model
+from mod_export.generate_data import GenerationOptions, generate, open_model
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.sampling import Sampling
@@ -65,11 +65,11 @@ def prompts(tmp_path) -> Path:
     return folder
 
 
-def options(**changes) -> Options:
+def options(**changes) -> GenerationOptions:
     sampling = {
         k: changes.pop(k) for k in ("temperature", "top_p", "min_p", "seed") if k in changes
     }
-    return Options(
+    return GenerationOptions(
         **{"max_tokens": 24, "ctx": 256, "parallel": 4, "threads": 1} | changes,
         sampling=Sampling(**{"temperature": 0} | sampling),
     )
