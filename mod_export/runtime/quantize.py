@@ -37,7 +37,7 @@ def quantize(values: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
 def _quantize_chunk() -> Callable[..., int]:
     """ggml_quantize_chunk of the loaded library."""
     # this import tells a missing library apart from a broken one
-    from mod_export.runtime import bindings
+    from mod_export.runtime import bindings  # noqa: F401
 
     # isort: split
     from llama_cpp import llama_cpp

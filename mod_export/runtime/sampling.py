@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mod_export.runtime import bindings
+from mod_export.runtime import bindings  # noqa: F401  first: it tells of a missing llama_cpp
 
 from llama_cpp import _internals  # isort: skip
 

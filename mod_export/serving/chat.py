@@ -208,7 +208,8 @@ class Chat:
             lines.append(f"activation {self.llm.activation():.3f} over all units and tokens")
         lines.append(
             f"KV: {kv.cells_used} of {kv.cells} cells; used {short_bytes(kv.used)}, "
-            f"dense {short_bytes(kv.dense)}, committed {short_bytes(kv.committed)}, reserved {short_bytes(kv.reserved)}"
+            f"dense {short_bytes(kv.dense)}, committed {short_bytes(kv.committed)}, "
+            f"reserved {short_bytes(kv.reserved)}"
         )
         if perf:
             lines.append(f"graphs: {perf.graphs} computed, {perf.graphs_reused} of them reused")
