@@ -3,7 +3,7 @@
 #
 #   scripts/dev.sh                 # all of them
 #   scripts/dev.sh lint types      # some of them
-#   scripts/dev.sh fix             # format the files and repair what ruff can repair
+#   scripts/dev.sh fix             # format the files, repair what ruff can repair, write docs/reference/cli.md
 #
 # PYTHON (.venv/bin/python): an interpreter with the extra `dev`. The exit code is 1 where a check fails.
 set -euo pipefail
@@ -21,7 +21,11 @@ check() {
             ;;
         types) run types "$python" -m mypy ;;
         docs) run docs "$python" -m pytest -q --no-header tests/unit/test_docs.py tests/unit/test_imports.py ;;
-        fix) "$python" -m ruff check --fix --quiet . || true; run format "$python" -m ruff format . ;;
+        fix)
+            "$python" -m ruff check --fix --quiet . || true
+            run format "$python" -m ruff format .
+            run docs "$python" -m scripts.docs.cli
+            ;;
         *) echo "usage: scripts/dev.sh [format] [lint] [types] [docs] [fix]" >&2; exit 2 ;;
     esac
 }

@@ -239,7 +239,7 @@ def _mean(activation: dict[Unit, float], kind: str) -> float:
 
 def _first_config(base: nn.Module, plan: CalibrationPlan) -> MoDConfig:
     """Return the configuration before there are thresholds."""
-    return _config(base, plan, {kind: 0.5 for kind in plan.units}, None, {})
+    return _config(base, plan, dict.fromkeys(plan.units, 0.5), None, {})
 
 
 def _config(

@@ -34,7 +34,7 @@ from mod_export.llamacpp import wheel as llama_wheel
 logger = logging.getLogger(__name__)
 
 # the libraries that llama_cpp loads, and nothing that links against curl, common or a web page
-FLAGS = {name: "OFF" for name in "COMMON TESTS TOOLS EXAMPLES SERVER APP".split()}
+FLAGS = dict.fromkeys(["COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"], "OFF")
 FLAGS = {f"LLAMA_BUILD_{name}": value for name, value in FLAGS.items()}
 FLAGS |= {
     "CMAKE_BUILD_TYPE": "Release",

@@ -56,7 +56,7 @@ def load(run: Path) -> dict:
         raise UserError(
             f"{path} is damaged ({str(error).splitlines()[0]})", "start without --resume"
         ) from error
-    if not isinstance(state, dict) or not PARTS <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
         raise UserError(f"{path} is no checkpoint of a training run", "start without --resume")
     return state
 

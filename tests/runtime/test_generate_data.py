@@ -261,9 +261,9 @@ def test_a_stopped_run_goes_on(models, prompts, tmp_path):
         file.write(b'{"id": 9999, "mess')  # torn by a lost machine
     with pytest.raises(UserError, match="other options: max_tokens was 24, is 23"):
         run(models["chat"], out, prompts, max_tokens=23)
-    with locked(partial, busy=lambda: None):
-        with pytest.raises(UserError, match="another process is writing .*out.jsonl.partial"):
-            run(models["chat"], out, prompts, count=kept + 5)
+    busy = pytest.raises(UserError, match="another process is writing .*out.jsonl.partial")
+    with locked(partial, busy=lambda: None), busy:
+        run(models["chat"], out, prompts, count=kept + 5)
     resumed = run(models["chat"], out, prompts, count=kept + 5)
     assert not partial.exists()
     assert resumed == run(models["chat"], out, prompts, count=kept + 5)

@@ -42,7 +42,8 @@ def generate(llm, prompt, n: int) -> list[int]:
     for token in llm.generate([int(t) for t in prompt], temp=0.0):
         tokens.append(token)
         if len(tokens) == n:
-            return tokens
+            break
+    return tokens
 
 
 @patched

@@ -20,7 +20,7 @@ from mod_export.llamacpp import wheel as llama_wheel
 SYMBOL = b"llama_mod_n_units"
 
 
-@pytest.fixture()
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, but for the source distribution of the real one."""
     sdist = llama_source.fetch_sdist()
@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
     return llama_source.cache_dir()
 
 
-@pytest.fixture()
+@pytest.fixture
 def patches(tmp_path, monkeypatch):
     """A copy of patches/ to break."""
     copy = tmp_path / "patches"

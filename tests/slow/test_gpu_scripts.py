@@ -28,7 +28,7 @@ def one_line(result, words, code=2):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def part(tmp_path, monkeypatch):
     """Imports a part as check.sh would run it, in a rehearsal."""
     for name, value in {

@@ -285,7 +285,8 @@ class Tiny:
     def _write_vocab(self, w: gguf.GGUFWriter) -> None:
         """A token for each printable character of ASCII, and the last one to end a turn."""
         if not self.vocab:
-            return w.add_tokenizer_model("no_vocab")
+            w.add_tokenizer_model("no_vocab")
+            return
         assert self.n_vocab == 96
         w.add_tokenizer_model("gpt2")
         w.add_token_list(["\u0120", *map(chr, range(33, 127)), "</s>"])

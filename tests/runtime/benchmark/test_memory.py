@@ -34,7 +34,7 @@ def make(kinds: str, **options) -> Tiny:
         **options,
     )
     tiny.route(range(2, 14), kinds)
-    return tiny.place_biases([[byte for byte in TEXT[:768].encode()]])
+    return tiny.place_biases([list(TEXT[:768].encode())])
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.support.c_api import Raw
 from tests.support.oracle import CASES, TOKENS, N, close, make
 
 
-@pytest.fixture()
+@pytest.fixture
 def device_graph(monkeypatch):
     monkeypatch.setenv("LLAMA_MOD_DECODE", "graph")
 

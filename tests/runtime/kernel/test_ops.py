@@ -69,14 +69,14 @@ class Ggml:
         return result
 
 
-@pytest.fixture()
+@pytest.fixture
 def ggml():
     ggml = Ggml()
     yield ggml
     ggml.free(ggml.ctx)
 
 
-@pytest.fixture()
+@pytest.fixture
 def rng():
     return np.random.default_rng(7)
 

@@ -39,7 +39,7 @@ def touch(*paths):
         path.touch()
 
 
-@pytest.fixture()
+@pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with nothing of CUDA but an nvcc, called through a script outside of its toolkit."""
     root = tmp_path / "toolkit"
@@ -172,7 +172,7 @@ def test_cuda_check_compiles_what_the_patches_touch(tmp_path):
     assert result.returncode == 2 and "not among the touched files: acc.cu" in result.stderr
 
 
-@pytest.fixture()
+@pytest.fixture
 def checker(machine, monkeypatch):
     """scripts/cuda/check.py as a module, for a source tree with one file of its own and an nvcc that
     counts.

@@ -17,7 +17,7 @@ HEADER = (
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def refresh(tmp_path):
     """The script as a module, working on a copy of patches/."""
     spec = importlib.util.spec_from_file_location(
