@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 from mod_export.errors import UserError
 from mod_export.units import ATTN, BLOCK, FFN, UNIT_KINDS, Unit, by_kind
@@ -38,13 +38,26 @@ class UnitConfig:
 
 @dataclass(frozen=True)
 class MoDConfig:
-    """All that the runtime has to know besides the router weights; `calibration` is a free record."""
+    """All that decides what a model computes, besides its weights.
+
+    scale_output: an active unit's output is multiplied with its score
+    sink_tokens: the first positions of a sequence, which are always active
+    kv_window: recent tokens that kv units always see
+    base_is_original: the base weights are those of the original model. Then the model without its
+        routers can teach; otherwise a training needs the original.
+    top_k: kind -> share of a sequence's tokens that run, for a model trained with this baseline;
+        empty for a model that obeys thresholds
+    units: kind -> its thresholds, for each kind that is routed
+    calibration: a free record of how the routers came about. No behaviour depends on it.
+    """
 
     version: int = VERSION
     gating_func: str = GATING_FUNC
     scale_output: bool = False
     sink_tokens: int = SINK_TOKENS
     kv_window: int = KV_WINDOW
+    base_is_original: bool = True
+    top_k: dict[str, float] = field(default_factory=dict)
     units: dict[str, UnitConfig] = field(default_factory=dict)
     calibration: dict = field(default_factory=dict)
 
@@ -67,16 +80,10 @@ class MoDConfig:
         unit = self.units.get(kind)
         return unit.threshold[layer] if unit and layer < len(unit.threshold) else 0.0
 
-    def top_k(self) -> dict[str, float]:
-        """Of a model trained to choose by top-k, a baseline: kind -> share of a sequence's tokens;
-        else empty.
-        """
-        training = self.calibration.get("training", {})
-        return training.get("top_k", {}) if isinstance(training, dict) else {}
-
     def validate(self, n_layer: int) -> MoDConfig:
         """Return self, or raise UserError naming the first key that breaks a rule of the schema."""
         _check_scalars(self)
+        _check_top_k(self)
         for kind, unit in self.units.items():
             _check_unit(kind, unit, n_layer)
         _check_layers(self, n_layer)
@@ -85,6 +92,8 @@ class MoDConfig:
     def to_dict(self) -> dict:
         """The JSON form; kinds are keys beside the others, only those that occur."""
         result = {name: getattr(self, name) for name in _SCALARS}
+        result["base_is_original"] = self.base_is_original
+        result["top_k"] = dict(self.top_k)
         for kind in UNIT_KINDS:
             if kind in self.units:
                 result[kind] = {key: list(value) for key, value in asdict(self.units[kind]).items()}
@@ -92,25 +101,43 @@ class MoDConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> MoDConfig:
-        """Read the JSON form. Raises UserError for an unknown or missing key or a value of the
-        wrong type.
+        """Read the JSON form.
+
+        Raises UserError for an unknown or missing key, and for a value of the wrong type.
         """
-        _check_keys("mod", data, known=(*_SCALARS, *UNIT_KINDS, "calibration"), needed=_SCALARS)
+        known = (*_SCALARS, *_FIELDS_SINCE_0_2, *UNIT_KINDS, "calibration")
+        _check_keys("mod", data, known=known, needed=_SCALARS)
         calibration = data.get("calibration", {})
         if not isinstance(calibration, dict):
             raise UserError("mod.calibration is not an object", "write it as {...} or leave it out")
+        data = _fields_of_0_1(calibration) | data
+        if not isinstance(data["top_k"], dict):
+            raise UserError("mod.top_k is not an object", 'write it as {"kv": 0.5}, or {}')
         units = {kind: _unit_from_dict(kind, data[kind]) for kind in UNIT_KINDS if kind in data}
-        return cls(**{name: data[name] for name in _SCALARS}, units=units, calibration=calibration)
+        fields_given = {name: data[name] for name in (*_SCALARS, *_FIELDS_SINCE_0_2)}
+        return cls(**fields_given, units=units, calibration=calibration)
 
 
-_SCALARS = tuple(f.name for f in fields(MoDConfig) if f.name not in ("units", "calibration"))
+_SCALARS = ("version", "gating_func", "scale_output", "sink_tokens", "kv_window")
+_FIELDS_SINCE_0_2 = ("base_is_original", "top_k")
+
+
+def _fields_of_0_1(record: dict) -> dict:
+    """The fields of a directory or adapter that mod-export 0.1 wrote, from its free record.
+
+    The record of a training that changed the base weights has no key `model`. The record of a
+    top-k training has the shares.
+    """
+    training = record.get("training", {})
+    return {
+        "base_is_original": not ("training" in record and "model" not in record),
+        "top_k": training.get("top_k", {}) if isinstance(training, dict) else {},
+    }
 
 
 def _check_keys(where: str, data: object, known: tuple, needed: tuple) -> None:
     if not isinstance(data, dict):
-        raise UserError(
-            f"{where} is not an object", "see docs/reference/gguf-schema.md for its keys"
-        )
+        raise UserError(f"{where} is not an object", "see docs/reference/config.md for its keys")
     if unknown := [str(key) for key in data if key not in known]:
         raise UserError(f"unknown key {where}.{unknown[0]}", f"known keys: {', '.join(known)}")
     if missing := [key for key in needed if key not in data]:
@@ -139,12 +166,22 @@ def _check_scalars(config: MoDConfig) -> None:
         raise UserError(
             f"unknown mod.gating_func {config.gating_func!r}", f"known is {GATING_FUNC!r}"
         )
-    if not isinstance(config.scale_output, bool):
-        raise UserError(f"mod.scale_output is {config.scale_output!r}", "use true or false")
+    for name in ("scale_output", "base_is_original"):
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise UserError(f"mod.{name} is {value!r}", "use true or false")
     for name, low in (("sink_tokens", 0), ("kv_window", 1)):
         value = getattr(config, name)
         if not _is_int(value) or not low <= value < 2**32:
             raise UserError(f"mod.{name} is {value!r}", f"use a whole number, at least {low}")
+
+
+def _check_top_k(config: MoDConfig) -> None:
+    for kind, share in config.top_k.items():
+        if kind not in config.units:
+            raise UserError(f"mod.top_k names {kind}, which is not routed", "leave it out")
+        if not _is_share(share, below_one=False):
+            raise UserError(f"mod.top_k.{kind} is {share!r}", "it must lie in [0, 1]")
 
 
 def _check_unit(kind: str, unit: UnitConfig, n_layer: int) -> None:

@@ -51,7 +51,7 @@ def export(
         config, routers = read_adapter(adapter, base)
     else:
         config, routers = read_directory(directory)
-    if config.top_k():
+    if config.top_k:
         raise UserError(
             f"{directory} chooses by top-k, which looks at later tokens",
             "use --method threshold to train",

@@ -74,7 +74,7 @@ class MoDModel(nn.Module):
         self.routers.to(base.device)
         self.force: str | None = None
         self.shift = 0.0
-        self.strategy = TopK(config.top_k()) if config.top_k() else DecisionStrategy()
+        self.strategy = TopK(config.top_k) if config.top_k else DecisionStrategy()
         self.layers = wrap_layers(base)
 
     @classmethod

@@ -211,13 +211,22 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict) -> 
         "data": [Path(p).name for p in config.data],
         "held_out": figures,
     }
+    top_k = {}
     if config.method == "topk":
-        training["top_k"] = {kind: config.target_of(kind) for kind in units}
+        top_k = {kind: config.target_of(kind) for kind in units}
     record = {**model.config.calibration, "training": training}
+    is_original = model.config.base_is_original
     if config.parameters != "routers":
-        # With LoRA merged, or all weights trained, the base model is not the original any more.
-        record.pop("model", None)
-    return replace(model.config, units=units, calibration=record).validate(n_layer)
+        is_original = False
+        record.pop("model", None)  # the record names the original
+    changed = replace(
+        model.config,
+        base_is_original=is_original,
+        top_k=top_k,
+        units=units,
+        calibration=record,
+    )
+    return changed.validate(n_layer)
 
 
 def _check(config: TrainConfig, output: Output) -> None:
@@ -250,7 +259,7 @@ def _warn_of_slow_precision(accelerator: Any) -> None:
 
 def _check_model(directory: str, model: MoDModel, config: TrainConfig) -> None:
     """Raise UserError where the model cannot be trained as the options say."""
-    if not config.teacher and _is_trained(model.config):
+    if not config.teacher and not model.config.base_is_original:
         raise UserError(
             f"the weights of {directory} are trained, so they are not the original's",
             "name the original with --teacher",
@@ -281,11 +290,6 @@ def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]
             f"give at least {least}: more text, a larger --limit or a smaller --length",
         )
     return split(data, config.held_out)
-
-
-def _is_trained(config) -> bool:
-    """Return whether a training has changed the base weights: see _config."""
-    return "training" in config.calibration and "model" not in config.calibration
 
 
 def clear(run: Path) -> None:

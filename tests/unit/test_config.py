@@ -47,8 +47,24 @@ def test_block_decides_after_kv():
 
 def test_json_round_trip():
     text = json.dumps(MoDConfig.from_dict(GOOD).to_dict())
-    assert json.loads(text) == GOOD
+    assert json.loads(text) == GOOD | {"base_is_original": True, "top_k": {}}
     assert MoDConfig.from_dict(json.loads(text)) == MoDConfig.from_dict(GOOD)
+
+
+def test_fields_of_version_0_1_come_from_its_record():
+    """Version 0.1 had no fields for them; newer files have, and their record decides nothing."""
+    training = {"top_k": {"attn": 0.5}}
+
+    def read(**changes):
+        return MoDConfig.from_dict(with_(**changes)).validate(3)
+
+    assert read().base_is_original and read().top_k == {}
+    assert read(calibration={"training": training, "model": "m"}).base_is_original
+    old = read(calibration={"training": training})
+    assert not old.base_is_original and old.top_k == {"attn": 0.5}
+    new = read(calibration={"training": training}, base_is_original=True, top_k={})
+    assert new.base_is_original and new.top_k == {}
+    assert MoDConfig.from_dict(old.to_dict()) == old
 
 
 def test_a_config_without_units_is_a_dense_model():
@@ -66,6 +82,7 @@ def test_a_config_without_units_is_a_dense_model():
         (with_(attn={"threshold": 0.5, "activation": [1, 1, 1]}), "mod.attn.threshold"),
         (with_(attn=[0.5]), "mod.attn"),
         (with_(calibration="text"), "mod.calibration"),
+        (with_(top_k=0.5), "mod.top_k"),
         ({k: v for k, v in GOOD.items() if k != "kv_window"}, "mod.kv_window"),
         (None, "mod"),
     ],
@@ -84,6 +101,9 @@ def test_malformed_json_is_named(data, named):
         ({"version": True}, "mod.version"),
         ({"gating_func": "softmax"}, "mod.gating_func"),
         ({"scale_output": 1}, "mod.scale_output"),
+        ({"base_is_original": "yes"}, "mod.base_is_original"),
+        ({"top_k": {"block": 0.5}}, "mod.top_k names block"),
+        ({"top_k": {"attn": 1.5}}, "mod.top_k.attn"),
         ({"sink_tokens": -1}, "mod.sink_tokens"),
         ({"sink_tokens": 1.5}, "mod.sink_tokens"),
         ({"kv_window": 0}, "mod.kv_window"),

@@ -39,7 +39,7 @@ def check(model: MoDModel, name: str) -> None:
 @pytest.mark.parametrize("name", ["mod", "topk", "trained"])
 def test_directory(name):
     model = MoDModel.load(FOLDER / name)
-    assert model.top_k == ({"kv": 0.5, "attn": 0.5, "ffn": 0.5} if name == "topk" else {})
+    assert model.config.top_k == ({"kv": 0.5, "attn": 0.5, "ffn": 0.5} if name == "topk" else {})
     check(model, name)
 
 
@@ -76,7 +76,7 @@ def test_trained_weights_need_a_teacher(tmp_path):
 
 @pytest.mark.parametrize("name", ["mod", "topk"])
 def test_original_weights_need_no_teacher(name):
-    assert not run._is_trained(read_directory(FOLDER / name)[0])
+    assert read_directory(FOLDER / name)[0].base_is_original
 
 
 @pytest.mark.parametrize("name", ["mod-f32", "mod-q8_0"])
