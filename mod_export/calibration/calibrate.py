@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mod_export.calibration.costs import REPEAT_PROMPT, CostMeter
+from mod_export.calibration.costs import CostMeter
 from mod_export.calibration.drift import ChunkMeans, router_inputs
 from mod_export.calibration.ridge import Ridge
 from mod_export.calibration.thresholds import routing_of, set_thresholds
@@ -137,11 +137,8 @@ def measure(
     eps = architectures.norm_eps(base)
     for number, ids in enumerate(sequences):
         logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
-        text, context = with_repetition(tokenizer, ids, wanted)
-        for unit, (h, costs) in meter.measure(text, wanted, context):
-            rows = judged_rows(
-                unit.kind, len(h), plan.sink_tokens, 0 if context else plan.kv_window
-            )
+        for unit, (h, costs) in meter.measure(ids, wanted):
+            rows = judged_rows(unit.kind, len(h), plan.sink_tokens, plan.kv_window)
             (cost,), x = costs.values(), rms_norm(h, eps)
             fits[unit].add(x[rows], log_cost(cost[rows]))
     return fits
@@ -179,23 +176,10 @@ def sequences_joined(base: nn.Module, length: int, n: int) -> int:
 def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
     """Return the tokens to fit to: no sinks, and no keys whose later queries are few.
 
-    Sinks are always active. kv_window: 0 where the queries are all after the sequence.
+    Sinks are always active.
     """
-    late = kind == KV and kv_window > 0
-    return slice(sink_tokens, int(JUDGED_SHARE * (n_token - kv_window)) if late else n_token)
-
-
-def with_repetition(
-    tokenizer, ids: torch.Tensor, wanted: dict[Unit, list[str]]
-) -> tuple[torch.Tensor, int]:
-    """Return ids, or ids, a request and ids again where a repeat_* score is wanted.
-
-    The second value is the length of the first part, or 0.
-    """
-    if not any(name.startswith("repeat_") for names in wanted.values() for name in names):
-        return ids, 0
-    request = torch.tensor(tokenizer(REPEAT_PROMPT, add_special_tokens=False)["input_ids"])
-    return torch.cat((ids, request, ids)), len(ids)
+    late = int(JUDGED_SHARE * (n_token - kv_window)) if kind == KV else n_token
+    return slice(sink_tokens, late)
 
 
 def log_cost(cost: torch.Tensor) -> torch.Tensor:

@@ -1,53 +1,56 @@
 """See inside decoder layers while they run: the residual stream, what sublayers add, queries, keys
 and values.
 
-Works for any architecture: hooks on the parts that hf.py finds, and an attention function in the
-registry of transformers, which every model calls after it has applied its position encoding.
+This works for any architecture: hooks sit on the parts that architectures.py finds, and the model's
+attention is replaced (model/attention.py).
 
-    with prepared(base), observing(part) as seen:
+    observer = LayerObserver(base)
+    with observer.prepared(), observer.layer(part) as record:
         part.layer(h, **kwargs)
-    seen.attn, seen.query   # [T, n_embd], [n_head, T, head_dim]
+    record.attn, record.query   # [T, n_embd], [n_head, T, head_dim]
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mod_export.model import architectures
+from mod_export.model.architectures import LayerParts
+from mod_export.model.attention import replaced_attention
 
 _NAME = "mod_observe"  # of our attention function in the registry of transformers
 
 
 @dataclass
-class Seen:
-    """One layer's run. h, mid: input of the layer and of its FFN; attn, ffn, out: what is added;
-    all [T, n_embd].
+class LayerRecord:
+    """What one run of a layer has shown.
 
-    query, key, value, mixed: [n_head, T, head_dim], position-encoded, mixed the attention's output
-    before W_o; scaling, mask [T, T] or None (causal), softcap: of the scores.
+    h, mid: [T, n_embd], inputs of the layer and of its FFN
+    attn, ffn, out: [T, n_embd], what attention, FFN and the layer add
+    query, key, value: [n_head, T, head_dim], position-encoded
+    mixed: [n_head, T, head_dim], the attention's output before W_o
+    scaling, mask ([T, T], or None for causal), softcap: of the attention scores
     """
 
-    h: torch.Tensor = None
-    mid: torch.Tensor = None
-    attn: torch.Tensor = None
-    ffn: torch.Tensor = None
-    out: torch.Tensor = None
-    query: torch.Tensor = None
-    key: torch.Tensor = None
-    value: torch.Tensor = None
-    mixed: torch.Tensor = None
+    h: torch.Tensor | None = None
+    mid: torch.Tensor | None = None
+    attn: torch.Tensor | None = None
+    ffn: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    mixed: torch.Tensor | None = None
     scaling: float = 1.0
     mask: torch.Tensor | None = None
     softcap: float | None = None
 
-    def enter_layer(
-        self, h: torch.Tensor, out: torch.Tensor, part: architectures.LayerParts
-    ) -> None:
+    def note_layer(self, h: torch.Tensor, out: torch.Tensor, part: LayerParts) -> None:
         """Note input and output [1, T, n_embd] of the layer."""
         self.h, self.out = h[0], out[0] - h[0]
         if part.ffn_entry is None:
@@ -55,99 +58,91 @@ class Seen:
 
 
 def first(out):
+    """Return the first of several outputs of a module, or its only one."""
     return out[0] if isinstance(out, tuple) else out
 
 
-@contextmanager
-def prepared(base: nn.Module):
-    """Freeze the weights and put our attention function in; undo both."""
-    register()
-    frozen = [p for p in base.parameters() if p.requires_grad]
-    before = base.config._attn_implementation
-    for p in frozen:
-        p.requires_grad_(False)
-    base.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
+class LayerObserver:
+    """Records what the layers of one model do, one layer at a time."""
+
+    def __init__(self, base: nn.Module):
+        self.base = base
+        self._record: LayerRecord | None = None
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Freeze the weights and replace the attention; undo both at the end."""
+        frozen = [p for p in self.base.parameters() if p.requires_grad]
         for p in frozen:
-            p.requires_grad_(True)
+            p.requires_grad_(False)
+        try:
+            with replaced_attention(self.base, _NAME, self._attention):
+                yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+
+    @contextmanager
+    def layer(self, part: LayerParts) -> Iterator[LayerRecord]:
+        """Fill a record while one layer runs."""
+        record = self._record = LayerRecord()
+
+        def enter_ffn(_module, args, kwargs):
+            record.mid = (args[0] if args else kwargs["hidden_states"])[0]
+
+        # A view of the output cuts off the batch axis. Its gradient is asked for, so the view must
+        # be in the graph.
+        def attn_out(_module, _args, out):
+            record.attn = first(out)[0]
+            return _with_first(out, record.attn[None])
+
+        def ffn_out(_module, _args, out):
+            record.ffn = first(out)[0]
+            return _with_first(out, record.ffn[None])
+
+        hooks = [
+            part.attn_out.register_forward_hook(attn_out),
+            part.ffn_out.register_forward_hook(ffn_out),
+        ]
+        if part.ffn_entry is not None:
+            hooks.append(part.ffn_entry.register_forward_pre_hook(enter_ffn, with_kwargs=True))
+        try:
+            yield record
+        finally:
+            self._record = None
+            for hook in hooks:
+                hook.remove()
+
+    def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        """Run the model's attention, and note its input and output where a layer is recorded."""
+        if kwargs.get("softcap") is not None:  # sdpa has none
+            inner = sys.modules[type(module).__module__].eager_attention_forward
+            mask = _additive(attention_mask, query)
+        else:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward as inner
+
+            mask = attention_mask
+        out, weights = inner(module, query, key, value, mask, scaling=scaling, **kwargs)
+        record = self._record
+        if record is None:
+            return out, weights
+        n_rep = query.shape[1] // key.shape[1]
+        record.query = query[0].detach()
+        record.key = key[0].detach().repeat_interleave(n_rep, 0)
+        record.value = value[0].detach().repeat_interleave(n_rep, 0)
+        record.mixed = out[0].transpose(0, 1)  # [n_head, T, head_dim], part of the graph
+        record.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+        record.mask = None if attention_mask is None else attention_mask[0, 0]
+        record.softcap = kwargs.get("softcap")
+        return record.mixed.transpose(0, 1)[None], weights
 
 
-@contextmanager
-def observing(part: architectures.LayerParts):
-    """Fill a Seen while one layer runs."""
-    global _seen
-    seen = _seen = Seen()
-
-    def enter(_module, args, kwargs):
-        seen.mid = (args[0] if args else kwargs["hidden_states"])[0]
-
-    # the batch axis is cut by a view of the output; its gradient is asked for, so the view must be
-    # in the graph
-    def observe(name: str):
-        def hook(_module, _args, out):
-            value = first(out)
-            setattr(seen, name, value[0])
-            kept = getattr(seen, name)[None]
-            return (kept, *out[1:]) if isinstance(out, tuple) else kept
-
-        return hook
-
-    hooks = [
-        part.attn_out.register_forward_hook(observe("attn")),
-        part.ffn_out.register_forward_hook(observe("ffn")),
-    ]
-    if part.ffn_entry is not None:
-        hooks.append(part.ffn_entry.register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        _seen = None
-        for hook in hooks:
-            hook.remove()
-
-
-_seen: Seen | None = None
-
-
-def _observed_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """An attention function of transformers that notes its input and output when a layer is
-    observed.
-    """
-    if kwargs.get("softcap") is not None:  # sdpa has none
-        inner, mask = (
-            sys.modules[type(module).__module__].eager_attention_forward,
-            _additive(attention_mask, query),
-        )
-    else:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward as inner
-
-        mask = attention_mask
-    out, weights = inner(module, query, key, value, mask, scaling=scaling, **kwargs)
-    if _seen is None:
-        return out, weights
-    n_rep = query.shape[1] // key.shape[1]
-    _seen.query = query[0].detach()
-    _seen.key, _seen.value = (x[0].detach().repeat_interleave(n_rep, 0) for x in (key, value))
-    _seen.mixed = out[0].transpose(0, 1)  # [n_head, T, head_dim], part of the graph
-    _seen.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    _seen.mask = None if attention_mask is None else attention_mask[0, 0]
-    _seen.softcap = kwargs.get("softcap")
-    return _seen.mixed.transpose(0, 1)[None], weights
+def _with_first(out, value: torch.Tensor):
+    return (value, *out[1:]) if isinstance(out, tuple) else value
 
 
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    """The form of a mask that eager attention takes: 0 where visible; None is causal."""
+    """Return the form of a mask that eager attention takes: 0 where visible; None is causal."""
     if mask is None:
         mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()[None, None]
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-
-
-def register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(_NAME, _observed_attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)

@@ -9,8 +9,6 @@ Knows nothing of models. Inputs are RMS-normed hidden states, as the router will
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 
@@ -75,34 +73,3 @@ class Ridge:
         predicted = (weight @ cov @ weight).item()
         explained = (2 * (weight @ cross).item() - predicted) / self.variance()
         return (mean @ weight).item() + bias.item(), predicted, explained
-
-
-def logistic(
-    data: Iterable[tuple[torch.Tensor, torch.Tensor]], penalty: float, steps: int = 8
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Newton's method for a logistic regression; weight [n_embd] and bias [1], float32.
-
-    data: (x [N, n_embd], y [N] in {0, 1}) pieces, gone through once per step, so they must be a
-    list.
-    """
-    pieces = list(data)
-    n = sum(len(x) for x, _ in pieces)
-    mean = sum(x.double().sum(0) for x, _ in pieces) / n
-    scale = (sum((x.double() - mean).pow(2).sum(0) for x, _ in pieces) / n).clamp(min=1e-12).sqrt()
-    share = (sum(y.double().sum() for _, y in pieces) / n).clamp(1e-3, 1 - 1e-3)
-    ridge = torch.full((len(mean) + 1,), penalty, dtype=torch.float64)
-    ridge[-1] = 1e-9  # the bias is free
-    solution = torch.zeros_like(ridge)
-    solution[-1] = torch.logit(share)
-    for _ in range(steps):
-        slope, curve = ridge * solution, torch.diag(ridge)
-        for x, y in pieces:
-            z = torch.cat(
-                ((x.double() - mean) / scale, torch.ones(len(x), 1, dtype=torch.float64)), dim=1
-            )
-            p = torch.sigmoid(z @ solution)
-            slope = slope + z.T @ (p - y.double()) / n
-            curve = curve + (z * (p * (1 - p)).clamp(min=1e-4)[:, None]).T @ z / n
-        solution = solution - torch.linalg.solve(curve, slope)
-    weight = solution[:-1] / scale
-    return weight.float(), (solution[-1] - mean @ weight).reshape(1).float()

@@ -5,7 +5,6 @@ What they measure is tested where it is made; here every stage runs, and its row
 what they should.
 """
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,18 +18,12 @@ from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
+from scripts.studies import calibration, drift, train_speed, training, unit_value
+from scripts.studies.lengths import activation_by_length
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def invoke(command, *args, code=0) -> str:
@@ -62,7 +55,7 @@ def place(tmp_path_factory):
 
 
 def test_training_study(place):
-    study, out = script("training_study").study, place / "out"
+    study, out = training.study, place / "out"
     names = [
         "attn-0.8-calibrated",
         "attn-0.8-lora",
@@ -180,10 +173,8 @@ def test_activation_by_length(place):
     """As the trace of a forward says, in a directory; a GGUF file says the same."""
     model, study = (
         tiny.save_dir(place / "lengths", {"kv": [2, 3], "ffn": [4]}),
-        script("training_study").study,
+        training.study,
     )
-    from study.lengths import activation_by_length  # script() makes it importable
-
     lengths, texts = (64, 256, 512), {"a": place / "a.txt"}
     (found,) = activation_by_length(place / "lengths", texts, lengths, 3).values()
     sequences = data_text.pack(model.tokenizer, (place / "a.txt").read_text(), 512, 3)
@@ -224,7 +215,7 @@ def test_train_speed(place, parameters):
     if not (place / "mod").exists():
         tiny.save_dir(place / "mod", {"kv": [2, 3], "attn": [4]})
     table = invoke(
-        script("train_speed").main,
+        train_speed.main,
         place / "mod",
         "--text",
         place / "a.txt",
@@ -239,11 +230,10 @@ def test_train_speed(place, parameters):
     assert cells[:3] == [parameters, "64", "1"] and float(cells[-1]) > 0
 
 
-def test_worth_is_what_the_divergence_rises_by(place):
+def test_the_value_is_what_the_divergence_rises_by(place):
     """Against switching units one by one. They are made to add little, so that the KL is about
     quadratic.
     """
-    worth_study = script("worth_study")
     model = tiny.save_dir(place / "ffn", {"ffn": [2, 3, 4]})
     for layer in architectures.decoder_layers(model.base):
         layer.ffn.down_proj.weight.data *= 0.1
@@ -252,7 +242,7 @@ def test_worth_is_what_the_divergence_rises_by(place):
     model.requires_grad_(False)
     torch.manual_seed(0)
     ids = torch.randint(0, 250, (40,))
-    worth, _, z, active, kl, x = worth_study.measure(model, dense, ids, draws=100, autocast=False)
+    value, _, z, active, kl, x = unit_value.measure(model, dense, ids, draws=100, autocast=False)
     assert 0.2 < active.mean() < 0.9 and kl.sum() > 0 and x.shape[:2] == (3, 40)
     units, expected, found = model.config.routed(), [], []
     log_p = dense(ids[None])[0].log_softmax(-1)
@@ -273,12 +263,12 @@ def test_worth_is_what_the_divergence_rises_by(place):
                 decided[token, i] = state
                 both.append(divergence(decided))
             expected.append(both[1] - both[0])
-            found.append(worth[token, i].item())
+            found.append(value[token, i].item())
     assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > 0.95
     assert sum(found) == pytest.approx(sum(expected), rel=0.1)
 
     table = invoke(
-        worth_study.main,
+        unit_value.main,
         place / "ffn",
         "-d",
         place / "a.txt",
@@ -292,15 +282,15 @@ def test_worth_is_what_the_divergence_rises_by(place):
     )
     cells = [line.split("|") for line in table.splitlines() if line.count("|") == 3][2:]
     lost = {name.strip(): float(value) for _, name, value, _ in cells}
-    assert set(lost) == {"as trained", "by the curvature itself", "at random", *worth_study.FITS}
+    assert set(lost) == {"as trained", "by the curvature itself", "at random", *unit_value.FITS}
     assert lost["by the curvature itself"] < lost["at random"]
     tiny.save_dir(place / "attn", {"attn": [2]})
     assert "only ffn units" in invoke(
-        worth_study.main, place / "attn", "-d", place / "a.txt", code=1
+        unit_value.main, place / "attn", "-d", place / "a.txt", code=1
     )
 
 
-def test_steady_study(place):
+def test_drift_study(place):
     (place / "long.txt").write_text("\n".join([TEXT] * 3))
     run = (
         "--model",
@@ -308,16 +298,16 @@ def test_steady_study(place):
         "--text",
         f"a={place}/long.txt",
         "--out",
-        place / "steady",
-        "--strengths",
+        place / "drift",
+        "--penalties",
         "0,10",
         "--layers",
         "1-5,2-5",
     )
-    invoke(script("steady_study").main, *run)
-    invoke(script("steady_study").main, *run)
-    found = rows(place / "steady" / "rows.jsonl")
-    assert [(row["layers"], row["steady"]) for row in found] == [
+    invoke(drift.main, *run)
+    invoke(drift.main, *run)
+    found = rows(place / "drift" / "rows.jsonl")
+    assert [(row["layers"], row["drift_penalty"]) for row in found] == [
         ("1-5", 0.0),
         ("1-5", 10.0),
         ("2-5", 0.0),
@@ -326,7 +316,7 @@ def test_steady_study(place):
 
 
 def test_calibration_study(place):
-    study, out = script("calibration_study").study, place / "calibration"
+    study, out = calibration.study, place / "calibration"
     given = (
         "--model",
         place / "base",

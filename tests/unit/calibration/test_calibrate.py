@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from mod_export.calibration.calibrate import CalibrationPlan, calibrate
-from mod_export.calibration.costs import SCORES, CostMeter, attention, received
+from mod_export.calibration.costs import KEY_SCORES, CostMeter, attention, received
 from mod_export.calibration.drift import CHUNK_TOKENS, ChunkMoments
-from mod_export.calibration.layer_hooks import prepared
-from mod_export.calibration.ridge import Ridge, logistic
+from mod_export.calibration.ridge import Ridge
 from mod_export.data.text import pack, read_texts
 from mod_export.errors import UserError
 from mod_export.evaluation import run as eval_run
@@ -25,7 +24,7 @@ def tokenizer():
 def seen_of(base, ids, layer):
     """What the meter sees of one layer, and the gradients there."""
     meter = CostMeter(base, kv_window=8)
-    with prepared(base), torch.enable_grad():
+    with meter.observer.prepared(), torch.enable_grad():
         inputs, grad = meter._forward(ids)
         for index in range(len(inputs) - 1, layer - 1, -1):
             seen, grads, grad = meter._layer(index, inputs[index], grad)
@@ -113,30 +112,10 @@ def test_kv_gradient_is_the_effect_of_hiding_one_key():
     hidden = hidden / hidden.sum(-1, keepdim=True)
     moved = (hidden @ seen.value - a @ seen.value)[:, query]
     expected = (grads[2][:, query] * moved).sum().pow(2)
-    cost = received(seen, ["gradient"], window=query - key, grads=grads)["gradient"][
-        key
-    ]  # this query only is so far
+    cost = received(seen, {"gradient": KEY_SCORES["gradient"]}, window=query - key, grads=grads)[
+        "gradient"
+    ][key]  # this query only is so far
     torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-9)
-
-
-def test_every_score_of_every_kind_is_finite_and_costs_differ(tokenizer):
-    base = tiny.base()
-    ids = pack(tokenizer, TEXT, 64)[0]
-    for kind, names in SCORES.items():
-        plain = [name for name in names if not name.startswith("repeat_")]
-        repeated = [name for name in names if name not in plain]
-        for wanted, text, context in ((plain, ids, 0), (repeated, torch.cat((ids, ids)), 64)):
-            if wanted:
-                for _, (h, costs) in CostMeter(base, kv_window=8).measure(
-                    text, {(3, kind): wanted}, context
-                ):
-                    assert h.shape == (64, 64) and list(costs) == sorted(
-                        costs, key=list(costs).index
-                    )
-                    for name, cost in costs.items():
-                        assert (
-                            torch.isfinite(cost).all() and (cost >= 0).all() and cost.std() > 0
-                        ), (kind, name)
 
 
 def test_the_meter_leaves_the_model_as_it_was():
@@ -154,7 +133,7 @@ def test_the_meter_leaves_the_model_as_it_was():
         list(CostMeter(base, kv_window=8).measure(ids[0], {(1, "kv"): ["cosine"]}))
 
 
-def test_ridge_is_least_squares_and_logistic_stands_at_its_optimum():
+def test_ridge_is_least_squares():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=generator) * torch.linspace(
         0.1, 30, 12
@@ -173,11 +152,6 @@ def test_ridge_is_least_squares_and_logistic_stands_at_its_optimum():
         z.var().item(), rel=1e-2
     )
     assert explained == pytest.approx(1 - ((y - z).var() / y.var()).item(), abs=1e-3)
-
-    label = (z + 20 * torch.randn(400, generator=generator) > z.median()).float()
-    weight, bias = logistic([(x[:150], label[:150]), (x[150:], label[150:])], penalty=0)
-    residual = torch.sigmoid(x @ weight + bias) - label
-    assert residual.mean().abs() < 1e-5 and (x.T @ residual / 400 / x.std(0)).abs().max() < 1e-4
 
 
 def test_ridge_tells_less_of_what_drifts():

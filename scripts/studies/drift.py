@@ -1,22 +1,29 @@
-"""What it costs, and brings, to keep calibrated kv routers from following the text:
-docs/log.md, "Steady".
+"""What it costs, and brings, to keep calibrated kv routers from following the text.
 
-    python scripts/steady_study.py --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out
-    steady
+    python -m scripts.studies.drift --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out drift
 
-For each strength: KL and perplexity at equal activation on the texts, and the activation by
+For each drift penalty: KL and perplexity at equal activation on the texts, and the activation by
 position in sequences of 4096 tokens, with thresholds of the calibration text. Rows go to
 OUT/rows.jsonl and are not measured again.
 """
 
-import sys
 from pathlib import Path
 
 import click
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-BOUNDS = (0, 512, 1024, 2048, 4096)  # tokens
+from mod_export.calibration.calibrate import CalibrationPlan, drift, measure, solve
+from mod_export.calibration.thresholds import set_thresholds
+from mod_export.config import MoDConfig, UnitConfig
+from mod_export.data.text import default_texts, pack, read_texts
+from mod_export.model import architectures, loading
+from mod_export.model.mod_model import MoDModel
+from mod_export.units import parse_layers
+from scripts.studies import rows
+from scripts.studies.judging import judge_point
+from scripts.studies.training import activation_for
+
+BOUNDS_TOKENS = (0, 512, 1024, 2048, 4096)
 
 
 @click.command()
@@ -32,25 +39,14 @@ BOUNDS = (0, 512, 1024, 2048, 4096)  # tokens
     "--layers",
     default="1-29,2-29",
     show_default=True,
-    help="Sets of layers to route, for strength 0.",
+    help="Sets of layers to route, for a penalty of 0.",
 )
-@click.option("--strengths", default="0,1,3,10,30", show_default=True)
+@click.option("--penalties", default="0,1,3,10,30", show_default=True)
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of fits and rows."
 )
 @torch.no_grad()
-def main(model, texts, kv_share, window, layers, strengths, out):
-    from study import rows
-    from study.training import activation_for, judge_point
-
-    from mod_export.calibration.calibrate import CalibrationPlan, drift, measure, solve
-    from mod_export.calibration.thresholds import set_thresholds
-    from mod_export.config import MoDConfig, UnitConfig
-    from mod_export.data.text import default_texts, pack
-    from mod_export.model import architectures, loading
-    from mod_export.model.mod_model import MoDModel
-    from mod_export.units import parse_layers
-
+def main(model, texts, kv_share, window, layers, penalties, out):
     out.mkdir(parents=True, exist_ok=True)
     base, tokenizer = loading.load(model)
     n_layer = len(architectures.decoder_layers(base))
@@ -64,17 +60,18 @@ def main(model, texts, kv_share, window, layers, strengths, out):
         torch.save((fits, drift(base, tokenizer, sequences, plan)), saved)
     (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
     done = {
-        (row["layers"], row["steady"], row["kv_share"], row["window"]) for row in rows.read(path)
+        (row["layers"], row["drift_penalty"], row["kv_share"], row["window"])
+        for row in rows.read(path)
     }
 
     for number, some in enumerate(sets):
-        for steady in [float(part) for part in strengths.split(",")][: None if number == 0 else 1]:
+        for penalty in [float(part) for part in penalties.split(",")][: None if number == 0 else 1]:
             name = f"{some[0]}-{some[-1]}"
-            if (name, steady, kv_share, window) in done:
+            if (name, penalty, kv_share, window) in done:
                 continue
             target = activation_for(kv_share, window, 2048, n_layer, n_layer - len(some))
             routed = {unit: fit for unit, fit in fits.items() if unit.layer in some}
-            routers, _ = solve(routed, drift_penalty=steady, drift=drifts)
+            routers, _ = solve(routed, drift_penalty=penalty, drift=drifts)
             p = tuple(0.5 if layer in some else 0.0 for layer in range(n_layer))
             share = tuple(target if layer in some else 1.0 for layer in range(n_layer))
             config = MoDConfig(sink_tokens=4, kv_window=window, units={"kv": UnitConfig(p, share)})
@@ -82,7 +79,7 @@ def main(model, texts, kv_share, window, layers, strengths, out):
             set_thresholds(mod, sequences[::3], {"kv": list(routers)}, {"kv": target})
             row = {
                 "layers": name,
-                "steady": steady,
+                "drift_penalty": penalty,
                 "kv_share": kv_share,
                 "window": window,
                 "target": target,
@@ -96,15 +93,13 @@ def main(model, texts, kv_share, window, layers, strengths, out):
 
 
 def positions(mod, file: str) -> list[float]:
-    """Share of active tokens between BOUNDS, in the first sequence of a file."""
-    from mod_export.data.text import pack, read_texts
-
-    (ids,) = pack(mod.tokenizer, read_texts([file]), BOUNDS[-1], 1)
+    """Return the share of active tokens between BOUNDS_TOKENS, in the first sequence of a file."""
+    (ids,) = pack(mod.tokenizer, read_texts([file]), BOUNDS_TOKENS[-1], 1)
     _, trace = mod(ids[None], trace=True, logits_to_keep=1)
     active = trace.active[0].float().mean(-1)
     return [
         round(active[start:stop].mean().item(), 4)
-        for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False)
+        for start, stop in zip(BOUNDS_TOKENS, BOUNDS_TOKENS[1:], strict=False)
     ]
 
 

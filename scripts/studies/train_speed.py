@@ -1,20 +1,16 @@
 """Speed of training against plain fine-tuning: same model, batch, trained weights and precision,
 step by step in turn.
 
-    python scripts/train_speed.py mod --text book.txt --train lora --length 512 --precision bf16
+    python -m scripts.studies.train_speed mod --text book.txt --train lora --length 512 --precision bf16
 
 Plain fine-tuning is the original model with transformers' own language-model loss. Routers alone
 have no plain twin: there it is fine-tuning of all weights but the embeddings.
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import click
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 @click.command()

@@ -1,13 +1,15 @@
 """Train and judge many ways to make a Mixture-of-Depths model: the figures of docs/results/training.md.
 
     T="--data train/ --text wiki=wiki.txt --text book=book.txt --out study"
-    python scripts/training_study.py list
-    python scripts/training_study.py run $T 'kv-*'          # points by name, with wildcards
-    python scripts/training_study.py time --out study '*-lora'   # their decode time, by the runtime
-    python scripts/training_study.py report --out study     # tables and plots from the rows
-    python scripts/training_study.py judge trained --target 0.5 --text wiki=wiki.txt    # any MoD model, as points are;
-                                                             # with --out study it is a row, and can be timed
-    python scripts/training_study.py lengths trained --text wiki=wiki.txt   # activation from 512 to 8192 tokens
+    python -m scripts.studies.training list
+    python -m scripts.studies.training run $T 'kv-*'          # points by name, with wildcards
+    python -m scripts.studies.training time --out study '*-lora'   # their decode time, by the runtime
+    python -m scripts.studies.training report --out study     # tables and plots from the rows
+    python -m scripts.studies.training judge trained --target 0.5 --text wiki=wiki.txt
+    python -m scripts.studies.training lengths trained --text wiki=wiki.txt
+
+`judge` takes any MoD model. With --out the model is a row of the study, and can be timed. `lengths`
+measures the activation from 512 to 8192 tokens.
 
 Each point starts from the calibrated conversion of its kind (made once), is trained by
 mod_export.training.run, and judged by mod_export.evaluation.run with hard decisions on sequences of
@@ -15,23 +17,117 @@ mod_export.training.run, and judged by mod_export.evaluation.run with hard decis
 again, and an interrupted training goes on from its checkpoint.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
+import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from study.points import POINTS  # noqa: E402
-from study.rows import append, read  # noqa: E402
-
-from mod_export.cli.output import show_messages  # noqa: E402
-from mod_export.cli.shares import shares  # noqa: E402
-from mod_export.errors import UserError  # noqa: E402
+from mod_export.cli.output import show_messages
+from mod_export.cli.shares import shares
+from mod_export.common.tables import format_table
+from mod_export.config import UnitConfig
+from mod_export.convert import convert
+from mod_export.errors import UserError
+from mod_export.model import loading
+from mod_export.model.mod_model import MoDModel
+from mod_export.training.config import TrainConfig
+from mod_export.training.run import train
+from mod_export.units import KV, UNIT_KINDS, shares_by_kind
+from scripts.studies import frontier
+from scripts.studies.judging import judge_point
+from scripts.studies.lengths import activation_by_length, lengths_table
+from scripts.studies.points import POINTS
+from scripts.studies.report import training_table
+from scripts.studies.rows import append, read
 
 ROWS, TIMES = "rows.jsonl", "times.jsonl"
+SINK_TOKENS = 4
+
+
+def activation_for(
+    kv_share: float, window: int, length: int, n_layer: int, whole: int = UNIT_KINDS[KV].first_layer
+) -> float:
+    """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense
+    K/V at its end.
+
+    whole: layers without a router.
+    """
+    of_units = (kv_share * n_layer - whole) / (n_layer - whole)
+    recent = (window - 1) / length
+    return min(1.0, max(0.005, (of_units - recent) / (1 - recent)))
+
+
+def make_point(
+    name: str,
+    point: dict,
+    out: Path,
+    model: str,
+    data: tuple,
+    tokens: int,
+    length: int,
+    precision: str,
+    batch: int,
+    train_length: int,
+    **_,
+):
+    """-> the MoDModel of a point, and what is known of how it was made."""
+    if "kv_share" in point:
+        n_layer = 30 if model == "smollm2" else loading.load(model)[0].config.num_hidden_layers
+        target = activation_for(point["kv_share"], point["window"], length, n_layer)
+    else:
+        target = point["target"]
+    shares = shares_by_kind(target, point["units"].split("+")).values()
+    start = out / "-".join(
+        [point["units"], *(f"{share:.4f}" for share in shares)]
+    )  # a window has a target of its own
+    if not start.exists():
+        convert(
+            model,
+            start,
+            units=point["units"],
+            target=target,
+            kv_window=point.get("window"),
+            sink_tokens=SINK_TOKENS,
+        )
+    if point["way"] == "window":
+        return as_window(MoDModel.load(start), target, length), {"target": target}
+    if point["train"] is None:
+        return MoDModel.load(start), {"target": target}
+    made = out / name
+    config = TrainConfig(
+        data=tuple(data),
+        target=target,
+        tokens=tokens,
+        length=train_length,
+        batch=batch,
+        precision=precision,
+        limit=4 * tokens,
+        **point["train"],
+    )
+    resume = Path(f"{made}.run/checkpoint.pt").exists()
+    figures = train(str(start), str(made), config, resume=resume, force=True)
+    return MoDModel.load(made), {"target": target, "held_out": figures}
+
+
+def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
+    """Sinks and a recent window that hold as many K/V at the end of `length` tokens as routers of
+    this activation.
+    """
+    never = tuple(0.999 if p else 0.0 for p in model.config.units["kv"].threshold)
+    least = model.config.kv_window
+    window = round(target * (length - least)) + least - SINK_TOKENS
+    config = replace(model.config, kv_window=window, units={"kv": UnitConfig(never, never)})
+    routers = {
+        unit: (torch.zeros_like(w), torch.full_like(b, -20))
+        for unit, (w, b) in model.router_tensors().items()
+    }
+    return MoDModel.from_base(model.base, model.tokenizer, config, routers)
 
 
 @click.group()
@@ -67,8 +163,6 @@ def list_points():
 )
 def run(patterns, out, **given):
     """Train and judge the points whose names match."""
-    from study.training import judge_point, make_point
-
     names = matching(patterns)
     out.mkdir(exist_ok=True)
     rows = out / ROWS
@@ -107,11 +201,6 @@ def run(patterns, out, **given):
 )
 def judge(directory, target, out, **given):
     """Judge the MoD model in DIRECTORY as `run` judges its points."""
-    from study.training import judge_point
-
-    from mod_export.common.tables import format_table
-    from mod_export.model.mod_model import MoDModel
-
     made, path = MoDModel.load(directory), Path(directory).resolve()
     row = {
         "name": path.name,
@@ -173,10 +262,8 @@ def lengths_command(model, texts, lengths, count, threads):
     """Show which share of tokens MODEL, a MoD directory or GGUF file, takes as what it reads grows
     longer.
     """
-    from study.lengths import activation_by_length, report
-
     files = dict(pair.split("=", 1) for pair in texts)
-    click.echo(report(activation_by_length(model, files, lengths, count, threads), lengths))
+    click.echo(lengths_table(activation_by_length(model, files, lengths, count, threads), lengths))
 
 
 @study.command("time")
@@ -192,15 +279,13 @@ def time_points(patterns, out, context, rounds):
     """Time the points that are trained and whose names match, and models judged with --out, through
     the runtime.
     """
-    from study.frontier import time_point
-
     done = {row["name"] for row in read(out / TIMES)}
     judged = {row["name"]: Path(row["directory"]) for row in read(out / ROWS) if "directory" in row}
     made = {name: out / name for name in POINTS} | judged
     for name in matching(patterns, made):
         if name in done or not made[name].is_dir():
             continue
-        row = {"name": name, **time_point(made[name], out, context, rounds)}
+        row = {"name": name, **frontier.time_point(made[name], out, context, rounds)}
         append(out / TIMES, row)
 
 
@@ -217,12 +302,10 @@ def time_points(patterns, out, context, rounds):
 )
 def report(out, docs, measured):
     """Print the tables and draw the plots."""
-    from study import frontier, training_report
-
     rows = read(out / ROWS)
     times = [row for row in read(out / TIMES) if measured in row.get("measured", "")]
     if compared := [row for row in rows if all("kl" in text for text in row["texts"].values())]:
-        click.echo(training_report.report(compared, docs or out))
+        click.echo(training_table(compared, docs or out))
     if times:
         click.echo("\n" + frontier.report(rows, times, docs or out))
 

@@ -1,52 +1,42 @@
-"""The stages of the study: each computes rows and appends them to a file."""
+"""Compare ways to calibrate, and the result with plain baselines: the figures of
+docs/log.md.
+
+    T="--text wiki=wiki.txt --text book=book.txt --out study"
+    python -m scripts.studies.calibration scores $T               # every score and fit, one activation
+    python -m scripts.studies.calibration table $T                # the chosen ones and baselines, several activations
+    python -m scripts.studies.calibration shapes $T-shapes --layers 1-29   # windows and layers of kv
+    python -m scripts.studies.calibration passkey --haystack long.txt --mod mod --out study
+    python -m scripts.studies.calibration report --out study      # tables and plots from the rows
+
+Every finished row goes to a .jsonl file in the folder at once; rows that are there are not computed
+again.
+"""
 
 from __future__ import annotations
 
 import json
-import time
+import logging
 from pathlib import Path
 
 import click
 import torch
 
 from mod_export.calibration.calibrate import DEFAULT_SCORES
-from mod_export.calibration.costs import SCORES
+from mod_export.cli.output import show_messages
 from mod_export.data import text as data_text
 from mod_export.evaluation import run as eval_run
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.units import Unit, parse_kinds, parse_layers, routed_layers
-from study.judge import Judge
-from study.samples import METHODS, Samples, collect, mean_cost, routers_of
+from scripts.studies.judging import Judge
+from scripts.studies.report import write_report
+from scripts.studies.rows import NamedRows
+from scripts.studies.samples import METHODS, Samples, collect, mean_cost, routers_of
+from scripts.studies.scores import SCORES
 
+logger = logging.getLogger(f"mod_export.{__name__}")  # the handler of mod_export prints it
 
-def say(line: str) -> None:
-    click.echo(f"[{time.process_time():5.0f} s CPU] {line}", err=True)
-
-
-class Rows:
-    """Rows of a study in a JSONL file, each with a unique `name`."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.done = (
-            {row["name"]: row for row in map(json.loads, path.open())} if path.exists() else {}
-        )
-
-    def add(self, name: str, make, **more) -> dict:
-        """The row of that name, made now by `make()` -> object with attributes, unless it is there."""
-        if name not in self.done:
-            start = time.process_time()
-            row = {"name": name, **more, **vars(make())}
-            row["cpu_seconds"] = round(time.process_time() - start, 1)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            say(
-                f"{name}: activation {row['activation']:.3f}, KV {row['kv_share']:.3f}, KL {row['kl']:.4f}"
-            )
-            self.done[name] = row
-        return self.done[name]
+TARGETS = "0.9,0.7,0.5,0.35"
 
 
 class Study:
@@ -94,9 +84,7 @@ class Study:
             self.out.mkdir(parents=True, exist_ok=True)
             ids = data_text.pack(self.tokenizer, data_text.default_texts()[0], 1024)
             ids = ids[:: max(1, len(ids) // sequences)][:sequences]
-            found = collect(
-                self.base, self.tokenizer, ids, missing, self.layers, kv_window, sinks, say
-            )
+            found = collect(self.base, self.tokenizer, ids, missing, self.layers, kv_window, sinks)
             for kind in missing:
                 # torch.load takes plain tuples only
                 of_kind = [
@@ -118,7 +106,7 @@ def convert_kinds(kinds: str) -> list[str]:
 
 def compare_scores(study: Study, kind: str, target: float) -> None:
     """All scores with ridge, then the best score with the other fits; plain baselines."""
-    rows, samples = Rows(study.out / "scores.jsonl"), study.samples[kind]
+    rows, samples = NamedRows(study.out / "scores.jsonl"), study.samples[kind]
 
     def add(score: str, method: str) -> dict:
         def make():
@@ -144,7 +132,7 @@ def compare_scores(study: Study, kind: str, target: float) -> None:
 
 def compare_targets(study: Study, kind: str, targets: list[float], name: str) -> None:
     """The default score at several activations, beside baselines."""
-    rows = Rows(study.out / f"{name}.jsonl")
+    rows = NamedRows(study.out / f"{name}.jsonl")
     rows.add(
         "dense",
         lambda: study.judge.static("kv", [], study.layers, study.judge.kv_window),
@@ -166,7 +154,7 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
     """kv with other windows and other layers, at the K/V bytes of `target` with the study's window
     and layers.
     """
-    rows, judge, samples = Rows(study.out / "shapes.jsonl"), study.judge, study.samples["kv"]
+    rows, judge, samples = NamedRows(study.out / "shapes.jsonl"), study.judge, study.samples["kv"]
     tokens, n_layer = len(next(iter(judge.texts.values()))[0]), judge.n_layer
     usual = judge.kv_window
     kept = target * (tokens - usual) + usual  # cells of a routed layer
@@ -200,7 +188,7 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
         rows.add(f"layers {layers} {target}", make, window=usual, layers=layers)
 
 
-def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
+def baselines(study: Study, rows: NamedRows, kind: str, target: float) -> None:
     """Whole units dropped, the cheapest first; for kv also a window, alone and with sinks, at equal
     K/V.
     """
@@ -224,7 +212,7 @@ def baselines(study: Study, rows: Rows, kind: str, target: float) -> None:
         add("window", lambda: judge.static("kv", study.layers, study.layers, window))
 
 
-def random_baseline(study: Study, rows: Rows, kind: str, target: float) -> None:
+def random_baseline(study: Study, rows: NamedRows, kind: str, target: float) -> None:
     routers = random_routers(study.samples[kind])
     rows.add(
         f"{kind} random {target}",
@@ -254,4 +242,112 @@ def passkeys(
         row = eval_run.passkey(model, text, length, keys=keys)
         with (out / "passkey.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        say(f"{length} tokens: dense {row['dense']:.2f}, MoD {row['mod']:.2f} of {row['trials']}")
+        logger.info(
+            f"{length} tokens: dense {row['dense']:.2f}, MoD {row['mod']:.2f} of {row['trials']}"
+        )
+
+
+@click.group()
+def study():
+    """Compare ways to calibrate a Mixture-of-Depths model."""
+    show_messages(clock=True)
+
+
+def options(command):
+    for option in (
+        click.option("--model", default="smollm2", show_default=True),
+        click.option(
+            "--out", required=True, type=click.Path(path_type=Path), help="Folder of the results."
+        ),
+        click.option(
+            "--text",
+            "texts",
+            multiple=True,
+            required=True,
+            metavar="NAME=FILE",
+            help="To judge by.",
+        ),
+        click.option(
+            "--length", default=1024, show_default=True, help="Tokens in a sequence to judge by."
+        ),
+        click.option("--count", default=1, show_default=True, help="Sequences of each text."),
+        click.option(
+            "--sequences",
+            default=8,
+            show_default=True,
+            help="Calibration sequences of 1024 tokens.",
+        ),
+        click.option("--kinds", default="kv,attn,ffn,block", show_default=True),
+        click.option("--layers", default="auto", show_default=True),
+        click.option("--sinks", default=4, show_default=True),
+        click.option("--kv-window", default=64, show_default=True),
+        click.option("--threads", default=2, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@study.command()
+@options
+@click.option("--target", default=0.5, show_default=True)
+def scores(target, **given):
+    """Compare scores and fits of each kind at one activation."""
+    made = Study(**given)
+    for kind in made.kinds:
+        compare_scores(made, kind, target)
+
+
+@study.command()
+@options
+@click.option("--targets", default=TARGETS, show_default=True)
+@click.option("--name", default="table", show_default=True, help="Rows go to NAME.jsonl.")
+def table(targets, name, **given):
+    """The default score of each kind, and baselines, at several activations."""
+    made = Study(**given)
+    for kind in made.kinds:
+        compare_targets(made, kind, [float(target) for target in targets.split(",")], name)
+
+
+@study.command()
+@options
+@click.option("--windows", default="16,32,64,128,256", show_default=True)
+@click.option(
+    "--layer-sets", default="auto;1-29;3-28", show_default=True, help="Separated by semicolons."
+)
+@click.option("--target", default=0.35, show_default=True)
+def shapes(windows, layer_sets, target, **given):
+    """Windows and layers of kv units at equal K/V; --layers must cover all sets. Use a folder of
+    its own.
+    """
+    made = Study(**given | {"kinds": "kv"}, only=[DEFAULT_SCORES["kv"]])
+    compare_shapes(
+        made, [int(window) for window in windows.split(",")], layer_sets.split(";"), target
+    )
+
+
+@study.command()
+@click.option("--mod", required=True, type=click.Path(), help="MoD directory.")
+@click.option("--haystack", required=True, type=click.Path())
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--lengths", default="1024,2048,4096", show_default=True)
+@click.option("--keys", default=2, show_default=True, help="Keys at each of the five depths.")
+@click.option("--threads", default=2, show_default=True)
+def passkey(mod, haystack, out, lengths, keys, threads):
+    """Passkey retrieval of a MoD directory and of its dense base."""
+    passkeys(mod, haystack, out, [int(length) for length in lengths.split(",")], keys, threads)
+
+
+@study.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the rows.")
+@click.option(
+    "--docs",
+    type=click.Path(path_type=Path),
+    help="Where the pictures go; default: the same folder.",
+)
+def report(out, docs):
+    """Tables (study.md, study.json) and pictures from the rows."""
+    write_report(out, docs or out)
+
+
+if __name__ == "__main__":
+    study()

@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
 import torch
 
-from mod_export.calibration.thresholds import MAX_LOGIT
+from mod_export.calibration.thresholds import MAX_LOGIT, set_thresholds
 from mod_export.config import MoDConfig, UnitConfig
+from mod_export.data import text as data_text
+from mod_export.evaluation.perplexity import loss
+from mod_export.evaluation.readers import Pair, TorchReader
 from mod_export.evaluation.run import divergence, kv_share
-from mod_export.model import architectures
+from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
+from mod_export.units import shares_by_kind
 
 TOLERANCE = 0.015  # of the activation, within which K/V count as equal
 ROUNDS = 3
@@ -175,3 +179,45 @@ class Judge:
 def _quantile(values: torch.Tensor, target: float) -> torch.Tensor:
     ordered = values.flatten().sort().values
     return ordered[min(round((1 - target) * len(ordered)), len(ordered) - 1)]
+
+
+def meet_target(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
+    """Shift the thresholds of each kind for the target on these sequences: ways are compared at
+    equal activation.
+    """
+    groups = made.config.by_kind()
+    set_thresholds(made, sequences, groups, shares_by_kind(target, groups), rounds=2)
+
+
+@torch.inference_mode()
+def judge_point(
+    made: MoDModel,
+    target: float | dict | None,
+    model: str,
+    texts: tuple,
+    length: int,
+    count: int,
+    **_,
+) -> dict:
+    """KL and perplexities against the original `model`, on each text; with activation and K/V.
+
+    target: thresholds are moved, all alike, until these texts have this activation; None: they are
+    left as they are.
+    """
+    original, found = loading.load(model)[0], {}
+    for module in (original, made):
+        module.to("cuda" if torch.cuda.is_available() else "cpu")
+    files = dict(text.split("=", 1) for text in texts)
+    if target is not None:
+        firsts = [
+            data_text.pack(made.tokenizer, data_text.read_texts([file]), length, 1)
+            for file in files.values()
+        ]
+        meet_target(made, torch.cat(firsts), target)
+    dense = TorchReader(MoDModel.from_base(original, made.tokenizer), model)
+    pair = Pair(dense, TorchReader(made))
+    for name, file in files.items():
+        found[name] = asdict(
+            loss(pair, data_text.pack(made.tokenizer, data_text.read_texts([file]), length, count))
+        )
+    return found

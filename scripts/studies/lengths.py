@@ -47,7 +47,7 @@ def activation_by_length(
     return found
 
 
-def report(found: dict[str, list[list[float]]], lengths: tuple[int, ...]) -> str:
+def lengths_table(found: dict[str, list[list[float]]], lengths: tuple[int, ...]) -> str:
     """Means over a text's sequences and (standard errors), and from the least to the most of a
     row's means.
     """

@@ -1,46 +1,44 @@
-"""What the units that a trained model skips would be worth, and whether other routers would choose
-better.
+"""What the units that a trained model skips would add, and whether other routers would choose better.
 
-    python scripts/worth_study.py trained -d train/ --sequences 60 --length 512
+    python -m scripts.studies.unit_value trained -d train/ --sequences 60 --length 512
 
-Of each token and `ffn` unit: how much the KL to the original rises without it, all else as it is.
-Near its gate G the KL is about quadratic, so that this is -(slope at one half) = C (G - 1/2) -
-slope at G, with the curvature C from gradients of log-likelihoods of tokens drawn from the model
-(Fisher information). Routers are fitted anew to that, on
-two thirds of the sequences, and all are compared on the rest at equal activation: the worth of what
-they skip, summed
-over units. Choosing by the curvature itself is a bound and no way: its noise is in the worth too.
+The value of a token and an `ffn` unit is how much the KL to the original rises without the unit, all
+else as it is. Near its gate G the KL is about quadratic. So the value is -(slope at one half) =
+C (G - 1/2) - slope at G, with the curvature C from gradients of log-likelihoods of tokens drawn from
+the model (Fisher information).
+
+Routers are fitted anew to the value on two thirds of the sequences. All routers are compared on the
+rest at equal activation: the value of what they skip, summed over units. To choose by the curvature
+itself is a bound and no way, because its noise is in the value too.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from mod_export.calibration.ridge import Ridge  # noqa: E402
-from mod_export.calibration.thresholds import quantile_logit  # noqa: E402
-from mod_export.cli.output import show_messages  # noqa: E402
-from mod_export.common.tables import format_table  # noqa: E402
-from mod_export.data.packing import open_data  # noqa: E402
-from mod_export.model import architectures, loading  # noqa: E402
-from mod_export.model.mod_model import MoDModel  # noqa: E402
-from mod_export.model.router import rms_norm, threshold_logit  # noqa: E402
-from mod_export.training.relaxation import (  # noqa: E402
+from mod_export.calibration.ridge import Ridge
+from mod_export.calibration.thresholds import quantile_logit
+from mod_export.cli.output import show_messages
+from mod_export.common.tables import format_table
+from mod_export.data.packing import open_data
+from mod_export.model import architectures, loading
+from mod_export.model.mod_model import MoDModel
+from mod_export.model.router import rms_norm, threshold_logit
+from mod_export.training.relaxation import (
     Relaxation,
     RelaxedDecisions,
     relaxed_attention,
 )
 
-CLIP = 1.0  # nats: a few units are worth ten, and would be all that least squares sees
+# A few units have a value of ten nats, which would be all that least squares sees.
+MAX_VALUE_NATS = 1.0
+# Fit -> penalty of the ridge.
 FITS = {
-    "fitted to the worth, clipped": 3.0,
+    "fitted to the value, clipped": 3.0,
     "fitted to the log of the curvature": 0.3,
-}  # -> penalty of the ridge
-LEAST = 1e-5  # curvature whose logarithm is taken
+}
+MIN_CURVATURE = 1e-5  # of those whose logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,10 @@ class Gates(Relaxation):
 def measure(
     model: MoDModel, dense: MoDModel, ids: torch.Tensor, draws: int, autocast: bool
 ) -> tuple:
-    """ids [T] -> worth, curvature, logits' distance to the threshold, active, each [T, n_units]; KL
-    [T]; inputs of the routers [n_units, T, n_embd].
+    """Measure one sequence of ids [T].
+
+    Returns value, curvature, the logits' distance to the threshold, and active, each [T, n_units];
+    KL [T]; inputs of the routers [n_units, T, n_embd].
     """
     units, inputs, gates = model.config.routed(), {}, Gates()
     hooks = [
@@ -95,9 +95,9 @@ def measure(
         )
     cut = torch.tensor([threshold_logit(model.router(unit).threshold) for unit in units])
     active = trace.active[0].float()
-    worth = curvature * (active - 0.5) - slope
+    value = curvature * (active - 0.5) - slope
     return (
-        worth,
+        value,
         curvature,
         trace.logit[0].detach() - cut,
         active,
@@ -106,11 +106,12 @@ def measure(
     )
 
 
-def lost(score: torch.Tensor, worth: torch.Tensor, share: float) -> float:
-    """Worth of what is skipped, summed over units, per token, where the `share` with the highest
-    score is active.
+def lost(score: torch.Tensor, value: torch.Tensor, share: float) -> float:
+    """Return the value of what is skipped per token, summed over units.
+
+    The `share` of (token, unit) pairs with the highest score is active.
     """
-    return (worth * (score < quantile_logit(score, share))).sum(-1).mean().item()
+    return (value * (score < quantile_logit(score, share))).sum(-1).mean().item()
 
 
 @click.command()
@@ -146,10 +147,13 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
     kept, rows, routers, sinks = sequences * 2 // 3, [], {}, model.config.sink_tokens
     for number in range(sequences):
         ids = texts[number * len(texts) // sequences]["input_ids"]
-        worth, curvature, z, active, kl, x = measure(model, dense, ids, draws, bf16)
+        value, curvature, z, active, kl, x = measure(model, dense, ids, draws, bf16)
         click.echo(f"sequence {number + 1} of {sequences}: KL {kl.mean():.4f}", err=True)
         if number < kept:
-            goals = (worth.clamp(-CLIP, CLIP), curvature.clamp(min=LEAST).log())
+            goals = (
+                value.clamp(-MAX_VALUE_NATS, MAX_VALUE_NATS),
+                curvature.clamp(min=MIN_CURVATURE).log(),
+            )
             for of_units, goal in zip(fits.values(), goals, strict=True):
                 for i, fit in enumerate(of_units):
                     fit.add(x[i, sinks:], goal[sinks:, i])
@@ -166,19 +170,19 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
             scores[name] = torch.stack([x[i] @ w + b for i, (w, b) in enumerate(of_units)], dim=-1)
         rows.append(
             (
-                worth[sinks:],
+                value[sinks:],
                 active[sinks:],
                 kl,
                 {name: score[sinks:] for name, score in scores.items()},
             )
         )
-    worth, active, kl = (torch.cat([row[i] for row in rows]) for i in range(3))
+    value, active, kl = (torch.cat([row[i] for row in rows]) for i in range(3))
     share = active.mean().item()
     table = []
     for name in rows[0][3]:
         score = torch.cat([row[3][name] for row in rows])
-        table.append([name, f"{lost(score, worth, share):.4f}"])
-    click.echo(format_table(["routers", "worth of what is skipped"], table, markdown=True))
+        table.append([name, f"{lost(score, value, share):.4f}"])
+    click.echo(format_table(["routers", "value of what is skipped"], table, markdown=True))
     click.echo(f"activation {share:.3f}, KL {kl.mean():.4f}")
 
 

@@ -4,21 +4,18 @@ compared.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
-from mod_export.calibration.calibrate import (
-    PENALTIES,
-    judged_rows,
-    log_cost,
-    solve,
-    with_repetition,
-)
-from mod_export.calibration.costs import CostMeter
-from mod_export.calibration.ridge import Ridge, logistic
+from mod_export.calibration.calibrate import PENALTIES, judged_rows, log_cost, solve
+from mod_export.calibration.ridge import Ridge
 from mod_export.model import architectures
 from mod_export.model.router import rms_norm
+from scripts.studies.scores import StudyMeter, logistic, with_repetition
+
+logger = logging.getLogger(f"mod_export.{__name__}")  # the handler of mod_export prints it
 
 METHODS = (
     "ridge",
@@ -38,12 +35,10 @@ class Samples:
     cost: dict
 
 
-def collect(
-    base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sinks: int, say
-) -> Samples:
+def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sinks: int) -> Samples:
     """Measure all scores in `kinds` {kind: scores} on sequences [n, T]."""
     x, cost = {}, {}
-    tape, eps = CostMeter(base, kv_window), architectures.norm_eps(base)
+    meter, eps = StudyMeter(base, kv_window), architectures.norm_eps(base)
     once = {
         kind: [name for name in names if not name.startswith("repeat_")]
         for kind, names in kinds.items()
@@ -54,14 +49,14 @@ def collect(
         for i in layers
     }
     for number, ids in enumerate(sequences):
-        say(f"measuring costs: sequence {number + 1} of {len(sequences)}")
+        logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
         rows = {kind: judged_rows(kind, len(ids), sinks, kv_window) for kind in kinds}
-        for unit, (h, costs) in tape.measure(ids, plain):
+        for unit, (h, costs) in meter.measure(ids, plain):
             x.setdefault(unit, []).append(rms_norm(h[rows[unit.kind]], eps).half())
             _append(cost, unit, costs, rows[unit.kind])
         if any(again.values()):
-            text, context = with_repetition(tokenizer, ids, again)
-            for unit, (_, costs) in tape.measure(text, again, context):
+            text, context = with_repetition(tokenizer, ids)
+            for unit, (_, costs) in meter.measure(text, again, context):
                 _append(cost, unit, costs, rows["kv"])
     joined = {
         unit: {n: torch.cat(parts) for n, parts in named.items()} for unit, named in cost.items()

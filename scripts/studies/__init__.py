@@ -1,0 +1,1 @@
+"""The studies behind the figures of docs/results: `python -m scripts.studies.NAME --help`."""
