@@ -13,15 +13,17 @@ from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
 from mod_export.units import UNIT_KINDS, Unit
 
-SKIPPED = "#F0F0EC"
-CELL = 0.135  # width of a token in inches: its text still reads at 6 points
+SKIPPED_COLOUR = "#F0F0EC"
+TOKEN_WIDTH_INCHES = 0.135  # the text of a token still reads at 6 points
 MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What each token did. active [n_tokens, n_units] bool; units: (layer, kind); texts: one per
-    token; n_prompt: tokens before the generated ones.
+    """What each token did.
+
+    active: bool [n_tokens, n_units]. texts: the text of each token. n_prompt: the number of tokens
+    before the generated ones.
     """
 
     active: np.ndarray
@@ -32,7 +34,7 @@ class Decisions:
 
 
 def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
-    """Runs the prompt (as plain text) and `generate` more tokens, the likeliest each time.
+    """Run the prompt (as plain text) and `generate` more tokens, the likeliest each time.
 
     Raises UserError for a dense model, an empty prompt and one that does not fit the context.
     """
@@ -54,7 +56,7 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
     n_prompt = len(tokens)
     with llm.recording() as batches:
         if generate:
-            # the last token's decisions come with its own decode, so one more is asked for
+            # A token's decisions come with its own decode, so one token more is asked for.
             for i, token in enumerate(llm.generate(tokens, temp=0.0)):
                 if i == generate or llm.is_end(token):
                     break
@@ -73,8 +75,10 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
     )
 
 
-def draw(d: Decisions, path: str | Path, force: bool = False, per_row: int | None = None) -> None:
-    """Writes the picture (the format follows the name's ending: png, pdf, svg).
+def draw(
+    decisions: Decisions, path: str | Path, force: bool = False, per_row: int | None = None
+) -> None:
+    """Write the picture; its format follows the ending of its name: png, pdf, svg.
 
     Long texts are wrapped into rows of `per_row` tokens. Raises UserError where the path cannot be
     written.
@@ -84,7 +88,7 @@ def draw(d: Decisions, path: str | Path, force: bool = False, per_row: int | Non
     matplotlib.use("Agg")
     suffix = check_output(path, force)
     with atomic_file(path, force) as tmp:
-        fig = _figure(_by_kind(d), per_row or _per_row(len(d.active)))
+        fig = _figure(_by_kind(decisions), per_row or _per_row(len(decisions.active)))
         fig.savefig(tmp, format=suffix, dpi=150)
         import matplotlib.pyplot as plt
 
@@ -92,8 +96,9 @@ def draw(d: Decisions, path: str | Path, force: bool = False, per_row: int | Non
 
 
 def check_output(path: str | Path, force: bool) -> str:
-    """The picture's format. Raises UserError at once, before a long run, where it could not be
-    written.
+    """The picture's format. Call this before a long run.
+
+    Raises UserError where the picture could not be written.
     """
     suffix = Path(path).suffix.lower().lstrip(".")
     if suffix not in ("png", "pdf", "svg"):
@@ -105,19 +110,24 @@ def check_output(path: str | Path, force: bool) -> str:
     return suffix
 
 
-def _by_kind(d: Decisions) -> Decisions:
+def _by_kind(decisions: Decisions) -> Decisions:
     """Units of a kind together, by layer: patterns over depth show, where interleaved kinds hide
     them.
     """
     order = sorted(
-        range(len(d.units)), key=lambda i: (UNIT_KINDS[d.units[i].kind].order, d.units[i].layer)
+        range(len(decisions.units)),
+        key=lambda i: (UNIT_KINDS[decisions.units[i].kind].order, decisions.units[i].layer),
     )
-    return replace(d, active=d.active[:, order], units=[d.units[i] for i in order])
+    return replace(
+        decisions, active=decisions.active[:, order], units=[decisions.units[i] for i in order]
+    )
 
 
 def _per_row(n: int) -> int:
-    """One row while it fits a page's width, then about as many rows as keep the picture a page, at
-    most 160 wide.
+    """Tokens in a row.
+
+    It is one row while that fits the width of a page. Longer texts have rows of at most 96 tokens,
+    and of 160 above 960 tokens.
     """
     if n <= 96:
         return n
@@ -125,58 +135,60 @@ def _per_row(n: int) -> int:
     return -(-n // rows)
 
 
-def _figure(d: Decisions, per_row: int):
+def _figure(decisions: Decisions, per_row: int):
     import matplotlib.pyplot as plt
 
-    n, n_units = d.active.shape
+    n, n_units = decisions.active.shape
     rows = -(-n // per_row)
     unit = min(0.15 if rows < 4 else 0.09, max(0.045, 3.2 / n_units))  # height of a unit
     left, right, top = 0.6, 0.75, 0.62
-    text_height = 0.09 + 0.052 * min(12, max(len(_label(t)) for t in d.texts))
+    text_height = 0.09 + 0.052 * min(12, max(len(_label(t)) for t in decisions.texts))
     panel, gap = unit * n_units, text_height + 0.12
-    width = max(left + CELL * per_row + right, 5.5)
+    width = max(left + TOKEN_WIDTH_INCHES * per_row + right, 5.5)
     height = top + rows * (panel + gap) + 0.1
     fig = plt.figure(figsize=(width, height))
     for row in range(rows):
         bottom = height - top - (row + 1) * panel - row * gap
         part = slice(row * per_row, min(n, (row + 1) * per_row))
-        span = CELL * (part.stop - part.start)
+        span = TOKEN_WIDTH_INCHES * (part.stop - part.start)
         ax = fig.add_axes((left / width, bottom / height, span / width, panel / height))
-        _panel(ax, d, part)
+        _panel(ax, decisions, part)
         if row == 0:
             share = fig.add_axes(
                 ((left + span + 0.06) / width, bottom / height, 0.55 / width, panel / height)
             )
-            _shares(share, d)
-    _legend(fig, d, left / width, height)
+            _shares(share, decisions)
+    _legend(fig, decisions, left / width, height)
     return fig
 
 
-def _panel(ax, d: Decisions, part: slice) -> None:
-    """The decisions of some tokens."""
+def _panel(ax, decisions: Decisions, part: slice) -> None:
+    """Draw the decisions of some tokens."""
     from matplotlib.colors import to_rgb
 
-    on = np.array([to_rgb(UNIT_KINDS[kind].colour) for _, kind in d.units])
-    active = d.active[part].T[..., None]
+    on = np.array([to_rgb(UNIT_KINDS[kind].colour) for _, kind in decisions.units])
+    active = decisions.active[part].T[..., None]
     ax.imshow(
-        np.where(active, on[:, None], to_rgb(SKIPPED)), aspect="auto", interpolation="nearest"
+        np.where(active, on[:, None], to_rgb(SKIPPED_COLOUR)),
+        aspect="auto",
+        interpolation="nearest",
     )
     n = part.stop - part.start
     ax.set_xticks(
         range(n),
-        [_label(t) for t in d.texts[part]],
+        [_label(t) for t in decisions.texts[part]],
         rotation=90,
         fontsize=5.5,
         family="DejaVu Sans Mono",
         parse_math=False,
     )
     for label, i in zip(ax.get_xticklabels(), range(part.start, part.stop), strict=True):
-        label.set_color("#222222" if i < d.n_prompt else "#B00020")
-    points = ax.figure.get_figheight() * ax.get_position().height * 72 / len(d.units)
-    ax.set_yticks(*_unit_labels(d.units, points), fontsize=6)
-    for kind, (first, last) in _bands(d.units).items():
+        label.set_color("#222222" if i < decisions.n_prompt else "#B00020")
+    points = ax.figure.get_figheight() * ax.get_position().height * 72 / len(decisions.units)
+    ax.set_yticks(*_unit_labels(decisions.units, points), fontsize=6)
+    for kind, (first, last) in _bands(decisions.units).items():
         ax.text(
-            -0.47 / CELL,
+            -0.47 / TOKEN_WIDTH_INCHES,
             (first + last) / 2,
             f"{kind}, layer",
             fontsize=6.5,
@@ -187,13 +199,13 @@ def _panel(ax, d: Decisions, part: slice) -> None:
     ax.tick_params(length=0, pad=2)
     ax.text(-0.5, -0.75, str(part.start), fontsize=5, color="#888888", ha="left", va="bottom")
     ax.set_xticks(np.arange(0.5, n - 1), minor=True)
-    ax.set_yticks(np.arange(0.5, len(d.units) - 1), minor=True)
+    ax.set_yticks(np.arange(0.5, len(decisions.units) - 1), minor=True)
     ax.grid(which="minor", color="white", linewidth=0.4 if points > 5 else 0.25)
-    for first, _ in list(_bands(d.units).values())[1:]:
+    for first, _ in list(_bands(decisions.units).values())[1:]:
         ax.axhline(first - 0.5, color="#444444", linewidth=0.6)
     ax.tick_params(which="minor", length=0)
-    if part.start < d.n_prompt < part.stop:
-        ax.axvline(d.n_prompt - part.start - 0.5, color="#B00020", linewidth=1)
+    if part.start < decisions.n_prompt < part.stop:
+        ax.axvline(decisions.n_prompt - part.start - 0.5, color="#B00020", linewidth=1)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
@@ -207,17 +219,20 @@ def _bands(units: list[Unit]) -> dict[str, tuple[int, int]]:
 
 
 def _unit_labels(units: list[Unit], points: float) -> tuple[list[int], list[int]]:
-    """Rows that get their layer as a label, thinned so that lines of 6 points do not touch."""
+    """Rows that get their layer as a label, so few that lines of 6 points do not touch."""
     step = int(np.ceil(6.2 / points))
     ticks = [i for first, last in _bands(units).values() for i in range(first, last + 1, step)]
     return ticks, [units[i][0] for i in ticks]
 
 
-def _shares(ax, d: Decisions) -> None:
-    """Bars beside the first panel: each unit's share of active tokens in the whole text."""
-    share = d.active.mean(0)
+def _shares(ax, decisions: Decisions) -> None:
+    """Draw bars beside the first panel: each unit's share of active tokens in the whole text."""
+    share = decisions.active.mean(0)
     ax.barh(
-        range(len(share)), share, color=[UNIT_KINDS[kind].colour for _, kind in d.units], height=0.8
+        range(len(share)),
+        share,
+        color=[UNIT_KINDS[kind].colour for _, kind in decisions.units],
+        height=0.8,
     )
     ax.set_xlim(0, 1)
     ax.set_ylim(len(share) - 0.5, -0.5)
@@ -229,20 +244,24 @@ def _shares(ax, d: Decisions) -> None:
         ax.spines[name].set_visible(False)
 
 
-def _legend(fig, d: Decisions, left: float, height: float) -> None:
+def _legend(fig, decisions: Decisions, left: float, height: float) -> None:
     from matplotlib.patches import Patch
 
-    kinds = [kind for kind in UNIT_KINDS if any(kind == k for _, k in d.units)]
+    kinds = [kind for kind in UNIT_KINDS if any(kind == k for _, k in decisions.units)]
     patches = [
-        Patch(color=UNIT_KINDS[k].colour, label=f"{k}: {UNIT_KINDS[k].active} ({_mean(d, k):.0%})")
+        Patch(
+            color=UNIT_KINDS[k].colour,
+            label=f"{k}: {UNIT_KINDS[k].active} ({_mean(decisions, k):.0%})",
+        )
         for k in kinds
     ]
-    patches.append(Patch(color=SKIPPED, label="not"))
+    patches.append(Patch(color=SKIPPED_COLOUR, label="not"))
     title = (
-        f"{d.title}: {len(d.active)} tokens, {len(d.units)} units, activation {d.active.mean():.2f}"
+        f"{decisions.title}: {len(decisions.active)} tokens, {len(decisions.units)} units, "
+        f"activation {decisions.active.mean():.2f}"
     )
-    if d.n_prompt < len(d.active):
-        title += f" (generated: from token {d.n_prompt}, red)"
+    if decisions.n_prompt < len(decisions.active):
+        title += f" (generated: from token {decisions.n_prompt}, red)"
     fig.text(left, 1 - 0.12 / height, title, fontsize=8, va="top", parse_math=False)
     fig.legend(
         handles=patches,
@@ -258,12 +277,12 @@ def _legend(fig, d: Decisions, left: float, height: float) -> None:
     )
 
 
-def _mean(d: Decisions, kind: str) -> float:
-    return float(d.active[:, [k == kind for _, k in d.units]].mean())
+def _mean(decisions: Decisions, kind: str) -> float:
+    return float(decisions.active[:, [k == kind for _, k in decisions.units]].mean())
 
 
 def _label(text: str) -> str:
-    """A token's text in at most 12 signs; white space made visible."""
+    """A token's text in at most 12 characters, with white space made visible."""
     text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "·" if not text.strip() else " ")
     text = "".join(c if c.isprintable() else "�" for c in text)
     text = text.strip() or text

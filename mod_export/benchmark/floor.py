@@ -2,8 +2,8 @@
 
     prune(GGUFFile.open("dense.gguf"), "floor.gguf", layers={3, 4, 5})
 
-The remaining layers are numbered anew; tensors are copied as bytes, so any quantisation works and
-memory does not grow with the file. What it computes is the model with these blocks left out, no
+The remaining layers are numbered anew. Tensors are copied as bytes, so any quantisation works and
+memory does not grow with the file. The result is the model with these blocks left out, which is no
 useful language model.
 """
 
@@ -19,8 +19,9 @@ from mod_export.units import BLOCK
 
 
 def block_floor(mod: GGUFFile) -> set[int] | None:
-    """Layers that do nothing when no unit of `mod` runs; None where more than whole layers would
-    have to go.
+    """Layers that do nothing when no unit of `mod` runs.
+
+    None where units are routed that are not whole layers.
     """
     from mod_export.formats import schema
 
@@ -36,11 +37,10 @@ def block_floor(mod: GGUFFile) -> set[int] | None:
 
 
 def prefill_work(floor: GGUFFile) -> float:
-    """Share of its layers' matrices that a dense file applies to a prompt's token whose logits
-    nobody asks for.
+    """Share of its layers' matrices that a dense file applies to a prompt's token without logits.
 
-    llama.cpp leaves out the last layer's FFN there. A MoD model cannot, where that layer is not its
-    last: routers read what it gives.
+    For such tokens llama.cpp leaves out the last layer's FFN. In a MoD model that layer may not be
+    the last one, and routers read its result.
     """
     sizes = {
         name: t.nbytes
@@ -54,8 +54,9 @@ def prefill_work(floor: GGUFFile) -> float:
 
 
 def prune(source: GGUFFile, target: str | Path, layers: Set[int], force: bool = False) -> None:
-    """Write `source` without `layers`. Raises UserError where the target exists, or a layer is
-    missing.
+    """Write `source` without `layers`.
+
+    Raises UserError where the target exists, or the file has no such layer.
     """
     count = source.get(f"{source.architecture}.block_count", 0)
     if missing := sorted(layer for layer in layers if not 0 <= layer < count):
@@ -74,7 +75,7 @@ def prune(source: GGUFFile, target: str | Path, layers: Set[int], force: bool = 
 
 
 def _keys_of_layers(source: GGUFFile, count: int, rest: list[int]) -> dict[str, object]:
-    """The number of layers, and the arrays that have a value for each layer, for the layers `rest`."""
+    """The keys that change: the number of layers, and arrays with a value for each layer."""
     start = f"{source.architecture}."
     changed: dict[str, object] = {f"{start}block_count": len(rest)}
     for name, key in source.keys.items():

@@ -1,10 +1,10 @@
-"""Random routers for a dense GGUF that is there, fitted to an activation on text: real weights, for
-measuring speed.
+"""Random routers on the weights of a dense GGUF, fitted to an activation on text.
 
     onto("dense.gguf", "block.gguf", units="block", activation="0.5")
 
-What such a model says is worse than what calibrated routers make of it (`mod-export convert`), but
-it takes seconds. Needs the patched runtime.
+It is for measuring speed. Such a model writes worse text than one with calibrated routers
+(`mod-export convert`), but it takes seconds to make. The patched runtime has to be installed. The
+biases are fitted in the runtime alone, without torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mod_export.synthetic.weights import rng_of
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 1500
-# a unit's scores depend on the decisions before it: activations settle from the first layers on
+FIT_TOKENS = 1500
+# A unit's scores depend on the decisions before it, so the activations settle layer by layer.
 ROUNDS = 8
 
 
@@ -44,12 +44,12 @@ def onto(
     text: str | None = None,
     rounds: int = ROUNDS,
 ) -> None:
-    """Write `output`: the weights of `base`, random routers, biases such that `activation` of the
-    text's tokens run.
+    """Write `output`: the weights of `base` with random routers.
 
-    Options as in `routing`; text: by default the packaged one. The activation is met
-    within a few points in each unit, in fewer rounds less closely. Raises UserError for a base that
-    is no dense GGUF or has no vocabulary, and for an existing output.
+    The biases of the routers are fitted so that the share `activation` of the text's tokens runs.
+    It is met within a few points in each unit, in fewer rounds less closely. The options are those
+    of `routing`. text: by default the packaged one. Raises UserError for a base that is no dense
+    GGUF or has no vocabulary, and for an existing output.
     """
     file = GGUFFile.open(base)
     n_embd = file.model_number("embedding_length")
@@ -84,7 +84,7 @@ def _trace(path: Path, text: str | None) -> tuple[np.ndarray, np.ndarray]:
     text = text or "\n\n".join(default_texts())
     llm = MoDLlama(path, n_ctx=2048, n_batch=2048)
     try:
-        llm.eval(llm.tokenize(text.encode())[:TOKENS])
+        llm.eval(llm.tokenize(text.encode())[:FIT_TOKENS])
         return llm.trace()
     finally:
         llm.close()

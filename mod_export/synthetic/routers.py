@@ -1,10 +1,10 @@
 """Which units a synthetic model routes, and routers that give a chosen activation by construction.
 
 A few leading values of the residual stream are written by the token embedding alone, so at every
-depth they are c, z_1, z_2, ... of the token, divided by the RMS of the whole. A router with the
-weights SPREAD * (-q, d_1, d_2, ...) is active where d.z >= q c, whatever that RMS is, and q is a
-quantile over the vocabulary: of d.z / c, computed from the quantised embedding. Tokens drawn
-uniformly thus give the activation at any depth and in any type. The directions d are orthogonal (in
+depth they are c, z_1, z_2, ... of the token, divided by the RMS of the whole stream. A router with
+the weights SPREAD * (-q, d_1, d_2, ...) is active where d.z >= q c, whatever that RMS is. q is a
+quantile over the vocabulary of d.z / c, computed from the quantised embedding. So tokens drawn
+uniformly give the activation at any depth and in any type. The directions d are orthogonal (in
 groups of as many as there are z), so that units decide nearly independently of each other.
 """
 
@@ -38,15 +38,16 @@ def routing(
     sinks: int = SINK_TOKENS,
     kv_window: int = KV_WINDOW,
 ) -> MoDConfig:
-    """The configuration that the options ask for. Raises UserError for what they cannot mean, or
-    the schema forbids.
+    """The configuration that the options ask for.
 
-    units: kinds joined with +; activation: `0.5`, or for each kind: `attn=0.3,kv=0.5`; layers:
+    Raises UserError for options that cannot be read, and for a configuration that the schema
+    forbids. units: kinds joined with +. activation: `0.5`, or for each kind `attn=0.3,kv=0.5`.
+    layers:
     `auto`, `2-`, `3-5,8`.
     """
     kinds = parse_kinds(units)
     shares = parse_activation(activation, kinds)
-    # an open end is the last layer
+    # An open end means the last layer.
     text = re.sub(
         r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", layers
     )
@@ -65,10 +66,12 @@ def routing(
 
 
 def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:
-    """`0.5` or `attn=0.3,kv=0.5` -> share of active tokens of each kind. Raises UserError for any
-    other form.
+    """`0.5` or `attn=0.3,kv=0.5` -> share of active tokens of each kind.
+
+    Raises UserError for any other form.
     """
-    cure = f"give a number in (0, 1], or one for each kind: {','.join(f'{kind}=0.5' for kind in kinds)}"
+    example = ",".join(f"{kind}=0.5" for kind in kinds)
+    cure = f"give a number in (0, 1], or one for each kind: {example}"
     try:
         given = parse_shares(text)
     except UserError as error:
@@ -107,8 +110,9 @@ def _directions(rng: np.random.Generator, n: int, dims: int) -> np.ndarray:
 
 
 def _threshold(values: np.ndarray, activation: float) -> float:
-    """A number that a share `activation` of the values reaches, as far as possible from the values
-    next to it.
+    """A number that a share `activation` of the values reaches.
+
+    It lies as far as possible from the values next to it.
     """
     edges = np.sort(values)
     edges = np.concatenate([edges[:1] - 1, edges, edges[-1:] + 1])

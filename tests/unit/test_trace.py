@@ -1,0 +1,46 @@
+"""The picture of decisions, drawn from decisions that no model made."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from mod_export import trace
+from mod_export.errors import UserError
+from mod_export.units import Unit
+
+UNITS = [Unit(layer, kind) for layer in (2, 3) for kind in ("kv", "block", "attn", "ffn")]
+
+
+def decisions(n_tokens: int, n_generated: int) -> trace.Decisions:
+    active = np.random.default_rng(0).random((n_tokens, len(UNITS))) < 0.4
+    texts = [("the", "\n", " a", "a-very-long-token")[i % 4] for i in range(n_tokens)]
+    return trace.Decisions(active, UNITS, texts, n_tokens - n_generated, "mod.gguf")
+
+
+def test_a_long_text_is_wrapped(tmp_path):
+    trace.draw(decisions(20, 0), tmp_path / "short.png")
+    trace.draw(decisions(230, 30), tmp_path / "long.png")
+    short, long = (plt.imread(tmp_path / name) for name in ("short.png", "long.png"))
+    assert long.shape[0] > 2 * short.shape[0]  # three rows
+    assert long.shape[1] < 230 * trace.TOKEN_WIDTH_INCHES * 150  # narrower than all tokens in one
+
+
+def test_units_stand_by_kind():
+    ordered = trace._by_kind(decisions(20, 0))
+    assert [unit.kind for unit in ordered.units] == [
+        kind for kind in ("kv", "block", "attn", "ffn") for _ in range(2)
+    ]
+    by_unit = dict(zip(UNITS, decisions(20, 0).active.T, strict=True))
+    for unit, column in zip(ordered.units, ordered.active.T, strict=True):
+        np.testing.assert_array_equal(column, by_unit[unit])
+
+
+def test_outputs_that_cannot_be(tmp_path):
+    (tmp_path / "there.png").touch()
+    for name, words in (
+        ("x.jpg", "let its name end in .png, .pdf or .svg"),
+        ("there.png", "exists already"),
+        ("none/x.png", "there is no directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            trace.draw(decisions(4, 0), tmp_path / name)
