@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 
 from mod_export.data.text import default_texts
-from mod_export.errors import UserError
-from mod_export.formats.ggml_types import TYPE_NAMES, type_named
+from mod_export.formats.ggml_types import TYPE_NAMES
 from mod_export.formats.gguf import GGUFFile
 from mod_export.inspection import inspect
 from mod_export.llamacpp import converter
 from mod_export.model import loading
 from mod_export.runtime.llama import MoDLlama
-from mod_export.synthetic import shape as synth_shape
 from mod_export.synthetic.onto_base import onto
-from mod_export.synthetic.routers import parse_activation, routing
+from mod_export.synthetic.routers import routing
 from mod_export.synthetic.shape import PRESETS, Shape
 from mod_export.synthetic.write import synth
 from mod_export.units import UNIT_KINDS
@@ -56,20 +54,6 @@ def decisions(path: Path, tokens, **params) -> tuple[np.ndarray, np.ndarray]:
 
 
 # --- the file
-
-
-@pytest.mark.parametrize(
-    "name, parameters",
-    [
-        ("135m", 134_515_008),
-        ("1b", 1_235_814_400),
-        ("3b", 3_212_749_824),
-        ("8b", 8_030_261_248),
-    ],
-)
-def test_presets_have_the_size_of_their_models(name, parameters):
-    plan = synth_shape.weights(PRESETS[name].checked(), type_named("f16"))
-    assert sum(weight.rows * weight.cols for weight in plan) == parameters
 
 
 def test_keys_and_tensors(tmp_path):
@@ -244,108 +228,6 @@ def test_dense_twin_is_the_model_with_everything_active(tmp_path, quant, units):
         assert not np.array_equal(raw.decode(tokens[:128]), results[1][:128])
 
 
-# --- bad input
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"heads": 5}, "5 heads do not divide an embedding of 512; choose heads"),
-        (
-            {"heads": 512, "heads_kv": 2},
-            "512 heads do not divide",
-        ),  # heads of one value: RoPE turns pairs
-        ({"heads_kv": 3}, "3 K/V heads do not divide 8 heads"),
-        ({"layers": 0}, "layers is 0; use a whole number from 1"),
-        ({"vocab": 1 << 40}, "vocab is 1099511627776"),
-        ({"layers": 513}, "513 layers are more than llama.cpp's 512"),
-    ],
-)
-def test_impossible_shapes(change, message):
-    with pytest.raises(UserError, match=message):
-        replace(SHAPE, **change).checked()
-
-
-@pytest.mark.parametrize(
-    "shape, quant, message",
-    [
-        (SHAPE, "q9_9", "unknown quantisation 'q9_9'; use f32, f16"),
-        (SHAPE, "IQ2_XS", "IQ2_XS needs importance data"),
-        (replace(SHAPE, embd=144), "q4_0", "embd 144 is no multiple of 32, the block of Q4_0"),
-        (replace(SHAPE, ff=640), "q4_K", "ff 640 is no multiple of 256, the block of Q4_K; .*q4_0"),
-        (PRESETS["135m"], "q6_k", "embd 576 is no multiple of 256"),
-        (
-            replace(SHAPE, embd=64),
-            "f32",
-            "embd 64 is too small, .* F32 model reserve 64 of it; use 128 or more",
-        ),
-        (
-            replace(SHAPE, embd=256),
-            "q4_0",
-            "embd 256 is too small, .* Q4_0 model reserve 256 of it; use 512 or more",
-        ),
-    ],
-)
-def test_quantisations_that_do_not_fit(tmp_path, shape, quant, message):
-    with pytest.raises(UserError, match=message):
-        make(tmp_path / "m.gguf", shape, quant)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"activation": "0"}, r"activation '0' is not in \(0, 1\]; give a number"),
-        ({"activation": "1.1"}, "is not in"),
-        ({"activation": "nan"}, "is not in"),
-        ({"activation": "half"}, "activation 'half' is neither a number nor kinds"),
-        (
-            {"activation": "attn=0.5"},
-            r"activation 'attn=0.5' does not fit the units kv; .*: kv=0.5",
-        ),
-        ({"activation": "kv=0.5,kv=0.4"}, "activation 'kv=0.5,kv=0.4' names a kind twice"),
-        ({"units": "mlp"}, "unknown kind of unit 'mlp'"),
-        ({"units": "block+attn"}, "a block holds attention"),
-        ({"layers": "0-"}, "every layer has a block, attn or kv router"),
-        ({"layers": "3-9"}, "there is no layer 9 to route; the model has layers 0 to 4"),
-        ({"layers": "7-"}, "there is no layer 7 to route"),
-        ({"layers": "some"}, "cannot read layers 'some'"),
-        ({"kv_window": 0}, "kv_window"),
-    ],
-)
-def test_routing_that_cannot_be(options, message):
-    with pytest.raises(UserError, match=message):
-        routing(SHAPE.layers, **options)
-
-
-def test_activation_of_each_kind():
-    assert parse_activation("0.5", ["kv", "attn"]) == {"kv": 0.5, "attn": 0.5}
-    assert parse_activation("attn=1, kv=0.25", ["kv", "attn"]) == {"kv": 0.25, "attn": 1.0}
-    with pytest.raises(UserError, match="does not fit the units kv[+]attn"):
-        parse_activation("kv=0.25", ["kv", "attn"])
-
-
-def test_a_model_larger_than_any_disk_is_refused_before_work_starts(tmp_path):
-    huge = replace(SHAPE, layers=512, embd=1 << 16, ff=1 << 18)
-    with pytest.raises(
-        UserError, match=r"has [\d.]+ GB free, [\d.]+ GB are needed; free some space"
-    ):
-        make(tmp_path / "m.gguf", huge, dense=tmp_path / "dense.gguf")
-    assert not list(tmp_path.iterdir())
-
-
-def test_outputs_that_are_in_the_way(tmp_path):
-    path = tmp_path / "m.gguf"
-    path.write_text("mine")
-    with pytest.raises(UserError, match="m.gguf exists already; use --force"):
-        make(path, dense=tmp_path / "dense.gguf")
-    with pytest.raises(UserError, match="m.gguf exists already"):
-        make(tmp_path / "new.gguf", dense=path)
-    with pytest.raises(UserError, match="is both outputs"):
-        make(tmp_path / "new.gguf", dense=tmp_path / "." / "new.gguf")
-    assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-
-
 # --- the command
 
 
@@ -401,18 +283,12 @@ def test_command(tmp_path, run_cli):
     assert forced.returncode == 0 and inspect(tmp_path / "m.gguf")["n_embd"] == 576
 
 
-def test_command_refuses_unknown_presets(tmp_path, run_cli):
-    done = run_cli("synth", "7b", "-o", "m.gguf", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(
-        "error: unknown shape '7b'; use 135m, 1b, 3b, 8b"
-    )
-
-
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     """A real limit on the size of files: the write fails half way, as on a disk that fills up
     meanwhile.
     """
-    command = f"ulimit -f 1000; exec {sys.executable} -m mod_export synth 135m -o m.gguf --dense d.gguf --layers 3"
+    synth_command = f"{sys.executable} -m mod_export synth 135m -o m.gguf --dense d.gguf --layers 3"
+    command = f"ulimit -f 1000; exec {synth_command}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )
