@@ -1,7 +1,9 @@
-"""`mod-export`: a group of commands, each in its own module, imported only when it runs.
+"""`mod-export`: a group of commands, each in a module of its own.
 
-A command module defines `command`, which parses options and calls a plain function. Errors of the
-user come as one line on stderr and exit code 2; Ctrl-C is 130; MOD_EXPORT_DEBUG=1 shows tracebacks.
+A command module defines `command`, which parses options and calls a plain function. At its top it
+imports only what is light: the help of the group imports all of them. The first line of the
+docstring of a command is its line in that help. Errors of the user come as one line on stderr and
+exit code 2; Ctrl-C is 130; MOD_EXPORT_DEBUG=1 shows tracebacks.
 """
 
 import importlib
@@ -14,67 +16,70 @@ import click
 
 from mod_export import __version__
 from mod_export.cli.output import hide_messages, show_messages
+from mod_export.common import extras
 from mod_export.errors import UserError
 
-# name -> (where the command is, its line in the help): help imports none of them
-COMMANDS = {
-    "build": ("mod_export.cli.build:command", "Build and install the patched llama.cpp."),
-    "convert": (
-        "mod_export.cli.convert:command",
-        "Make a Mixture-of-Depths model from an ordinary one.",
-    ),
-    "train": (
-        "mod_export.cli.train:command",
-        "Train routers and weights, distilling from the original.",
-    ),
-    "export": ("mod_export.cli.export:command", "Write a MoD directory as a GGUF file."),
-    "inspect": (
-        "mod_export.cli.inspect:command",
-        "Show what a MoD GGUF routes, and the KV it needs.",
-    ),
-    "fit": ("mod_export.cli.fit:command", "Tell the largest context that fits into memory."),
-    "verify": (
-        "mod_export.cli.verify:command",
-        "Compare a GGUF in the runtime with its torch model.",
-    ),
-    "chat": ("mod_export.cli.chat:command", "Talk to a model."),
-    "serve": ("mod_export.cli.serve:command", "Serve a model over HTTP, with OpenAI's API."),
-    "trace": ("mod_export.cli.trace:command", "Draw which tokens run which units."),
-    "bench": (
-        "mod_export.cli.bench:command",
-        "Measure speed and KV memory against the dense model.",
-    ),
-    "eval": (
-        "mod_export.cli.eval:command",
-        "Measure quality against the dense model: KL, tasks, passkeys.",
-    ),
-    "generate-data": ("mod_export.cli.generate_data:command", "Let a model write training text."),
-    "synth": (
-        "mod_export.cli.synth:command",
-        "Write a MoD GGUF of any shape with random weights, to measure speed.",
-    ),
-}
+# In the order of the help. `generate-data` is in mod_export/cli/generate_data.py, and so on.
+COMMANDS = (
+    "build",
+    "convert",
+    "train",
+    "export",
+    "inspect",
+    "fit",
+    "verify",
+    "chat",
+    "serve",
+    "trace",
+    "bench",
+    "eval",
+    "generate-data",
+    "synth",
+)
 
-OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate memory|not enough memory"
-)  # torch's words, GPU and CPU
+# torch's words, on a GPU and on a CPU
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 
 
 class LazyGroup(click.Group):
-    """A click group whose commands are imported when they are called."""
+    """A click group whose commands are imported when they are called, and for the help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Return a command, or None where no command has the name."""
         if name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[name][0].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        return importlib.import_module(f"mod_export.cli.{name.replace('-', '_')}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the names of the commands with the first line of their docstrings."""
+        lines = [(name, self.get_command(ctx, name).help.splitlines()[0]) for name in COMMANDS]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl(lines)
+
+
+def show_version(ctx: click.Context, _param, wanted: bool) -> None:
+    """Print the versions of the package and of llama.cpp, and what is installed."""
+    if not wanted or ctx.resilient_parsing:
+        return
+    from mod_export.llamacpp import build, source
+
+    click.echo(f"mod-export {__version__}")
+    try:
+        pin = source.read_pin()
+        click.echo(f"llama.cpp {pin.commit[:9]} of llama-cpp-python {pin.version}")
+    except UserError as exc:
+        click.echo(f"llama.cpp: {exc}")
+    installed = build.installed_build()
+    click.echo(
+        f"patched library: installed, {installed}"
+        if installed
+        else "patched library: not installed; run `mod-export build`"
+    )
+    ctx.exit()
 
 
 @click.group(
@@ -82,10 +87,18 @@ class LazyGroup(click.Group):
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(__version__, prog_name="mod-export")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the versions of mod-export and llama.cpp, and whether the patched library is "
+    "installed.",
+)
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Mixture-of-Depths for existing models: convert, export to GGUF, run on a patched llama.cpp."""
+    """Convert models to Mixture-of-Depths, export them to GGUF, run them on a patched llama.cpp."""
     show_messages()
     ctx.call_on_close(hide_messages)
     if ctx.invoked_subcommand is None:
@@ -110,10 +123,8 @@ def _run(args: list[str] | None) -> int:
     except UserError as exc:
         return _fail(str(exc))
     except ModuleNotFoundError as exc:
-        return _fail(
-            f"the Python module {exc.name} is missing",
-            cure="install mod-export with its dependencies",
-        )
+        name = exc.name or "that was asked for"
+        return _fail(f"the Python module {name} is missing", cure=extras.cure(name))
     except (MemoryError, RuntimeError) as exc:
         if not isinstance(exc, MemoryError) and not OUT_OF_MEMORY.search(str(exc)):
             raise

@@ -9,18 +9,29 @@ from mod_export.cli.output import show_messages
 
 @click.command("build")
 @click.option(
-    "--jobs", "-j", type=click.IntRange(min=1), help="Compilers at once; default: one per core."
+    "--jobs",
+    "-j",
+    type=click.IntRange(min=1),
+    show_default="one for each core",
+    help="Number of compilers at once.",
 )
-@click.option("--cuda", is_flag=True, help="Build for NVIDIA GPUs; needs nvcc and cuBLAS.")
+@click.option("--cuda", is_flag=True, help="Build for NVIDIA GPUs. This needs nvcc and cuBLAS.")
 @click.option(
-    "--cuda-arch", metavar="75,86,...", help="Their architectures; default: native, this machine's."
+    "--cuda-arch",
+    metavar="75,86,...",
+    show_default="those of this machine",
+    help="Architectures of the GPUs.",
 )
 @click.option(
-    "--stock", is_flag=True, help="Build the unpatched library beside it, as the bench's ceiling."
+    "--stock",
+    is_flag=True,
+    help="Build the unpatched library beside it, which bench compares with.",
 )
 @click.option("--force", is_flag=True, help="Build again what is built already.")
 @click.option(
-    "--sdist", type=click.Path(path_type=Path), help="Source distribution that is here already."
+    "--sdist",
+    type=click.Path(path_type=Path),
+    help="Source distribution of llama-cpp-python that is on this machine already.",
 )
 def command(
     jobs: int | None,
@@ -30,11 +41,11 @@ def command(
     force: bool,
     sdist: Path | None,
 ) -> None:
-    """Build the patched llama.cpp and install it as llama-cpp-python x.y.z+mod.
+    """Build and install the patched llama.cpp.
 
-    The source is fetched with pip and verified. Builds are cached in $MOD_EXPORT_CACHE
-    (default: ~/.cache/mod-export), so that the next one with the same source, patches, flags
-    and compiler takes a second.
+    The library is installed as llama-cpp-python x.y.z+mod. The source is fetched with pip and
+    verified. Builds are cached in $MOD_EXPORT_CACHE (default: ~/.cache/mod-export): the next build
+    with the same source, patches, flags and compiler takes a second.
     """
     from mod_export.llamacpp import build as llama_build
 

@@ -4,49 +4,48 @@ import sys
 
 import click
 
-from mod_export.cli.model import model_options, open_model
-from mod_export.cli.numbers import Finite
+from mod_export.cli.options import (
+    Finite,
+    RenamedOption,
+    model_options,
+    open_model,
+    temperature_option,
+    top_p_option,
+)
 
 
 @click.command()
 @click.argument("file", type=click.Path())
-@click.option("--prompt", help="Answer this once and leave; `-` reads it from stdin.")
-@click.option("--system", default="", help="System prompt.")
+@click.option("--prompt", help="Answer this prompt and leave; `-` reads the prompt from stdin.")
+@click.option("--system", default="", help="System prompt of the conversation.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Longest answer.",
+    help="Length of the longest answer in tokens.",
 )
-@click.option(
-    "--temp",
-    type=Finite(min=0),
-    default=0.2,
-    show_default=True,
-    help="Temperature; 0: always the likeliest token.",
-)
-@click.option(
-    "--top-p", type=Finite(min=0, max=1), default=0.9, show_default=True, help="Nucleus sampling."
-)
+@temperature_option(0.2, cls=RenamedOption, former="--temp")
+@top_p_option(0.9)
 @click.option(
     "--repeat-penalty",
     type=Finite(min=0, min_open=True),
     default=1.1,
     show_default=True,
-    help="Penalty of tokens that occurred among the last 64; 1: none.",
+    help="Penalty of tokens that occurred among the last 64 tokens; 1 is no penalty.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=1), default=1, show_default=True, help="Seed of the sampling."
 )
 @model_options
 def command(
-    file, prompt, ctx, threads, gpu_layers, threshold_shift, system, max_tokens, temp, **sampling
+    file, prompt, ctx, threads, gpu_layers, threshold_shift, system, max_tokens, **sampling
 ):
-    """Talk to the model in the GGUF FILE; /help lists the commands.
+    """Talk to a model.
 
-    With --prompt the answer goes to stdout and nothing else. Piped input is one prompt too, unless
-    one of its lines is a command such as /stats: then it is a conversation, one turn a line.
+    FILE is a GGUF file. In the conversation /help lists the commands. With --prompt only the answer
+    goes to stdout. Piped input is one prompt too, unless one of its lines is a command such as
+    /stats: then each line is a turn of a conversation.
     """
     from dataclasses import replace
 
@@ -54,7 +53,7 @@ def command(
     from mod_export.serving.chat import CHAT_SAMPLING, Chat
 
     llm = open_model(file, ctx, threads, gpu_layers, threshold_shift)
-    chosen = replace(CHAT_SAMPLING, temperature=temp, **sampling)
+    chosen = replace(CHAT_SAMPLING, **sampling)
     chat = Chat(llm, system, chosen, max_tokens, notice=lambda line: click.echo(line, err=True))
     if prompt is None and sys.stdin.isatty():
         click.echo(terminal.welcome(llm), err=True)

@@ -2,75 +2,69 @@
 
 import click
 
+from mod_export.cli.options import (
+    RenamedOption,
+    force_option,
+    layers_routed_option,
+    output_option,
+    shares,
+    sink_tokens_option,
+    units_option,
+)
 from mod_export.cli.output import show_messages
-from mod_export.cli.shares import shares
 from mod_export.errors import UserError
 
 
 @click.command("convert")
 @click.argument("model")
-@click.option(
-    "--output", "-o", required=True, type=click.Path(), metavar="DIR", help="Directory to write."
-)
-@click.option(
-    "--units",
-    default="kv",
-    show_default=True,
-    metavar="KINDS",
-    help="What a token may skip: kv (being remembered), attn, block, ffn; combined with +.",
-)
+@output_option("DIR", "Directory to write.")
+@units_option
 @click.option(
     "--target-activation",
     default="0.5",
     show_default=True,
     callback=shares,
     metavar="SHARE",
-    help="Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8.",
+    help="Share of (token, unit) pairs that run, of all kinds or of each: kv=0.5,attn=0.8.",
 )
 @click.option(
     "--kv-window",
     type=click.IntRange(min=1),
-    help="Recent tokens that kv units always see.  [default: 256, at most 1/8 of the context]",
+    show_default="256, at most 1/8 of the context",
+    help="Number of recent tokens that kv units always see.",
 )
-@click.option(
-    "--layers",
-    default="auto",
-    show_default=True,
-    help="Layers to route, from 0 on: 3-28 or 2,4,8-11; auto: kv from 1 on, others from 2 on.",
-)
+@layers_routed_option(cls=RenamedOption, former="--layers")
 @click.option(
     "--calibration-text",
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="UTF-8 text to calibrate on, may be repeated; default: the text that comes with the package.",
+    show_default="the packaged text",
+    help="UTF-8 text to calibrate on; may be repeated.",
 )
-@click.option(
-    "--sink-tokens",
-    type=click.IntRange(min=0),
-    default=4,
-    show_default=True,
-    help="First tokens of a sequence, which are always active.",
-)
+@sink_tokens_option()
 @click.option(
     "--adapter",
     metavar="ADAPTER",
-    help="Take routers, and LoRA, from an adapter instead: a directory, or the name of a packaged one.",
+    help="Take routers, and LoRA, from this adapter instead of calibrating: a directory, or the "
+    "name of a packaged adapter.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@force_option
 @click.pass_context
 def command(ctx, model, output, adapter, force, **options):
-    """Make a Mixture-of-Depths model from MODEL, without training.
+    """Make a Mixture-of-Depths model from an ordinary one.
 
-    MODEL is a Hugging Face directory, a GGUF file that transformers can load, or `smollm2`. Routers
-    and thresholds are calibrated on text, in minutes on a CPU; docs/results/calibration.md says how well
-    that works. With --adapter they come from an adapter that was trained for MODEL.
+    MODEL is a Hugging Face directory, a GGUF file that transformers can load, or `smollm2`. Nothing
+    is trained: routers and thresholds are calibrated on text, in minutes on a CPU.
+    docs/results/calibration.md says how well that works. With --adapter the routers come from an
+    adapter that was trained for MODEL.
     """
     from mod_export.convert import convert, convert_adapter
 
     show_messages(clock=True)
     if adapter is None:
-        convert(model, output, target=options.pop("target_activation"), force=force, **options)
+        target, layers = options.pop("target_activation"), options.pop("layers_routed")
+        convert(model, output, target=target, layers=layers, force=force, **options)
     else:
         refuse_given(ctx, options)
         convert_adapter(model, output, adapter, force)
@@ -78,10 +72,11 @@ def command(ctx, model, output, adapter, force, **options):
 
 
 def refuse_given(ctx, options):
-    """What the adapter holds cannot be chosen anew."""
+    """Raise UserError for an option of calibration: an adapter holds its own."""
+    spellings = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
     for name in options:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            option = f"--{name.replace('_', '-')}"
+            option = spellings[name]
             raise UserError(
                 f"{option} does not go with --adapter, which has its own", f"leave out {option}"
             )

@@ -2,59 +2,68 @@
 
 import click
 
-from mod_export.cli.numbers import Finite
+from mod_export.cli.options import Finite, json_flag, threads_option
 
 
 @click.command()
 @click.argument("file", type=click.Path())
 @click.option(
-    "--memory", required=True, help="What a run may take: 8G, 512M or bytes; 1G is 1024M."
+    "--memory",
+    required=True,
+    help="Memory that a run may take: 8G, 512M or a number of bytes; 1G is 1024M.",
 )
 @click.option(
     "--dense",
     type=click.Path(),
-    help="The dense GGUF to compare with; default: FILE with all units active.",
+    show_default="FILE with all units active",
+    help="Dense GGUF to compare with.",
 )
 @click.option(
     "--kv-type",
     type=click.Choice(["f16", "q8_0", "q4_0"]),
     default="f16",
     show_default=True,
-    help="Type of K and V.",
+    help="Type of K and V in the cache.",
 )
 @click.option(
     "--ubatch",
     type=click.IntRange(1, 4096),
     default=512,
     show_default=True,
-    help="Tokens per graph.",
+    help="Number of tokens in a graph.",
 )
 @click.option(
     "--margin",
     type=Finite(min=-1),
     default=0.1,
     show_default=True,
-    help="More activation than on the calibration text, as a share of it.",
+    help="Activation above that on the calibration text, as a share of it.",
 )
 @click.option(
-    "--check", is_flag=True, help="Run it and compare; exit code 1 where it takes too much."
+    "--check",
+    is_flag=True,
+    help="Run the models and compare; the exit code is 1 where one takes too much memory.",
 )
 @click.option(
     "--check-context",
     type=click.IntRange(min=256),
     default=8192,
     show_default=True,
-    help="Longest context to run.",
+    help="Longest context of --check in tokens.",
 )
 @click.option(
-    "--text", type=click.Path(), help="Text for --check; default: the packaged one, repeated."
+    "--text",
+    type=click.Path(),
+    show_default="the packaged text, repeated",
+    help="Text for --check.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of --check; default: all cores."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@threads_option
+@json_flag
 def command(file, memory, dense, check, check_context, text, threads, as_json, **options):
-    """Tell the largest context of the GGUF FILE that fits into memory: dense against MoD."""
+    """Tell the largest context that fits into memory.
+
+    FILE is a MoD GGUF file, which is compared with the dense model.
+    """
     import json
 
     from mod_export.benchmark import memory as m

@@ -2,61 +2,65 @@
 
 import click
 
-from mod_export.cli.model import gpu_layers_option
-from mod_export.cli.numbers import Finite
+from mod_export.cli.options import (
+    Finite,
+    RenamedOption,
+    force_option,
+    gpu_layers_option,
+    output_option,
+    temperature_option,
+    threads_option,
+    top_p_option,
+)
 
 
 @click.command("generate-data")
 @click.argument("file", type=click.Path(), metavar="MODEL")
-@click.option("-o", "--out", required=True, type=click.Path(), help="Output, .jsonl or .jsonl.gz.")
+@output_option("OUT", "File to write: .jsonl or .jsonl.gz.", cls=RenamedOption, former="--out")
 @click.option(
     "--prompts",
     multiple=True,
     type=click.Path(),
     metavar="PATH",
-    help="Conversations (JSONL), whose first question is answered, and texts, whose documents' beginnings "
-    "are continued; files or directories, may be repeated. Without: the model makes all up.",
+    help="Files or directories of conversations (JSONL) and texts; may be repeated. The first "
+    "question of a conversation is answered, the beginning of a document is continued. Without "
+    "prompts the model makes up all texts.",
 )
 @click.option(
-    "--count", type=click.IntRange(min=1), help="Texts to write.  [default: one for each prompt]"
+    "--count",
+    type=click.IntRange(min=1),
+    show_default="one for each prompt",
+    help="Number of texts to write.",
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Longest answer, continuation or made-up question.",
+    help="Length of the longest answer, continuation or made-up question in tokens.",
 )
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="How much of a document is its beginning.",
+    help="Number of tokens of a document that are its beginning.",
 )
 @click.option(
     "--ctx",
     type=click.IntRange(min=1),
     default=2048,
     show_default=True,
-    help="Tokens of a prompt and what follows; longer prompts are left out.",
+    help="Number of tokens of a prompt and what follows it; longer prompts are left out.",
 )
-@click.option(
-    "--temperature",
-    type=Finite(min=0),
-    default=0.8,
-    show_default=True,
-    help="0: always the likeliest token.",
-)
-@click.option(
-    "--top-p", type=Finite(min=0, max=1), default=0.95, show_default=True, help="Nucleus sampling."
-)
+@temperature_option(0.8)
+@top_p_option(0.95)
 @click.option(
     "--min-p",
     type=Finite(min=0, max=1),
     default=0.0,
     show_default=True,
-    help="Leave out tokens less likely than this share of the likeliest.",
+    help="Leave out tokens that are less likely than this share of the likeliest one.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
@@ -66,16 +70,17 @@ from mod_export.cli.numbers import Finite
     type=click.IntRange(min=1, max=256),
     default=8,
     show_default=True,
-    help="Texts written at a time.",
+    help="Number of texts written at a time.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@threads_option
 @gpu_layers_option
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-def command(file, out, prompts, force, temperature, top_p, min_p, seed, **options):
-    """Let the original MODEL (GGUF) write training text for its MoD conversion; a MoD file runs
-    with all units active.
+@force_option
+def command(file, output, prompts, force, temperature, top_p, min_p, seed, **options):
+    """Let a model write training text.
 
-    A stopped run leaves OUT.partial; the same command goes on from there.
+    MODEL is the GGUF file of the original, whose MoD conversion the text is for. A MoD file runs
+    with all units active. A stopped run leaves OUT.partial, and the same command goes on from
+    there.
     """
     from mod_export import generate_data
     from mod_export.runtime.sampling import Sampling
@@ -84,4 +89,4 @@ def command(file, out, prompts, force, temperature, top_p, min_p, seed, **option
         **options, sampling=Sampling(temperature, top_p, min_p=min_p, seed=seed)
     )
     llm = generate_data.open_model(file, options)
-    generate_data.generate(llm, out, options, prompts, force)
+    generate_data.generate(llm, output, options, prompts, force)

@@ -4,14 +4,18 @@ import json
 
 import click
 
+from mod_export.cli.options import json_flag
+
 
 @click.command("inspect")
 @click.argument("file", metavar="FILE")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@json_flag
 def command(file: str, as_json: bool) -> None:
-    """Show schema, routed units, thresholds and activation of a GGUF, and the KV memory to expect.
+    """Show what a MoD GGUF routes, and the KV it needs.
 
-    Checks the file against the schema on the way; needs no patched llama.cpp.
+    The report has the schema, the routed units with their thresholds and activation, and the KV
+    memory to expect. The file is checked against the schema on the way. This command needs no
+    patched llama.cpp.
     """
     from mod_export.inspection import inspect, render
 

@@ -1,8 +1,11 @@
-"""What the command line prints besides results: the messages of the package, as lines."""
+"""What commands print: the messages of the package as lines, tables, JSON and plots."""
 
 import contextlib
 import logging
+import sys
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import click
 
@@ -23,8 +26,17 @@ class MessageHandler(logging.Handler):
         line = self.format(record)
         if self.clock and "\n" not in line:
             line = f"[{time.monotonic() - self.start:4.0f} s] {line}"
-        with contextlib.suppress(OSError):  # nobody reads the stream any more
+        with contextlib.suppress(OSError), _beside_bars():  # nobody may read the stream any more
             click.echo(line, err=not self.stdout)
+
+
+def _beside_bars() -> contextlib.AbstractContextManager:
+    """Wipe bars of progress from the terminal meanwhile, so that a line stands alone."""
+    if "tqdm" not in sys.modules:
+        return contextlib.nullcontext()
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode(file=sys.stderr)
 
 
 def show_messages(stdout: bool = False, clock: bool = False) -> None:
@@ -42,3 +54,54 @@ def hide_messages() -> None:
         if isinstance(handler, MessageHandler):
             package.removeHandler(handler)
     package.setLevel(logging.NOTSET)
+
+
+def result_options(plots: str):
+    """Return a decorator that adds --plots, --json, --markdown and --force.
+
+    plots: the help text of --plots.
+    """
+    options = (
+        click.option("--plots", type=click.Path(), metavar="DIR", help=plots),
+        click.option(
+            "--json",
+            "json_file",
+            type=click.Path(),
+            metavar="FILE",
+            help="Write all figures to this JSON file; `-` is stdout.",
+        ),
+        click.option("--markdown", is_flag=True, help="Print the tables as Markdown."),
+        click.option("--force", is_flag=True, help="Replace existing outputs."),
+    )
+
+    def add(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def write_result(measure: Callable[[], dict], json_file: str | None, force: bool) -> dict:
+    """Measure, and write the result as JSON to a file, to stdout for `-`, or nowhere for None.
+
+    Raises UserError before anything is measured where the file cannot be written.
+    """
+    from mod_export.common.files import atomic_file
+    from mod_export.common.text import result_as_json
+
+    if json_file in (None, "-"):
+        result = measure()
+        if json_file:
+            click.echo(result_as_json(result))
+        return result
+    with atomic_file(json_file, force) as tmp:
+        result = measure()
+        tmp.write_text(result_as_json(result) + "\n")
+    return result
+
+
+def name_plots(paths: Iterable[Path]) -> None:
+    """Print the paths of plots that were drawn."""
+    for path in paths:
+        click.echo(f"drew {path}", err=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mod_export.cli.model import model_options, open_model
+from mod_export.cli.options import model_options, open_model
 
 
 @click.command()
@@ -13,28 +13,30 @@ from mod_export.cli.model import model_options, open_model
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; 0.0.0.0: all of them.",
+    help="Address to listen on; 0.0.0.0 is all addresses of this machine.",
 )
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="0: any that is free.",
+    help="Port to listen on; 0 takes a free one.",
 )
 @click.option(
     "--api-key",
     envvar="MOD_EXPORT_API_KEY",
     show_envvar=True,
-    help="Key that clients have to send; default: none.",
+    show_default="no key",
+    help="Key that clients have to send.",
 )
-@click.option("--name", help="What answers call the model; default: the file's name.")
+@click.option("--name", show_default="the name of the file", help="Name of the model in answers.")
 @model_options
 def command(file, host, port, api_key, name, **model):
-    """Serve the model in the GGUF FILE over HTTP, with OpenAI's API.
+    """Serve a model over HTTP, with OpenAI's API.
 
-    Its clients' base URL is http://localhost:8000/v1: chats and completions, whole or streamed, one
-    at a time. GET /mod tells the activation and the KV memory.
+    FILE is a GGUF file. The base URL of clients is http://localhost:8000/v1. The server answers
+    chats and completions, whole or streamed, one at a time. GET /mod tells the activation and the
+    KV memory.
     """
     from mod_export.serving.server import listen, serve
 

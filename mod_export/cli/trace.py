@@ -2,40 +2,40 @@
 
 import click
 
+from mod_export.cli.options import (
+    ctx_option,
+    force_option,
+    output_option,
+    threads_option,
+    threshold_shift_option,
+)
+
 
 @click.command()
 @click.argument("file", type=click.Path())
-@click.option("--prompt", help="The text.")
-@click.option("--prompt-file", type=click.Path(), help="A file with the text; `-` reads stdin.")
-@click.option(
-    "-o", "--output", required=True, type=click.Path(), help="The picture: .png, .pdf or .svg."
-)
+@click.option("--prompt", help="Text to trace.")
+@click.option("--prompt-file", type=click.Path(), help="File with the text to trace; `-` is stdin.")
+@output_option("FILE", "Picture to write: .png, .pdf or .svg.")
 @click.option(
     "--generate",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Tokens to generate after the text and to draw too.",
+    help="Number of tokens to generate after the text, which are drawn too.",
 )
-@click.option(
-    "--ctx",
-    type=click.IntRange(min=0),
-    default=4096,
-    show_default=True,
-    help="Context in tokens; 0: what the model was trained for.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option(
-    "--threshold-shift",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Shift of all thresholds in logit space: above 0 fewer tokens are active.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing picture.")
+@ctx_option
+@threads_option
+@threshold_shift_option
+@force_option
 def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold_shift, force):
-    """Draw which tokens run which units of the GGUF FILE."""
+    """Draw which tokens run which units.
+
+    FILE is a MoD GGUF file. The picture has a column for each token and a row for each unit.
+    """
+    from mod_export.common import extras
     from mod_export.errors import UserError
+
+    extras.require("matplotlib")
 
     if (prompt is None) == (prompt_file is None):
         raise UserError(

@@ -2,9 +2,8 @@
 
 import click
 
-from mod_export.cli.numbers import Finite
+from mod_export.cli.options import Finite, RenamedOption, output_option, shares
 from mod_export.cli.output import show_messages
-from mod_export.cli.shares import shares
 from mod_export.training.config import (
     DTYPES,
     LOSS_ON,
@@ -20,18 +19,6 @@ SHARE = Finite(0, 1)
 POSITIVE = Finite(0, min_open=True)
 WEIGHT = Finite(0)
 COUNT = click.IntRange(1)
-
-
-class RenamedOption(click.Option):
-    """An option that is accepted under its former spelling too, which the help does not show."""
-
-    def __init__(self, *args, former: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.former = former
-
-    def add_to_parser(self, parser, ctx):
-        super().add_to_parser(parser, ctx)
-        parser.add_option(self, [self.former], dest=self.name, nargs=self.nargs)
 
 
 def field(name: str, type=None, *spellings: str, **more):
@@ -51,9 +38,7 @@ def field(name: str, type=None, *spellings: str, **more):
 
 @click.command("train")
 @click.argument("directory", type=click.Path(), metavar="DIR")
-@click.option(
-    "--output", "-o", required=True, type=click.Path(), metavar="OUT", help="Directory to write."
-)
+@output_option("OUT", "Directory to write.")
 @click.option(
     "--data",
     "-d",
@@ -111,22 +96,29 @@ def field(name: str, type=None, *spellings: str, **more):
     type=click.Choice(["merged", "adapter"]),
     default="merged",
     show_default=True,
-    help="A whole MoD directory, or routers and LoRA only.",
+    help="What is written: a whole MoD directory, or an adapter of routers and LoRA only.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.run.")
 @click.option(
     "--force", is_flag=True, help="Replace an existing output, and the checkpoint of another run."
 )
 def command(directory, output, data, save_as, resume, force, **options):
-    """Train the routers of the MoD model in DIR (and its weights), so that it keeps the quality of
-    the original.
+    """Train routers and weights, distilling from the original.
 
-    DIR comes from `mod-export convert`. The original model teaches: nothing but text is needed.
-    OUT.run holds the
-    checkpoint, metrics.jsonl and plots. On several GPUs: `accelerate launch -m mod_export train
-    ...`.
+    DIR is a MoD directory that `mod-export convert` has written. The original model teaches, so
+    that training needs nothing but text. The trained model keeps the quality of the original at the
+    target activation. OUT.run holds the checkpoint, metrics.jsonl and plots. On several GPUs run
+    `accelerate launch -m mod_export train ...`.
     """
+    from mod_export.common import extras
+
+    extras.require("accelerate")
+    if options["parameters"] == "lora":
+        extras.require("peft")
+    show_messages(clock=True)
+    if not extras.is_installed("matplotlib"):
+        click.echo(f"note: there will be no plots; {extras.cure('matplotlib')}", err=True)
+
     from mod_export.training.run import train
 
-    show_messages(clock=True)
     train(directory, output, TrainConfig(data=data, **options), save_as, resume, force)

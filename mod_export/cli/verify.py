@@ -2,6 +2,8 @@
 
 import click
 
+from mod_export.cli.options import json_flag, threads_option
+
 
 @click.command()
 @click.argument("file", type=click.Path())
@@ -11,22 +13,27 @@ import click
     type=click.Path(),
     help="The MoD directory that FILE was exported from.",
 )
-@click.option("--text", type=click.Path(), help="Text to run; default: the packaged one.")
+@click.option("--text", type=click.Path(), show_default="the packaged text", help="Text to run.")
 @click.option(
-    "--tokens", type=click.IntRange(min=16), default=1024, show_default=True, help="Tokens in all."
+    "--tokens",
+    type=click.IntRange(min=16),
+    default=1024,
+    show_default=True,
+    help="Number of tokens in all.",
 )
 @click.option(
     "--length",
     type=click.IntRange(min=16),
     default=512,
     show_default=True,
-    help="Tokens per sequence.",
+    help="Number of tokens in a sequence.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@threads_option
+@json_flag
 def command(file, reference, text, tokens, length, threads, as_json):
-    """Compare the GGUF FILE in the runtime with its torch model; exit code 1 where they differ too
-    much.
+    """Compare a GGUF in the runtime with its torch model.
+
+    The exit code is 1 where the GGUF FILE and the torch model differ too much.
     """
     import json
 

@@ -20,8 +20,8 @@ ANOTHER = "choose another output"
 def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file, which takes the place of `path` when the block ends well.
 
-    The temporary file lies beside `path`. Raises UserError where `path` exists and `force` is not set, is no regular file, or cannot be
-    written.
+    The temporary file lies beside `path`. Raises UserError where `path` exists and `force` is not
+    set, where `path` is no regular file, and where it cannot be written.
     """
     target = _check_target(path, force)
     if target.exists() and not target.is_file():

@@ -3,9 +3,9 @@
 matplotlib is imported when a figure is saved.
 """
 
-import importlib.util
 from pathlib import Path
 
+from mod_export.common import extras
 from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
 
@@ -22,18 +22,6 @@ INK = "#444444"  # of text and axes
 DOTS_PER_INCH = 130
 
 
-def require_matplotlib() -> None:
-    """Raise UserError where matplotlib is not installed. Call this before hours of work."""
-    try:
-        found = importlib.util.find_spec("matplotlib")
-    except ValueError:  # sys.modules holds None in its place
-        found = None
-    if found is None:
-        raise UserError(
-            "plots need matplotlib, which is not installed", "pip install 'mod_export[plots]'"
-        )
-
-
 def check_folder(folder: str | Path, force: bool) -> Path:
     """Return the folder of plots as a path. Call this before hours of work.
 
@@ -47,7 +35,7 @@ def check_folder(folder: str | Path, force: bool) -> Path:
         raise UserError(f"there is no directory {parent} to make {path.name} in", "create it first")
     if path.exists() and not force and (there := next(path.glob("*.png"), None)):
         raise UserError(f"{there} exists already", "use --force to replace the pictures")
-    require_matplotlib()
+    extras.require("matplotlib")
     return path
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import click
 import torch
 
+from mod_export.cli.options import shares
 from mod_export.cli.output import show_messages
-from mod_export.cli.shares import shares
 from mod_export.common.tables import format_table
 from mod_export.config import UnitConfig
 from mod_export.convert import convert

@@ -237,7 +237,7 @@ def test_command(tmp_path, run_cli):
         "Q8_0",
         "--units",
         "attn+kv",
-        "--activation",
+        "--target-activation",
         "attn=0.3,kv=0.6",
         "--layers-routed",
         "1-",

@@ -120,6 +120,8 @@ def test_the_installed_package_converts_exports_and_answers(installed):
     done = installed("mod-export", "export", "mod", "-o", "mod.gguf")
     assert done.returncode == 0, done.stderr
     prompt = ["--prompt", "What is the capital of France?"]
-    done = installed("mod-export", "chat", "mod.gguf", *prompt, "--temp", "0", "--max-tokens", "12")
+    done = installed(
+        "mod-export", "chat", "mod.gguf", *prompt, "--temperature", "0", "--max-tokens", "12"
+    )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     assert "activation 0." in done.stderr

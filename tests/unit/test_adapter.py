@@ -329,7 +329,7 @@ OPTIONS = {
     "--units": "kv",
     "--target-activation": 0.5,
     "--kv-window": 64,
-    "--layers": "auto",
+    "--layers-routed": "auto",
     "--calibration-text": "text.txt",
     "--sink-tokens": 4,
 }

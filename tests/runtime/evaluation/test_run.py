@@ -286,7 +286,10 @@ def test_the_command(folder, tmp_path, run_cli):
             "skipping 63 of 64 tokens leaves none",
         ),
         (["mod", "--tasks", "text.txt"], "text.txt:1 is no task item"),
-        (["mod.gguf", "--text", "text.txt", "--threshold-shift", "nan"], "nan is not a number"),
+        (
+            ["mod.gguf", "--text", "text.txt", "--threshold-shift", "nan"],
+            "nan is not a finite number",
+        ),
         (["bare", "--text", "text.txt"], "cannot load bare"),
         (["mod", "--dense", "other", "--text", "text.txt"], "have different tokenizers"),
         (["other", "--text", "text.txt", "--threshold-shift", "1"], "no thresholds to shift"),

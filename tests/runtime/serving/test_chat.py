@@ -27,7 +27,16 @@ STATUS = r"\[\d+ tokens(, [\d.]+ tokens/s)?, "
 
 def test_one_shot_prints_the_answer_alone(model, run_cli):
     done = run_cli(
-        "chat", model, "--prompt", "Name a colour.", "--max-tokens", 12, "--temp", 0, "--threads", 1
+        "chat",
+        model,
+        "--prompt",
+        "Name a colour.",
+        "--max-tokens",
+        12,
+        "--temperature",
+        0,
+        "--threads",
+        1,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "[" not in done.stdout
@@ -42,7 +51,7 @@ def test_bad_prompts(model, run_cli):
     for args, word in (
         (("--prompt", ""), "empty"),
         (("--prompt", "word " * 300, "--ctx", 256), "context of 256"),
-        (("--prompt", "hi", "--temp", -1), "--temp"),
+        (("--prompt", "hi", "--temperature", -1), "--temperature"),
     ):
         done = run_cli("chat", model, *args)
         assert (done.returncode, done.stdout) == (2, "")
@@ -150,7 +159,7 @@ def terminal(model, *options):
 
 
 def test_a_conversation_in_the_terminal(model):
-    with terminal(model, "--ctx", 1024, "--max-tokens", 300, "--temp", 0) as t:
+    with terminal(model, "--ctx", 1024, "--max-tokens", 300, "--temperature", 0) as t:
         t.expect(r"/help lists the commands")
         t.expect("> ")
         t.send("Tell me a very long story about a lighthouse.\n")

@@ -1,0 +1,210 @@
+"""What the options of several commands share: kinds of values, and each common option once.
+
+@click.command()
+@output_option("FILE", "GGUF file to write.")
+@threads_option
+def command(output, threads): ...
+"""
+
+import math
+from collections.abc import Callable
+
+import click
+
+from mod_export.errors import UserError
+from mod_export.units import parse_shares
+
+
+class Finite(click.FloatRange):
+    """A number in a range; click's own type lets NaN and infinity pass."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        # without limits there is nothing to describe
+        return "" if self.min is self.max is None else super()._describe_range()
+
+
+class RenamedOption(click.Option):
+    """An option that is accepted under its former spelling too, which the help does not show."""
+
+    def __init__(self, *args, former: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.former = former
+
+    def add_to_parser(self, parser, ctx):
+        super().add_to_parser(parser, ctx)
+        parser.add_option(self, [self.former], dest=self.name, nargs=self.nargs)
+
+
+def shares(_ctx, _param, value: str) -> float | dict[str, float]:
+    """Read `0.5` or `kv=0.5,attn=0.8`. Raises BadParameter for anything else."""
+    try:
+        found = parse_shares(value)
+    except UserError as exc:
+        raise click.BadParameter(str(exc)) from None
+    numbers = found.values() if isinstance(found, dict) else [found]
+    if not all(map(math.isfinite, numbers)):
+        raise click.BadParameter(f"{value!r} has a number that is not finite")
+    return found
+
+
+def comma_list(
+    kind: Callable, low: float | None = None, high: float | None = None, example: str = ""
+) -> Callable:
+    """Return a callback that reads values with commas between them, each once.
+
+    kind: makes a value of its text. low, high: limits of numbers. NaN and infinity are refused.
+    """
+
+    def read(_ctx, _param, value: str | None):
+        if value is None:
+            return None
+        try:
+            values = tuple(kind(part.strip()) for part in value.split(","))
+        except ValueError:
+            values = ()
+        if not values or not all(_allowed(item, low, high) for item in values):
+            raise click.BadParameter(f"{value!r} is no list{_limits(low, high)}, such as {example}")
+        return tuple(dict.fromkeys(values))
+
+    return read
+
+
+def _allowed(value, low: float | None, high: float | None) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _limits(low: float | None, high: float | None) -> str:
+    if low is None:
+        return ""
+    return f" of numbers from {low} " + ("up" if high is None else f"to {high}")
+
+
+def on_or_off(text: str) -> bool:
+    """Read `on` or `off`. Raises ValueError for anything else."""
+    if text not in ("on", "off"):
+        raise ValueError(text)
+    return text == "on"
+
+
+TOP_P_HELP = "Nucleus sampling: draw from the likeliest tokens that have this share together."
+SHIFT_HELP = "Shift of all thresholds in logit space: above 0 fewer tokens are active."
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    show_default="all that this process may use",
+    help="Number of CPU threads.",
+)
+gpu_layers_option = click.option(
+    "--gpu-layers",
+    type=click.IntRange(min=-1),
+    default=0,
+    show_default=True,
+    help="Number of layers of a GGUF on the GPU; -1 puts all there. This needs a CUDA build.",
+)
+ctx_option = click.option(
+    "--ctx",
+    type=click.IntRange(min=0),
+    default=4096,
+    show_default=True,
+    help="Context in tokens; 0 takes the context that the model was trained for.",
+)
+threshold_shift_option = click.option(
+    "--threshold-shift", type=Finite(), default=0.0, show_default=True, help=SHIFT_HELP
+)
+units_option = click.option(
+    "--units",
+    default="kv",
+    show_default=True,
+    metavar="KINDS",
+    help="What a token may skip: kv (being remembered), attn, block, ffn; combined with +.",
+)
+force_option = click.option("--force", is_flag=True, help="Replace existing outputs.")
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def output_option(metavar: str, text: str, **more):
+    """Return the option of the output, which every command needs that writes one."""
+    return click.option(
+        "--output", "-o", required=True, type=click.Path(), metavar=metavar, help=text, **more
+    )
+
+
+def layers_routed_option(**more):
+    """Return the option of the layers to route."""
+    return click.option(
+        "--layers-routed",
+        default="auto",
+        show_default=True,
+        metavar="LAYERS",
+        help="Layers to route, counted from 0: 2-, 3-28 or 2,4,8-11; auto routes kv from layer 1 on, "
+        "other kinds from layer 2 on.",
+        **more,
+    )
+
+
+def sink_tokens_option(**more):
+    """Return the option of the first tokens that are always active."""
+    return click.option(
+        "--sink-tokens",
+        type=click.IntRange(min=0),
+        default=4,
+        show_default=True,
+        help="Number of first tokens of a sequence that are always active.",
+        **more,
+    )
+
+
+def temperature_option(default: float, **more):
+    """Return the option of the temperature of sampling."""
+    return click.option(
+        "--temperature",
+        type=Finite(min=0),
+        default=default,
+        show_default=True,
+        help="Temperature of the sampling; 0 takes the likeliest token always.",
+        **more,
+    )
+
+
+def top_p_option(default: float):
+    """Return the option of nucleus sampling."""
+    return click.option(
+        "--top-p", type=Finite(min=0, max=1), default=default, show_default=True, help=TOP_P_HELP
+    )
+
+
+def model_options(command):
+    """Add the options that open_model takes: those of commands that hold a model open."""
+    options = (ctx_option, threads_option, gpu_layers_option, threshold_shift_option)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def open_model(file: str, ctx: int, threads: int | None, gpu_layers: int, threshold_shift: float):
+    """Return the MoDLlama of the options.
+
+    Raises UserError, also for layers on a GPU that the library does not see.
+    """
+    from mod_export.runtime import devices
+    from mod_export.runtime.llama import MoDLlama
+
+    devices.check(gpu_layers)
+    # a batch is the longest wait after Ctrl-C
+    return MoDLlama(
+        file,
+        n_ctx=ctx,
+        threads=threads,
+        n_batch=256,
+        n_gpu_layers=gpu_layers,
+        threshold_shift=threshold_shift,
+    )
