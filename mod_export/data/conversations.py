@@ -12,7 +12,7 @@ import numpy as np
 
 from mod_export.data.sources import Piece
 from mod_export.data.text import END
-from mod_export.errors import UserError
+from mod_export.errors import UserError, template_error
 
 Span = tuple[int, int]  # of characters, the end not included
 
@@ -64,10 +64,7 @@ def render(tokenizer, piece: Piece, count: int | None = None, prompt: bool = Fal
             piece.messages[:count], tokenize=False, add_generation_prompt=prompt
         )
     except Exception as exc:  # whatever the template raises, such as "roles must alternate"
-        raise UserError(
-            f"{piece.where}: the model's chat template refuses this conversation: {exc}",
-            "leave it out",
-        ) from exc
+        raise template_error(exc, where=piece.where, cure="leave it out") from exc
 
 
 def answer_spans(tokenizer, piece: Piece, full: str) -> list[Span]:

@@ -5,34 +5,14 @@ reader = RuntimeReader("mod.gguf", threads=2)
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from mod_export.evaluation.readers import CHUNK_TOKENS, UNLIMITED_TOKENS, Reader
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import devices
-from mod_export.runtime.llama import MoDLlama
+from mod_export.runtime.batch_logits import BatchLogitsLlama
 from mod_export.runtime.templates import ChatTemplate
 from mod_export.units import Unit
-
-
-class _BatchLlama(MoDLlama):
-    """Hands over the logits of each batch [n, n_vocab].
-
-    llama_cpp.Llama would keep a row of the vocabulary for all n_ctx tokens.
-    """
-
-    all_rows = True
-    logits: np.ndarray
-
-    def _decode(self, tokens: list[int]) -> None:
-        n = len(tokens)
-        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=self.all_rows)
-        self._ctx.decode(self._batch)
-        self.input_ids[self.n_tokens : self.n_tokens + n] = tokens
-        self.n_tokens += n
-        shape = (n if self.all_rows else 1, self.n_vocab())
-        self.logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape).copy()
 
 
 class RuntimeReader(Reader):
@@ -73,7 +53,7 @@ class RuntimeReader(Reader):
         self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()
 
     def _open(self, n_ctx: int) -> None:
-        self.llm = _BatchLlama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)
+        self.llm = BatchLogitsLlama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)
         if self.llm.units:
             self.llm.force = self.force
 

@@ -45,7 +45,7 @@ _missing: list[str] = []
 
 # struct llama_mod_unit {
 #     int32_t layer; enum llama_mod_kind kind; float threshold; float activation; };
-class llama_mod_unit(ctypes.Structure):
+class llama_mod_unit(ctypes.Structure):  # noqa: N801
     """A routed unit of a file."""
 
     _fields_ = [
@@ -57,7 +57,7 @@ class llama_mod_unit(ctypes.Structure):
 
 
 # struct llama_mod_unit_stats { uint64_t n_seen; uint64_t n_active; };
-class llama_mod_unit_stats(ctypes.Structure):
+class llama_mod_unit_stats(ctypes.Structure):  # noqa: N801
     """Counters of a unit."""
 
     _fields_ = [("n_seen", ctypes.c_uint64), ("n_active", ctypes.c_uint64)]
@@ -65,7 +65,7 @@ class llama_mod_unit_stats(ctypes.Structure):
 
 # struct llama_mod_kv_stats {
 #     uint64_t n_cells, n_used, bytes_per_cell, bytes_reserved, bytes_committed, bytes_used; };
-class llama_mod_kv_stats(ctypes.Structure):
+class llama_mod_kv_stats(ctypes.Structure):  # noqa: N801
     """KV figures of a layer or of all layers."""
 
     _fields_ = [
@@ -79,7 +79,7 @@ class llama_mod_kv_stats(ctypes.Structure):
 
 
 # struct llama_mod_perf { uint64_t n_decode, n_tokens, n_graphs, ..., us_compute, us_read; };
-class llama_mod_perf(ctypes.Structure):
+class llama_mod_perf(ctypes.Structure):  # noqa: N801
     """Counters of decodes and graphs."""
 
     _fields_ = [
