@@ -2,7 +2,7 @@
 
     export(Path("mod"), Path("mod.gguf"), quant="q8_0")
     export(Path("mod"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # routers onto a file
-    export(Path("adapter"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # those of an adapter
+    export(Path("adapter"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # of an adapter
     export(Path("mod"), Path("dense.gguf"), dense=True)                     # the base alone
 
 The routers stay f32. The file with routers is written in one pass over the mapped base, so that
@@ -124,7 +124,10 @@ def read_directory(directory: Path) -> tuple[MoDConfig, Routers]:
 
 
 def read_adapter(directory: Path, base: Path | None) -> tuple[MoDConfig, Routers]:
-    """Configuration and routers of an adapter, which must fit the GGUF `base` in any quantisation."""
+    """Configuration and routers of an adapter.
+
+    The adapter must fit the GGUF `base`, whose quantisation does not matter.
+    """
     found = adapter_files.read(directory)
     if found.lora:
         raise UserError(

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mod_export.cli.output import show_messages
+from mod_export.common import paths
 from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
-from mod_export.llamacpp import source as llama_source
 
 ROOT = Path(__file__).resolve().parent.parent
 # The tests that drive the library through its C functions (tests/support/c_api.py) run. Those whose
@@ -143,7 +143,7 @@ def run(name: str, jobs: int | None, threads: int, rest: list[str]) -> bool:
     """Build, test, report; whether all is well."""
     which = SANITIZERS[name]
     lib = build(which, jobs)
-    log = llama_source.cache_dir() / "log" / f"sanitize-{name}"
+    log = paths.cache_dir() / "log" / f"sanitize-{name}"
     for old in log.parent.glob(f"{log.name}.*"):
         old.unlink()
     command = [

@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from mod_export.common.files import atomic_dir, locked
+from mod_export.common.paths import cache_dir
 from mod_export.common.progress import Progress
 from mod_export.data import conversations, sources
 from mod_export.data.repeats import Repeats
 from mod_export.data.text import bos
 from mod_export.errors import UserError
-from mod_export.llamacpp import source as llama_source
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _tokenizer_digest(tokenizer) -> str:
 
 
 def _cache_folder(cache: str | Path | None) -> Path:
-    folder = Path(cache) if cache is not None else llama_source.cache_dir() / "tokens"
+    folder = Path(cache) if cache is not None else cache_dir() / "tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

@@ -1,1 +1,1 @@
-"""Files on disk, read and written without torch and without llama.cpp: GGUF, Hugging Face directories, adapters."""
+"""Files on disk without torch and llama.cpp: GGUF, Hugging Face directories, adapters."""

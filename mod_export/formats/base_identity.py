@@ -104,7 +104,8 @@ def compare(expected: dict, actual: dict) -> float:
 def _distance(expected: list[float], actual: list[float]) -> float:
     a = np.array(expected)
     b = np.array(actual)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30))
+    length = max(float(np.linalg.norm(a)), 1e-30)
+    return float(np.linalg.norm(a - b)) / length
 
 
 def vocabulary_hash(tokens: dict[int, str]) -> str:

@@ -2,7 +2,7 @@
 
     type = type_named("q4_K")            # gguf-py's GGMLQuantizationType
     row_bytes(4096, type)                # bytes of a row of 4096 numbers
-    dequantize(rows, type)               # float32 [n, cols], the values that llama.cpp computes with
+    dequantize(rows, type)               # float32 [n, cols], the values that llama.cpp uses
 
 The way from float32 to these types needs ggml itself: runtime/quantize.py.
 """
@@ -42,7 +42,8 @@ class FileFormat:
     precision: str = "lower"
 
 
-# Formats without importance data. The first row of a type stands for files that hold only this type.
+# These formats need no importance data. The first row of a type stands for files that hold no
+# matrices of other types.
 FILE_FORMATS = (
     FileFormat("f32", "f32", 0, 0, kv_cache=True, precision="f32"),
     FileFormat("f16", "f16", 1, 1, kv_cache=True, precision="f16"),

@@ -108,7 +108,7 @@ class GGUFFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> GGUFFile:
-        """Map and check `path`. Raises UserError if it is missing, no GGUF, truncated or damaged."""
+        """Map and check a file. Raises UserError if it is missing, no GGUF or damaged."""
         path = Path(path)
         if path.is_dir():
             raise UserError(
@@ -137,7 +137,7 @@ class GGUFFile:
         return arch
 
     def model_number(self, name: str) -> int:
-        """The key {architecture}.{name}: a positive whole number of a sensible size, or UserError."""
+        """The key {architecture}.{name}. Raises UserError unless it is a sensible number."""
         value = self.get(f"{self.architecture}.{name}")
         if not isinstance(value, int) or not 1 <= value <= MAX_MODEL_NUMBER:
             raise UserError(
@@ -334,8 +334,8 @@ def rewrite(
 
 def _key_section(
     source: GGUFFile,
-    added: Iterable[tuple[str, str, object]],
-    changed: Mapping[str, object],
+    added: Iterable[tuple[str, str, Any]],
+    changed: Mapping[str, Any],
     dropped: Collection[str],
 ) -> list[bytes | memoryview]:
     """The bytes of each key of the target."""
@@ -344,8 +344,8 @@ def _key_section(
         if name in dropped:
             continue
         if name in changed:
-            value = encode_value(source.keys[name].type, changed[name])
-            entries.append(encode_string(name) + value)
+            type = source.keys[name].type
+            entries.append(encode_string(name) + encode_value(type, changed[name]))
         else:
             entries.append(entry)
     for name, type, value in added:

@@ -1,4 +1,4 @@
-"""A MoD model as a Hugging Face directory: the key `mod` of config.json, and routers in safetensors.
+"""A MoD model as a Hugging Face directory: the key `mod` of config.json, and the routers.
 
 This module is the only reader of routers outside of GGUF files: those of a directory and those of
 an adapter. It imports neither torch nor transformers.

@@ -1,8 +1,9 @@
-"""How much memory K and V take: bytes per token, and the cells that a MoD model is expected to fill.
+"""How much memory K and V take: bytes per token, and cells that a MoD model is expected to fill.
 
-file = GGUFFile.open("mod.gguf")
-bytes_per_token(file, layer=5)              # K and V of one token, f16
-expected_cells(config, layer=5, n=4000)     # cells in use after 4000 tokens
+    bytes_per_token(GGUFFile.open("mod.gguf"), layer=5)     # K and V of one token, f16
+    expected_cells(config, layer=5, n=4000)                 # cells in use after 4000 tokens
+
+A cell holds K and V of one token in one layer.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def expected_cells(config: MoDConfig, layer: int, n: int, margin: float = 0.0) -
 
 
 def mean_activation(config: MoDConfig) -> dict[str, float]:
-    """Kind -> activation on calibration text, the mean of the routed layers; `all`: of all units."""
+    """Kind -> mean activation of its units on calibration text; `all`: the mean of all units."""
     values: dict[str, list[float]] = {}
     for layer, kind in config.routed():
         values.setdefault(kind, []).append(config.units[kind].activation[layer])

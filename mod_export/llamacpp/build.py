@@ -1,12 +1,11 @@
-"""Build llama.cpp, patched or stock, as shared libraries in the cache; install the patched
-llama_cpp package.
+"""Build llama.cpp as shared libraries in the cache, patched or stock, and install llama_cpp.
 
-    lib = build(jobs=2)      # Path of a directory with libllama.so; instant when it was built before
+    lib = build(jobs=2)      # Path of a directory with libllama.so; at once if it was built before
     install(lib)             # llama-cpp-python x.y.z+mod into the running Python's environment
     stock_lib()              # the unpatched library beside it, or None; see build(stock=True)
 
-A build is found again under a key made from the source's hash, the patches, the flags, the compiler
-and the CPU.
+A build is found again under a key that is made from the hash of the source, the patches, the flags,
+the compiler and the CPU.
 """
 
 import contextlib
@@ -22,8 +21,10 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
+from typing import TextIO
 
 from mod_export.common.files import atomic_dir, locked
+from mod_export.common.paths import cache_dir
 from mod_export.common.progress import Progress
 from mod_export.common.system import cpu_features, free_memory, usable_cpus
 from mod_export.errors import UserError
@@ -33,20 +34,30 @@ from mod_export.llamacpp import wheel as llama_wheel
 
 logger = logging.getLogger(__name__)
 
-# the libraries that llama_cpp loads, and nothing that links against curl, common or a web page
-FLAGS = dict.fromkeys(["COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"], "OFF")
-FLAGS = {f"LLAMA_BUILD_{name}": value for name, value in FLAGS.items()}
-FLAGS |= {
+# These options build the libraries that llama_cpp loads, and nothing that links against curl,
+# common or a web page.
+FLAGS = {
+    "LLAMA_BUILD_COMMON": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_TOOLS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_BUILD_NUMBER": "0",
+    # a wheel holds no links, so each library is one plain libx.so
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+    # a library finds the others beside it
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_INSTALL_RPATH": "$ORIGIN",
 }
-# one plain libx.so for each library (a wheel holds no links), found beside the one that needs it
-FLAGS |= {"CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON"}
-FLAGS |= {"CMAKE_BUILD_WITH_INSTALL_RPATH": "ON", "CMAKE_INSTALL_RPATH": "$ORIGIN"}
+C_COMPILERS = ("cc", "gcc", "clang")
+CXX_COMPILERS = ("c++", "g++", "clang++")
 MARKER = "build.json"
-BYTES_PER_JOB = 2 << 30  # what the largest compilation units take
+BYTES_PER_JOB = 2 << 30  # memory that the largest compilation units take
+LOGGED_PERCENT = 20  # between two lines of progress in a log
 
 
 def build(
@@ -58,12 +69,13 @@ def build(
     sdist: Path | None = None,
     extra: dict[str, str] | None = None,
 ) -> Path:
-    """Return the directory of the built libraries, building them where the cache has none (or with
-    `force`).
+    """Return the directory of the built libraries; build them where the cache has none.
 
-    `cuda_arch`: GPU architectures to compile for ("75,86"), default: those of this machine's GPUs.
-    `extra`: cmake options of a build for a purpose of its own (scripts/sanitize.py), which stock_lib()
-    and patched_lib() do not find.
+    cuda_arch: GPU architectures to compile for ("75,86"); by default those of this machine's GPUs
+    sdist: the source distribution; by default the cached one, or pip fetches it
+    force: build in any case
+    extra: cmake options of a build for another purpose (scripts/sanitize.py); stock_lib() and
+        patched_lib() do not find such a build
 
     Raises UserError naming what is missing, or the last error of the build and its log.
     """
@@ -79,29 +91,33 @@ def build(
         flags |= toolkit.flags(toolkit.architectures(cuda_arch))
     flags |= extra or {}
     if sdist is not None:
-        llama_source.fetch_sdist(sdist)  # a wrong one is told even where nothing has to be built
+        # a wrong file is refused even where nothing has to be built
+        llama_source.fetch_sdist(sdist)
     name = f"{'stock' if stock else 'patched'}-{_key(flags, stock)}"
-    lib = llama_source.cache_dir() / "lib" / name
+    lib = cache_dir() / "lib" / name
     with _lock(name):
         if not force and (lib / MARKER).is_file():
             logger.info(f"llama.cpp is built already: {lib}")
             return lib
-        source = llama_source.source_dir(stock, sdist) / "vendor/llama.cpp"
+        source = llama_source.source_dir(stock, sdist) / llama_source.LLAMA_CPP
         _compile(source, lib, flags, jobs or default_jobs())
     if not extra:
-        _remember(name, cuda, stock)
+        _last_build_note(cuda, stock).write_text(name)
     return lib
 
 
 def missing_tools(patching: bool = True) -> dict[str, str]:
-    """What a build needs and this machine lacks: tool -> Debian package. For CUDA see
-    cuda_toolkit.py.
+    """What a build needs and this machine lacks: tool -> Debian package.
+
+    cuda.py knows what a CUDA build needs besides.
     """
-    tools = {"cmake": "cmake", "ninja": "ninja-build"} | ({"git": "git"} if patching else {})
+    tools = {"cmake": "cmake", "ninja": "ninja-build"}
+    if patching:
+        tools["git"] = "git"
     missing = {tool: package for tool, package in tools.items() if not _which(tool)}
-    if not compiler("CC", "cc", "gcc", "clang"):
+    if not compiler("CC", *C_COMPILERS):
         missing["a C compiler"] = "build-essential"
-    if not compiler("CXX", "c++", "g++", "clang++"):
+    if not compiler("CXX", *CXX_COMPILERS):
         missing["a C++ compiler"] = "build-essential"
     return missing
 
@@ -112,81 +128,76 @@ def default_jobs() -> int:
 
 
 def stock_lib(cuda: bool = False) -> Path | None:
-    """The directory of the stock libraries if `build(stock=True)` has made them, else None. Needs
-    no compiler.
-    """
-    return _recall(cuda, stock=True)
+    """The directory of the stock libraries last built, else None. Needs no compiler."""
+    return _last_build(cuda, stock=True)
 
 
 def patched_lib(cuda: bool = False) -> Path | None:
     """The directory of the patched libraries last built, else None. Needs no compiler."""
-    return _recall(cuda, stock=False)
+    return _last_build(cuda, stock=False)
 
 
 def install(lib: Path, force: bool = False) -> str:
-    """Install llama_cpp with the libraries of `lib` into the running Python; return its version
-    (x.y.z+mod).
+    """Install llama_cpp with the libraries of `lib` into the running Python's environment.
+
+    Returns the version, x.y.z+mod. Raises UserError with pip's words where pip fails.
     """
     version = f"{llama_source.read_pin().version}+mod"
     if not force and installed_build() == lib.name:
         logger.info(f"llama-cpp-python {version} is installed already")
         return version
-    folder = llama_source.cache_dir() / "wheel"
+    folder = cache_dir() / "wheel"
     folder.mkdir(exist_ok=True)
     wheel = llama_wheel.write_wheel(llama_source.source_dir(), lib, version, folder)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-index",
-    ]
-    command += ["--no-deps", "--force-reinstall", str(wheel)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-index", "--no-deps", "--force-reinstall", str(wheel)]
     result = subprocess.run(command, capture_output=True, text=True)
     wheel.unlink()
     if result.returncode != 0:
-        raise UserError(
-            f"pip could not install {wheel.name}: {(result.stderr.strip() or '?').splitlines()[-1]}"
-        )
+        last = (result.stderr.strip() or "?").splitlines()[-1]
+        raise UserError(f"pip could not install {wheel.name}: {last}")
     logger.info(f"installed llama-cpp-python {version}")
     return version
 
 
 def installed_build() -> str | None:
-    """Name of the build that the environment's llama_cpp comes from; None for a stock one or none
-    at all.
+    """Name of the build that the environment's llama_cpp comes from.
+
+    None for a stock llama_cpp, or where there is none.
     """
     spec = util.find_spec("llama_cpp")
-    marker = Path(spec.origin).parent / "lib" / MARKER if spec and spec.origin else None
-    return json.loads(marker.read_text())["name"] if marker and marker.is_file() else None
+    if spec is None or not spec.origin:
+        return None
+    marker = Path(spec.origin).parent / "lib" / MARKER
+    return json.loads(marker.read_text())["name"] if marker.is_file() else None
 
 
 def _which(tool: str) -> str | None:
-    # cmake and ninja may come as Python packages, whose commands lie beside the interpreter
-    return shutil.which(
-        tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    )
+    """Path of a tool. cmake and ninja may be Python packages, whose commands lie beside Python."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    return shutil.which(tool, path=os.pathsep.join(folders))
 
 
 def compiler(variable: str, *names: str) -> str | None:
-    """Path of the compiler that cmake will take: the environment's choice, else the first that is
-    there.
+    """Path of the compiler that cmake will take.
+
+    It is the choice of the environment variable, else the first of the names that is there.
     """
     if choice := os.environ.get(variable, "").split():
         return _which(choice[0])
-    return next(filter(None, map(_which, names)), None)
+    return next((path for name in names if (path := _which(name))), None)
 
 
 def _key(flags: dict[str, str], stock: bool) -> str:
+    """Key of a build in the cache: twelve hexadecimal digits."""
     source = llama_source.read_pin().sha256 if stock else llama_source.patches_digest()
-    compilers = [compiler("CC", "cc", "gcc", "clang"), compiler("CXX", "c++", "g++", "clang++")]
-    compilers += [flags["CMAKE_CUDA_COMPILER"]] if "CMAKE_CUDA_COMPILER" in flags else []
+    compilers = [compiler("CC", *C_COMPILERS), compiler("CXX", *CXX_COMPILERS)]
+    if "CMAKE_CUDA_COMPILER" in flags:
+        compilers.append(flags["CMAKE_CUDA_COMPILER"])
     versions = [
-        subprocess.run([c, "--version"], capture_output=True, text=True).stdout
-        for c in compilers
-        if c
+        subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        for path in compilers
+        if path
     ]
     parts = [
         source,
@@ -202,7 +213,7 @@ def _key(flags: dict[str, str], stock: bool) -> str:
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
     """Let one process at a time build `name`; the next one finds it built."""
-    folder = llama_source.cache_dir() / "log"
+    folder = cache_dir() / "log"
     folder.mkdir(exist_ok=True)
     with locked(
         folder / f"{name}.lock",
@@ -212,8 +223,9 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
-    """Configure and build in a tree beside the cache's libraries; an interrupted build goes on
-    where it was.
+    """Configure and build in the cache, and copy the libraries to `lib`.
+
+    The tree of an interrupted build stays, and the next build goes on with it.
     """
     tree = lib.parent.parent / "tree" / lib.name
     tree.mkdir(parents=True, exist_ok=True)
@@ -223,14 +235,14 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
         f"building llama.cpp with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}"
     )
     start = time.monotonic()
-    configure = [_which("cmake"), "-S", str(source), "-B", str(tree), "-G", "Ninja"]
-    configure += [
-        f"-DCMAKE_MAKE_PROGRAM={_which('ninja')}",
-        *(f"-D{name}={value}" for name, value in flags.items()),
-    ]
+    cmake = _which("cmake") or "cmake"
+    ninja = _which("ninja") or "ninja"
+    configure = [cmake, "-S", str(source), "-B", str(tree), "-G", "Ninja"]
+    configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+    configure += [f"-D{name}={value}" for name, value in flags.items()]
     with open(log, "w") as file:
         _run(configure, file)
-        _run([_which("ninja"), "-C", str(tree), "-j", str(jobs), "llama", "ggml"], file)
+        _run([ninja, "-C", str(tree), "-j", str(jobs), "llama", "ggml"], file)
     with atomic_dir(lib, force=True, marker=MARKER) as tmp:
         for library in sorted((tree / "bin").glob("lib*")):
             shutil.copy2(library, tmp)
@@ -239,15 +251,13 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
     logger.info(f"built in {time.monotonic() - start:.0f} s: {lib}")
 
 
-def _run(command: list[str], log) -> None:
-    """Run a build tool: its output into the log, its last [n/m] onto the terminal's line."""
-    pipes = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "errors": "replace",
-    }
-    with subprocess.Popen(command, **pipes) as tool, _terminated(tool), _progress() as show:
+def _run(command: list[str], log: TextIO) -> None:
+    """Run a build tool with its output in the log, and show the progress that it tells."""
+    tool = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    with tool, _terminated(tool), _progress() as show:
+        assert tool.stdout is not None
         for line in tool.stdout:
             log.write(line)
             show(line)
@@ -260,7 +270,7 @@ def _run(command: list[str], log) -> None:
 
 @contextlib.contextmanager
 def _terminated(tool: subprocess.Popen) -> Iterator[None]:
-    """Do not leave the build running where we are stopped."""
+    """End the build tool where this process is stopped."""
     try:
         yield
     except BaseException:
@@ -270,8 +280,12 @@ def _terminated(tool: subprocess.Popen) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows the [n/m] of a line: on a terminal each, else every fifth part."""
-    progress, logged = Progress(), 0
+    """Yield a function that shows the [n/m] of a line.
+
+    A terminal shows each step, a log one line for every LOGGED_PERCENT.
+    """
+    progress = Progress()
+    logged = 0
 
     def show(line: str) -> None:
         nonlocal logged
@@ -281,7 +295,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         share = 100 * int(step[1]) // int(step[2])
         if progress.terminal:
             progress.show(f"{step[0]} {share} %", share / 100)
-        elif share >= logged + 20:
+        elif share >= logged + LOGGED_PERCENT:
             logged = share
             logger.info(f"{step[0]} {share} %")
 
@@ -304,19 +318,16 @@ def _last_error(log: Path) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-def _remember(name: str, cuda: bool, stock: bool) -> None:
-    """Note the last build of each sort, so that it can be found without a compiler to make the key
-    from.
-    """
-    _note(cuda, stock).write_text(name)
+def _last_build(cuda: bool, stock: bool) -> Path | None:
+    """The last build of a sort. It is found without a compiler, from which a key could be made."""
+    note = _last_build_note(cuda, stock)
+    if not note.is_file():
+        return None
+    lib = cache_dir() / "lib" / note.read_text()
+    return lib if (lib / MARKER).is_file() else None
 
 
-def _recall(cuda: bool, stock: bool) -> Path | None:
-    note = _note(cuda, stock)
-    lib = llama_source.cache_dir() / "lib" / note.read_text() if note.is_file() else None
-    return lib if lib and (lib / MARKER).is_file() else None
-
-
-def _note(cuda: bool, stock: bool) -> Path:
+def _last_build_note(cuda: bool, stock: bool) -> Path:
+    """The file that holds the name of the last build of a sort."""
     kind = f"{'stock' if stock else 'patched'}{'-cuda' if cuda else ''}"
-    return llama_source.cache_dir() / "log" / f"last-{kind}"
+    return cache_dir() / "log" / f"last-{kind}"

@@ -1,8 +1,9 @@
-"""llama.cpp's own converter and quantiser, each in a process of its own: a crash there is an error
-here.
+"""llama.cpp's own converter and quantiser.
 
-convert_hf(Path("dir"), Path("base.gguf"), "f32")   # a Hugging Face directory, routers left out
-quantize(Path("base.gguf"), Path("small.gguf"), "q4_k_m")
+Each runs in a process of its own, so that a crash there is an error here.
+
+    convert_hf(Path("dir"), Path("base.gguf"), "f32", skip=routers)
+    quantize(Path("base.gguf"), Path("small.gguf"), "q4_k_m")
 """
 
 import re
@@ -15,23 +16,30 @@ from mod_export.errors import UserError
 from mod_export.formats.ggml_types import EXPORT_FORMATS
 from mod_export.llamacpp import source as llama_source
 
-# runs inside the converter's process, in the source directory of llama.cpp
-CONVERTER = """
+# This script runs in the converter's process, in the source directory of llama.cpp. The routers are
+# no part of the base model: export.py adds them afterwards.
+CONVERTER_SCRIPT = """
 import re, runpy, sys
 sys.path.insert(0, ".")
 from conversion import ModelBase
-index, skip = ModelBase.index_tensors, re.compile(sys.argv[1])
-# the routers are no part of the base model: export.py adds them afterwards
-ModelBase.index_tensors = lambda self, *args, **kwargs: {
-    name: tensor for name, tensor in index(self, *args, **kwargs).items() if not skip.fullmatch(name)}
+
+index_tensors = ModelBase.index_tensors
+skip = re.compile(sys.argv[1])
+
+def index_without_routers(self, *args, **kwargs):
+    tensors = index_tensors(self, *args, **kwargs)
+    return {name: tensor for name, tensor in tensors.items() if not skip.fullmatch(name)}
+
+ModelBase.index_tensors = index_without_routers
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
 runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
 """
-QUANTIZER = """
+QUANTIZER_SCRIPT = """
 import sys, llama_cpp
 source, target, ftype, threads = sys.argv[1:]
 params = llama_cpp.llama_model_quantize_default_params()
-params.ftype, params.nthread = int(ftype), int(threads)
+params.ftype = int(ftype)
+params.nthread = int(threads)
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params))
 """
 
@@ -39,14 +47,16 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params
 def convert_hf(
     directory: Path, target: Path, outtype: str, skip: re.Pattern, name: str | None = None
 ) -> None:
-    """Write the model of `directory` as a GGUF with weights of type f32, f16 or bf16; tensors named
-    `skip` stay out.
+    """Write the Hugging Face model of `directory` as a GGUF.
 
-    name: general.name of the file; by default the converter makes one from the directory's. Raises
-    UserError with the converter's last words, for instance where llama.cpp does not know the
+    outtype: type of the weights, one of FLOAT_NAMES
+    skip: names of tensors that stay out
+    name: general.name of the file; by default the converter makes one from the directory's name
+
+    Raises UserError with the converter's last words, for instance where llama.cpp does not know the
     architecture.
     """
-    source = llama_source.source_dir() / "vendor/llama.cpp"
+    source = llama_source.source_dir() / llama_source.LLAMA_CPP
     arguments = [
         skip.pattern,
         str(directory.resolve()),
@@ -55,16 +65,20 @@ def convert_hf(
         "--outtype",
         outtype,
     ]
-    arguments += ["--model-name", name] if name else []
-    result = _python(CONVERTER, arguments, cwd=source)
+    if name:
+        arguments += ["--model-name", name]
+    result = _python(CONVERTER_SCRIPT, arguments, cwd=source)
     if result.returncode != 0:
         raise UserError(f"llama.cpp's converter cannot convert {directory}: {_last_words(result)}")
 
 
 def quantize(source: Path, target: Path, quant: str) -> None:
-    """Quantise a GGUF of floats to one of EXPORT_FORMATS. Raises UserError with the library's last words."""
+    """Quantise a GGUF of floats to one of EXPORT_FORMATS.
+
+    Raises UserError with the library's last words.
+    """
     result = _python(
-        QUANTIZER,
+        QUANTIZER_SCRIPT,
         [
             str(source.resolve()),
             str(target.resolve()),

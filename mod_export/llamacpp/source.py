@@ -1,8 +1,7 @@
-"""The pinned llama.cpp source: fetch, verify, unpack, patch. Nothing is compiled here (see
-llama_build.py).
+"""The pinned source of llama.cpp: fetch, verify, unpack, patch. build.py compiles it.
 
-patches/UPSTREAM names the source distribution, patches/overlay holds whole files that are copied
-over its vendor/llama.cpp, patches/series lists the hook patches to apply after that.
+patches/UPSTREAM names the source distribution. patches/overlay holds whole files that are copied
+over vendor/llama.cpp in it. patches/series lists the hook patches that are applied after that.
 """
 
 import hashlib
@@ -18,9 +17,13 @@ from mod_export.common.files import atomic_dir, atomic_file
 from mod_export.common.paths import cache_dir
 from mod_export.errors import UserError
 
-# parts of the source distribution that neither the build nor the converter reads (most of its size)
-UNUSED = (".git", "vendor/llama.cpp/.git", "vendor/llama.cpp/.github", "vendor/llama.cpp/models")
-UNUSED += (
+LLAMA_CPP = "vendor/llama.cpp"  # inside the source distribution
+# Neither the build nor the converter reads these parts, which are most of the distribution.
+UNUSED_PATHS = (
+    ".git",
+    "vendor/llama.cpp/.git",
+    "vendor/llama.cpp/.github",
+    "vendor/llama.cpp/models",
     "vendor/llama.cpp/docs",
     "vendor/llama.cpp/media",
     "vendor/llama.cpp/benches",
@@ -30,8 +33,11 @@ UNUSED += (
 
 @dataclass(frozen=True)
 class Pin:
-    """What patches/UPSTREAM says: version of llama-cpp-python, commit of llama.cpp, SHA-256 of the
-    sdist.
+    """What patches/UPSTREAM says. The build cache's key contains the text of this class.
+
+    version: of llama-cpp-python
+    commit: of llama.cpp
+    sha256: of the source distribution
     """
 
     version: str
@@ -40,6 +46,7 @@ class Pin:
 
     @property
     def filename(self) -> str:
+        """Name of the source distribution."""
         return f"llama_cpp_python-{self.version}.tar.gz"
 
 
@@ -73,11 +80,11 @@ def overlay_files(patches: Path | None = None) -> list[Path]:
 
 
 def patches_digest() -> str:
-    """SHA-256 over everything that makes the patched source: the pin, the overlay, the patches in
-    order.
-    """
-    patches, digest = patches_dir(), hashlib.sha256(repr(read_pin()).encode())
-    for path in [*(patches / "overlay" / name for name in overlay_files()), *read_series()]:
+    """SHA-256 of what makes the patched source: the pin, the overlay, the patches in order."""
+    patches = patches_dir()
+    digest = hashlib.sha256(repr(read_pin()).encode())
+    overlay = [patches / "overlay" / name for name in overlay_files()]
+    for path in [*overlay, *read_series()]:
         digest.update(f"\n{path.relative_to(patches)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -85,7 +92,7 @@ def patches_digest() -> str:
 def fetch_sdist(given: Path | None = None) -> Path:
     """Return the verified source distribution: `given`, the cached one, or one fetched with pip.
 
-    Raises UserError where pip fails (its last error is quoted) or the SHA-256 is not the pinned
+    Raises UserError where pip fails, with its last error, and where the SHA-256 is not the pinned
     one.
     """
     pin = read_pin()
@@ -112,34 +119,18 @@ def _sha256(path: Path) -> str:
 
 
 def _pip_download(pin: Pin) -> Path:
-    """Let pip fetch the sdist, with whatever index the user has configured, into a folder of the
-    cache.
-    """
+    """Let pip fetch the source distribution from the user's index into a folder of the cache."""
     folder = cache_dir() / "download"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    # the sdist itself, but wheels for the tools with which pip reads its metadata
-    command += [
-        "--no-binary",
-        "llama-cpp-python",
-        "--dest",
-        str(folder),
-        f"llama-cpp-python=={pin.version}",
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    # not as a wheel; but pip may take wheels of the tools with which it reads the metadata
+    command += ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder)]
+    command.append(f"llama-cpp-python=={pin.version}")
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        errors = [
-            line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line
-        ]
-        last = (errors or result.stderr.splitlines() or ["pip failed"])[-1]
+        lines = result.stderr.splitlines()
+        errors = [line for line in lines if "ERROR" in line or "No module" in line]
+        last = (errors or lines or ["pip failed"])[-1]
         raise UserError(
             f"pip could not fetch llama-cpp-python {pin.version}: {last}", "check the network"
         )
@@ -147,14 +138,14 @@ def _pip_download(pin: Pin) -> Path:
 
 
 def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
-    """The unpacked source in the cache, patched unless `stock`; made where it is not there yet."""
+    """The unpacked source in the cache, patched unless `stock`. It is made where it is missing."""
     path = _source_path(stock)
     if not path.is_dir():
         path.parent.mkdir(exist_ok=True)
         with atomic_dir(path, force=True, marker="PKG-INFO") as tmp:
             unpack(fetch_sdist(sdist), tmp)
             if not stock:
-                apply_patches(tmp / "vendor/llama.cpp")
+                apply_patches(tmp / LLAMA_CPP)
     return path
 
 
@@ -169,29 +160,26 @@ def _source_path(stock: bool) -> Path:
 
 
 def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
-    """Extract the used parts of the sdist, or the files `only`, into the directory `target`
-    (vendor/, llama_cpp/).
-    """
+    """Extract the used parts of the source distribution, or the files `only`, into `target`.
 
+    The paths begin with vendor/ and llama_cpp/.
+    """
     members = []
     with tarfile.open(sdist) as archive:
-        # Python before 3.11.4 (Debian 12 has 3.11.2) knows no filters; the archive is known by its
-        # hash
+        # Python before 3.11.4 (Debian 12 has 3.11.2) knows no filters. The archive is known by its
+        # hash, so that it needs none.
         archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         for member in archive:
-            member.name = member.name.partition("/")[
-                2
-            ]  # without the leading llama_cpp_python-x.y.z/
-            unused = any(f"{member.name}/".startswith(f"{part}/") for part in UNUSED)
+            # without the leading llama_cpp_python-x.y.z/
+            member.name = member.name.partition("/")[2]
+            unused = any(f"{member.name}/".startswith(f"{path}/") for path in UNUSED_PATHS)
             if member.name and not unused and (only is None or member.name in only):
                 members.append(member)
         archive.extractall(target, members)
 
 
 def apply_patches(root: Path) -> None:
-    """Copy the overlay over `root` (an unpacked vendor/llama.cpp) and apply the patches of the
-    series.
-    """
+    """Copy the overlay over `root`, an unpacked vendor/llama.cpp, and apply the series."""
     copy_overlay(root)
     for patch in read_series():
         git_apply(root, patch)
@@ -206,7 +194,7 @@ def copy_overlay(root: Path, patches: Path | None = None) -> None:
 
 
 def git_apply(root: Path, patch: Path) -> None:
-    """Apply one patch to `root`; UserError quotes git where it does not fit."""
+    """Apply one patch to `root`. Raises UserError with git's words where the patch does not fit."""
     # inside another checkout `git apply` without the ceiling exits 0 and changes nothing
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
     command = ["git", "apply", "--whitespace=nowarn", str(patch.resolve())]

@@ -1,4 +1,4 @@
-"""A wheel of llama_cpp: Python files of the source distribution, and libraries that are built already.
+"""A wheel of llama_cpp: the source distribution's Python files, and libraries that are built.
 
 The wheel is written by hand because the distribution's own build backend would compile llama.cpp
 once more.

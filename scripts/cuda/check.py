@@ -24,6 +24,7 @@ import time
 import zipfile
 from pathlib import Path
 
+from mod_export.common import paths
 from mod_export.common.files import atomic_dir
 from mod_export.errors import UserError
 from mod_export.llamacpp import cuda as llama_cuda
@@ -46,10 +47,10 @@ CUBLAS_SHA256 = "dcc6d63884c53d07e267ce7e6feac17b2538cebaafec5db865736c3e28e4dc8
 
 def touched() -> list[str]:
     """Names of the folder's files in the overlay and in the patches."""
-    paths = [str(path) for path in llama_source.overlay_files()]
+    names = [str(path) for path in llama_source.overlay_files()]
     for patch in llama_source.read_series():
-        paths += re.findall(r"^\+\+\+ b/(.*)$", patch.read_text(), re.MULTILINE)
-    files = {Path(path) for path in paths}
+        names += re.findall(r"^\+\+\+ b/(.*)$", patch.read_text(), re.MULTILINE)
+    files = {Path(name) for name in names}
     return sorted(
         file.name for file in files if file.parent == FOLDER and file.suffix in (".cu", ".cuh")
     )
@@ -78,7 +79,7 @@ def compile_file(command: list[str], folder: Path, name: str) -> str | None:
 
 def fetch_cublas() -> Path:
     """The headers of cuBLAS, in the cache."""
-    target = llama_source.cache_dir() / f"cublas-{CUBLAS_VERSION}"
+    target = paths.cache_dir() / f"cublas-{CUBLAS_VERSION}"
     if target.is_dir():
         return target / "include"
     with (
@@ -149,7 +150,7 @@ def check(names: list[str], archs: str, cublas: Path | None, cached: bool, fetch
         *(flag for arch in archs for flag in gencode(arch)),
     ]
     print(f"nvcc {'.'.join(map(str, toolkit.version))}, architectures {', '.join(archs)}")
-    done = llama_source.cache_dir() / "cuda-check" / key(command, folder, include)
+    done = paths.cache_dir() / "cuda-check" / key(command, folder, include)
     failed = 0
     for name in names:
         if cached and (done / name).is_file():

@@ -25,7 +25,8 @@ for line in sys.stdin:
     try:
         main(json.loads(line))
     except SystemExit as exc:
-        print(json.dumps([exc.code, sys.stdout.getvalue(), sys.stderr.getvalue()]), file=sys.__stdout__, flush=True)
+        result = [exc.code, sys.stdout.getvalue(), sys.stderr.getvalue()]
+        print(json.dumps(result), file=sys.__stdout__, flush=True)
 """
 
 

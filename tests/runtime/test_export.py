@@ -1,7 +1,7 @@
 """Export through llama.cpp's own converter and quantiser, read back with gguf-py.
 
 The converter's unpatched run on the same model without routers is what every tensor and key has to
-equal, byte for byte. tests/unit has what needs no llama.cpp: test_export.py, formats/test_schema.py.
+equal, byte for byte. What needs no llama.cpp is in tests/unit: test_export.py, formats/.
 """
 
 import re

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mod_export.common import paths
 from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
 from mod_export.llamacpp import source as llama_source
@@ -25,8 +26,8 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, but for the source distribution of the real one."""
     sdist = llama_source.fetch_sdist()
     monkeypatch.setenv("MOD_EXPORT_CACHE", str(tmp_path / "cache"))
-    (llama_source.cache_dir() / sdist.name).symlink_to(sdist)
-    return llama_source.cache_dir()
+    (paths.cache_dir() / sdist.name).symlink_to(sdist)
+    return paths.cache_dir()
 
 
 @pytest.fixture

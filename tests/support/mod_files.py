@@ -1,6 +1,6 @@
 """A tiny MoD directory and a tiny adapter without torch, and what gguf-py reads in a GGUF file.
 
-path = write_directory(tmp_path / "mod", {"kv": [2, 3], "ffn": [4]})   # no base weights but one matrix
+path = write_directory(tmp_path / "mod", {"kv": [2, 3], "ffn": [4]})
 edited(path, tmp_path / "copy", tensors=lambda tensors: tensors.pop(name))
 assert_same_base("mod.gguf", "base.gguf")
 """

@@ -1,6 +1,7 @@
 """Which model an adapter is for: the record of a GGUF, its checks, and what tells two models apart.
 
-tests/unit/test_adapter.py compares torch models, tests/runtime/test_adapter_export.py quantised files.
+tests/unit/test_adapter.py compares torch models, tests/runtime/test_adapter_export.py compares
+quantised files.
 """
 
 import copy

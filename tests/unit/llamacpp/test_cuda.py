@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mod_export.common import paths
 from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
 from mod_export.llamacpp import cuda as llama_cuda
@@ -181,7 +182,7 @@ def checker(machine, monkeypatch):
     module = util.module_from_spec(util.spec_from_loader("cuda_check", loader))
     loader.exec_module(module)
     monkeypatch.setattr(llama_source, "source_dir", lambda: machine / "source")
-    monkeypatch.setattr(llama_source, "cache_dir", lambda: machine / "cache")
+    monkeypatch.setattr(paths, "cache_dir", lambda: machine / "cache")
     touch(
         machine / "source/vendor/llama.cpp" / module.FOLDER / "mod.cu",
         machine / "cublas/include/cublas_v2.h",
