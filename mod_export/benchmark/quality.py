@@ -8,7 +8,7 @@ protocol.
 import numpy as np
 
 from mod_export.benchmark.processes import prompt_tokens, serve
-from mod_export.evaluation.parity import ROWS, compare
+from mod_export.metrics import divergence
 
 DENSE_LOGITS_BYTES = 256 << 20  # of the dense model's logits that are kept
 
@@ -58,14 +58,14 @@ class Quality:
         """
         self.llm.shift = shift
         self.llm.reset_stats()
-        sums = np.zeros(2)
+        sums = np.zeros(4)
         n = 0
         for i, sequence in enumerate(self.sequences):
             logits = self._logits(sequence)
             if self.compare:
                 sums += divergence(self.dense[i], logits)
                 n += len(sequence)
-        kl, same = sums / n if n else (None, None)
+        kl, _, _, same = sums / n if n else (None, None, None, None)
         return {
             "shift": shift,
             "activation": self.llm.activation(),
@@ -78,17 +78,6 @@ class Quality:
         self.llm.reset()
         self.llm.eval(tokens)
         return self.llm.scores[: len(tokens)].copy() if self.compare else np.zeros((0, 0))
-
-
-def divergence(dense: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Sums over the rows of logits [T, n_vocab]: KL in nats, and whether the top token is the same.
-
-    The KL is that of the next-token distributions.
-    """
-    sums = np.zeros(2)
-    for i in range(0, len(dense), ROWS):
-        sums += compare(dense[i : i + ROWS], other[i : i + ROWS])[:, :2].sum(0)
-    return sums
 
 
 if __name__ == "__main__":

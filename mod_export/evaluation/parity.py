@@ -16,9 +16,8 @@ import numpy as np
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import precision
+from mod_export.metrics import compare_rows
 from mod_export.units import Unit
-
-ROWS = 128  # rows of logits that are compared at a time; a row of 150k float64 is 1.2 MB
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,8 @@ class Sums:
             margin = float(abs(score[n_agree, unit] - self.logit_p[unit]))
             layer, kind = self.units[unit]
             self.first.append({"position": n_agree, "layer": layer, "kind": kind, "margin": margin})
-        for i in range(0, len(logits), ROWS):
-            block = compare(logits[i : i + ROWS], logits_run[i : i + ROWS])
-            self.rows.append(np.column_stack([block, np.arange(i, i + len(block)) < n_agree]))
+        figures = compare_rows(logits, logits_run)
+        self.rows.append(np.column_stack([figures, np.arange(len(figures)) < n_agree]))
 
     def result(self) -> dict:
         rows = np.concatenate(self.rows)
@@ -198,19 +196,6 @@ class Sums:
             "tokens_agreed": int(rows[:, 4].sum()),
             "first_disagreements": self.first,
         }
-
-
-def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Four figures for each row of logits [n, n_vocab], as [n, 4].
-
-    KL(a, b) in nats, whether the top token is the same, mean and max difference of the logits.
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    diff = np.abs(a - b)
-    log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
-    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    return np.column_stack([kl, a.argmax(-1) == b.argmax(-1), diff.mean(-1), diff.max(-1)])
 
 
 def judge(result: dict, bounds: Bounds) -> list[str]:

@@ -12,7 +12,8 @@ from itertools import repeat
 
 import torch
 
-from mod_export.evaluation.readers import ROWS, Pair, Usage
+from mod_export.evaluation.readers import Pair, Usage
+from mod_export.metrics import divergence_sums
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def loss(pair: Pair, sequences: torch.Tensor, skip: int = 0, progress: Callable 
 
 
 def _read(pair: Pair, ids: torch.Tensor, skip: int) -> torch.Tensor:
-    """The sums of `divergence` over one sequence [T]; only ROWS rows of logits of each model are in
-    memory.
+    """The sums of metrics.divergence over one sequence [T].
+
+    Only readers.ROWS rows of logits of each model are in memory.
     """
     for reader in pair.readers().values():
         reader.reset()
@@ -67,34 +69,7 @@ def _read(pair: Pair, ids: torch.Tensor, skip: int) -> torch.Tensor:
         first, stop = max(skip - start, 0), min(len(dense), len(tokens) - 1 - start)
         if first < stop:
             target = ids[start + first + 1 : start + stop + 1]
-            sums += _sums(dense[first:stop], None if other is None else other[first:stop], target)
+            rows = None if other is None else other[first:stop]
+            sums += divergence_sums(dense[first:stop], rows, target)
         start += len(dense)
-    return sums
-
-
-def divergence(dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sums over the positions that have a next token, float64 [4]: KL, NLL of dense, NLL of other,
-    same best token.
-
-    dense, other: logits [T, n_vocab]; ids: [T].
-    """
-    sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(ids) - 1, ROWS):
-        rows = slice(start, min(start + ROWS, len(ids) - 1))
-        sums += _sums(dense[rows], other[rows], ids[start + 1 : rows.stop + 1])
-    return sums
-
-
-def _sums(dense: torch.Tensor, other: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
-    """What `divergence` gives, for logits [n, n_vocab] and the tokens [n] that follow; 0 for what
-    needs `other`.
-    """
-    p = dense.float().log_softmax(-1)
-    sums = torch.zeros(4, dtype=torch.float64)
-    sums[1] = -p.gather(1, target[:, None].to(p.device)).sum().double()
-    if other is not None:
-        q = other.to(p.device).float().log_softmax(-1)
-        sums[0] = (p.exp() * (p - q)).sum().double()
-        sums[2] = -q.gather(1, target[:, None].to(q.device)).sum().double()
-        sums[3] = (p.argmax(-1) == q.argmax(-1)).sum().double()
     return sums

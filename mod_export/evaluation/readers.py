@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from mod_export.errors import UserError
+from mod_export.metrics import visible_share
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
-from mod_export.units import KV, UNIT_KINDS, Unit
+from mod_export.units import Unit
 
 # Rows of logits [ROWS, n_vocab] in memory at a time. A vocabulary of 150k makes 150 MB of float32.
 ROWS = 256
@@ -217,25 +218,6 @@ class Usage:
             "activation": self.active / self.pairs if self.pairs else 1.0,
             "kv_share": self.kv_shares / self.sequences,
         }
-
-
-def visible_share(units: list[Unit], kv_window: int, active: torch.Tensor, n_layer: int) -> float:
-    """Cells whose K/V a next token could see, over those of the dense model.
-
-    active: decisions [n_tokens, n_units].
-    """
-    n_tokens = len(active)
-    # The next token's window holds one token less, because it holds that token too.
-    recent = torch.arange(n_tokens) >= n_tokens + 1 - kv_window
-    visible: dict[int, torch.Tensor] = {}
-    for index, (layer, kind) in enumerate(units):
-        if UNIT_KINDS[kind].frees_kv:
-            mask = active[:, index] | recent if kind == KV else active[:, index]
-            visible[layer] = visible[layer] & mask if layer in visible else mask
-    cells = (n_layer - len(visible)) * n_tokens + sum(
-        mask.sum().item() for mask in visible.values()
-    )
-    return cells / (n_layer * n_tokens)
 
 
 def torch_pair(model: MoDModel, name: str = "the model") -> Pair:

@@ -26,7 +26,6 @@ import torch
 from mod_export import __version__
 from mod_export.common.progress import Progress
 from mod_export.common.system import usable_cpus
-from mod_export.config import MoDConfig
 from mod_export.data.text import pack, read_texts
 from mod_export.errors import UserError
 from mod_export.evaluation import passkey as passkeys
@@ -34,8 +33,8 @@ from mod_export.evaluation import perplexity, scoring
 from mod_export.evaluation import tasks as task_files
 from mod_export.evaluation.open import open_pair
 from mod_export.evaluation.passkey import DEPTHS, LENGTHS
-from mod_export.evaluation.perplexity import Loss, divergence
-from mod_export.evaluation.readers import Pair, torch_pair, visible_share
+from mod_export.evaluation.perplexity import Loss
+from mod_export.evaluation.readers import Pair, torch_pair
 from mod_export.model.mod_model import MoDModel
 
 logger = logging.getLogger(__name__)
@@ -44,9 +43,7 @@ __all__ = [
     "EvaluationPlan",
     "Loss",
     "accuracy",
-    "divergence",
     "evaluate",
-    "kv_share",
     "loss",
     "passkey",
 ]
@@ -252,11 +249,3 @@ def passkey(
     trials = passkeys.make_trials(model.tokenizer, haystack, [length], depths, keys, seed)
     (row,) = passkeys.by_length(passkeys.retrieve(torch_pair(model), trials, progress))
     return row
-
-
-def kv_share(config: MoDConfig, active: torch.Tensor, n_layer: int) -> float:
-    """Cells whose K/V a next token could see, over those of the dense model.
-
-    active: decisions [T, n_units] in the order of config.routed().
-    """
-    return visible_share(config.routed(), config.kv_window, active, n_layer)

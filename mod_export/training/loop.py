@@ -23,7 +23,7 @@ from mod_export.calibration.thresholds import MAX_LOGIT
 from mod_export.data.packing import PackedData, order
 from mod_export.data.repeats import counted
 from mod_export.errors import UserError
-from mod_export.evaluation import run as eval_run
+from mod_export.metrics import divergence, visible_share
 from mod_export.model.router import logit_threshold, threshold_logit
 from mod_export.model.routing import TopK
 from mod_export.training import checkpoints
@@ -271,11 +271,14 @@ class Loop:
             ids = item["input_ids"].to(self.accelerator.device)
             with self.accelerator.autocast():
                 dense, logits, trace = self.student(ids[None])
-            sums += eval_run.divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
+            sums += divergence(dense[0].float().cpu(), logits[0].float().cpu(), ids.cpu())
             counts = counted(item["novel"])
             active = active + trace.active[0].cpu()[counts].float().sum(0)
             novel += int(counts.sum())
-            share += eval_run.kv_share(self.model.config, trace.active[0].cpu(), self.model.n_layer)
+            mod = self.model.config
+            share += visible_share(
+                mod.routed(), mod.kv_window, trace.active[0].cpu(), self.model.n_layer
+            )
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
         of_unit = dict(zip(self.units, (active / novel).tolist(), strict=True))

@@ -16,7 +16,7 @@ from mod_export.config import MoDConfig, UnitConfig
 from mod_export.data import text as data_text
 from mod_export.evaluation.perplexity import loss
 from mod_export.evaluation.readers import Pair, TorchReader
-from mod_export.evaluation.run import divergence, kv_share
+from mod_export.metrics import divergence, visible_share
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
@@ -113,7 +113,9 @@ class Judge:
                 sums, late = sums + first + second, late + second
                 tokens, n_late = tokens + len(ids) - 1, n_late + len(ids) - half - 1
                 active.append(trace.active.float().mean().item())
-                share.append(kv_share(config, trace.active[0], self.n_layer))
+                share.append(
+                    visible_share(config.routed(), config.kv_window, trace.active[0], self.n_layer)
+                )
                 router_logits.append(trace.logit[0].clone())
             perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()
             total, count = total + sums, count + tokens

@@ -11,8 +11,8 @@ from llama_cpp import Llama
 
 from mod_export.adapter import apply, load
 from mod_export.data.text import default_texts
-from mod_export.evaluation.perplexity import divergence
 from mod_export.formats import adapter_files
+from mod_export.metrics import divergence
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 

@@ -6,6 +6,7 @@ import torch
 from mod_export.calibration.calibrate import CalibrationPlan, calibrate
 from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import run as eval_run
+from mod_export.metrics import divergence
 from mod_export.model.mod_model import MoDModel
 from mod_export.units import UNIT_KINDS
 from tests.support import tiny_torch as tiny
@@ -53,6 +54,6 @@ def windowed_kl(model, sequences, skip, window, n_sink):
             ids[None], decisions=dict.fromkeys(model.config.routed(), sinks), kv_window=window
         )[0]
         dense = tiny.dense_logits(model, ids[None])[0]
-        sums += eval_run.divergence(dense[skip:], windowed[skip:], ids[skip:])
+        sums += divergence(dense[skip:], windowed[skip:], ids[skip:])
         count += len(ids) - skip - 1
     return (sums[0] / count).item()

@@ -1,11 +1,10 @@
-"""The search for shifts, and the divergence from the dense model."""
+"""The search for shifts that hit targets."""
 
 import math
 
-import numpy as np
 import pytest
 
-from mod_export.benchmark import quality, sweep
+from mod_export.benchmark import sweep
 from mod_export.common.progress import Progress
 
 
@@ -30,13 +29,3 @@ def test_a_target_between_two_steps_gets_the_nearest():
 
     points = sweep.find_shifts(measure, (0.5, 0.9), Progress())
     assert [p["activation"] for p in points] == [0.2, 1.0]
-
-
-def test_divergence():
-    rng = np.random.default_rng(0)
-    dense, other = rng.standard_normal((2, 150, 40)).astype(np.float32)
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, other))
-    kl, same = quality.divergence(dense, other)
-    assert kl == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
-    assert same == (dense.argmax(-1) == other.argmax(-1)).sum()
-    assert quality.divergence(dense, dense + 3) == pytest.approx([0, 150], abs=1e-3)

@@ -11,7 +11,6 @@ from mod_export.calibration.drift import CHUNK_TOKENS, ChunkMoments
 from mod_export.calibration.ridge import Ridge
 from mod_export.data.text import pack, read_texts
 from mod_export.errors import UserError
-from mod_export.evaluation import run as eval_run
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 
@@ -209,13 +208,3 @@ def test_texts_are_packed_whole_and_named_when_wrong(tokenizer, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="binary.txt is not UTF-8"):
         read_texts([tmp_path / "binary.txt"])
-
-
-def test_kv_share_counts_what_a_next_token_sees():
-    config = tiny.config({"kv": [1], "attn": [2]}, n_layer=4, kv_window=3)
-    active = torch.zeros(10, 2, dtype=torch.bool)
-    active[0] = (
-        # cells: 10, then the first and the two that a window of 3 leaves to the next token, 1, 10
-        True
-    )
-    assert eval_run.kv_share(config, active, n_layer=4) == pytest.approx((10 + 3 + 1 + 10) / 40)

@@ -9,6 +9,7 @@ from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import perplexity
 from mod_export.evaluation import run as eval_run
 from mod_export.evaluation.readers import ROWS, Pair, TorchReader
+from mod_export.metrics import visible_share
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
 
@@ -41,7 +42,9 @@ def test_loss_by_hand(skip):
                 ]
             )
             active.append(trace.active[0])
-    share = sum(eval_run.kv_share(model.config, a, model.n_layer) for a in active) / 2
+    mod = model.config
+    shares = [visible_share(mod.routed(), mod.kv_window, a, model.n_layer) for a in active]
+    share = sum(shares) / 2
     expected = [*(sums / n).tolist(), torch.cat(active).float().mean().item(), share]
     whole = TorchReader(model, whole=True)
     for found in (

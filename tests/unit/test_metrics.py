@@ -1,0 +1,62 @@
+"""Divergence of next-token distributions, of numpy and of torch, and the visible share of K/V."""
+
+import numpy as np
+import pytest
+import torch
+
+from mod_export.metrics import compare_rows, divergence, visible_share
+from mod_export.units import Unit
+
+
+@pytest.fixture
+def logits():
+    """Of two models, float32 [300, 40] each: more rows than are compared at a time."""
+    return np.random.default_rng(0).standard_normal((2, 300, 40)).astype(np.float32)
+
+
+def softmax(logits):
+    e = np.exp(logits.astype(np.float64))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_divergence_of_arrays(logits):
+    dense, other = logits
+    p, q = softmax(dense), softmax(other)
+    kl, nll_dense, nll_other, same = divergence(dense, other)
+    assert kl == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    assert nll_dense == nll_other == 0
+    assert same == (dense.argmax(-1) == other.argmax(-1)).sum()
+    assert divergence(dense, dense + 3) == pytest.approx([0, 0, 0, 300], abs=1e-3)
+
+
+def test_divergence_counts_positions_that_a_token_follows(logits):
+    dense, other = logits
+    ids = np.random.default_rng(1).integers(0, 40, 300)
+    p, q = softmax(dense[:-1]), softmax(other[:-1])
+    expected = [
+        (p * np.log(p / q)).sum(),
+        -np.log(p[np.arange(299), ids[1:]]).sum(),
+        -np.log(q[np.arange(299), ids[1:]]).sum(),
+        (dense[:-1].argmax(-1) == other[:-1].argmax(-1)).sum(),
+    ]
+    assert divergence(dense, other, ids) == pytest.approx(expected, rel=1e-6)
+    found = divergence(*map(torch.from_numpy, (dense, other, ids)))
+    assert found.dtype == torch.float64 and found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows(logits):
+    a, b = logits
+    rows = compare_rows(a, b)
+    assert rows.shape == (300, 4)
+    assert rows[:, 0].sum() == pytest.approx(divergence(a, b)[0])
+    assert rows[:, 1].sum() == divergence(a, b)[3]
+    assert rows[:, 2] == pytest.approx(np.abs(a - b).mean(-1), rel=1e-5)
+    assert rows[:, 3] == pytest.approx(np.abs(a - b).max(-1), rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_visible_share_counts_what_a_next_token_sees(make):
+    """Cells: 10; the first token and the two that a window of 3 leaves to the next token; 1; 10."""
+    active = [[True, True, True]] + [[False, False, False]] * 9
+    units = [Unit(1, "kv"), Unit(2, "attn"), Unit(3, "ffn")]
+    assert visible_share(units, 3, make(active), n_layer=4) == (10 + 3 + 1 + 10) / 40
