@@ -118,7 +118,12 @@ ctx_option = click.option(
     help="Context in tokens; 0 takes the context that the model was trained for.",
 )
 threshold_shift_option = click.option(
-    "--threshold-shift", type=Finite(), default=0.0, show_default=True, help=SHIFT_HELP
+    "--threshold-shift",
+    type=Finite(),
+    default=0.0,
+    show_default=True,
+    metavar="FLOAT",
+    help=SHIFT_HELP,
 )
 units_option = click.option(
     "--units",
@@ -145,8 +150,8 @@ def layers_routed_option(**more):
         default="auto",
         show_default=True,
         metavar="LAYERS",
-        help="Layers to route, counted from 0: 2-, 3-28 or 2,4,8-11; auto routes kv from layer 1 on, "
-        "other kinds from layer 2 on.",
+        help="Layers to route, counted from 0: 2-, 3-28 or 2,4,8-11; auto routes kv from layer 1 "
+        "on, other kinds from layer 2 on.",
         **more,
     )
 

@@ -1,1 +1,1 @@
-"""What every part of the package uses and that knows nothing of models: files, tables, progress."""
+"""What every part of the package uses and what knows nothing of models: files, tables, progress."""

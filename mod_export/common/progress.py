@@ -7,12 +7,17 @@ On a terminal the line stays in place, with a bar. Elsewhere a line is printed e
     progress.tell("tokenising", done, total, "2.1 million tokens")   # where the work is no list
 """
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from mod_export.common.text import clock
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_SECONDS = 15.0  # between two lines where there is no terminal
 
@@ -24,7 +29,7 @@ class Progress:
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self.start = self.last = time.monotonic()
-        self._bar = None
+        self._bar: tqdm | None = None
 
     @property
     def seconds(self) -> float:
