@@ -69,6 +69,10 @@ FILE_FORMATS = (
 # llama.cpp refuses these types without importance data (tensor_requires_imatrix in llama-quant.cpp)
 IMPORTANCE_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 
+# Number in enum ggml_type -> numpy's name of the types whose values need no dequantising.
+PLAIN_DTYPES = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
+F32_TYPE = 0
+
 FLOAT_NAMES = ("f32", "f16", "bf16")  # what llama.cpp's converter writes itself
 EXPORT_FORMATS = {format.name: format for format in FILE_FORMATS if format.exported}
 TYPE_NAMES = tuple(dict.fromkeys(format.type_name for format in FILE_FORMATS))

@@ -25,6 +25,7 @@ import numpy as np
 
 from mod_export.errors import UserError
 from mod_export.formats import ggml_types
+from mod_export.formats.ggml_types import F32_TYPE
 
 MAGIC = b"GGUF"
 KNOWN_VERSIONS = (2, 3)
@@ -49,9 +50,6 @@ SCALAR_FORMATS = {
     11: "q",
     12: "d",
 }
-# enum ggml_type
-F32_TYPE = 0
-PLAIN_DTYPES = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
 COPY_BYTES = 16 << 20  # copied at once
 GET_AGAIN = "get the file again"
 
@@ -85,7 +83,9 @@ class Tensor:
 
     def array(self) -> np.ndarray:
         """The values, for the plain types (floats and integers); shape in numpy order."""
-        return np.frombuffer(self.data, dtype=PLAIN_DTYPES[self.type]).reshape(self.shape[::-1])
+        return np.frombuffer(self.data, dtype=ggml_types.PLAIN_DTYPES[self.type]).reshape(
+            self.shape[::-1]
+        )
 
 
 @dataclass

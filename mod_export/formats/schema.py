@@ -18,7 +18,8 @@ import numpy as np
 
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
-from mod_export.formats.gguf import F32_TYPE, GGUFFile, Key, rewrite
+from mod_export.formats.ggml_types import F32_TYPE
+from mod_export.formats.gguf import GGUFFile, Key, rewrite
 from mod_export.units import KV, UNIT_KINDS, Unit
 
 # unit -> w float32 [n_embd], b float32 [1]

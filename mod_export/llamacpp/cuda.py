@@ -149,8 +149,9 @@ class Toolkit:
 
 
 def find() -> Toolkit:
-    """The toolkit of $CUDACXX, else of the nvcc on the PATH, in $CUDA_PATH or $CUDA_HOME, or in
-    /usr/local/cuda.
+    """The toolkit of the first nvcc that is found. Raises UserError where there is none.
+
+    The order is $CUDACXX, the PATH, $CUDA_PATH, $CUDA_HOME, /usr/local/cuda.
     """
     roots = [os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), DEFAULT_ROOT]
     folders = [os.environ.get("PATH", ""), *(str(Path(root, "bin")) for root in roots if root)]

@@ -1,5 +1,6 @@
-"""Adapters through the real export: merged ones agree with torch in the runtime, routers go onto
-any GGUF.
+"""Adapters through the real export.
+
+Merged adapters agree with torch in the runtime, and routers go onto any GGUF.
 """
 
 import shutil
@@ -36,8 +37,10 @@ def plain(**kwargs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base/, a directory; routers/ and lora/, adapters for it; f32.gguf, q8_0.gguf and q4_0.gguf of
-    it.
+    """A base model, its adapters and its GGUF files.
+
+    base/ is a directory, routers/ and lora/ are adapters for it; f32.gguf, q8_0.gguf and q4_0.gguf
+    are made of it.
     """
     path = tmp_path_factory.mktemp("adapters")
     base = plain()
@@ -123,9 +126,7 @@ def test_packaged(folder, tmp_path, monkeypatch):
 
 
 def changed(source, target, vocabulary=None, **numbers):
-    """A header-only copy of a GGUF with other numbers, or another vocabulary: enough to be told
-    apart.
-    """
+    """A copy of a GGUF's header with other numbers or another vocabulary, enough to be refused."""
     file = GGUFFile.open(source)
     writer = gguf.GGUFWriter(target, "llama")
     for name in ("block_count", "embedding_length", "attention.head_count"):

@@ -1,5 +1,6 @@
-"""Files that must not load: exit code 2, one line that names the trouble, nothing left behind,
-never a crash.
+"""Files that must not load.
+
+The exit code is 2, one line names the trouble, nothing is left behind, and nothing crashes.
 """
 
 import json

@@ -28,9 +28,7 @@ UNITS = {"kv": [2, 3], "attn": [3], "ffn": [4]}
 
 
 def add_vocabulary(folder) -> None:
-    """A SentencePiece vocabulary made on the spot: small, and the converter asks no more of it than
-    of any other.
-    """
+    """Make a small SentencePiece vocabulary; the converter asks no more of a larger one."""
     import sentencepiece
 
     words = ["one", "two", "three", "red", "blue", "sky", "sea"]

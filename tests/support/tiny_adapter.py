@@ -1,6 +1,4 @@
-"""A tiny trained MoD model, with LoRA and without, and its adapter: what the tests of adapters
-start from.
-"""
+"""A tiny trained MoD model, with LoRA and without, and its adapter, for the tests of adapters."""
 
 import torch
 
@@ -29,8 +27,9 @@ def fill_lora(base) -> None:
 
 
 def trained(order: str = "LoRA first", lora: bool = True) -> tuple[MoDModel, dict]:
-    """A MoD model, with filled LoRA, whose decisions lie far from its thresholds; and the identity
-    of its base.
+    """A MoD model and the identity of its base.
+
+    Its LoRA is filled, and its decisions lie far from its thresholds.
     """
     base = tiny.base()
     identity = identity_of(base)

@@ -1,5 +1,6 @@
-"""Adapters: what is loaded is what was saved, damage is named, another model refused; convert
---adapter.
+"""Adapters: what is loaded is what was saved, damage is named, another model is refused.
+
+The last part tests `convert --adapter`.
 """
 
 import json
@@ -209,9 +210,7 @@ def test_damage_is_named(with_lora, tmp_path, what):
 
 
 def test_damaged_at_random_places(with_lora, tmp_path):
-    """Any byte of a header or a JSON file may be wrong: a model or a UserError, never another
-    exception.
-    """
+    """Any byte of a header or a JSON file may be wrong; there is no exception but UserError."""
     copy, rng, refused = copied(with_lora, tmp_path / "copy"), random.Random(1), 0
     for file in (
         "mod.json",
@@ -268,9 +267,7 @@ def test_another_model_is_refused_by_what_differs(routers_only, change, tokenize
     "noise, accepted", [(0.001, "silently"), (0.1, "with a line"), (1.0, "not")]
 )
 def test_other_weights_of_the_same_model(routers_only, with_lora, noise, accepted, caplog):
-    """A rounded copy is the same model, a coarsely quantised one is told of, noise as large as the
-    weights refused.
-    """
+    """A rounded copy passes, a coarse quantisation gives a warning, large noise is refused."""
     for path in (routers_only, with_lora):
         base = tiny.base()
         caplog.clear()

@@ -137,9 +137,7 @@ def test_damage_is_named(adapter, tmp_path, what):
 
 
 def test_damaged_at_random_places(adapter, tmp_path):
-    """Any byte of a header or of mod.json may be wrong: an adapter or a UserError, never another
-    exception.
-    """
+    """Any byte of a header or of mod.json may be wrong; there is no exception but UserError."""
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
     rng = random.Random(1)

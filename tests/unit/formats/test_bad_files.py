@@ -1,5 +1,6 @@
-"""GGUF files that are cut off or damaged anywhere: a report or a UserError, never another
-exception. And what the runtime refuses is refused here.
+"""GGUF files that are cut off or damaged anywhere give a report or a UserError.
+
+No other exception is raised. What the runtime refuses is refused here as well.
 """
 
 import random

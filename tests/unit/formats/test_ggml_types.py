@@ -16,6 +16,12 @@ def test_numbers_are_those_of_gguf_py(format):
     assert ggml_types.block_layout(format.type) == GGML_QUANT_SIZES[format.type]
 
 
+def test_plain_types():
+    assert ggml_types.F32_TYPE == GGMLQuantizationType.F32
+    for number, dtype in ggml_types.PLAIN_DTYPES.items():
+        assert GGMLQuantizationType(number).name == f"{dtype[1].upper()}{8 * int(dtype[2])}"
+
+
 def test_names_of_the_table():
     assert list(EXPORT_FORMATS)[:4] == ["f32", "f16", "bf16", "q8_0"]
     assert "q4_k_m" in EXPORT_FORMATS and "iq3_s" not in EXPORT_FORMATS

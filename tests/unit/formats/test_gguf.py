@@ -6,7 +6,8 @@ import pytest
 
 from mod_export.errors import UserError
 from mod_export.export import export
-from mod_export.formats.gguf import F32_TYPE, GGUFFile, rewrite
+from mod_export.formats.ggml_types import F32_TYPE
+from mod_export.formats.gguf import GGUFFile, rewrite
 from tests.support.mod_files import (
     assert_same_base,
     keys_of,

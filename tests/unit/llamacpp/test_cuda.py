@@ -1,5 +1,6 @@
-"""What a CUDA build and scripts/cuda/check.py look for and ask for. No GPU, and nvcc is a script that
-only talks.
+"""What a CUDA build and scripts/cuda/check.py look for and ask for.
+
+There is no GPU, and nvcc is a script that only talks.
 """
 
 import os
@@ -42,7 +43,7 @@ def touch(*paths):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with nothing of CUDA but an nvcc, called through a script outside of its toolkit."""
+    """A machine whose only part of CUDA is an nvcc, called through a script outside of its toolkit."""
     root = tmp_path / "toolkit"
     script(tmp_path / "bin/nvcc", NVCC.format(root=root, version="13.0"))
     for name in ("CUDACXX", "CUDA_PATH", "CUDA_HOME", "LD_LIBRARY_PATH"):
@@ -175,8 +176,9 @@ def test_cuda_check_compiles_what_the_patches_touch(tmp_path):
 
 @pytest.fixture
 def checker(machine, monkeypatch):
-    """scripts/cuda/check.py as a module, for a source tree with one file of its own and an nvcc that
-    counts.
+    """scripts/cuda/check.py as a module.
+
+    The source tree has one file, and nvcc counts its calls.
     """
     loader = machinery.SourceFileLoader("cuda_check", str(ROOT / "scripts/cuda/check.py"))
     module = util.module_from_spec(util.spec_from_loader("cuda_check", loader))
@@ -188,7 +190,8 @@ def checker(machine, monkeypatch):
         machine / "cublas/include/cublas_v2.h",
     )
     (machine / "cache").mkdir()
-    counts = f"    *) echo x >>{machine}/log; exit $(cat {machine}/code 2>/dev/null || echo 0) ;;\nesac\n"
+    counts = f"    *) echo x >>{machine}/log; exit $(cat {machine}/code 2>/dev/null || echo 0) ;;\n"
+    counts += "esac\n"
     script(
         machine / "bin/nvcc",
         NVCC.format(root=machine / "toolkit", version="13.0").replace("esac\n", counts),
