@@ -1,5 +1,7 @@
 """`mod-export train`: the fields of TrainConfig as options."""
 
+import os
+
 import click
 
 from mod_export.cli.options import Finite, RenamedOption, output_option, shares
@@ -116,7 +118,7 @@ def command(directory, output, data, save_as, resume, force, **options):
     if options["parameters"] == "lora":
         extras.require("peft")
     show_messages(clock=True)
-    if not extras.is_installed("matplotlib"):
+    if not extras.is_installed("matplotlib") and os.environ.get("RANK", "0") == "0":
         click.echo(f"note: there will be no plots; {extras.cure('matplotlib')}", err=True)
 
     from mod_export.training.run import train

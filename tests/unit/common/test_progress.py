@@ -1,7 +1,9 @@
 """The line that tells how far work has come: in place on a terminal, else now and then."""
 
 import io
+import logging
 
+from mod_export.cli.output import hide_messages, show_messages
 from mod_export.common import progress as progress_module
 from mod_export.common.progress import Progress
 
@@ -44,3 +46,19 @@ def test_a_terminal_has_one_line_with_a_bar():
     assert seen == ["a", "b"] and "\n" not in text
     assert "prefill: 1 of 2  |" in text and "prefill: 2 of 2, 0:00 left  |" in text
     assert "step 1 of 2" in text and text.endswith("\r")
+
+
+def test_a_message_stands_alone_beside_a_bar(monkeypatch):
+    """The bar is wiped before the line, and drawn again after it."""
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    progress = Progress()
+    progress.show("working", 0.5)
+    before = len(stream.getvalue())
+    show_messages()
+    logging.getLogger("mod_export.test").info("a line")
+    hide_messages()
+    progress.clear()
+    text = stream.getvalue()[before:]
+    wiped, line, bar = text.partition("a line\n")
+    assert line and wiped.strip("\r ") == "" and wiped.endswith("\r") and "working" in bar

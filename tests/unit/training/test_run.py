@@ -4,6 +4,7 @@ errors.
 
 import contextlib
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -749,3 +750,14 @@ def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
         "activation",
         "kv_share",
     }
+
+
+def test_only_the_main_process_logs(caplog):
+    """The messages of the others repeat its messages; afterwards all log as before."""
+    caplog.set_level(logging.INFO, "mod_export")
+    logger = logging.getLogger("mod_export.training.run")
+    for is_main in (True, False):
+        with train_module._one_voice(is_main):
+            logger.info(f"main: {is_main}")
+    logger.info("afterwards")
+    assert caplog.messages == ["main: True", "afterwards"]
