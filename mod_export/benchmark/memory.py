@@ -24,7 +24,7 @@ from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
 from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import type_named
+from mod_export.formats.ggml_types import PLANNED_KV_TYPES, type_named
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import bytes_per_token, expected_cells, mean_activation
 from mod_export.formats.schema import read_routers
@@ -33,7 +33,6 @@ from mod_export.units import UNIT_KINDS
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
-KV_TYPES = ("f16", "q8_0", "q4_0")
 # Share of activation above the calibrated one. The adapter smollm2-kv has up to 6 % more on three
 # texts.
 ACTIVATION_MARGIN = 0.1
@@ -68,7 +67,7 @@ class MemoryNeed:
 class MemoryOptions:
     """The settings of a run.
 
-    ubatch: tokens per graph. kv_type: type of K and V, one of KV_TYPES. margin: activation above
+    ubatch: tokens per graph. kv_type: type of K and V, one of PLANNED_KV_TYPES. margin: activation above
     the calibrated one, as a share of it.
     """
 
@@ -214,9 +213,9 @@ def fit(
     dense: the dense file to compare with, by default the MoD file with all units active. Raises
     UserError for files that are damaged or refused, and where not even the shortest context fits.
     """
-    if options.kv_type not in KV_TYPES:
+    if options.kv_type not in PLANNED_KV_TYPES:
         raise UserError(
-            f"K/V type {options.kv_type!r} is unknown", f"use one of {', '.join(KV_TYPES)}"
+            f"K/V type {options.kv_type!r} is unknown", f"use one of {', '.join(PLANNED_KV_TYPES)}"
         )
     model = MemoryModel(file, options)
     if model.dense and dense:

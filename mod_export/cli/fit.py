@@ -3,6 +3,7 @@
 import click
 
 from mod_export.cli.options import Finite, json_flag, threads_option
+from mod_export.formats.ggml_types import PLANNED_KV_TYPES
 
 
 @click.command()
@@ -20,7 +21,7 @@ from mod_export.cli.options import Finite, json_flag, threads_option
 )
 @click.option(
     "--kv-type",
-    type=click.Choice(["f16", "q8_0", "q4_0"]),
+    type=click.Choice(PLANNED_KV_TYPES),
     default="f16",
     show_default=True,
     help="Type of K and V in the cache.",

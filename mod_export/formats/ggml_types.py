@@ -77,6 +77,7 @@ FLOAT_NAMES = ("f32", "f16", "bf16")  # what llama.cpp's converter writes itself
 EXPORT_FORMATS = {format.name: format for format in FILE_FORMATS if format.exported}
 TYPE_NAMES = tuple(dict.fromkeys(format.type_name for format in FILE_FORMATS))
 KV_TYPES = tuple(format.name for format in FILE_FORMATS if format.kv_cache)
+PLANNED_KV_TYPES = ("f16", "q8_0", "q4_0")  # `mod-export fit` plans with these
 
 
 def type_named(name: str) -> GGMLQuantizationType:

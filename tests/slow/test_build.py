@@ -40,7 +40,7 @@ def patches(tmp_path, monkeypatch):
 
 
 def test_the_runtime_is_the_patched_one():
-    """The environment has the patched one; with a stock one most tests would test something else."""
+    """Without the patched library in the environment most tests would test something else."""
     version = importlib.metadata.version("llama-cpp-python")
     assert version == f"{llama_source.read_pin().version}+mod", "run `mod-export build`"
     assert llama_build.installed_build() == llama_build.patched_lib().name, "run `mod-export build`"

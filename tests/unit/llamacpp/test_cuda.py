@@ -43,7 +43,7 @@ def touch(*paths):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine whose only part of CUDA is an nvcc, called through a script outside of its toolkit."""
+    """A machine whose only part of CUDA is an nvcc, behind a script outside of its toolkit."""
     root = tmp_path / "toolkit"
     script(tmp_path / "bin/nvcc", NVCC.format(root=root, version="13.0"))
     for name in ("CUDACXX", "CUDA_PATH", "CUDA_HOME", "LD_LIBRARY_PATH"):
