@@ -1,8 +1,8 @@
 """Set routers and thresholds without training: measure costs, fit routers, choose thresholds.
 
 1. Each unit's router is fitted to the logarithm of what skipping would cost (costs.py, ridge.py).
-2. One affine map for all units of a kind turns the predicted log cost into a logit. So a logit means
-   the same cost in every layer, and layers share the budget as they need it.
+2. One affine map for all units of a kind turns the predicted log cost into a logit. So a logit
+   means the same cost in every layer, and layers share the budget as they need it.
 3. One quantile over all (token, unit) pairs of a kind gives the threshold (thresholds.py).
 
 docs/log.md has the comparison behind the defaults.
@@ -36,25 +36,25 @@ from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, shares_
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCORES = {KV: "max_relative", BLOCK: "size", ATTN: "gradient_keys", FFN: "gradient"}
+# Penalties of the ridge, against inputs of variance 1.
 PENALTIES = {
     KV: 0.01,
     BLOCK: 0.3,
     ATTN: 0.3,
     FFN: 0.3,
-}  # of the ridge, against inputs of variance 1
-DRIFT_PENALTY = (
-    3.0  # weight of how much a router follows the kind of text and its length (drift.py)
-)
+}
+# Weight of how much a router follows the kind of text and its length (drift.py).
+DRIFT_PENALTY = 3.0
 # Tokens of a sequence: fewer where the text is short, more for a wide window.
 SEQUENCE_TOKENS = 1024
 # Tokens of a sequence to see what drifts, as far as the model's context goes.
 LONG_TOKENS = 4096
 MIN_SEQUENCES = 4
-# A standard deviation of predicted log cost in logits. With this value p is close to the share that
-# is skipped.
+# A standard deviation of predicted log cost in logits. With this value p is close to the share
+# that is skipped.
 LOGIT_SPREAD = 1.7
-# Keys after this part of a sequence without its last window have too few later queries to judge them
-# by.
+# Keys after this part of a sequence without its last window have too few later queries to judge
+# them by.
 JUDGED_SHARE = 0.75
 
 

@@ -11,10 +11,11 @@ its gradient to the layer below: memory holds the graph and the attention of one
 Scores of `block`, `attn` and `ffn`, with Δ what the unit adds to the residual stream h:
 
 * size: |Δ| / |h|
-* gradient: (g · Δ)^2, with g the gradient of the log-likelihood of a next token drawn from the model.
-  Averaged over draws this is twice the KL that skipping costs, to second order (Fisher information).
-* gradient_keys: `gradient`, plus what later queries lose, as `block` and `attn` store no K/V. This is
-  `gradient` of kv with a window of 1.
+* gradient: (g · Δ)^2, with g the gradient of the log-likelihood of a next token drawn from the
+  model. Averaged over draws this is twice the KL that skipping costs, to second order (Fisher
+  information).
+* gradient_keys: `gradient`, plus what later queries lose, as `block` and `attn` store no K/V. The
+  second part is `gradient` of kv with a window of 1.
 
 Scores of `kv`, from the attention weight a(i, j) of queries i at a distance >= kv_window, over all
 heads:

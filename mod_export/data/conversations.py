@@ -1,6 +1,6 @@
-"""Documents and conversations -> token ids, and which of the tokens are an answer's.
+"""Turn documents and conversations into token ids, and say which tokens are an answer's.
 
-ids, answers = encode(tokenizer, pieces, mark=True)     # lists of int32 [n] and bool [n], one of each for a piece
+ids, answers = encode(tokenizer, pieces, mark=True)     # of each piece int32 [n] and bool [n]
 """
 
 from __future__ import annotations

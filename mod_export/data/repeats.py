@@ -1,8 +1,8 @@
-"""Which tokens of a text say once more what it has said before: system prompts, headers, licences,
-copied passages.
+"""Which tokens of a text say once more what it has said before.
 
-A router learns fast to skip such tokens, and of short conversations they are a large part. Counted
-in the activation, they let thresholds come out too low for everything else (docs/how-to/prepare-training-data.md).
+Such tokens are system prompts, headers, licences, copied passages. A router learns fast to skip
+them, and of short conversations they are a large part. Counted in the activation, they let
+thresholds come out too low for everything else (docs/how-to/prepare-training-data.md).
 
     marks = Repeats()
     marks.mark(ids), marks.mark(more_ids)       # bool, of parts of one long row of tokens
@@ -14,29 +14,34 @@ from __future__ import annotations
 import numpy as np
 
 PASSAGE = 8  # tokens
-SLOTS = (
-    1 << 22
-)  # remembered passages: 32 MB; one that comes again is remembered anew, others make room in time
+# Remembered passages: 32 MB. A passage that comes again is remembered anew, others make room in
+# time.
+SLOTS = 1 << 22
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: 2^64 over the golden ratio
 
 
 def counted(novel):
-    """novel: bool, tensor or array -> the tokens whose activation counts: these, and all where
-    there are none.
+    """Return the tokens whose activation counts: the novel ones, and all where there are none.
+
+    novel: bool, tensor or array.
     """
     return novel if novel.any() else ~novel
 
 
 class Repeats:
-    """Remembers hashes of the passages seen; two that differ have the same with a chance of 2^-64."""
+    """Remembers hashes of the passages seen.
+
+    Two passages that differ have the same hash with a chance of 2^-64.
+    """
 
     def __init__(self):
         self._seen = np.zeros(SLOTS, np.uint64)
         self._tail = np.zeros(PASSAGE - 1, np.uint64)
 
     def mark(self, ids: np.ndarray) -> np.ndarray:
-        """ids: [n], the next tokens -> bool [n]: the PASSAGE tokens that end here have been seen
-        before.
+        """Return bool [n]: the PASSAGE tokens that end here have been seen before.
+
+        ids: [n], the next tokens of the row.
         """
         row = np.concatenate((self._tail, np.asarray(ids).astype(np.uint64) + np.uint64(1)))
         self._tail = row[len(row) - (PASSAGE - 1) :]

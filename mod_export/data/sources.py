@@ -6,7 +6,7 @@ Knows nothing of tokens. A file is UTF-8 text, documents separated by two empty 
 gzipped.
 
     files = find(["books/", "chat.jsonl.gz"])
-    pieces = Mixed(files)             # Piece by Piece, in an order whose every prefix holds all files in proportion
+    pieces = Mixed(files)             # every prefix of this order holds all files in proportion
 """
 
 from __future__ import annotations

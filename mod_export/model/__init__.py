@@ -1,4 +1,4 @@
-"""What a Mixture-of-Depths model computes, in torch: the reference of docs/explanation/semantics.md."""
+"""What a MoD model computes, in torch: the reference of docs/explanation/semantics.md."""
 
 from typing import TYPE_CHECKING
 

@@ -18,15 +18,13 @@ from mod_export.errors import UserError
 
 @dataclass(frozen=True)
 class Names:
-    """Attribute names inside a decoder layer. The defaults are those of Llama and most models after
-    it.
+    """Attribute names in a decoder layer; the defaults are those of Llama and most later models.
 
     attn, ffn: the sublayers' main modules
-    attn_out, ffn_out: the last module before each residual sum (a norm in models that norm the
-    output)
-    ffn_entry: the first module that reads the residual stream for the FFN; None: it reads the
-    layer's input, as
-        where attention and FFN run side by side
+    attn_out, ffn_out: the last module before each residual sum. This is a norm in models that norm
+        the output.
+    ffn_entry: the first module that reads the residual stream for the FFN. With None the FFN reads
+        the layer's input, as in models whose attention and FFN run side by side.
     """
 
     attn: str = "self_attn"
@@ -61,27 +59,32 @@ class LayerParts:
 
 
 def context_length(base: nn.Module) -> int | None:
-    """Tokens of the longest sequence that the model was made for; None where its config does not
-    say.
+    """Return the tokens of the longest sequence that the model was made for.
+
+    None: its configuration does not say.
     """
     return getattr(base.config, "max_position_embeddings", None) or None
 
 
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
-    """The parts of every decoder layer, first layer first. Raises UserError if the architecture is
-    not supported.
+    """Return the parts of every decoder layer, first layer first.
+
+    Raises UserError if the architecture is not supported.
     """
     names = ARCHITECTURES.get(base.config.model_type, Names())
     return [_find_parts(base, layer, names) for layer in _layer_list(base)]
 
 
 def n_embd(base: nn.Module) -> int:
-    """Width of the residual stream."""
+    """Return the width of the residual stream."""
     return base.config.hidden_size
 
 
 def norm_eps(base: nn.Module) -> float:
-    """The epsilon of the model's own norms. Raises UserError if the configuration names none."""
+    """Return the epsilon of the model's own norms.
+
+    Raises UserError if the configuration names none.
+    """
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
         if (value := getattr(base.config, name, None)) is not None:
             return float(value)
@@ -89,7 +92,7 @@ def norm_eps(base: nn.Module) -> float:
 
 
 def _layer_list(base: nn.Module) -> nn.ModuleList:
-    """The first ModuleList with as many entries as the model has layers."""
+    """Return the first ModuleList with as many entries as the model has layers."""
     n_layer = getattr(base.config, "num_hidden_layers", None)
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layer:
@@ -98,7 +101,7 @@ def _layer_list(base: nn.Module) -> nn.ModuleList:
 
 
 def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
-    """Look each role up by its name, and check that the layer takes what the wrapper has to pass."""
+    """Look each role up by its name; check that the layer takes what the wrapper has to pass."""
     kind = type(layer).__name__
     parameters = inspect.signature(type(layer).forward).parameters
     for needed in ("hidden_states", "attention_mask", "past_key_values"):

@@ -43,11 +43,10 @@ class Cells:
 
 
 class MoDCache(Cache):
-    """Looks to the model like a complete cache of `n_tokens` tokens; layers.py cuts the masks to
-    the cells.
+    """A cache that looks to the model like a complete one of `n_tokens` tokens.
 
-    Use: model.py calls `start`, the layers `begin` (routed ones) and then `update`, model.py
-    `finish`.
+    layers.py cuts the masks to the cells. MoDModel calls `start`, the routed layers call `begin`,
+    all layers call `update`, and MoDModel calls `finish`.
     """
 
     is_compileable = False
@@ -61,7 +60,7 @@ class MoDCache(Cache):
         self._pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fork(self) -> MoDCache:
-        """A cache of the same sequence: what is appended to one of them does not show in the other."""
+        """Return a cache of the same sequence; what one appends does not show in the other."""
         other = MoDCache(len(self.cells))
         other.cells = [
             copy.copy(cells) for cells in self.cells
@@ -70,7 +69,7 @@ class MoDCache(Cache):
         return other
 
     def counts(self) -> list[int]:
-        """Cells in use of each layer."""
+        """Return the number of cells in use of each layer."""
         return [len(cells) for cells in self.cells]
 
     def start(self, position: torch.Tensor) -> None:
@@ -79,19 +78,20 @@ class MoDCache(Cache):
         self._pending.clear()
 
     def is_partial(self, layer: int) -> bool:
-        """True if the layer lacks cells of earlier tokens, so that the model's own mask does not
-        fit it.
+        """Return whether the layer lacks cells of earlier tokens.
+
+        Then the model's own mask does not fit it.
         """
         return len(self.cells[layer]) != self.n_tokens
 
     def begin(
         self, layer: int, rows: torch.Tensor | None, keep: torch.Tensor | None, window: int
     ) -> torch.Tensor:
-        """Announce which of the step's tokens (`rows`, None: all) the layer stores, and which of
-        all it keeps ([T]).
+        """Announce what the layer stores of the step's tokens, and what it keeps.
 
-        Returns which cells each of these tokens sees, [n_rows, n_cells + n_rows], their own cells
-        last. The positions of these cells are in `cell_positions` until the next call.
+        rows: indices of the stored tokens, None for all. keep: [T], of all tokens. Returns which
+        cells each stored token sees, [n_rows, n_cells + n_rows], their own cells last. The
+        positions of these cells are in `cell_positions` until the next call.
         """
         keep = torch.ones_like(self._step, dtype=torch.bool) if keep is None else keep
         position, keep = (self._step, keep) if rows is None else (self._step[rows], keep[rows])
@@ -103,8 +103,9 @@ class MoDCache(Cache):
         return (distance >= 0) & (kept[None, :] | (distance < window))
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        """Store the K and V of this step's tokens; returns those of all cells. Called by the
-        model's attention.
+        """Store the K and V of this step's tokens, and return those of all cells.
+
+        The model's attention calls this.
         """
         position, keep = self._pending.get(
             layer_idx, (self._step, torch.ones_like(self._step, dtype=torch.bool))
@@ -121,7 +122,7 @@ class MoDCache(Cache):
                 if not bool(visible.all()):
                     cells.select(visible.nonzero()[:, 0])
 
-    # what transformers asks a cache when it builds its own mask
+    # Transformers asks a cache for the following when it builds its own mask.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.n_tokens
 

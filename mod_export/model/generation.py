@@ -1,4 +1,7 @@
-"""Continue a sequence with the sparse form of a MoD model: prefill in chunks, then token by token."""
+"""Continue a sequence with the sparse form of a MoD model.
+
+The prompt is read in chunks, and the answer is written token by token.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ def generate(
     chunk: int = 512,
     on_token: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """input_ids [1, T] -> [1, T + n], n <= max_new_tokens; a stop token is the last one returned.
+    """Continue input_ids [1, T] to [1, T + n], n <= max_new_tokens.
 
-    temperature 0 takes the likeliest token; top_k 0 and top_p 1 are off; stop_ids: by default the
-    model's own end-of-sequence tokens; chunk: tokens per prefill step, which changes memory and
-    speed but not the result.
+    A stop token is the last one returned. temperature 0 takes the likeliest token. top_k 0 and
+    top_p 1 are off. stop_ids: by default the model's own end-of-sequence tokens. chunk: tokens per
+    prefill step, which changes memory and speed but not the result.
     """
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty")
@@ -50,7 +53,7 @@ def generate(
 def sample(
     logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
-    """One token from logits [n_vocab]."""
+    """Draw one token from logits [n_vocab]."""
     if temperature <= 0:
         return int(logits.argmax())
     order = torch.sort(logits.float() / temperature, descending=True)

@@ -161,7 +161,7 @@ class LayerRouting:
         return self._run_sparse(FFN, inner, x, kwargs, nothing=torch.zeros_like(x))
 
     def _run_sparse(self, kind: str, inner: Callable, x: torch.Tensor, kwargs: dict, nothing):
-        """Run the sublayer; with a cache for the active rows of x [1, T, n_embd] only, 0 elsewhere."""
+        """Run the sublayer; with a cache, for the active rows of x [1, T, n_embd] only."""
         active = self.state.active.get((self.index, kind))
         if active is None or self.state.cache is None:
             return inner(x, **kwargs)

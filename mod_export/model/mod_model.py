@@ -1,15 +1,15 @@
 """The Mixture-of-Depths model in torch: the reference that the C++ runtime is checked against.
 
-    model = MoDModel.from_base(base, tokenizer, config, routers)   # routers: {(layer, kind): (w [n_embd], b [1])}
-    logits = model(input_ids)                                      # [B, T] -> [B, T, n_vocab], dense masked form
-    logits, trace = model(input_ids, trace=True)                   # trace.logit, trace.active [B, T, n_units]
-    ids = model.generate(input_ids, max_new_tokens=50)             # batch size 1, really skips
+    model = MoDModel.from_base(base, tokenizer, config, routers)
+    logits = model(input_ids)                            # [B, T] -> [B, T, n_vocab], dense form
+    logits, trace = model(input_ids, trace=True)         # trace.logit, .active [B, T, n_units]
+    ids = model.generate(input_ids, max_new_tokens=50)   # batch size 1, really skips
     model.save("dir"); model = MoDModel.load("dir")
 
-For studies without routers, `from_base(base, tokenizer)` needs no config, and decisions can be
-given:
+routers is {(layer, kind): (weight [n_embd], bias [1])}. Without routers, `from_base(base,
+tokenizer)` needs no config, and decisions, bool [B, T], can be given:
 
-    model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)   # bool [B, T] each
+    model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)
 
 Given decisions replace those of a router, sinks included, and may name any unit of any layer. Other
 keywords go to the base model, e.g. `logits_to_keep`. Use torch.inference_mode() unless gradients
@@ -96,8 +96,9 @@ class MoDModel(nn.Module):
         return cls.from_base(*directory.load(path, dtype))
 
     def save(self, path: str | Path, force: bool = False, **kwargs) -> None:
-        """Write a Hugging Face directory (checkpoint.py). Raises UserError if it exists and `force`
-        is not set.
+        """Write a Hugging Face directory (directory.py).
+
+        Raises UserError if it exists and `force` is not set.
         """
         directory.save(
             path, self.base, self.tokenizer, self.config, self.router_tensors(), force, **kwargs

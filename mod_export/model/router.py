@@ -61,5 +61,6 @@ def is_active(logit: torch.Tensor, p: float, shift: float = 0.0) -> torch.Tensor
 
     A positive shift makes fewer tokens active.
     """
-    # The cut is a number and no tensor: to make a tensor on a GPU would wait for all work in flight.
+    # The cut is a number and no tensor. To make a tensor on a GPU would wait for all that the GPU
+    # has still to do.
     return logit >= torch.tensor(threshold_logit(p) + shift, dtype=torch.float32).item()

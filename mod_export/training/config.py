@@ -50,7 +50,8 @@ class TrainConfig:
 
     data: tuple[str, ...] = field(
         metadata={
-            "help": "Text, .gz, JSONL of messages or text, or a directory of these; may be repeated."
+            "help": "Text, .gz, JSONL of messages or text, or a directory of these; "
+            "may be repeated."
         }
     )
     target: float | dict[str, float] = option(

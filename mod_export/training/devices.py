@@ -3,10 +3,11 @@
     name = autocast("auto")                  # one of Accelerate's names: no, bf16, fp16
     bf16_slowdown()                          # 7.3 on a CPU that has no instructions for bf16
 
-Parameters can lie in pieces over the devices: FSDP2, which Accelerate applies to each decoder layer.
+Parameters can lie in pieces over the devices: FSDP2, which Accelerate applies to each decoder
+layer.
 
-    accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
-        -m mod_export train ...
+    accelerate launch --use_fsdp --fsdp_version 2 \\
+        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP -m mod_export train ...
 
 A parameter in pieces is whole only while a forward of the prepared module (student.Student) runs.
 """

@@ -67,8 +67,9 @@ class Log:
         )
         figures = row["held_out"]
         logger.info(
-            f"step {row['step']}, held-out text: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f} "
-            f"(dense {figures['perplexity_dense']:.2f}), active {shares}"
+            f"step {row['step']}, held-out text: KL {figures['kl']:.4f}, "
+            f"perplexity {figures['perplexity']:.2f} (dense {figures['perplexity_dense']:.2f}), "
+            f"active {shares}"
         )
 
     def _write(self, row: dict) -> None:

@@ -1,7 +1,7 @@
 """The steps of a training run, on one device or many through Accelerate.
 
-Knows nothing of files of models: prepare.py makes what a loop works on, and run.py writes what comes
-out.
+Knows nothing of files of models: prepare.py makes what a loop works on, and run.py writes what
+comes out.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Loop:
         raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
 
     def _gradients(self, step: int, stop: list[int]) -> dict:
-        """Run the forwards and backwards of a step; return their mean figures and the gradients' norm.
+        """Run the forwards and backwards of a step; return mean figures and the gradients' norm.
 
         Where `stop` says so, the first forward is the last: these gradients are not used. Raises
         UserError where the loss is no number.
@@ -255,6 +255,7 @@ class Loop:
         )
 
     def trainable(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that are trained."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
@@ -340,7 +341,10 @@ _order = functools.lru_cache(maxsize=2)(order)
 
 
 def rate_at(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the learning rate at a step: linear warm-up, then cosine decay to MIN_RATE_SHARE."""
+    """Return the share of the learning rate at a step.
+
+    The warm-up is linear; then the rate falls as a cosine to MIN_RATE_SHARE.
+    """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising

@@ -170,7 +170,8 @@ def check_teacher(teacher, tokenizer, model: MoDModel, config: TrainConfig) -> N
         )
     if rows[0] != rows[1]:
         raise UserError(
-            f"the teacher {config.teacher} has logits for {rows[0]} tokens, the model for {rows[1]}",
+            f"the teacher {config.teacher} has logits for {rows[0]} tokens, "
+            f"the model for {rows[1]}",
             "give a teacher with as many",
         )
     shapes = [

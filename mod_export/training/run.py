@@ -272,14 +272,18 @@ def _check_model(directory: str, model: MoDModel, config: TrainConfig) -> None:
 
 
 def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]:
-    """Return the sequences to train on and the held-out ones; raise UserError where they do not fit."""
+    """Return the sequences to train on and the held-out ones.
+
+    Raises UserError where the data do not fit the model or the options.
+    """
     longest = architectures.context_length(model.base) or config.length
     if config.length > longest:
         raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
     window = model.config.kv_window
     if KV in model.config.units and config.length <= window:
         raise UserError(
-            f"sequences of {config.length} tokens fit in the window of {window}: nothing is forgotten",
+            f"sequences of {config.length} tokens fit in the window of {window}: "
+            "nothing is forgotten",
             f"use a --length well above {window}, or convert with a smaller --kv-window",
         )
     data = open_data(model.tokenizer, config.data, config.length, config.loss_on, config.limit)

@@ -6,9 +6,9 @@ step of training moves what tells tokens apart within a chunk, and little of wha
 apart.
 
     install(model)                                               # SteadyRouter instead of Router
-    penalise_drift(model, sequences, penalty=10.0, forward=forward)                  # before training
-    penalise_drift(model, sequences, penalty=10.0, forward=forward, trained=True)    # halfway
-    remove(model)                                                # plain routers with the same logits
+    penalise_drift(model, sequences, penalty=10.0)               # before training
+    penalise_drift(model, sequences, penalty=10.0, trained=True) # halfway
+    remove(model)                                                # plain routers, the same logits
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def penalise_drift(
     """Reparametrise the routers on what they read in the original model.
 
     trained: on what they read in the model as it decides and skips; then the kinds of
-    KINDS_STEADY_FROM_START stay as they are. These kinds lose their drift in the original model, the
-    others in the trained one. A loss changes logits, so thresholds have to be chosen anew. With a
-    penalty of 0 nothing is lost: the mean is taken from the inputs, no more.
+    KINDS_STEADY_FROM_START stay as they are. These kinds lose their drift in the original model,
+    the others in the trained one. A loss changes logits, so thresholds have to be chosen anew. With
+    a penalty of 0 nothing is lost: the mean is taken from the inputs, no more.
 
     sequences: [n, T] tokens, of all the kinds of text that there are, as long as can be. penalty:
     weight of a variance from chunk to chunk over one within a chunk. forward: of the model, where

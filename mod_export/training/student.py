@@ -25,7 +25,7 @@ from mod_export.training.relaxation import Relaxation, RelaxedDecisions
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The weights of the terms of the loss: distillation on logits, hidden states, language model."""
+    """The weights of the terms of the loss: logits, hidden states, language model."""
 
     kl: float = 1.0
     hidden: float = 0.0

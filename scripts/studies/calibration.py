@@ -1,12 +1,15 @@
-"""Compare ways to calibrate, and the result with plain baselines: the figures of
-docs/log.md.
+"""Compare ways to calibrate, and the result with plain baselines: the figures of docs/log.md.
 
     T="--text wiki=wiki.txt --text book=book.txt --out study"
-    python -m scripts.studies.calibration scores $T               # every score and fit, one activation
-    python -m scripts.studies.calibration table $T                # the chosen ones and baselines, several activations
-    python -m scripts.studies.calibration shapes $T-shapes --layers 1-29   # windows and layers of kv
+    python -m scripts.studies.calibration scores $T
+    python -m scripts.studies.calibration table $T
+    python -m scripts.studies.calibration shapes $T-shapes --layers 1-29
     python -m scripts.studies.calibration passkey --haystack long.txt --mod mod --out study
-    python -m scripts.studies.calibration report --out study      # tables and plots from the rows
+    python -m scripts.studies.calibration report --out study
+
+`scores` compares every score and fit at one activation. `table` compares the chosen ones with
+baselines at several activations. `shapes` compares windows and layers of kv. `report` makes tables
+and plots from the rows.
 
 Every finished row goes to a .jsonl file in the folder at once; rows that are there are not computed
 again.

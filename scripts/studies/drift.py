@@ -1,6 +1,6 @@
 """What it costs, and brings, to keep calibrated kv routers from following the text.
 
-    python -m scripts.studies.drift --text wiki=wiki.txt --text book=book.txt --kv-share 0.5 --out drift
+    python -m scripts.studies.drift --text wiki=wiki.txt --text book=book.txt --out drift
 
 For each drift penalty: KL and perplexity at equal activation on the texts, and the activation by
 position in sequences of 4096 tokens, with thresholds of the calibration text. Rows go to

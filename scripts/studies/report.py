@@ -122,7 +122,8 @@ def scores_picture(rows: list[dict], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel(
-        f"mean KL to the dense model (nats), activation {ordered[0]['target']}; pale: plain baselines"
+        f"mean KL to the dense model (nats), activation {ordered[0]['target']}; "
+        "pale: plain baselines"
     )
     figure.savefig(path, dpi=110)
 
@@ -150,7 +151,8 @@ def targets_picture(rows: list[dict], path: Path) -> None:
         )
     axes.set_yscale("log")
     axes.set_xlabel(
-        "activation (token-unit pairs that run); windows: as many K/V as kv routers at this activation"
+        "activation (token-unit pairs that run); "
+        "windows: as many K/V as kv routers at this activation"
     )
     axes.set_ylabel("mean KL to the dense model (nats)")
     axes.legend(fontsize=7, ncols=2)

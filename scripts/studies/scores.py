@@ -5,8 +5,8 @@ Beside those of mod_export/calibration/costs.py, with Δ what the unit adds to t
 * cosine, of block, attn and ffn: 1 - cos(h, h + Δ)
 * max, sum, of kv: largest, mean attention received from queries beyond the window
 * max_value, sum_value, of kv: the same, weighted by the norm of what the key's value adds, |W_o v|
-* repeat_*, of kv: as max, sum, max_value, sum_value and max_relative, with the queries of a repetition
-  of the whole text after itself (the reconstruction target of KVzip, arXiv 2505.23416)
+* repeat_*, of kv: as max, sum, max_value, sum_value and max_relative, with the queries of a
+  repetition of the whole text after itself (the reconstruction target of KVzip, arXiv 2505.23416)
 """
 
 from __future__ import annotations

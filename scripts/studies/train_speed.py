@@ -1,7 +1,7 @@
 """Speed of training against plain fine-tuning: same model, batch, trained weights and precision,
 step by step in turn.
 
-    python -m scripts.studies.train_speed mod --text book.txt --train lora --length 512 --precision bf16
+    python -m scripts.studies.train_speed mod --text book.txt --train lora --precision bf16
 
 Plain fine-tuning is the original model with transformers' own language-model loss. Routers alone
 have no plain twin: there it is fine-tuning of all weights but the embeddings.

@@ -1,9 +1,9 @@
-"""Train and judge many ways to make a Mixture-of-Depths model: the figures of docs/results/training.md.
+"""Train and judge many ways to make a MoD model: the figures of docs/results/training.md.
 
     T="--data train/ --text wiki=wiki.txt --text book=book.txt --out study"
     python -m scripts.studies.training list
     python -m scripts.studies.training run $T 'kv-*'          # points by name, with wildcards
-    python -m scripts.studies.training time --out study '*-lora'   # their decode time, by the runtime
+    python -m scripts.studies.training time --out study '*-lora'   # decode time, by the runtime
     python -m scripts.studies.training report --out study     # tables and plots from the rows
     python -m scripts.studies.training judge trained --target 0.5 --text wiki=wiki.txt
     python -m scripts.studies.training lengths trained --text wiki=wiki.txt
@@ -188,7 +188,8 @@ def run(patterns, out, **given):
     "--target",
     callback=lambda *given: given[-1] and shares(*given),
     metavar="SHARE",
-    help="Activation that thresholds are shifted to; of each kind: kv=0.1,attn=0.8.  [default: they stay]",
+    help="Activation that thresholds are shifted to; of each kind: kv=0.1,attn=0.8.  "
+    "[default: they stay]",
 )
 @click.option("--model", default="smollm2", show_default=True, help="The original.")
 @click.option(

@@ -1,11 +1,11 @@
-"""What the units that a trained model skips would add, and whether other routers would choose better.
+"""What the units that a trained model skips would add, and if other routers would choose better.
 
     python -m scripts.studies.unit_value trained -d train/ --sequences 60 --length 512
 
-The value of a token and an `ffn` unit is how much the KL to the original rises without the unit, all
-else as it is. Near its gate G the KL is about quadratic. So the value is -(slope at one half) =
-C (G - 1/2) - slope at G, with the curvature C from gradients of log-likelihoods of tokens drawn from
-the model (Fisher information).
+The value of a token and an `ffn` unit is how much the KL to the original rises without the unit,
+all else as it is. Near its gate G the KL is about quadratic. So the value is -(slope at one half) =
+C (G - 1/2) - slope at G, with the curvature C from gradients of log-likelihoods of tokens drawn
+from the model (Fisher information).
 
 Routers are fitted anew to the value on two thirds of the sequences. All routers are compared on the
 rest at equal activation: the value of what they skip, summed over units. To choose by the curvature

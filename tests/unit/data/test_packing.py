@@ -163,11 +163,14 @@ def test_what_is_said_again_is_not_novel(opened, tmp_path):
 
 TEMPLATES = {  # template -> what the answers of CHAT are in it
     # no end of turn, a space before the answer, content stripped
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content.strip() }}"
-    "</s>{% endif %}{% endfor %}": [" Hello\n\n  you 🐛</s>", " Ωmega, 12.5 % of it</s>"],
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content.strip() }}</s>{% endif %}{% endfor %}": [
+        " Hello\n\n  you 🐛</s>",
+        " Ωmega, 12.5 % of it</s>",
+    ],
     # reasoning in the last answer only, as in templates of reasoning models
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-    "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}": [
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
+    "<think></think>{% endif %}{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}": [
         CHAT[1]["content"] + "<end>",
         "<think></think>" + CHAT[3]["content"] + "<end>",
     ],

@@ -161,7 +161,7 @@ def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
 
 
 def test_routers_lose_their_drift_halfway(files, tmp_path):
-    """Nothing is learnt here; the attn router, which the start leaves as it is, comes out another."""
+    """Nothing is learnt here; the attn router, which the start leaves as it is, still changes."""
     run = config(files, tokens=2 * 2 * LENGTH, router_lr=1e-12)
     for name, penalty in (("off", 0.0), ("on", 10.0)):
         train(files / "mod", tmp_path / name, replace(run, drift_penalty=penalty))
