@@ -67,15 +67,26 @@ def code_lines(page: Path) -> list[str]:
     return re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words after `mod-export` of each command in code blocks."""
+def commands(page: Path, start: str) -> list[list[str]]:
+    """The words that follow `start`, a pattern, in lines of code blocks."""
     result = []
     for line in code_lines(page):
-        found = re.match(r"(?:\S*/)?mod-export (.+)|.*-m mod_export (.+)", line)
-        if found:
-            line = re.split(r" (?:&&|\||<) ", found.group(1) or found.group(2))[0]
-            result.append(shlex.split(line.replace("[", "").replace("]", ""), comments=True))
+        if found := re.search(rf"{start} (.+)", line):
+            line = re.split(r" (?:&&|\||<) ", found.group(1))[0]
+            result.append(shlex.split(re.sub(r"[][]|\"$", "", line), comments=True))
     return result
+
+
+def parse(command: click.Command, words: list[str], context: click.Context) -> None:
+    """Hold that each option exists, and that numbers and choices are among those allowed."""
+    words = [word for word in words if word != "..." and not word.startswith("$")]
+    values, _, _ = command.make_parser(context).parse_args(words)
+    for option in command.params:
+        value = values.get(option.name)
+        plain = isinstance(value, str) and not re.fullmatch(r"[A-Z]+|.*\.\.\.", value)
+        checked = (click.Choice, click.IntRange, click.FloatRange)
+        if plain and isinstance(option.type, checked):
+            option.type.convert(value, option, context)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -93,23 +104,24 @@ def test_links_resolve(page):
 
 @pytest.mark.parametrize("page", CURRENT, ids=name)
 def test_commands_parse(page):
-    """Each option exists, and numbers and choices are among those allowed."""
     group = click.Context(cli, info_name="mod-export", **cli.context_settings)
-    for words in commands(page):
+    for words in commands(page, r"(?:^(?:\S*/)?mod-export|-m mod_export)"):
         if words[0].startswith("-"):
             cli.make_parser(click.Context(cli)).parse_args(words)
             continue
         command = cli.get_command(group, words[0])
         assert command is not None, words
-        context = click.Context(command, info_name=words[0], parent=group)
-        words = [word for word in words[1:] if word != "..." and not word.startswith("$")]
-        values, _, _ = command.make_parser(context).parse_args(words)
-        for option in command.params:
-            value = values.get(option.name)
-            plain = isinstance(value, str) and not re.fullmatch(r"[A-Z]+|.*\.\.\.", value)
-            checked = (click.Choice, click.IntRange, click.FloatRange)
-            if plain and isinstance(option.type, checked):
-                option.type.convert(value, option, context)
+        parse(command, words[1:], click.Context(command, info_name=words[0], parent=group))
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name)
+def test_options_of_the_scripts_exist(page):
+    """Looked up in the source of a script: its import would take seconds."""
+    for words in commands(page, r"python(?= -m scripts\.| scripts/)"):
+        script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+        source = (ROOT / script).read_text(encoding="utf-8")
+        options = [word for word in words if word.startswith("--") and word != "--"]
+        assert all(option in source for option in options), words
 
 
 def test_page_of_the_commands_is_up_to_date():
