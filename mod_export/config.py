@@ -3,7 +3,8 @@
 Knows nothing of torch or of files. In a Hugging Face directory it is the key `mod` of config.json;
 the GGUF keys have the same layout (docs/reference/gguf-schema.md).
 
-    config = MoDConfig(units={"kv": UnitConfig(threshold=(0.0, 0.0, 0.5), activation=(1.0, 1.0, 0.6))})
+    kv = UnitConfig(threshold=(0.0, 0.0, 0.5), activation=(1.0, 1.0, 0.6))
+    config = MoDConfig(units={"kv": kv})
     config.validate(n_layer=3)
     config.routed()  # [(2, "kv")]
 """
@@ -106,7 +107,7 @@ class MoDConfig:
         Raises UserError for an unknown or missing key, and for a value of the wrong type.
         """
         known = (*_SCALARS, *_FIELDS_SINCE_0_2, *UNIT_KINDS, "calibration")
-        _check_keys("mod", data, known=known, needed=_SCALARS)
+        data = _checked_keys("mod", data, known=known, needed=_SCALARS)
         calibration = data.get("calibration", {})
         if not isinstance(calibration, dict):
             raise UserError("mod.calibration is not an object", "write it as {...} or leave it out")
@@ -135,22 +136,24 @@ def _fields_of_0_1(record: dict) -> dict:
     }
 
 
-def _check_keys(where: str, data: object, known: tuple, needed: tuple) -> None:
+def _checked_keys(where: str, data: object, known: tuple, needed: tuple) -> dict:
+    """Return data, or raise UserError where it is no object or has other keys."""
     if not isinstance(data, dict):
         raise UserError(f"{where} is not an object", "see docs/reference/config.md for its keys")
     if unknown := [str(key) for key in data if key not in known]:
         raise UserError(f"unknown key {where}.{unknown[0]}", f"known keys: {', '.join(known)}")
     if missing := [key for key in needed if key not in data]:
         raise UserError(f"missing key {where}.{missing[0]}", "convert the model again")
+    return data
 
 
 def _unit_from_dict(kind: str, data: object) -> UnitConfig:
     names = ("threshold", "activation")
-    _check_keys(f"mod.{kind}", data, known=names, needed=names)
+    lists = _checked_keys(f"mod.{kind}", data, known=names, needed=names)
     for name in names:
-        if not isinstance(data[name], (list, tuple)):
+        if not isinstance(lists[name], (list, tuple)):
             raise UserError(f"mod.{kind}.{name} is not a list", "give one number per layer")
-    return UnitConfig(**{name: tuple(data[name]) for name in names})
+    return UnitConfig(tuple(lists["threshold"]), tuple(lists["activation"]))
 
 
 def _is_int(value: object) -> bool:
@@ -208,7 +211,7 @@ def _is_share(value: object, below_one: bool) -> bool:
         return False
     if not 0 <= value <= 1:
         return False
-    # the GGUF stores 32 bits: there a p this close to 1 or 0 would be 1, or 0, "not routed"
+    # A GGUF stores 32 bits. A p very close to 1 or 0 would be 1 there, or 0, which is "not routed".
     single = struct.unpack("f", struct.pack("f", value))[0]
     return not below_one or (single < 1 and (single > 0) == (value > 0))
 
@@ -227,5 +230,5 @@ def _check_layers(config: MoDConfig, n_layer: int) -> None:
     if all(any(UNIT_KINDS[kind].frees_kv for kind in here) for here in kinds):
         raise UserError(
             "every layer has a block, attn or kv router, so no layer keeps complete K/V",
-            "leave at least one layer without these (by default the first two are not routed)",
+            "leave at least one layer without these (by default the first layers are not routed)",
         )

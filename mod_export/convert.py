@@ -1,7 +1,7 @@
 """MODEL -> MoD directory: load, calibrate or apply an adapter, save.
 
     convert("smollm2", "mod", units="kv", target=0.5)
-    convert_adapter("smollm2", "mod", "adapter")         # trained routers and LoRA instead of calibration
+    convert_adapter("smollm2", "mod", "adapter")  # trained routers and LoRA, no calibration
 
 Knows nothing of GGUF outputs; export.py turns the directory into one.
 """
@@ -37,9 +37,9 @@ def convert(
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
-    target: activation, one number or {kind: number}; kv_window: None is KV_WINDOW, or an eighth of the
-    model's context where that is less. Raises UserError for anything in the arguments, the model or
-    the text that does not fit.
+    target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an eighth
+    of the model's context where that is less. Raises UserError for anything in the arguments, the
+    model or the text that does not fit.
     """
     kinds = parse_kinds(units)
     chosen = parse_layers(layers)

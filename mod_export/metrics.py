@@ -1,7 +1,7 @@
 """How far the next-token distributions of two models are apart, and how much K/V stays visible.
 
-Logits are arrays of numpy or tensors of torch, [n, n_vocab]. Arrays are compared in float64, tensors
-in float32 on their device. torch is imported only where a tensor is given.
+Logits are arrays of numpy or tensors of torch, [n, n_vocab]. Arrays are compared in float64,
+tensors in float32 on their device. torch is imported only where a tensor is given.
 
     kl, nll_dense, nll_mod, same = divergence(dense, mod, ids) / (len(ids) - 1)
     share = visible_share(config.routed(), config.kv_window, active, n_layer)
@@ -111,14 +111,14 @@ def visible_share(units: Sequence[Unit], kv_window: int, active: Array, n_layer:
 
     active: decisions [n_tokens, n_units], in the order of `units`.
     """
-    active = np.asarray(active, dtype=bool)
-    n_tokens = len(active)
-    # the next token is in its window itself, so the window holds one token less of the past
+    is_active = np.asarray(active, dtype=bool)
+    n_tokens = len(is_active)
+    # The next token is in its window itself, so the window holds one token less of the past.
     recent = np.arange(n_tokens) >= n_tokens + 1 - kv_window
     visible: dict[int, np.ndarray] = {}
     for index, (layer, kind) in enumerate(units):
         if UNIT_KINDS[kind].frees_kv:
-            mask = active[:, index] | recent if kind == KV else active[:, index]
+            mask = is_active[:, index] | recent if kind == KV else is_active[:, index]
             visible[layer] = visible[layer] & mask if layer in visible else mask
     cells = (n_layer - len(visible)) * n_tokens + sum(int(mask.sum()) for mask in visible.values())
     return cells / (n_layer * n_tokens)

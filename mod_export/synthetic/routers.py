@@ -42,8 +42,7 @@ def routing(
 
     Raises UserError for options that cannot be read, and for a configuration that the schema
     forbids. units: kinds joined with +. activation: `0.5`, or for each kind `attn=0.3,kv=0.5`.
-    layers:
-    `auto`, `2-`, `3-5,8`.
+    layers: `auto`, `2-`, `3-5,8`.
     """
     kinds = parse_kinds(units)
     shares = parse_activation(activation, kinds)

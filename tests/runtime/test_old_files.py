@@ -1,4 +1,7 @@
-"""GGUF files that version 0.1 wrote run as they did with version 0.1: tests/fixtures/v0.1/README.md."""
+"""GGUF files that version 0.1 wrote run as they did with version 0.1.
+
+tests/fixtures/v0.1/README.md lists the files.
+"""
 
 from pathlib import Path
 
