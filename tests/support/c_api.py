@@ -141,7 +141,7 @@ class Raw:
     # what only the patched library has
 
     def trace(self):
-        """Decisions and scores of the last decode: active uint8, score float32, both [T, n_units]."""
+        """Of the last decode, [T, n_units] each: decisions as uint8, scores as float32."""
         from mod_export.runtime import bindings
 
         return bindings.get_trace(self.model, self.ctx)

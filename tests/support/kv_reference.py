@@ -1,8 +1,9 @@
 """What the patched runtime must remember: a slow model of its KV bookkeeping in plain Python.
 
 It knows no cell indices and computes nothing: decisions come from the runtime's trace. Written from
-docs/explanation/semantics.md and docs/explanation/runtime-design.md. A `Cell` is the K/V of one token in one cache; a sequence
-for which it has been given back stays in `gone`, because a later query might have needed it.
+docs/explanation/semantics.md and docs/explanation/runtime-design.md. A `Cell` is the K/V of one
+token in one cache; a sequence for which it has been given back stays in `gone`, because a later
+query might have needed it.
 
 Two questions have a margin. K/V that a query would see and that are gone *must* be refused
 (`needs_lost`). The runtime remembers only the largest position that it has given back, so it *may*

@@ -1,7 +1,9 @@
 """Tiny random models for tests, built on the spot.
 
-model = tiny.mod_model({"kv": [2, 3], "ffn": [4]})  # a MoDModel on a random Llama, decisions far from thresholds
-tiny.save_dir(path, {"kv": [2, 3]})  # the same with SmolLM2's tokenizer, ready for GGUF export
+# a MoDModel on a random Llama; with token ids, decisions far from thresholds
+model = tiny.mod_model({"kv": [2, 3], "ffn": [4]}, ids)
+tiny.save_dir(path, {"kv": [2, 3]})  # with SmolLM2's tokenizer, ready for GGUF export
+tiny.save_small(path, {"kv": [2, 3]})  # with a token per byte and a short context, quick to train
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
+from tests.support.byte_tokenizer import byte_tokenizer
 
 N_LAYER = 6
 IDS = torch.randint(3, 300, (1, 48), generator=torch.Generator().manual_seed(7))
@@ -147,6 +150,18 @@ def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs)
     """Save a tiny MoD model as a directory that exports to GGUF; returns it."""
     model = mod_model(units, ids, n_vocab=len(tokenizer()), **kwargs)
     model.tokenizer = tokenizer()
+    model.save(path)
+    return model
+
+
+def save_small(path: Path, units: dict, **kwargs) -> MoDModel:
+    """Save a tiny MoD model whose tokens are bytes, with a short context; returns it.
+
+    Most of the time of a training goes into long sequences, on which thresholds are chosen, and
+    into logits: here both are small.
+    """
+    model = mod_model(units, n_ctx=512, **kwargs)
+    model.tokenizer = byte_tokenizer()
     model.save(path)
     return model
 

@@ -37,7 +37,7 @@ def step(r, at: dict, expected) -> None:
 @pytest.mark.parametrize("count", [2, 4, 8])
 @pytest.mark.parametrize("together", [True, False])
 def test_prompts_of_different_length_then_decode(routed, count, together):
-    """Prompts of 3, 7, 11 ... tokens, in one batch or in one each; then a token for each at a time."""
+    """Prompts of 3, 7, 11 ... tokens, in one batch or in one each; then each goes on by a token."""
     _, path, expected = routed
     length = {s: 3 + 4 * s for s in range(count)}
     with Raw(path, n_ctx=1024, n_seq=8, n_ubatch=32) as r:
@@ -108,7 +108,7 @@ def test_a_new_prompt_in_the_batch_of_the_others_next_tokens(routed):
 
 
 def test_the_same_prompt_shared_by_all(routed):
-    """One prompt decoded once, copied to seven sequences that go on with different tokens at once."""
+    """A prompt decoded once, copied to seven sequences, which go on with other tokens at once."""
     tiny, path, _ = routed
     with Raw(path, n_ctx=512, n_seq=8) as r:
         r.decode(TOKENS[0][:30])

@@ -184,7 +184,7 @@ def test_a_threshold_of_one_unit(tmp_path):
     [(True, F32, 0.1), (True, F16, 0.1), (False, F16, 0.1), (True, Q8_0, 0.6)],
 )
 def test_flash_attention_and_kv_types(routed, fa, kv, noise):
-    """All of them round. So: close to the oracle before any decision differs, and few decisions do."""
+    """All of them round: few decisions differ, and logits are close until the first one does."""
     _, path, expected = routed
     with Raw(path, fa=fa, kv=kv) as r:
         logits, active = r.decode_cut(TOKENS[0], 60)
@@ -277,7 +277,7 @@ def test_statistics_count_what_the_trace_shows(routed):
 
 
 def test_decoding_reuses_graphs(routed):
-    """Graphs are built anew only for new shapes: the n_kv of a cache grows in steps of 256 cells."""
+    """Graphs are built anew for new shapes only: n_kv of a cache grows by 256 cells at a time."""
     _, path, _ = routed
     perf = bindings.llama_mod_perf()
     with Raw(path) as r:

@@ -344,7 +344,7 @@ def test_cells_that_are_shared_or_shifted_move_together_too(mode, tmp_path):
 
 
 def test_decisions_move_with_their_cells(tmp_path):
-    """Dropped tokens within the window are moved; they have to be hidden and freed like all others."""
+    """Dropped tokens within the window are moved, then hidden and freed like all others."""
     tiny = make("kv", 0.5, sequences=LONG[:2, :440], kv_window=200, n_ctx=2048)
     path = tiny.write(tmp_path / "mod.gguf")
     active = tiny.forward(LONG[0, :460]).active
@@ -392,7 +392,8 @@ OUT_OF_MEMORY = """
 with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
     r.set(force="active")
     big, last = np.random.default_rng(1).integers(0, 96, 2000), [0] * 1999 + [1]
-    assert r.try_decode(big, [1] * 2000, logits=last) == 0  # what else a decode needs is there from now on
+    # what else a decode needs is there from now on
+    assert r.try_decode(big, [1] * 2000, logits=last) == 0
     assert r.seq_rm(1, 0)
     logits = [r.decode(TOKENS[0][:100])]
     before = cells(r, 6)

@@ -1,4 +1,4 @@
-"""The KV memory of the patched runtime: cells, bytes, states, tails, copies, shifts, full caches."""
+"""KV memory of the patched runtime: cells, bytes, states, tails, copies, shifts, full caches."""
 
 import ctypes
 

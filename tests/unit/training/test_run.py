@@ -44,18 +44,9 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
-    save_dir(path / "mod")
+    tiny.save_small(path / "mod", UNITS)
     (path / "text.txt").write_text(default_texts()[0][:9000])
     return path
-
-
-def save_dir(path, **kwargs):
-    """A model with a short context and few tokens: most of a run's time goes into long sequences,
-    where thresholds are chosen, and into logits.
-    """
-    model = tiny.mod_model(UNITS, n_ctx=512, **kwargs)
-    model.tokenizer = byte_tokenizer()
-    model.save(path)
 
 
 @pytest.fixture
@@ -121,7 +112,7 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots)
 
 def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path):
     parts = default_texts()[0][:20000].split(". ")
-    header = "- " * 30 + "\n"
+    header = "-" * 60 + "\n"
     (tmp_path / "text.txt").write_text("\n\n".join(header + part for part in parts))
     run = config(
         files,
@@ -628,7 +619,7 @@ def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
     (tmp_path / "theirs" / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds no config.json, so it is not replaced"):
         train(files / "mod", tmp_path / "theirs", run, force=True)
-    save_dir(tmp_path / "other", seed=1)
+    tiny.save_small(tmp_path / "other", UNITS, seed=1)
     with pytest.raises(UserError, match="another base .*"):
         train(tmp_path / "other", tmp_path / "out", run, resume=True)
     checkpoint = tmp_path / "out.run" / checkpoints.NAME
