@@ -1,4 +1,4 @@
-"""`mod-export bench`."""
+"""The command `mod-export bench`."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`mod-export build`: options for llama_build."""
+"""The command `mod-export build`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`mod-export chat`."""
+"""The command `mod-export chat`."""
 
 import sys
 

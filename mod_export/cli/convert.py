@@ -1,4 +1,4 @@
-"""`mod-export convert`: options for convert.py."""
+"""The command `mod-export convert`."""
 
 import click
 

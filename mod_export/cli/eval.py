@@ -1,4 +1,4 @@
-"""`mod-export eval`: options for evaluate.py."""
+"""The command `mod-export eval`."""
 
 import click
 

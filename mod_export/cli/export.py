@@ -1,4 +1,4 @@
-"""`mod-export export`: options for export."""
+"""The command `mod-export export`."""
 
 from pathlib import Path
 

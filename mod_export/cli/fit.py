@@ -1,4 +1,4 @@
-"""`mod-export fit`."""
+"""The command `mod-export fit`."""
 
 import click
 

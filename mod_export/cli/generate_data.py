@@ -1,4 +1,4 @@
-"""`mod-export generate-data`: options for generate_data.py."""
+"""The command `mod-export generate-data`."""
 
 import click
 

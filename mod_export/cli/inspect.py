@@ -1,4 +1,4 @@
-"""`mod-export inspect`: options for inspection."""
+"""The command `mod-export inspect`."""
 
 import json
 

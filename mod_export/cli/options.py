@@ -19,6 +19,7 @@ class Finite(click.FloatRange):
     """A number in a range; click's own type lets NaN and infinity pass."""
 
     def convert(self, value, param, ctx):
+        """Return the number. Fails with a usage error for anything else."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -37,6 +38,7 @@ class RenamedOption(click.Option):
         self.former = former
 
     def add_to_parser(self, parser, ctx):
+        """Add both spellings."""
         super().add_to_parser(parser, ctx)
         parser.add_option(self, [self.former], dest=self.name, nargs=self.nargs)
 

@@ -23,6 +23,7 @@ class MessageHandler(logging.Handler):
         self.start = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of a record."""
         line = self.format(record)
         if self.clock and "\n" not in line:
             line = f"[{time.monotonic() - self.start:4.0f} s] {line}"

@@ -1,4 +1,4 @@
-"""`mod-export serve`."""
+"""The command `mod-export serve`."""
 
 from pathlib import Path
 

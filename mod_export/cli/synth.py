@@ -1,4 +1,4 @@
-"""`mod-export synth`: options for synth.py."""
+"""The command `mod-export synth`."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`mod-export trace`."""
+"""The command `mod-export trace`."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`mod-export verify`."""
+"""The command `mod-export verify`."""
 
 import click
 
