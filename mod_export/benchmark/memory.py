@@ -67,8 +67,9 @@ class MemoryNeed:
 class MemoryOptions:
     """The settings of a run.
 
-    ubatch: tokens per graph. kv_type: type of K and V, one of PLANNED_KV_TYPES. margin: activation above
-    the calibrated one, as a share of it.
+    ubatch: tokens per graph
+    kv_type: type of K and V, one of PLANNED_KV_TYPES
+    margin: activation above the calibrated one, as a share of it
     """
 
     ubatch: int = 512

@@ -9,9 +9,11 @@ import pytest
 import torch
 from llama_cpp import Llama
 
-from mod_export.adapter import apply, load
+from mod_export.adapter import apply, base_identity, load
 from mod_export.data.text import default_texts
 from mod_export.formats import adapter_files
+from mod_export.formats.base_identity import compare, gguf_identity
+from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import divergence
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
@@ -47,6 +49,14 @@ def test_token_ids_are_those_of_llama_cpp(smollm2):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 15)))
         ids = llama.tokenize(text.encode(), add_bos=False, special=True)
         assert tokenizer.encode(text) == ids, repr(text)
+
+
+def test_a_vocabulary_through_transformers_is_the_same(smollm2):
+    """The vocabulary that transformers makes of the GGUF is the list in the file."""
+    made = base_identity(*smollm2, "SmolLM2")
+    found = gguf_identity(GGUFFile.open(loading.embedded_gguf()))
+    assert made["tokenizer"] == found["tokenizer"] != ""
+    assert compare(made, found) == 0
 
 
 @pytest.mark.parametrize("name", adapter_files.packaged_names())

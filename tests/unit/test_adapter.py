@@ -11,12 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mod_export.adapter import apply, base_identity, load, save
+from mod_export.adapter import apply, load, save
 from mod_export.convert import convert_adapter
 from mod_export.errors import UserError
-from mod_export.formats.base_identity import gguf_identity
-from mod_export.formats.gguf import GGUFFile
-from mod_export.model import loading
 from mod_export.model.layers import is_wrapped
 from mod_export.model.lora import lora_of
 from mod_export.model.mod_model import MoDModel
@@ -288,12 +285,6 @@ def test_other_weights_of_the_same_model(routers_only, with_lora, noise, accepte
 def test_rounding_to_bf16_is_no_difference(with_lora, caplog):
     model = apply(load(with_lora), tiny.base().bfloat16(), TOKENIZER)
     assert caplog.messages == [] and model.base.dtype == torch.bfloat16
-
-
-def test_a_vocabulary_through_transformers_is_the_same():
-    """SmolLM2's, as transformers makes it of the GGUF, against the list in the file."""
-    made = base_identity(tiny.base(), tiny.tokenizer(), "tiny")["tokenizer"]
-    assert made == gguf_identity(GGUFFile.open(loading.embedded_gguf()))["tokenizer"]
 
 
 # --- names and commands
