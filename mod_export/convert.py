@@ -42,7 +42,7 @@ def convert(
     model or the text that does not fit.
     """
     kinds = parse_kinds(units)
-    chosen = parse_layers(layers)
+    parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
     for share in shares_by_kind(target, kinds).values():
         if not 0 < share < 1:  # written so that NaN fails too
             raise UserError(
@@ -58,6 +58,7 @@ def convert(
         logger.info(f"loading {model}")
         base, tokenizer = loading.load(model)
         n_layer = len(architectures.decoder_layers(base))
+        chosen = parse_layers(layers, n_layer)
         kv_window = kv_window or min(
             KV_WINDOW, max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
         )

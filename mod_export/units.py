@@ -167,18 +167,26 @@ def parse_kinds(text: str) -> list[str]:
     return kinds
 
 
-def parse_layers(text: str) -> list[int] | None:
-    """`auto` -> None, `3-5,8` -> [3, 4, 5, 8]. Raises UserError for any other form."""
+def parse_layers(text: str, n_layer: int | None = None) -> list[int] | None:
+    """`auto` -> None, `3-5,8` -> [3, 4, 5, 8]; with n_layer = 5 also `2-` -> [2, 3, 4].
+
+    Raises UserError for any other form. Whether the model has the layers is not checked here:
+    routed_layers does that.
+    """
     if text.strip() == "auto":
         return None
     chosen: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
-        if not match:
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(-)?\s*(\d{1,5})?\s*", part)
+        is_open = match is not None and match[2] and not match[3]
+        if match is None or (match[3] and not match[2]) or (is_open and n_layer is None):
             raise UserError(
                 f"cannot read layers {text!r}", "write 'auto', or ranges such as 3-28 or 2,4,8-11"
             )
-        first, last = int(match[1]), int(match[2] or match[1])
+        first = int(match[1])
+        last = int(match[3] or first)
+        if is_open and n_layer is not None:
+            last = max(first, n_layer - 1)
         if last < first:
             raise UserError(f"layers {part.strip()!r} run backwards", f"write {last}-{first}")
         chosen.update(range(first, last + 1))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import click
 
+from mod_export.config import SINK_TOKENS
 from mod_export.errors import UserError
 from mod_export.units import parse_shares
 
@@ -163,7 +164,7 @@ def sink_tokens_option(**more):
     return click.option(
         "--sink-tokens",
         type=click.IntRange(min=0),
-        default=4,
+        default=SINK_TOKENS,
         show_default=True,
         help="Number of first tokens of a sequence that are always active.",
         **more,

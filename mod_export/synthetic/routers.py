@@ -10,8 +10,6 @@ groups of as many as there are z), so that units decide nearly independently of 
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
@@ -46,11 +44,7 @@ def routing(
     """
     kinds = parse_kinds(units)
     shares = parse_activation(activation, kinds)
-    # An open end means the last layer.
-    text = re.sub(
-        r"(\d{1,5})\s*-\s*(?=,|$)", lambda m: f"{m[1]}-{max(int(m[1]), n_layer - 1)}", layers
-    )
-    chosen = parse_layers(text)
+    chosen = parse_layers(layers, n_layer)
     if chosen is not None and chosen[-1] >= n_layer:
         cure = f"the model has layers 0 to {n_layer - 1}; give others to --layers-routed"
         raise UserError(f"there is no layer {chosen[-1]} to route", cure)

@@ -65,9 +65,14 @@ def test_layers():
     assert routed_layers(None, 5, "kv") == [1, 2, 3, 4]
     assert parse_layers("3-5") == [3, 4, 5] and parse_layers(" 7, 2-3,3 ") == [2, 3, 7]
     assert routed_layers([1, 4], 5, "kv") == [1, 4]
+    assert parse_layers("2-", 5) == [2, 3, 4] and parse_layers("0,3 -", 5) == [0, 3, 4]
+    assert parse_layers("7-", 5) == [7]  # refused by routed_layers
     for wrong in ("", "3-", "-3", "a", "3..5", "1,,2", "5-3", "2-3-4", "1.5", "all"):
         with pytest.raises(UserError, match="layers"):
             parse_layers(wrong)
+    for wrong in ("-3", "2--", "2 3", "-", "3-5-"):
+        with pytest.raises(UserError, match="layers"):
+            parse_layers(wrong, 9)
     with pytest.raises(UserError, match="there is no layer 5"):
         routed_layers([2, 5], 5, "kv")
     with pytest.raises(UserError, match="only 2 layers"):
