@@ -41,6 +41,22 @@ def test_matches_the_oracle(routed):
     close(logits, expected.logits)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["segments", "graph"])
+def test_a_score_at_the_threshold_is_active(graph, tmp_path, monkeypatch):
+    """The rule is >=. The logit of p = 0.5 is 0, which a router of zeros gives exactly."""
+    if graph:
+        monkeypatch.setenv("LLAMA_MOD_DECODE", "graph")
+    tiny = make("all", sink_tokens=0)
+    for unit, (weight, _, _) in tiny.routers.items():
+        tiny.routers[unit] = (np.zeros_like(weight), 0.0, 0.5)
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        r.decode(TOKENS[0][:20])
+        many, score = r.trace()
+        r.decode(TOKENS[0][20:21])
+        one, _ = r.trace()
+    assert not score.any() and many.all() and one.all()
+
+
 @pytest.mark.parametrize(
     "shape",
     [
