@@ -307,7 +307,9 @@ def rewrite(
     """
     keys = _key_section(source, added_keys, changed_keys or {}, dropped_keys)
     if kept_tensors is None:
-        kept, infos, copies = len(source.tensors), bytes(source.tensor_infos), _whole_data(source)
+        kept = len(source.tensors)
+        infos = bytes(source.tensor_infos)
+        copies = _whole_data(source)
     else:
         kept = len(kept_tensors)
         infos, copies = _selected_data(source, kept_tensors)
