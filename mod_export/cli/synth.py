@@ -95,23 +95,24 @@ def command(
     """
     from mod_export.errors import UserError
     from mod_export.synthetic.onto_base import onto
-    from mod_export.synthetic.routers import routing
+    from mod_export.synthetic.routers import SynthesisOptions, routing
     from mod_export.synthetic.shape import preset_named
     from mod_export.synthetic.write import synth
 
     show_messages(clock=True)
+    options = SynthesisOptions(units, activation, layers_routed, sink_tokens, kv_window)
     if Path(preset).is_file():
         if dense or any(value is not None for value in shape.values()):
             raise UserError(
                 f"{preset} has its shape, and is the dense file itself",
                 "leave --dense and shapes out",
             )
-        onto(preset, output, units, activation, layers_routed, sink_tokens, kv_window, seed, force)
+        onto(preset, output, options, seed, force)
         click.echo(output)
         return
     shape = replace(
         preset_named(preset), **{k: v for k, v in shape.items() if v is not None}
     ).checked()
-    config = routing(shape.layers, units, activation, layers_routed, sink_tokens, kv_window)
+    config = routing(shape.layers, options)
     synth(output, shape, quant, config, dense, seed, force)
     click.echo(output)

@@ -1,6 +1,6 @@
 """Random routers on the weights of a dense GGUF, fitted to an activation on text.
 
-    onto("dense.gguf", "block.gguf", units="block", activation="0.5")
+    onto("dense.gguf", "block.gguf", SynthesisOptions(units="block", activation="0.5"))
 
 It is for measuring speed. Such a model writes worse text than one with calibrated routers
 (`mod-export convert`), but it takes seconds to make. The patched runtime has to be installed. The
@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from mod_export.common.files import atomic_file
-from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig
+from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import Routers
-from mod_export.synthetic.routers import SPREAD, routing
+from mod_export.synthetic.routers import SPREAD, SynthesisOptions, routing
 from mod_export.synthetic.weights import rng_of
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,7 @@ ROUNDS = 8
 def onto(
     base: str | os.PathLike,
     output: str | os.PathLike,
-    units: str = "kv",
-    activation: str = "0.5",
-    layers: str = "auto",
-    sinks: int = SINK_TOKENS,
-    kv_window: int = KV_WINDOW,
+    options: SynthesisOptions,
     seed: int = 0,
     force: bool = False,
     text: str | None = None,
@@ -46,16 +42,16 @@ def onto(
 ) -> None:
     """Write `output`: the weights of `base` with random routers.
 
-    The biases of the routers are fitted so that the share `activation` of the text's tokens runs.
-    It is met within a few points in each unit, in fewer rounds less closely. The options are those
-    of `routing`. text: by default the packaged one. Raises UserError for a base that is no dense
-    GGUF or has no vocabulary, and for an existing output.
+    The biases of the routers are fitted so that the share options.activation of the text's tokens
+    runs. It is met within a few points in each unit, in fewer rounds less closely. text: by default
+    the packaged one. Raises UserError for a base that is no dense GGUF or has no vocabulary, and
+    for an existing output.
     """
     file = GGUFFile.open(base)
     n_embd = file.model_number("embedding_length")
     if file.get("tokenizer.ggml.model") in (None, "no_vocab"):
         raise UserError(f"{base} has no vocabulary", "give a preset: `mod-export synth 1b`")
-    config = routing(file.model_number("block_count"), units, activation, layers, sinks, kv_window)
+    config = routing(file.model_number("block_count"), options)
     rng = rng_of(seed, "routers")
     routers: Routers = {
         unit: (
@@ -72,7 +68,7 @@ def onto(
                 f"fitting biases, round {number + 1} of {rounds}: activation {active.mean():.3f}, "
                 f"by unit {active.mean(0).min():.3f} to {active.mean(0).max():.3f}"
             )
-            _move_biases(config, routers, score[sinks:])
+            _move_biases(config, routers, score[options.sink_tokens :])
         write_routers(Path(base), tmp, config, routers)
 
 

@@ -10,6 +10,8 @@ groups of as many as there are z), so that units decide nearly independently of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
@@ -28,23 +30,30 @@ SPREAD = 2.0  # standard deviation of a router's logit where the residual stream
 THRESHOLD = 0.5
 
 
-def routing(
-    n_layer: int,
-    units: str = "kv",
-    activation: str = "0.5",
-    layers: str = "auto",
-    sinks: int = SINK_TOKENS,
-    kv_window: int = KV_WINDOW,
-) -> MoDConfig:
-    """The configuration that the options ask for.
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """What a synthetic model routes.
+
+    units: kinds joined with +. activation: `0.5`, or for each kind `attn=0.3,kv=0.5`. layers:
+    `auto`, `2-`, `3-5,8`.
+    """
+
+    units: str = "kv"
+    activation: str = "0.5"
+    layers: str = "auto"
+    sink_tokens: int = SINK_TOKENS
+    kv_window: int = KV_WINDOW
+
+
+def routing(n_layer: int, options: SynthesisOptions) -> MoDConfig:
+    """The configuration of a model of n_layer layers.
 
     Raises UserError for options that cannot be read, and for a configuration that the schema
-    forbids. units: kinds joined with +. activation: `0.5`, or for each kind `attn=0.3,kv=0.5`.
-    layers: `auto`, `2-`, `3-5,8`.
+    forbids.
     """
-    kinds = parse_kinds(units)
-    shares = parse_activation(activation, kinds)
-    chosen = parse_layers(layers, n_layer)
+    kinds = parse_kinds(options.units)
+    shares = parse_activation(options.activation, kinds)
+    chosen = parse_layers(options.layers, n_layer)
     if chosen is not None and chosen[-1] >= n_layer:
         cure = f"the model has layers 0 to {n_layer - 1}; give others to --layers-routed"
         raise UserError(f"there is no layer {chosen[-1]} to route", cure)
@@ -55,7 +64,8 @@ def routing(
             threshold=tuple(THRESHOLD if layer in here else 0.0 for layer in range(n_layer)),
             activation=tuple(shares[kind] if layer in here else 1.0 for layer in range(n_layer)),
         )
-    return MoDConfig(sink_tokens=sinks, kv_window=kv_window, units=units_of).validate(n_layer)
+    config = MoDConfig(sink_tokens=options.sink_tokens, kv_window=options.kv_window, units=units_of)
+    return config.validate(n_layer)
 
 
 def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:

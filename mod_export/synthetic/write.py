@@ -1,7 +1,8 @@
 """A MoD GGUF file of any llama shape with random weights, to measure the speed of that shape.
 
     shape = replace(preset_named("8b"), layers=16)
-    synth("syn.gguf", shape, "q4_0", routing(shape.layers, "attn+kv", "0.5"), dense="dense.gguf")
+    config = routing(shape.layers, SynthesisOptions(units="attn+kv", activation="0.5"))
+    synth("syn.gguf", shape, "q4_0", config, dense="dense.gguf")
 
 What such a model writes means nothing. How long it takes is real, and so is the share of the tokens
 that runs each unit. The file has no tokenizer. Needs ggml's quantiser, from any build of llama_cpp.

@@ -23,7 +23,7 @@ from common import GPU_LAYERS, REHEARSE, RESULTS, THREADS, WORK, machine, part
 from mod_export.benchmark.run import BenchOptions, bench
 from mod_export.common.progress import Progress
 from mod_export.errors import UserError
-from mod_export.synthetic.routers import routing
+from mod_export.synthetic.routers import SynthesisOptions, routing
 from mod_export.synthetic.shape import preset_named
 from mod_export.synthetic.write import synth
 
@@ -158,11 +158,12 @@ def files(point: Point) -> tuple[Path, Path]:
     dense, mod = folder / "dense.gguf", folder / f"{point.units}.gguf"
     if not mod.is_file():
         shape = replace(preset_named(point.shape), **SMALL).checked()
+        options = SynthesisOptions(units=point.units, layers="2-", kv_window=64)
         synth(
             mod,
             shape,
             point.quant,
-            routing(shape.layers, point.units, "0.5", layers="2-", kv_window=64),
+            routing(shape.layers, options),
             None if dense.is_file() else dense,
         )
     return dense, mod

@@ -71,15 +71,14 @@ def write_adapter(units: str, folder: Path) -> None:
     from mod_export.formats.gguf import GGUFFile
     from mod_export.model import loading
     from mod_export.synthetic.onto_base import onto
+    from mod_export.synthetic.routers import SynthesisOptions
 
     base = loading.embedded_gguf()
     with tempfile.TemporaryDirectory() as tmp:
         onto(
             base,
             Path(tmp, "mod.gguf"),
-            units,
-            layers="2-",
-            kv_window=64,
+            SynthesisOptions(units=units, layers="2-", kv_window=64),
             rounds=4,
         )
         file = GGUFFile.open(Path(tmp, "mod.gguf"))

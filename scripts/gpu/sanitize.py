@@ -87,14 +87,15 @@ def run(command: list[str], env: dict[str, str]) -> dict:
 
 
 def tiny_model() -> Path:
-    from mod_export.synthetic.routers import routing
+    from mod_export.synthetic.routers import SynthesisOptions, routing
     from mod_export.synthetic.shape import preset_named
     from mod_export.synthetic.write import synth
 
     target = WORK / "sanitize.gguf"
     if not target.is_file():
         shape = replace(preset_named("135m"), layers=3, vocab=512)
-        synth(target, shape, "f16", routing(shape.layers, "attn+ffn+kv", layers="1-", kv_window=8))
+        options = SynthesisOptions(units="attn+ffn+kv", layers="1-", kv_window=8)
+        synth(target, shape, "f16", routing(shape.layers, options))
     return target
 
 

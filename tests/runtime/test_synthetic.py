@@ -19,7 +19,7 @@ from mod_export.llamacpp import converter
 from mod_export.model import loading
 from mod_export.runtime.llama import MoDLlama
 from mod_export.synthetic.onto_base import onto
-from mod_export.synthetic.routers import routing
+from mod_export.synthetic.routers import SynthesisOptions, routing
 from mod_export.synthetic.shape import PRESETS, Shape
 from mod_export.synthetic.write import synth
 from mod_export.units import UNIT_KINDS
@@ -42,7 +42,14 @@ def make(
     **options,
 ) -> Path:
     options = {"layers": "2-", "kv_window": 64} | options
-    synth(path, shape, quant, routing(shape.layers, units, activation, **options), dense, seed)
+    synth(
+        path,
+        shape,
+        quant,
+        routing(shape.layers, SynthesisOptions(units, activation, **options)),
+        dense,
+        seed,
+    )
     return path
 
 
@@ -57,7 +64,12 @@ def decisions(path: Path, tokens, **params) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_keys_and_tensors(tmp_path):
-    options = {"activation": "attn=0.25,kv=0.75", "layers": "1,3-", "sinks": 3, "kv_window": 9}
+    options = {
+        "activation": "attn=0.25,kv=0.75",
+        "layers": "1,3-",
+        "sink_tokens": 3,
+        "kv_window": 9,
+    }
     path = make(tmp_path / "m.gguf", UNTIED, "q4_0", "attn+kv", **options)
     file = gguf.GGUFReader(path)
     keys = {name: field.contents() for name, field in file.fields.items()}
@@ -139,7 +151,7 @@ def test_each_unit_is_active_for_the_exact_share_of_the_vocabulary(tmp_path, qua
     type.
     """
     path = make(
-        tmp_path / "m.gguf", shape, quant, "attn+ffn+kv", "attn=0.25,ffn=0.5,kv=0.75", sinks=0
+        tmp_path / "m.gguf", shape, quant, "attn+ffn+kv", "attn=0.25,ffn=0.5,kv=0.75", sink_tokens=0
     )
     active, score = decisions(path, np.random.default_rng(0).permutation(VOCAB))
     np.testing.assert_array_equal(
@@ -173,7 +185,7 @@ def test_depth_of_a_preset_does_not_matter(tmp_path):
         "q4_0",
         "attn+ffn+kv",
         "0.4",
-        sinks=0,
+        sink_tokens=0,
     )
     active, score = decisions(path, np.random.default_rng(2).permutation(VOCAB), fa=True)
     np.testing.assert_array_equal(active.sum(0), np.full(84, round(VOCAB * 0.4)))
@@ -188,7 +200,7 @@ def test_depth_of_a_preset_does_not_matter(tmp_path):
 
 
 def test_a_shift_moves_the_activation_smoothly(tmp_path):
-    path = make(tmp_path / "m.gguf", quant="q8_0", units="ffn", sinks=0)
+    path = make(tmp_path / "m.gguf", quant="q8_0", units="ffn", sink_tokens=0)
     tokens = np.random.default_rng(3).permutation(VOCAB)
     shares = []
     with Raw(path, n_ctx=2048) as raw:
@@ -205,8 +217,10 @@ def test_a_shift_moves_the_activation_smoothly(tmp_path):
 
 def test_all_and_hardly_any(tmp_path):
     tokens = np.random.default_rng(4).permutation(VOCAB)
-    assert decisions(make(tmp_path / "all.gguf", activation="1", sinks=0), tokens)[0].all()
-    assert not decisions(make(tmp_path / "few.gguf", activation="1e-9", sinks=0), tokens)[0].any()
+    assert decisions(make(tmp_path / "all.gguf", activation="1", sink_tokens=0), tokens)[0].all()
+    assert not decisions(make(tmp_path / "few.gguf", activation="1e-9", sink_tokens=0), tokens)[
+        0
+    ].any()
 
 
 @pytest.mark.parametrize("quant", ["f32", "q8_0", "q4_0"])
@@ -303,7 +317,7 @@ def test_routers_onto_a_real_model(units, tmp_path):
     those of the base.
     """
     base, out = loading.embedded_gguf(), tmp_path / "mod.gguf"
-    onto(base, out, units, activation="0.4", layers="2-7")
+    onto(base, out, SynthesisOptions(units, activation="0.4", layers="2-7"))
     llm = MoDLlama(out, n_ctx=2048, n_batch=2048)
     llm.eval(llm.tokenize("\n\n".join(default_texts()).encode())[:1500])
     shares = [s.share for s in llm.stats()]

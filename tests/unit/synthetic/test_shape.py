@@ -8,7 +8,7 @@ import pytest
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import type_named
 from mod_export.synthetic import shape as synth_shape
-from mod_export.synthetic.routers import parse_activation, routing
+from mod_export.synthetic.routers import SynthesisOptions, parse_activation, routing
 from mod_export.synthetic.shape import PRESETS, Shape
 from mod_export.synthetic.write import synth
 
@@ -26,7 +26,14 @@ def make(
     **options,
 ) -> Path:
     options = {"layers": "2-", "kv_window": 64} | options
-    synth(path, shape, quant, routing(shape.layers, units, activation, **options), dense, seed)
+    synth(
+        path,
+        shape,
+        quant,
+        routing(shape.layers, SynthesisOptions(units, activation, **options)),
+        dense,
+        seed,
+    )
     return path
 
 
@@ -112,7 +119,7 @@ def test_quantisations_that_do_not_fit(tmp_path, shape, quant, message):
 )
 def test_routing_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
-        routing(SHAPE.layers, **options)
+        routing(SHAPE.layers, SynthesisOptions(**options))
 
 
 def test_activation_of_each_kind():
