@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def make(folder, kinds: str):
-    """A MoD file and its dense one, wide enough for time to follow work; they have no vocabulary."""
+    """A MoD file and its dense one without a vocabulary, wide enough for time to follow work."""
     tiny = Tiny(n_layer=8, n_embd=256, n_ff=768, n_vocab=320, kv_window=32).route(
         range(2, 8), kinds
     )

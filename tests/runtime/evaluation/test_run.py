@@ -197,7 +197,7 @@ def test_shift_moves_the_measured_model_only(folder, pairs):
 
 
 def test_dense_models_and_another_dense_model(folder, tmp_path):
-    """A model without routers has its dense figures alone; --dense takes torch beside the runtime."""
+    """A model without routers has dense figures alone; --dense takes torch beside the runtime."""
     ids = pack(tiny.tokenizer(), TEXT, LENGTH, count=1)
     plain = tiny.base(n_vocab=len(tiny.tokenizer()))
     plain.save_pretrained(tmp_path / "plain")

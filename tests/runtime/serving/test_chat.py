@@ -1,4 +1,4 @@
-"""Chat, as a person uses it: one shot, pipes, and a terminal (pty) with SmolLM2 and random routers."""
+"""Chat as a person uses it: one shot, pipes, and a terminal (pty); SmolLM2 has random routers."""
 
 import os
 import pty

@@ -170,7 +170,8 @@ TEMPLATES = {  # template -> what the answers of CHAT are in it
     ],
     # reasoning in the last answer only, as in templates of reasoning models
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
-    "<think></think>{% endif %}{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}": [
+    "<think></think>{% endif %}{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}": [
         CHAT[1]["content"] + "<end>",
         "<think></think>" + CHAT[3]["content"] + "<end>",
     ],
