@@ -168,7 +168,7 @@ def test_bad_options_are_one_line_and_exit_code_2(options, told, tmp_path, run_c
 
 
 def test_eval_of_a_saved_model(model_dir, text, tmp_path, run_cli):
-    """Dense perplexity is that of the base, KL is positive, and a missing text is told in one line."""
+    """Dense perplexity is that of the base, KL is positive, a missing text is told in one line."""
     import json
 
     out = tmp_path / "mod"
