@@ -103,14 +103,7 @@ def generate(
     when it is started again, see common/journal.py. Raises UserError for an output or prompts that
     cannot be used.
     """
-    if not str(out).endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(
-            f"{out} must end in .jsonl or .jsonl.gz", "training data are told apart by their names"
-        )
-    if not prompts and options.count is None:
-        raise UserError(
-            "it is not said how many texts to make up", "use --count, or give --prompts"
-        )
+    _check(out, options, prompts)
     files = sources.find(prompts) if prompts else []
     with Journal(out, _identity(llm, options, files)) as journal:
         with atomic_file(out, force) as tmp:
@@ -144,6 +137,18 @@ def generate(
         f"{writer.dropped} left out (empty, or with too long a prompt)"
     )
     return written
+
+
+def _check(out: str | Path, options: GenerationOptions, prompts: Sequence[str | Path]) -> None:
+    """Raise UserError for an output of another kind, or where no number of texts is given."""
+    if not str(out).endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(
+            f"{out} must end in .jsonl or .jsonl.gz", "training data are told apart by their names"
+        )
+    if not prompts and options.count is None:
+        raise UserError(
+            "it is not said how many texts to make up", "use --count, or give --prompts"
+        )
 
 
 def _identity(llm: MoDLlama, options: GenerationOptions, files: list[Path]) -> dict:

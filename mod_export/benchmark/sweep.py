@@ -46,20 +46,7 @@ def sweep(
 
     bindings.require()
     check_files(file, dense)
-    options = replace(
-        options,
-        contexts=options.contexts or (DEFAULT_CONTEXT,),
-        variants=tuple(
-            v for v in options.variants if v in ("ceiling", "floor", "mod", "none_active")
-        ),
-    )
-    if not {"ceiling", "mod"} <= set(options.variants):
-        raise UserError("a sweep needs the variants ceiling and mod", "add them to --variants")
-    if bad := [target for target in targets or () if not 0 <= target <= 1]:
-        raise UserError(
-            f"activation {bad[0]} is not between 0 and 1", "for example --activations 1,0.5,0.1"
-        )
-    steps(options)
+    options = _sweep_options(options, targets)
     progress = progress or Progress()
     setup = {
         "file": str(file),
@@ -83,6 +70,26 @@ def sweep(
     options = replace(options, shifts=tuple(p["shift"] for p in points))
     result = bench(file, dense, options, text, progress=progress, **kwargs)
     return result | {"sweep": join(points, result["rows"])}
+
+
+def _sweep_options(options: BenchOptions, targets: tuple[float, ...] | None) -> BenchOptions:
+    """The options with the contexts and variants of a sweep.
+
+    Raises UserError for options and targets that cannot be.
+    """
+    variants = [v for v in options.variants if v in ("ceiling", "floor", "mod", "none_active")]
+    if not {"ceiling", "mod"} <= set(variants):
+        raise UserError("a sweep needs the variants ceiling and mod", "add them to --variants")
+    for target in targets or ():
+        if not 0 <= target <= 1:
+            raise UserError(
+                f"activation {target} is not between 0 and 1",
+                "for example --activations 1,0.5,0.1",
+            )
+    contexts = options.contexts or (DEFAULT_CONTEXT,)
+    options = replace(options, contexts=contexts, variants=tuple(variants))
+    steps(options)
+    return options
 
 
 def find_shifts(
