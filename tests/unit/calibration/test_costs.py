@@ -1,0 +1,120 @@
+"""Costs against what they claim to be."""
+
+import pytest
+import torch
+
+from mod_export.calibration.costs import KEY_SCORES, CostMeter, attention, received
+from mod_export.errors import UserError
+from tests.support import tiny_torch as tiny
+
+
+def seen_of(base, ids, layer):
+    """What the meter sees of one layer, and the gradients there."""
+    meter = CostMeter(base, kv_window=8)
+    with meter.observer.prepared(), torch.enable_grad():
+        inputs, grad = meter._forward(ids)
+        for index in range(len(inputs) - 1, layer - 1, -1):
+            seen, grads, grad = meter._layer(index, inputs[index], grad)
+    return seen, grads
+
+
+def test_recomputed_attention_is_the_models_own():
+    base = tiny.base()
+    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    seen, _ = seen_of(base, ids, layer=3)
+    base.set_attn_implementation("eager")
+    expected = base(ids[None], output_attentions=True).attentions[3][0]
+    torch.testing.assert_close(attention(seen, slice(0, 70)), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_recomputed_attention_with_softcap_and_sliding_window():
+    """Gemma 2 has both, and an attention function without a causal mask of its own: it was once
+    given none.
+    """
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    base = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=20,
+            attn_logit_softcapping=2.0,
+            initializer_range=0.2,
+            pad_token_id=0,
+            attn_implementation="eager",
+        )
+    ).eval()
+    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    for layer in (2, 3):  # one slides, one does not
+        seen, _ = seen_of(base, ids, layer)
+        expected = base(ids[None], output_attentions=True).attentions[layer][0]
+        torch.testing.assert_close(attention(seen, slice(0, 70)), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_layer_by_layer_gradient_is_that_of_the_whole_graph():
+    base = tiny.base()
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(2))
+    _, (attn_grad, ffn_grad, _) = seen_of(base, ids, layer=1)
+    kept = {}
+
+    def keep(name):
+        def hook(_module, _args, out):
+            value = out[0] if isinstance(out, tuple) else out
+            kept[name] = value.requires_grad_(True)
+            value.retain_grad()
+
+        return hook
+
+    layer = base.model.layers[1]
+    hooks = [
+        layer.self_attn.register_forward_hook(keep("attn")),
+        layer.mlp.register_forward_hook(keep("ffn")),
+    ]
+    log_p = base(ids[None]).logits[0].log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    log_p.gather(1, drawn).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(attn_grad, kept["attn"].grad[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(ffn_grad, kept["ffn"].grad[0], atol=1e-4, rtol=1e-3)
+
+
+def test_kv_gradient_is_the_effect_of_hiding_one_key():
+    """Hide one key from one query for real: the attention output moves by the δ whose product with
+    g is the score.
+    """
+    base = tiny.base()
+    ids = torch.randint(0, 256, (30,), generator=torch.Generator().manual_seed(3))
+    seen, grads = seen_of(base, ids, layer=2)
+    key, query = 4, 29
+    a = attention(seen, slice(0, 30))
+    hidden = a.clone()
+    hidden[:, query, key] = 0
+    hidden = hidden / hidden.sum(-1, keepdim=True)
+    moved = (hidden @ seen.value - a @ seen.value)[:, query]
+    expected = (grads[2][:, query] * moved).sum().pow(2)
+    cost = received(seen, {"gradient": KEY_SCORES["gradient"]}, window=query - key, grads=grads)[
+        "gradient"
+    ][key]  # this query only is so far
+    torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_the_meter_leaves_the_model_as_it_was():
+    base = tiny.base()
+    ids = torch.randint(0, 256, (1, 50))
+    before = base(ids).logits
+    list(
+        CostMeter(base, kv_window=8).measure(
+            ids[0], {(1, "kv"): ["gradient"], (2, "ffn"): ["size"]}
+        )
+    )
+    assert torch.equal(base(ids).logits, before)
+    assert all(p.requires_grad for p in base.parameters())
+    with pytest.raises(UserError, match="unknown score 'cosine' for kv"):
+        list(CostMeter(base, kv_window=8).measure(ids[0], {(1, "kv"): ["cosine"]}))
