@@ -42,9 +42,9 @@ def launch(mode: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding")
-    tiny.save_dir(path / "mod", {"kv": [2, 3], "attn": [4]})
-    tiny.save_dir(path / "mod-ffn", {"ffn": [3, 4]})
-    (path / "text.txt").write_text(default_texts()[0][:30000])
+    tiny.save_small(path / "mod", {"kv": [2, 3], "attn": [4]})
+    tiny.save_small(path / "mod-ffn", {"ffn": [3, 4]})
+    (path / "text.txt").write_text(default_texts()[0][:9000])
     for mode in ("ddp", "fsdp"):
         launch(mode, path)
     return path

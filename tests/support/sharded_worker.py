@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
-from mod_export.training import loop
+from mod_export.training import loop, run
 from mod_export.training.config import TrainConfig
 from mod_export.training.run import train
 
@@ -92,6 +92,7 @@ def config(folder: Path, options: dict, batch: int = 2, processes: int = 2) -> T
 
 def main(mode: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    run.plot = lambda *_: None  # which would take longer than the training
     check(mode == "fsdp")
     if mode == "fsdp":
         shard()
