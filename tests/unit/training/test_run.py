@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -36,17 +35,20 @@ from mod_export.training.run import train
 from mod_export.training.student import Student
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer, with_bos
-
-UNITS = {"kv": [2, 3], "attn": [4]}
-LENGTH = 32
+from tests.support.training_runs import (
+    LENGTH,
+    UNITS,
+    assert_resumed_is_the_same,
+    assert_same_weights,
+    config,
+    losses,
+    write_files,
+)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    path = tmp_path_factory.mktemp("train")
-    tiny.save_small(path / "mod", UNITS)
-    (path / "text.txt").write_text(default_texts()[0][:9000])
-    return path
+    return write_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture
@@ -59,28 +61,6 @@ def no_plots(request, monkeypatch):
     """Pictures take longer than training does here; tests that look at them ask for `plots`."""
     if "plots" not in request.fixturenames:
         monkeypatch.setattr(train_module, "plot", lambda *_: None)
-
-
-def config(files, **kwargs):
-    base = TrainConfig(
-        data=(str(files / "text.txt"),),
-        target={"kv": 0.5, "attn": 0.7},
-        tokens=12 * 2 * LENGTH,
-        length=LENGTH,
-        batch=2,
-        held_out=3,
-        eval_every=100,
-        save_every=100,
-    )
-    return replace(base, **kwargs)
-
-
-def losses(run):
-    return [
-        (row["step"], row["loss"], row["activation"])
-        for row in read(run / "metrics.jsonl")
-        if "loss" in row
-    ]
 
 
 def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots):
@@ -234,75 +214,9 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
         assert (merged(ids) - original(ids)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "options, kept",
-    [
-        ({}, 3),
-        ({"method": "topk"}, 3),
-        ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, 4),
-        ({"per_layer": True, "hidden_weight": 0.5, "lm_weight": 0.1, "recall": 0.5}, 5),
-    ],
-    ids=["routers", "topk", "lora", "terms"],
-)
-def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(
-    files, tmp_path, options, kept, monkeypatch
-):
-    """With a checkpoint before, at and after half of the steps, where routers lose their drift."""
-    run = config(
-        files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=kept, **options
-    )
-    train(files / "mod", tmp_path / "whole", run)
-    gradients = train_loop.Loop._gradients
-
-    def stopped(self, number, stop):
-        if number == kept + 1:
-            raise KeyboardInterrupt
-        return gradients(self, number, stop)
-
-    monkeypatch.setattr(train_loop.Loop, "_gradients", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train(files / "mod", tmp_path / "cut", run)
-    monkeypatch.undo()
-    assert len(losses(tmp_path / "cut.run")) == kept + 1
-    assert checkpoints.load(tmp_path / "cut.run")["step"] == kept
-    train(files / "mod", tmp_path / "cut", run, resume=True)
-    assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
-    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-def test_sigterm_saves_and_exits(files, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mod_export",
-        "train",
-        files / "mod",
-        "-o",
-        tmp_path / "out",
-        "-d",
-        files / "text.txt",
-        "--tokens",
-        10**6,
-        "--length",
-        LENGTH,
-        "--save-every",
-        10**6,
-        "--batch",
-        2,
-    ]
-    process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "out.run" / "metrics.jsonl"
-    while process.poll() is None and not (
-        metrics.is_file() and metrics.read_text().count("\n") > 2
-    ):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "go on with --resume" in errors
-    assert checkpoints.load(tmp_path / "out.run")["step"] == read(metrics)[-1]["step"]
-    assert not (tmp_path / "out").exists()
+def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_path, monkeypatch):
+    """tests/slow/test_resume.py has other ways to train."""
+    assert_resumed_is_the_same(files, tmp_path, 3, monkeypatch)
 
 
 def test_a_signal_does_not_wait_for_the_rest_of_a_step(files, tmp_path, monkeypatch):
@@ -334,8 +248,7 @@ def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stop
     assert checkpoints.load(tmp_path / "cut.run")["step"] == 0
     train(files / "mod", tmp_path / "cut", run, resume=True)
     assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
-    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch, caplog):
@@ -631,86 +544,6 @@ def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
         train(files / "mod", tmp_path / "out", run, resume=True)
     with pytest.raises(UserError, match="which no adapter holds"):
         train(files / "mod", tmp_path / "out", replace(run, parameters="full"), save_as="adapter")
-
-
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-from mod_export.cli import main
-main(sys.argv[1:])
-"""
-
-
-def test_a_full_disk_costs_nothing(files, tmp_path):
-    run = config(files, parameters="lora", lora_rank=4)
-    train(files / "mod", tmp_path / "fits", replace(run, tokens=2 * 2 * LENGTH))
-    assert (tmp_path / "fits.run" / checkpoints.NAME).stat().st_size > 300_000
-    command = [
-        sys.executable,
-        "-c",
-        LIMITED,
-        "train",
-        files / "mod",
-        "-o",
-        tmp_path / "out",
-        "-d",
-        files / "text.txt",
-        "--train",
-        "lora",
-        "--lora-rank",
-        4,
-        "--length",
-        LENGTH,
-        "--tokens",
-        500,
-        "--held-out",
-        2,
-    ]
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: cannot write")
-    assert not list(tmp_path.glob("out.run/*.pt")) and not list(tmp_path.glob("out.run/.*tmp"))
-
-
-def test_a_disk_too_full_for_the_model_costs_nothing(files, tmp_path):
-    """The checkpoint of routers fits, what is written at the end does not; with room, --resume
-    writes it.
-    """
-    limit = LIMITED.replace("300_000", "3_000_000")
-    options = list(
-        map(
-            str,
-            [
-                "train",
-                files / "mod",
-                "-o",
-                tmp_path / "out",
-                "-d",
-                files / "text.txt",
-                "--length",
-                LENGTH,
-                "--tokens",
-                500,
-                "--held-out",
-                2,
-            ],
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", limit, *options], capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.splitlines()[-1]
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and last.startswith("error: cannot write")
-    ), last
-    assert "too large" in last and "--resume" in last
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.run"]
-    steps = losses(tmp_path / "out.run")
-    again = [sys.executable, "-m", "mod_export", *options, "--resume"]
-    assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
-    assert (tmp_path / "out").is_dir() and losses(tmp_path / "out.run") == steps
 
 
 def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
