@@ -91,7 +91,7 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots)
 
 
 def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path):
-    parts = default_texts()[0][:20000].split(". ")
+    parts = default_texts()[0][:8000].split(". ")
     header = "-" * 60 + "\n"
     (tmp_path / "text.txt").write_text("\n\n".join(header + part for part in parts))
     run = config(
@@ -115,7 +115,7 @@ def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path
 
 
 def test_text_that_does_nothing_but_repeat_itself_counts_whole(files, tmp_path):
-    (tmp_path / "text.txt").write_text("The same line again and again, and no other one.\n" * 400)
+    (tmp_path / "text.txt").write_text("The same line again and again, and no other one.\n" * 100)
     run = config(files, data=(str(tmp_path / "text.txt"),), tokens=2 * 2 * LENGTH)
     figures = train(files / "mod", tmp_path / "out", run)
     model = MoDModel.load(tmp_path / "out")
