@@ -24,7 +24,7 @@ LENGTH = 32
 def write_files(path: Path) -> Path:
     """A model, mod/, and text.txt."""
     tiny.save_small(path / "mod", UNITS)
-    (path / "text.txt").write_text(default_texts()[0][:9000])
+    (path / "text.txt").write_text(default_texts()[0][:5000])
     return path
 
 

@@ -91,7 +91,7 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots)
 
 
 def test_the_target_is_met_where_the_text_does_not_repeat_itself(files, tmp_path):
-    parts = default_texts()[0][:8000].split(". ")
+    parts = default_texts()[0][:6000].split(". ")
     header = "-" * 60 + "\n"
     (tmp_path / "text.txt").write_text("\n\n".join(header + part for part in parts))
     run = config(
