@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding")
     tiny.save_small(path / "mod", {"kv": [2, 3], "attn": [4]})
     tiny.save_small(path / "mod-ffn", {"ffn": [3, 4]})
-    (path / "text.txt").write_text(default_texts()[0][:9000])
+    (path / "text.txt").write_text(default_texts()[0][:5000])
     for mode in ("ddp", "fsdp"):
         launch(mode, path)
     return path
