@@ -23,7 +23,9 @@ import pytest
 from tests.support import command_line
 
 TESTS = Path(__file__).resolve().parent
-TIERS = ("slow", "runtime", "unit")  # the order in which all of them run: long files first
+TIERS = ("slow", "runtime", "unit")  # the order in which all of them run
+# Files that take longest begin, so that all processes end at about the same time.
+LONG_FILES = ("test_run.py", "test_checkpoints.py", "test_studies.py", "test_synthetic.py")
 
 
 def tier_of(path: Path) -> str:
@@ -52,7 +54,7 @@ def pytest_collection_modifyitems(items):
     tiers = {item: tier_of(item.path) for item in items}
     for item, tier in tiers.items():
         item.add_marker(tier)
-    items.sort(key=lambda item: TIERS.index(tiers[item]))
+    items.sort(key=lambda item: (TIERS.index(tiers[item]), item.path.name not in LONG_FILES))
     runtime = [item for item, tier in tiers.items() if tier == "runtime"]
     if runtime and not _patched():
         for item in runtime:

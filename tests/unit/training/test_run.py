@@ -1,12 +1,10 @@
-"""Training runs on a tiny model with a real tokenizer: what is trained and what is not, resume,
-errors.
+"""Training runs on a tiny model: what is trained and what is not, targets, precision, arguments that
+do not fit.
 """
 
-import contextlib
 import json
 import logging
 import re
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -25,23 +23,14 @@ from mod_export.evaluation.run import EvaluationPlan, evaluate
 from mod_export.export import export
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.model.mod_model import MoDModel
-from mod_export.training import callbacks, checkpoints
-from mod_export.training import loop as train_loop
+from mod_export.training import callbacks
 from mod_export.training import run as train_module
-from mod_export.training.callbacks import RouterCallback
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import Log, read
 from mod_export.training.run import train
-from mod_export.training.student import Student
-from tests.support import tiny_torch as tiny
-from tests.support.byte_tokenizer import byte_tokenizer, with_bos
 from tests.support.training_runs import (
     LENGTH,
-    UNITS,
-    assert_resumed_is_the_same,
-    assert_same_weights,
     config,
-    losses,
     write_files,
 )
 
@@ -214,43 +203,6 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
         assert (merged(ids) - original(ids)).abs().max() > 1e-3
 
 
-def test_a_resumed_run_gives_the_losses_of_one_that_never_stopped(files, tmp_path, monkeypatch):
-    """tests/slow/test_resume.py has other ways to train."""
-    assert_resumed_is_the_same(files, tmp_path, 3, monkeypatch)
-
-
-def test_a_signal_does_not_wait_for_the_rest_of_a_step(files, tmp_path, monkeypatch):
-    forward, stop, forwards = Student.forward, [], []
-
-    def counted(self, *args, **kwargs):
-        forwards.extend([1] if kwargs.get("teach", True) else [])
-        if len(forwards) == 10:  # the second of the second step
-            stop.append(signal.SIGTERM)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Student, "forward", counted)
-    monkeypatch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext(stop))
-    run = config(files, accumulate=8, batch=1, tokens=4 * 8 * LENGTH)
-    with pytest.raises(SystemExit) as ended:
-        train(files / "mod", tmp_path / "out", run)
-    assert ended.value.code == 128 + signal.SIGTERM and len(forwards) == 10
-    assert checkpoints.load(tmp_path / "out.run")["step"] == 1
-
-
-def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stopped(
-    files, tmp_path, monkeypatch
-):
-    run = config(files, tokens=3 * 2 * LENGTH)
-    train(files / "mod", tmp_path / "whole", run)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_loop, "stopping", lambda: contextlib.nullcontext([signal.SIGTERM]))
-        train(files / "mod", tmp_path / "cut", run)
-    assert checkpoints.load(tmp_path / "cut.run")["step"] == 0
-    train(files / "mod", tmp_path / "cut", run, resume=True)
-    assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
-
-
 def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch, caplog):
     """bf16, as all models of docs/log.md were trained, stays near float32; and where
     TensorBoard is, it is told.
@@ -288,41 +240,6 @@ def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch, caplog):
     ]
 
 
-def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
-    run = config(files, parameters="lora", lora_rank=2)
-    plain = train(files / "mod", tmp_path / "plain", run)
-    half = train(files / "mod", tmp_path / "half", replace(run, dtype="bfloat16"))
-    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1)
-    routers = {
-        name for unit in [(2, "kv"), (3, "kv"), (4, "attn")] for name in hf_tensor_names(*unit)
-    }
-    for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
-        assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
-    assert (
-        evaluate(
-            tmp_path / "half", EvaluationPlan(texts=(files / "text.txt",), length=LENGTH, count=2)
-        )["texts"][0]["kl"]
-        > 0
-    )
-    with pytest.raises(UserError, match="too coarse"):
-        train(files / "mod", tmp_path / "full", replace(run, parameters="full", dtype="bfloat16"))
-
-
-def test_trained_weights_are_no_teacher(files, tmp_path):
-    run = config(files, parameters="lora", lora_rank=2, tokens=2 * 2 * LENGTH)
-    train(files / "mod", tmp_path / "first", run)
-    with pytest.raises(
-        UserError, match="are trained, so .* not the original's; name the original with --teacher"
-    ):
-        train(tmp_path / "first", tmp_path / "second", run)
-    assert not (tmp_path / "second.run").exists()
-    first = train(files / "mod", tmp_path / "first", run, force=True)
-    second = train(
-        tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod"))
-    )
-    assert second["perplexity_dense"] == pytest.approx(first["perplexity_dense"])
-
-
 def test_baselines_run_from_the_same_code(files, tmp_path):
     topk = train(files / "mod", tmp_path / "topk", config(files, method="topk"))
     loss = evaluate(
@@ -355,34 +272,6 @@ def test_baselines_run_from_the_same_code(files, tmp_path):
     assert static["kl"] > 0 and tuned["kl"] > 0
 
 
-def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(
-    files, tmp_path, monkeypatch
-):
-    run = config(files, method="topk", tokens=4 * 2 * LENGTH)
-    whole = train(files / "mod", tmp_path / "whole", run)
-    with monkeypatch.context() as patch:
-        patch.setattr(RouterCallback, "on_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(files / "mod", tmp_path / "cut", run)
-    assert train(files / "mod", tmp_path / "cut", run, resume=True) == whole
-    train(tmp_path / "whole", tmp_path / "after", config(files, tokens=2 * LENGTH))
-    after = MoDModel.load(tmp_path / "after")
-    assert after.strategy.is_causal
-    assert after.config.units["attn"].activation[4] == pytest.approx(0.7, abs=0.01)
-
-
-@pytest.mark.parametrize("anneal, first", [(0.0, 0.7), (0.5, 0.95)])
-def test_thresholds_begin_where_annealing_does(files, tmp_path, monkeypatch, anneal, first):
-    set_thresholds, told = RouterCallback._set_thresholds, []
-    monkeypatch.setattr(
-        RouterCallback,
-        "_set_thresholds",
-        lambda *args: (told.append(args[2]), set_thresholds(*args)),
-    )
-    train(files / "mod", tmp_path / "out", config(files, anneal=anneal, tokens=4 * 2 * LENGTH))
-    assert told[0] == pytest.approx([0.5, first]) and told[-1] == [0.5, 0.7]
-
-
 def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
     chats = [
         {
@@ -409,38 +298,6 @@ def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
             next(row["nll"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if "nll" in row)
         )
     assert found[1] == pytest.approx(found[0], rel=0.01)  # the noise is another one
-
-
-def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path):
-    run = config(files, parameters="full", full_lr=1e18, save_every=1)
-    with pytest.raises(
-        UserError,
-        match="not a number at step 2; there is no checkpoint yet; start again with lower",
-    ):
-        train(files / "mod", tmp_path / "out", run)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_is_not_replaced_by_spoilt_weights(files, tmp_path, monkeypatch):
-    run = config(files, parameters="full", full_lr=1e-4, save_every=1)
-    update = train_loop.Loop._update
-
-    def spoiling(loop, number, seen):
-        row = update(loop, number, seen)
-        if number == 4:
-            with torch.no_grad():
-                loop.trainable()[-1].fill_(1e30)
-        return row
-
-    monkeypatch.setattr(train_loop.Loop, "_update", spoiling)
-    with pytest.raises(
-        UserError, match="not a number at step 6; the last good checkpoint is in .*lower"
-    ):
-        train(files / "mod", tmp_path / "out", run)
-    assert checkpoints.load(tmp_path / "out.run")["step"] == 4
-    monkeypatch.undo()
-    assert train(files / "mod", tmp_path / "out", replace(run, full_lr=1e-5), resume=True)["kl"] > 0
-    assert [row[0] for row in losses(tmp_path / "out.run")] == [*range(1, 13)]
 
 
 @pytest.mark.parametrize(
@@ -477,103 +334,10 @@ def test_without_matplotlib_there_are_no_plots_but_a_model(
     assert caplog.messages[-1] == "no plots: matplotlib is not installed"
 
 
-def test_teachers(files, tmp_path):
-    short, other = tmp_path / "short", tmp_path / "other"
-    tiny.base(n_layer=3).save_pretrained(short)
-    byte_tokenizer().save_pretrained(short)
-    tiny.base().save_pretrained(other)
-    with_bos(byte_tokenizer()).save_pretrained(other)
-    run = config(files, tokens=2 * 2 * LENGTH)
-    with pytest.raises(
-        UserError,
-        match="the teacher has 3 layers of 64, the model 6 layers of 64; leave out --hidden",
-    ):
-        train(files / "mod", tmp_path / "out", replace(run, teacher=str(short), hidden_weight=1.0))
-    with pytest.raises(UserError, match="other has another tokenizer"):
-        train(files / "mod", tmp_path / "out", replace(run, teacher=str(other)))
-    train(files / "mod", tmp_path / "own", run)
-    train(files / "mod", tmp_path / "out", replace(run, teacher=str(short)))
-    own, others = (losses(tmp_path / f"{name}.run")[0][1] for name in ("own", "out"))
-    assert others > 1.2 * own  # it is farther from a teacher of other weights
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 def test_fp16_is_for_gpus(files, tmp_path):
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         train(files / "mod", tmp_path / "out", config(files, precision="fp16"))
-
-
-def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
-    run = config(files, tokens=2 * 2 * LENGTH)
-    (tmp_path / "out.run").mkdir()
-    with (
-        train_module.alone(tmp_path / "out.run"),
-        pytest.raises(UserError, match="another process trains into .*out"),
-    ):
-        train(files / "mod", tmp_path / "out", run)
-    left = (
-        tmp_path / "out.run" / f".{checkpoints.NAME}.0123.tmp"
-    )  # of a run that was stopped while it wrote
-    left.touch()
-    with pytest.raises(UserError, match="no checkpoint .*start without --resume"):
-        train(files / "mod", tmp_path / "out", run, resume=True)
-    train(files / "mod", tmp_path / "out", run)
-    assert not left.exists()
-    with pytest.raises(UserError, match="exists already"):
-        train(files / "mod", tmp_path / "out", run)
-    with pytest.raises(UserError, match="holds the checkpoint of a run"):
-        (tmp_path / "out").rename(tmp_path / "elsewhere")
-        train(files / "mod", tmp_path / "out", run)
-    with pytest.raises(UserError, match="another temperature: 0.3, now 0.5"):
-        train(files / "mod", tmp_path / "out", replace(run, temperature=0.5), resume=True)
-    with pytest.raises(UserError, match="no-such-file.txt"):
-        train(files / "mod", tmp_path / "out", replace(run, data=("no-such-file.txt",)), force=True)
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds no config.json, so it is not replaced"):
-        train(files / "mod", tmp_path / "theirs", run, force=True)
-    tiny.save_small(tmp_path / "other", UNITS, seed=1)
-    with pytest.raises(UserError, match="another base .*"):
-        train(tmp_path / "other", tmp_path / "out", run, resume=True)
-    checkpoint = tmp_path / "out.run" / checkpoints.NAME
-    checkpoint.write_bytes(checkpoint.read_bytes()[:200])
-    with pytest.raises(UserError, match="is damaged"):
-        train(files / "mod", tmp_path / "out", run, resume=True)
-    torch.save({"a": 1}, checkpoint)
-    with pytest.raises(UserError, match="is no checkpoint"):
-        train(files / "mod", tmp_path / "out", run, resume=True)
-    with pytest.raises(UserError, match="which no adapter holds"):
-        train(files / "mod", tmp_path / "out", replace(run, parameters="full"), save_as="adapter")
-
-
-def test_metrics_are_json_lines_with_everything_people_plot(files, tmp_path):
-    train(files / "mod", tmp_path / "out", config(files, tokens=2 * 2 * LENGTH))
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "out.run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert {
-        "step",
-        "loss",
-        "kl",
-        "nll",
-        "activation",
-        "units",
-        "target",
-        "price",
-        "rate",
-        "norm",
-        "tokens_per_second",
-        "seconds",
-    } <= set(rows[0])
-    assert set(rows[-1]["held_out"]) == {
-        "kl",
-        "perplexity_dense",
-        "perplexity",
-        "top1_agreement",
-        "activation",
-        "kv_share",
-    }
 
 
 def test_only_the_main_process_logs(caplog):
