@@ -15,7 +15,7 @@ import torch
 from mod_export.calibration.calibrate import CalibrationPlan, drift, measure, solve
 from mod_export.calibration.thresholds import set_thresholds
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.data.text import default_texts, pack, read_texts
+from mod_export.data import text as data_text
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.units import parse_layers
@@ -50,13 +50,13 @@ def main(model, texts, kv_share, window, layers, penalties, out):
     out.mkdir(parents=True, exist_ok=True)
     base, tokenizer = loading.load(model)
     n_layer = len(architectures.decoder_layers(base))
-    sequences = pack(tokenizer, default_texts()[0], 1024)
+    sequences = data_text.pack(tokenizer, data_text.default_texts()[0], 1024)
     sets = [parse_layers(part) for part in layers.split(",")]
     saved = out / f"fits-{window}.pt"
     if not saved.exists():
         every = sorted({layer for some in sets for layer in some})
         plan = CalibrationPlan({"kv": every}, kv_window=window)
-        fits = measure(base, tokenizer, sequences, plan, print)
+        fits = measure(base, tokenizer, sequences, plan)
         torch.save((fits, drift(base, tokenizer, sequences, plan)), saved)
     (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
     done = {
@@ -94,7 +94,7 @@ def main(model, texts, kv_share, window, layers, penalties, out):
 
 def positions(mod, file: str) -> list[float]:
     """Return the share of active tokens between BOUNDS_TOKENS, in the first sequence of a file."""
-    (ids,) = pack(mod.tokenizer, read_texts([file]), BOUNDS_TOKENS[-1], 1)
+    (ids,) = data_text.pack(mod.tokenizer, data_text.read_texts([file]), BOUNDS_TOKENS[-1], 1)
     _, trace = mod(ids[None], trace=True, logits_to_keep=1)
     active = trace.active[0].float().mean(-1)
     return [
