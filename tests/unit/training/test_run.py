@@ -1,6 +1,4 @@
-"""Training runs on a tiny model: what is trained and what is not, targets, precision, arguments that
-do not fit.
-"""
+"""Training runs on a tiny model: what is trained, targets, precision, arguments that do not fit."""
 
 import json
 import logging
@@ -53,7 +51,14 @@ def no_plots(request, monkeypatch):
 
 
 def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots):
-    run = config(files, tokens=12 * 2 * 2 * LENGTH, length=2 * LENGTH, held_out=12)
+    (tmp_path / "text.txt").write_text(default_texts()[0][:9000])
+    run = config(
+        files,
+        data=(str(tmp_path / "text.txt"),),
+        tokens=12 * 2 * 2 * LENGTH,
+        length=2 * LENGTH,
+        held_out=12,
+    )
     figures = train(files / "mod", tmp_path / "out", run)
     before, after = (
         load_file(path / "model.safetensors") for path in (files / "mod", tmp_path / "out")
