@@ -285,8 +285,14 @@ def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
                 {"role": "assistant", "content": " ".join(["Yes."] * (1 + 9 * (i % 3)))},
             ]
         }
-        for i in range(400)
+        for i in range(120)
     ]
+    model = MoDModel.load(files / "mod")
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model.save(tmp_path / "mod")
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     run = config(
         files,
@@ -298,7 +304,7 @@ def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
     )
     found = []
     for options in ({}, {"batch": 1, "accumulate": 2}):
-        train(files / "mod", tmp_path / "out", replace(run, **options), force=True)
+        train(tmp_path / "mod", tmp_path / "out", replace(run, **options), force=True)
         found.append(
             next(row["nll"] for row in read(tmp_path / "out.run" / "metrics.jsonl") if "nll" in row)
         )
