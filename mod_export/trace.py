@@ -1,7 +1,9 @@
 """Decisions as a picture: tokens across, units down, one cell for each decision.
 
-decisions = read_decisions(llm, "Once upon a time", generate=20)
-draw(decisions, "depth.png")
+Example:
+
+    decisions = read_decisions(llm, "Once upon a time", generate=20)
+    draw(decisions, "depth.png")
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,8 @@
 """Which variants of a benchmark run side by side: as many as fit into memory at once.
 
-found = groups(variants, bytes_of, available_memory())
+Example:
+
+    found = groups(variants, bytes_of, available_memory())
 """
 
 import logging

@@ -1,7 +1,9 @@
 """Measures variants that take turns: a chunk of the prompt in prefill, a few tokens in decode.
 
-runs = measure(team, ["ceiling", "mod"], step, 0.0, rounds=12, seconds=10, progress=Progress())
-runs["decode"]["mod"].ms                   # [repeats, turns]
+Example:
+
+    runs = measure(team, ["ceiling", "mod"], step, 0.0, rounds=12, seconds=10, progress=Progress())
+    runs["decode"]["mod"].ms                   # [repeats, turns]
 """
 
 import math

@@ -1,7 +1,9 @@
 """A benchmark's rows as pictures: latency, memory and ratios against context, latency against
 activation.
 
-draw(result, "plots/")                     # PNG files; their names say what they show
+Example:
+
+    draw(result, "plots/")                     # PNG files; their names say what they show
 """
 
 import statistics

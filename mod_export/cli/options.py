@@ -1,9 +1,11 @@
 """What the options of several commands share: kinds of values, and each common option once.
 
-@click.command()
-@output_option("FILE", "GGUF file to write.")
-@threads_option
-def command(output, threads): ...
+Example:
+
+    @click.command()
+    @output_option("FILE", "GGUF file to write.")
+    @threads_option
+    def command(output, threads): ...
 """
 
 import math

@@ -1,7 +1,9 @@
 """Outputs that appear whole or not at all.
 
-with atomic_file("model.gguf", force=False) as tmp:   # tmp lies beside model.gguf
-    write(tmp)                                        # renamed at the end, removed on any exception
+Example:
+
+    with atomic_file("model.gguf", force=False) as tmp:   # tmp lies beside model.gguf
+        write(tmp)  # renamed at the end, removed on any exception
 """
 
 import os

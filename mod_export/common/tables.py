@@ -1,6 +1,8 @@
 """Plain-text and markdown tables.
 
-print(format_table(["unit", "activation"], [["kv 3", 0.41], ["kv 4", None]]))
+Example:
+
+    print(format_table(["unit", "activation"], [["kv 3", 0.41], ["kv 4", None]]))
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """Turn documents and conversations into token ids, and say which tokens are an answer's.
 
-ids, answers = encode(tokenizer, pieces, mark=True)     # of each piece int32 [n] and bool [n]
+Example:
+
+    ids, answers = encode(tokenizer, pieces, mark=True)     # of each piece int32 [n] and bool [n]
 """
 
 from __future__ import annotations

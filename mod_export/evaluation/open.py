@@ -1,7 +1,9 @@
 """Opens the models that `mod-export eval` measures: a directory in torch, a GGUF file in llama.cpp.
 
-pair = open_pair("mod.gguf")
-pair = open_pair("mod/", dense="smollm2")
+Example:
+
+    pair = open_pair("mod.gguf")
+    pair = open_pair("mod/", dense="smollm2")
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Perplexity of a text, and how far a model's next-token distributions are from the dense model's.
 
-found = loss(open_pair("mod.gguf"), pack(tokenizer, text, 2048, count=4))
-found.perplexity, found.kl
+Example:
+
+    found = loss(open_pair("mod.gguf"), pack(tokenizer, text, 2048, count=4))
+    found.perplexity, found.kl
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Passkeys found as a heat map over length and depth, accuracies as bars; dense beside MoD.
 
-draw(result, "plots/")                     # passkey.png, tasks.png: what the result has
+Example:
+
+    draw(result, "plots/")                     # passkey.png, tasks.png: what the result has
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """The rows of evaluate() as tables, plain or Markdown, and as JSON.
 
-print(table("tasks", result["tasks"]))
+Example:
+
+    print(table("tasks", result["tasks"]))
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """A GGUF file, MoD or dense, as a Reader: see readers.py.
 
-reader = RuntimeReader("mod.gguf", threads=2)
+Example:
+
+    reader = RuntimeReader("mod.gguf", threads=2)
 """
 
 from __future__ import annotations

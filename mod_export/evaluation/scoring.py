@@ -1,7 +1,9 @@
 """Multiple choice by likelihood: which of the choices does a model find likeliest?
 
-encoded = [encode(tokenizer, item) for item in read_tasks(["tasks.jsonl"])[0]]      # tasks.py
-rows = accuracy(pair, encoded)                # a row for each task, and their mean
+Example:
+
+    encoded = [encode(tokenizer, item) for item in read_tasks(["tasks.jsonl"])[0]]      # tasks.py
+    rows = accuracy(pair, encoded)                # a row for each task, and their mean
 """
 
 from __future__ import annotations

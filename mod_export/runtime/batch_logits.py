@@ -1,9 +1,11 @@
 """MoDLlama with the logits of one batch at a time.
 
-llm = BatchLogitsLlama("mod.gguf", n_batch=512)
-llm.all_rows = True
-llm.eval(tokens)          # at most n_batch tokens
-llm.logits                # float32 [n, n_vocab]
+Example:
+
+    llm = BatchLogitsLlama("mod.gguf", n_batch=512)
+    llm.all_rows = True
+    llm.eval(tokens)          # at most n_batch tokens
+    llm.logits                # float32 [n, n_vocab]
 """
 
 import numpy as np

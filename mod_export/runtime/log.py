@@ -1,8 +1,10 @@
 """llama.cpp's log as errors of ours, and the checks that llama.cpp itself does not make.
 
-with kept_log() as log:
-    ...                      # what llama.cpp reports as an error is appended to `log`
-reason(log)                  # the line that says what is wrong
+Example:
+
+    with kept_log() as log:
+        ...                      # what llama.cpp reports as an error is appended to `log`
+    reason(log)                  # the line that says what is wrong
 """
 
 import ctypes

@@ -1,7 +1,9 @@
 """How the next token is chosen: one record for chat, completions and generated data.
 
-llm.generate(tokens, **Sampling(temperature=0.2).options())    # one sequence
-sampler = Sampling(seed=3).sampler(number=7, n_vocab=32000)    # one of several sequences
+Example:
+
+    llm.generate(tokens, **Sampling(temperature=0.2).options())    # one sequence
+    sampler = Sampling(seed=3).sampler(number=7, n_vocab=32000)    # one of several sequences
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Many texts written at once: each job has a sequence of its own in one context.
 
-llm.new_context(n_ctx=4 * 512, n_seq_max=4)
-for number, result, n_tokens in write(llm, jobs, parallel=4, max_tokens=100, sampling=Sampling()):
-    ...
+Example:
+
+    llm.new_context(n_ctx=4 * 512, n_seq_max=4)
+    for number, result, n_tokens in write(llm, jobs, parallel=4, max_tokens=100, sampling=Sampling()):
+        ...
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The chat template of a GGUF file.
 
-template = ChatTemplate.of(llm)                      # UserError where the file has none
-prompt = template.render([{"role": "user", "content": "Hello"}])
+Example:
+
+    template = ChatTemplate.of(llm)                      # UserError where the file has none
+    prompt = template.render([{"role": "user", "content": "Hello"}])
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Chat in a terminal: a prompt that answers, one shot, and piped scripts of turns and commands.
 
-repl(Chat(MoDLlama("mod.gguf")))
+Example:
+
+    repl(Chat(MoDLlama("mod.gguf")))
 """
 
 import signal
