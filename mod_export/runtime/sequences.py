@@ -3,7 +3,7 @@
 Example:
 
     llm.new_context(n_ctx=4 * 512, n_seq_max=4)
-    for number, result, n_tokens in write(llm, jobs, parallel=4, max_tokens=100, sampling=Sampling()):
+    for number, result, n_tokens in write(llm, jobs, 4, max_tokens=100, sampling=Sampling()):
         ...
 """
 
