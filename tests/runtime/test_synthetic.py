@@ -24,6 +24,7 @@ from mod_export.synthetic.shape import PRESETS, Shape
 from mod_export.synthetic.write import synth
 from mod_export.units import UNIT_KINDS
 from tests.support.c_api import Raw
+from tests.support.short_smollm2 import short_smollm2
 
 VOCAB = 1024
 SHAPE = Shape(layers=5, embd=512, heads=8, heads_kv=2, ff=768, vocab=VOCAB, ctx=4096, tied=True)
@@ -316,7 +317,7 @@ def test_routers_onto_a_real_model(units, tmp_path):
     """Real weights and text: each unit runs for about the share asked for, and the weights are
     those of the base.
     """
-    base, out = loading.embedded_gguf(), tmp_path / "mod.gguf"
+    base, out = short_smollm2(tmp_path / "base.gguf", n_layer=8), tmp_path / "mod.gguf"
     onto(base, out, SynthesisOptions(units, activation="0.4", layers="2-7"))
     llm = MoDLlama(out, n_ctx=2048, n_batch=2048)
     llm.eval(llm.tokenize("\n\n".join(default_texts()).encode())[:1500])
