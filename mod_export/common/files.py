@@ -69,27 +69,32 @@ def atomic_dir(
 
 
 @contextmanager
-def locked(path: str | os.PathLike, busy: Callable[[], object]) -> Iterator[None]:
+def locked(
+    path: str | os.PathLike,
+    busy: Callable[[], object],
+    cure: str = "check its permissions and the disk's room",
+) -> Iterator[None]:
     """Let one process at a time into the block: all that lock the same `path`.
 
     path: a directory, which holds the lock file `.lock` meanwhile, or a name, beside which
     `path.lock` lies. busy: this function is called where another process is inside. It may raise;
-    else that process is waited for. Raises UserError where the lock file cannot be written.
+    else that process is waited for. Raises UserError, with this `cure`, where the lock file cannot
+    be written.
     """
     from filelock import FileLock, Timeout
 
     file = Path(path, ".lock") if os.path.isdir(path) else Path(f"{path}.lock")
     lock = FileLock(file)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()  # where that fails, FileLock would wait for ever
         try:
             lock.acquire(blocking=False)
         except Timeout:
             busy()
             lock.acquire()
     except OSError as exc:
-        raise UserError(
-            f"cannot write {file}: {exc.strerror}", "check its permissions and the disk's room"
-        ) from exc
+        raise UserError(f"cannot write {file}: {exc.strerror}", cure) from exc
     try:
         yield
     finally:

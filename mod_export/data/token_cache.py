@@ -91,9 +91,7 @@ def tokens_of(
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
     folder = _cache_folder(cache)
     if (found := _open(folder / key)) is None:
-        with locked(
-            folder, lambda: logger.info("another process tokenises; waiting for it")
-        ):  # it may be the same text
+        with locked(folder, _tell_busy, CURE):  # the other process may tokenise the same text
             if (found := _open(folder / key)) is None:
                 pieces = _mixed(files, folder)
                 with atomic_dir(folder / key, force=True, marker="meta.json", cure=CURE) as tmp:
@@ -115,6 +113,10 @@ def _tokenizer_digest(tokenizer) -> str:
         made = [type(tokenizer).__name__, tokenizer.get_vocab()]
     text = json.dumps([made, tokenizer.chat_template, tokenizer.bos_token], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tell_busy() -> None:
+    logger.info("another process tokenises; waiting for it")
 
 
 def _cache_folder(cache: str | Path | None) -> Path:

@@ -89,6 +89,15 @@ def test_a_busy_lock_may_be_refused(tmp_path):
         pass
 
 
+def test_a_place_that_takes_no_lock_is_told_at_once():
+    """FileLock alone takes the error for a lock that another process holds, and waits for ever."""
+    with (
+        pytest.raises(UserError, match="cannot write /proc/self/.lock"),
+        locked("/proc/self", busy=lambda: pytest.fail("nobody is inside")),
+    ):
+        pass
+
+
 def test_a_killed_process_leaves_no_lock(tmp_path):
     code = f"""
 from mod_export.common.files import locked
