@@ -9,12 +9,17 @@ are CPUs, a file by one.
 """
 
 import os
+import signal
 import sys
 
 # Models of tests are small: more threads cost time, above all next to another process of tests.
 # Threads that wait must not spin. Set before any library reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shell starts background jobs with Ctrl-C ignored, which processes of tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 
