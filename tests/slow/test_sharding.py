@@ -3,6 +3,8 @@ each (DDP), and that is what one process does with the batches of both.
 """
 
 import os
+import random
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,6 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
-from mod_export.data.text import default_texts
 from mod_export.errors import UserError
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.training import devices
@@ -44,7 +45,10 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding")
     tiny.save_small(path / "mod", {"kv": [2, 3], "attn": [4]})
     tiny.save_small(path / "mod-ffn", {"ffn": [3, 4]})
-    (path / "text.txt").write_text(default_texts()[0][:5000])
+    # No passage repeats itself, so that as many tokens count in the activation on each process:
+    # each process tells a share, and the mean of shares is that of one process only then.
+    letters = random.Random(0).choices(string.ascii_letters + " ", k=5000)
+    (path / "text.txt").write_text("".join(letters))
     for mode in ("ddp", "fsdp"):
         launch(mode, path)
     return path
