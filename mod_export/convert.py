@@ -49,7 +49,8 @@ def convert(
                 f"--target-activation {share} is not between 0 and 1", "0.5 runs half of all units"
             )
     text = read_texts(calibration_text) if calibration_text else None
-    with atomic_dir(out, force) as tmp:  # before the minutes of work: the output may be in the way
+    # An output in the way must fail before the minutes of work.
+    with atomic_dir(out, force) as tmp:
         from mod_export.calibration.calibrate import CalibrationPlan, calibrate
         from mod_export.model import architectures, loading
         from mod_export.model.mod_model import MoDModel
@@ -94,7 +95,7 @@ def convert_adapter(
     from mod_export.formats import adapter_files
 
     path = adapter_files.resolve(adapter)
-    adapter_files.read(path)  # before torch is imported and the model loaded
+    adapter_files.read(path)  # This fails before torch is imported and the model loaded.
     with atomic_dir(out, force) as tmp:
         from mod_export.adapter import apply, load
         from mod_export.model import loading
@@ -107,8 +108,9 @@ def convert_adapter(
 
 
 def refuse_mod(model: str) -> None:
-    """Raises UserError for a MoD directory or file, whose routers would be lost, and whose weights
-    may be trained.
+    """Raise UserError for a MoD directory or file.
+
+    Its routers would be lost, and its weights may be trained.
     """
     found, path = hf_directory.is_mod(model), Path(model)
     if path.is_file() and path.suffix == ".gguf":

@@ -49,8 +49,10 @@ def negative_log_likelihood(log_p: Array, targets: Array) -> Array:
 
 
 def divergence_sums(reference: Array, other: Array | None, targets: Array | None) -> Array:
-    """Sums over rows of logits [n, n_vocab], float64 [4]: KL of reference and other, negative log
-    likelihood of reference, negative log likelihood of other, rows with the same best token.
+    """Return four sums over rows of logits [n, n_vocab], float64 [4].
+
+    The sums are the KL of reference and other, the negative log likelihood of reference, the
+    negative log likelihood of other, and the number of rows with the same best token.
 
     targets: the tokens [n] that follow. A sum whose `other` or `targets` is None is 0.
     """

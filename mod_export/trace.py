@@ -113,8 +113,9 @@ def check_output(path: str | Path, force: bool) -> str:
 
 
 def _by_kind(decisions: Decisions) -> Decisions:
-    """Units of a kind together, by layer: patterns over depth show, where interleaved kinds hide
-    them.
+    """Put the units of a kind together, by layer.
+
+    This order shows patterns over depth, which interleaved kinds would hide.
     """
     order = sorted(
         range(len(decisions.units)),

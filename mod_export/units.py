@@ -130,8 +130,9 @@ def by_kind(units: Iterable[Unit]) -> dict[str, list[Unit]]:
 
 
 def shares_by_kind(share: float | Mapping[str, float], kinds: Iterable[str]) -> dict[str, float]:
-    """The share of each kind. `share` is one number for all kinds, or a mapping that names just
-    these kinds.
+    """Return the share of each kind.
+
+    `share` is one number for all kinds, or a mapping that names just these kinds.
 
     Raises UserError for a kind too many or too few.
     """

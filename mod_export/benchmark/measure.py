@@ -18,7 +18,7 @@ import numpy as np
 from mod_export.benchmark.processes import Team
 from mod_export.common.progress import Progress
 
-MIN_CHUNK_TOKENS = 512  # of a prefill's turn, which has at least an ubatch
+MIN_CHUNK_TOKENS = 512  # A prefill's turn has at least this many tokens, and at least an ubatch.
 # Steps of a decode's turn. The first is not timed, because it brings the weights back into the
 # caches.
 TURN_STEPS = 8

@@ -42,7 +42,7 @@ PROBED_CONTEXTS = (4096, 65536)  # contexts that llama.cpp measures
 # products.
 COMPUTE_FACTOR = 1.07
 PROCESS_BYTES = 6 * MIB  # tokens, and Python's side of a run
-USED_CELL_BYTES = 96  # of a cell in use: a node in each of the cache's two sets
+USED_CELL_BYTES = 96  # A cell in use has a node in each of the cache's two sets.
 PAGE_BYTES = 4096
 TOLERANCE = 0.05  # a run that takes more than this share above the prediction fails the check
 MAX_CONTEXT_TOKENS = 1 << 24

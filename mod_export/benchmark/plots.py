@@ -1,5 +1,6 @@
-"""A benchmark's rows as pictures: latency, memory and ratios against context, latency against
-activation.
+"""Draw a benchmark's rows as pictures.
+
+The pictures show latency, memory and ratios against context, and latency against activation.
 
 Example:
 

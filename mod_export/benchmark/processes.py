@@ -52,7 +52,7 @@ class Worker:
         env = dict(os.environ)
         if lib:
             env |= {"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": library_path(lib)}
-        # In a session of its own: Ctrl-C reaches this process alone, which ends the other one.
+        # The worker has its own session. Ctrl-C reaches this process alone, which ends the worker.
         self.process = subprocess.Popen(
             [sys.executable, "-m", module],
             env=env,

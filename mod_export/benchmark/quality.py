@@ -10,7 +10,7 @@ import numpy as np
 from mod_export.benchmark.processes import prompt_tokens, serve
 from mod_export.metrics import divergence
 
-DENSE_LOGITS_BYTES = 256 << 20  # of the dense model's logits that are kept
+DENSE_LOGITS_BYTES = 256 << 20  # This many bytes of the dense model's logits are kept.
 
 
 class Quality:

@@ -339,7 +339,7 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, st
 
 
 def routed(mod_file: GGUFFile) -> dict[str, int]:
-    """kind -> number of layers with such a router."""
+    """Return a mapping from each kind to the number of layers with such a router."""
     from mod_export.formats import schema
 
     return {

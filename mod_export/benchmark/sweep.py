@@ -20,7 +20,7 @@ DEFAULT_CONTEXT = 2048
 # A shift at which all tokens, or none, are active: sigmoid(12) is 1 - 6e-6.
 MAX_SHIFT = 12.0
 ACTIVATION_TOLERANCE = 0.01  # what an activation may differ from its target
-MAX_TRIES = 8  # for each target
+MAX_TRIES = 8  # Each target has this many tries.
 SETTING_KEYS = ("context", "beyond_training", "batch", "ubatch", "flash_attn", "kv_type", "shift")
 
 

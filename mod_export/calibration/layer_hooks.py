@@ -1,5 +1,6 @@
-"""See inside decoder layers while they run: the residual stream, what sublayers add, queries, keys
-and values.
+"""Record what happens inside decoder layers while the layers run.
+
+A record holds the residual stream, what the sublayers add, queries, keys and values.
 
 This works for any architecture: hooks sit on the parts that architectures.py finds, and the model's
 attention is replaced (model/attention.py).
@@ -23,7 +24,7 @@ from torch import nn
 from mod_export.model.architectures import LayerParts
 from mod_export.model.attention import replaced_attention
 
-_NAME = "mod_observe"  # of our attention function in the registry of transformers
+_NAME = "mod_observe"  # Our attention function has this name in the registry of transformers.
 
 
 @dataclass

@@ -25,7 +25,7 @@ class Ridge:
         self.y, self.yy = 0.0, 0.0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x [N, n_embd], y [N]."""
+        """Add the rows x [N, n_embd] with the targets y [N]."""
         x, y = x.double(), y.double()
         self.n += len(x)
         self.xx += x.T @ x
@@ -46,7 +46,9 @@ class Ridge:
     def solve(
         self, penalty: float, drift: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """weight [n_embd] and bias [1], float32. penalty: against a variance of 1 of each input.
+        """Return weight [n_embd] and bias [1], float32.
+
+        penalty: the penalty is set against a variance of 1 of each input.
 
         drift: [k, n_embd]; the squares of drift @ weight are added to what is minimised.
         """
@@ -65,8 +67,9 @@ class Ridge:
         return max(self.yy / self.n - (self.y / self.n) ** 2, 1e-12)
 
     def spread(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[float, float, float]:
-        """Mean and variance of x @ weight + bias over all data, and the share of the target's
-        variance explained.
+        """Return mean and variance of x @ weight + bias over all data, and the explained share.
+
+        The explained share is the part of the target's variance that the fit explains.
         """
         mean, cov, cross = self.moments()
         weight = weight.double()

@@ -19,7 +19,7 @@ from mod_export.cli.output import hide_messages, show_messages
 from mod_export.common import extras
 from mod_export.errors import UserError
 
-# In the order of the help. `generate-data` is in mod_export/cli/generate_data.py, and so on.
+# The help has this order. `generate-data` is in mod_export/cli/generate_data.py, and so on.
 COMMANDS = (
     "build",
     "convert",

@@ -29,7 +29,7 @@ class Finite(click.FloatRange):
         return number
 
     def _describe_range(self) -> str:
-        # without limits there is nothing to describe
+        # A range that has no limits needs no description.
         return "" if self.min is self.max is None else super()._describe_range()
 
 

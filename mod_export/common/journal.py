@@ -33,7 +33,7 @@ class Journal:
         self.count = self.following = 0
         self._start = len(head)
         try:
-            self._file = open(self.path, "a+b")  # as long as the journal is
+            self._file = open(self.path, "a+b")  # The file stays open as long as the journal does.
         except OSError as exc:
             raise UserError(
                 f"cannot write {self.path}: {exc.strerror}", "choose another output"

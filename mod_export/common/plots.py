@@ -17,7 +17,7 @@ VERMILION = "#D55E00"
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
-INK = "#444444"  # of text and axes
+INK = "#444444"  # Text and axes have this colour.
 
 DOTS_PER_INCH = 130
 

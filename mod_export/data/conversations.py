@@ -16,14 +16,16 @@ from mod_export.data.sources import Piece
 from mod_export.data.text import END
 from mod_export.errors import UserError, template_error
 
-Span = tuple[int, int]  # of characters, the end not included
+Span = tuple[int, int]  # A span counts characters and does not include its end.
 
 
 def encode(
     tokenizer, pieces: Sequence[Piece], mark: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """Token ids of each piece, without special tokens but those of the chat template; with `mark`
-    also which of them are part of an assistant's answer, its end-of-turn token included. Text has
+    """Return the token ids of each piece.
+
+    The ids hold no special tokens but those of the chat template. With `mark` the function also
+    returns which tokens are part of an assistant's answer, its end-of-turn token included. Text has
     no answers.
 
     Raises UserError naming the file and line where the chat template is missing or refuses a
@@ -53,8 +55,9 @@ def encode(
 
 
 def render(tokenizer, piece: Piece, count: int | None = None, prompt: bool = False) -> str:
-    """The conversation, or its first `count` messages, through the chat template; with `prompt` up
-    to an answer.
+    """Render the conversation, or its first `count` messages, through the chat template.
+
+    With `prompt` the text goes up to where an answer begins.
     """
     if tokenizer.chat_template is None:
         raise UserError(
@@ -70,9 +73,10 @@ def render(tokenizer, piece: Piece, count: int | None = None, prompt: bool = Fal
 
 
 def answer_spans(tokenizer, piece: Piece, full: str) -> list[Span]:
-    """Where in `full`, the rendered conversation, the answers are: from where the model would begin
-    to write until its end-of-turn token; what the template adds after that, such as a line end, is
-    not the model's.
+    """Find where the answers are in `full`, the rendered conversation.
+
+    An answer goes from where the model would begin to write through its end-of-turn token. What the
+    template adds after that token, such as a line end, is not the model's.
 
     The conversation is rendered up to each answer and through it. Where that is no beginning of
     `full` (templates that drop the reasoning of earlier answers), the answer's own text is looked

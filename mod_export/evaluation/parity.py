@@ -35,7 +35,7 @@ class Bounds:
     margin: float | None = None
 
 
-# By the type of most weights: f32 tests the code, the others allow for the rounding of the weights.
+# The type of most weights is the key. f32 tests the code, the others allow for rounded weights.
 BOUNDS = {
     "f32": Bounds(0.999, 0.99, 1e-2, mean_kl=1e-5, margin=1e-3),
     "f16": Bounds(0.995, 0.97, 2e-2, mean_kl=1e-3, margin=0.05),

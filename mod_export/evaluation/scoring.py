@@ -22,10 +22,10 @@ from mod_export.evaluation.tasks import Encoded, Item
 def likelihoods(
     reader: Reader, encoded: Encoded, usage: Usage | None = None
 ) -> list[tuple[float, bool]]:
-    """For each choice the log likelihood of its scored tokens, and whether all were the best ones.
+    """Return each choice's log likelihood, and whether all its scored tokens were the best ones.
 
-    The likelihood is in nats. The beginning that the choices share is read once. After each choice
-    the sequence is taken back to the end of that beginning.
+    A log likelihood is that of the choice's scored tokens, in nats. The beginning that the choices
+    share is read once. After each choice the sequence is taken back to the end of that beginning.
     """
     shared = encoded.shared
     results = []

@@ -67,7 +67,7 @@ def find(path: str | Path) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """As `find`, but raises UserError where `path` is no adapter."""
+    """Find the adapter like `find`, but raise UserError where `path` is no adapter."""
     if (found := find(path)) is not None:
         return found
     if Path(path).exists():

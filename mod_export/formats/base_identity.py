@@ -23,7 +23,7 @@ SAMPLE_SHAPE = (8, 16)  # rows and columns of a matrix, spread evenly
 SAMPLE_SIZE = math.prod(SAMPLE_SHAPE)
 ROUNDING_DISTANCE = 0.004  # more than bf16 explains (0.0014); q8_0 has 0.006
 UNRELATED_DISTANCE = 0.7  # q2_K has 0.33, two models that know nothing of each other have 1.4
-# of the record, as it stands in mod.json
+# The record has these fields in mod.json.
 FIELD_TYPES = {
     "name": str,
     "model_type": str,

@@ -29,7 +29,7 @@ DRIVER_DIRS = (
 )
 DEFAULT_ROOT = "/usr/local/cuda"
 WSL_FOLDER = "/usr/lib/wsl/lib"  # nvidia-smi lies here under Windows
-CUDA_WITHOUT_SUFFIX = 13  # from this version on NVIDIA's Python packages have no suffix -cuNN
+CUDA_WITHOUT_SUFFIX = 13  # NVIDIA's Python packages have no suffix -cuNN from this version on.
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Toolkit:
             cures.append("install the NVIDIA driver, or the toolkit's stubs")
         if missing:
             raise UserError(f"missing: {', '.join(missing)}", ", ".join(cures))
-        # at run time the libraries are where they were found; the driver's is the system's own
+        # The run finds the libraries in the same place; the driver's library is the system's own.
         found = [path for path in (cublas, self.library("cudart")) if path]
         folders = dict.fromkeys(str(path.parent) for path in found)
         return {

@@ -170,7 +170,7 @@ def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
         # hash, so that it needs none.
         archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         for member in archive:
-            # without the leading llama_cpp_python-x.y.z/
+            # The name loses the leading llama_cpp_python-x.y.z/.
             member.name = member.name.partition("/")[2]
             unused = any(f"{member.name}/".startswith(f"{path}/") for path in UNUSED_PATHS)
             if member.name and not unused and (only is None or member.name in only):

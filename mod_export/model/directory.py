@@ -1,5 +1,6 @@
-"""A MoD model as a Hugging Face directory: base weights, routers, tokenizer, and the key `mod` in
-config.json.
+"""Save and load a MoD model as a Hugging Face directory.
+
+The directory holds the base weights, the routers, the tokenizer, and the key `mod` in config.json.
 
 The directory stays one of the base architecture. Routers are the tensors
 model.layers.{l}.mod_{kind}.weight [n_embd] and .bias [1], float32, in the same safetensors files;
@@ -54,8 +55,9 @@ def save(
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
-    """-> base, tokenizer, config, routers as `save` takes them. Raises UserError naming what is
-    missing or wrong.
+    """Return base, tokenizer, config and routers as `save` takes them.
+
+    Raises UserError naming what is missing or wrong.
     """
     path = Path(path)
     if is_adapter(path) and not (path / hf_directory.CONFIG_JSON).is_file():
@@ -75,8 +77,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def _copy_sentencepiece(tokenizer, directory: Path) -> None:
-    """llama.cpp's converter prefers the SentencePiece file, which transformers does not write any
-    more.
+    """Copy the SentencePiece file, which transformers does not write any more.
+
+    llama.cpp's converter prefers this file.
     """
     source = Path(str(tokenizer.name_or_path)) / "tokenizer.model"
     if source.is_file() and not (directory / source.name).exists():

@@ -56,8 +56,9 @@ class RoutingTrace:
 
 
 class MoDModel(nn.Module):
-    """A causal language model of transformers whose decoder layers obey routers. See the module's
-    docstring.
+    """A causal language model of transformers whose decoder layers obey routers.
+
+    The module's docstring shows its use.
     """
 
     def __init__(self, base: nn.Module, tokenizer, config: MoDConfig, routers: dict[Unit, tuple]):
@@ -85,8 +86,9 @@ class MoDModel(nn.Module):
         config: MoDConfig | None = None,
         routers: dict | None = None,
     ):
-        """Wrap a transformers model in place. Raises UserError if it, the config and the routers do
-        not fit.
+        """Wrap a transformers model in place.
+
+        Raises UserError if the model, the config and the routers do not fit.
         """
         return cls(base, tokenizer, config or MoDConfig(), routers or {}).eval()
 
@@ -145,8 +147,9 @@ class MoDModel(nn.Module):
         strategy: DecisionStrategy | None = None,
         **kwargs,
     ):
-        """Dense masked form: input_ids [B, T] -> logits [B, T, n_vocab], with `trace` (logits,
-        RoutingTrace).
+        """Compute the dense masked form: input_ids [B, T] -> logits [B, T, n_vocab].
+
+        With `trace` the result is (logits, RoutingTrace).
 
         attention_mask: [B, T], 0 for padding on either side; positions count from the first token
         that is none. strategy: replaces that of the model. Raises ValueError where the base model
@@ -176,8 +179,9 @@ class MoDModel(nn.Module):
 
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor, cache: MoDCache, *, trace=False, **kwargs):
-        """Sparse form: the next tokens [1, T] of the cache's sequence -> their logits [1, T,
-        n_vocab].
+        """Compute the sparse form: the next tokens [1, T] -> their logits [1, T, n_vocab].
+
+        The tokens continue the cache's sequence.
         """
         if input_ids.shape[0] != 1:
             raise UserError(
@@ -201,8 +205,9 @@ class MoDModel(nn.Module):
         return (logits, self._trace(state)) if trace else logits
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **kwargs) -> torch.Tensor:
-        """Continue one sequence, input_ids [1, T] -> [1, T + n]; the options are those of
-        generation.generate.
+        """Continue one sequence, input_ids [1, T] -> [1, T + n].
+
+        The options are those of generation.generate.
         """
         return generation.generate(self, input_ids, max_new_tokens, **kwargs)
 
@@ -250,8 +255,9 @@ class MoDModel(nn.Module):
 
 
 def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) -> None:
-    """Raise UserError, naming the tensor, unless each routed unit has one finite router and no
-    other unit has one.
+    """Raise UserError unless each routed unit has one finite router and no other unit has one.
+
+    The error names the tensor.
     """
     routed = set(config.routed())
     for layer, kind in sorted(routed ^ set(routers)):

@@ -182,7 +182,7 @@ class MoDLlama(llama_cpp.Llama):
 
     @property
     def description(self) -> str:
-        """llama.cpp's description of the model: architecture, size, type of the weights."""
+        """Return llama.cpp's description of the model: architecture, size, type of the weights."""
         return self._model.desc()
 
     def require_vocab(self) -> None:
@@ -227,7 +227,7 @@ class MoDLlama(llama_cpp.Llama):
 
     @property
     def thresholds(self) -> list[float]:
-        """p of each unit now, without the shift."""
+        """Return the current p of each unit, without the shift."""
         return [bindings.llama_mod_get_threshold(self.ctx, u.index) for u in self.units]
 
     def set_threshold(self, unit: int, p: float) -> None:
@@ -380,14 +380,17 @@ class MoDLlama(llama_cpp.Llama):
     # --- llama_cpp.Llama, made safe
 
     def generate(self, tokens: Sequence[int], **kwargs):
-        """As llama_cpp.Llama.generate, but after a change of thresholds the prompt is read anew."""
+        """Generate like llama_cpp.Llama.generate.
+
+        After a change of thresholds the prompt is read anew.
+        """
         if self._thresholds_changed:
             self.reset()
             self._thresholds_changed = False
         return super().generate(tokens, **kwargs)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """As llama_cpp.Llama.eval.
+        """Evaluate tokens like llama_cpp.Llama.eval.
 
         Raises UserError where the context is too small, and StoppedError after `stop` was set.
         """

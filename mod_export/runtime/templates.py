@@ -36,7 +36,7 @@ class ChatTemplate:
         return cls(_compiled(text, bos, eos))
 
     def apply(self, messages: list[dict]) -> str:
-        """As `render`, but with whatever exception the template raises."""
+        """Render like `render`, but let through whatever exception the template raises."""
         return self._formatter(messages=messages).prompt
 
     def render(

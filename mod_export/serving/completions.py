@@ -168,7 +168,7 @@ def _text_tokens(body: dict, llm: MoDLlama) -> list[int]:
 
 def _tokenize(text: str, llm: MoDLlama, **options) -> list[int]:
     data = text.encode()
-    # To tokenise megabytes takes seconds, in which all other requests wait.
+    # Tokenising megabytes takes seconds, in which all other requests wait.
     if len(data) > TOKEN_BYTES * llm.n_ctx():
         raise TooLongError(
             f"the prompt of {len(data)} bytes exceeds the context of {llm.n_ctx()} tokens"

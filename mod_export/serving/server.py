@@ -28,15 +28,16 @@ from mod_export.serving import completions
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 8 << 20
-READ_TIMEOUT_SECONDS = 30  # of a client that does not read the answer, while others wait
+READ_TIMEOUT_SECONDS = 30  # A client may leave the answer unread this long, while others wait.
 CLIENT_GONE_EVENTS = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 STOPPED_MESSAGE = "the server is being stopped"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises UserError where the address cannot be
-    had.
+    """Return a listening socket; port 0 takes a free one.
+
+    Raises UserError where the address cannot be had.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -54,8 +55,9 @@ def serve(
     sock: socket.socket,
     api_key: str | None = None,
 ) -> None:
-    """Serves until Ctrl-C or SystemExit, which end an answer that is being written after the token
-    in work.
+    """Serve until Ctrl-C or SystemExit.
+
+    Either ends an answer that is being written after the token in work.
 
     name: what answers call the model; api_key: what clients have to send, if any. Each
     request is logged.
@@ -166,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             self._admit()
             self.body = self._read()
             path = urlsplit(self.path).path
-        except ValueError as exc:  # of urlsplit
+        except ValueError as exc:  # urlsplit raises this error.
             self.close_connection = True
             raise RefusedError(400, f"the request cannot be read: {exc}") from exc
         if path not in routes:
@@ -174,8 +176,9 @@ class Handler(BaseHTTPRequestHandler):
         return routes[path]
 
     def _admit(self) -> None:
-        """Refuses clients without the key, and web pages, which a browser lets send requests to
-        anyone. What these send is not read.
+        """Refuse clients without the key, and web pages.
+
+        A browser lets web pages send requests to anyone. The body of a refused request is not read.
         """
         host = self.headers.get("Host", "")
         keep, self.close_connection = self.close_connection, True
@@ -293,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
 
         try:
             with self.server.turn:
-                llm.stop = False  # before the look at closing, which sets it again
+                llm.stop = False  # The look at closing follows, which sets it again.
                 if self.server.closing:
                     raise StoppedError
                 watcher = threading.Thread(target=watch, daemon=True)

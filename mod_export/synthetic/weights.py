@@ -26,7 +26,7 @@ from mod_export.synthetic.shape import Shape, Weight
 
 POOL_VALUES = 1 << 21
 PIECE_BYTES = 8 << 20
-TABLE_ROWS = 4096  # of the token table at once
+TABLE_ROWS = 4096  # This many rows of the token table are handled at once.
 # Reserved values are uniform with variance 1. Only the first one is a constant that is larger than
 # all others. So the largest value of its block stays positive and about the same for all tokens,
 # whatever it is quantised to.

@@ -119,8 +119,9 @@ def _write_header(
     config: MoDConfig | None,
     added: dict[str, np.ndarray],
 ) -> None:
-    """Keys and tensor infos, padded to where the data begins; the routers' keys and tensors with a
-    config.
+    """Write keys and tensor infos, padded to where the data begins.
+
+    With a config the header holds the routers' keys and tensors too.
     """
     writer = GGUFWriter(path, ARCH)
     size = sum(weight.rows * weight.cols for weight in plan)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Tokens that thresholds are chosen on, in long sequences: memory counts there.
 THRESHOLD_TOKENS = 16384
 DRIFT_TOKENS = 24576  # tokens that drift is measured on
-MIN_SEQUENCES = 6  # of training, for either
+MIN_SEQUENCES = 6  # Both measures take at least this many training sequences.
 
 
 class RouterCallback:

@@ -38,7 +38,7 @@ from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 
-MIN_RATE_SHARE = 0.1  # of the learning rate, at the end of its decay
+MIN_RATE_SHARE = 0.1  # This share of the learning rate is left at the end of its decay.
 
 
 class Callback(Protocol):
@@ -309,7 +309,7 @@ class Loop:
             "thresholds": [router.threshold for router in routers],
             "buffers": [router.buffer_state() for router in routers],
         }
-        if self.accelerator.scaler is not None:  # of fp16
+        if self.accelerator.scaler is not None:  # Only fp16 has a scaler.
             state["scaler"] = self.accelerator.scaler.state_dict()
         checkpoints.save(self.run, self.student, self.optimizer, state, self.main)
 

@@ -25,7 +25,8 @@ from mod_export.training.student import LossWeights, Student
 # Learning rate of a bias over that of weights. A bias moves its unit's activation, weights tell
 # tokens apart.
 BIAS_RATE = 20.0
-STATIC_LOGIT = 8.0  # of a unit that is always, or never, active
+# A unit that is always active has this logit, one that is never active the negative.
+STATIC_LOGIT = 8.0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from mod_export.units import ATTN, BLOCK, KV, UNIT_KINDS, Unit
 MIN_LOG_WEIGHT = -30.0
 # Queries whose scores are in memory at a time. Later keys are left out, which is half of the work.
 CHUNK_QUERIES = 256
-_NAME = "mod_relaxed"  # of our attention function in the registry of transformers
+_NAME = "mod_relaxed"  # Our attention function has this name in the registry of transformers.
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Train the routers of a MoD model, and its weights if wanted, so that it keeps the quality of the
-original.
+"""Train the routers of a MoD model, and its weights if wanted.
+
+Training aims to keep the quality of the original model.
 
     train("mod", "trained", TrainConfig(data=("texts/",), target=0.5))
 

@@ -30,7 +30,7 @@ KINDS_STEADY_FROM_START = (KV,)
 # Penalty on the weights, against inputs of their own variance, as for kv in calibrate.py.
 WEIGHT_PENALTY = 0.01
 
-Parameters = tuple[torch.Tensor, torch.Tensor]  # of a router: weight [n_embd], bias [1]
+Parameters = tuple[torch.Tensor, torch.Tensor]  # A router has weight [n_embd] and bias [1].
 
 
 class SteadyRouter(Router):

@@ -31,7 +31,7 @@ from mod_export.llamacpp import cuda as llama_cuda
 from mod_export.llamacpp import source as llama_source
 
 FOLDER = Path("ggml/src/ggml-cuda")
-# as in ggml-cuda/CMakeLists.txt
+# ggml-cuda/CMakeLists.txt has the same flags.
 FLAGS = [
     "-std=c++17",
     "-O3",

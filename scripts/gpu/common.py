@@ -76,7 +76,10 @@ def _said(command: list[str]) -> list[str]:
 
 
 def require_gpu() -> None:
-    """Without one the CPU would be compared with itself, and pass."""
+    """Raise UserError where the library sees no GPU.
+
+    Without a GPU the CPU would be compared with itself, and the comparison would pass.
+    """
     from mod_export.runtime.devices import gpus
 
     if not gpus():

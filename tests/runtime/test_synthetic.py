@@ -197,7 +197,7 @@ def test_depth_of_a_preset_does_not_matter(tmp_path):
     )  # nearly independent: what 1024 tokens show by chance is 0.025
     assert (
         abs(active.mean(1).std() - np.sqrt(0.4 * 0.6 / 84)) < 0.03
-    )  # as many units for one token as for another
+    )  # One token has as many units as another.
 
 
 def test_a_shift_moves_the_activation_smoothly(tmp_path):

@@ -153,7 +153,7 @@ def test_training_study(place):
     assert all(row["way"] in table for row in found.values()) and "decode / dense" in table
     assert any(
         line.split("|")[2].strip() == "" for line in table.splitlines() if "trained" in line
-    )  # without a goal
+    )  # These rows have no goal.
     assert all(
         (out / picture).read_bytes().startswith(b"\x89PNG")
         for picture in ("training.png", "frontier.png")

@@ -23,7 +23,7 @@ class Cell:
 
     pos: int
     seqs: set[int]
-    dropped: bool = False  # by a kv unit: visible in the window only
+    dropped: bool = False  # A kv unit dropped the token, which is visible in the window only.
     new: bool = True  # stored by the decode that runs
     gone: set[int] = field(default_factory=set)  # sequences that gave it back
 

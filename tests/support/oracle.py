@@ -23,7 +23,7 @@ needs_patched = pytest.mark.skipif(
 
 N = 150
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, N))
-NOISE = 3e-4  # of logits with a standard deviation of 2, in f32
+NOISE = 3e-4  # Logits with a standard deviation of 2 have this noise in f32.
 
 CASES = {
     "ffn": {(1, 3): "ffn"},

@@ -21,14 +21,14 @@ WAYS = {
     "routers": ({"parameters": "routers"}, "merged"),
     "lora": ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, "adapter"),
     "full": ({"parameters": "full", "hidden_weight": 0.5}, "merged"),
-    # without clipping: the norm is summed in another order, and in bfloat16 its last place can tip
-    # a token's decision
+    # This way does not clip. The norm is summed in another order, and its last place in bfloat16
+    # can tip a token's decision.
     "half": ({"parameters": "lora", "lora_rank": 2, "dtype": "bfloat16", "clip": 1e9}, "merged"),
-    # without noise, which is another on each process, and without thresholds, which follow the mean
-    # of their quantiles
+    # This way has no noise, which is another on each process, and no thresholds, which follow the
+    # mean of their quantiles.
     "static": ({"parameters": "full", "method": "static", "target": 0.5}, "merged"),
 }
-STEPS, LENGTH, CUT = 6, 32, 5  # after half of the steps, with a checkpoint of four
+STEPS, LENGTH, CUT = 6, 32, 5  # The cut comes after half of the steps, with a checkpoint of four.
 
 
 def shard() -> None:

@@ -49,7 +49,7 @@ class Tiny:
     arch: str = "llama"
     n_ctx: int = 4096
     vocab: bool = False
-    template: str = ""  # of chats, with a vocabulary
+    template: str = ""  # The template is that of chats, and needs a vocabulary.
     routers: dict = field(default_factory=dict)
     tensors: dict = field(default_factory=dict)
 

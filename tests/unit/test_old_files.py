@@ -24,7 +24,7 @@ from tests.support.byte_tokenizer import TEXT
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "v0.1"
 EXPECTED = np.load(FOLDER / "expected.npz")
-ROWS = slice(7, None, 8)  # of the logits that make.py kept
+ROWS = slice(7, None, 8)  # make.py kept these rows of the logits.
 
 
 def check(model: MoDModel, name: str) -> None:

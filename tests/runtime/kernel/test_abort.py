@@ -47,7 +47,7 @@ def test_every_node(context, part):
         finish()
     n = calls[0]
     assert n > 40
-    # of a prefill every third node, which is still several of each segment
+    # A prefill is aborted at every third node, which is still several of each segment.
     for i, after in enumerate(range(0, n, 1 if len(tokens) < 16 else 3)):
         with aborting(r, after) as calls:
             assert r.try_decode(tokens) == 2, f"stopped at node {after} of {n}"

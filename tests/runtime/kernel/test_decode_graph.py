@@ -68,7 +68,7 @@ def test_is_built_anew_for_the_complete_layers_only(fa, tmp_path, monkeypatch):
     assert a_used == b_used and sum(used > 256 for used in a_used) >= 3
     np.testing.assert_array_equal(a_active, b_active)
     close(a, b, 1e-2 if fa else 3e-4)
-    # without flash attention tensors grow as well, each at a time of its own
+    # Tensors grow too where there is no flash attention, each at a time of its own.
     assert perf.n_graphs == n and (not fa or n - perf.n_graphs_reused == 1 + n // 256)
 
 

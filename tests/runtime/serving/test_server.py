@@ -281,7 +281,7 @@ def test_a_client_that_leaves_does_not_hold_up_the_others(model):
         for body in (ENDLESS, ENDLESS | {"stream": True}, reads):
             connection = client.open("/v1/chat/completions", body)
             time.sleep(1)
-            connection.sock.send(b"\r\n")  # as some clients end a request
+            connection.sock.send(b"\r\n")  # Some clients end a request so.
             connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
             assert client.chat(max_tokens=2)

@@ -129,7 +129,7 @@ def test_order_is_a_permutation_that_depends_on_its_arguments_only():
         6,
         5,
         1,
-    ]  # for good: a run may be resumed years later
+    ]  # The order never changes: a run may be resumed years later.
 
 
 def test_data_are_sent_to_worker_processes(opened, tmp_path):

@@ -183,7 +183,7 @@ def test_what_all_texts_have_at_a_place_weighs_most():
     found = ChunkMoments()
     for _ in range(4):
         x = torch.randn(8 * CHUNK_TOKENS, N)
-        x[CHUNK_TOKENS:, 1] += 2  # from the second chunk on, in all texts
+        x[CHUNK_TOKENS:, 1] += 2  # The shift begins with the second chunk, in all texts.
         found.add(x)
     assert found.position_buckets[:8] == [0, 1, 2, 2, 3, 3, 3, 3]
     places = found.drift()[4 * 8 :]
