@@ -78,8 +78,9 @@ def build(which: Sanitizer, jobs: int | None) -> Path:
 
 
 def preload(which: Sanitizer) -> str:
-    """The compiler's sanitizer runtime, and its C++ library: what throws must be known before the
-    first throw.
+    """Return the compiler's sanitizer runtime, and its C++ library.
+
+    The library that throws must be known before the first throw.
     """
     compiler, paths = os.environ.get("CXX", "c++").split()[0], []
     for name in (which.runtime, "libstdc++.so"):

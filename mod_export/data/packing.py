@@ -40,7 +40,9 @@ class PackedData(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """input_ids: LongTensor [length]. loss: BoolTensor [length], loss[t]: token t is to be
+        """Return input_ids, loss and novel of a sequence.
+
+        input_ids: LongTensor [length]. loss: BoolTensor [length], loss[t]: token t is to be
         predicted.
 
         The first token of a sequence never is, there being nothing to predict it from.
@@ -73,8 +75,9 @@ def open_data(
     limit: int | None = None,
     cache: str | Path | None = None,
 ) -> PackedData:
-    """The text and conversations in files and directories (sources.py) as sequences of `length`
-    tokens.
+    """Open the text and conversations in files and directories as sequences of `length` tokens.
+
+    sources.py finds and reads the files.
 
     loss_on: "all" tokens, or the assistant's "answers" in conversations only, each with its
     end-of-turn token.
@@ -101,8 +104,10 @@ def open_data(
 
 
 def split(data: PackedData, held_out: int) -> tuple[PackedData, PackedData]:
-    """The data without `held_out` sequences, and these: always the same, spread evenly. Raises
-    UserError if too many.
+    """Split the data into a part without `held_out` sequences, and these sequences.
+
+    The held-out sequences are always the same, spread evenly. Raises UserError if they are too
+    many.
 
     Their neighbours stay in the first part, so the beginning or end of a document may be in both.
     """
@@ -124,8 +129,9 @@ def split(data: PackedData, held_out: int) -> tuple[PackedData, PackedData]:
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n sequences in an epoch, int64 [n]: a permutation that depends on these three
-    numbers only.
+    """Return the order of n sequences in an epoch, int64 [n].
+
+    The order is a permutation that depends on these three numbers only.
 
     Step k after a resume takes element k: nothing before it has to be drawn again.
     """

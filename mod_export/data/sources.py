@@ -1,9 +1,10 @@
-"""Files of training text: which there are, and their documents and conversations, in pieces and
-mixed.
+"""Find files of training text, and read their documents and conversations.
 
-Knows nothing of tokens. A file is UTF-8 text, documents separated by two empty lines, or JSONL with
-{"messages": [{"role": ..., "content": ...}, ...]} or {"text": ...} in each line; either may be
-gzipped.
+The documents and conversations come in pieces and mixed.
+
+The module knows nothing of tokens. A file is UTF-8 text, documents separated by two empty lines, or
+JSONL with {"messages": [{"role": ..., "content": ...}, ...]} or {"text": ...} in each line. Either
+may be gzipped.
 
     files = find(["books/", "chat.jsonl.gz"])
     pieces = Mixed(files)             # every prefix of this order holds all files in proportion
@@ -30,13 +31,14 @@ PIECE = 16384  # characters after which a document is cut at the next end of a p
 LONGEST = (
     4 * PIECE
 )  # characters after which it is cut at the end of a line; longer lines are cut there
-SUFFIXES = (".txt", ".md", ".jsonl")  # of files taken from directories, with or without .gz
+SUFFIXES = (".txt", ".md", ".jsonl")  # Files taken from directories end so, with or without .gz.
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A document or a part of one (text), or a conversation (messages); line: where it begins in a
-    JSONL file.
+    """A document or a part of one (text), or a conversation (messages).
+
+    line: where the piece begins in a JSONL file.
     """
 
     file: Path
@@ -50,8 +52,9 @@ class Piece:
 
 
 def find(paths: Sequence[str | Path]) -> list[Path]:
-    """The files of `paths`; directories give their text and JSONL files, at any depth, sorted,
-    without READMEs.
+    """Return the files of `paths`.
+
+    Directories give their text and JSONL files, at any depth, sorted, without READMEs.
 
     Raises UserError where a path does not exist, or a directory holds no such file.
     """
@@ -88,8 +91,9 @@ def _plain(path: Path) -> Path:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """SHA-256 over the contents of the files, in order, and over how they are read; their names do
-    not count.
+    """Return the SHA-256 over the contents of the files, in order, and over how they are read.
+
+    The names of the files do not count.
     """
     total = hashlib.sha256()
     for path in files:
@@ -103,8 +107,9 @@ def digest(files: Sequence[Path]) -> str:
 
 
 def read(path: Path) -> Iterator[Piece]:
-    """The pieces of a file, one after the other. Raises UserError naming the file, and the line of
-    a JSONL file.
+    """Yield the pieces of a file, one after the other.
+
+    Raises UserError naming the file, and the line of a JSONL file.
     """
     if _plain(path).suffix != ".jsonl":
         for text in cut(_lines(path, LONGEST)):
@@ -116,8 +121,9 @@ def read(path: Path) -> Iterator[Piece]:
 
 
 def cut(lines: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends -> documents, the long ones in pieces: without empty lines around them,
-    never empty.
+    """Cut lines with their ends into documents, the long ones in pieces.
+
+    A document has no empty lines around it and is never empty.
     """
     part, size, empty = [], 0, 0
     for line in lines:
@@ -195,8 +201,9 @@ def _checked(messages, where: str) -> list[dict]:
 
 
 class Mixed(Sequence):
-    """All pieces of some files, mixed. They lie in a nameless temporary file in `folder`, so memory
-    stays small.
+    """All pieces of some files, mixed.
+
+    The pieces lie in a nameless temporary file in `folder`, so memory stays small.
 
     sizes: bytes of each piece in that file, in the mixed order, int64 [n]; a measure of work.
     """
@@ -229,8 +236,9 @@ class Mixed(Sequence):
 
 
 def mixed_order(sizes: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """A fixed random order of pieces, int64 [n]. sizes [n]: of the pieces, file by file; counts:
-    pieces of each file.
+    """Return a fixed random order of pieces, int64 [n].
+
+    sizes [n]: the sizes of the pieces, file by file. counts: the number of pieces of each file.
 
     Each file's pieces are shuffled and spread evenly over the whole: every prefix holds the files
     in proportion to their sizes, to within a piece of each. So a short run, or a limit, sees all of

@@ -1,5 +1,6 @@
-"""Text to token sequences: the calibration text that ships with the package, files of the user,
-held-out parts.
+"""Turn text into token sequences.
+
+The text is the calibration text that ships with the package, files of the user, or held-out parts.
 
 Knows nothing of routers. Documents in a text are separated by two empty lines; they are tokenised
 one by one and packed one after the other, so a sequence may hold the end of one and the beginning
@@ -24,8 +25,9 @@ def default_texts() -> tuple[str, str]:
 
 
 def read_texts(paths: Sequence[str | Path]) -> str:
-    """Contents of UTF-8 text files, one after the other. Raises UserError naming the file that
-    cannot be read.
+    """Return the contents of UTF-8 text files, one after the other.
+
+    Raises UserError naming the file that cannot be read.
     """
     parts = []
     for path in paths:
@@ -39,8 +41,9 @@ def read_texts(paths: Sequence[str | Path]) -> str:
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, without special tokens; document by document, so that cost stays linear
-    in the length.
+    """Return the token ids of `text`, without special tokens.
+
+    The text is tokenised document by document, so that cost stays linear in the length.
     """
     documents = [doc.strip("\n") for doc in text.split("\n\n\n")]
     ids: list[int] = []
@@ -50,8 +53,9 @@ def tokenize(tokenizer, text: str) -> list[int]:
 
 
 def same_tokens(first, second) -> bool:
-    """Do two tokenizers make the same of a text with words, numbers, spaces, other scripts and a
-    special token?
+    """Tell whether two tokenizers make the same tokens of a sample.
+
+    The sample has words, numbers, spaces, other scripts and a special token.
     """
     text = "The keeper's 3 lamps, 27 stairs and 1840 steps:\n\n\t* naïve 東京 <|im_end|>"
     made = [tokenizer(text, verbose=False)["input_ids"] for tokenizer in (first, second)]
@@ -59,8 +63,9 @@ def same_tokens(first, second) -> bool:
 
 
 def pack(tokenizer, text: str, length: int, count: int | None = None):
-    """Cut `text` into sequences of `length` tokens, LongTensor [n, length] with n >= 1; a remainder
-    is dropped.
+    """Cut `text` into sequences of `length` tokens, LongTensor [n, length] with n >= 1.
+
+    A remainder is dropped.
 
     A model that expects a token at the beginning (bos) gets it in each sequence. `count` keeps that
     many sequences, spread evenly over the text. Raises UserError where the text is too short for

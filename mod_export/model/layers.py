@@ -1,5 +1,6 @@
-"""Wrap the decoder layers of a model so that tokens can skip them, with no code for any
-architecture.
+"""Wrap the decoder layers of a model so that tokens can skip them.
+
+The wrapping needs no code for any architecture.
 
 The forwards of a layer and of a few modules in it (architectures.LayerParts) are replaced on the
 instance; modules and weights keep their names. Each forward of the model has a RoutingState, which
@@ -93,7 +94,7 @@ class LayerRouting:
         state = self.state
 
         def compute(h: torch.Tensor):
-            # In a backward pass that computes the layer again, the forward's state is gone.
+            # A backward pass may compute the layer again, when the forward's state is gone.
             before, self.state = self.state, state
             try:
                 return self._compute_layer(inner, h, dict(kwargs))

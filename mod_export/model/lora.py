@@ -34,8 +34,9 @@ def inject_lora(
     targets: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> list[nn.Parameter]:
-    """Add LoRA, which changes nothing yet, and freeze the base; returns the new parameters,
-    float32.
+    """Add LoRA, which changes nothing yet, and freeze the base.
+
+    Returns the new parameters, float32.
 
     targets: names of linear modules (`q_proj`), by default all of the decoder layers. Raises
     UserError for a name that no such module has, and where there is LoRA already.
@@ -100,8 +101,9 @@ def without_lora(base: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(base: nn.Module) -> None:
-    """Add LoRA to the weights, whose modules then are the plain ones again; does nothing where it
-    has none.
+    """Add LoRA to the weights, whose modules then are the plain ones again.
+
+    A model that has no LoRA stays as it is.
 
     Raises UserError where that makes weights which are not finite, or PEFT cannot do it.
     """
@@ -145,7 +147,7 @@ def read_lora(directory: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # PEFT only warns of keys that it does not know
             config = LoraConfig.from_pretrained(str(directory))
-    except Exception as error:  # as above
+    except Exception as error:  # PEFT may raise any exception here as well.
         raise UserError(
             f"{directory / LORA_CONFIG} cannot be read: {error}", ADAPTER_AGAIN
         ) from error
@@ -167,7 +169,7 @@ def read_lora(directory: Path):
 
 _NO_EMBEDDINGS = {
     "save_embedding_layers": False
-}  # to find out whether they changed PEFT would ask the network
+}  # PEFT would ask the network to find out whether they changed.
 
 
 def _wrap(base: nn.Module, config):

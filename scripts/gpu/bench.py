@@ -128,8 +128,9 @@ def points() -> list[Point]:
 
 
 def measure(point: Point) -> dict:
-    """The result of bench(), or the error: a point that does not fit the GPU must not end the
-    others.
+    """Return the result of bench(), or the error.
+
+    A point that does not fit the GPU must not end the others.
     """
     dense, mod = files(point)
     os.environ.pop("LLAMA_MOD_DECODE", None)  # the processes of the variants read it
@@ -147,8 +148,9 @@ def measure(point: Point) -> dict:
 
 
 def files(point: Point) -> tuple[Path, Path]:
-    """The point's dense and MoD file; those of other shapes and types are removed, they take much
-    space.
+    """Return the point's dense and MoD file.
+
+    The function removes the files of other shapes and types, because they take much space.
     """
     folder = WORK / "models" / f"{point.shape}-{point.quant}"
     for path in (WORK / "models").glob("*/*.gguf"):

@@ -62,8 +62,9 @@ def other_backends(folder: str, names: list[str]) -> list[str]:
 
 
 def write_adapter(units: str, folder: Path) -> None:
-    """Routers for the embedded model, half of the tokens active, about; four rounds of fitting are
-    enough here.
+    """Write routers for the embedded model, with about half of the tokens active.
+
+    Four rounds of fitting are enough here.
     """
     from safetensors.numpy import save_file
 

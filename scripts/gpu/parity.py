@@ -42,8 +42,9 @@ class Case:
 
     @property
     def one_graph(self) -> bool:
-        """Must a token be one graph? Without CUDA graphs, or with layers on the CPU, segments take
-        over.
+        """Tell whether a token must be one graph.
+
+        Segments take over without CUDA graphs, or with layers on the CPU.
         """
         return GRAPH in self.env and PLAIN not in self.env and self.layers is None
 
@@ -103,8 +104,9 @@ def main() -> bool:
 
 
 def compare_pages() -> dict:
-    """Pages of K/V mapped, unmapped and mapped again, against all of them from the start: the same
-    kernels and bits.
+    """Compare K/V pages that come and go with pages that are all there from the start.
+
+    The first run maps, unmaps and maps the pages again. Both runs use the same kernels and bits.
     """
     file, logits = mod_file("kv"), []
     for env in ((), (("LLAMA_MOD_KV", "full"),)):
@@ -203,8 +205,10 @@ def run(file: Path, output: Path, case: Case, what: str = "tokens") -> None:
 
 
 def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
-    """Logits [T, n_vocab], decisions and router logits [T, n_units] of the packaged text's first
-    tokens; and how many graphs each of those took that were decoded one by one.
+    """Write logits [T, n_vocab], decisions and router logits [T, n_units], and graph counts.
+
+    The tokens are the first ones of the packaged text. The graph counts say how many graphs each
+    token took that was decoded alone.
     """
     from mod_export.benchmark.processes import prompt_tokens
     from mod_export.data.text import default_texts
@@ -243,8 +247,10 @@ def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
 
 
 def refill(file: str, output: str, flash_attn: str, layers: str) -> None:
-    """Logits [2, n_vocab] after most of the context was filled, and after it was emptied and filled
-    with others.
+    """Write logits [2, n_vocab] of a context that is filled twice.
+
+    The first row follows after most of the context was filled, the second one after the context was
+    emptied and filled with other tokens.
     """
     import llama_cpp
 

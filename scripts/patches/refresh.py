@@ -163,8 +163,9 @@ def names(tree: Path, *args: str) -> list[str]:
 
 
 def write(tree: Path, patches: Path) -> None:
-    """Write overlay, patches and series of `tree`'s commits into `patches`; nothing is touched on
-    an error.
+    """Write overlay, patches and series of `tree`'s commits into `patches`.
+
+    An error leaves everything untouched.
     """
     if dirty := names(tree, "diff", "--name-only", "HEAD") + names(
         tree, "ls-files", "--others", "--exclude-standard"
@@ -212,8 +213,9 @@ def patch_texts(tree: Path, base: str, commits: list[str], upstream: set[str]) -
 
 
 def fold(tree: Path) -> None:
-    """Put each uncommitted edit into the last commit that touches its file, new files into the
-    overlay commit.
+    """Put each uncommitted edit into the last commit that touches its file.
+
+    New files go into the overlay commit.
     """
     base, overlay, *_ = history(tree)
     upstream = set(names(tree, "ls-tree", "-r", "--name-only", base))
@@ -244,8 +246,9 @@ def touched(patches: Path) -> set[str]:
 
 
 def check(sdist: Path | None = None) -> None:
-    """Patches -> tree -> patches in a temporary folder; raise UserError where headers or bytes are
-    not as they are.
+    """Make patches -> tree -> patches in a temporary folder, and compare.
+
+    Raises UserError where headers or bytes differ from what they are.
 
     The tree holds only the files that the patches change: the others would take ten times as long
     and change nothing.

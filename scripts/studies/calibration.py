@@ -43,8 +43,9 @@ TARGETS = "0.9,0.7,0.5,0.35"
 
 
 class Study:
-    """Model, samples and judge of one run of the script; samples are cached per kind in the output
-    folder.
+    """Hold model, samples and judge of one run of the script.
+
+    The output folder caches samples per kind.
     """
 
     def __init__(
@@ -154,8 +155,9 @@ def compare_targets(study: Study, kind: str, targets: list[float], name: str) ->
 
 
 def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], target: float) -> None:
-    """kv with other windows and other layers, at the K/V bytes of `target` with the study's window
-    and layers.
+    """Judge kv with other windows and other layers, at equal K/V bytes.
+
+    The K/V bytes are those of `target` with the study's window and layers.
     """
     rows, judge, samples = NamedRows(study.out / "shapes.jsonl"), study.judge, study.samples["kv"]
     tokens, n_layer = len(next(iter(judge.texts.values()))[0]), judge.n_layer
@@ -192,8 +194,9 @@ def compare_shapes(study: Study, windows: list[int], layer_sets: list[str], targ
 
 
 def baselines(study: Study, rows: NamedRows, kind: str, target: float) -> None:
-    """Whole units dropped, the cheapest first; for kv also a window, alone and with sinks, at equal
-    K/V.
+    """Judge baselines that drop whole units, the cheapest first.
+
+    kv is also judged with a window, alone and with sinks, at equal K/V.
     """
     judge, samples = study.judge, study.samples[kind]
 
@@ -319,8 +322,9 @@ def table(targets, name, **given):
 )
 @click.option("--target", default=0.35, show_default=True)
 def shapes(windows, layer_sets, target, **given):
-    """Windows and layers of kv units at equal K/V; --layers must cover all sets. Use a folder of
-    its own.
+    """Compare windows and layers of kv units at equal K/V.
+
+    --layers must cover all sets. The command needs a folder of its own.
     """
     made = Study(**given | {"kinds": "kv"}, only=[DEFAULT_SCORES["kv"]])
     compare_shapes(

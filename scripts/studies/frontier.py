@@ -1,5 +1,6 @@
-"""What quality costs in decode time and K/V: points of the training study, timed as GGUF files by
-the runtime.
+"""Measure what quality costs in decode time and K/V.
+
+The runtime times points of the training study as GGUF files.
 """
 
 import tempfile
@@ -13,8 +14,9 @@ QUANT = "q8_0"
 
 
 def time_point(made: Path, out: Path, context: int, rounds: int) -> dict:
-    """Decode time and K/V of a made model beside the dense one, with its own thresholds, after
-    `context` tokens.
+    """Measure decode time and K/V of a made model beside the dense one.
+
+    The model keeps its own thresholds. The times follow after `context` tokens.
     """
     dense = out / f"dense-{QUANT}.gguf"
     if not dense.exists():
@@ -41,8 +43,9 @@ def time_point(made: Path, out: Path, context: int, rounds: int) -> dict:
 
 
 def report(rows: list[dict], times: list[dict], docs: Path) -> str:
-    """Draws frontier.png in docs; -> the table as Markdown. Quality and time both with the points'
-    own thresholds.
+    """Draw frontier.png in docs and return the table as Markdown.
+
+    Quality and time are both those of the points' own thresholds.
     """
     judged, points, table = {row["name"]: row for row in rows}, [], []
     for time in (

@@ -1,5 +1,6 @@
-"""KL to the dense model, of routers and of plain baselines, at a set activation on the very text
-they are judged by.
+"""Measure the KL to the dense model, of routers and of plain baselines.
+
+The activation is set on the very text that they are judged by.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
 from mod_export.units import shares_by_kind
 
-TOLERANCE = 0.015  # of the activation, within which K/V count as equal
+TOLERANCE = 0.015  # K/V count as equal within this distance of activation.
 ROUNDS = 3
 
 
@@ -39,16 +40,14 @@ class Result:
 
 
 class Judge:
-    """Holds the dense model's logits of texts {name: [n, T]} and compares variants of the model
-    with them.
-    """
+    """Hold the dense model's logits of texts {name: [n, T]} and compare variants with them."""
 
     def __init__(self, base, tokenizer, texts: dict[str, torch.Tensor], sinks: int, kv_window: int):
         self.base, self.tokenizer, self.texts = base, tokenizer, texts
         self.sinks, self.kv_window = sinks, kv_window
         plain = MoDModel.from_base(base, tokenizer)
         self.n_layer = plain.n_layer
-        # of each layer in the dense model, as a router sees them: {layer: [[T, n_embd], ...]}
+        # Each layer of the dense model gives a router these inputs: {layer: [[T, n_embd], ...]}.
         self.inputs = {}
         with torch.inference_mode(), self._noting_inputs():
             self.dense = {
@@ -57,8 +56,9 @@ class Judge:
 
     @torch.inference_mode()
     def routers(self, routers: dict, target: float, per_layer: bool = False) -> Result:
-        """Judge routers with thresholds that give `target` on these very texts: equal K/V for all
-        that is compared.
+        """Judge routers with thresholds that give `target` on these very texts.
+
+        All that is compared then has equal K/V.
 
         The first thresholds are those for the dense model's hidden states; further ones follow from
         what the routers said in the round before.
@@ -76,8 +76,9 @@ class Judge:
     def static(
         self, kind: str, dropped: list[int], layers: list[int], kv_window: int, sinks: int = 0
     ) -> Result:
-        """Judge units that are active or not whatever the token: those of the layers `dropped` only
-        at sinks.
+        """Judge units that are active or not whatever the token is.
+
+        The units of the layers `dropped` are active only at sinks.
         """
         model = MoDModel.from_base(self.base, self.tokenizer)
         width = architectures.n_embd(self.base)
@@ -97,8 +98,9 @@ class Judge:
         return self._run(run, config)[0]
 
     def _run(self, run, config: MoDConfig) -> tuple[Result, list]:
-        """run(ids [1, T]) -> logits and trace; also returns the routers' logits [T, n_units] of
-        each sequence.
+        """Judge run(ids [1, T]) -> logits and trace.
+
+        The method also returns the routers' logits [T, n_units] of each sequence.
         """
         total, late = torch.zeros(2, 4, dtype=torch.float64)
         count = n_late = 0
@@ -184,8 +186,9 @@ def _quantile(values: torch.Tensor, target: float) -> torch.Tensor:
 
 
 def meet_target(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
-    """Shift the thresholds of each kind for the target on these sequences: ways are compared at
-    equal activation.
+    """Shift the thresholds of each kind for the target on these sequences.
+
+    This lets ways be compared at equal activation.
     """
     groups = made.config.by_kind()
     set_thresholds(made, sequences, groups, shares_by_kind(target, groups), rounds=2)

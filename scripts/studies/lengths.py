@@ -1,5 +1,6 @@
-"""How many tokens a model's routers take, by the length of what is read: sequences that begin all
-over a text.
+"""Measure how many tokens a model's routers take, by the length of what is read.
+
+The sequences begin all over a text.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def activation_by_length(
     count: int,
     threads: int | None = None,
 ) -> dict[str, list[list[float]]]:
-    """Share of active (token, unit) pairs in the first so many tokens, {text:
-    [count][len(lengths)]}.
+    """Return the share of active (token, unit) pairs in the first so many tokens.
+
+    The result is {text: [count][len(lengths)]}.
 
     target: a MoD directory or GGUF file, thresholds as they come; texts: {name: file}. Each of the
     `count` sequences,
@@ -48,8 +50,9 @@ def activation_by_length(
 
 
 def lengths_table(found: dict[str, list[list[float]]], lengths: tuple[int, ...]) -> str:
-    """Means over a text's sequences and (standard errors), and from the least to the most of a
-    row's means.
+    """Return means over a text's sequences and (standard errors) as a table.
+
+    The last column is the distance from the least to the most of a row's means.
     """
     rows = []
     for name, sequences in found.items():

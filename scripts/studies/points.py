@@ -14,7 +14,7 @@ WAYS = {
     "lora-no-distillation": {"train": {"parameters": "lora", "kl_weight": 0.0, "lm_weight": 1.0}},
     "static": {"train": {"parameters": "lora", "method": "static"}},
 }
-# of the dense model's K/V -> window; the activation that gives it follows (training.py)
+# Each share of the dense model's K/V has a window; training.py derives the activation from it.
 KV_TARGETS = {0.5: 256, 0.25: 256, 0.125: 128}
 COMPUTE_TARGETS = (0.9, 0.8, 0.6)
 # beside the kv of a quarter: the activation of each kind

@@ -1,5 +1,6 @@
-"""Costs and router inputs of some text, kept in memory, so that many ways to score and fit can be
-compared.
+"""Hold costs and router inputs of some text in memory.
+
+Many ways to score and fit can then be compared.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ def _append(cost: dict, unit, costs: dict, rows: slice) -> None:
 
 
 def routers_of(samples: Samples, kind: str, score: str, method: str, target: float) -> dict:
-    """Routers {(layer, kind): (weight, bias)}; a common threshold belongs to all but the per-layer
-    one.
+    """Return routers {(layer, kind): (weight, bias)}.
+
+    A common threshold belongs to all methods but the per-layer one.
     """
     units = [unit for unit in samples.x if unit.kind == kind]
     costs = {unit: log_cost(samples.cost[unit][score]) for unit in units}

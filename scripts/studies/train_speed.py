@@ -1,5 +1,6 @@
-"""Speed of training against plain fine-tuning: same model, batch, trained weights and precision,
-step by step in turn.
+"""Measure the speed of training against plain fine-tuning.
+
+Both have the same model, batch, trained weights and precision, and take steps in turn.
 
     python -m scripts.studies.train_speed mod --text book.txt --train lora --precision bf16
 

@@ -53,8 +53,9 @@ SINK_TOKENS = 4
 def activation_for(
     kv_share: float, window: int, length: int, n_layer: int, whole: int = UNIT_KINDS[KV].first_layer
 ) -> float:
-    """Activation of kv units at which a sequence of `length` tokens holds `kv_share` of the dense
-    K/V at its end.
+    """Return the activation of kv units that gives a share of the dense K/V.
+
+    A sequence of `length` tokens then holds `kv_share` of the dense K/V at its end.
 
     whole: layers without a router.
     """
@@ -116,8 +117,9 @@ def make_point(
 
 
 def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
-    """Sinks and a recent window that hold as many K/V at the end of `length` tokens as routers of
-    this activation.
+    """Return a model with sinks and a recent window that hold as many K/V as routers.
+
+    The K/V are equal at the end of `length` tokens, to those of routers of this activation.
     """
     never = tuple(0.999 if p else 0.0 for p in model.config.units["kv"].threshold)
     least = model.config.kv_window
@@ -260,8 +262,9 @@ def judge(directory, target, out, **given):
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of the runtime.  [default: all cores]")
 def lengths_command(model, texts, lengths, count, threads):
-    """Show which share of tokens MODEL, a MoD directory or GGUF file, takes as what it reads grows
-    longer.
+    """Show which share of tokens MODEL takes as what it reads grows longer.
+
+    MODEL is a MoD directory or GGUF file.
     """
     files = dict(pair.split("=", 1) for pair in texts)
     click.echo(lengths_table(activation_by_length(model, files, lengths, count, threads), lengths))
@@ -277,8 +280,9 @@ def lengths_command(model, texts, lengths, count, threads):
 )
 @click.option("--rounds", default=6, show_default=True)
 def time_points(patterns, out, context, rounds):
-    """Time the points that are trained and whose names match, and models judged with --out, through
-    the runtime.
+    """Time the trained points whose names match, and models judged with --out.
+
+    The runtime does the timing.
     """
     done = {row["name"] for row in read(out / TIMES)}
     judged = {row["name"]: Path(row["directory"]) for row in read(out / ROWS) if "directory" in row}

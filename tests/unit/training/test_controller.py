@@ -63,7 +63,7 @@ def test_the_controller_follows_its_targets_and_finds_the_price():
     assert (path[600:].mean(0) - torch.tensor([0.5, 0.8])).abs().max() < 0.02
     for few, many in units:
         assert few < many - 0.1  # the budget goes where it is worth more
-    # at its optimum each unit's worth (1 - s) is the price; the means of both units are
+    # Each unit's worth (1 - s) is the price at its optimum. The values are the means of both units.
     assert control.prices(1000).tolist() == pytest.approx([0.028, 0.0004], rel=0.5)
 
 
