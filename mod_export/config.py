@@ -20,7 +20,7 @@ from mod_export.units import ATTN, BLOCK, FFN, UNIT_KINDS, Unit, by_kind
 
 VERSION = 1
 GATING_FUNC = "sigmoid"
-SINK_TOKENS = 4  # This is the default.
+SINK_TOKENS = 4  # A config has this many by default.
 # The default of 256 is far better than 64 at equal K/V, and 3 % of a context of 8192 tokens.
 KV_WINDOW = 256
 

@@ -95,7 +95,7 @@ def convert_adapter(
     from mod_export.formats import adapter_files
 
     path = adapter_files.resolve(adapter)
-    adapter_files.read(path)  # This fails before torch is imported and the model loaded.
+    adapter_files.read(path)  # A bad adapter fails before torch is imported and the model loaded.
     with atomic_dir(out, force) as tmp:
         from mod_export.adapter import apply, load
         from mod_export.model import loading

@@ -15,7 +15,7 @@ from mod_export.common.system import forget_peak, resident
 from mod_export.errors import UserError
 
 MADV_DONTNEED = 4  # Linux defines this value.
-DECODE_TOKENS = 8  # These follow the prompt, so that the graphs of decode exist too.
+DECODE_TOKENS = 8  # The tokens follow the prompt, so that the graphs of decode exist too.
 # llama.cpp's log of a context
 COMPUTE_PATTERN = r"compute buffer size = +([\d.]+) MiB"
 KV_PATTERN = r"_cache\w*: size = +([\d.]+) MiB"

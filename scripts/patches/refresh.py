@@ -23,7 +23,7 @@ from pathlib import Path
 from mod_export.errors import UserError
 from mod_export.llamacpp import source as llama_source
 
-ROOT = "vendor/llama.cpp"  # This is the folder in the source distribution.
+ROOT = "vendor/llama.cpp"  # The source distribution has llama.cpp here.
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 FIELDS = {"Description": r"\S.* : .+", "Author": r".+", "Forwarded": r"not-needed|\w+://\S+"}
 FIELDS |= {"Last-Update": r"\d{4}-\d\d-\d\d", "X-Test": r".+"}

@@ -188,7 +188,7 @@ def _quantile(values: torch.Tensor, target: float) -> torch.Tensor:
 def meet_target(made: MoDModel, sequences: torch.Tensor, target: float | dict) -> None:
     """Shift the thresholds of each kind for the target on these sequences.
 
-    This lets ways be compared at equal activation.
+    Ways are then compared at equal activation.
     """
     groups = made.config.by_kind()
     set_thresholds(made, sequences, groups, shares_by_kind(target, groups), rounds=2)

@@ -38,7 +38,7 @@ FITS = {
     "fitted to the value, clipped": 3.0,
     "fitted to the log of the curvature": 0.3,
 }
-MIN_CURVATURE = 1e-5  # Curvatures whose logarithm is taken are at least this.
+MIN_CURVATURE = 1e-5  # Curvatures are at least this large where their logarithm is taken.
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
         train(files / "mod", tmp_path / "out", run)
     left = (
         tmp_path / "out.run" / f".{checkpoints.NAME}.0123.tmp"
-    )  # A run that was stopped while it wrote left this.
+    )  # A run that was stopped while it wrote left this file.
     left.touch()
     with pytest.raises(UserError, match="no checkpoint .*start without --resume"):
         train(files / "mod", tmp_path / "out", run, resume=True)

@@ -72,7 +72,7 @@ def test_routers_alone_are_trained_and_the_target_is_met(files, tmp_path, plots)
     assert training["tokens"] == 12 * 2 * 2 * LENGTH and training["data"] == ["text.txt"]
     assert model.config.units["attn"].activation[4] == pytest.approx(
         0.7, abs=0.01
-    )  # This is measured on training text.
+    )  # The activation is that on training text.
     assert sum(model.config.units["kv"].activation[2:4]) / 2 == pytest.approx(0.5, abs=0.01)
     assert figures["activation"]["attn"] == pytest.approx(0.7, abs=0.1)
     assert figures["kl"] > 0 and figures["perplexity_dense"] > 1
