@@ -1,5 +1,6 @@
-"""What a training run reports: lines for people, metrics.jsonl, TensorBoard where it is installed,
-plots.
+"""Report a training run: lines for people, metrics.jsonl, TensorBoard, plots.
+
+TensorBoard gets the figures where it is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Log:
-    """Appends to run/metrics.jsonl; on resume what came after the checkpoint's step is dropped."""
+    """The log of a run, which appends to run/metrics.jsonl.
+
+    A resumed run drops the rows that came after the checkpoint's step.
+    """
 
     def __init__(self, run: Path, steps: int, first: int, kinds: list[str]):
         self.path, self.steps, self.kinds = run / "metrics.jsonl", steps, kinds
@@ -33,14 +37,18 @@ class Log:
         self.start, self.first, self.tokens = time.monotonic(), first, 0
 
     def step(self, row: dict, tokens: int) -> None:
-        """row: figures of a step, numbers and lists of numbers; tokens: that it took."""
+        """Report a step.
+
+        row: the figures of the step, numbers and lists of numbers. tokens: the number of tokens
+        that the step took.
+        """
         self.tokens += tokens
         seconds = time.monotonic() - self.start
         row |= {"seconds": round(seconds, 3), "tokens_per_second": round(self.tokens / seconds, 1)}
         self._write(row)
         left = seconds / (row["step"] - self.first) * (self.steps - row["step"])
         named = zip(self.kinds, row["activation"], row["target"], strict=True)
-        if len(self.kinds) > 4:  # a target for each layer
+        if len(self.kinds) > 4:  # Each layer has its target.
             named = [("units", fmean(row["activation"]), fmean(row["target"]))]
         shares = ", ".join(f"{kind} {a:.3f} of {t:.3f}" for kind, a, t in named)
         self.progress.show(
@@ -50,8 +58,9 @@ class Log:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Around what is no step, once in a run: it counts neither in tokens/s nor in the time
-        left.
+        """Keep what runs in this context out of the tokens per second and of the time left.
+
+        The context is for work that is no step, once in a run.
         """
         self.progress.clear()
         began = time.monotonic()
@@ -59,7 +68,7 @@ class Log:
         self.start += time.monotonic() - began
 
     def held_out(self, row: dict) -> None:
-        """Figures with hard decisions on held-out text."""
+        """Report the figures of held-out text, which come from hard decisions."""
         self._write(row)
         self.progress.clear()
         shares = ", ".join(
@@ -86,7 +95,7 @@ class Log:
 
 
 def read(path: Path) -> list[dict]:
-    """Rows of a metrics file; a last line that was cut off is left out."""
+    """Return the rows of a metrics file, without a last line that was cut off."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -97,56 +106,85 @@ def read(path: Path) -> list[dict]:
 
 
 def plot(run: Path, units: list[Unit]) -> None:
-    """run/loss.png: KL and activation over the steps; run/units.png: activation of each unit over
-    the steps.
+    """Draw the figures of a run directory's metrics; without a step there is nothing to draw.
+
+    run/loss.png: KL and activation over the steps. run/units.png: activation of each unit over the
+    steps.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
 
     rows = read(run / "metrics.jsonl")
-    steps, held = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
+    steps = [row for row in rows if "loss" in row]
+    held = [row for row in rows if "held_out" in row]
     if not steps:
         return
-    x = [row["step"] for row in steps]
+    save_figure(_loss_figure(steps, held, units), run / "loss.png", force=True, dpi=120)
+    save_figure(_unit_figure(steps, units), run / "units.png", force=True, dpi=120)
+
+
+def _loss_figure(steps: list[dict], held: list[dict], units: list[Unit]):
+    """Return the figure of the loss, above, and of the activation, below."""
+    import matplotlib.pyplot as plt
+
     fig, (top, low) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
-    top.plot(
-        x,
+    _draw_loss(top, steps, held)
+    _draw_activation(low, steps, units)
+    for axis in (top, low):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    return fig
+
+
+def _draw_loss(axis, steps: list[dict], held: list[dict]) -> None:
+    axis.plot(
+        [row["step"] for row in steps],
         _smooth([row["loss"] for row in steps]),
         label="training loss, relaxed decisions (running mean)",
     )
-    top.plot(
+    axis.plot(
         [row["step"] for row in held],
         [row["held_out"]["kl"] for row in held],
         "o-",
         label="KL on held-out text, hard decisions",
     )
-    top.set(yscale="log", ylabel="nats per token")
+    axis.set(yscale="log", ylabel="nats per token")
+
+
+def _draw_activation(axis, steps: list[dict], units: list[Unit]) -> None:
+    """Draw the activation of up to four groups, each with its target."""
+    x = [row["step"] for row in steps]
     kinds = list(dict.fromkeys(kind for _, kind in units))
-    many = len(steps[0]["activation"])
-    names = (
-        kinds if many == len(kinds) else [f"{layer} {kind}" for layer, kind in units]
-    )  # each unit has its target
-    for i, name in enumerate(names if many < 5 else ()):
-        low.plot(
-            x, _smooth([row["activation"][i] for row in steps]), label=f"{name} (running mean)"
-        )
-        low.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
-    low.set(xlabel="step", ylabel="activation", ylim=(0, 1.02))
-    for axis in (top, low):
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    save_figure(fig, run / "loss.png", force=True, dpi=120)
+    n_groups = len(steps[0]["activation"])
+    if n_groups == len(kinds):
+        names = kinds
+    else:  # Each unit has its target.
+        names = [f"{layer} {kind}" for layer, kind in units]
+    for i, name in enumerate(names if n_groups < 5 else ()):
+        activation = _smooth([row["activation"][i] for row in steps])
+        axis.plot(x, activation, label=f"{name} (running mean)")
+        axis.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
+    axis.set(xlabel="step", ylabel="activation", ylim=(0, 1.02))
+
+
+def _unit_figure(steps: list[dict], units: list[Unit]):
+    """Return the image of the activation of each unit over the steps."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
     fig, axis = plt.subplots(figsize=(8, 1.5 + 0.14 * len(units)), layout="constrained")
-    shares = np.array(
-        [_smooth(column) for column in zip(*(row["units"] for row in steps), strict=True)]
-    )
-    extent = (x[0] - 0.5, x[-1] + 0.5, len(units) - 0.5, -0.5)
+    columns = zip(*(row["units"] for row in steps), strict=True)
+    shares = np.array([_smooth(column) for column in columns])
+    first, last = steps[0]["step"], steps[-1]["step"]
     image = axis.imshow(
-        shares, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent
+        shares,
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0,
+        vmax=1,
+        extent=(first - 0.5, last + 0.5, len(units) - 0.5, -0.5),
     )
     every = max(1, len(units) // 30)
     axis.set_yticks(
@@ -156,11 +194,11 @@ def plot(run: Path, units: list[Unit]) -> None:
     )
     axis.set(xlabel="step", ylabel="layer, kind")
     fig.colorbar(image, label="activation (running mean)")
-    save_figure(fig, run / "units.png", force=True, dpi=120)
+    return fig
 
 
 def _smooth(values, share: float = 0.9) -> list[float]:
-    """Running mean, unbiased at the beginning."""
+    """Return the running mean, which is unbiased at the beginning."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = share * total + (1 - share) * value, share * weight + 1 - share

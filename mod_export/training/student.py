@@ -99,30 +99,62 @@ class Student(nn.Module):
         )
         logits, trace = self.model(ids, trace=True, strategy=strategy, **states)
         weight = counts[:, 1:].float()
-        rows = (
-            logits[:, :-1].flatten(0, 1),
-            None if dense is None else dense[:, :-1].flatten(0, 1),
-        )
-        of_loss = (self.weights.kl, self.weights.lm, total)
-        loss, kl, nll = logit_loss(*rows, ids[:, 1:].flatten(), weight.flatten(), *of_loss)
-        seen = {"kl": kl, "nll": nll}
+        loss, seen = self._logit_loss(logits, dense, ids, weight, total)
         if self.weights.hidden:
-            states = ([h[:, :-1] for h in parts] for parts in (trace.hidden, dense_states))
-            distance = hidden_loss(*states, weight, total)
+            distance = self._hidden_loss(trace.hidden, dense_states, weight, total)
             loss = loss + self.weights.hidden * distance
             seen["hidden"] = distance.detach()
         seen["loss"] = loss.detach()
-        z = trace.logit - self._thresholds(ids.device)
-        novel = counted(novel)
-        soft, units = torch.sigmoid(z), trace.active[novel].float().mean(0)
+        terms, activation = self._activation(trace, counted(novel), shares)
+        return loss + (prices * terms).sum(), seen | activation
+
+    def _logit_loss(
+        self,
+        logits: torch.Tensor,
+        dense: torch.Tensor | None,
+        ids: torch.Tensor,
+        weight: torch.Tensor,
+        total: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict]:
+        """Return the loss on logits [B, T, n_vocab], and its parts kl and nll without gradient.
+
+        dense: the teacher's logits. weight: [B, T - 1], what each prediction counts.
+        """
+        loss, kl, nll = logit_loss(
+            logits[:, :-1].flatten(0, 1),
+            None if dense is None else dense[:, :-1].flatten(0, 1),
+            ids[:, 1:].flatten(),
+            weight.flatten(),
+            self.weights.kl,
+            self.weights.lm,
+            total,
+        )
+        return loss, {"kl": kl, "nll": nll}
+
+    def _hidden_loss(
+        self, hidden, dense_hidden, weight: torch.Tensor, total: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the loss on hidden states, without those of the last token.
+
+        hidden, dense_hidden: the states [B, T, n_embd] of each layer, of student and teacher.
+        """
+        mine = [h[:, :-1] for h in hidden]
+        other = [h[:, :-1] for h in dense_hidden]
+        return hidden_loss(mine, other, weight, total)
+
+    def _activation(
+        self, trace, novel: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, dict]:
+        """Return mean sigmoid(z) of each group, [n_groups], and the figures of the activation."""
+        z = trace.logit - self._thresholds(trace.logit.device)
+        soft = torch.sigmoid(z)
+        units = trace.active[novel].float().mean(0)
         terms = torch.stack([soft[..., group].mean() for group in self.groups])
-        seen |= {
+        seen = {
             "units": units,
             "activation": torch.stack([units[group].mean() for group in self.groups]),
         }
-        return loss + (prices * terms).sum(), seen | self._slopes(
-            z.detach().clone(), soft.detach(), novel, shares
-        )
+        return terms, seen | self._slopes(z.detach().clone(), soft.detach(), novel, shares)
 
     def _slopes(
         self, z: torch.Tensor, soft: torch.Tensor, novel: torch.Tensor, shares: torch.Tensor
