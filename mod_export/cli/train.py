@@ -14,6 +14,7 @@ from mod_export.training.config import (
     PRECISIONS,
     TrainConfig,
     default_of,
+    default_text_of,
     help_of,
 )
 
@@ -33,7 +34,7 @@ def field(name: str, type=None, *spellings: str, **more):
         more["is_flag"] = True
     else:
         more |= {"type": type, "default": default}
-        more.setdefault("show_default", default not in (None, ""))
+        more["show_default"] = default_text_of(name) or default not in (None, "")
     spellings = spellings or (f"--{name.replace('_', '-')}",)
     return click.option(*spellings, name, help=help_of(name), **more)
 

@@ -1,7 +1,8 @@
-"""Checkpoints of a training run: one file, whole or not at all, with only what is trained.
+"""Write and read the checkpoint of a training run.
 
-Noise is seeded by step (`seed_step`), and data by position, so that a step number is all the state
-that they have: a resumed run gives the losses of one that was never interrupted.
+A checkpoint is one file, which appears whole or not at all, and holds only what is trained. Noise
+is seeded by step (`seed_step`) and data by position, so the number of a step is all the state of
+both. A resumed run gives the losses of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ PARTS = {"weights", "optimizer", "step", "control", "run", "thresholds", "buffer
 
 
 def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
-    """Gather trainable weights and the optimizer's state (all processes call it) and write them on
-    the main one.
+    """Gather the trained weights and the optimizer's state, and write them on the main process.
 
-    state: anything torch.save takes: step, controller, what the run was told. Raises UserError,
-    with the former checkpoint left as it was, where the file cannot be written.
+    All processes call this function. state: step, controller and options of the run, of types that
+    torch.save takes. Raises UserError where the file cannot be written; the former checkpoint then
+    stays as it was.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -34,19 +35,22 @@ def save(run: Path, student, optimizer, state: dict, main: bool = True) -> None:
     try:
         with atomic_file(path, force=True) as tmp:
             torch.save({"weights": weights, "optimizer": moments, **state}, tmp)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
+    except RuntimeError as error:  # torch's writer raises it for a full disk
         cure = "free some space and " + ("go on with --resume" if path.exists() else "start again")
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}", cure) from error
 
 
 def clean(run: Path) -> None:
-    """Remove what a checkpoint that was not finished has left: a second Ctrl-C stops at once."""
+    """Remove what an unfinished checkpoint has left, because a second Ctrl-C stops at once."""
     for path in run.glob(f".{NAME}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def load(run: Path) -> dict:
-    """The checkpoint of a run directory. Raises UserError where there is none or it is damaged."""
+    """Return the checkpoint of a run directory.
+
+    Raises UserError where the directory has no checkpoint, or a damaged one.
+    """
     path = run / NAME
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "start without --resume")
@@ -62,7 +66,10 @@ def load(run: Path) -> dict:
 
 
 def restore(student, optimizer, state: dict) -> None:
-    """Put weights and the optimizer's state back. Raises UserError for those of another model."""
+    """Put the weights and the optimizer's state back.
+
+    Raises UserError where they are those of another model.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -74,9 +81,8 @@ def restore(student, optimizer, state: dict) -> None:
             optim_state_dict=state["optimizer"],
             options=options,
         )
-        if not state["optimizer"][
-            "state"
-        ]:  # before the first step there is none, and torch has made one up
+        # Before the first step the optimizer has no state, and torch has made one up.
+        if not state["optimizer"]["state"]:
             _plain(optimizer).state.clear()
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -86,8 +92,9 @@ def restore(student, optimizer, state: dict) -> None:
 
 
 def check(state: dict, expected: dict) -> None:
-    """Raise UserError naming the first thing in which the run that left the checkpoint differs from
-    this one.
+    """Raise UserError where the run that left the checkpoint differs from this one.
+
+    The error names the first difference.
     """
     before, now = _flat(state["run"]), _flat(expected)
     for name in (*now, *before):
@@ -100,18 +107,20 @@ def check(state: dict, expected: dict) -> None:
 
 
 def seed_step(seed: int, step: int, micro: int, process: int) -> None:
-    """The noise of one forward, the same whenever that step is run."""
+    """Seed the noise of one forward, which is the same whenever the step is run."""
     torch.manual_seed(hash((seed, step, micro, process)) & 0x7FFF_FFFF_FFFF_FFFF)
 
 
 def _plain(optimizer):
-    """torch's optimizer, of one that Accelerate has wrapped too."""
+    """Return torch's optimizer, which Accelerate may have wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _flat(run: dict) -> dict:
-    """{"options": {"length": 512}} -> {"length": 512}; of other groups the name stays: "base
-    hidden_size".
+    """Return the groups of a run's figures as one dictionary.
+
+    {"options": {"length": 512}} becomes {"length": 512}. The names of other groups stay, as in
+    "base hidden_size".
     """
     found = {}
     for name, value in run.items():

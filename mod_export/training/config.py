@@ -1,6 +1,7 @@
-"""What a training run is told, and what follows from it. Knows nothing of torch.
+"""The options of a training run, and what follows from them.
 
-The help text of each field is that of its option in `mod-export train` (cli/train.py).
+This module knows nothing of torch. The help text of each field is that of its option in
+`mod-export train` (cli/train.py).
 
     config = TrainConfig(data=("train/",), target=0.5, parameters="routers").validate(["kv"])
 """
@@ -19,13 +20,15 @@ LOSS_ON = ("all", "answers")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 DTYPES = ("float32", "bfloat16")
 
-START_ACTIVATION = 0.95  # of kinds that have to grow into skipping
+# Activation at the first step of the kinds that have to grow into skipping.
+START_ACTIVATION = 0.95
 # The best learning rate of LoRA for a model of this width (docs/log.md).
 LORA_RATE = 1e-3
 LORA_RATE_WIDTH = 576
-FULL_RATE_SHARE = 0.1  # learning rate of all weights over that of LoRA
+# The learning rate of all weights as a share of that of LoRA.
+FULL_RATE_SHARE = 0.1
 
-# What may be another when a run is resumed.
+# The options that may change when a run is resumed.
 RESUMABLE_CHANGES = (
     "data",
     "router_lr",
@@ -39,9 +42,12 @@ RESUMABLE_CHANGES = (
 )
 
 
-def option(default, text: str):
-    """Return a field with a default and a help text."""
-    return field(default=default, metadata={"help": text})
+def option(default, text: str, default_text: str = ""):
+    """Return a field with a default and a help text.
+
+    default_text: what the help shows as the default, where the value itself says too little.
+    """
+    return field(default=default, metadata={"help": text, "default_text": default_text})
 
 
 @dataclass(frozen=True)
@@ -50,32 +56,37 @@ class TrainConfig:
 
     data: tuple[str, ...] = field(
         metadata={
-            "help": "Text, .gz, JSONL of messages or text, or a directory of these; "
-            "may be repeated."
+            "help": "Text, .gz, JSONL of messages or text, or a directory of these. The option "
+            "can be repeated."
         }
     )
     target: float | dict[str, float] = option(
-        0.5, "Share of (token, unit) pairs that are to run; of each kind: kv=0.5,attn=0.8."
+        0.5,
+        "Share of (token, unit) pairs that are to run. Each kind can have its own: "
+        "kv=0.5,attn=0.8.",
     )
     method: str = option(
         "threshold",
-        "How units are chosen: by threshold, or as baselines by top-k of each sequence (which "
-        "cannot be exported) or the same ones for all tokens.",
+        "How units are chosen. threshold compares each score with a threshold. topk takes the best "
+        "scores of each sequence, a baseline that cannot be exported. static takes the same units "
+        "for all tokens, a baseline too.",
     )
     parameters: str = option(
         "routers", "What is trained: routers only, LoRA too, or all weights but the embeddings."
     )
-    teacher: str = option("", "Model to distil from. [default: DIR with all units active]")
+    teacher: str = option("", "Model to distil from.", "DIR with all units active")
     per_layer: bool = option(
         False, "Each unit meets the target, instead of all of a kind together."
     )
     start: float | None = option(
-        None, "Activation at the first step. [default: the target for kv, 0.95 with other kinds]"
+        None, "Activation at the first step.", "the target for kv, 0.95 for other kinds"
     )
-    anneal: float = option(0.1, "Share of the steps from start to target activation.")
-    load: float | None = option(None, "A fixed price of activation, in nats. [default: measured]")
+    anneal: float = option(
+        0.1, "Share of the steps that lead from the start to the target activation."
+    )
+    load: float | None = option(None, "A fixed price of activation, in nats.", "measured")
     drift_penalty: float = option(
-        10.0, "How much routers are kept from following the kind of text and its length."
+        10.0, "Weight of what keeps routers from following the kind of text and its length."
     )
     kl_weight: float = option(1.0, "Weight of the KL to the teacher's logits.")
     hidden_weight: float = option(0.0, "Weight of the distance to the teacher's hidden states.")
@@ -87,35 +98,39 @@ class TrainConfig:
     accumulate: int = option(1, "Forwards of a step.")
     router_lr: float = option(1e-3, "Learning rate of routers.")
     lora_lr: float | None = option(
-        None, "Learning rate of LoRA. [default: 0.001 at a width of 576, falls with its root]"
+        None, "Learning rate of LoRA.", "0.001 at a width of 576, falls with the width's root"
     )
-    full_lr: float | None = option(
-        None, "Learning rate of all weights. [default: a tenth of LoRA's]"
-    )
+    full_lr: float | None = option(None, "Learning rate of all weights.", "a tenth of LoRA's")
     warmup: float = option(
-        0.05, "Share of the steps in which the learning rate rises; then it falls as a cosine."
+        0.05,
+        "Share of the steps in which the learning rate rises. The rate then falls as a cosine.",
     )
     clip: float = option(1.0, "Largest norm of the gradient.")
     lora_rank: int = option(16, "Rank of LoRA.")
-    lora_alpha: float = option(32.0, "LoRA counts alpha / rank times.")
+    lora_alpha: float = option(32.0, "Scale of LoRA, whose product counts alpha / rank times.")
     loss_on: str = option(
-        "all", "Tokens that count: all, or only the assistant's answers in conversations."
+        "all", "Tokens that count in the loss: all, or only the assistant's answers."
     )
     recall: float = option(
         0.0,
-        "Share of sequences that are a conversation about their text, which asks for passages of "
-        "it.",
+        "Share of sequences that become a conversation, in which a user asks for passages of the "
+        "text.",
     )
-    limit: int | None = option(None, "Read at most this many tokens, of all files in proportion.")
+    limit: int | None = option(
+        None, "Largest number of tokens to read, of all files in proportion."
+    )
     precision: str = option(
-        "auto", "Autocast; auto: bf16 on GPUs that have it, else no; fp16 is for GPUs."
+        "auto",
+        "Type of autocast. auto is bf16 on GPUs that have it, and no elsewhere. fp16 is for GPUs.",
     )
     dtype: str = option(
         "float32",
-        "Type of the weights that are not trained, and of a merged model: bfloat16 takes half the "
+        "Type of the weights that are not trained, and of a merged model. bfloat16 takes half the "
         "memory.",
     )
-    recompute: bool = option(False, "Compute layers again in the backward pass: less memory.")
+    recompute: bool = option(
+        False, "Compute layers again in the backward pass, which saves memory."
+    )
     seed: int = option(0, "Seed of the order of the data and of noise.")
     eval_every: int = option(100, "Steps between evaluations on held-out text.")
     save_every: int = option(100, "Steps between checkpoints.")
@@ -161,14 +176,14 @@ class TrainConfig:
         return {k: value for k, value in self.to_dict().items() if k not in RESUMABLE_CHANGES}
 
     def validate(self, kinds: list[str]) -> TrainConfig:
-        """Return self.
+        """Return the options themselves.
 
-        Raises UserError for what does not fit the model's kinds of units, or does not fit together.
+        Raises UserError where options do not fit the model's kinds of units, or one another.
         """
         shares_by_kind(self.target, kinds)
         for kind in kinds:
             for name, value in (("target", self.target_of(kind)), ("start", self.start_of(kind))):
-                if not 0 < value <= 1:  # written so that NaN fails too
+                if not 0 < value <= 1:  # This form refuses NaN too.
                     raise UserError(
                         f"{name} activation {value} is not in (0, 1]", "0.5 runs half of all units"
                     )
@@ -189,6 +204,11 @@ class TrainConfig:
 def help_of(name: str) -> str:
     """Return the help text of a field of TrainConfig."""
     return next(f for f in fields(TrainConfig) if f.name == name).metadata["help"]
+
+
+def default_text_of(name: str) -> str:
+    """Return what the help shows as the default of a field, or nothing for the value itself."""
+    return next(f for f in fields(TrainConfig) if f.name == name).metadata.get("default_text", "")
 
 
 def default_of(name: str):

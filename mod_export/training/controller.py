@@ -1,11 +1,11 @@
-"""Holds the mean activation at its target, and finds the price that lets units share it out.
+"""Hold the mean activation at its target, and find the price at which units share it out.
 
 The controller does two things for each group of units, so that neither has to be tuned. A group is
 a kind, or a single unit where each layer has its target.
 
 * The thresholds of a group follow the running quantile of its logits, all alike. The quantile is
   that of text which does not repeat itself (repeats.py), so the activation is the target's there.
-* The load term of the loss, `price * mean sigmoid(z)`, says what it costs to be active, in nats. At
+* The load term of the loss, `price * mean sigmoid(z)`, is the cost of being active, in nats. At
   the fair price the term cancels what the loss falls by if all logits of the group rise together.
   So routers are left to tell tokens and layers apart. The price is the ratio of two slopes,
   Lagrange's multiplier of the constraint, measured in each step.
@@ -52,7 +52,7 @@ class Controller:
 
     @property
     def names(self) -> list[str]:
-        """The names of the groups: the kind, and the layer where each unit is a group."""
+        """Return the names of the groups: the kind, and the layer where each unit is a group."""
         return [
             group[0][1] if len(group) > 1 else f"{group[0][1]} {group[0][0]}"
             for group in self.groups
@@ -65,7 +65,7 @@ class Controller:
         return start + share * (end - start)
 
     def prices(self, step: int) -> torch.Tensor:
-        """Return the price of each group's activation, in nats; 0 before anything is known."""
+        """Return the price of each group's activation, in nats; the first price is 0."""
         if self.fixed is not None:
             return torch.full((len(self.groups),), self.fixed)
         return torch.where(self.slope > 0, -self.rise / self.slope.clamp(min=1e-12), 0.0)
@@ -83,8 +83,8 @@ class Controller:
         """Return what to add to the thresholds' logits, [n_groups].
 
         quantile: [n_groups, 2], the z that the shares reach; z is a logit's distance to the
-        threshold. rise: slope of the loss without the load term, if all z of a group rise. slope:
-        that of mean sigmoid(z).
+        threshold. rise: the slope of the loss without the load term, if all z of a group rise.
+        slope: the slope of mean sigmoid(z).
         """
         self.rise = SLOPE_MEMORY * self.rise + (1 - SLOPE_MEMORY) * rise
         self.slope = SLOPE_MEMORY * self.slope + (1 - SLOPE_MEMORY) * slope
@@ -99,7 +99,10 @@ class Controller:
 
 
 def groups_of(units: list[Unit], per_layer: bool) -> list[list[Unit]]:
-    """Return all units of a kind together, so that layers share its budget; or each unit alone."""
+    """Return the groups: all units of a kind, or each unit alone with `per_layer`.
+
+    Layers share the budget of a kind whose units are one group.
+    """
     if per_layer:
         return [[unit] for unit in units]
     return list(by_kind(units).values())

@@ -1,8 +1,7 @@
 """Losses of training: distillation on logits, the language-model loss, hidden states.
 
-Logits of a vocabulary are the largest tensors of training, [tokens, n_vocab]. So both losses on
-them are taken in one
-pass over rows, and their gradient is made there and then: autograd would keep four copies.
+Logits of a vocabulary are the largest tensors of training, [tokens, n_vocab]. So one pass over the
+rows takes both losses and makes their gradient. Autograd would keep four copies.
 
     loss, kl, nll = logit_loss(logits, teacher, targets, weight, kl_weight=1.0, lm_weight=0.0)
 """
@@ -11,9 +10,10 @@ from __future__ import annotations
 
 import torch
 
-# rows of logits that are turned into probabilities at a time; few on a CPU, whose cache they then
-# stay in: 5 x as fast
-ROWS, CPU_ROWS = 256, 16
+# Rows of logits that are turned into probabilities at a time.
+ROWS = 256
+# The same on a CPU: few rows stay in its cache, which is 5 times as fast.
+CPU_ROWS = 16
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -36,9 +36,8 @@ class _LogitLoss(torch.autograd.Function):
                 kl = kl + (w * (p * (log_p - log_q))).sum()
                 slope.sub_(p, alpha=kl_weight)
             slope.scatter_add_(1, targets[rows, None], torch.full_like(of_target, -lm_weight))
-            gradient[rows] = (slope * w).to(
-                gradient.dtype
-            )  # not over total: float16 would lose most of it
+            # The division by total waits for the backward pass: float16 would lose most of it.
+            gradient[rows] = (slope * w).to(gradient.dtype)
         ctx.save_for_backward(gradient, total)
         kl, nll = kl / total, nll / total
         loss = lm_weight * nll + (kl_weight * kl if teacher is not None else 0.0)
@@ -48,11 +47,11 @@ class _LogitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer, *_):
         gradient, total = ctx.saved_tensors
-        scale, step = outer.float() / total, CPU_ROWS if gradient.device.type == "cpu" else ROWS
+        scale = outer.float() / total
+        step = CPU_ROWS if gradient.device.type == "cpu" else ROWS
         scaled = torch.empty_like(gradient)
-        for at in range(
-            0, len(gradient), step
-        ):  # in float32: the scale of float16 training is no number of float16
+        # The product is made in float32: the scale of float16 training is no number of float16.
+        for at in range(0, len(gradient), step):
             scaled[at : at + step] = gradient[at : at + step].float() * scale
         return scaled, None, None, None, None, None, None
 
@@ -60,12 +59,12 @@ class _LogitLoss(torch.autograd.Function):
 def logit_loss(
     logits, teacher, targets, weight, kl_weight: float = 1.0, lm_weight: float = 0.0, total=None
 ):
-    """kl_weight KL(teacher || logits) + lm_weight NLL(targets), in nats per token; and both alone,
-    without gradient.
+    """Return the loss on logits, and its parts kl and nll without gradient.
 
-    logits, teacher (or None): [N, n_vocab]; targets: [N] token ids; weight: [N], what each row
-    counts; total: what the
-    sum is divided by, None: the sum of the weights.
+    The loss is kl_weight KL(teacher || logits) + lm_weight NLL(targets), in nats per token.
+
+    logits: [N, n_vocab]. teacher: the same, or None. targets: [N] token ids. weight: [N], what each
+    row counts. total: what the sum is divided by; None is the sum of the weights.
     """
     return _LogitLoss.apply(
         logits, teacher, targets, weight.float(), _total(weight, total), kl_weight, lm_weight
@@ -79,11 +78,10 @@ def _total(weight: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
 def hidden_loss(
     states, teacher, weight: torch.Tensor, total: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Squared distance of hidden states [B, T, n_embd] of each layer to the teacher's, relative to
-    their size.
+    """Return the squared distance of hidden states to the teacher's, relative to their size.
 
-    states, teacher: tuples as transformers gives them; weight: [B, T]; total: see logit_loss. Mean
-    over layers.
+    The result is the mean over layers. states, teacher: the states [B, T, n_embd] before each layer
+    and at the end, as transformers gives them. weight: [B, T]. total: see logit_loss.
     """
     total, parts = _total(weight, total), []
     for mine, other in zip(states[1:], teacher[1:], strict=True):

@@ -2,9 +2,11 @@
 
 Ordinary text seldom needs a name or a number from a thousand tokens ago, so routers of K/V trained
 on it alone do not keep them. In some sequences the text becomes what a user says, who then asks for
-passages of it by their first words. The original model answers by copying, and so must its student,
-from the K/V that it kept. After KVzip (Kim et al., arXiv 2505.23416), which scores K/V by their use
-in repeating the context.
+passages of the text by their first words. The original model answers by copying. The student must
+copy too, from the K/V that its routers kept.
+
+Source: KVzip (Kim et al., arXiv 2505.23416), which scores K/V by their use in repeating the
+context.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from mod_export.data.sources import Piece
 from mod_export.data.text import begun
 from mod_export.errors import UserError
 
-TEXT_SHARE = 3 / 4  # of the sequence, at most; the rest are questions and answers
-WORDS_TOKENS = 8  # of a passage, which the question gives
+# Largest share of the text in a sequence. Questions and answers are the rest.
+TEXT_SHARE = 3 / 4
+# Tokens of a passage, and how many of them the question gives.
 PASSAGE_TOKENS = 48
-TEXT_NAME = Path("the training text")  # in messages
+WORDS_TOKENS = 8
+# The name of the text in error messages.
+TEXT_NAME = Path("the training text")
 REQUEST = "Repeat the passage that begins with: {}"
 
 
@@ -34,12 +39,14 @@ def ask_for_passages(
     number: int,
     answers: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Make such a conversation of an item, or with a chance of 1 - share return it as it is.
+    """Make a conversation about its text of a share of the items, and return the others unchanged.
 
-    The conversation has the model's chat format where the model has one. item: input_ids, loss and
-    novel [T] as PackedData has them. The result is the same for the same seed and number. All
-    tokens count, or, with `answers`, those of the passages only. Raises UserError where the chat
-    template refuses the conversation, or leaves parts of it out.
+    The conversation has the model's chat format where the model has one. The same seed and number
+    give the same result. All tokens count in the loss; with `answers`, those of the passages only.
+
+    item: input_ids, loss and novel, each [T], as PackedData has them. share: the chance of an item.
+    number: the number of the item. Raises UserError where the chat template refuses the
+    conversation, or leaves parts of it out.
     """
     rng = np.random.RandomState([seed, 1, number])
     if rng.random_sample() >= share:
@@ -57,7 +64,7 @@ def ask_for_passages(
             {"role": "user", "content": document + REQUEST.format(words.strip())},
             {"role": "assistant", "content": passage.strip()},
         ]
-        document = ""  # the document is given once
+        document = ""  # The first question alone holds the document.
         so_far, made = len(made), begun(tokenizer, _encode(tokenizer, messages))
         if len(made) <= so_far:
             raise UserError(
