@@ -21,6 +21,7 @@ from tests.support.byte_tokenizer import byte_tokenizer
 
 N_LAYER = 6
 IDS = torch.randint(3, 300, (1, 48), generator=torch.Generator().manual_seed(7))
+BATCH = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(8))
 UNITS = {
     "kv": {"kv": [2, 3, 5]},
     "block": {"block": [1, 3, 4]},
@@ -164,6 +165,15 @@ def save_small(path: Path, units: dict, **kwargs) -> MoDModel:
     model.tokenizer = byte_tokenizer()
     model.save(path)
     return model
+
+
+def in_pieces(model: MoDModel, ids: torch.Tensor, size: int):
+    """Return logits, decisions and the cache of the sparse form, `size` tokens at a time."""
+    cache = model.new_cache()
+    steps = [
+        model.step(ids[:, i : i + size], cache, trace=True) for i in range(0, ids.shape[1], size)
+    ]
+    return torch.cat([s[0] for s in steps], 1), torch.cat([s[1].active for s in steps], 1), cache
 
 
 def assert_close(a, b):

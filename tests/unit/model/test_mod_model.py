@@ -1,27 +1,12 @@
-"""The torch model: both forms agree, and each against a plain transformers model wherever there is
-an equal one.
-"""
+"""The torch model: its two forms agree, and equal a plain transformers model wherever one exists."""
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from mod_export.errors import UserError
 from mod_export.model.mod_model import MoDModel
-from mod_export.model.routing import DecisionStrategy
 from tests.support import tiny_torch as tiny
-from tests.support.tiny_torch import IDS, UNITS, assert_close
-
-BATCH = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(8))
-
-
-def in_pieces(model, ids, size):
-    """Logits, decisions and the cache of the sparse form, `size` tokens at a time."""
-    cache = model.new_cache()
-    steps = [
-        model.step(ids[:, i : i + size], cache, trace=True) for i in range(0, ids.shape[1], size)
-    ]
-    return torch.cat([s[0] for s in steps], 1), torch.cat([s[1].active for s in steps], 1), cache
+from tests.support.tiny_torch import IDS, UNITS, assert_close, in_pieces
 
 
 @pytest.mark.parametrize("scale_output", [False, True], ids=["hard", "scaled"])
@@ -96,121 +81,6 @@ def test_inactive_sublayer_is_the_model_with_it_zeroed(kind, module):
     assert_close(in_pieces(model, IDS, 5)[0], expected)
 
 
-@torch.inference_mode()
-def test_kv_visibility_is_the_stated_rule():
-    """The same tokens forgotten in all layers is one mask for all layers, which a plain model takes
-    too.
-    """
-    keep, window = torch.rand(1, 48, generator=torch.Generator().manual_seed(3)) < 0.4, 6
-    mask = torch.zeros(1, 1, 48, 48, dtype=torch.bool)
-    for query in range(48):
-        for key in range(query + 1):
-            mask[0, 0, query, key] = keep[0, key] or query - key < window
-    plain = tiny.base()
-    expected = plain(IDS, attention_mask=mask).logits
-    model = MoDModel.from_base(plain, None)
-    assert_close(
-        model(IDS, decisions={(i, "kv"): keep for i in range(tiny.N_LAYER)}, kv_window=window),
-        expected,
-    )
-    assert (model(IDS) - expected).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("kind", ["block", "attn"])
-@torch.inference_mode()
-def test_a_token_that_stores_nothing_is_seen_by_nobody(kind):
-    active = torch.ones(1, 48, dtype=torch.bool)
-    active[0, 20] = False
-    other = IDS.clone()
-    other[0, 20] = 5
-    model = MoDModel.from_base(tiny.base(), None)
-    decisions = {(i, kind): active for i in range(tiny.N_LAYER)}
-    difference = (
-        (model(IDS, decisions=decisions) - model(other, decisions=decisions)).abs().amax(-1)[0]
-    )
-    assert difference[20] > 0.1
-    assert difference[torch.arange(48) != 20].max() == 0
-    assert (model(IDS) - model(other))[0, 21:].abs().max() > 0.1
-
-
-@torch.inference_mode()
-def test_decisions_follow_scores_sinks_and_shift():
-    model = tiny.mod_model(UNITS["all"], IDS, p=0.3, sink_tokens=5)
-    _, trace = model(IDS, trace=True)
-    sink = (torch.arange(48) < 5)[None, :, None]
-    assert torch.equal(trace.active, (torch.sigmoid(trace.logit) >= 0.3) | sink)
-    assert not torch.equal(trace.active, torch.sigmoid(trace.logit) >= 0.3)
-    model.shift = 0.5
-    _, shifted = model(IDS, trace=True)
-    p = torch.sigmoid(torch.logit(torch.tensor(0.3)) + 0.5)
-    assert torch.equal(shifted.active, (torch.sigmoid(shifted.logit) >= p) | sink)
-    for force in ("active", "inactive"):
-        model.force = force
-        _, forced = model(IDS, trace=True)
-        assert torch.equal(forced.active, torch.full_like(forced.active, force == "active"))
-
-
-@pytest.mark.parametrize("kind", ["block", "attn", "ffn"])
-@torch.inference_mode()
-def test_scaled_gate_multiplies_what_the_unit_adds(kind):
-    """In the last layer the gate can be applied by hand: what follows is the FFN (attn only), norm
-    and head.
-    """
-    model = tiny.mod_model({kind: [5]}, IDS, scale_output=True, sink_tokens=3)
-    seen = {}
-    logits, trace = model(
-        IDS,
-        trace=True,
-        strategy=DecisionStrategy(lambda unit, h, delta: seen.update({unit: (h, delta)})),
-    )
-    h, delta = seen[5, kind]
-    s, active = torch.sigmoid(trace.logit), trace.active
-    g = torch.where(s >= 0.5, s, 1.0)
-    assert (active & (s < 0.5)).any()
-    y = torch.where(active, h + g * delta, h)
-    base = model.base
-    if kind == "attn":
-        last = base.model.layers[5]
-        y = y + last.mlp(last.post_attention_layernorm(y))
-    assert_close(logits, base.lm_head(base.model.norm(y)))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.inference_mode()
-def test_padding_changes_nothing(side):
-    model = tiny.mod_model(UNITS["all"], BATCH)
-    lengths = (24, 17, 5)
-    rows = [((24 - n, 0) if side == "left" else (0, 24 - n)) for n in lengths]
-    ids = torch.stack([pad(BATCH[i, :n], rows[i]) for i, n in enumerate(lengths)])
-    mask = torch.stack(
-        [pad(torch.ones(n, dtype=torch.long), rows[i]) for i, n in enumerate(lengths)]
-    )
-    logits, trace = model(ids, attention_mask=mask, trace=True)
-    for i, n in enumerate(lengths):
-        alone, trace_alone = model(BATCH[i : i + 1, :n], trace=True)
-        assert_close(logits[i][mask[i] > 0], alone[0])
-        assert torch.equal(trace.active[i][mask[i] > 0], trace_alone.active[0])
-
-
-@torch.inference_mode()
-def test_cells_are_what_later_queries_can_see():
-    model = tiny.mod_model(UNITS["all"], IDS, kv_window=6)
-    _, trace = model(IDS, trace=True)
-    units = model.config.routed()
-    for size in (48, 5, 1):
-        cache = in_pieces(model, IDS, size)[2]
-        for layer, cells in enumerate(cache.cells):
-            visible = torch.ones(48, dtype=torch.bool)
-            for kind in ("block", "attn"):
-                if (layer, kind) in units:
-                    visible &= trace.active[0, :, units.index((layer, kind))]
-            if (layer, "kv") in units:
-                visible &= trace.active[0, :, units.index((layer, "kv"))] | (
-                    48 - torch.arange(48) < 6
-                )
-            assert cells.position.tolist() == visible.nonzero()[:, 0].tolist()
-
-
 def test_nothing_runs_where_nothing_is_active():
     model = tiny.mod_model({"block": [1, 2], "attn": [3], "ffn": [3]}, IDS)
     model.force = "inactive"
@@ -253,16 +123,6 @@ def test_sampling_follows_its_seed_and_bounds():
     )
 
 
-def test_gradients_reach_only_active_tokens():
-    model = tiny.mod_model(UNITS["all"], IDS)
-    active = torch.zeros(1, 48, dtype=torch.bool)
-    model(IDS, decisions={(3, "block"): active}).sum().backward()
-    grads = [p.grad for p in model.base.parameters() if p.grad is not None]
-    assert all(torch.isfinite(g).all() for g in grads)
-    assert model.base.model.layers[3].mlp.up_proj.weight.grad.abs().max() == 0
-    assert model.base.model.layers[2].mlp.up_proj.weight.grad.abs().max() > 0
-
-
 def test_gradient_checkpointing_is_refused():
     model = tiny.mod_model(UNITS["kv"])
     model.base.model.layers[1].gradient_checkpointing = True
@@ -298,9 +158,3 @@ def test_routers_must_fit_the_config():
     for named, routers in cases.items():
         with pytest.raises(UserError, match=named):
             MoDModel.from_base(tiny.base(), None, config, routers)
-
-
-def test_the_form_with_a_cache_takes_one_sequence():
-    model = tiny.mod_model(UNITS["kv"])
-    with pytest.raises(UserError, match="3 sequences"):
-        model.step(BATCH, model.new_cache())
