@@ -1,7 +1,7 @@
-"""Training data: sequences of a fixed length, packed from text and conversations.
+"""Pack text and conversations into training sequences of a fixed length.
 
-Documents and conversations follow one another as in data.pack: a sequence may hold the end of one
-and the beginning of the next. The tokens lie in memory-mapped files, see token_cache.py.
+Documents and conversations follow one another as in text.pack, so a sequence may hold the end of
+one and the beginning of the next. The tokens lie in memory-mapped files (token_cache.py).
 
     data = open_data(tokenizer, ["books/", "chat.jsonl.gz"], length=1024, loss_on="all")
     train, held_out = split(data, 16)
@@ -27,14 +27,15 @@ LOSS_ON = ("all", "answers")
 class PackedData(torch.utils.data.Dataset):
     """Sequences of `length` tokens.
 
-    fingerprint: of texts, tokenizer, options and, after `split`, the part: the same where a run can
-    be resumed.
+    fingerprint: identifies texts, tokenizer, options and, after `split`, the part. A run can be
+    resumed with data of the same fingerprint. index: int64 [n], the numbers of the sequences in the
+    source.
     """
 
     length: int
     fingerprint: str
     source: Tokens = field(repr=False)
-    index: np.ndarray = field(repr=False)  # int64 [n]: which sequences of the source
+    index: np.ndarray = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -45,9 +46,9 @@ class PackedData(torch.utils.data.Dataset):
         input_ids: LongTensor [length]. loss: BoolTensor [length], loss[t]: token t is to be
         predicted.
 
-        The first token of a sequence never is, there being nothing to predict it from.
-        novel: BoolTensor [length], tokens that do not repeat what the data have said before
-        (repeats.py).
+        input_ids: int64. loss: bool, tokens that are to be predicted. The first token of a sequence
+        is never one of them, because nothing comes before it. novel: bool, tokens that do not
+        repeat what the data have said before (repeats.py).
         """
         begin = np.array(self.source.begin, np.int64)
         body, of_begin = self.length - len(begin), np.zeros(len(begin), bool)
@@ -63,7 +64,7 @@ class PackedData(torch.utils.data.Dataset):
 
     @property
     def tokens(self) -> int:
-        """Tokens in all sequences."""
+        """Return the number of tokens in all sequences."""
         return len(self) * self.length
 
 
@@ -79,11 +80,11 @@ def open_data(
 
     sources.py finds and reads the files.
 
-    loss_on: "all" tokens, or the assistant's "answers" in conversations only, each with its
-    end-of-turn token.
-    limit: at most so many tokens, of all files in proportion. cache: directory for tokens
-    (token_cache.py). Raises UserError for files that cannot be read, no answers in the data, data
-    too short for one sequence.
+    length: the tokens of a sequence. loss_on: "all" tokens, or only the "answers" of the assistant
+    in conversations, each with its end-of-turn token. limit: the largest number of tokens, of all
+    files in proportion. cache: the directory for tokens (token_cache.py). Raises UserError for
+    files that cannot be read, for data without answers where these are wanted, and for data that
+    are too short for one sequence.
     """
     if loss_on not in LOSS_ON:
         raise UserError(f"loss on {loss_on!r} is unknown", f"use one of {', '.join(LOSS_ON)}")
@@ -109,16 +110,17 @@ def split(data: PackedData, held_out: int) -> tuple[PackedData, PackedData]:
     The held-out sequences are always the same, spread evenly. Raises UserError if they are too
     many.
 
-    Their neighbours stay in the first part, so the beginning or end of a document may be in both.
+    The held-out sequences are always the same, spread evenly. Their neighbours stay in the first
+    part, so the beginning or end of a document may be in both parts. Raises UserError where the
+    data have too few sequences.
     """
     n = len(data)
     if not 0 <= held_out < n:
         raise UserError(
             f"cannot hold out {held_out} of {n} sequences", "hold out fewer, or give more data"
         )
-    out = [
-        (2 * i + 1) * n // (2 * held_out) for i in range(held_out)
-    ]  # the middle of each of `held_out` parts
+    # The middle of each of `held_out` equal parts.
+    out = [(2 * i + 1) * n // (2 * held_out) for i in range(held_out)]
     rest = np.setdiff1d(np.arange(n), out)
     parts = ((rest, f"without-{held_out}"), (np.array(out, np.int64), f"only-{held_out}"))
     first, second = (
@@ -133,7 +135,8 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
 
     The order is a permutation that depends on these three numbers only.
 
-    Step k after a resume takes element k: nothing before it has to be drawn again.
+    The permutation depends on the three arguments only. Step k after a resume takes element k, so
+    that nothing before it has to be drawn again.
     """
-    # RandomState: its streams are frozen, so an order outlives numpy's versions
+    # The streams of RandomState are frozen, so an order outlives numpy's versions.
     return np.random.RandomState([seed, epoch]).permutation(n)

@@ -1,27 +1,29 @@
-"""Which tokens of a text say once more what it has said before.
+"""Find the tokens of a text that repeat what the text has said before.
 
 Such tokens are system prompts, headers, licences, copied passages. A router learns fast to skip
-them, and of short conversations they are a large part. Counted in the activation, they let
+them. Short conversations consist of such tokens in large part. If the activation counts these,
 thresholds come out too low for everything else (docs/how-to/prepare-training-data.md).
 
     marks = Repeats()
-    marks.mark(ids), marks.mark(more_ids)       # bool, of parts of one long row of tokens
-    active[counted(novel)]                      # of tokens that are none
+    marks.mark(ids), marks.mark(more_ids)       # bool, for parts of one long row of tokens
+    active[counted(novel)]                      # decisions about tokens that are no repeats
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-PASSAGE = 8  # tokens
-# Remembered passages: 32 MB. A passage that comes again is remembered anew, others make room in
-# time.
+# Tokens of a passage.
+PASSAGE = 8
+# Remembered passages, which take 32 MB. A passage that comes again is remembered anew. Others make
+# room in time.
 SLOTS = 1 << 22
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: 2^64 over the golden ratio
+# 2^64 over the golden ratio: an odd number with mixed bits.
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def counted(novel):
-    """Return the tokens whose activation counts: the novel ones, and all where there are none.
+    """Return the tokens whose activation counts: the novel ones, or all where none is novel.
 
     novel: bool, tensor or array.
     """
@@ -39,7 +41,7 @@ class Repeats:
         self._tail = np.zeros(PASSAGE - 1, np.uint64)
 
     def mark(self, ids: np.ndarray) -> np.ndarray:
-        """Return bool [n]: the PASSAGE tokens that end here have been seen before.
+        """Return which tokens end a passage that has been seen before, bool [n].
 
         ids: [n], the next tokens of the row.
         """

@@ -56,7 +56,8 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
 
     Directories give their text and JSONL files, at any depth, sorted, without READMEs.
 
-    Raises UserError where a path does not exist, or a directory holds no such file.
+    A directory gives its text and JSONL files at any depth, sorted, without READMEs. Raises
+    UserError where a path does not exist, or a directory holds no such file.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -86,7 +87,7 @@ def _is_text(name: Path) -> bool:
 
 
 def _plain(path: Path) -> Path:
-    """The name without .gz."""
+    """Return the path without .gz."""
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 
@@ -139,7 +140,10 @@ def cut(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _lines(path: Path, longest: int = -1) -> Iterator[str]:
-    """Lines with their ends, each "\\n" whatever it is in the file; longer ones in parts."""
+    """Yield the lines of a file, those above `longest` characters in parts.
+
+    Each line ends with "\\n", whatever ends it in the file.
+    """
     try:
         with (gzip.open if path.suffix == ".gz" else open)(
             path, "rt", encoding="utf-8-sig"
@@ -163,13 +167,10 @@ def _from_json(path: Path, number: int, line: str) -> Iterator[Piece]:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
-        json.dumps(
-            record, ensure_ascii=False
-        ).encode()  # escapes can hide halves of surrogate pairs
-    except (
-        ValueError,
-        RecursionError,
-    ) as exc:  # JSONDecodeError and UnicodeEncodeError are the former
+        # Escapes can hide halves of surrogate pairs, which cannot be encoded.
+        json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as exc:
+        # JSONDecodeError and UnicodeEncodeError are kinds of ValueError.
         raise UserError(f"{where}: no JSON: {exc}", "JSONL has one JSON object a line") from exc
     if isinstance(record, dict) and "messages" in record:
         yield Piece(path, number, messages=_checked(record["messages"], where))
@@ -205,7 +206,8 @@ class Mixed(Sequence):
 
     The pieces lie in a nameless temporary file in `folder`, so memory stays small.
 
-    sizes: bytes of each piece in that file, in the mixed order, int64 [n]; a measure of work.
+    The pieces lie in a nameless temporary file in `folder`, so memory stays small. sizes: int64
+    [n], the bytes of each piece in that file, in the mixed order; a measure of work.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None):
@@ -240,12 +242,14 @@ def mixed_order(sizes: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 
     sizes [n]: the sizes of the pieces, file by file. counts: the number of pieces of each file.
 
-    Each file's pieces are shuffled and spread evenly over the whole: every prefix holds the files
-    in proportion to their sizes, to within a piece of each. So a short run, or a limit, sees all of
-    them.
+    Each file's pieces are shuffled and spread evenly over the whole. Every prefix holds the files
+    in proportion to their sizes, to within a piece of each. So a short run, or a limit, sees all
+    files.
+
+    sizes: [n], the size of each piece, file by file. counts: the number of pieces of each file.
     """
-    # RandomState: its streams are frozen, those of numpy's newer generators may change with a
-    # version
+    # The streams of RandomState are frozen. Those of numpy's newer generators may change with a
+    # version.
     random, keys, start = np.random.RandomState(0), np.empty(len(sizes)), 0
     for count in counts:
         shuffled = start + random.permutation(count)

@@ -2,9 +2,9 @@
 
 The text is the calibration text that ships with the package, files of the user, or held-out parts.
 
-Knows nothing of routers. Documents in a text are separated by two empty lines; they are tokenised
-one by one and packed one after the other, so a sequence may hold the end of one and the beginning
-of the next.
+This module knows nothing of routers. Two empty lines separate the documents of a text. Documents
+are tokenised one by one and packed one after the other, so a sequence may hold the end of one
+document and the beginning of the next.
 
     text = read_texts(["book.txt"])
     ids = pack(tokenizer, text, length=1024)        # LongTensor [n, 1024]
@@ -16,11 +16,15 @@ from pathlib import Path
 from mod_export.errors import UserError
 
 TEXTS = Path(__file__).parent.parent / "assets/texts"
-END = "\n\n"  # what a document is tokenised with at its end
+# The end with which a document is tokenised.
+END = "\n\n"
 
 
 def default_texts() -> tuple[str, str]:
-    """The packaged calibration text and the packaged held-out text (CC0, see texts/README.md)."""
+    """Return the packaged calibration text and the packaged held-out text.
+
+    Source: texts/README.md; both texts are CC0.
+    """
     return read_texts([TEXTS / "calibration.txt"]), read_texts([TEXTS / "heldout.txt"])
 
 
@@ -67,9 +71,9 @@ def pack(tokenizer, text: str, length: int, count: int | None = None):
 
     A remainder is dropped.
 
-    A model that expects a token at the beginning (bos) gets it in each sequence. `count` keeps that
-    many sequences, spread evenly over the text. Raises UserError where the text is too short for
-    one sequence, or for `count`.
+    A remainder is dropped. Each sequence begins with the beginning token (bos) where the model
+    expects one. count: the number of sequences to keep, spread evenly over the text. Raises
+    UserError where the text is too short for one sequence, or for `count`.
     """
     import torch
 
@@ -87,12 +91,12 @@ def pack(tokenizer, text: str, length: int, count: int | None = None):
 
 
 def bos(tokenizer) -> list[int]:
-    """The beginning token in a list where the tokenizer itself would put it, else an empty list."""
+    """Return the beginning token in a list, which is empty where the tokenizer puts none."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first if first and first == [tokenizer.bos_token_id] else []
 
 
 def begun(tokenizer, ids: list[int]) -> list[int]:
-    """`ids` with the beginning token, which some chat templates have written already."""
+    """Return `ids` with the beginning token, which some chat templates have written already."""
     begin = bos(tokenizer)
     return ids if ids[: len(begin)] == begin else begin + ids

@@ -1,9 +1,9 @@
-"""Token ids of training text in memory-mapped files, made once for the same text, tokenizer and
-options.
+"""Keep the token ids of training text in memory-mapped files.
 
-An entry is a directory with ids.bin (uint32), repeats.bin and, where answers are marked,
-answers.bin (a byte for each token), and meta.json; it appears whole or not at all. Entries are
-never deleted: delete any of them, or all, at will.
+The same text, tokenizer and options are tokenised once. An entry of the cache is a directory, which
+appears whole or not at all. The directory holds meta.json, ids.bin (uint32), repeats.bin (a byte
+for each token) and, where answers are marked, answers.bin (the same). The cache deletes no entry:
+any of them can be deleted at will.
 
     tokens = tokens_of(tokenizer, ["books/", "chat.jsonl.gz"], answers=True)
     ids, answers, repeats = tokens.read(0, 1024)
@@ -31,18 +31,20 @@ from mod_export.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of the entries; goes up with every change of what is in them
+# Version of the entries, which goes up with every change of their content.
+VERSION = 3
 CURE = "set MOD_EXPORT_CACHE"
-BATCH = 1 << 20  # bytes of text tokenised in one call
+# Bytes of text that are tokenised in one call.
+BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A long row of `count` tokens on disk. begin: what a sequence begins with (bos or nothing),
-    not part of it.
+    """A long row of `count` tokens on disk.
 
-    answers: how many of the tokens are an answer's; None where that is not marked.
-    fingerprint: of texts, tokenizer and options.
+    answers: the number of tokens that belong to answers; None where answers are not marked. begin:
+    the tokens that begin a sequence (bos or nothing), which are not part of the row. fingerprint:
+    identifies texts, tokenizer and options.
     """
 
     folder: Path
@@ -52,11 +54,13 @@ class Tokens:
     fingerprint: str
 
     def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens start to start + n: ids int64 [n]; bool [n], those of answers where they are
-        marked, else all; bool [n], those that repeat what was before (repeats.py).
+        """Return the ids, answers and repeats of the tokens start to start + n.
+
+        ids: int64 [n]. answers: bool [n], tokens of answers; all where answers are not marked.
+        repeats: bool [n], tokens that repeat what was before (repeats.py).
         """
-        # mapped anew each time: nothing to keep open, so the object goes to worker processes as it
-        # is
+        # Each call maps the files anew and keeps none open, so the object can go to worker
+        # processes.
         ids = np.memmap(self.folder / "ids.bin", "<u4", "r", 4 * start, n).astype(np.int64)
         answers = np.ones(n, bool) if self.answers is None else self._marks("answers", start, n)
         return ids, answers, self._marks("repeats", start, n)
@@ -72,12 +76,14 @@ def tokens_of(
     limit: int | None = None,
     cache: str | Path | None = None,
 ) -> Tokens:
-    """The tokens of files and directories, see sources.py, mixed; from the cache, or made and kept
-    there.
+    """Return the mixed tokens of files and directories (sources.py), from the cache if possible.
 
-    answers: mark them. limit: at most so many tokens, of all files in proportion. cache: directory,
-    by default `tokens` in that of mod-export. Raises UserError for what is wrong with the files, a
-    cache that cannot be written, and marking answers where there are none.
+    Tokens that the cache lacks are made and kept there.
+
+    answers: mark the tokens of answers. limit: the largest number of tokens, of all files in
+    proportion. cache: a directory, by default `tokens` in the cache directory of mod-export. Raises
+    UserError for faults of the files, for a cache that cannot be written, and where answers are to
+    be marked and the data have none.
     """
     files = sources.find(paths)
     options = {
@@ -91,7 +97,7 @@ def tokens_of(
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
     folder = _cache_folder(cache)
     if (found := _open(folder / key)) is None:
-        with locked(folder, _tell_busy, CURE):  # the other process may tokenise the same text
+        with locked(folder, _tell_busy, CURE):  # The other process may tokenise the same text.
             if (found := _open(folder / key)) is None:
                 pieces = _mixed(files, folder)
                 with atomic_dir(folder / key, force=True, marker="meta.json", cure=CURE) as tmp:
@@ -108,7 +114,7 @@ def tokens_of(
 def _tokenizer_digest(tokenizer) -> str:
     if tokenizer.is_fast:
         made = json.loads(tokenizer.backend_tokenizer.to_str())
-        made["truncation"] = made["padding"] = None  # of the last call
+        made["truncation"] = made["padding"] = None  # These are settings of the last call.
     else:
         made = [type(tokenizer).__name__, tokenizer.get_vocab()]
     text = json.dumps([made, tokenizer.chat_template, tokenizer.bos_token], sort_keys=True)
@@ -133,14 +139,14 @@ def _cache_folder(cache: str | Path | None) -> Path:
 def _mixed(files: Sequence[Path], folder: Path) -> sources.Mixed:
     try:
         return sources.Mixed(files, folder)
-    except OSError as exc:  # trouble with a file of text is a UserError already
+    except OSError as exc:  # Trouble with a file of text is a UserError already.
         raise UserError(
             f"cannot write to the cache directory {folder}: {exc.strerror}", CURE
         ) from exc
 
 
 def _open(folder: Path) -> Tokens | None:
-    """The entry, or None where there is none, or its files have been damaged."""
+    """Return the entry, or None where the entry is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokens = Tokens(folder, meta["count"], meta["answers"], tuple(meta["begin"]), folder.name)
@@ -155,8 +161,11 @@ def _open(folder: Path) -> Tokens | None:
 def _write(
     tokenizer, pieces: sources.Mixed, answers: bool, limit: int | None, folder: Path
 ) -> dict:
-    """Tokenise the pieces in their order until `limit`; the entry's figures."""
-    count, marked, progress, total, repeats = 0, 0, Progress(), int(pieces.sizes.sum()), Repeats()
+    """Tokenise the pieces in their order until `limit`, and return the figures of the entry."""
+    count = marked = 0
+    progress = Progress()
+    total = int(pieces.sizes.sum())
+    repeats = Repeats()
     with contextlib.ExitStack() as stack:
         names = ("ids", "repeats", "answers")
         ids_file, repeats_file, answers_file = (
@@ -188,7 +197,7 @@ def _write(
 
 
 def _batches(pieces: sources.Mixed):
-    """Some pieces at a time, and how many bytes have been given out so far."""
+    """Yield some pieces at a time, each with the bytes that have been given out so far."""
     batch, size, done = [], 0, 0
     for piece, n in zip(pieces, pieces.sizes.tolist(), strict=True):
         batch.append(piece)

@@ -1,8 +1,8 @@
 """A K/V cache for one sequence that stores what a later query can still see, and nothing else.
 
 Each layer has cells of its own: a token that is not active in a layer's attention gets none, and a
-cell whose token its `kv` router did not keep is freed as soon as it is out of the window. Keys
-carry their RoPE already, so cells can stand in any order; positions are kept beside them.
+cell whose token the `kv` router did not keep is freed as soon as the cell is out of the window.
+Keys carry their RoPE already, so cells can stand in any order. Positions are kept beside the cells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from transformers import Cache
 
 @dataclass
 class Cells:
-    """K and V [1, n_head_kv, n, head_dim], position [n] and keep [n] of the cells of one layer."""
+    """The cells of one layer.
+
+    key, value: [1, n_head_kv, n, head_dim]. position: [n]. keep: bool [n], cells that stay beyond
+    the window.
+    """
 
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
@@ -60,11 +64,10 @@ class MoDCache(Cache):
         self._pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fork(self) -> MoDCache:
-        """Return a cache of the same sequence; what one appends does not show in the other."""
+        """Return a cache of the same sequence, to which each of the two appends for itself."""
         other = MoDCache(len(self.cells))
-        other.cells = [
-            copy.copy(cells) for cells in self.cells
-        ]  # tensors are replaced, never written to
+        # Shallow copies are enough: tensors are replaced, never written to.
+        other.cells = [copy.copy(cells) for cells in self.cells]
         other.n_tokens = self.n_tokens
         return other
 

@@ -26,9 +26,10 @@ def generate(
 ) -> torch.Tensor:
     """Continue input_ids [1, T] to [1, T + n], n <= max_new_tokens.
 
-    A stop token is the last one returned. temperature 0 takes the likeliest token. top_k 0 and
-    top_p 1 are off. stop_ids: by default the model's own end-of-sequence tokens. chunk: tokens per
-    prefill step, which changes memory and speed but not the result.
+    A stop token ends the result, which holds it. temperature: 0 takes the likeliest token. top_k: 0
+    is off. top_p: 1 is off. stop_ids: by default the model's own end-of-sequence tokens. chunk:
+    tokens per prefill step, which changes memory and speed but not the result. Raises ValueError
+    for an empty prompt.
     """
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty")
@@ -60,7 +61,7 @@ def sample(
     p = torch.softmax(order.values, dim=-1)
     if top_k > 0:
         p[top_k:] = 0
-    p[p.cumsum(-1) - p >= top_p] = 0  # keep the token that crosses the bound
+    p[p.cumsum(-1) - p >= top_p] = 0  # The token that crosses the bound stays.
     return int(order.indices[torch.multinomial(p, 1, generator=generator)])
 
 

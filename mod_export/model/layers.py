@@ -2,9 +2,9 @@
 
 The wrapping needs no code for any architecture.
 
-The forwards of a layer and of a few modules in it (architectures.LayerParts) are replaced on the
-instance; modules and weights keep their names. Each forward of the model has a RoutingState, which
-decides. There are two ways to compute a layer:
+No architecture has code of its own here. The forwards of a layer and of a few modules in it
+(architectures.LayerParts) are replaced on the instance; modules and weights keep their names. Each
+forward of the model has a RoutingState, which decides. There are two ways to compute a layer:
 
 * dense: every token is computed, masks hide what was not stored, and what a skipping token got is
   thrown away. This is the form for batches and for gradients.
@@ -53,7 +53,7 @@ def is_wrapped(base: nn.Module) -> bool:
 
 
 class LayerRouting:
-    """The wrapped forwards of one decoder layer; without a `state` they are the plain ones."""
+    """The wrapped forwards of one decoder layer, which are the plain ones without a `state`."""
 
     def __init__(self, index: int, parts: LayerParts):
         self.index = index

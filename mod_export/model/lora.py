@@ -1,8 +1,8 @@
-"""LoRA on a base model by PEFT, beside the routers: PEFT's modules, files and arithmetic.
+"""Add LoRA to a base model by PEFT, beside the routers.
 
-PEFT replaces the linear modules below the decoder layers in place. The wrapped forwards of
-layers.py sit on the modules above these, so it makes no difference which comes first. PEFT's model
-is kept on the base it works on, as MoDModel is.
+Modules, files and arithmetic are PEFT's. PEFT replaces the linear modules below the decoder layers
+in place. The wrapped forwards of layers.py sit on the modules above these, so LoRA and routers can
+come in either order. The base keeps the PEFT model that works on it.
 
     parameters = inject_lora(base, rank=8, alpha=16)    # the only ones that need gradients
     with without_lora(base): ...                        # the model as it was
@@ -38,8 +38,9 @@ def inject_lora(
 
     Returns the new parameters, float32.
 
-    targets: names of linear modules (`q_proj`), by default all of the decoder layers. Raises
-    UserError for a name that no such module has, and where there is LoRA already.
+    New LoRA changes no result. targets: names of linear modules (`q_proj`), by default all of the
+    decoder layers. Raises UserError for a name that no such module has, for a rank below 1, and
+    where the base has LoRA already.
     """
     from peft import LoraConfig
 
@@ -64,12 +65,12 @@ def inject_lora(
 
 
 def attach_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> None:
-    """Add LoRA as read_lora gives it. Raises UserError where it does not fit the model."""
+    """Add LoRA as read_lora gives it. Raises UserError where LoRA does not fit the model."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     try:
         peft = _wrap(base, copy.deepcopy(config))
-    except Exception as error:  # PEFT raises many kinds, all about what the file asks for
+    except Exception as error:  # PEFT raises many kinds, all about what the file asks for.
         raise UserError(f"{LORA_CONFIG} does not fit the model: {error}", ADAPTER_AGAIN) from error
     expected = {
         name: tensor.shape
@@ -94,7 +95,7 @@ def attach_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> No
 
 @contextlib.contextmanager
 def without_lora(base: nn.Module) -> Iterator[None]:
-    """The base computes what it did before inject_lora; does nothing where it has no LoRA."""
+    """Let the base compute what it did before inject_lora; a base without LoRA stays as it is."""
     peft = lora_of(base)
     with peft.disable_adapter() if peft is not None else contextlib.nullcontext():
         yield
@@ -105,34 +106,36 @@ def merge_lora(base: nn.Module) -> None:
 
     A model that has no LoRA stays as it is.
 
-    Raises UserError where that makes weights which are not finite, or PEFT cannot do it.
+    A base without LoRA stays as it is. Raises UserError where the merged weights are not finite, or
+    where PEFT cannot merge.
     """
     if (peft := lora_of(base)) is not None:
         try:
             _release(base, lambda: peft.merge_and_unload(safe_merge=True))
-        except (
-            ValueError,
-            NotImplementedError,
-        ) as error:  # not finite; a kind that adds no constant to the weights
+        except (ValueError, NotImplementedError) as error:
+            # Weights are not finite, or LoRA is of a kind that adds no constant to the weights.
             raise UserError(f"LoRA cannot be merged: {error}", ADAPTER_AGAIN) from error
 
 
 def lora_of(base: nn.Module):
-    """The PeftModel that inject_lora or attach_lora made, or None."""
+    """Return the PeftModel that inject_lora or attach_lora made, or None."""
     return base.__dict__.get("_lora")
 
 
 def write_lora(base: nn.Module, directory: Path, name: str) -> None:
-    """PEFT's files. name: of the model."""
+    """Write PEFT's files. name: the name of the model, which the files record."""
     peft = lora_of(base)
-    peft.peft_config[
-        "default"
-    ].base_model_name_or_path = name  # else PEFT notes a path of this machine
+    # Without a name PEFT records a path of this machine.
+    config = peft.peft_config["default"]
+    config.base_model_name_or_path = name
     peft.save_pretrained(str(directory), **_NO_EMBEDDINGS)
 
 
 def read_lora(directory: Path):
-    """(LoraConfig, {name: tensor}). Raises UserError naming what is missing or damaged."""
+    """Return LoRA's configuration and tensors, (LoraConfig, {name: tensor}).
+
+    Raises UserError naming what is missing or damaged.
+    """
     from peft import LoraConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -145,7 +148,7 @@ def read_lora(directory: Path):
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # PEFT only warns of keys that it does not know
+            warnings.simplefilter("error")  # PEFT only warns of keys that it does not know.
             config = LoraConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT may raise any exception here as well.
         raise UserError(
@@ -175,12 +178,14 @@ _NO_EMBEDDINGS = {
 def _wrap(base: nn.Module, config):
     from peft import get_peft_model
 
-    with warnings.catch_warnings():  # about names and types that do not matter here
+    with warnings.catch_warnings():
+        # PEFT warns of names and types that do not matter here.
         warnings.simplefilter("ignore")
-        base.__dict__["_lora"] = get_peft_model(
-            base, config
-        )  # past nn.Module's registry: as a submodule a cycle
-    return base.__dict__["_lora"]
+        peft = get_peft_model(base, config)
+    # The PEFT model holds the base. As a submodule of the base it would be a cycle of modules, so
+    # it is stored past the registry of nn.Module.
+    base.__dict__["_lora"] = peft
+    return peft
 
 
 def _release(base: nn.Module, how) -> None:
@@ -189,7 +194,7 @@ def _release(base: nn.Module, how) -> None:
 
 
 def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
-    """Full names of the linear modules below the decoder layers."""
+    """Return the full names of the linear modules below the decoder layers."""
     below = {
         id(part) for parts in architectures.decoder_layers(base) for part in parts.layer.modules()
     }

@@ -1,4 +1,4 @@
-"""The torch model: its two forms agree, and equal a plain transformers model wherever one exists."""
+"""The torch model: its two forms agree, and equal a plain transformers model where one exists."""
 
 import pytest
 import torch
