@@ -41,10 +41,7 @@ class PackedData(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """Return input_ids, loss and novel of a sequence.
-
-        input_ids: LongTensor [length]. loss: BoolTensor [length], loss[t]: token t is to be
-        predicted.
+        """Return input_ids, loss and novel of a sequence, each [length].
 
         input_ids: int64. loss: bool, tokens that are to be predicted. The first token of a sequence
         is never one of them, because nothing comes before it. novel: bool, tokens that do not
@@ -76,9 +73,7 @@ def open_data(
     limit: int | None = None,
     cache: str | Path | None = None,
 ) -> PackedData:
-    """Open the text and conversations in files and directories as sequences of `length` tokens.
-
-    sources.py finds and reads the files.
+    """Return the text and conversations in files and directories (sources.py) as sequences.
 
     length: the tokens of a sequence. loss_on: "all" tokens, or only the "answers" of the assistant
     in conversations, each with its end-of-turn token. limit: the largest number of tokens, of all
@@ -105,10 +100,7 @@ def open_data(
 
 
 def split(data: PackedData, held_out: int) -> tuple[PackedData, PackedData]:
-    """Split the data into a part without `held_out` sequences, and these sequences.
-
-    The held-out sequences are always the same, spread evenly. Raises UserError if they are too
-    many.
+    """Return the data without `held_out` sequences, and these sequences.
 
     The held-out sequences are always the same, spread evenly. Their neighbours stay in the first
     part, so the beginning or end of a document may be in both parts. Raises UserError where the
@@ -132,8 +124,6 @@ def split(data: PackedData, held_out: int) -> tuple[PackedData, PackedData]:
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of n sequences in an epoch, int64 [n].
-
-    The order is a permutation that depends on these three numbers only.
 
     The permutation depends on the three arguments only. Step k after a resume takes element k, so
     that nothing before it has to be drawn again.

@@ -1,10 +1,8 @@
-"""Find files of training text, and read their documents and conversations.
+"""Find files of training text, and read their documents and conversations in a mixed order.
 
-The documents and conversations come in pieces and mixed.
-
-The module knows nothing of tokens. A file is UTF-8 text, documents separated by two empty lines, or
-JSONL with {"messages": [{"role": ..., "content": ...}, ...]} or {"text": ...} in each line. Either
-may be gzipped.
+This module knows nothing of tokens. A file is UTF-8 text with two empty lines between documents, or
+JSONL with {"messages": [{"role": ..., "content": ...}, ...]} or {"text": ...} in each line. Both
+can be gzipped.
 
     files = find(["books/", "chat.jsonl.gz"])
     pieces = Mixed(files)             # every prefix of this order holds all files in proportion
@@ -36,9 +34,10 @@ SUFFIXES = (".txt", ".md", ".jsonl")  # Files taken from directories end so, wit
 
 @dataclass(frozen=True)
 class Piece:
-    """A document or a part of one (text), or a conversation (messages).
+    """A document, a part of a document, or a conversation.
 
-    line: where the piece begins in a JSONL file.
+    line: the line of a JSONL file that holds the piece, or 0. text: of a document. messages: of a
+    conversation.
     """
 
     file: Path
@@ -53,8 +52,6 @@ class Piece:
 
 def find(paths: Sequence[str | Path]) -> list[Path]:
     """Return the files of `paths`.
-
-    Directories give their text and JSONL files, at any depth, sorted, without READMEs.
 
     A directory gives its text and JSONL files at any depth, sorted, without READMEs. Raises
     UserError where a path does not exist, or a directory holds no such file.
@@ -92,9 +89,9 @@ def _plain(path: Path) -> Path:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """Return the SHA-256 over the contents of the files, in order, and over how they are read.
+    """Return the SHA-256 of the contents of the files, in order, and of how they are read.
 
-    The names of the files do not count.
+    The names of the files do not count. Raises UserError for a file that cannot be read.
     """
     total = hashlib.sha256()
     for path in files:
@@ -122,9 +119,9 @@ def read(path: Path) -> Iterator[Piece]:
 
 
 def cut(lines: Iterable[str]) -> Iterator[str]:
-    """Cut lines with their ends into documents, the long ones in pieces.
+    """Yield the documents of some lines, the long ones in pieces.
 
-    A document has no empty lines around it and is never empty.
+    lines: with their ends. A piece has no empty lines around it, and is never empty.
     """
     part, size, empty = [], 0, 0
     for line in lines:
@@ -202,9 +199,7 @@ def _checked(messages, where: str) -> list[dict]:
 
 
 class Mixed(Sequence):
-    """All pieces of some files, mixed.
-
-    The pieces lie in a nameless temporary file in `folder`, so memory stays small.
+    """All pieces of some files, in a mixed order.
 
     The pieces lie in a nameless temporary file in `folder`, so memory stays small. sizes: int64
     [n], the bytes of each piece in that file, in the mixed order; a measure of work.
@@ -239,8 +234,6 @@ class Mixed(Sequence):
 
 def mixed_order(sizes: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return a fixed random order of pieces, int64 [n].
-
-    sizes [n]: the sizes of the pieces, file by file. counts: the number of pieces of each file.
 
     Each file's pieces are shuffled and spread evenly over the whole. Every prefix holds the files
     in proportion to their sizes, to within a piece of each. So a short run, or a limit, sees all

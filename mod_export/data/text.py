@@ -1,6 +1,4 @@
-"""Turn text into token sequences.
-
-The text is the calibration text that ships with the package, files of the user, or held-out parts.
+"""Make token sequences of text: of the packaged texts, and of files of the user.
 
 This module knows nothing of routers. Two empty lines separate the documents of a text. Documents
 are tokenised one by one and packed one after the other, so a sequence may hold the end of one
@@ -47,7 +45,7 @@ def read_texts(paths: Sequence[str | Path]) -> str:
 def tokenize(tokenizer, text: str) -> list[int]:
     """Return the token ids of `text`, without special tokens.
 
-    The text is tokenised document by document, so that cost stays linear in the length.
+    Documents are tokenised one by one, so that the cost stays linear in the length.
     """
     documents = [doc.strip("\n") for doc in text.split("\n\n\n")]
     ids: list[int] = []
@@ -57,9 +55,9 @@ def tokenize(tokenizer, text: str) -> list[int]:
 
 
 def same_tokens(first, second) -> bool:
-    """Tell whether two tokenizers make the same tokens of a sample.
+    """Return whether two tokenizers give the same ids for a text that tells tokenizers apart.
 
-    The sample has words, numbers, spaces, other scripts and a special token.
+    The text has words, numbers, spaces, another script and a special token.
     """
     text = "The keeper's 3 lamps, 27 stairs and 1840 steps:\n\n\t* naïve 東京 <|im_end|>"
     made = [tokenizer(text, verbose=False)["input_ids"] for tokenizer in (first, second)]
@@ -68,8 +66,6 @@ def same_tokens(first, second) -> bool:
 
 def pack(tokenizer, text: str, length: int, count: int | None = None):
     """Cut `text` into sequences of `length` tokens, LongTensor [n, length] with n >= 1.
-
-    A remainder is dropped.
 
     A remainder is dropped. Each sequence begins with the beginning token (bos) where the model
     expects one. count: the number of sequences to keep, spread evenly over the text. Raises

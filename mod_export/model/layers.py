@@ -1,7 +1,5 @@
 """Wrap the decoder layers of a model so that tokens can skip them.
 
-The wrapping needs no code for any architecture.
-
 No architecture has code of its own here. The forwards of a layer and of a few modules in it
 (architectures.LayerParts) are replaced on the instance; modules and weights keep their names. Each
 forward of the model has a RoutingState, which decides. There are two ways to compute a layer:

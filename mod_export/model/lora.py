@@ -34,9 +34,7 @@ def inject_lora(
     targets: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> list[nn.Parameter]:
-    """Add LoRA, which changes nothing yet, and freeze the base.
-
-    Returns the new parameters, float32.
+    """Add LoRA and freeze the base; returns the new parameters, float32.
 
     New LoRA changes no result. targets: names of linear modules (`q_proj`), by default all of the
     decoder layers. Raises UserError for a name that no such module has, for a rank below 1, and
@@ -103,8 +101,6 @@ def without_lora(base: nn.Module) -> Iterator[None]:
 
 def merge_lora(base: nn.Module) -> None:
     """Add LoRA to the weights, whose modules then are the plain ones again.
-
-    A model that has no LoRA stays as it is.
 
     A base without LoRA stays as it is. Raises UserError where the merged weights are not finite, or
     where PEFT cannot merge.

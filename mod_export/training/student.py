@@ -1,10 +1,12 @@
-"""One forward of training as a module, so that Accelerate can wrap it: student, teacher, losses.
+"""One forward of training as a module: student, teacher and losses.
 
-student = Student(model, teacher=None, groups, weights)
-loss, seen = student(ids, counts, novel, prices, shares, total)   # counts, novel: [B, T]
-student.group_offset.grad      # [n_groups], slope of the loss if all logits of a group rise
-dense, logits, trace = student(ids)                 # hard decisions, for evaluation
-_, logits, trace = student(ids, teach=False, logits_to_keep=1)
+    student = Student(model, teacher=None, groups, weights)
+    loss, seen = student(ids, counts, novel, prices, shares, total)   # counts, novel: [B, T]
+    student.group_offset.grad      # [n_groups], slope of the loss if all logits of a group rise
+    dense, logits, trace = student(ids)                 # hard decisions, for evaluation
+    _, logits, trace = student(ids, teach=False, logits_to_keep=1)
+
+Accelerate can wrap the module.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Student(nn.Module):
 
     @property
     def _no_split_modules(self):
-        """What FSDP makes a unit of, as transformers has it; Accelerate asks for it."""
+        """Return the names of the modules that FSDP makes units of, as transformers has them."""
         return self.model.base._no_split_modules
 
     def forward(

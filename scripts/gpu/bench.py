@@ -63,7 +63,7 @@ else:
 
 @dataclass(frozen=True)
 class Point:
-    """What one measurement is of: see the module's first paragraph."""
+    """What one measurement is of: see the module's docstring."""
 
     shape: str
     quant: str
@@ -172,7 +172,7 @@ def files(point: Point) -> tuple[Path, Path]:
 
 
 def finished() -> list[dict]:
-    """The lines of bench.jsonl; a last one that was cut off does not count."""
+    """Return the lines of bench.jsonl, without a last line that was cut off."""
     path = RESULTS / "bench.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]

@@ -33,7 +33,7 @@ def patched_lib() -> Path:
 
 
 def read(name: str) -> dict:
-    """A result so far; empty where it is of another build."""
+    """Return the result so far, which is empty where it is of another build."""
     path = RESULTS / name
     found = json.loads(path.read_text()) if path.is_file() else {}
     return found if found.get("machine", {}).get("build") == machine()["build"] else {}
@@ -46,7 +46,7 @@ def save(name: str, data: dict) -> None:
 
 
 def machine() -> dict:
-    """What the figures hold for."""
+    """Return the machine and the build for which the figures hold."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     cpu = next(
         (

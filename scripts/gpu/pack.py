@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def copy_source(source: Path, target: Path) -> None:
-    """The Python package llama_cpp, and of llama.cpp what is compiled."""
+    """Copy the Python package llama_cpp, and of llama.cpp the sources that are compiled."""
     root, to = source / "vendor/llama.cpp", target / "vendor/llama.cpp"
     shutil.copytree(
         source / "llama_cpp",

@@ -33,7 +33,7 @@ ROUNDED = Bounds(0, 0, float("inf"), mean_kl=1e-3, margin=0.05)
 
 @dataclass(frozen=True)
 class Case:
-    """env: of the process; layers: on the GPU, None for all."""
+    """A way to decode. env: of the process. layers: on the GPU, None for all."""
 
     name: str
     flash_attn: bool = True
@@ -165,7 +165,7 @@ def mod_file(units: str) -> Path:
 
 
 def widen(source: Path, target: Path) -> None:
-    """The quantised file's weights in F32."""
+    """Write the weights of the quantised file in F32."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -179,7 +179,10 @@ def widen(source: Path, target: Path) -> None:
 
 
 def run(file: Path, output: Path, case: Case, what: str = "tokens") -> None:
-    """`what` of WHAT in a process of its own: the library reads its environment once."""
+    """Run `what` of WHAT in a process of its own.
+
+    The library reads its environment only once in a process.
+    """
     layers = GPU_LAYERS if case.layers is None or REHEARSE else case.layers
     # cuBLAS would multiply F32 in TF32
     env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"} | dict(case.env)

@@ -65,7 +65,7 @@ def main() -> bool:
 
 
 def run(command: list[str], env: dict[str, str]) -> dict:
-    """exit, seconds, the sanitizer's summary, and its lines where there is a finding."""
+    """Return exit code, seconds, the sanitizer's summary, and the lines of what it found."""
     start = time.monotonic()
     done = subprocess.run(
         command,
@@ -100,7 +100,7 @@ def tiny_model() -> Path:
 
 
 def decode(file: str) -> None:
-    """A prompt, then some tokens, with cells dropped and freed on the way."""
+    """Decode a prompt, then some tokens, with cells dropped and freed on the way."""
     from mod_export.benchmark.processes import prompt_tokens
     from mod_export.runtime.llama import MoDLlama
 

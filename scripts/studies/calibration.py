@@ -109,7 +109,7 @@ def convert_kinds(kinds: str) -> list[str]:
 
 
 def compare_scores(study: Study, kind: str, target: float) -> None:
-    """All scores with ridge, then the best score with the other fits; plain baselines."""
+    """Compare all scores with ridge, the other fits of the best score, and plain baselines."""
     rows, samples = NamedRows(study.out / "scores.jsonl"), study.samples[kind]
 
     def add(score: str, method: str) -> dict:
@@ -135,7 +135,7 @@ def compare_scores(study: Study, kind: str, target: float) -> None:
 
 
 def compare_targets(study: Study, kind: str, targets: list[float], name: str) -> None:
-    """The default score at several activations, beside baselines."""
+    """Compare the default score with baselines at several activations."""
     rows = NamedRows(study.out / f"{name}.jsonl")
     rows.add(
         "dense",
@@ -230,7 +230,10 @@ def random_baseline(study: Study, rows: NamedRows, kind: str, target: float) -> 
 
 
 def random_routers(samples: Samples) -> dict:
-    """Routers with normal weights; thresholds per layer give every layer the same activation."""
+    """Return routers with normal weights.
+
+    Thresholds per layer give every layer the same activation.
+    """
     generator = torch.Generator().manual_seed(0)
     return {
         u: (torch.randn(x.shape[1], generator=generator) * 0.05, torch.zeros(1))
@@ -308,7 +311,7 @@ def scores(target, **given):
 @click.option("--targets", default=TARGETS, show_default=True)
 @click.option("--name", default="table", show_default=True, help="Rows go to NAME.jsonl.")
 def table(targets, name, **given):
-    """The default score of each kind, and baselines, at several activations."""
+    """Compare the default score of each kind with baselines at several activations."""
     made = Study(**given)
     for kind in made.kinds:
         compare_targets(made, kind, [float(target) for target in targets.split(",")], name)
@@ -340,7 +343,7 @@ def shapes(windows, layer_sets, target, **given):
 @click.option("--keys", default=2, show_default=True, help="Keys at each of the five depths.")
 @click.option("--threads", default=2, show_default=True)
 def passkey(mod, haystack, out, lengths, keys, threads):
-    """Passkey retrieval of a MoD directory and of its dense base."""
+    """Measure passkey retrieval of a MoD directory and of its dense base."""
     passkeys(mod, haystack, out, [int(length) for length in lengths.split(",")], keys, threads)
 
 
@@ -352,7 +355,7 @@ def passkey(mod, haystack, out, lengths, keys, threads):
     help="Where the pictures go; default: the same folder.",
 )
 def report(out, docs):
-    """Tables (study.md, study.json) and pictures from the rows."""
+    """Write tables (study.md, study.json) and pictures from the rows."""
     write_report(out, docs or out)
 
 

@@ -2,9 +2,9 @@
 
     python -m scripts.studies.drift --text wiki=wiki.txt --text book=book.txt --out drift
 
-For each drift penalty: KL and perplexity at equal activation on the texts, and the activation by
-position in sequences of 4096 tokens, with thresholds of the calibration text. Rows go to
-OUT/rows.jsonl and are not measured again.
+The study measures each drift penalty with thresholds of the calibration text. The figures are KL
+and perplexity at equal activation on the texts, and the activation by position in sequences of 4096
+tokens. Rows go to OUT/rows.jsonl and are not measured again.
 """
 
 from pathlib import Path

@@ -29,7 +29,10 @@ ROUNDS = 3
 
 @dataclass
 class Result:
-    """Means over positions of several texts. kl_late: second half of each sequence only."""
+    """Means over positions of several texts.
+
+    kl_late: the mean over the second half of each sequence.
+    """
 
     activation: float
     kv_share: float
@@ -136,7 +139,10 @@ class Judge:
     def _set_thresholds(
         self, model: MoDModel, logits: list, target: float, per_layer: bool
     ) -> None:
-        """logits: a list of [T, n_units]; sinks are active anyway."""
+        """Set thresholds from the routers' logits.
+
+        logits: a list of [T, n_units]. Sinks are active anyway.
+        """
         for part in logits:
             part[: self.sinks] = float("inf")
         joined = torch.cat(logits)
@@ -151,7 +157,7 @@ class Judge:
             )
 
     def _dense_logits(self, routers: dict) -> list:
-        """What routers at the layers' inputs say while nothing is skipped."""
+        """Return the logits of routers at the layers' inputs while nothing is skipped."""
         columns = []
         for unit, (weight, bias) in sorted(routers.items()):
             columns.append([x.float() @ weight + bias for x in self.inputs[unit.layer]])
@@ -204,10 +210,10 @@ def judge_point(
     count: int,
     **_,
 ) -> dict:
-    """KL and perplexities against the original `model`, on each text; with activation and K/V.
+    """Return KL and perplexities against the original `model` on each text, activation and K/V.
 
-    target: thresholds are moved, all alike, until these texts have this activation; None: they are
-    left as they are.
+    target: the activation on these texts for which all thresholds are moved alike. None leaves
+    thresholds as they are.
     """
     original, found = loading.load(model)[0], {}
     for module in (original, made):

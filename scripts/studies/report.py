@@ -1,4 +1,4 @@
-"""Rows of the studies -> tables and pictures."""
+"""Make tables and pictures of the rows of the studies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STYLES = {"router": "-o", "static": "--s", "random": ":^", "sinks + window": "--
 
 
 def write_report(out: Path, docs: Path) -> None:
-    """Write what there are rows for."""
+    """Write the tables and pictures for which there are rows."""
     rows = {
         path.stem: [json.loads(line) for line in path.open()]
         for path in sorted(out.glob("*.jsonl"))
@@ -32,7 +32,7 @@ def write_report(out: Path, docs: Path) -> None:
 
 
 def scores_table(rows: list[dict]) -> str:
-    """One table per kind, best first."""
+    """Return one table per kind, the best way first."""
     tables = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of_kind = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["kl"])
@@ -103,7 +103,10 @@ def _axes(width: float, height: float):
 
 
 def scores_picture(rows: list[dict], path: Path) -> None:
-    """A bar for each way, kinds one below the other; routers full, baselines pale."""
+    """Draw a bar for each way, kinds one below the other.
+
+    Bars of routers are full, and bars of baselines are pale.
+    """
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     ordered = [
         row
@@ -129,7 +132,7 @@ def scores_picture(rows: list[dict], path: Path) -> None:
 
 
 def targets_picture(rows: list[dict], path: Path) -> None:
-    """KL against activation, a line for each kind and way."""
+    """Draw KL against activation, a line for each kind and way."""
     figure, axes = _axes(8, 5)
     series = dict.fromkeys(
         (row["kind"], row["variant"]) for row in rows if row["variant"] != "dense"
@@ -160,7 +163,7 @@ def targets_picture(rows: list[dict], path: Path) -> None:
 
 
 def training_table(rows: list[dict], docs: Path) -> str:
-    """Draws training.png in docs; -> the table as Markdown."""
+    """Draw training.png in docs, and return the table as Markdown."""
     table, points = [], []
     for row in rows:
         texts = row.get("equal", row["texts"])

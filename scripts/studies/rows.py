@@ -1,4 +1,4 @@
-"""Rows of a study as lines of JSON: each is there as soon as it is measured."""
+"""Keep rows of a study as lines of JSON, each written as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NamedRows:
         self.done = {row["name"]: row for row in read(path)}
 
     def add(self, name: str, make, **more) -> dict:
-        """Return the row of that name; unless it is there, make() -> object with attributes."""
+        """Return the row of that name, which `make` makes as an object if it is not there."""
         if name not in self.done:
             start = time.process_time()
             row = {"name": name, **more, **vars(make())}

@@ -30,7 +30,10 @@ OTHER_PENALTIES = {kind: 0.3 if kind == "kv" else 0.01 for kind in PENALTIES}
 
 @dataclass
 class Samples:
-    """x: router inputs [N, n_embd] (float16); cost: score -> [N]; both for each (layer, kind)."""
+    """Costs and router inputs of each unit (layer, kind).
+
+    x: router inputs [N, n_embd], float16. cost: score -> [N].
+    """
 
     x: dict
     cost: dict
@@ -94,7 +97,7 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
 
 
 def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:
-    """Mean cost of each unit of a kind: what dropping it whole costs, to first order."""
+    """Return the mean cost of each unit of a kind: the cost of dropping it, to first order."""
     return {
         unit: named[score].mean().item()
         for unit, named in samples.cost.items()

@@ -25,7 +25,7 @@ import click
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 def main(directory, text, parameters, length, batch, precision, rounds):
-    """Print tokens/s of both and the ratio."""
+    """Print the tokens per second of both, and the ratio."""
     import torch
 
     from mod_export.common.tables import format_table

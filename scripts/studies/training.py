@@ -77,7 +77,7 @@ def make_point(
     train_length: int,
     **_,
 ):
-    """-> the MoDModel of a point, and what is known of how it was made."""
+    """Return the MoDModel of a point, and what is known of how it was made."""
     if "kv_share" in point:
         n_layer = 30 if model == "smollm2" else loading.load(model)[0].config.num_hidden_layers
         target = activation_for(point["kv_share"], point["window"], length, n_layer)

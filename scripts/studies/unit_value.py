@@ -43,7 +43,7 @@ MIN_CURVATURE = 1e-5  # Curvatures are at least this large where their logarithm
 
 @dataclass(frozen=True)
 class Gates(Relaxation):
-    """Gates that gradients are asked for."""
+    """Gates whose gradients are asked for."""
 
     leaves: list = field(default_factory=list)
 

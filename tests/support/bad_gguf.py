@@ -1,10 +1,12 @@
-"""Small GGUF files that break one rule of the schema each, made by gguf-py.
+"""Small GGUF files that break one rule of the schema each.
 
-write(path)                                    # a good file of this make
-model, keys, tensors, words = ROUTERS["router NaN"]
-model.write(path, keys, tensors)               # a file that llama.cpp refuses
-options, words = SCHEMA_RULES["threshold 1"]
-write(path, **options)                         # the error names `words`
+    write(path)                                    # a good file of this make
+    model, keys, tensors, words = ROUTERS["router NaN"]
+    model.write(path, keys, tensors)               # a file that llama.cpp refuses
+    options, words = SCHEMA_RULES["threshold 1"]
+    write(path, **options)                         # the error names `words`
+
+The files are made by gguf-py.
 """
 
 import gguf
@@ -16,7 +18,7 @@ from tests.support.tiny_gguf import Tiny
 V = gguf.GGUFValueType
 NAN = float("nan")
 
-# what is wrong -> options of write, a part of the message
+# For each fault: the options of write, and a part of the message.
 WIDTH = 32
 SCHEMA_RULES = {
     "threshold 1": (dict(p=1.0), "threshold"),
@@ -105,7 +107,7 @@ def threshold(*p: float, kind: str = "kv") -> dict:
     return {f"{kind}.threshold": ([float(x) for x in p], V.ARRAY, V.FLOAT32)}
 
 
-# name -> (model, keys and tensors that replace the right ones, words of the message)
+# For each fault: the model, the keys and tensors that replace the right ones, words of the message.
 ROUTERS = {
     "router weight missing": (tiny(), {}, router(), ["blk.3.mod_kv.weight"]),
     "router bias missing": (tiny(), {}, router(part="bias"), ["blk.3.mod_kv.bias"]),

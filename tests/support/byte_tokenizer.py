@@ -7,7 +7,7 @@ TEXT = " ".join(
 
 
 def byte_tokenizer():
-    """One token per byte, 256 in all: a real tokenizer that needs no file."""
+    """Return a real tokenizer that needs no file, with one token per byte, 256 in all."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ def byte_tokenizer():
 
 
 def with_bos(tokenizer):
-    """The tokenizer, which now begins what it makes with the token <s>."""
+    """Return the tokenizer, which now begins what it makes with the token <s>."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})

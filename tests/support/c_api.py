@@ -1,5 +1,6 @@
-"""A thin context over llama.cpp's C functions for tests: single decodes with chosen positions,
-sequences, outputs.
+"""A thin context over llama.cpp's C functions for tests.
+
+A decode takes chosen positions, sequences and outputs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _silent(level, text, user_data):
 
 
 def stock_lib() -> Path:
-    """Where an unpatched libllama is; skips the test if there is none."""
+    """Return the path of an unpatched libllama; the test is skipped if there is none."""
     if lib := llama_build.stock_lib():
         return lib
     if llama_build.installed_build() is None:  # the package as it comes from pip
@@ -39,7 +40,8 @@ def stock_lib() -> Path:
 class Raw:
     """A model and one context on it.
 
-    KV in F32 and no flash attention by default: both round, and results are to be compared closely.
+    By default K/V are in F32 and flash attention is off. The other choices round, and tests compare
+    results closely.
     """
 
     def __init__(
@@ -79,7 +81,10 @@ class Raw:
         self.pos = {}
 
     def try_decode(self, tokens, seqs=None, pos=None, logits=None) -> int:
-        """llama_decode of one batch; the return code. seqs: sequence of each token (default 0)."""
+        """Run llama_decode on one batch, and return the return code.
+
+        seqs: the sequence of each token, by default 0.
+        """
         n = len(tokens)
         seqs = [0] * n if seqs is None else seqs
         batch = llama_cpp.llama_batch_init(n, 0, 1)
@@ -102,7 +107,7 @@ class Raw:
         return rc
 
     def decode(self, tokens, seqs=None, pos=None, logits=None):
-        """Decodes one batch; logits [n outputs, n_vocab]."""
+        """Decode one batch, and return its logits [n_outputs, n_vocab]."""
         rc = self.try_decode(tokens, seqs, pos, logits)
         assert rc == 0, f"llama_decode returned {rc}"
         n_out = len(tokens) if logits is None else int(sum(logits))
@@ -111,7 +116,7 @@ class Raw:
         ).copy()
 
     def decode_cut(self, tokens, size, seq=0):
-        """Decodes in pieces; logits and decisions of all tokens."""
+        """Decode tokens in pieces, and return the logits and decisions of all tokens."""
         logits, active = [], []
         for i in range(0, len(tokens), size):
             part = tokens[i : i + size]
@@ -141,7 +146,7 @@ class Raw:
     # what only the patched library has
 
     def trace(self):
-        """Of the last decode, [T, n_units] each: decisions as uint8, scores as float32."""
+        """Return decisions (uint8) and scores (float32) of the last decode, each [T, n_units]."""
         from mod_export.runtime import bindings
 
         return bindings.get_trace(self.model, self.ctx)
@@ -152,7 +157,7 @@ class Raw:
         return bindings.get_kv_stats(self.ctx, layer)
 
     def set(self, **values):
-        """force="active", shift=0.5, kv_rollback=0 ..."""
+        """Set runtime values of the context, such as force="active", shift=0.5 or kv_rollback=0."""
         from mod_export.runtime import bindings
 
         for name, value in values.items():
@@ -175,8 +180,9 @@ class Raw:
 
 @contextlib.contextmanager
 def aborting(r: Raw, after: int):
-    """The abort callback says stop from its call number `after` on; yields a list whose only item
-    counts the calls.
+    """Let the abort callback stop a decode from its call number `after` on.
+
+    The context yields a list, whose only item counts the calls.
     """
     calls = [0]
 

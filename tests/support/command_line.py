@@ -1,7 +1,9 @@
-"""`mod-export` for tests: in this process, or in one of its own.
+"""Run `mod-export` for tests, in this process or in a process of its own.
 
-done = command_line.run("inspect", "mod.gguf", "--json")
-assert done.returncode == 0, done.stderr
+    done = command_line.run("inspect", "mod.gguf", "--json")
+    assert done.returncode == 0, done.stderr
+
+`run` takes this process, and `spawn` starts another.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def spawn(*args, cwd=None, **environment) -> subprocess.CompletedProcess:
-    """`mod-export args` in a process of its own."""
+    """Run `mod-export args` in a process of its own."""
     command = [sys.executable, "-m", "mod_export", *map(str, args)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path} | environment
@@ -31,9 +33,9 @@ def spawn(*args, cwd=None, **environment) -> subprocess.CompletedProcess:
 
 
 def run(*args, cwd=None) -> subprocess.CompletedProcess:
-    """`mod-export args` in this process, which is afterwards as it was.
+    """Run `mod-export args` in this process, which is afterwards as it was.
 
-    stdout and stderr hold what libraries in C and child processes write, too.
+    stdout and stderr also hold what libraries in C and child processes write.
     """
     from mod_export.cli import main
 
@@ -50,7 +52,7 @@ def run(*args, cwd=None) -> subprocess.CompletedProcess:
 
 
 def _exit_code(main, args: list[str]) -> int:
-    """What the process would end with."""
+    """Return the exit code with which the process would end."""
     try:
         main(args)
     except SystemExit as ended:
@@ -68,7 +70,7 @@ def _text(file) -> str:
 
 @contextlib.contextmanager
 def _streams_into(out, err):
-    """stdout and stderr of Python and of C go to these files; stdin is at its end."""
+    """Send stdout and stderr of Python and of C to these files; stdin is at its end."""
     former = sys.stdin, sys.stdout, sys.stderr
     for stream in former[1:]:
         stream.flush()
@@ -92,8 +94,9 @@ def _streams_into(out, err):
 
 @contextlib.contextmanager
 def _process_as_it_was():
-    """Signals, environment, handlers of logs and torch's threads come back; warnings go to stderr,
-    those that Python shows in a command.
+    """Restore signals, environment, handlers of logs and torch's threads.
+
+    Warnings go to stderr, and are those that Python shows in a command.
     """
     handler, environment = signal.getsignal(signal.SIGTERM), dict(os.environ)
     loggers = [logging.getLogger(name) for name in ("", "mod_export")]

@@ -8,7 +8,7 @@ from mod_export.errors import UserError
 
 
 class Counter:
-    """Counts from `start` on."""
+    """A worker that counts from `start` on."""
 
     def __init__(self, start: int):
         self.start = start

@@ -1,8 +1,7 @@
-"""Random operations on a context's KV memory that make sense in the state that a
-kv_reference.Reference tells.
+"""Random operations on a context's KV memory.
 
-An operation is a tuple: its name, then arguments of plain Python types, so that a log of them can
-be replayed.
+The operations make sense in the state that kv_reference.Reference tells. An operation is a tuple:
+its name, then arguments of plain Python types, so that a log of operations can be replayed.
 """
 
 import numpy as np
@@ -18,7 +17,7 @@ def next_operation(rng: np.random.Generator, ref: Reference) -> tuple:
 
 
 def pick(rng, weights: dict):
-    """A key, as often as its weight says."""
+    """Return a key, as often as its weight says."""
     w = np.array(list(weights.values()), float)
     return list(weights)[rng.choice(len(w), p=w / w.sum())]
 
@@ -28,21 +27,26 @@ def a_sequence(rng, ref) -> int:
 
 
 def a_sharing_sequence(rng, ref) -> int:
-    """One that shares tokens with another, if there is one: less is to be expected of these."""
+    """Return a sequence that shares tokens with another, or any sequence if none does.
+
+    Less is to be expected of sequences that share tokens.
+    """
     n = range(len(ref.seqs))
     found = [a for a in n if any(ref.shares(a, b) for b in n if b != a)]
     return int(rng.choice(found or n))
 
 
 def a_range(rng, ref, seq: int) -> tuple[int, int]:
-    """0 <= a <= b <= the sequence's end"""
+    """Return a and b, where 0 <= a <= b <= the end of the sequence."""
     a, b = sorted(rng.integers(0, ref.pos_max(seq) + 2, 2).tolist())
     return a, b
 
 
 def decode(rng, ref) -> tuple:
-    """((sequence, token), ...), which outputs, whether to compare logits, stopped after how many
-    nodes.
+    """Return a batch, its outputs, whether to compare logits, and where the decode stops.
+
+    The batch is ((sequence, token), ...). The decode stops after a number of nodes, or not for
+    None.
     """
     seqs = rng.choice(len(ref.seqs), rng.integers(1, len(ref.seqs) + 1), replace=False)
     size = 1 if rng.random() < 0.5 else int(rng.integers(2, 60))
@@ -55,8 +59,10 @@ def decode(rng, ref) -> tuple:
 
 
 def remove(rng, ref) -> tuple:
-    """A tail, what follows a gap, all, a piece in the middle or shortly before the end, all tails,
-    nothing.
+    """Return a part of a sequence to remove.
+
+    The part is a tail, what follows a gap, all, a piece in the middle or shortly before the end,
+    all tails, or nothing.
     """
     seq = a_sequence(rng, ref)
     end, (a, b) = ref.pos_max(seq) + 1, a_range(rng, ref, seq)
@@ -85,14 +91,17 @@ def copy(rng, ref) -> tuple:
 
 
 def shift(rng, ref) -> tuple:
-    """The whole text further on, its start below position 0, its end further on."""
+    """Return a shift of a sequence.
+
+    The whole text moves on, or its start moves below position 0, or its end moves on.
+    """
     seq = a_sharing_sequence(rng, ref)
     a, by = a_range(rng, ref, seq)[0], int(rng.integers(1, 20))
     return seq, *pick(rng, {(0, -1, by): 2, (0, -1, -a): 1, (a, -1, by): 1})
 
 
 def close_gap(rng, ref) -> tuple:
-    """What a full context makes room with."""
+    """Return the operation with which a full context makes room."""
     seq = a_sharing_sequence(rng, ref)
     return seq, *a_range(rng, ref, seq)
 

@@ -1,13 +1,14 @@
 """What the patched runtime must remember: a slow model of its KV bookkeeping in plain Python.
 
-It knows no cell indices and computes nothing: decisions come from the runtime's trace. Written from
-docs/explanation/semantics.md and docs/explanation/runtime-design.md. A `Cell` is the K/V of one
-token in one cache; a sequence for which it has been given back stays in `gone`, because a later
-query might have needed it.
+The model knows no cell indices and computes nothing: decisions come from the runtime's trace. A
+`Cell` is the K/V of one token in one cache. A sequence that has given a cell back stays in the
+`gone` of that cell, because a later query might have needed the cell.
 
 Two questions have a margin. K/V that a query would see and that are gone *must* be refused
-(`needs_lost`). The runtime remembers only the largest position that it has given back, so it *may*
-refuse more (`may_refuse`).
+(`needs_lost`). The runtime remembers only the largest position that it has given back, so the
+runtime *may* refuse more (`may_refuse`).
+
+Sources: docs/explanation/semantics.md and docs/explanation/runtime-design.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ END = 2**31 - 1
 
 @dataclass
 class Cell:
-    """K/V of one token in one cache."""
+    """The K/V of one token in one cache."""
 
     pos: int
     seqs: set[int]
@@ -31,7 +32,7 @@ class Cell:
         return Cell(self.pos, set(self.seqs), self.dropped, self.new, set(self.gone))
 
     def moved(self, src: int, dst: int) -> Cell:
-        """The same for one sequence alone, under another number."""
+        """Return the cell for one sequence alone, under another number."""
         seqs, gone = ({dst} if src in old else set() for old in (self.seqs, self.gone))
         return Cell(self.pos, seqs, self.dropped, False, gone)
 
@@ -48,12 +49,13 @@ class Sequence:
 
 
 class Full(Exception):
-    """A cache has no free cells for the batch."""
+    """Raised where a cache has no free cells for the batch."""
 
 
 class Reference:
-    """Caches and sequences of one context. units: (layer, kind) in the order of the trace's
-    columns.
+    """The caches and sequences of one context.
+
+    units: (layer, kind) in the order of the trace's columns.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Reference:
     # --- what can be asked
 
     def used(self) -> list[int]:
-        """Cells in use per layer."""
+        """Return the number of cells in use per layer."""
         count = {layer: sum(bool(c.seqs) for c in cells) for layer, cells in self.cells.items()}
         return [count[layer if layer in self.own else -1] for layer in range(self.n_layer)]
 
@@ -85,8 +87,9 @@ class Reference:
         return min((c.pos for c in self.cells[-1] if seq in c.seqs), default=-1)
 
     def needs_lost(self, seq: int, end: int) -> bool:
-        """Has something been given back that the query after the sequence's tokens below `end`
-        would see?
+        """Return whether the next query would see something that has been given back.
+
+        The query comes after the sequence's tokens below `end`.
         """
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
         return any(
@@ -102,8 +105,9 @@ class Reference:
     # --- decode
 
     def decode(self, tokens, active, n_ubatch: int) -> None:
-        """Stores a batch; tokens: (seq, pos), active [n_tokens, n_units]. Raises Full with nothing
-        changed.
+        """Store a batch.
+
+        tokens: (seq, pos). active: [n_tokens, n_units]. Raises Full with nothing changed.
         """
         start = {s: self.pos_max(s) for s in range(len(self.seqs))}
         before = self.copy()
@@ -137,8 +141,9 @@ class Reference:
             self.cells[layer] += new
 
     def _expire(self, start: dict[int, int], only_new: bool) -> None:
-        """Gives back what neither the next query nor one after `rollback` tokens taken back can
-        see.
+        """Give back the cells that no query can see any more.
+
+        A query can be the next one, or one after `rollback` tokens are taken back.
         """
         for seq, old_end in start.items():
             end = self.pos_max(seq)
@@ -154,8 +159,9 @@ class Reference:
     # --- memory operations
 
     def remove(self, seq: int, p0: int, p1: int, happened: bool) -> bool:
-        """seq_rm (seq -1: all); `happened`: what the runtime returned. Returns whether it was right
-        to.
+        """Follow seq_rm, and return whether the runtime was right.
+
+        seq: -1 stands for all. happened: what the runtime returned.
         """
         p1 = END if p1 < 0 else p1
         seqs = range(len(self.seqs)) if seq < 0 else [seq]
@@ -209,8 +215,9 @@ class Reference:
                 self._forget(s, 0, END)
 
     def shift(self, seq: int, p0: int, p1: int, by: int) -> None:
-        """seq_add: cells are moved for all sequences that share them; those that get below 0 are
-        removed.
+        """Follow seq_add.
+
+        Cells move for all sequences that share them. Cells that get below 0 are removed.
         """
         p1 = END if p1 < 0 else p1
         below = max((p for p in self.positions(seq) if p < p0), default=-1)
@@ -226,8 +233,9 @@ class Reference:
             self._forget(s, -END, 0)
 
     def shift_collides(self, seq: int, p0: int, p1: int, by: int) -> bool:
-        """Would a sequence hold a position twice? No caller wants that, and which token is meant is
-        not defined.
+        """Return whether a sequence would hold a position twice.
+
+        No caller wants that, and which of the tokens is meant is not defined.
         """
         p1 = END if p1 < 0 else p1
         for s in range(len(self.seqs)):
@@ -255,13 +263,14 @@ class Reference:
         return new
 
     def restore(self, saved: Reference) -> None:
-        """A whole state; the settings are no part of it."""
+        """Restore a whole state, of which the settings are no part."""
         copy = saved.copy()
         self.cells, self.seqs = copy.cells, copy.seqs
 
     def restore_sequence(self, saved: Reference, src: int, dst: int) -> bool:
-        """One sequence of a state, into cells of its own; False, and an empty sequence, where they
-        are too few.
+        """Restore one sequence of a state, into cells of its own.
+
+        Returns False and leaves an empty sequence where free cells are too few.
         """
         self._forget(dst, 0, END)
         new = {

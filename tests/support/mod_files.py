@@ -1,8 +1,10 @@
-"""A tiny MoD directory and a tiny adapter without torch, and what gguf-py reads in a GGUF file.
+"""A tiny MoD directory and a tiny adapter, made without torch.
 
-path = write_directory(tmp_path / "mod", {"kv": [2, 3], "ffn": [4]})
-edited(path, tmp_path / "copy", tensors=lambda tensors: tensors.pop(name))
-assert_same_base("mod.gguf", "base.gguf")
+    path = write_directory(tmp_path / "mod", {"kv": [2, 3], "ffn": [4]})
+    edited(path, tmp_path / "copy", tensors=lambda tensors: tensors.pop(name))
+    assert_same_base("mod.gguf", "base.gguf")
+
+The module also tells what gguf-py reads in a GGUF file.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ N_LAYER, N_EMBD = 6, 64
 
 
 def config(units: dict[str, list[int]], n_layer: int = N_LAYER) -> MoDConfig:
-    """Threshold and activation 0.5 in the routed layers."""
+    """Return a configuration with threshold and activation 0.5 in the routed layers."""
     made = {}
     for kind, layers in units.items():
         routed = [layer in layers for layer in range(n_layer)]
@@ -47,7 +49,7 @@ def router_tensors(mod: MoDConfig, n_embd: int = N_EMBD) -> dict[str, np.ndarray
 
 
 def write_directory(path: Path, units: dict[str, list[int]], n_layer: int = N_LAYER) -> Path:
-    """A MoD directory, of whose base it holds the embedding alone."""
+    """Write a MoD directory that holds the embedding alone of its base."""
     mod = config(units, n_layer)
     path.mkdir(parents=True)
     data = {"architectures": ["LlamaForCausalLM"], "mod": mod.to_dict()}
@@ -58,7 +60,7 @@ def write_directory(path: Path, units: dict[str, list[int]], n_layer: int = N_LA
 
 
 def write_adapter(path: Path, units: dict[str, list[int]]) -> Path:
-    """An adapter without LoRA, for a base that has zeros where its identity samples it."""
+    """Write an adapter without LoRA, for a base with zeros where its identity samples it."""
     mod = config(units)
     path.mkdir(parents=True)
     base = {
@@ -82,7 +84,7 @@ def edited(
     config: Callable[[dict], object] | None = None,
     tensors: Callable[[dict], object] | None = None,
 ) -> Path:
-    """A copy of a MoD directory with its config.json or its tensors changed."""
+    """Write a copy of a MoD directory with a changed config.json or changed tensors."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     if config:
@@ -102,7 +104,7 @@ def reader_of(path: Path) -> gguf.GGUFReader:
 
 
 def keys_of(path: Path) -> dict:
-    """Name -> types and value, or the bytes of a long array."""
+    """Return the types and the value of each key, or the bytes of a long array."""
     fields = [
         field for name, field in reader_of(path).fields.items() if not name.startswith("GGUF.")
     ]
@@ -113,14 +115,14 @@ def keys_of(path: Path) -> dict:
 
 
 def tensors_of(path: Path) -> dict:
-    """Name -> type, shape and bytes."""
+    """Return the type, shape and bytes of each tensor."""
     return {
         t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader_of(path).tensors
     }
 
 
 def assert_same_base(mod: Path, base: Path, *, ignore=()) -> None:
-    """`mod` is `base` and nothing but the schema's keys and tensors more."""
+    """Assert that `mod` is `base` with nothing added but the schema's keys and tensors."""
     ours, theirs = keys_of(mod), keys_of(base)
     assert {name: ours.get(name) for name in theirs if name not in ignore} == {
         name: value for name, value in theirs.items() if name not in ignore
@@ -132,7 +134,10 @@ def assert_same_base(mod: Path, base: Path, *, ignore=()) -> None:
 
 
 def export_refused(run_cli, folder, *args) -> str:
-    """Run export in `folder`; demand one line and nothing left behind. Returns the line."""
+    """Run export in `folder`, and return the one line of its error.
+
+    The run must leave nothing behind.
+    """
     before = sorted(folder.rglob("*"))
     result = run_cli("export", *args, cwd=folder)
     assert result.returncode == 2, result

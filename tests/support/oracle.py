@@ -1,8 +1,9 @@
-"""What the tests of the patched runtime compare it with: tiny routed models, and the results of the
-numpy oracle for them.
+"""What the tests of the patched runtime compare it with.
 
-tiny = oracle.make("kv+attn")
-expected = tiny.forward(oracle.TOKENS[0])
+    tiny = oracle.make("kv+attn")
+    expected = tiny.forward(oracle.TOKENS[0])
+
+The models are tiny and routed. The results are those of the numpy oracle.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ CASES = {
 
 
 def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny:
-    """A tiny model with the units of a case; biases in gaps between the scores of the sequences."""
+    """Return a tiny model with the units of a case.
+
+    Biases lie in gaps between the scores of the sequences.
+    """
     tiny = Tiny(**shape)
     for layers, kinds in CASES[case].items():
         tiny.route(layers, kinds, seed=layers[0] + 1)
@@ -55,17 +59,17 @@ def close(a, b, noise=NOISE):
 
 
 def cells(r: Raw, n_layer: int = 5) -> list[int]:
-    """The K/V cells in use, layer by layer."""
+    """Return the number of K/V cells in use, layer by layer."""
     return [r.kv(layer).n_used for layer in range(n_layer)]
 
 
 def expected_cells(tiny: Tiny, active, n: int, rollback: int = 64) -> list[int]:
-    """The K/V cells that the decisions ask for after n tokens, layer by layer."""
+    """Return the K/V cells that the decisions ask for after n tokens, layer by layer."""
     return [tiny.stored(layer, active, n, rollback) for layer in range(tiny.n_layer)]
 
 
 def save(r: Raw) -> bytes:
-    """The state of a context."""
+    """Return the state of a context."""
     buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(r.ctx))()
     n = llama_cpp.llama_state_get_data(r.ctx, buffer, len(buffer))
     assert 0 < n <= len(buffer)
@@ -73,7 +77,7 @@ def save(r: Raw) -> bytes:
 
 
 def restore(r: Raw, data: bytes) -> int:
-    """Give a context a state; how many bytes it read."""
+    """Give a context a state, and return how many bytes it read."""
     return llama_cpp.llama_state_set_data(
         r.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
     )

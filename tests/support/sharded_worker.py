@@ -32,8 +32,9 @@ STEPS, LENGTH, CUT = 6, 32, 5  # The cut comes after half of the steps, with a c
 
 
 def shard() -> None:
-    """What `accelerate launch --use_fsdp` does: Accelerate offers it on accelerators only, torch
-    can do it on CPUs.
+    """Shard the model as `accelerate launch --use_fsdp` does.
+
+    Accelerate shards on accelerators only, but torch can shard on CPUs.
     """
     init = Accelerator.__init__
 
@@ -50,7 +51,7 @@ def shard() -> None:
 
 
 def check(is_sharded: bool) -> None:
-    """That runs are what they are meant to be."""
+    """Check that runs are what they are meant to be."""
     go = loop.Loop.go
 
     def checked(self, *args):

@@ -1,6 +1,8 @@
 """The first layers of the embedded SmolLM2: real weights and a real vocabulary in less time.
 
-base = short_smollm2(tmp_path / "base.gguf", n_layer=9)
+    base = short_smollm2(tmp_path / "base.gguf", n_layer=9)
+
+The inputs of the layers are those that they have in the whole model.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from mod_export.model import loading
 
 
 def short_smollm2(path: Path, n_layer: int) -> Path:
-    """Write the file; what its layers read is what they read in the whole model."""
+    """Write the file, whose layers read what they read in the whole model."""
     source = GGUFFile.open(loading.embedded_gguf())
     kept = {name: name for name in source.tensors if _layer(name) < n_layer}
     with open(path, "wb") as out:
@@ -21,5 +23,5 @@ def short_smollm2(path: Path, n_layer: int) -> Path:
 
 
 def _layer(name: str) -> int:
-    """The layer of a tensor, -1 for those outside of layers."""
+    """Return the layer of a tensor, or -1 for tensors outside of layers."""
     return int(name.split(".")[1]) if name.startswith("blk.") else -1

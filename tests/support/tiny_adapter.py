@@ -18,7 +18,7 @@ def identity_of(base) -> dict:
 
 
 def fill_lora(base) -> None:
-    """As training would: B starts at 0, so that LoRA does nothing."""
+    """Fill LoRA as training would: B starts at 0, so that new LoRA does nothing."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -27,9 +27,9 @@ def fill_lora(base) -> None:
 
 
 def trained(order: str = "LoRA first", lora: bool = True) -> tuple[MoDModel, dict]:
-    """A MoD model and the identity of its base.
+    """Return a MoD model and the identity of its base.
 
-    Its LoRA is filled, and its decisions lie far from its thresholds.
+    The LoRA of the model is filled, and its decisions lie far from its thresholds.
     """
     base = tiny.base()
     identity = identity_of(base)

@@ -1,9 +1,8 @@
-"""Tiny random llama GGUF files with routers, and their forward pass in numpy as a second,
-independent oracle.
+"""Tiny random llama GGUF files with routers, and their forward pass in numpy.
 
-The file has no tokenizer: tokens are numbers; with `vocab` they are the printable characters of
-ASCII. Router biases are placed in gaps between the scores of given token sequences, so that float
-noise cannot flip a decision (see `place_biases`).
+The forward pass is a second, independent oracle. The file has no tokenizer, and tokens are numbers;
+with `vocab` tokens are the printable characters of ASCII. Router biases are placed in gaps between
+the scores of given token sequences, so that float noise cannot flip a decision (`place_biases`).
 """
 
 from __future__ import annotations
@@ -84,11 +83,11 @@ class Tiny:
 
     @property
     def units(self) -> list:
-        """(layer, kind) in deciding order."""
+        """Return the units (layer, kind) in the order of their decisions."""
         return sorted(self.routers, key=deciding_order)
 
     def route(self, layers, kinds: str, p: float = 0.4, seed: int = 1) -> Tiny:
-        """Puts a random router of each of the kinds (joined with +) into the layers."""
+        """Put a random router of each of the kinds (joined with +) into the layers."""
         rng = np.random.default_rng(seed)
         for layer in layers:
             for kind in kinds.split("+"):
@@ -100,8 +99,9 @@ class Tiny:
         return self
 
     def place_biases(self, sequences, activation: float = 0.5) -> Tiny:
-        """Sets each bias so that about `activation` of the tokens are active, in the widest gap
-        near there.
+        """Set each bias so that about `activation` of the tokens are active.
+
+        The bias lies in the widest gap near that activation.
         """
 
         def place(unit, raw):
@@ -118,12 +118,16 @@ class Tiny:
         return self
 
     def forward(self, tokens, force: str = "none", shift=0.0) -> Out:
-        """One sequence through the model, in float64. shift: one number, or one per token."""
+        """Run one sequence through the model, in float64.
+
+        shift: one number, or one number per token.
+        """
         return self._forward_all([tokens], force=force, shift=shift)[0]
 
     def _forward_all(self, sequences, place=None, force: str = "none", shift=0.0):
-        """All sequences layer by layer, so that a bias can be placed from the scores of all of
-        them.
+        """Run all sequences layer by layer.
+
+        A bias can so be placed from the scores of all sequences.
         """
         t = {k: v.astype(np.float64) for k, v in self.tensors.items()}
         hs = [t["token_embd.weight"][np.asarray(s)] for s in sequences]
@@ -197,8 +201,9 @@ class Tiny:
         return (g / (1 + np.exp(-g)) * (x @ t[b + "ffn_up.weight"].T)) @ t[b + "ffn_down.weight"].T
 
     def stored(self, layer: int, active, n: int, rollback: int) -> int:
-        """Cells that layer needs after n tokens of one sequence (active [T, n_units] from the
-        trace).
+        """Return the number of cells that a layer needs after n tokens of one sequence.
+
+        active: [T, n_units], from the trace.
         """
         unit = {u: active[:n, i].astype(bool) for i, u in enumerate(self.units)}
         keep = np.ones(n, bool)
@@ -209,8 +214,9 @@ class Tiny:
         return int(keep.sum())
 
     def without(self, units) -> Tiny:
-        """The dense model that is left when these units never run: sublayers zeroed, blocks
-        removed.
+        """Return the dense model that is left when these units never run.
+
+        Sublayers are zeroed, and blocks are removed.
         """
         blocks = {layer for layer, kind in units if kind == "block"}
         rest = [layer for layer in range(self.n_layer) if layer not in blocks]
@@ -230,7 +236,7 @@ class Tiny:
         return self.without(())
 
     def lora(self, path: Path, rank: int = 4, seed: int = 3) -> Tiny:
-        """Writes a LoRA adapter for this model; returns the model with it merged."""
+        """Write a LoRA adapter for this model, and return the model with LoRA merged."""
         rng = np.random.default_rng(seed)
         w = gguf.GGUFWriter(str(path), self.arch)
         w.add_type("adapter")
@@ -251,8 +257,9 @@ class Tiny:
         return new
 
     def write(self, path: Path, keys: dict | None = None, tensors: dict | None = None) -> Path:
-        """Writes the GGUF file; `keys` and `tensors` replace single values (None: leave out), to
-        make bad files.
+        """Write the GGUF file.
+
+        keys, tensors: replace single values, to make bad files. None leaves a value out.
         """
         w = gguf.GGUFWriter(str(path), self.arch)
         w.add_context_length(self.n_ctx)
@@ -283,7 +290,7 @@ class Tiny:
         return path
 
     def _write_vocab(self, w: gguf.GGUFWriter) -> None:
-        """A token for each printable character of ASCII, and the last one to end a turn."""
+        """Write a token for each printable character of ASCII, and one that ends a turn."""
         if not self.vocab:
             w.add_tokenizer_model("no_vocab")
             return
@@ -297,8 +304,9 @@ class Tiny:
             w.add_chat_template(self.template)
 
     def mod_keys(self) -> dict:
-        """Key without its `{arch}.mod.` -> (value, type, type of the elements); nothing for a dense
-        model.
+        """Return value, type and type of the elements of each key, named without its `{arch}.mod.`.
+
+        A dense model has no such keys.
         """
         if not self.routers:
             return {}
@@ -322,7 +330,7 @@ def rms(x):
 
 
 def rope(x, base: float = 10000.0):
-    """Rotates pairs of neighbours (the GGUF layout of llama) of x [T, n_head, d] by position."""
+    """Rotate pairs of neighbours of x [T, n_head, d] by position, as GGUF's llama has them."""
     d = x.shape[-1]
     angle = np.arange(len(x))[:, None] * base ** (-np.arange(0, d, 2) / d)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]

@@ -1,9 +1,13 @@
 """Tiny random models for tests, built on the spot.
 
-# a MoDModel on a random Llama; with token ids, decisions far from thresholds
-model = tiny.mod_model({"kv": [2, 3], "ffn": [4]}, ids)
-tiny.save_dir(path, {"kv": [2, 3]})  # with SmolLM2's tokenizer, ready for GGUF export
-tiny.save_small(path, {"kv": [2, 3]})  # with a token per byte and a short context, quick to train
+    # a MoDModel on a random Llama; with token ids, decisions far from thresholds
+    model = tiny.mod_model({"kv": [2, 3], "ffn": [4]}, ids)
+    # SmolLM2's tokenizer, ready for GGUF export
+    tiny.save_dir(path, {"kv": [2, 3]})
+    # a token per byte and a short context, quick to train
+    tiny.save_small(path, {"kv": [2, 3]})
+
+The models are MoDModels, and `base` makes the plain Llama below them.
 """
 
 from __future__ import annotations
@@ -44,8 +48,9 @@ def base(
     n_ctx: int = 2048,
     **kwargs,
 ) -> LlamaForCausalLM:
-    """A random Llama; n_head_kv = n_head is multi-head attention. Weights are large enough for
-    layers to matter.
+    """Return a random Llama, whose weights are large enough for layers to matter.
+
+    n_head_kv: equal to n_head it is multi-head attention.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -70,7 +75,10 @@ def base(
 def config(
     units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, **kwargs
 ) -> MoDConfig:
-    """units: {kind: routed layers}; kwargs as sink_tokens, kv_window, scale_output."""
+    """Return the configuration of a tiny MoD model.
+
+    units: {kind: routed layers}. kwargs: fields of MoDConfig, such as sink_tokens or kv_window.
+    """
     made = {
         kind: UnitConfig(
             threshold=tuple(p if layer in layers else 0.0 for layer in range(n_layer)),
@@ -90,8 +98,9 @@ def wrap(
     tokenizer=None,
     seed: int = 0,
 ) -> MoDModel:
-    """A MoDModel with random routers; with `ids` [B, T] their biases lie in gaps between these
-    tokens' scores.
+    """Return a MoDModel with random routers.
+
+    ids: [B, T]; the biases lie in gaps between the scores of these tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     width = architectures.n_embd(base_model)
@@ -106,7 +115,10 @@ def wrap(
 
 
 def mod_model(units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:
-    """A random Llama with routers. kwargs are those of `base` or of `config`."""
+    """Return a random Llama with routers.
+
+    kwargs: those of `base` and of `config`.
+    """
     for_config = {
         key: kwargs.pop(key)
         for key in ("p", "sink_tokens", "kv_window", "scale_output")
@@ -118,10 +130,10 @@ def mod_model(units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDMode
 
 @torch.no_grad()
 def place_biases(model: MoDModel, ids: torch.Tensor) -> None:
-    """Move each bias so that the threshold lies in the widest gap of the middle scores: float noise
-    flips nothing.
+    """Move each bias so that the threshold lies in the widest gap of the middle scores.
 
-    In deciding order, as each decision changes what later routers see.
+    Float noise then flips no decision. The biases are placed in the order of the decisions, because
+    each decision changes what later routers see.
     """
     for index, (layer, kind) in enumerate(model.config.routed()):
         router = model.routers[f"{layer}_{kind}"]
@@ -136,8 +148,9 @@ def place_biases(model: MoDModel, ids: torch.Tensor) -> None:
 
 @functools.cache
 def tokenizer():
-    """SmolLM2's tokenizer: llama.cpp's converter knows vocabularies by their hash, so a made-up one
-    would not do.
+    """Return SmolLM2's tokenizer.
+
+    llama.cpp's converter knows vocabularies by their hash, so a made-up one would not do.
     """
     path = loading.embedded_gguf()
     from transformers import AutoTokenizer
@@ -148,7 +161,7 @@ def tokenizer():
 
 
 def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:
-    """Save a tiny MoD model as a directory that exports to GGUF; returns it."""
+    """Save a tiny MoD model as a directory that exports to GGUF, and return the model."""
     model = mod_model(units, ids, n_vocab=len(tokenizer()), **kwargs)
     model.tokenizer = tokenizer()
     model.save(path)
@@ -156,10 +169,10 @@ def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs)
 
 
 def save_small(path: Path, units: dict, **kwargs) -> MoDModel:
-    """Save a tiny MoD model whose tokens are bytes, with a short context; returns it.
+    """Save a tiny MoD model whose tokens are bytes, with a short context, and return the model.
 
-    Most of the time of a training goes into long sequences, on which thresholds are chosen, and
-    into logits: here both are small.
+    Most of the time of a training goes into the long sequences on which thresholds are chosen, and
+    into logits. Both are small here.
     """
     model = mod_model(units, n_ctx=512, **kwargs)
     model.tokenizer = byte_tokenizer()
@@ -181,6 +194,6 @@ def assert_close(a, b):
 
 
 def dense_logits(model: MoDModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
-    """Logits [B, T, n_vocab] of the model with every unit active."""
+    """Return the logits [B, T, n_vocab] of the model with every unit active."""
     with model.forced("active"):
         return model(ids, **kwargs)

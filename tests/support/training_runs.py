@@ -22,7 +22,7 @@ LENGTH = 32
 
 
 def write_files(path: Path) -> Path:
-    """A model, mod/, and text.txt."""
+    """Write a model, mod/, and text.txt."""
     tiny.save_small(path / "mod", UNITS)
     (path / "text.txt").write_text(default_texts()[0][:5000])
     return path
@@ -51,8 +51,9 @@ def losses(run):
 
 
 def assert_resumed_is_the_same(files, folder: Path, kept: int, monkeypatch, **options) -> None:
-    """A run stopped after its step kept + 1 and resumed has the losses and the weights of one that
-    never stopped.
+    """Assert that a resumed run has the losses and the weights of a run that never stopped.
+
+    The resumed run was stopped after its step kept + 1.
     """
     run = config(
         files, tokens=8 * 2 * LENGTH * options.get("accumulate", 1), save_every=kept, **options
@@ -77,6 +78,6 @@ def assert_resumed_is_the_same(files, folder: Path, kept: int, monkeypatch, **op
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    """To the bit."""
+    """Assert that the weights are the same to the bit."""
     first, second = (load_file(path / "model.safetensors") for path in (a, b))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -20,7 +20,7 @@ DOCUMENTS = [f"Document {i}\n\n{TEXT[i * 100 : i * 100 + 300 + 40 * i]}" for i i
 
 
 def write(path: Path, content) -> Path:
-    """Text, or a list of records as JSONL; gzipped where the name says so."""
+    """Write text, or a list of records as JSONL, gzipped where the name says so."""
     text = (
         content
         if isinstance(content, str)
@@ -36,8 +36,9 @@ def all_ids(packed) -> torch.Tensor:
 
 
 def answers_of(tokenizer, packed) -> str:
-    """The marked tokens of the whole row: those that begin a sequence too, which count for nothing
-    there.
+    """Return the marked tokens of the whole row.
+
+    The tokens that begin a sequence are among them, and count for nothing there.
     """
     ids, marks, _ = packed.source.read(0, packed.source.count)
     return tokenizer.decode(ids[marks])
