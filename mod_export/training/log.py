@@ -158,10 +158,8 @@ def _draw_activation(axis, steps: list[dict], units: list[Unit]) -> None:
     x = [row["step"] for row in steps]
     kinds = list(dict.fromkeys(kind for _, kind in units))
     n_groups = len(steps[0]["activation"])
-    if n_groups == len(kinds):
-        names = kinds
-    else:  # Each unit has its target.
-        names = [f"{layer} {kind}" for layer, kind in units]
+    each_unit_has_a_target = n_groups != len(kinds)
+    names = [f"{layer} {kind}" for layer, kind in units] if each_unit_has_a_target else kinds
     for i, name in enumerate(names if n_groups < 5 else ()):
         activation = _smooth([row["activation"][i] for row in steps])
         axis.plot(x, activation, label=f"{name} (running mean)")

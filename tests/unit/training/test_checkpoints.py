@@ -7,11 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mod_export.errors import UserError
-from mod_export.evaluation.run import EvaluationPlan, evaluate
-from mod_export.formats.schema import hf_tensor_names
 from mod_export.model.mod_model import MoDModel
 from mod_export.training import checkpoints
 from mod_export.training import loop as train_loop
@@ -78,41 +75,6 @@ def test_a_run_stopped_in_its_first_step_gives_the_losses_of_one_that_never_stop
     train(files / "mod", tmp_path / "cut", run, resume=True)
     assert losses(tmp_path / "cut.run") == losses(tmp_path / "whole.run")
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_weights_that_are_not_trained_may_be_bfloat16(files, tmp_path):
-    run = config(files, parameters="lora", lora_rank=2)
-    plain = train(files / "mod", tmp_path / "plain", run)
-    half = train(files / "mod", tmp_path / "half", replace(run, dtype="bfloat16"))
-    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1)
-    routers = {
-        name for unit in [(2, "kv"), (3, "kv"), (4, "attn")] for name in hf_tensor_names(*unit)
-    }
-    for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
-        assert tensor.dtype == (torch.float32 if name in routers else torch.bfloat16)
-    assert (
-        evaluate(
-            tmp_path / "half", EvaluationPlan(texts=(files / "text.txt",), length=LENGTH, count=2)
-        )["texts"][0]["kl"]
-        > 0
-    )
-    with pytest.raises(UserError, match="too coarse"):
-        train(files / "mod", tmp_path / "full", replace(run, parameters="full", dtype="bfloat16"))
-
-
-def test_trained_weights_are_no_teacher(files, tmp_path):
-    run = config(files, parameters="lora", lora_rank=2, tokens=2 * 2 * LENGTH)
-    train(files / "mod", tmp_path / "first", run)
-    with pytest.raises(
-        UserError, match="are trained, so .* not the original's; name the original with --teacher"
-    ):
-        train(tmp_path / "first", tmp_path / "second", run)
-    assert not (tmp_path / "second.run").exists()
-    first = train(files / "mod", tmp_path / "first", run, force=True)
-    second = train(
-        tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod"))
-    )
-    assert second["perplexity_dense"] == pytest.approx(first["perplexity_dense"])
 
 
 def test_top_k_resumed_after_its_last_step_and_trained_on_with_thresholds(

@@ -2,15 +2,12 @@
 
 import json
 import logging
-import re
 import sys
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mod_export import adapter
@@ -150,34 +147,6 @@ def test_what_is_no_step_does_not_count_in_the_speed(tmp_path):
     assert row["seconds"] < 1
 
 
-def test_distillation_lowers_the_divergence(files, tmp_path):
-    run = config(
-        files,
-        target=0.5,
-        tokens=200 * 2 * LENGTH,
-        eval_every=200,
-        parameters="full",
-        full_lr=1e-4,
-        start=0.5,
-        router_lr=3e-4,
-        drift_penalty=0,
-    )
-    figures = train(files / "mod", tmp_path / "out", run)
-    untrained = train(
-        files / "mod", tmp_path / "none", replace(run, tokens=1, full_lr=1e-12, router_lr=1e-12)
-    )
-    assert figures["kl"] < 0.9 * untrained["kl"]
-    assert figures["perplexity_dense"] == pytest.approx(
-        untrained["perplexity_dense"]
-    )  # the teacher is the original
-    seen = [
-        row["activation"]
-        for row in read(tmp_path / "out.run" / "metrics.jsonl")
-        if row["step"] > 60 and "loss" in row
-    ]
-    assert torch.tensor(seen).mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.1)
-
-
 def test_learning_rates_fall_with_the_width():
     lora, full = TrainConfig((), parameters="lora"), TrainConfig((), parameters="full")
     assert lora.rate_of(576) == pytest.approx(1e-3) and lora.rate_of(4 * 576) == pytest.approx(5e-4)
@@ -206,43 +175,6 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
         torch.testing.assert_close(applied(ids), expected, atol=1e-4, rtol=1e-4)
         original.force = merged.force = "active"
         assert (merged(ids) - original(ids)).abs().max() > 1e-3
-
-
-def test_half_precision_and_tensorboard(files, tmp_path, monkeypatch, caplog):
-    """bf16, as all models of docs/log.md were trained, stays near float32; and where
-    TensorBoard is, it is told.
-    """
-    told = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            told.append((folder, purge_step))
-
-        def add_scalar(self, name, value, step):
-            told.append((name, step, value))
-
-        def close(self):
-            told.append("closed")
-
-    run = config(files, parameters="lora", lora_rank=2)
-    plain = train(files / "mod", tmp_path / "plain", run)
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
-    )
-    AcceleratorState._reset_state(True)  # a process has one precision
-    half = train(files / "mod", tmp_path / "half", replace(run, precision="bf16"))
-    AcceleratorState._reset_state(True)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # converts every number
-        assert re.search(
-            r"note: bf16 takes \d+\.\d times as long as float32 on this CPU", caplog.messages[0]
-        )
-    assert half["kl"] == pytest.approx(plain["kl"], rel=0.1) and half["kl"] != plain["kl"]
-    assert half["activation"]["attn"] == pytest.approx(plain["activation"]["attn"], abs=0.05)
-    assert told[0] == (tmp_path / "half.run" / "tensorboard", None) and told[-1] == "closed"
-    steps = [row for row in read(tmp_path / "half.run" / "metrics.jsonl") if "loss" in row]
-    assert [entry[1:] for entry in told if entry[0] == "loss"] == [
-        (row["step"], row["loss"]) for row in steps
-    ]
 
 
 def test_baselines_run_from_the_same_code(files, tmp_path):
