@@ -3,7 +3,7 @@
     T="--text wiki=wiki.txt --text book=book.txt --out study"
     python -m scripts.studies.calibration scores $T
     python -m scripts.studies.calibration table $T
-    python -m scripts.studies.calibration shapes $T-shapes --layers 1-29
+    python -m scripts.studies.calibration shapes $T-shapes --layers-routed 1-29
     python -m scripts.studies.calibration passkey --haystack long.txt --mod mod --out study
     python -m scripts.studies.calibration report --out study
 
@@ -26,6 +26,7 @@ import torch
 
 from mod_export.calibration.calibrate import DEFAULT_SCORES
 from mod_export.cli.output import show_messages
+from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data import text as data_text
 from mod_export.evaluation import run as eval_run
 from mod_export.model import architectures, loading
@@ -287,9 +288,9 @@ def options(command):
             help="Calibration sequences of 1024 tokens.",
         ),
         click.option("--kinds", default="kv,attn,ffn,block", show_default=True),
-        click.option("--layers", default="auto", show_default=True),
-        click.option("--sinks", default=4, show_default=True),
-        click.option("--kv-window", default=64, show_default=True),
+        click.option("--layers-routed", "layers", default="auto", show_default=True),
+        click.option("--sink-tokens", "sinks", default=SINK_TOKENS, show_default=True),
+        click.option("--kv-window", default=KV_WINDOW, show_default=True),
         click.option("--threads", default=2, show_default=True),
     ):
         command = option(command)

@@ -301,7 +301,7 @@ def test_drift_study(place):
         place / "drift",
         "--penalties",
         "0,10",
-        "--layers",
+        "--layers-routed",
         "1-5,2-5",
     )
     invoke(drift.main, *run)
