@@ -12,7 +12,7 @@ baselines at several activations. `shapes` compares windows and layers of kv. `r
 and plots from the rows.
 
 Every finished row goes to a .jsonl file in the folder at once; rows that are there are not computed
-again.
+again. The older figures of docs/log.md had a window of 64: add `--kv-window 64` for them.
 """
 
 from __future__ import annotations
