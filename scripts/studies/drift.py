@@ -36,7 +36,8 @@ BOUNDS_TOKENS = (0, 512, 1024, 2048, 4096)
 )
 @click.option("--window", default=256, show_default=True)
 @click.option(
-    "--layers",
+    "--layers-routed",
+    "layers",
     default="1-29,2-29",
     show_default=True,
     help="Sets of layers to route, for a penalty of 0.",
