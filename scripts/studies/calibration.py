@@ -328,7 +328,7 @@ def table(targets, name, **given):
 def shapes(windows, layer_sets, target, **given):
     """Compare windows and layers of kv units at equal K/V.
 
-    --layers must cover all sets. The command needs a folder of its own.
+    --layers-routed must cover all sets. The command needs a folder of its own.
     """
     made = Study(**given | {"kinds": "kv"}, only=[DEFAULT_SCORES["kv"]])
     compare_shapes(
