@@ -75,9 +75,8 @@ def convert(
             config, calibration={"model": loading.name_of(model), **config.calibration}
         )
         logger.info(f"writing {out}")
-        MoDModel.from_base(base, tokenizer, config, routers).save(
-            tmp, force=True
-        )  # over the empty tmp
+        # The empty directory `tmp` is there already.
+        MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
     logger.info(summary(config, n_layer))
 
 
@@ -104,7 +103,7 @@ def convert_adapter(
         logger.info(f"loading {model}")
         mod = apply(found, *loading.load(model))
         logger.info(f"writing {out}")
-        mod.save(tmp, force=True)  # over the empty tmp
+        mod.save(tmp, force=True)  # `tmp` is there already, and empty
 
 
 def refuse_mod(model: str) -> None:

@@ -22,6 +22,7 @@ from mod_export.calibration.thresholds import quantile_logit
 from mod_export.cli.output import show_messages
 from mod_export.common.tables import format_table
 from mod_export.data.packing import open_data
+from mod_export.metrics import kl_divergence
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm, threshold_logit
@@ -79,7 +80,7 @@ def measure(
     for hook in hooks:
         hook.remove()
     log_q = logits.detach()[0].float().log_softmax(-1)
-    q, kl = log_q.exp(), (log_p.exp() * (log_p - log_q)).sum(-1)
+    q, kl = log_q.exp(), kl_divergence(log_p, log_q)
 
     def slopes(of_logits: torch.Tensor) -> torch.Tensor:
         found = torch.autograd.grad(
