@@ -17,6 +17,7 @@ from mod_export.common.text import megabytes
 from mod_export.config import MoDConfig
 from mod_export.formats import ggml_types, kv_size, schema
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.model_checks import check_model
 
 CONTEXTS_TOKENS = (1000, 4000, 16000)
 
@@ -25,6 +26,7 @@ def inspect(path: str | Path) -> dict:
     """Read and check a file. Raises UserError naming what is wrong with it."""
     file = GGUFFile.open(path)
     file.refuse_split()
+    check_model(file)
     config, _ = schema.read_routers(file)
     return {
         "file": str(path),

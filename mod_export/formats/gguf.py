@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +50,7 @@ SCALAR_FORMATS = {
     11: "q",
     12: "d",
 }
+LENGTH = struct.Struct("<Q")  # of a string
 COPY_BYTES = 16 << 20  # copied at once
 GET_AGAIN = "get the file again"
 
@@ -58,11 +59,49 @@ GET_AGAIN = "get the file again"
 class Key:
     """A key's type name (`u32`, `string`, `f32[]`, ...) and its value.
 
-    Arrays of numbers are numpy arrays, arrays of strings are lists.
+    Arrays of numbers are numpy arrays, arrays of strings are Strings.
     """
 
     type: str
     value: Any
+
+
+class Strings(Sequence[str]):
+    """An array of strings, which are decoded when they are asked for.
+
+    A vocabulary has up to some 300,000 of them, and most readers need few.
+    """
+
+    def __init__(self, data: memoryview, starts: list[int], end: int):
+        """starts: position of each string in `data`; its length stands in the 8 bytes before."""
+        self._data, self._starts, self._end = data, starts, end
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        (size,) = LENGTH.unpack_from(self._data, start - LENGTH.size)
+        return str(self._data[start : start + size], "utf-8", "replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def raw(self) -> list[bytes]:
+        """The bytes of each string, which need not be UTF-8 in a damaged file."""
+        if not self._starts:
+            return []
+        first = self._starts[0]
+        data = bytes(self._data[first : self._end])
+        starts = [start - first for start in self._starts]
+        return [
+            data[start : following - LENGTH.size]
+            for start, following in zip(starts, [*starts[1:], len(data) + LENGTH.size], strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -176,8 +215,11 @@ class Cursor:
         return struct.unpack(f"<{format}", self.take(struct.calcsize(f"<{format}")))[0]
 
     def string(self) -> str:
-        """The next string: its length and its bytes."""
-        return bytes(self.take(self.number("Q"))).decode("utf-8", "replace")
+        """The next string: its length and its bytes, which the format wants to be UTF-8."""
+        try:
+            return str(self.take(self.number("Q")), "utf-8")
+        except UnicodeDecodeError:
+            raise self.damaged("has a text that is not UTF-8") from None
 
     def key(self) -> Key:
         """Type and value of a key, whose name has been read."""
@@ -196,11 +238,26 @@ class Cursor:
         if item == STRING_TYPE:
             if 8 * count > len(self.view):  # each string has a length, so the count cannot be right
                 raise self.damaged(f"has an array of {count} strings")
-            return Key("string[]", [self.string() for _ in range(count)])
+            return Key("string[]", self._strings(count))
         if item not in SCALAR_FORMATS:
             raise self.damaged(f"has an array of unknown type {item}")
         dtype = np.dtype(SCALAR_FORMATS[item]).newbyteorder("<")
         return Key(f"{TYPE_NAMES[item]}[]", np.frombuffer(self.take(dtype.itemsize * count), dtype))
+
+    def _strings(self, count: int) -> Strings:
+        """The next strings. A vocabulary has many, so that the loop does as little as it can."""
+        view, position = self.view, self.position
+        length = LENGTH.unpack_from
+        starts = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + length(view, position)[0]
+                starts.append(start)
+        except (struct.error, OverflowError):  # behind the end of the file
+            position = len(view) + 1
+        self.take(position - self.position)
+        return Strings(view, starts, self.position)
 
     def damaged(self, what: str) -> UserError:
         """The error of a file that `what` is wrong with."""

@@ -20,6 +20,7 @@ from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import F32_TYPE
 from mod_export.formats.gguf import GGUFFile, Key, rewrite
+from mod_export.formats.model_checks import check_model
 from mod_export.units import KV, UNIT_KINDS, Unit
 
 # unit -> w float32 [n_embd], b float32 [1]
@@ -81,9 +82,10 @@ def from_keys(file: GGUFFile) -> MoDConfig | None:
     if not ours:
         return None
     # the version comes first: the other keys of a later version may well be unknown
-    if "version" in ours and ours["version"].value != VERSION:
+    version = ours.get("version")
+    if version and version.type == SCALARS["version"] and version.value != VERSION:
         raise UserError(
-            f"key {start}version is {ours['version'].value}, known is {VERSION}",
+            f"key {start}version is {version.value}, known is {VERSION}",
             "use a newer mod-export",
         )
     kinds = [kind for kind in UNIT_KINDS if any(f"{kind}.{name}" in ours for name in PER_LAYER)]
@@ -173,6 +175,7 @@ def write_routers(file: GGUFFile, target: BinaryIO, config: MoDConfig, routers: 
 def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:
     """Raise UserError unless the routers fit the model in `file` and it has no routers yet."""
     file.refuse_split()
+    check_model(file)
     n_layer = file.model_number("block_count")
     n_embd = file.model_number("embedding_length")
     if read_routers(file)[0] is not None:

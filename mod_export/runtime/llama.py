@@ -9,6 +9,7 @@ dense file has no units.
 """
 
 import ctypes
+import functools
 import math
 import os
 import time
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
+from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.log import check_context, check_file, kept_log, load_error, reason
 from mod_export.units import UNIT_KINDS, kind_of_c_value
 
@@ -139,18 +142,20 @@ class MoDLlama(llama_cpp.Llama):
         self._thresholds_changed = False
         self._quiet = not verbose
         threads = threads or usable_cpus()
+        open_file = functools.partial(
+            super().__init__,
+            str(path),
+            n_ctx=n_ctx,
+            flash_attn=flash_attn,
+            verbose=verbose,
+            n_threads=threads,
+            n_threads_batch=threads,
+            **kwargs,
+        )
         with self.errors_kept() as log:
             try:
-                super().__init__(
-                    str(path),
-                    n_ctx=n_ctx,
-                    flash_attn=flash_attn,
-                    verbose=verbose,
-                    n_threads=threads,
-                    n_threads_batch=threads,
-                    **kwargs,
-                )
-            except ValueError as exc:
+                guarded(open_file)
+            except (ValueError, RuntimeError, AssertionFailure, TemplateError) as exc:
                 raise load_error(path, n_ctx, exc, log) from exc
         if len(self.input_ids) < self.n_ctx():
             # llama.cpp rounds the context up, and llama_cpp.Llama does not know of it
@@ -446,7 +451,10 @@ class MoDLlama(llama_cpp.Llama):
 
     def token_text(self, token: int) -> str:
         """The text of a token as the vocabulary has it; empty for -1, which is no token."""
-        return self._model.token_get_text(token) if token >= 0 else ""
+        if not 0 <= token < self.n_vocab():
+            return ""
+        text = llama_cpp.llama_vocab_get_text(self._model.vocab, token) or b""
+        return text.decode("utf-8", "replace")
 
     # --- several sequences in one context; `n_tokens` is then the caller's business
 

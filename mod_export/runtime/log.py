@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from mod_export.common.system import available_memory
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.model_checks import check_model
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
+from mod_export.runtime.assertions import AssertionFailure
 
 import llama_cpp  # isort: skip
 from llama_cpp import _logger  # isort: skip
@@ -65,8 +69,14 @@ def reason(log: list[str]) -> str:
     return lines[0] if lines else ""
 
 
-def load_error(path: str | os.PathLike, n_ctx: int, exc: ValueError, log: list[str]) -> UserError:
-    """The error for a file or a context that llama.cpp refused."""
+def load_error(path: str | os.PathLike, n_ctx: int, exc: Exception, log: list[str]) -> UserError:
+    """The error for a file or a context that llama.cpp refused, or that made an assertion fail."""
+    if isinstance(exc, AssertionFailure):
+        return UserError(
+            f"{path} is damaged, or llama.cpp has a fault: {exc}", "get or make the file again"
+        )
+    if isinstance(exc, TemplateError):
+        return UserError(f"{path} has a broken chat template: {exc}", "get the file again")
     why = reason(log) or str(exc)
     if "context" in str(exc):
         cure = "use a smaller context" if "alloc" in why else ""
@@ -79,7 +89,7 @@ def load_error(path: str | os.PathLike, n_ctx: int, exc: ValueError, log: list[s
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Raise UserError for a path that is no readable GGUF file."""
+    """Raise UserError for a path that is no readable GGUF file, and for a file that is damaged."""
     file = Path(path)
     if not file.exists():
         raise UserError(f"{path} does not exist", "check the path")
@@ -97,6 +107,7 @@ def check_file(path: str | os.PathLike) -> None:
         raise UserError(
             f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory"
         )
+    check_model(GGUFFile.open(path))
 
 
 def check_context(path: str | os.PathLike, n_ctx: int) -> None:
@@ -105,9 +116,12 @@ def check_context(path: str | os.PathLike, n_ctx: int) -> None:
     The lists are as long as the context, however little of the context is used. llama.cpp does not
     report a lack of memory for them.
     """
-    if n_ctx <= UNCHECKED_CONTEXT_TOKENS:
+    if 0 < n_ctx <= UNCHECKED_CONTEXT_TOKENS:
         return
     file = GGUFFile.open(path)
+    n_ctx = n_ctx or file.get(f"{file.architecture}.context_length", 0)
+    if not isinstance(n_ctx, int) or n_ctx <= UNCHECKED_CONTEXT_TOKENS:
+        return
     layers = file.get(f"{file.architecture}.block_count", 0)
     is_mod = f"{file.architecture}.mod.version" in file.keys
     caches = 1 + layers if is_mod and isinstance(layers, int) else 1

@@ -6,14 +6,17 @@ The exit code is 2, one line names the trouble, nothing is left behind, and noth
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mod_export.runtime import bindings
-from tests.support.bad_gguf import ROUTERS, tiny
+from mod_export.errors import UserError
+from mod_export.runtime import MoDLlama, bindings
+from tests.support.bad_gguf import MODELS, ROUTERS, set_key, set_token, tiny, write_edited
 from tests.support.c_api import stock_lib
+from tests.support.short_smollm2 import short_smollm2
 from tests.support.tiny_gguf import Tiny
 
 # runs `mod-export` on each line of stdin in one process, so that a crash shows in the process's own
@@ -90,6 +93,54 @@ def test_the_right_files_load(tmp_path):
         commands.append(["chat", tiny(kinds).write(tmp_path / f"{i}.gguf"), "--prompt", "hi"])
     for result in run_all(commands):
         refused(result, "no chat template")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Of `chat` on each of MODELS, in one process."""
+    folder = tmp_path_factory.mktemp("models")
+    commands = []
+    for i, (edit, _, model) in enumerate(MODELS.values()):
+        path = write_edited(folder / f"{i}.gguf", edit, model)
+        commands.append(["chat", path, "--prompt", "Hello \U0001f600"])
+    return dict(zip(MODELS, run_all(commands), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_would_end_the_process(answers, name):
+    """llama.cpp has assertions for it, which end the process, or throws where nobody catches."""
+    refused(answers[name], *MODELS[name][1])
+
+
+def test_zeros_over_a_token_of_smollm2(tmp_path):
+    """Eight zero bytes in a token gave a failed assertion, a backtrace and the exit code 134."""
+    data = bytearray(short_smollm2(tmp_path / "whole.gguf", n_layer=1).read_bytes())
+    commands = []
+    for text in (b"continental", b"production"[1:]):
+        damaged = bytearray(data)
+        start = damaged.index(text) + 1
+        damaged[start : start + 8] = bytes(8)
+        file = tmp_path / f"{text.decode()}.gguf"
+        file.write_bytes(damaged)
+        commands.append(["inspect", file])
+        commands.append(["chat", file, "--prompt", "hi"])
+        commands.append(["trace", file, "--prompt", "hi", "--output", tmp_path / "x.png"])
+    for result in run_all(commands):
+        refused(result, "of the vocabulary are both")
+
+
+def test_a_context_as_long_as_the_file_says(tmp_path):
+    """With n_ctx=0 the length of the file counts, and its lists must fit the memory."""
+    long = write_edited(tmp_path / "long.gguf", set_key("context_length", 2**32 - 1), "bpe")
+    with pytest.raises(UserError, match="use a smaller context"):
+        MoDLlama(long, n_ctx=0)
+
+
+def test_tokens_that_are_not_utf8_have_a_text(tmp_path):
+    file = write_edited(tmp_path / "token.gguf", set_token(300, b"a\xff"), "bpe")
+    with closing(MoDLlama(file, n_ctx=64)) as llm:
+        assert llm.token_text(300) == "a\ufffd"
+        assert llm.token_text(99999) == ""
 
 
 def test_an_architecture_that_is_not_mod_aware(tmp_path):

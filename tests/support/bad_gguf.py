@@ -5,6 +5,8 @@
     model.write(path, keys, tensors)               # a file that llama.cpp refuses
     options, words = SCHEMA_RULES["threshold 1"]
     write(path, **options)                         # the error names `words`
+    edit, words, model = MODELS["two tokens of one text"]
+    write_edited(path, edit, model)                # a file that would end the process
 
 The files are made by gguf-py.
 """
@@ -13,6 +15,8 @@ import gguf
 import numpy as np
 
 from mod_export.formats import schema
+from tests.support import tiny_vocab
+from tests.support.mutated_gguf import F64, STRING, U32, Entry, Parts, join, split
 from tests.support.tiny_gguf import Tiny
 
 V = gguf.GGUFValueType
@@ -197,3 +201,100 @@ ROUTERS = {
     "sink_tokens missing": (tiny(), {"sink_tokens": (None,) * 3}, {}, ["llama.mod.sink_tokens"]),
     "scale_output missing": (tiny(), {"scale_output": (None,) * 3}, {}, ["llama.mod.scale_output"]),
 }
+
+
+def key(parts: Parts, name: str) -> Entry:
+    """Return the key with this name, without the architecture."""
+    return next(entry for entry in parts.keys if entry.name.decode().endswith(name))
+
+
+def set_key(name: str, value, type: int | None = None):
+    """Return an edit that gives a key another value, and another type where one is given."""
+
+    def edit(parts: Parts) -> None:
+        entry = key(parts, name)
+        entry.value, entry.type = value, entry.type if type is None else type
+
+    return edit
+
+
+def add_key(name: str, type: int, value):
+    def edit(parts: Parts) -> None:
+        parts.keys.append(Entry(name.encode(), type, value))
+
+    return edit
+
+
+def set_token(number: int, text: bytes):
+    def edit(parts: Parts) -> None:
+        key(parts, "tokenizer.ggml.tokens").value[number] = text
+
+    return edit
+
+
+def set_tensor_type(name: str, type: int):
+    def edit(parts: Parts) -> None:
+        next(info for info in parts.tensors if info.name.decode() == name).type = type
+
+    return edit
+
+
+# For each fault: the edit, words of the message, and the model of tiny_vocab. llama.cpp ends the
+# process on each of these, or llama_cpp.Llama raises what is no error for users.
+MODELS = {
+    "zeros over the text of a token": (set_token(100, b"t\0\0\0"), ["tokens", "'t'"], "bpe"),
+    "two tokens of one text": (set_token(100, b"the"), ["tokens 100 and", "'the'"], "bpe"),
+    "no token for a byte": (set_token(4 + 0xF0, b"x y z"), ["<0xF0>"], "spm"),
+    "epsilon negative": (set_key("rms_epsilon", -1.0), ["rms_epsilon", "-1.0"], "bpe"),
+    "epsilon NaN": (set_key("rms_epsilon", NAN), ["rms_epsilon", "nan"], "gemma3"),
+    "a norm of integers": (
+        set_tensor_type("blk.1.attn_norm.weight", 26),
+        ["blk.1.attn_norm.weight", "I32", "F32"],
+        "spm",
+    ),
+    "a norm of halves": (
+        set_tensor_type("blk.2.attn_q_norm.weight", 1),
+        ["blk.2.attn_q_norm.weight", "F16", "F32"],
+        "gemma3",
+    ),
+    "no layers": (set_key(".block_count", 0), ["block_count", "0"], "bpe"),
+    "too many layers": (set_key(".block_count", 513), ["block_count", "513"], "bpe"),
+    "more experts than llama.cpp knows": (
+        add_key("llama.expert_count", U32, 5000),
+        ["LLAMA_MAX_EXPERTS"],
+        "bpe",
+    ),
+    "experts in use where there are none": (
+        add_key("llama.expert_used_count", U32, 2),
+        ["n_expert_used_max"],
+        "spm",
+    ),
+    "a scaling of RoPE that is unknown": (
+        add_key("gemma3.rope.scaling.type", STRING, b"spiral"),
+        ["rope_scaling_type_train"],
+        "gemma3",
+    ),
+    "a chat template that is none": (
+        set_key("chat_template", b"{% if %}"),
+        ["chat template"],
+        "bpe",
+    ),
+    "a text that is not UTF-8": (
+        add_key("general.name", STRING, b"caf\xe9"),
+        ["not UTF-8"],
+        "bpe",
+    ),
+    "a number of the wrong kind": (
+        set_key("rms_epsilon", 1e-5, type=F64),
+        ["rms_epsilon"],
+        "bpe",
+    ),
+}
+
+
+def write_edited(path, edit, model: str):
+    """Write a model of tiny_vocab with one thing in it that is wrong."""
+    parts = split(tiny_vocab.write(path, model).read_bytes())
+    edit(parts)
+    path.write_bytes(join(parts))
+    return path
