@@ -22,6 +22,9 @@ from mod_export.formats.gguf import GET_AGAIN, MAX_MODEL_NUMBER, GGUFFile, Strin
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 TOKENS_KEY = "tokenizer.ggml.tokens"
 SENTENCEPIECE = "llama"  # the name that tokenizer.ggml.model has for it
+# ggml cannot multiply with these, and looks up rows of the last alone.
+UNUSED_TYPES = ("I8", "I16", "I64", "F64", "Q8_1", "Q8_K", "I32")
+ROW_TABLE = "ffn_gate_tid2eid.weight"
 # ggml adds, multiplies and rotates with these in f32 only.
 F32_ENDINGS = (
     "norm.weight",
@@ -62,10 +65,13 @@ def _check_numbers(file: GGUFFile) -> None:
 
 def _check_tensors(file: GGUFFile) -> None:
     for tensor in file.tensors.values():
-        if tensor.type != F32_TYPE and tensor.name.endswith(F32_ENDINGS):
-            name = ggml_types.enum_name(tensor.type)
+        if tensor.type == F32_TYPE:
+            continue
+        type = ggml_types.enum_name(tensor.type)
+        needed = "F32" if tensor.name.endswith(F32_ENDINGS) else "a type of weights"
+        if needed == "F32" or type in UNUSED_TYPES and not tensor.name.endswith(ROW_TABLE):
             raise UserError(
-                f"{file.path}: tensor {tensor.name} is {name}, llama.cpp needs F32", GET_AGAIN
+                f"{file.path}: tensor {tensor.name} is {type}, llama.cpp needs {needed}", GET_AGAIN
             )
 
 

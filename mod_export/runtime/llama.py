@@ -32,6 +32,8 @@ from mod_export.units import UNIT_KINDS, kind_of_c_value
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
 
+# Words, blanks, digits and letters of one to four bytes.
+PROBE_TEXT = "  Two words,\n\n\t12 \u00e9 \u4e16 \U0001f600</s>"
 # (token, position, sequence, whether its logits are wanted): one row of a batch
 Row = tuple[int, int, int, bool]
 
@@ -142,7 +144,7 @@ class MoDLlama(llama_cpp.Llama):
         self._thresholds_changed = False
         self._quiet = not verbose
         threads = threads or usable_cpus()
-        open_file = functools.partial(
+        read_file = functools.partial(
             super().__init__,
             str(path),
             n_ctx=n_ctx,
@@ -152,6 +154,12 @@ class MoDLlama(llama_cpp.Llama):
             n_threads_batch=threads,
             **kwargs,
         )
+
+        def open_file() -> None:
+            read_file()
+            if self.has_vocab:  # some assertions fail only where a text is tokenized
+                self.tokenize(PROBE_TEXT.encode(), special=True)
+
         with self.errors_kept() as log:
             try:
                 guarded(open_file)

@@ -257,6 +257,16 @@ MODELS = {
         ["blk.2.attn_q_norm.weight", "F16", "F32"],
         "gemma3",
     ),
+    "a matrix of integers": (
+        set_tensor_type("blk.2.ffn_gate.weight", 26),
+        ["blk.2.ffn_gate.weight", "I32"],
+        "bpe",
+    ),
+    "words with blanks in a byte-level vocabulary": (
+        set_key("tokenizer.ggml.pre", b"whitespace"),
+        ["find(' ')"],
+        "bpe",
+    ),
     "no layers": (set_key(".block_count", 0), ["block_count", "0"], "bpe"),
     "too many layers": (set_key(".block_count", 513), ["block_count", "513"], "bpe"),
     "more experts than llama.cpp knows": (
