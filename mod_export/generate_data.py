@@ -22,6 +22,7 @@ from mod_export.common.journal import Journal
 from mod_export.common.progress import Progress
 from mod_export.data import sources
 from mod_export.errors import UserError
+from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import devices
 from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.sampling import Sampling
@@ -154,13 +155,15 @@ def _check(out: str | Path, options: GenerationOptions, prompts: Sequence[str | 
 def _identity(llm: MoDLlama, options: GenerationOptions, files: list[Path]) -> dict:
     """All that decides the texts, to tell whether a journal belongs to this run.
 
-    The number of texts is no part of it: more texts may be wanted now.
+    The number of texts is no part of it: more texts may be wanted now. The digest tells a model
+    that was trained again from the one before it, which has the same name and size.
     """
     path = Path(llm.model_path)
     deciding = {name: getattr(options, name) for name in ("max_tokens", "ctx", "prompt_tokens")}
     return {
         "model": path.name,
         "bytes": path.stat().st_size,
+        "digest": GGUFFile.open(path).digest(),
         "prompts": sources.digest(files),
         **deciding,
         **{name: getattr(options.sampling, name) for name in DECIDING_SAMPLING},

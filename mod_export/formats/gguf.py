@@ -12,6 +12,7 @@ little-endian, versions 2 and 3.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
@@ -52,6 +53,7 @@ SCALAR_FORMATS = {
 }
 LENGTH = struct.Struct("<Q")  # of a string
 COPY_BYTES = 16 << 20  # copied at once
+SAMPLE_BYTES = 256  # of each tensor, for a digest
 GET_AGAIN = "get the file again"
 
 
@@ -183,6 +185,20 @@ class GGUFFile:
                 f"{self.path}: key {self.architecture}.{name} is missing or no sensible number"
             )
         return value
+
+    def digest(self) -> str:
+        """Tell files of one name and size apart: 32 hexadecimal digits.
+
+        The digest takes all keys, the names, types and shapes of the tensors, and SAMPLE_BYTES in
+        the middle of each. So models of the same shape differ in it, and no file is read whole.
+        """
+        digest = hashlib.sha256()
+        for entry in (*self.key_entries.values(), self.tensor_infos):
+            digest.update(entry)
+        for tensor in self.tensors.values():
+            start = max(0, tensor.nbytes - SAMPLE_BYTES) // 2
+            digest.update(tensor.data[start : start + SAMPLE_BYTES])
+        return digest.hexdigest()[:32]
 
     def refuse_split(self) -> None:
         """Raise UserError for one of several files of a model: only whole models can be changed."""

@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
+from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.log import check_context, check_file, kept_log, load_error, reason
@@ -104,6 +105,15 @@ class PerfCounters:
 
 class StoppedError(Exception):
     """The evaluation was stopped between two batches because `MoDLlama.stop` was set."""
+
+
+class StateMismatchError(UserError, KeyError):
+    """A saved state that does not fit the context, mostly because other thresholds made it.
+
+    llama_cpp.Llama takes the KeyError for a miss of its cache, and so reads the prompt anew.
+    """
+
+    __str__ = Exception.__str__  # a KeyError's text would have quotes around it
 
 
 class MoDLlama(llama_cpp.Llama):
@@ -247,8 +257,10 @@ class MoDLlama(llama_cpp.Llama):
         """Set p of one unit, 0 < p < 1.
 
         The next prompt is read anew, as after every change of a threshold, the shift or the force.
+        States that were saved before are refused (load_state).
         """
         self._set("threshold", f"threshold {p}", unit, p)
+        self._thresholds_changed = True
 
     @property
     def shift(self) -> float:
@@ -266,11 +278,10 @@ class MoDLlama(llama_cpp.Llama):
         """Set the shift.
 
         Without `reread` it holds for the tokens from now on, and tokens that were read stay as they
-        are.
+        are. A state of such tokens cannot be loaded: no other context would compute it.
         """
-        changed = self._thresholds_changed
         self._set("shift", f"shift {value}", value)
-        self._thresholds_changed = changed or reread
+        self._thresholds_changed |= reread
 
     @property
     def force(self) -> str:
@@ -287,6 +298,7 @@ class MoDLlama(llama_cpp.Llama):
                 f"force {value!r} is unknown", f"use one of {', '.join(bindings.FORCES)}"
             )
         self._set("force", f"force {value}", bindings.FORCES.index(value))
+        self._thresholds_changed = True
 
     @property
     def kv_rollback(self) -> int:
@@ -297,12 +309,28 @@ class MoDLlama(llama_cpp.Llama):
     def kv_rollback(self, value: int) -> None:
         self._set("kv_rollback", f"kv_rollback {value}", value)
 
+    def _settings(self) -> dict[str, Any]:
+        """What `_set_all` gives to another context of the same file."""
+        return {
+            "thresholds": self.thresholds,
+            "shift": self.shift,
+            "force": self.force,
+            "kv_rollback": self.kv_rollback,
+        }
+
+    def _set_all(self, settings: dict[str, Any]) -> None:
+        if not self.units:
+            return
+        for unit, p in enumerate(settings["thresholds"]):
+            self.set_threshold(unit, p)
+        for name in ("shift", "force", "kv_rollback"):
+            setattr(self, name, settings[name])
+
     def _set(self, name: str, what: str, *args) -> None:
         bindings.require()
         code = getattr(bindings, f"llama_mod_set_{name}")(self.ctx, *args)
         if code:
             raise UserError(f"cannot set {what}: {bindings.ERRORS.get(code, f'error {code}')}")
-        self._thresholds_changed = True
 
     # --- what happened
 
@@ -397,10 +425,57 @@ class MoDLlama(llama_cpp.Llama):
 
         After a change of thresholds the prompt is read anew.
         """
+        # A generator: the thresholds may change between this call and the first token.
         if self._thresholds_changed:
             self.reset()
             self._thresholds_changed = False
-        return super().generate(tokens, **kwargs)
+        yield from super().generate(tokens, **kwargs)
+
+    @functools.cached_property
+    def _dense_digest(self) -> str:
+        """What a state of a dense file belongs to; the library knows it for MoD files only."""
+        return "" if self.units else GGUFFile.open(self.model_path).digest()
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """The tokens, their K/V and what made these, see `load_state`."""
+        state = super().save_state()
+        state.dense_digest = self._dense_digest
+        return state
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Go on with the tokens of a state that `save_state` has returned.
+
+        The tokens are not read again, so the context must be one that would compute the same K/V.
+        Raises StateMismatchError where another model made the state, or other thresholds, shift,
+        force, RoPE parameters, adapters or types of K and V, where the shift changed among its
+        tokens, and where the state is damaged or too long for the context. The object is usable
+        afterwards.
+        """
+        if not isinstance(state, llama_cpp.LlamaState):
+            raise UserError("this is no state", "give what save_state has returned")
+        if getattr(state, "dense_digest", self._dense_digest) != self._dense_digest:
+            raise StateMismatchError(
+                "cannot load the state: it belongs to another model", "read its tokens again"
+            )
+        data = (ctypes.c_uint8 * len(state.llama_state)).from_buffer_copy(state.llama_state)
+        with self.errors_kept() as log:
+            read = llama_cpp.llama_state_set_data(self.ctx, data, len(data))
+        n = state.n_tokens
+        if not read or read != len(data) or n > self.n_ctx():
+            # Cells that the refused state has not touched still belong to the tokens.
+            if read or self._last_position() < self.n_tokens - 1:
+                self.reset()
+            why = reason(log) or "it is damaged, or too long for the context"
+            raise StateMismatchError(f"cannot load the state: {why}", "read its tokens again")
+        self.input_ids[:n] = state.input_ids[:n]
+        if self._logits_all:
+            self.scores[:n] = state.scores if len(state.scores) == n else np.nan
+        self.n_tokens, self._requires_eval, self._seed = n, True, state.seed
+        self._thresholds_changed = False
+
+    def _last_position(self) -> int:
+        """The last position of the tokens in the context; -1 for none."""
+        return llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens like llama_cpp.Llama.eval.
@@ -469,9 +544,10 @@ class MoDLlama(llama_cpp.Llama):
     def new_context(self, **params: Any) -> None:
         """Replace the context by one with other llama_context_params.
 
-        llama_cpp.Llama can make a context for one sequence only. Raises UserError where llama.cpp
-        refuses the context.
+        llama_cpp.Llama can make a context for one sequence only. Thresholds, shift, force and
+        kv_rollback stay as they are. Raises UserError where llama.cpp refuses the context.
         """
+        settings = self._settings()
         self._ctx.close()
         for name, value in params.items():
             setattr(self.context_params, name, value)
@@ -486,6 +562,10 @@ class MoDLlama(llama_cpp.Llama):
                     f"cannot create a context of {n_ctx} tokens: {log[0] if log else exc}",
                     "use a smaller context",
                 ) from exc
+        self.reset()
+        self._n_ctx = self.n_ctx()
+        self.input_ids = np.zeros(self._n_ctx, np.intc)
+        self._set_all(settings)
 
     def decode_rows(self, rows: Sequence[Row]) -> float:
         """Decode one batch of rows; the milliseconds that it took.

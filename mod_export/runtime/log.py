@@ -35,6 +35,7 @@ REASON_PREFIXES = (
     "error loading model: ",
     "error loading model hyperparameters: ",
     "error loading model vocabulary: ",
+    "error loading state: ",
 )
 
 

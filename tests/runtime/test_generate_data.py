@@ -18,6 +18,7 @@ from llama_cpp import GGML_TYPE_F32, LLAMA_FLASH_ATTN_TYPE_DISABLED
 from mod_export.common.files import locked
 from mod_export.data.packing import open_data
 from mod_export.errors import UserError
+from mod_export.formats.gguf import GGUFFile
 from mod_export.generate_data import GenerationOptions, generate, open_model
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama
@@ -211,6 +212,17 @@ def test_the_output_is_training_data(models, prompts, tmp_path):
     assert all(answer in tokenizer.decode(ids[marks]) for answer in answers)
 
 
+def trained_again(model: Path, folder: Path) -> Path:
+    """A model of the same name, size and shape with other weights."""
+    data = bytearray(model.read_bytes())
+    weights = GGUFFile.open(model).tensors["blk.0.ffn_down.weight"]
+    middle = weights.start + weights.nbytes // 8 * 4
+    data[middle : middle + 4] = np.float32(0.123).tobytes()
+    (folder / "again").mkdir()
+    (folder / "again" / model.name).write_bytes(data)
+    return folder / "again" / model.name
+
+
 def test_a_stopped_run_goes_on(models, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
@@ -261,6 +273,8 @@ def test_a_stopped_run_goes_on(models, prompts, tmp_path):
         file.write(b'{"id": 9999, "mess')  # torn by a lost machine
     with pytest.raises(UserError, match="other options: max_tokens was 24, is 23"):
         run(models["chat"], out, prompts, max_tokens=23)
+    with pytest.raises(UserError, match="other options: digest was"):
+        run(trained_again(models["chat"], tmp_path), out, prompts)
     busy = pytest.raises(UserError, match="another process is writing .*out.jsonl.partial")
     with locked(partial, busy=lambda: None), busy:
         run(models["chat"], out, prompts, count=kept + 5)

@@ -16,8 +16,8 @@ import pytest
 
 from tests.support.c_api import Raw, aborting
 from tests.support.kv_operations import next_operation
-from tests.support.kv_reference import END, Full, Reference
-from tests.support.oracle import CASES, close, needs_patched
+from tests.support.kv_reference import END, MIXED, Full, Reference
+from tests.support.oracle import CASES, close, needs_patched, without_origins
 from tests.support.tiny_gguf import Tiny, logit
 
 pytestmark = needs_patched
@@ -45,12 +45,11 @@ class Machine:
         self.tiny, self.path, self.log = tiny, path, log
         self.r = Raw(path, n_ctx=N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ)
         self.ref = Reference(tiny.units, tiny.n_layer, tiny.kv_window, N_CTX, N_SEQ)
-        self.settings = {"shift": 0.0, "force": "none"}
         self.text = [
             [] for _ in range(N_SEQ)
         ]  # (token, shift, decisions) where a sequence is a plain text, else None
         self.saved = {}
-        self.compared = 0
+        self.compared = self.refused = self.taken = 0
 
     def do(self, op) -> None:
         if self.log:
@@ -103,20 +102,21 @@ class Machine:
         active = np.ones((len(tokens), len(self.tiny.units)), bool)
         if self.ref.free(-1) >= len(tokens):
             with Raw(self.path, n_ctx=4 * N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ) as large:
-                data = get_state(self.r, -1)
+                # tokens of several settings, which a state may not have
+                data = without_origins(get_state(self.r, -1))
                 assert set_state(large, data, -1) == len(data)
-                large.set(kv_rollback=self.ref.rollback, **self.settings)
+                large.set(kv_rollback=self.ref.rollback, **self.ref.settings)
                 assert large.try_decode(*args, logits=[0] * len(tokens)) == 0
                 active = large.trace()[0].astype(bool)
         with pytest.raises(Full):
             self.ref.decode(tokens, active, N_UBATCH)
 
     def _remember(self, batch, tokens, active) -> None:
-        force = self.settings["force"]
+        force = self.ref.settings["force"]
         for (s, token), (_, pos), row in zip(batch, tokens, active, strict=True):
             plain = self.text[s] is not None and len(self.text[s]) == pos
             if plain and not (force == "inactive" and pos < SINKS):  # which the oracle keeps active
-                self.text[s].append((token, SHIFTS.get(force, self.settings["shift"]), row))
+                self.text[s].append((token, SHIFTS.get(force, self.ref.settings["shift"]), row))
             else:
                 self.text[s] = None
 
@@ -150,7 +150,7 @@ class Machine:
         if name == "kv_rollback":
             self.ref.rollback = value
         else:
-            self.settings[name] = value
+            self.ref.settings[name] = value
 
     # --- memory
 
@@ -211,6 +211,15 @@ class Machine:
         if slot not in self.saved:
             return
         seq, data, ref, texts = self.saved[slot]
+        origins = ref.origins(seq)
+        if not origins <= {self.ref.origin}:
+            self.refused += 1
+            assert set_state(self.r, data, dst if seq >= 0 else -1) == 0
+            if len(origins) == 1 and MIXED not in origins:
+                self._load_with(*origins.pop(), slot, dst)
+            return
+        assert MIXED not in origins
+        self.taken += bool(origins)
         if seq < 0:
             assert set_state(self.r, data, -1) == len(data)
             self.ref.restore(ref)
@@ -219,6 +228,15 @@ class Machine:
             fits = self.ref.restore_sequence(ref, seq, dst)
             assert set_state(self.r, data, dst) == (len(data) if fits else 0)
             self.text[dst] = (texts[seq] and list(texts[seq])) if fits else []
+
+    def _load_with(self, force, shift, slot, dst) -> None:
+        """Load the state with the settings that made it."""
+        before = dict(self.ref.settings)
+        for settings in ({"force": force, "shift": shift}, before):
+            for name, value in settings.items():
+                self.set(name, value)
+            if settings is not before:
+                self.load(slot, dst)
 
 
 def get_state(r, seq: int) -> bytes:
@@ -284,4 +302,4 @@ def test_random_operations(case, seed, tmp_path):
         ops = shrink(tiny, path, ops)
         why = replay(tiny, path, ops) or f"not again on a new context; {failed}"
         pytest.fail(f"{why}\nreplay(*make({case!r}, path), {ops})", pytrace=False)
-    assert machine.compared >= 10
+    assert machine.compared >= 10 and machine.refused and machine.taken

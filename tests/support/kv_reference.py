@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 END = 2**31 - 1
+MIXED = ("mixed",)  # the origin of tokens that were decoded with several settings
 
 
 @dataclass
@@ -39,13 +40,21 @@ class Cell:
 
 @dataclass
 class Sequence:
-    """What is known of one sequence beside its cells."""
+    """What is known of one sequence beside its cells.
+
+    origin: the settings that its tokens were decoded with; None for no tokens.
+    """
 
     lost: int = -1  # an upper bound of the positions given back since it was last empty
     broken: str = "no"  # "must": a decode has to refuse it; "may": it can
+    origin: tuple | None = None
 
     def copy(self) -> Sequence:
-        return Sequence(self.lost, self.broken)
+        return Sequence(self.lost, self.broken, self.origin)
+
+    def add(self, origin: tuple | None) -> None:
+        """Add tokens of this origin."""
+        self.origin = origin if self.origin in (None, origin) else MIXED
 
 
 class Full(Exception):
@@ -69,6 +78,13 @@ class Reference:
             layer: [] for layer in [-1, *self.own]
         }  # -1: the complete layers
         self.seqs = [Sequence() for _ in range(n_seq)]
+        self.settings = {"force": "none", "shift": 0.0}
+
+    @property
+    def origin(self) -> tuple:
+        """What tokens are decoded with now: a force leaves nothing to the shift."""
+        force = self.settings["force"]
+        return (force, self.settings["shift"] if force == "none" else 0.0)
 
     # --- what can be asked
 
@@ -121,6 +137,8 @@ class Reference:
             self.cells, self.seqs = before.cells, before.seqs
             raise
         self._expire(start, only_new=False)
+        for seq in {seq for seq, _ in tokens}:
+            self.seqs[seq].add(self.origin)
         for cell in (c for cells in self.cells.values() for c in cells):
             cell.new = False
 
@@ -193,6 +211,8 @@ class Reference:
 
     def copy_sequence(self, src: int, dst: int, p0: int, p1: int) -> None:
         p1 = END if p1 < 0 else p1
+        if any(p0 <= p < p1 for p in self.positions(src)):
+            self.seqs[dst].add(self.seqs[src].origin)
         for c in (c for cells in self.cells.values() for c in cells if p0 <= c.pos < p1):
             if src in c.seqs:
                 c.seqs.add(dst)
@@ -261,6 +281,11 @@ class Reference:
         new.cells = {layer: [c.copy() for c in cells] for layer, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]
         return new
+
+    def origins(self, seq: int) -> set[tuple]:
+        """What made the tokens of a sequence, or of all with -1."""
+        seqs = self.seqs if seq < 0 else [self.seqs[seq]]
+        return {s.origin for s in seqs if s.origin is not None}
 
     def restore(self, saved: Reference) -> None:
         """Restore a whole state, of which the settings are no part."""

@@ -9,6 +9,7 @@ The models are tiny and routed. The results are those of the numpy oracle.
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import llama_cpp
 import numpy as np
@@ -74,6 +75,22 @@ def save(r: Raw) -> bytes:
     n = llama_cpp.llama_state_get_data(r.ctx, buffer, len(buffer))
     assert 0 < n <= len(buffer)
     return bytes(buffer[:n])
+
+
+def without_origins(data: bytes, header: bool = True) -> bytes:
+    """A state that does not tell what made its K/V, which any context takes.
+
+    Without the header it has the format of the states that had none.
+    """
+    at = data.index(b"MoDS")
+    (count,) = struct.unpack_from("<I", data, at + 8)
+    end = at + 12
+    for _ in range(count):
+        # three digests, three types, force, shift, mixed; then the thresholds
+        (thresholds,) = struct.unpack_from("<I", data, end + 3 * 8 + 3 * 4 + 3 * 4)
+        end += 3 * 8 + 3 * 4 + 4 * 4 + 4 * thresholds
+    kept = data[at : at + 8] + bytes(4) if header else b""
+    return data[:at] + kept + data[end:]
 
 
 def restore(r: Raw, data: bytes) -> int:

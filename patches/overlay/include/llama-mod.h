@@ -90,6 +90,10 @@ extern "C" {
     LLAMA_API enum llama_mod_force llama_mod_get_force(const struct llama_context * ctx);
     LLAMA_API int32_t              llama_mod_set_force(      struct llama_context * ctx, enum llama_mod_force force);
 
+    // a state (llama_state_*) holds what its K/V were computed with: the model, thresholds, shift, force, RoPE, adapters,
+    // types of K and V. It is refused, and nothing is changed, by a context that has others, and by every context where
+    // some of a sequence's tokens were decoded with others than the rest
+
     // how many positions of a sequence's tail can be taken back exactly (kv units; default 64)
     LLAMA_API int32_t llama_mod_get_kv_rollback(const struct llama_context * ctx);
     LLAMA_API int32_t llama_mod_set_kv_rollback(      struct llama_context * ctx, int32_t n);        // n >= 0

@@ -5,9 +5,45 @@
 #include <algorithm>
 #include <stdexcept>
 
+// the first bytes of a state. The second number counts the formats: a state of another one is refused
+static constexpr uint32_t MOD_STATE_MAGIC   = 0x53446f4d; // "MoDS"
+static constexpr uint32_t MOD_STATE_VERSION = 2;
+
 //
 // state
 //
+
+void llama_kv_cache_mod::state_write_origins(llama_io_write_i & io, llama_seq_id seq_id) const {
+    std::vector<const llama_mod_origin *> origins;
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if ((seq_id == -1 || s == seq_id) && seqs[s].origin && base->seq_pos_max(s) >= 0) {
+            origins.push_back(seqs[s].origin.get());
+        }
+    }
+
+    const uint32_t head[3] = { MOD_STATE_MAGIC, MOD_STATE_VERSION, (uint32_t) origins.size() };
+    io.write(head, sizeof(head));
+    for (const auto * o : origins) {
+        o->write(io);
+    }
+}
+
+void llama_kv_cache_mod::state_read_origins(llama_io_read_i & io) {
+    uint32_t head[3];
+    io.read(head, sizeof(head));
+    if (head[0] != MOD_STATE_MAGIC || head[1] != MOD_STATE_VERSION) {
+        throw std::runtime_error("mod: the state has another format: it is of another version of this library, or of a dense model");
+    }
+
+    const auto now = get_origin();
+    for (uint32_t i = 0; i < head[2]; ++i) {
+        llama_mod_origin o;
+        o.read(io);
+        if (const auto why = o.difference(*now); !why.empty()) {
+            throw std::runtime_error("mod: " + why);
+        }
+    }
+}
 
 void llama_kv_cache_mod::state_write_own(llama_io_write_i & io, const own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     io.write(&c.il, sizeof(c.il));
@@ -64,6 +100,8 @@ void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, lla
 }
 
 void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    state_write_origins(io, seq_id);
+
     base->state_write(io, seq_id, flags);
 
     const uint32_t n_own = own.size();
@@ -82,6 +120,9 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 }
 
 void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    // a state that does not fit leaves everything as it is
+    state_read_origins(io);
+
     touch_masks();
 
     try {
@@ -108,6 +149,7 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
                 if (base->seq_pos_max(s) >= 0) {
                     seqs[s].freed  = std::max(-1, info[0]);
                     seqs[s].broken = info[1] != 0;
+                    seqs[s].origin = get_origin();
                 }
             }
         }

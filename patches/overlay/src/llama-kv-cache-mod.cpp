@@ -119,6 +119,8 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         seqs[s].before       = base->seq_pos_max(s);
         seqs[s].freed_before = seqs[s].freed;
+
+        seqs[s].origin_before = seqs[s].origin;
     }
 
     // the base takes the first free cells
@@ -248,6 +250,15 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     auto       & dst = seqs[seq_id_dst];
 
     const bool had = base->seq_pos_max(seq_id_dst) >= 0;
+    if (!had) {
+        dst.origin.reset();
+    }
+
+    const auto & sp    = base->get_cells(0).seq_pos_get(seq_id_src);
+    const auto   first = sp.lower_bound({ std::max(p0, 0), 0 });
+    if (first != sp.end() && (p1 < 0 || first->first < p1)) {
+        add_origin(seq_id_dst, src.origin);
+    }
 
     for_each([&](llama_kv_cache & kv) { kv.seq_cp(seq_id_src, seq_id_dst, p0, p1); });
 
@@ -463,6 +474,7 @@ void llama_kv_cache_mod::undo() {
             // a failed decode has freed none but its own cells
             seqs[s].freed = info.freed_before;
         }
+        seqs[s].origin = info.origin_before;
     }
 
     for (auto & c : own) {
@@ -518,6 +530,32 @@ void llama_kv_cache_mod::set_synchronize(const std::function<void()> & f) {
     base_rows->synchronize = f;
     for (auto & c : own) {
         c.rows->synchronize = f;
+    }
+}
+
+void llama_kv_cache_mod::set_origin(const std::function<llama_mod_origin()> & f) {
+    make_origin = f;
+}
+
+std::shared_ptr<const llama_mod_origin> llama_kv_cache_mod::get_origin() {
+    auto now = make_origin();
+    now.type_k  = base->layers[0].k->type;
+    now.type_v  = base->layers[0].v->type;
+    now.v_trans = base->v_trans;
+    if (!origin || !origin->difference(now).empty()) {
+        origin = std::make_shared<const llama_mod_origin>(std::move(now));
+    }
+    return origin;
+}
+
+void llama_kv_cache_mod::add_origin(llama_seq_id seq_id, const std::shared_ptr<const llama_mod_origin> & added) {
+    auto & old = seqs[seq_id].origin;
+    if (!old || old == added) {
+        old = added;
+    } else if (!old->mixed && !old->difference(*added).empty()) {
+        auto mixed = *added;
+        mixed.mixed = true;
+        old = std::make_shared<const llama_mod_origin>(std::move(mixed));
     }
 }
 
@@ -588,6 +626,10 @@ bool llama_kv_cache_mod_context::apply() {
     if (updates.empty()) {
         // rows of a mask follow tokens that come in order by themselves
         const auto & ubatch = base->get_ubatch();
+        const auto   origin = kv->get_origin();
+        for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+            kv->add_origin(ubatch.seq_id_unq[s], origin);
+        }
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             if (ubatch.pos[i] <= kv->base->seq_pos_max(ubatch.seq_id[i][0])) {
                 kv->base_mask.touch_all();

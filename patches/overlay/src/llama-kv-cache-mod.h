@@ -2,6 +2,7 @@
 
 #include "llama-kv-cache.h"
 #include "llama-mod-mask.h"
+#include "llama-mod-origin.h"
 #include "llama-mod.h"
 #include "llama-mod-rows.h"
 
@@ -121,6 +122,9 @@ public:
     // f waits for running graphs: tensors may have to be replaced between two graphs of a decode
     void set_synchronize(const std::function<void()> & f);
 
+    // f says what K/V are computed with now; the types of K and V are filled in here
+    void set_origin(const std::function<llama_mod_origin()> & f);
+
     // changes when cells have moved or tensors were replaced: graphs and masks made before are void
     uint64_t get_generation() const;
 
@@ -174,9 +178,22 @@ private:
         llama_pos before       = -1; // seq_pos_max before the running decode
         llama_pos freed_before = -1; // freed before the running decode
         bool      broken    = false; // holds a copy that lacks K/V: it cannot be continued
+
+        // what its K/V were computed with, null: it has no tokens
+        std::shared_ptr<const llama_mod_origin> origin;
+        std::shared_ptr<const llama_mod_origin> origin_before; // the running decode
     };
 
     std::array<seq_info, LLAMA_MAX_SEQ> seqs;
+
+    std::function<llama_mod_origin()>       make_origin;
+    std::shared_ptr<const llama_mod_origin> origin; // the last one, shared by the sequences
+
+    // what K/V are computed with now
+    std::shared_ptr<const llama_mod_origin> get_origin();
+
+    // tokens of this origin come to the sequence
+    void add_origin(llama_seq_id seq_id, const std::shared_ptr<const llama_mod_origin> & added);
 
     uint64_t n_compact = 0; // how often cells were moved
 
@@ -219,6 +236,10 @@ private:
             f(*c.kv);
         }
     }
+
+    // throws std::runtime_error where the context would not go on with K/V of the state's origin
+    void state_write_origins(llama_io_write_i & io, llama_seq_id seq_id) const;
+    void state_read_origins (llama_io_read_i  & io);
 
     void state_write_own(llama_io_write_i & io, const own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) const;
     void state_read_own (llama_io_read_i  & io,       own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags);

@@ -1,5 +1,6 @@
 #include "llama-mod-context.h"
 
+#include "llama-adapter.h"
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -96,6 +97,7 @@ llama_mod_context::llama_mod_context(llama_context & lctx) :
     init_tensors();
 
     get_memory()->set_synchronize([this] { ggml_backend_sched_synchronize(this->lctx.sched.get()); });
+    get_memory()->set_origin([this] { return get_origin(); });
 
     whole.kv_inside = true;
     whole.first     = true;
@@ -230,6 +232,8 @@ void llama_mod_context::reset() {
     res_shared.reset();
     res_sampled = nullptr;
     res_last = nullptr;
+
+    knows_adapters = false;
 }
 
 llm_mod_segment * llama_mod_context::get_segment() {
@@ -238,6 +242,78 @@ llm_mod_segment * llama_mod_context::get_segment() {
 
 llama_kv_cache_mod * llama_mod_context::get_memory() const {
     return static_cast<llama_kv_cache_mod *>(lctx.memory.get());
+}
+
+//
+// what K/V are computed with
+//
+
+static void mod_add_sample(llama_mod_digest & digest, const ggml_tensor * t) {
+    std::vector<uint8_t> sample(std::min<size_t>(ggml_nbytes(t), 4096));
+    ggml_backend_tensor_get(t, sample.data(), 0, sample.size());
+    digest.add(t->ne, sizeof(t->ne));
+    digest.add(sample.data(), sample.size());
+}
+
+void llama_mod_context::digest_adapters() {
+    std::vector<uint64_t> found;
+
+    for (const auto & [lora, scale] : *lctx.loras) {
+        llama_mod_digest digest;
+        digest.add(scale);
+        digest.add(lora->alpha);
+        const std::map<std::string, llama_adapter_lora_weight> weights(lora->ab_map.begin(), lora->ab_map.end());
+        for (const auto & [name, weight] : weights) {
+            digest.add(name);
+            mod_add_sample(digest, weight.a);
+            mod_add_sample(digest, weight.b);
+        }
+        found.push_back(digest.value);
+    }
+    std::sort(found.begin(), found.end());
+
+    for (int32_t il = 0; il < (int32_t) lctx.model.hparams.n_layer(); ++il) {
+        if (const auto * t = lctx.cvec->tensor_for(il)) {
+            llama_mod_digest digest;
+            digest.add(il);
+            mod_add_sample(digest, t);
+            found.push_back(digest.value);
+        }
+    }
+
+    llama_mod_digest digest;
+    digest.add(found.data(), found.size()*sizeof(uint64_t));
+    adapters = digest.value;
+}
+
+llama_mod_origin llama_mod_context::get_origin() {
+    // other adapters make the context reserve its graphs again at the next decode, which calls reset()
+    if (!knows_adapters || lctx.sched_need_reserve) {
+        digest_adapters();
+        knows_adapters = !lctx.sched_need_reserve;
+    }
+
+    llama_mod_digest rope;
+    rope.add(lctx.cparams.rope_freq_base);
+    rope.add(lctx.cparams.rope_freq_scale);
+    rope.add(lctx.cparams.n_ctx_orig_yarn);
+    rope.add(lctx.cparams.yarn_ext_factor);
+    rope.add(lctx.cparams.yarn_attn_factor);
+    rope.add(lctx.cparams.yarn_beta_fast);
+    rope.add(lctx.cparams.yarn_beta_slow);
+    // the size of the context can choose the factors
+    rope.add(lctx.model.layers[0].rope_long && lctx.model.get_rope_factors(lctx.cparams, 0) == lctx.model.layers[0].rope_long);
+
+    llama_mod_origin res;
+    res.model    = model.digest;
+    res.rope     = rope.value;
+    res.adapters = adapters;
+    res.force    = force;
+    if (force == LLAMA_MOD_FORCE_NONE) {
+        res.shift      = shift;
+        res.thresholds = thresholds;
+    }
+    return res;
 }
 
 //

@@ -3,6 +3,7 @@
 #include "llama-graph.h"
 #include "llama-mod-graph.h"
 #include "llama-mod-io.h"
+#include "llama-mod-origin.h"
 #include "llama-mod.h"
 
 #include "ggml-cpp.h"
@@ -74,6 +75,9 @@ struct llama_mod_context {
 
     llama_kv_cache_mod * get_memory() const;
 
+    // what K/V are computed with now
+    llama_mod_origin get_origin();
+
 private:
     llama_context & lctx;
 
@@ -135,6 +139,12 @@ private:
     variant * swapped = nullptr;
 
     bool no_slot = false;
+
+    // a digest of LoRA adapters and the control vector, while it is known
+    uint64_t adapters       = 0;
+    bool     knows_adapters = false;
+
+    void digest_adapters();
 
     // the current ubatch
     llama_mod_decider    decider;

@@ -1,12 +1,14 @@
 #include "llama-mod-model.h"
 
 #include "llama-impl.h"
+#include "llama-mod-origin.h"
 #include "llama-model.h"
 #include "llama-model-loader.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -183,6 +185,64 @@ static void mod_check_tensors(const llama_mod_model * mod, const llama_model_loa
     }
 }
 
+// bytes in the middle of each tensor that tell models of the same shape apart
+static constexpr size_t MOD_N_SAMPLE = 256;
+
+static void mod_add_keys(llama_mod_digest & digest, const llama_model_loader & ml) {
+    const std::string prefix = ml.get_arch_name() + ".";
+
+    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
+        const std::string key = gguf_get_key(ml.metadata, id);
+        if (key.compare(0, prefix.size(), prefix) != 0) {
+            continue;
+        }
+        digest.add(key);
+        if (gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_FLOAT32) {
+            digest.add(gguf_get_val_f32(ml.metadata, id)); // as text it would be rounded
+        } else {
+            digest.add(gguf_kv_to_str(ml.metadata, id));
+        }
+    }
+
+    const std::map<std::string, llama_model_kv_override> overrides(ml.kv_overrides.begin(), ml.kv_overrides.end());
+    for (const auto & [key, value] : overrides) {
+        digest.add(key);
+        switch (value.tag) {
+            case LLAMA_KV_OVERRIDE_TYPE_INT:   digest.add(value.val_i64);              break;
+            case LLAMA_KV_OVERRIDE_TYPE_FLOAT: digest.add(value.val_f64);              break;
+            case LLAMA_KV_OVERRIDE_TYPE_BOOL:  digest.add(value.val_bool);             break;
+            case LLAMA_KV_OVERRIDE_TYPE_STR:   digest.add(std::string(value.val_str)); break;
+        }
+    }
+}
+
+static uint64_t mod_get_digest(const llama_mod_model & mod, llama_model_loader & ml) {
+    llama_mod_digest digest;
+
+    mod_add_keys(digest, ml);
+
+    for (const auto & [name, w] : ml.weights_map) {
+        digest.add(name);
+        digest.add((int32_t) w.tensor->type);
+        digest.add(w.tensor->ne, sizeof(w.tensor->ne));
+
+        if (ml.no_alloc || w.idx >= ml.files.size()) {
+            continue;
+        }
+        const size_t size = ggml_nbytes(w.tensor);
+        uint8_t sample[MOD_N_SAMPLE];
+        const size_t n = std::min(size, MOD_N_SAMPLE);
+        ml.files[w.idx]->seek(w.offs + (size - n)/2, SEEK_SET);
+        ml.files[w.idx]->read_raw(sample, n);
+        digest.add(sample, n);
+    }
+
+    digest.add(mod.w.data(), mod.w.size()*sizeof(float));
+    digest.add(mod.b.data(), mod.b.size()*sizeof(float));
+
+    return digest.value;
+}
+
 std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model, llama_model_loader & ml) {
     const mod_keys keys = { ml.metadata, ml.get_arch_name() + ".mod." };
 
@@ -225,6 +285,8 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
         mod_load_router(ml, name + "weight", n_embd, mod->w.data() + u*n_embd);
         mod_load_router(ml, name + "bias",   1,      mod->b.data() + u);
     }
+
+    mod->digest = mod_get_digest(*mod, ml);
 
     LLAMA_LOG_INFO("%s: %zu routed units, kv_window = %u, sink tokens = %u, scale_output = %d\n", __func__,
             mod->units.size(), mod->kv_window, mod->n_sink, mod->scale_output);

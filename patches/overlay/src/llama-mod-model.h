@@ -16,6 +16,10 @@ struct llama_mod_model {
     uint32_t n_sink       = 0;
     uint32_t kv_window    = 0; // 0: no kv units
 
+    // of what decides the K/V of a token: hyperparameters, routers, samples of the weights. All weights would have to be
+    // read for more
+    uint64_t digest = 0;
+
     // in the order in which they decide: by layer, within a layer kv, block, attn, ffn
     std::vector<llama_mod_unit> units;
 

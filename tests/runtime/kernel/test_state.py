@@ -6,7 +6,9 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from tests.support.c_api import F16, Raw
+from mod_export.runtime import bindings
+from mod_export.runtime.log import kept_log
+from tests.support.c_api import F16, Raw, aborting
 from tests.support.oracle import (
     CASES,
     TOKENS,
@@ -17,6 +19,7 @@ from tests.support.oracle import (
     make,
     restore,
     save,
+    without_origins,
 )
 
 CACHED = [case for case in CASES if case != "ffn"]  # ffn units have no influence on KV
@@ -351,6 +354,180 @@ def test_state_files(routed, tmp_path):
             assert back[: count.value] == TOKENS[0][:100].tolist()
             r.pos = {0: 100}
             close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+
+
+# --- states know what made them
+
+
+def set_threshold(r):
+    assert bindings.llama_mod_set_threshold(r.ctx, 0, 0.7) == 0
+
+
+CHANGES = {
+    "shift": (lambda r: r.set(shift=0.8), "made with threshold shift 0, the context has 0.8"),
+    "force": (lambda r: r.set(force="active"), "made with force none, the context has active"),
+    "threshold": (set_threshold, "made with other thresholds"),
+    "control vector": (lambda r: set_vector(r, 1.0), "made with other adapters"),
+}
+
+
+def set_vector(r, scale: float):
+    """A control vector, scale * (1, 1, ...) in all layers; 0: none."""
+    data = (ctypes.c_float * (4 * r.n_embd))(*[scale] * (4 * r.n_embd))
+    n = len(data) if scale else 0
+    assert llama_cpp.llama_set_adapter_cvec(r.ctx, data if n else None, n, r.n_embd, 1, 4) == 0
+
+
+def save_sequence(r, seq: int) -> bytes:
+    buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(r.ctx, seq))()
+    n = llama_cpp.llama_state_seq_get_data(r.ctx, buffer, len(buffer), seq)
+    return bytes(buffer[:n])
+
+
+def restore_sequence(r, data: bytes, seq: int) -> int:
+    buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+    return llama_cpp.llama_state_seq_set_data(r.ctx, buffer, len(data), seq)
+
+
+def loaders(r, folder):
+    """The ways to load the state of sequence 0, saved now: functions of a context."""
+    file, tokens = str(folder / "state").encode(), (llama_cpp.llama_token * 100)()
+    assert llama_cpp.llama_state_save_file(r.ctx, file, tokens, 100)
+    assert llama_cpp.llama_state_seq_save_file(r.ctx, file + b"1", 0, tokens, 100)
+    data, sequence, count = save(r), save_sequence(r, 0), ctypes.c_size_t()
+
+    def load_file(other):
+        return llama_cpp.llama_state_load_file(other.ctx, file, tokens, 100, ctypes.byref(count))
+
+    def load_sequence_file(other):
+        return llama_cpp.llama_state_seq_load_file(
+            other.ctx, file + b"1", 0, tokens, 100, ctypes.byref(count)
+        )
+
+    return [
+        lambda other: restore(other, data),
+        lambda other: restore_sequence(other, sequence, 0),
+        load_file,
+        load_sequence_file,
+    ]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_of_other_settings_is_refused_in_one_line_and_changes_nothing(
+    kv_model, tmp_path, change
+):
+    """Whole states and those of a sequence, in memory and in files."""
+    _, path, _ = kv_model
+    make_other, why = CHANGES[change]
+    with Raw(path) as r, Raw(path) as other:
+        r.decode(TOKENS[0][:100])
+        ways = loaders(r, tmp_path)
+        make_other(other)
+        expected = other.decode(TOKENS[0])
+        other.clear()
+        other.decode(TOKENS[0][:100])
+        before = cells(other)
+        for load in ways:
+            with kept_log() as log:
+                assert not load(other)
+            assert len(log) == 1 and log[0].endswith(why)
+            assert cells(other) == before
+        close(other.decode(TOKENS[0][100:]), expected[100:])
+        # what made the state is told by its tokens, not by the context that writes it
+        make_other(r)
+        for load in loaders(r, tmp_path):
+            assert not load(other)
+        r.clear()
+        r.decode(TOKENS[0][:100])
+        for load in loaders(r, tmp_path):
+            assert load(other)
+
+
+def test_settings_that_decide_nothing_do_not_count(kv_model):
+    """A shift and thresholds under a force, and what was set back before the next token."""
+    _, path, _ = kv_model
+    with Raw(path) as r, Raw(path) as other:
+        r.set(force="active", shift=0.5)
+        r.decode(TOKENS[0][:100])
+        other.set(force="active")
+        set_threshold(other)
+        assert restore(other, save(r))
+        r.clear()
+        r.set(force="none", shift=0.0)
+        r.decode(TOKENS[0][:60])
+        r.set(shift=3.0, kv_rollback=5)
+        set_vector(r, 1.0)
+        set_vector(r, 0.0)
+        r.set(shift=0.0)
+        r.decode(TOKENS[0][60:100])
+        with Raw(path) as third:
+            assert restore(third, save(r))
+
+
+def test_a_sequence_of_two_settings_makes_no_state_until_it_is_empty(kv_model):
+    _, path, expected = kv_model
+    with Raw(path) as r:
+        r.decode([*TOKENS[0][:60], *TOKENS[1][:60]], [0] * 60 + [1] * 60)
+        r.set(shift=0.8)
+        r.decode(TOKENS[0][60:100])
+        for shift in (0.0, 0.8):
+            r.set(shift=shift)
+            for data, seq in ((save_sequence(r, 0), 0), (save(r), -1)):
+                with kept_log() as log:
+                    assert not (restore(r, data) if seq < 0 else restore_sequence(r, data, seq))
+                assert "processed with different thresholds" in log[0]
+        # the other sequence is of one setting
+        assert not restore_sequence(r, save_sequence(r, 1), 1)
+        r.set(shift=0.0)
+        assert restore_sequence(r, save_sequence(r, 1), 1)
+        # a copy onto other tokens mixes as well, and a copy alone is what its source is
+        llama_cpp.llama_memory_seq_cp(r.mem, 1, 2, -1, -1)
+        llama_cpp.llama_memory_seq_cp(r.mem, 0, 3, -1, -1)
+        assert restore_sequence(r, save_sequence(r, 2), 2)
+        assert not restore_sequence(r, save_sequence(r, 3), 3)
+        assert r.seq_rm(0, 0)
+        r.decode(TOKENS[0][:100])
+        assert restore_sequence(r, save_sequence(r, 0), 0)
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+
+
+def test_a_failed_decode_mixes_nothing(kv_model):
+    _, path, expected = kv_model
+    with Raw(path, n_ctx=256) as r:
+        r.decode(TOKENS[0][:120])
+        r.decode(TOKENS[1][:120], [1] * 120)
+        r.set(shift=0.8)
+        assert r.try_decode(TOKENS[0][120:]) == 1  # no free cell
+        with aborting(r, 40):
+            assert r.try_decode(TOKENS[0][120:130]) == 2
+        r.set(shift=0.0)
+        assert restore_sequence(r, save_sequence(r, 0), 0)
+        close(r.decode(TOKENS[0][120:130]), expected.logits[120:130])
+
+
+def test_other_models_types_and_formats_are_refused(kv_model, tmp_path):
+    tiny, path, _ = kv_model
+    other = make("kv", seed=1).write(tmp_path / "other.gguf")
+    dense = tiny.dense().write(tmp_path / "dense.gguf")
+    with Raw(path) as r:
+        r.decode(TOKENS[0][:100])
+        data = save(r)
+    at = data.index(b"MoDS")
+    older = without_origins(data, header=False)
+    for file, params, state, why in (
+        (other, {}, data, "belongs to another model"),
+        (path, {"kv": F16}, data, "K/V of another type"),
+        (path, {"fa": True, "kv": F16}, data, "K/V of another type"),
+        (path, {"rope_freq_base": 20000.0}, data, "other RoPE parameters"),
+        (path, {}, older, "has another format"),
+        (path, {}, data[:at] + b"MoDS\1" + data[at + 5 :], "has another format"),
+        (dense, {}, data, "n_stream mismatch"),
+    ):
+        with Raw(file, **params) as r:
+            with kept_log() as log:
+                assert restore(r, state) == 0
+            assert len(log) == 1 and why in log[0], log
+            r.decode(TOKENS[0][:100])
 
 
 def test_a_broken_state_is_refused_and_the_context_still_works(routed):
