@@ -159,7 +159,7 @@ def _release_pages(file: Path) -> None:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     name = str(file.resolve())
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         if line.endswith(name):
             start, end = (int(x, 16) for x in line.split()[0].split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)

@@ -6,6 +6,8 @@ docstring of a command is its line in that help. Errors of the user come as one 
 exit code 2; Ctrl-C is 130; MOD_EXPORT_DEBUG=1 shows tracebacks.
 """
 
+import contextlib
+import errno
 import importlib
 import os
 import re
@@ -15,6 +17,7 @@ import sys
 import click
 
 from mod_export import __version__
+from mod_export.cli.options import as_utf8
 from mod_export.cli.output import hide_messages, show_messages
 from mod_export.common import extras
 from mod_export.errors import UserError
@@ -37,6 +40,12 @@ COMMANDS = (
     "synth",
 )
 
+OS_CURES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room, or ask for a larger quota",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "check the permissions",
+}
 # torch's words, on a GPU and on a CPU
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 
@@ -52,7 +61,8 @@ class LazyGroup(click.Group):
         """Return a command, or None where no command has the name."""
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"mod_export.cli.{name.replace('-', '_')}").command
+        module = importlib.import_module(f"mod_export.cli.{name.replace('-', '_')}")
+        return as_utf8(module.command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the names of the commands with the first line of their docstrings."""
@@ -107,9 +117,29 @@ def cli(ctx: click.Context) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script; always ends with SystemExit."""
+    open_streams()
     # a terminated command removes its temporary files, as an interrupted one does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(_run(args))
+
+
+def open_streams() -> None:
+    """Give the process the streams that it was started without, and let stdout take any text.
+
+    The next file that is opened would be stdout where that is closed, and get what is printed.
+    What a terminal's encoding does not have is printed as Python escapes it, such as \\xe9.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's stream
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(args: list[str] | None) -> int:
@@ -132,8 +162,12 @@ def _run(args: list[str] | None) -> int:
             "out of memory",
             cure="use shorter sequences or fewer at a time (train: --batch, --recompute)",
         )
+    except UnicodeEncodeError as exc:
+        where = ascii(exc.object[max(0, exc.start - 40) : exc.end + 20])
+        return _fail(f"bytes that are no UTF-8 in {where}", cure="rename the file or directory")
     except OSError as exc:
-        return _fail(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}")
+        where = f": {exc.filename}" if exc.filename else ""
+        return _fail(f"{exc.strerror or exc}{where}", cure=OS_CURES.get(exc.errno, ""))
 
 
 def _fail(message: str, code: int = 2, cure: str = "") -> int:

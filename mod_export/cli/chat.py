@@ -12,6 +12,7 @@ from mod_export.cli.options import (
     temperature_option,
     top_p_option,
 )
+from mod_export.common.text import decode_text
 
 
 @click.command()
@@ -65,4 +66,4 @@ def command(
 
 
 def _stdin() -> str:
-    return sys.stdin.buffer.read().decode("utf-8", "replace")
+    return decode_text(sys.stdin.buffer.read())

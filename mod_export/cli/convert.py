@@ -16,7 +16,7 @@ from mod_export.errors import UserError
 
 
 @click.command("convert")
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @output_option("DIR", "Directory to write.")
 @units_option
 @click.option(
@@ -45,6 +45,7 @@ from mod_export.errors import UserError
 @sink_tokens_option()
 @click.option(
     "--adapter",
+    type=click.Path(),
     metavar="ADAPTER",
     help="Take routers, and LoRA, from this adapter instead of calibrating: a directory, or the "
     "name of a packaged adapter.",

@@ -8,7 +8,7 @@ from mod_export.cli.options import json_flag
 
 
 @click.command("inspect")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", type=click.Path())
 @json_flag
 def command(file: str, as_json: bool) -> None:
     """Show what a MoD GGUF routes, and the KV it needs.

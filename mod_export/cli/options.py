@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import click
 
+from mod_export.common.text import check_name, decode_argument
 from mod_export.config import SINK_TOKENS
 from mod_export.errors import UserError
 from mod_export.units import parse_shares
@@ -31,6 +32,33 @@ class Finite(click.FloatRange):
     def _describe_range(self) -> str:
         # A range that has no limits needs no description.
         return "" if self.min is self.max is None else super()._describe_range()
+
+
+class Text(click.types.StringParamType):
+    """Text whose bytes may be no UTF-8: it is read as stdin is."""
+
+    def convert(self, value, param, ctx):
+        """Return the text."""
+        return decode_argument(super().convert(value, param, ctx))
+
+
+class FileName(click.Path):
+    """The name of a file or directory, in UTF-8."""
+
+    def convert(self, value, param, ctx):
+        """Return the name. Raises UserError for a name that is no UTF-8."""
+        check_name(value)
+        return super().convert(value, param, ctx)
+
+
+def as_utf8(command: click.Command) -> click.Command:
+    """Let all texts and file names of a command be Text and FileName, and return the command."""
+    for parameter in command.params:
+        if type(parameter.type) is click.Path:
+            parameter.type = FileName(path_type=parameter.type.type)
+        elif parameter.type is click.STRING:
+            parameter.type = Text()
+    return command
 
 
 class RenamedOption(click.Option):

@@ -21,7 +21,7 @@ _NUMBER = click.IntRange(min=1)
 
 
 @click.command("synth")
-@click.argument("preset")
+@click.argument("preset", type=click.Path())
 @output_option("FILE", "GGUF file to write.")
 @click.option(
     "--dense",

@@ -33,6 +33,7 @@ def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold
     FILE is a MoD GGUF file. The picture has a column for each token and a row for each unit.
     """
     from mod_export.common import extras
+    from mod_export.common.text import decode_text
     from mod_export.errors import UserError
 
     extras.require("matplotlib")
@@ -43,7 +44,7 @@ def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold
         )
     if prompt is None:
         with click.open_file(prompt_file, "rb") as f:
-            prompt = f.read().decode("utf-8", "replace")
+            prompt = decode_text(f.read())
 
     from mod_export import trace
     from mod_export.runtime.llama import MoDLlama

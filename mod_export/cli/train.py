@@ -68,7 +68,7 @@ def field(name: str, type=None, *spellings: str, **more):
 @field("limit", COUNT)
 @field("loss_on", click.Choice(LOSS_ON))
 @field("recall", SHARE)
-@field("teacher", None, metavar="MODEL")
+@field("teacher", click.Path(), metavar="MODEL")
 @field("method", click.Choice(METHODS))
 @field("per_layer")
 @field("start", SHARE, "--start-activation", metavar="SHARE")

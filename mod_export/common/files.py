@@ -19,11 +19,13 @@ ANOTHER = "choose another output"
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike, force: bool = False, cure: str = ANOTHER
+) -> Iterator[Path]:
     """Yield an empty temporary file, which takes the place of `path` when the block ends well.
 
     The temporary file lies beside `path`. Raises UserError where `path` exists and `force` is not
-    set, where `path` is no regular file, and where it cannot be written.
+    set, where `path` is no regular file, and, with `cure`, where it cannot be written.
     """
     target = _check_target(path, force)
     if target.exists() and not target.is_file():
@@ -35,7 +37,7 @@ def atomic_file(path: str | os.PathLike, force: bool = False) -> Iterator[Path]:
         yield tmp
         os.replace(tmp, target)
     except OSError as exc:
-        raise _unwritable(exc, tmp, path) from exc
+        raise _unwritable(exc, tmp, path, cure) from exc
     finally:
         tmp.unlink(missing_ok=True)
 

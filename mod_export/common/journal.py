@@ -50,8 +50,11 @@ class Journal:
         """Write the first line, or compare it with what is there, and find the end."""
         self._file.seek(0)
         if self.path.stat().st_size == 0:
-            self._file.write(head)
-            self._file.flush()
+            try:
+                self._append(head)
+            except UserError:
+                self.path.unlink()
+                raise
         else:
             found = self._file.readline()
             self._start = len(found)
@@ -101,10 +104,18 @@ class Journal:
         yield from iter(self._file.readline, b"")
 
     def add(self, record: dict) -> None:
-        """Append a record, at once."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Append a record, at once. Raises UserError where the disk is full."""
+        self._append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.count += 1
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as exc:
+            self._file.raw.close()  # what did not fit would be tried again when the file is closed
+            cure = "make room; the same command goes on from there"
+            raise UserError(f"cannot write {self.path}: {exc.strerror}", cure) from exc
 
     def done(self) -> None:
         """Remove the file."""

@@ -19,7 +19,7 @@ def usable_cpus() -> int:
 def cpu_name() -> str:
     """Return the model name of the processor."""
     if CPU_INFO.is_file():
-        for line in CPU_INFO.read_text().splitlines():
+        for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
@@ -33,7 +33,9 @@ def cpu_features() -> str:
     """
     found = None
     with contextlib.suppress(OSError):
-        found = re.search(r"^(flags|Features)\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
+        found = re.search(
+            r"^(flags|Features)\s*:(.*)$", CPU_INFO.read_text(encoding="utf-8"), re.MULTILINE
+        )
     return platform.machine() + (" ".join(sorted(found[2].split())) if found else "")
 
 
@@ -63,11 +65,11 @@ def resident(name: str) -> int:
 
     VmRSS: resident memory now; VmHWM: the largest so far. Both count the mapped model file.
     """
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
 
 def forget_peak() -> None:
     """Let VmHWM begin anew, from what is resident now."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")

@@ -1,6 +1,38 @@
-"""Numbers and results as text."""
+"""Numbers and results as text, and text of bytes."""
 
+import io
 import json
+import os
+
+from mod_export.errors import UserError
+
+
+def decode_text(data: bytes) -> str:
+    """The text of bytes that a user gives: a prompt in a file, or on stdin.
+
+    Bytes that are no UTF-8 become U+FFFD. A byte-order mark is left out, and every line ends in
+    "\\n". A text that is read to learn from it is refused instead: see data/text.py.
+    """
+    return io.StringIO(data.decode("utf-8-sig", "replace"), newline=None).read()
+
+
+def decode_argument(text: str) -> str:
+    """The text of an argument of the command line, as decode_text would read its bytes.
+
+    Python hands on bytes that it cannot decode as halves of surrogate pairs.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def check_name(path: str | os.PathLike) -> None:
+    """Raise UserError for the name of a file that is no UTF-8.
+
+    llama.cpp, JSON and GGUF take names in UTF-8 only.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as exc:
+        raise UserError(f"the name {os.fsencode(path)!r} is no UTF-8", "rename the file") from exc
 
 
 def megabytes(size: float, decimals: int = 2) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mod_export.common.files import atomic_dir, locked
-from mod_export.common.paths import cache_dir
+from mod_export.common.paths import SET_CACHE, cache_dir
 from mod_export.common.progress import Progress
 from mod_export.data import conversations, sources
 from mod_export.data.repeats import Repeats
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Version of the entries, which goes up with every change of their content.
 VERSION = 3
-CURE = "set MOD_EXPORT_CACHE"
+TOKENS = "tokens"  # this part of the cache directory
 # Bytes of text that are tokenised in one call.
 BATCH = 1 << 20
 
@@ -95,12 +95,14 @@ def tokens_of(
         "limit": limit,
     }
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
-    folder = _cache_folder(cache)
+    # Without writing, so that a cache that may only be read serves too.
+    folder = Path(cache) if cache is not None else cache_dir() / TOKENS
     if (found := _open(folder / key)) is None:
-        with locked(folder, _tell_busy, CURE):  # The other process may tokenise the same text.
+        _make_folder(folder, cache is None)
+        with locked(folder, _tell_busy, SET_CACHE):  # The other process may tokenise the same text.
             if (found := _open(folder / key)) is None:
                 pieces = _mixed(files, folder)
-                with atomic_dir(folder / key, force=True, marker="meta.json", cure=CURE) as tmp:
+                with atomic_dir(folder / key, True, "meta.json", SET_CACHE) as tmp:
                     meta = _write(tokenizer, pieces, answers, limit, tmp)
                     (tmp / "meta.json").write_text(
                         json.dumps(meta | {"options": options}, indent=1)
@@ -125,15 +127,16 @@ def _tell_busy() -> None:
     logger.info("another process tokenises; waiting for it")
 
 
-def _cache_folder(cache: str | Path | None) -> Path:
-    folder = Path(cache) if cache is not None else cache_dir() / "tokens"
+def _make_folder(folder: Path, is_default: bool) -> None:
+    if is_default:
+        cache_dir(TOKENS)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise UserError(
-            f"cannot create the cache directory {folder}: {exc.strerror}", CURE
+            f"cannot create the cache directory {folder}: {exc.strerror}", "choose another"
         ) from exc
-    return folder
 
 
 def _mixed(files: Sequence[Path], folder: Path) -> sources.Mixed:
@@ -141,7 +144,7 @@ def _mixed(files: Sequence[Path], folder: Path) -> sources.Mixed:
         return sources.Mixed(files, folder)
     except OSError as exc:  # Trouble with a file of text is a UserError already.
         raise UserError(
-            f"cannot write to the cache directory {folder}: {exc.strerror}", CURE
+            f"cannot write to the cache directory {folder}: {exc.strerror}", SET_CACHE
         ) from exc
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mod_export.common.files import atomic_dir, locked
-from mod_export.common.paths import cache_dir
+from mod_export.common.paths import SET_CACHE, cache_dir
 from mod_export.common.progress import Progress
 from mod_export.common.system import cpu_features, free_memory, usable_cpus
 from mod_export.errors import UserError
@@ -146,12 +146,11 @@ def install(lib: Path, force: bool = False) -> str:
     if not force and installed_build() == lib.name:
         logger.info(f"llama-cpp-python {version} is installed already")
         return version
-    folder = cache_dir() / "wheel"
-    folder.mkdir(exist_ok=True)
+    folder = cache_dir("wheel")
     wheel = llama_wheel.write_wheel(llama_source.source_dir(), lib, version, folder)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-index", "--no-deps", "--force-reinstall", str(wheel)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     wheel.unlink()
     if result.returncode != 0:
         last = (result.stderr.strip() or "?").splitlines()[-1]
@@ -195,7 +194,7 @@ def _key(flags: dict[str, str], stock: bool) -> str:
     if "CMAKE_CUDA_COMPILER" in flags:
         compilers.append(flags["CMAKE_CUDA_COMPILER"])
     versions = [
-        subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout
         for path in compilers
         if path
     ]
@@ -213,10 +212,8 @@ def _key(flags: dict[str, str], stock: bool) -> str:
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
     """Let one process at a time build `name`; the next one finds it built."""
-    folder = cache_dir() / "log"
-    folder.mkdir(exist_ok=True)
     with locked(
-        folder / f"{name}.lock",
+        cache_dir("log") / f"{name}.lock",
         lambda: logger.info("another process is building the same; waiting for it"),
     ):
         yield
@@ -227,10 +224,9 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
 
     The tree of an interrupted build stays, and the next build goes on with it.
     """
-    tree = lib.parent.parent / "tree" / lib.name
-    tree.mkdir(parents=True, exist_ok=True)
-    lib.parent.mkdir(exist_ok=True)
-    log = lib.parent.parent / "log" / f"{lib.name}.log"
+    tree = cache_dir("tree") / lib.name
+    tree.mkdir(exist_ok=True)
+    log = cache_dir("log") / f"{lib.name}.log"
     logger.info(
         f"building llama.cpp with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}"
     )
@@ -240,10 +236,10 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
     configure = [cmake, "-S", str(source), "-B", str(tree), "-G", "Ninja"]
     configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
     configure += [f"-D{name}={value}" for name, value in flags.items()]
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         _run(configure, file)
         _run([ninja, "-C", str(tree), "-j", str(jobs), "llama", "ggml"], file)
-    with atomic_dir(lib, force=True, marker=MARKER) as tmp:
+    with atomic_dir(cache_dir("lib") / lib.name, force=True, marker=MARKER, cure=SET_CACHE) as tmp:
         for library in sorted((tree / "bin").glob("lib*")):
             shutil.copy2(library, tmp)
         (tmp / MARKER).write_text(json.dumps({"name": lib.name, "flags": flags}, indent=1))
@@ -307,7 +303,11 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def _last_error(log: Path) -> str:
     """The log's last line that names an error, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     pattern = r"\berror\b|\bError\b|Killed|No space left|undefined reference"
     # ninja's own closing words and quoted source lines say less than the compiler's message
     errors = [

@@ -193,4 +193,4 @@ def _gpu_architectures() -> list[str]:
 
 
 def _output(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mod_export.common.files import atomic_dir, atomic_file
-from mod_export.common.paths import cache_dir
+from mod_export.common.paths import SET_CACHE, cache_dir
 from mod_export.errors import UserError
 
 LLAMA_CPP = "vendor/llama.cpp"  # inside the source distribution
@@ -106,7 +106,7 @@ def fetch_sdist(given: Path | None = None) -> Path:
         raise UserError(
             f"{source.name} has SHA-256 {found}, expected {pin.sha256}", "fetch it again"
         )
-    with atomic_file(cached, force=True) as tmp:
+    with atomic_file(cached, force=True, cure=SET_CACHE) as tmp:
         shutil.copyfile(source, tmp)
     if given is None:
         shutil.rmtree(source.parent)
@@ -120,13 +120,13 @@ def _sha256(path: Path) -> str:
 
 def _pip_download(pin: Pin) -> Path:
     """Let pip fetch the source distribution from the user's index into a folder of the cache."""
-    folder = cache_dir() / "download"
+    folder = cache_dir("download")
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     # not as a wheel; but pip may take wheels of the tools with which it reads the metadata
     command += ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder)]
     command.append(f"llama-cpp-python=={pin.version}")
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         lines = result.stderr.splitlines()
         errors = [line for line in lines if "ERROR" in line or "No module" in line]
@@ -141,8 +141,9 @@ def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
     """The unpacked source in the cache, patched unless `stock`. It is made where it is missing."""
     path = _source_path(stock)
     if not path.is_dir():
-        path.parent.mkdir(exist_ok=True)
-        with atomic_dir(path, force=True, marker="PKG-INFO") as tmp:
+        with atomic_dir(
+            cache_dir("source") / path.name, force=True, marker="PKG-INFO", cure=SET_CACHE
+        ) as tmp:
             unpack(fetch_sdist(sdist), tmp)
             if not stock:
                 apply_patches(tmp / LLAMA_CPP)
@@ -198,7 +199,9 @@ def git_apply(root: Path, patch: Path) -> None:
     # inside another checkout `git apply` without the ceiling exits 0 and changes nothing
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
     command = ["git", "apply", "--whitespace=nowarn", str(patch.resolve())]
-    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=root, env=env, capture_output=True, text=True, errors="replace"
+    )
     if result.returncode != 0:
         said = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
         raise UserError(f"{patch.name} does not apply: {said}", "see patches/README.md")

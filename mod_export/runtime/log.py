@@ -16,6 +16,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from mod_export.common.system import available_memory
+from mod_export.common.text import check_name
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.model_checks import check_model
@@ -91,6 +92,7 @@ def load_error(path: str | os.PathLike, n_ctx: int, exc: Exception, log: list[st
 
 def check_file(path: str | os.PathLike) -> None:
     """Raise UserError for a path that is no readable GGUF file, and for a file that is damaged."""
+    check_name(path)
     file = Path(path)
     if not file.exists():
         raise UserError(f"{path} does not exist", "check the path")

@@ -97,7 +97,7 @@ class Log:
 def read(path: Path) -> list[dict]:
     """Return the rows of a metrics file, without a last line that was cut off."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -30,7 +30,7 @@ from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.lora import merge_lora
 from mod_export.model.mod_model import MoDModel
-from mod_export.training import checkpoints, devices, steady_router
+from mod_export.training import checkpoints, devices, environment, steady_router
 from mod_export.training.callbacks import MIN_SEQUENCES, RouterCallback
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import plot
@@ -76,9 +76,10 @@ def train(
 
     output = Output(Path(out), save_as, resume, force)
     _check(config, output)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=devices.autocast(config.precision)
-    )
+    precision = devices.autocast(config.precision)
+    environment.check(os.environ, precision)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    environment.check_made(accelerator)
     with _one_voice(accelerator.is_main_process):
         _warn_of_slow_precision(accelerator)
         logger.info(f"loading {directory}")
