@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mod_export.common import extras
 from mod_export.common.files import atomic_dir
 from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
@@ -58,6 +59,7 @@ def convert(
         refuse_mod(model)
         logger.info(f"loading {model}")
         base, tokenizer = loading.load(model)
+        check_tokenizer(model, tokenizer)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
         kv_window = kv_window or min(
@@ -101,9 +103,23 @@ def convert_adapter(
 
         found = load(path)
         logger.info(f"loading {model}")
-        mod = apply(found, *loading.load(model))
+        base, tokenizer = loading.load(model)
+        check_tokenizer(model, tokenizer)
+        mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
         mod.save(tmp, force=True)  # `tmp` is there already, and empty
+
+
+def check_tokenizer(model: str, tokenizer) -> None:
+    """Raise UserError where `tokenizer` cuts a text as llama.cpp does not on the GGUF file MODEL.
+
+    Nothing is compared where MODEL is a directory, or no llama_cpp is installed.
+    """
+    from mod_export.model import gguf_tokenizer, loading
+    from mod_export.runtime import vocabulary
+
+    if (path := loading.gguf_path(model)) is not None and extras.is_installed("llama_cpp"):
+        vocabulary.check_tokenizer(path, tokenizer, gguf_tokenizer.USE_DIRECTORY)
 
 
 def refuse_mod(model: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from mod_export.common import extras
 from mod_export.common.files import atomic_file
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
@@ -89,13 +90,16 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, folder:
     else:
         quant = quant or DEFAULT_QUANT
         plain = folder / "base.gguf"
+        vocabulary = directory / hf_directory.VOCABULARY
         converter.convert_hf(
             directory,
             plain,
             quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory),
             skip=schema.HF_ROUTER_TENSOR,
             name=_original_name(directory),
+            vocabulary=vocabulary if vocabulary.is_file() else None,
         )
+        _check_tokenizer(directory, plain)
         if quant in FLOAT_NAMES:
             return plain
     if quant is None:
@@ -103,6 +107,24 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, folder:
     quantised = folder / "quantised.gguf"
     converter.quantize(plain, quantised, quant)
     return quantised
+
+
+def _check_tokenizer(directory: Path, plain: Path) -> None:
+    """Raise UserError where llama.cpp cuts a text otherwise than the directory's own tokenizer.
+
+    Nothing is compared where the directory has no tokenizer of transformers, or no llama_cpp is
+    installed.
+    """
+    if not (directory / "tokenizer.json").is_file() or not extras.is_installed("llama_cpp"):
+        return
+    from mod_export.model import loading
+    from mod_export.runtime import vocabulary
+
+    if (directory / hf_directory.VOCABULARY).is_file():
+        cure = f"remove {hf_directory.VOCABULARY} from {directory} if its tokenizer was changed"
+    else:
+        cure = "llama.cpp's converter does not know this tokenizer"
+    vocabulary.check_tokenizer(plain, loading.load_tokenizer(directory), cure)
 
 
 def _original_name(directory: Path) -> str:

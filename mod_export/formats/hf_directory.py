@@ -20,10 +20,12 @@ import numpy as np
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import schema
+from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
 from mod_export.units import Unit
 
 CONFIG_JSON = "config.json"
+VOCABULARY = "tokenizer.gguf"  # of a model that came from a GGUF file: its keys tokenizer.*
 CONVERT = "make one with `mod-export convert`"
 CONVERT_AGAIN = "convert the model again"
 
@@ -113,6 +115,18 @@ def _read_tensor(directory: Path, index: dict[str, Path], name: str) -> np.ndarr
     if not np.isfinite(value).all():
         raise UserError(f"{path}: tensor {name} holds a value that is not finite", CONVERT_AGAIN)
     return value
+
+
+def write_vocabulary(source: GGUFFile, path: Path) -> None:
+    """Write the keys of a GGUF file that describe its tokenizer to a GGUF file of their own."""
+    kept = ("tokenizer.", "general.architecture", "general.name")
+    with path.open("wb") as file:
+        rewrite(
+            source,
+            file,
+            dropped_keys=[name for name in source.keys if not name.startswith(kept)],
+            kept_tensors={},
+        )
 
 
 def stored_type(directory: Path) -> str:

@@ -31,7 +31,26 @@ def index_without_routers(self, *args, **kwargs):
     return {name: tensor for name, tensor in tensors.items() if not skip.fullmatch(name)}
 
 ModelBase.index_tensors = index_without_routers
-sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
+
+# a model that came from a GGUF file keeps the keys of its vocabulary
+vocabulary = sys.argv[2]
+if vocabulary:
+    from conversion.base import TextModel, gguf
+
+    prepare_metadata = TextModel.prepare_metadata
+
+    def prepare_with_vocabulary(self, *args, **kwargs):
+        def set_vocab():
+            for name, field in gguf.GGUFReader(vocabulary).fields.items():
+                if name.startswith("tokenizer."):
+                    item = field.types[-1] if len(field.types) > 1 else None
+                    self.gguf_writer.add_key_value(name, field.contents(), field.types[0], item)
+
+        self.set_vocab = set_vocab
+        return prepare_metadata(self, *args, **kwargs)
+
+    TextModel.prepare_metadata = prepare_with_vocabulary
+sys.argv = ["convert_hf_to_gguf.py", *sys.argv[3:]]
 runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
 """
 QUANTIZER_SCRIPT = """
@@ -45,13 +64,19 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params
 
 
 def convert_hf(
-    directory: Path, target: Path, outtype: str, skip: re.Pattern, name: str | None = None
+    directory: Path,
+    target: Path,
+    outtype: str,
+    skip: re.Pattern,
+    name: str | None = None,
+    vocabulary: Path | None = None,
 ) -> None:
     """Write the Hugging Face model of `directory` as a GGUF.
 
     outtype: type of the weights, one of FLOAT_NAMES
     skip: names of tensors that stay out
     name: general.name of the file; by default the converter makes one from the directory's name
+    vocabulary: a GGUF file whose tokenizer is taken, instead of the directory's
 
     Raises UserError with the converter's last words, for instance where llama.cpp does not know the
     architecture.
@@ -59,6 +84,7 @@ def convert_hf(
     source = llama_source.source_dir() / llama_source.LLAMA_CPP
     arguments = [
         skip.pattern,
+        str(vocabulary.resolve()) if vocabulary else "",
         str(directory.resolve()),
         "--outfile",
         str(target.resolve()),

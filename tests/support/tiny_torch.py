@@ -19,7 +19,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mod_export.config import MoDConfig, UnitConfig
-from mod_export.model import architectures, loading
+from mod_export.formats.gguf import GGUFFile
+from mod_export.model import architectures, gguf_tokenizer, loading
 from mod_export.model.mod_model import MoDModel
 from tests.support.byte_tokenizer import byte_tokenizer
 
@@ -152,12 +153,7 @@ def tokenizer():
 
     llama.cpp's converter knows vocabularies by their hash, so a made-up one would not do.
     """
-    path = loading.embedded_gguf()
-    from transformers import AutoTokenizer
-
-    made = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    loading.restore_tokenizer(made, path)
-    return made
+    return gguf_tokenizer.read_tokenizer(GGUFFile.open(loading.embedded_gguf()))
 
 
 def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:
