@@ -136,8 +136,8 @@ def read_tokenizer(file: GGUFFile):
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokens = _value(file, "tokens")
-    if not isinstance(tokens, list) or not tokens:
+    tokens = list(_value(file, "tokens", ()))
+    if not tokens:
         raise UserError(f"{file.path} has no tokenizer", "give a file that has one")
     kind = _value(file, "model")
     if kind == "gpt2":
@@ -175,7 +175,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
     patterns = next((split for names, split in SPLITS.items() if pre in names), None)
     if patterns is None:
         raise UserError(f"{file.path} has the unknown pre-tokenizer {pre!r}", USE_DIRECTORY)
-    merges = [_merge(entry) for entry in _value(file, "merges", [])]
+    merges = [_merge(entry) for entry in _value(file, "merges", ())]
     vocab = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -200,7 +200,7 @@ def _sentence_piece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     backend = Tokenizer(
         models.BPE(
             vocab,
-            _merges_of_scores(vocab, _value(file, "scores", [])),
+            _merges_of_scores(vocab, _value(file, "scores", ())),
             unk_token=_token(file, tokens, "unknown"),
             fuse_unk=True,
             byte_fallback=True,
@@ -240,7 +240,7 @@ def _add_named_tokens(backend: Tokenizer, file: GGUFFile, tokens: list[str]) -> 
             normalized=False,
             rstrip=swallow and token not in ("<unk>", "<s>", "<|endoftext|>"),
         )
-        for token, type in zip(tokens, _value(file, "token_type", []), strict=False)
+        for token, type in zip(tokens, _value(file, "token_type", ()), strict=False)
         if type in (UNKNOWN, CONTROL, USER_DEFINED) and token
     ]
     backend.add_tokens(named)

@@ -60,8 +60,8 @@ def check_tokenizer(path: Path, tokenizer, cure: str) -> None:
     They are compared on fixed texts, and on the names of the file's control tokens.
     """
     file = GGUFFile.open(path)
-    tokens = file.get("tokenizer.ggml.tokens", [])
-    types = file.get("tokenizer.ggml.token_type", [])
+    tokens = list(file.get("tokenizer.ggml.tokens", ()))
+    types = file.get("tokenizer.ggml.token_type", ())
     names = [t for t, type in zip(tokens, types, strict=False) if type in NAMED_TYPES and t]
 
     def ours(text: str) -> list[int]:
