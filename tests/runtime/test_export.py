@@ -32,7 +32,12 @@ def add_vocabulary(folder) -> None:
     import sentencepiece
 
     words = ["one", "two", "three", "red", "blue", "sky", "sea"]
-    options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+    options = {
+        "vocab_size": 295,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "byte_fallback": True,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(f"{a} {b} is no {c}" for a in words for b in words for c in words),
         model_prefix=str(folder / "tokenizer"),
