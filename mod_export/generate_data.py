@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # It stands for the user's words where only the text around them is wanted.
 USER_MARK = "mod-export-user"
 # The fields of Sampling that can be chosen here; the journal's identity has them.
-DECIDING_SAMPLING = ("temperature", "top_p", "min_p", "seed")
+DECIDING_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 MAX_EMPTY_RESULTS = 200  # results in a row that came to nothing
 
 
@@ -254,16 +254,20 @@ class _Writer:
         The model writes these words, as a user would, and then the answer.
         """
         text = self.template.render([{"role": "user", "content": USER_MARK}])
-        written = yield self._tokens(text.partition(USER_MARK)[0])
+        written = yield self._tokens(text.partition(USER_MARK)[0]) or self._nothing()
         question = self._text(written.tokens).strip()
         if not written.ended or not question:
             return self._drop()
         return (yield from self._answer([{"role": "user", "content": question}]))
 
     def _begin(self) -> Job:
-        """Let the model write a text from nothing; it needs one token to begin with."""
+        """Let the model write a text from nothing."""
+        return (yield from self._continue(self._nothing()))
+
+    def _nothing(self) -> list[int]:
+        """The one token that a model needs to begin with."""
         bos, eos = self.llm.token_bos(), self.llm.token_eos()
-        return (yield from self._continue([bos if bos >= 0 else max(eos, 0)]))
+        return [bos if bos >= 0 else max(eos, 0)]
 
     def _continue(self, start: list[int]) -> Job:
         if not 0 < len(start) <= self.options.longest_prompt:

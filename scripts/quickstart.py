@@ -6,7 +6,6 @@ A step that was done with the same code, model and files is not done again. The 
 are in DIR/.stamps.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -147,9 +146,10 @@ def check(directory: Path, name: str) -> dict:
 def answer(file: Path) -> str:
     """What the model answers to QUESTION with the likeliest tokens."""
     from mod_export.runtime.llama import MoDLlama
-    from mod_export.serving.chat import CHAT_SAMPLING, Chat
+    from mod_export.runtime.sampling import Sampling
+    from mod_export.serving.chat import Chat
 
-    likeliest = dataclasses.replace(CHAT_SAMPLING, temperature=0)
+    likeliest = Sampling(temperature=0, repeat_penalty=1.1)
     chat = Chat(
         MoDLlama(file, n_ctx=2048), sampling=likeliest, max_tokens=100, notice=lambda line: None
     )

@@ -3,14 +3,13 @@
 import click
 
 from mod_export.cli.options import (
-    Finite,
     RenamedOption,
     force_option,
     gpu_layers_option,
     output_option,
-    temperature_option,
+    sampling_options,
+    seed_option,
     threads_option,
-    top_p_option,
 )
 
 
@@ -53,18 +52,8 @@ from mod_export.cli.options import (
     show_default=True,
     help="Number of tokens of a prompt and what follows it; longer prompts are left out.",
 )
-@temperature_option(0.8)
-@top_p_option(0.95)
-@click.option(
-    "--min-p",
-    type=Finite(min=0, max=1),
-    default=0.0,
-    show_default=True,
-    help="Leave out tokens that are less likely than this share of the likeliest one.",
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
-)
+@sampling_options
+@seed_option(default=0)
 @click.option(
     "--parallel",
     type=click.IntRange(min=1, max=256),
@@ -75,18 +64,20 @@ from mod_export.cli.options import (
 @threads_option
 @gpu_layers_option
 @force_option
-def command(file, output, prompts, force, temperature, top_p, min_p, seed, **options):
+def command(file, output, prompts, force, **options):
     """Let a model write training text.
 
     MODEL is the GGUF file of the original, whose MoD conversion the text is for. A MoD file runs
     with all units active. A stopped run leaves OUT.partial, and the same command goes on from
     there.
     """
+    from dataclasses import replace
+
     from mod_export import generate_data
     from mod_export.runtime.sampling import Sampling
 
-    options = generate_data.GenerationOptions(
-        **options, sampling=Sampling(temperature, top_p, min_p=min_p, seed=seed)
-    )
+    chosen = {name: options.pop(name) for name in generate_data.DECIDING_SAMPLING}
+    options = generate_data.GenerationOptions(**options)
     llm = generate_data.open_model(file, options)
+    options = replace(options, sampling=Sampling.of(llm, **chosen))
     generate_data.generate(llm, output, options, prompts, force)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import click
 
-from mod_export.common.text import check_name, decode_argument
+from mod_export.common.text import check_name, decode_argument, decode_text
 from mod_export.config import SINK_TOKENS
 from mod_export.errors import UserError
+from mod_export.runtime.sampling import ANY_SEED, LARGEST_SEED, RANGES, Sampling
 from mod_export.units import parse_shares
 
 
@@ -127,7 +128,13 @@ def on_or_off(text: str) -> bool:
     return text == "on"
 
 
-TOP_P_HELP = "Nucleus sampling: draw from the likeliest tokens that have this share together."
+SAMPLING_HELP = {
+    "temperature": "Temperature of the sampling; 0 takes the likeliest token always.",
+    "top_p": "Nucleus sampling: draw from the likeliest tokens that have this share together.",
+    "top_k": "Draw from this many likeliest tokens; 0 is all.",
+    "min_p": "Leave out tokens that are less likely than this share of the likeliest one.",
+    "repeat_penalty": "Penalty of tokens that occurred among the last 64 tokens; 1 is no penalty.",
+}
 SHIFT_HELP = "Shift of all thresholds in logit space: above 0 fewer tokens are active."
 
 threads_option = click.option(
@@ -201,23 +208,54 @@ def sink_tokens_option(**more):
     )
 
 
-def temperature_option(default: float, **more):
-    """Return the option of the temperature of sampling."""
+def seed_option(default: int = ANY_SEED):
+    """Return the option of the seed of sampling."""
     return click.option(
-        "--temperature",
-        type=Finite(min=0),
+        "--seed",
+        type=click.IntRange(ANY_SEED, LARGEST_SEED),
         default=default,
         show_default=True,
-        help="Temperature of the sampling; 0 takes the likeliest token always.",
-        **more,
+        help="Seed of the sampling; -1 is another one each time.",
     )
 
 
-def top_p_option(default: float):
-    """Return the option of nucleus sampling."""
-    return click.option(
-        "--top-p", type=Finite(min=0, max=1), default=default, show_default=True, help=TOP_P_HELP
+def sampling_options(command):
+    """Add the options of sampling, less the seed. A command gets None for one that is not given."""
+    for name, text in reversed(SAMPLING_HELP.items()):
+        least, most = RANGES[name]
+        more = {"cls": RenamedOption, "former": "--temp"} if name == "temperature" else {}
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            type=click.IntRange(least, most) if name == "top_k" else Finite(least, most),
+            show_default=f"what the file recommends, else {getattr(Sampling(), name)}",
+            help=text,
+            **more,
+        )(command)
+    return command
+
+
+def prompt_options(command):
+    """Add --prompt and --prompt-file, which read_prompt reads."""
+    options = (
+        click.option("--prompt", help="The prompt; `-` reads it from stdin."),
+        click.option("--prompt-file", type=click.Path(), help="File with the prompt."),
     )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
+    """Return the prompt of prompt_options, None where none is given.
+
+    Raises UserError where it is given twice, and OSError where the file cannot be read.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise UserError("the prompt is given twice", "give either --prompt or --prompt-file")
+    if prompt_file is None and prompt != "-":
+        return prompt
+    with click.open_file(prompt_file or "-", "rb") as file:
+        return decode_text(file.read())
 
 
 def model_options(command):

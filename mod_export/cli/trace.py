@@ -6,6 +6,8 @@ from mod_export.cli.options import (
     ctx_option,
     force_option,
     output_option,
+    prompt_options,
+    read_prompt,
     threads_option,
     threshold_shift_option,
 )
@@ -13,8 +15,7 @@ from mod_export.cli.options import (
 
 @click.command()
 @click.argument("file", type=click.Path())
-@click.option("--prompt", help="Text to trace.")
-@click.option("--prompt-file", type=click.Path(), help="File with the text to trace; `-` is stdin.")
+@prompt_options
 @output_option("FILE", "Picture to write: .png, .pdf or .svg.")
 @click.option(
     "--generate",
@@ -33,25 +34,20 @@ def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold
     FILE is a MoD GGUF file. The picture has a column for each token and a row for each unit.
     """
     from mod_export.common import extras
-    from mod_export.common.text import decode_text
-    from mod_export.errors import UserError
+        from mod_export.errors import UserError
 
     extras.require("matplotlib")
 
-    if (prompt is None) == (prompt_file is None):
-        raise UserError(
-            "the text is missing or given twice", "give either --prompt or --prompt-file"
-        )
-    if prompt is None:
-        with click.open_file(prompt_file, "rb") as f:
-            prompt = decode_text(f.read())
+    text = read_prompt(prompt, prompt_file)
+    if text is None:
+        raise UserError("the prompt is missing", "give either --prompt or --prompt-file")
 
     from mod_export import trace
     from mod_export.runtime.llama import MoDLlama
 
     trace.check_output(output, force)
     llm = MoDLlama(file, n_ctx=ctx, threads=threads, threshold_shift=threshold_shift)
-    decisions = trace.read_decisions(llm, prompt, generate)
+    decisions = trace.read_decisions(llm, text, generate)
     trace.draw(decisions, output, force)
     click.echo(
         f"{output}: {len(decisions.texts)} tokens, {len(decisions.units)} units, "

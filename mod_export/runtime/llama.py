@@ -242,6 +242,11 @@ class MoDLlama(llama_cpp.Llama):
         return bindings.llama_mod_kv_window(self.model) if self.units else 0
 
     @property
+    def kv_kept(self) -> int:
+        """The longest sequence in tokens of which kv units free nothing; 0 where there are none."""
+        return self.sink_tokens + self.kv_window + self.kv_rollback if self.kv_window else 0
+
+    @property
     def sink_tokens(self) -> int:
         """First positions of a sequence that are always active; 0 for a dense model."""
         return bindings.llama_mod_n_sink(self.model) if self.units else 0

@@ -10,6 +10,7 @@ Chat knows nothing of terminals, see terminal.py. Its callback `notice` gets all
 import codecs
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,11 +20,7 @@ from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, StoppedError
 from mod_export.runtime.sampling import Sampling
 from mod_export.runtime.templates import ChatTemplate
-
-# Small models loop without a penalty for tokens that they just wrote.
-CHAT_SAMPLING = Sampling(
-    temperature=0.2, top_p=0.9, top_k=40, min_p=0.05, repeat_penalty=1.1, seed=1
-)
+from mod_export.units import UNIT_KINDS
 
 
 @dataclass
@@ -45,19 +42,24 @@ class Chat:
     """A conversation.
 
     `ask` streams an answer. The history keeps the answer, or as much of it as came before a stop.
+
+    sampling: by default what the file recommends. max_tokens: of an answer; -1 is no limit.
     """
 
     llm: MoDLlama
     system: str = ""
-    sampling: Sampling = CHAT_SAMPLING
-    max_tokens: int = 512
+    sampling: Sampling | None = None
+    max_tokens: int = -1
     notice: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
     history: list[dict] = field(default_factory=list)
     turn: Turn = field(default_factory=Turn)
 
     def __post_init__(self):
         self._template = ChatTemplate.of(self.llm)
-        self.llm.set_seed(self.sampling.seed)
+        self._sampling = self.sampling or Sampling.of(self.llm)
+        # The last prompt with its answer, as text and as the tokens that were read and written.
+        self._text = ""
+        self._tokens: list[int] = []
 
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer's pieces.
@@ -68,44 +70,70 @@ class Chat:
             raise UserError("the prompt is empty", "give it some text")
         self.history.append({"role": "user", "content": text})
         try:
-            tokens = self._fit()
+            prompt, tokens = self._fit()
         except UserError:
             self.history.pop()
             raise
         answer = []
+        self._tokens = list(tokens)
         try:
             for piece in self._stream(tokens):
                 answer.append(piece)
                 yield piece
         finally:
             self.history.append({"role": "assistant", "content": "".join(answer)})
+            self._text = prompt + "".join(answer)
 
     def reset(self) -> None:
         """Forgets the conversation and the counters; the system prompt and the thresholds stay."""
         self.history.clear()
+        self._text, self._tokens = "", []
         self.llm.reset()
         self.llm.eval([])  # frees the KV cells
         self.llm.reset_stats()
 
-    def _fit(self) -> list[int]:
-        """The prompt's tokens, after the oldest turns have gone if need be."""
-        room = self.llm.n_ctx() - min(self.max_tokens, self.llm.n_ctx() // 4)
+    def _fit(self) -> tuple[str, list[int]]:
+        """The prompt as text and as tokens.
+
+        Where it leaves too little room for the answer, the oldest turns are forgotten until it
+        takes half of the context. To drop only what is too much would have every later turn drop
+        some more, and read the whole conversation again.
+        """
+        n_ctx, turns = self.llm.n_ctx(), len(self.history) // 2
+        answer = self.max_tokens if self.max_tokens > 0 else n_ctx
+        text, tokens = self._prompt(0)
         dropped = 0
-        while len(tokens := self._tokens()) > room and len(self.history) > 1:
-            del self.history[:2]  # a question and its answer
-            dropped += 1
-        if len(tokens) >= self.llm.n_ctx():
+        if len(tokens) > n_ctx - min(answer, n_ctx // 4) and turns:
+            dropped = bisect_left(
+                range(turns), True, 1, key=lambda n: len(self._prompt(n)[1]) <= n_ctx // 2
+            )
+            text, tokens = self._prompt(dropped)
+        if len(tokens) >= n_ctx:
             raise UserError(
-                f"the prompt of {len(tokens)} tokens does not fit a context of {self.llm.n_ctx()}",
+                f"the prompt of {len(tokens)} tokens does not fit a context of {n_ctx}",
                 "use a larger --ctx or a shorter prompt",
             )
         if dropped:
-            self.notice(f"[context full: the oldest {dropped} turn{'s' * (dropped > 1)} forgotten]")
-        return tokens
+            del self.history[: 2 * dropped]
+            self.notice(f"[context full: the oldest {dropped} of {turns} turns forgotten]")
+        return text, tokens
 
-    def _tokens(self) -> list[int]:
+    def _prompt(self, dropped: int) -> tuple[str, list[int]]:
+        """The conversation without its oldest turns, as text and as tokens.
+
+        What goes on from the last answer is that turn's own tokens and those of the rest: its text
+        alone could be cut into tokens in another way than the model wrote it, and would be read
+        again.
+        """
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self._template.render(system + self.history)
+        text = self._template.render(system + self.history[2 * dropped :])
+        if self._text and text.startswith(self._text):
+            rest = self._tokenize(text[len(self._text) :])
+            if rest and self.llm.is_control(rest[0]):  # No token reaches over such a border.
+                return text, self._tokens + rest
+        return text, self._tokenize(text)
+
+    def _tokenize(self, text: str) -> list[int]:
         return self.llm.tokenize(text.encode(), add_bos=False, special=True)
 
     def _stream(self, tokens: list[int]) -> Iterator[str]:
@@ -114,13 +142,14 @@ class Chat:
         seen, active = self._counters()
         start = 0.0
         try:
-            for token in self.llm.generate(tokens, **self.sampling.options()):
+            for token in self._sampling.generate(self.llm, tokens):
                 start = start or time.perf_counter()
                 if self.llm.stop or self.llm.is_end(token):
                     break
                 self.turn.tokens += 1
+                self._tokens.append(token)
                 yield utf8.decode(self.llm.piece(token))
-                if self.turn.tokens >= self.max_tokens:
+                if self.turn.tokens == self.max_tokens:
                     self.notice(f"\n[stopped after --max-tokens {self.max_tokens}]")
                     break
                 if self.llm.n_tokens >= self.llm.n_ctx():
@@ -141,18 +170,26 @@ class Chat:
 
     def status(self) -> str:
         """One line about the last answer and the memory of the conversation."""
-        t, kv = self.turn, self.llm.kv()
+        t = self.turn
         parts = [f"{t.tokens} tokens"]
         if t.tokens > 1 and t.seconds > 0:
             parts.append(f"{(t.tokens - 1) / t.seconds:.1f} tokens/s")
         if not self.llm.units:
-            return f"[{', '.join(parts)}, dense model, KV {short_bytes(kv.used)}]"
+            return f"[{', '.join(parts)}, dense model, KV {short_bytes(self.llm.kv().used)}]"
         if t.seen:
             shift = f" at shift {self.llm.shift:+.3g}" if self.llm.shift else ""
             parts.append(f"activation {t.active / t.seen:.2f}{shift}")
-        share = f" ({kv.used / kv.dense:.0%})" if kv.dense else ""
-        parts.append(f"KV {short_bytes(kv.used)} of dense {short_bytes(kv.dense)}{share}")
-        return f"[{', '.join(parts)}]"
+        return f"[{', '.join([*parts, self._kv_share()])}]"
+
+    def _kv_share(self) -> str:
+        """The KV memory against that of dense, and why where it is the same."""
+        kv, llm = self.llm.kv(), self.llm
+        share = f"{kv.used / kv.dense:.0%}" if kv.dense else "none yet"
+        if not any(UNIT_KINDS[kind].frees_kv for kind in llm.kinds):
+            share += f", {' and '.join(llm.kinds)} units save none"
+        elif kv.used >= kv.dense and llm.n_tokens <= llm.kv_kept:
+            share += f", saving begins after {llm.kv_kept} tokens"
+        return f"KV {short_bytes(kv.used)} of dense {short_bytes(kv.dense)} ({share})"
 
     def set_shift(self, text: str) -> None:
         """The command /threshold: show the shift, or set it.
@@ -205,11 +242,16 @@ class Chat:
                 format_table(["layer", "kind", "p", "calibrated", "active", "tokens"], rows),
                 "",
             ]
-            lines.append(f"activation {self.llm.activation():.3f} over all units and tokens")
+            seen, active = self._counters()
+            lines.append(
+                f"activation {active / seen:.3f} over all units and tokens"
+                if seen
+                else "activation: no tokens were read yet"
+            )
+        memory = self._kv_share() if self.llm.units else f"KV {short_bytes(kv.used)}"
         lines.append(
-            f"KV: {kv.cells_used} of {kv.cells} cells; used {short_bytes(kv.used)}, "
-            f"dense {short_bytes(kv.dense)}, committed {short_bytes(kv.committed)}, "
-            f"reserved {short_bytes(kv.reserved)}"
+            f"{memory}; {kv.cells_used} of {kv.cells} cells, committed "
+            f"{short_bytes(kv.committed)}, reserved {short_bytes(kv.reserved)}"
         )
         if perf:
             lines.append(f"graphs: {perf.graphs} computed, {perf.graphs_reused} of them reused")

@@ -17,22 +17,9 @@ from dataclasses import dataclass, field
 
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, StoppedError
-from mod_export.runtime.sampling import Sampling
+from mod_export.runtime.sampling import ANY_SEED, RANGES, Sampling
 from mod_export.runtime.templates import ChatTemplate
 
-# The defaults of llama-cpp-python's `generate`.
-DEFAULT_SAMPLING = Sampling(top_k=40, min_p=0.05)
-# name of a Sampling field -> (least, most) that a request may ask for
-SAMPLING_RANGES = {
-    "temperature": (0, 100),
-    "top_p": (0, 1),
-    "top_k": (0, 1 << 30),
-    "min_p": (0, 1),
-    "repeat_penalty": (0.1, 10),
-    "frequency_penalty": (-2, 2),
-    "presence_penalty": (-2, 2),
-}
-MIN_TEMPERATURE = 0.01  # logits over a smaller one overflow, and the answer ends in nonsense
 # Fields that would change the answer and are not supported, with the values that change nothing.
 UNSUPPORTED = {
     "n": (1,),
@@ -57,7 +44,6 @@ class Ask:
     """A request that can be answered.
 
     max_tokens: None means until the context is full. usage: a stream's last chunk has the counts.
-    seed: None means any seed, whatever `sampling` says.
     """
 
     chat: bool
@@ -66,10 +52,9 @@ class Ask:
     stop: tuple[str, ...] = ()
     stream: bool = False
     usage: bool = False
-    seed: int | None = None
     json: bool = False
     bias: dict[int, float] = field(default_factory=dict)
-    sampling: Sampling = DEFAULT_SAMPLING
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
@@ -97,32 +82,33 @@ def parse(body: dict, llm: MoDLlama, chat: bool) -> Ask:
         or not all(isinstance(s, str) and s for s in stop)
     ):
         raise UserError("stop is a string, or up to 16 of them")
-    limits = [
-        _number(body, name, 1, 1 << 30, None, whole=True)
-        for name in ("max_tokens", "max_completion_tokens")
-    ]
     return Ask(
         chat,
         tokens,
-        min((limit for limit in limits if limit), default=None),
+        _max_tokens(body),
         tuple(stop),
         _flag(body, "stream"),
         _flag(_object(body, "stream_options"), "include_usage"),
-        _number(body, "seed", -(1 << 63), 1 << 64, None, whole=True),
         _json(body),
         _bias(body, llm),
-        _sampling(body),
+        _sampling(body, llm),
     )
 
 
-def _sampling(body: dict) -> Sampling:
-    values = {}
-    for name, (least, most) in SAMPLING_RANGES.items():
-        default = getattr(DEFAULT_SAMPLING, name)
-        values[name] = _number(body, name, least, most, default, whole=name == "top_k")
-    if values["temperature"] < MIN_TEMPERATURE:
-        values["temperature"] = 0.0
-    return Sampling(**values)
+def _max_tokens(body: dict) -> int | None:
+    """The least of both limits; -1 is no limit, as for llama-server."""
+    names = ("max_tokens", "max_completion_tokens")
+    limits = [_number(body, n, 1, 1 << 30, None, True) for n in names if body.get(n) != -1]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _sampling(body: dict, llm: MoDLlama) -> Sampling:
+    own = Sampling.of(llm)
+    values = {
+        name: _number(body, name, least, most, getattr(own, name), whole=name == "top_k")
+        for name, (least, most) in RANGES.items()
+    }
+    return Sampling(**values, seed=_number(body, "seed", -(1 << 63), 1 << 64, ANY_SEED, whole=True))
 
 
 def _chat_tokens(body: dict, llm: MoDLlama) -> list[int]:
@@ -259,12 +245,10 @@ class Answer:
                 logits[token] += value
             return logits
 
-        seed = secrets.randbits(31) if self.ask.seed is None else self.ask.seed
-        self.llm.set_seed(seed % 0xFFFFFFFF)  # which is itself llama.cpp's word for any
         grammar = LlamaGrammar.from_string(JSON_GBNF, verbose=False) if self.ask.json else None
-        return self.llm.generate(
+        return self.ask.sampling.generate(
+            self.llm,
             self.ask.tokens,
-            **self.ask.sampling.options(),
             grammar=grammar,
             logits_processor=LogitsProcessorList([biased]) if self.ask.bias else None,
         )

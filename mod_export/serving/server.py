@@ -11,6 +11,7 @@ one before is not read again.
 import hmac
 import json
 import logging
+import math
 import os
 import select
 import socket
@@ -79,7 +80,8 @@ def figures(llm: MoDLlama) -> dict:
 
     activation: share of (token, unit) pairs that ran since the start, of each kind too, null before
     any token; shift of the thresholds in logit space; tokens in the context, and bytes of KV: that
-    they use, that memory stands behind, and that they would use unrouted.
+    they use, that memory stands behind, and that they would use unrouted; and the number of tokens
+    up to which nothing is saved.
     """
     kinds = {
         kind: active / seen if seen else None
@@ -87,11 +89,16 @@ def figures(llm: MoDLlama) -> dict:
     }
     share, kv = llm.activation(), llm.kv()
     return {
-        "activation": share if share == share else None,
+        "activation": None if math.isnan(share) else share,
         "activation_of": kinds,
         "threshold_shift": llm.shift,
         "tokens": llm.n_tokens,
-        "kv": {"used": kv.used, "committed": kv.committed, "dense": kv.dense},
+        "kv": {
+            "used": kv.used,
+            "committed": kv.committed,
+            "dense": kv.dense,
+            "saving_begins_after": llm.kv_kept,
+        },
     }
 
 

@@ -1,27 +1,60 @@
 """Chat in a terminal: a prompt that answers, one shot, and piped scripts of turns and commands.
 
+Pastes come as one turn. GNU readline, behind `input`, puts what a terminal marks as pasted
+(bracketed paste) into its line, with all its ends of lines. Where Python has no readline, or
+libedit in its place, `_Keyboard` reads the marks itself, and takes lines that come at once as one
+turn, as it does on a terminal without marks.
+
 Example:
 
     repl(Chat(MoDLlama("mod.gguf")))
 """
 
+import os
+import re
+import select
 import signal
-from collections.abc import Iterator
+import sys
+import termios
+import tty
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama
 from mod_export.serving.chat import Chat
 
-HELP = """\
+HELP = '''\
 /reset        forget the conversation
 /stats        activation of each unit, KV memory, graphs
 /threshold    show the shift of all thresholds
 /threshold X  shift all thresholds by X in logit space from the next token on. Above 0 fewer tokens
               are active; 0 is the file's own. `/threshold X all` reads the conversation again
 /help         this text
-/quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
-COMMANDS = ("/reset", "/stats", "/threshold", "/help", "/quit")
+/quit         leave (also Ctrl-D); Ctrl-C stops an answer
+"""           begins a question of several lines, which ends with """; a pasted text is one question
+A line that begins with a space is no command.'''
+# name -> whether something may follow it
+COMMANDS = {"/reset": False, "/stats": False, "/threshold": True, "/help": False, "/quit": False}
+QUOTES = '"""'
+# of xterm and all that follow it: switch the marks on and off, and the marks
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
+PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
+PASTE_PAUSE_SECONDS = 0.05  # Lines of a paste come in less, lines that are typed never do.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a person entered: a question, or a command where `argument` is not None."""
+
+    text: str
+    argument: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there is such a command, and it takes such an argument."""
+        return self.text in COMMANDS and (not self.argument or COMMANDS[self.text])
 
 
 @contextmanager
@@ -52,17 +85,22 @@ def answer_once(chat: Chat, prompt: str) -> bool:
     return not chat.llm.stop
 
 
-def run_lines(chat: Chat, lines: list[str]) -> bool:
+def run_lines(chat: Chat, lines: Iterable[str]) -> bool:
     """Run turns and commands from a pipe, one a line; False if one of them failed."""
-    all_ran = True
-    for line in filter(None, map(str.strip, lines)):
+    rest, all_ran = iter(lines), True
+    while (entry := read_entry(lambda _: next(rest, None))) is not None:
         try:
-            if not _turn(chat, line):
+            if not _turn(chat, entry):
                 break
         except UserError as exc:
             chat.notice(f"error: {exc}")
             all_ran = False
     return all_ran
+
+
+def is_script(text: str) -> bool:
+    """Whether piped text is a script of turns: one of its lines is a command."""
+    return any(entry.known for entry in map(_command, text.splitlines()) if entry)
 
 
 def welcome(llm: MoDLlama) -> str:
@@ -78,45 +116,131 @@ def welcome(llm: MoDLlama) -> str:
 
 def repl(chat: Chat) -> None:
     """Run turns and commands from the terminal until /quit or Ctrl-D."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  editing and history in input()
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D to leave)")
-            continue
-        try:
-            if line and not _turn(chat, line):
+    with _Keyboard() as keyboard:
+        while True:
+            try:
+                entry = read_entry(keyboard.line)
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D to leave)")
+                continue
+            if entry is None:
+                print()
                 return
-        except UserError as exc:
-            chat.notice(f"error: {exc}")
+            try:
+                with keyboard.waiting():
+                    if not _turn(chat, entry):
+                        return
+            except UserError as exc:
+                chat.notice(f"error: {exc}")
 
 
-def _turn(chat: Chat, line: str) -> bool:
+def read_entry(line: Callable[[str], str | None]) -> Entry | None:
+    """Read what is entered next; empty lines are passed over.
+
+    line: gives the next line, or a paste of several, after a prompt; None at the end. Returns None
+    at the end. A line that begins with three quotes begins a question that ends with three quotes.
+    """
+    while (text := line("> ")) is not None:
+        if text.startswith(QUOTES) and "\n" not in text:
+            text = text.removeprefix(QUOTES)
+            while not text.rstrip().endswith(QUOTES) and (more := line('""" ')) is not None:
+                text += f"\n{more}"
+            text = text.rstrip().removesuffix(QUOTES)
+        elif command := _command(text):
+            return command
+        if text.strip():
+            return Entry(text.strip())
+    return None
+
+
+def _command(text: str) -> Entry | None:
+    """The command that a line looks like; None for a question, and for several lines.
+
+    `/usr/bin/env` and the like are no commands.
+    """
+    match = re.fullmatch(r"(/[a-z]+)(?: +(.*))?", text.rstrip())
+    return Entry(match[1], match[2] or "") if match else None
+
+
+def _turn(chat: Chat, entry: Entry) -> bool:
     """Run one question or command; False to leave."""
-    name, _, argument = line.partition(" ")
-    if name == "/quit":
+    name, argument = entry.text, entry.argument
+    if argument is None:
+        answer_once(chat, entry.text)
+    elif not entry.known:
+        raise UserError(
+            f"unknown command {name} {argument}".rstrip(),
+            f"the commands are {', '.join(COMMANDS)}; a space before it makes it a question",
+        )
+    elif name == "/quit":
         return False
-    if name == "/reset":
+    elif name == "/reset":
         chat.reset()
         chat.notice("conversation forgotten")
     elif name == "/stats":
         chat.notice(chat.stats())
     elif name == "/threshold":
-        chat.set_shift(argument.strip())
+        chat.set_shift(argument)
     elif name == "/help":
         chat.notice(HELP)
-    elif name.startswith("/"):
-        chat.notice(f"unknown command {name}; one of {', '.join(COMMANDS)}")
-    else:
-        answer_once(chat, line)
     return True
 
 
-def is_script(text: str) -> bool:
-    """Whether piped text is a script of turns: one of its lines is a command."""
-    return any(line.split(" ")[0] in COMMANDS for line in text.splitlines())
+class _Keyboard:
+    """The lines that a person types or pastes, inside a `with` block."""
+
+    def __enter__(self) -> "_Keyboard":
+        """Prepare the terminal."""
+        shown = sys.stdout.isatty()
+        editor = _line_editor() if shown else None
+        self._marks = shown and editor != "libedit" and os.environ.get("TERM", "dumb") != "dumb"
+        self._pastes_come_whole = self._marks and editor == "readline"
+        # Whatever the bytes are, a question is asked.
+        sys.stdin.reconfigure(errors="replace")
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Leave the terminal as it was."""
+        self._show(PASTE_OFF)
+
+    def line(self, prompt: str) -> str | None:
+        """Read a line, or a paste of several; None at the end of input."""
+        with suppress(EOFError):
+            self._show(PASTE_ON)
+            text = input(prompt)
+            if not self._pastes_come_whole:
+                while (PASTE_BEGIN in text and PASTE_END not in text) or _more_has_come():
+                    text += f"\n{input()}"
+            return text.replace(PASTE_BEGIN, "").replace(PASTE_END, "")
+        return None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Keep what is typed meanwhile for the next line, and show it there.
+
+        It would stand amid the answer, and a paste would come without its marks.
+        """
+        before = termios.tcgetattr(sys.stdin)
+        self._show(PASTE_ON)
+        tty.setcbreak(sys.stdin, termios.TCSANOW)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    def _show(self, codes: str) -> None:
+        if self._marks:
+            print(codes, end="", flush=True)
+
+
+def _line_editor() -> str | None:
+    """Let `input` have editing and history: by `readline` (GNU's), by `libedit`, or not at all."""
+    try:
+        import readline
+    except ImportError:
+        return None
+    return "libedit" if "libedit" in (readline.__doc__ or "") else "readline"
+
+
+def _more_has_come() -> bool:
+    return bool(select.select([sys.stdin], [], [], PASTE_PAUSE_SECONDS)[0])

@@ -33,7 +33,7 @@ def job():
 def test_the_likeliest_tokens_are_those_of_generate(file, sampling):
     llm = MoDLlama(file, n_ctx=256, threads=1)
     expected = []
-    for token in llm.generate(PROMPT, **sampling.options()):
+    for token in sampling.generate(llm, PROMPT):
         if llm.is_end(token) or llm.is_control(token) or len(expected) == N_TOKENS:
             break
         expected.append(token)

@@ -49,6 +49,7 @@ class Tiny:
     n_ctx: int = 4096
     vocab: bool = False
     template: str = ""  # The template is that of chats, and needs a vocabulary.
+    sampling: dict = field(default_factory=dict)  # name -> number that the file recommends
     routers: dict = field(default_factory=dict)
     tensors: dict = field(default_factory=dict)
 
@@ -273,6 +274,8 @@ class Tiny:
         w.add_vocab_size(self.n_vocab)
         w.add_file_type(0)
         self._write_vocab(w)
+        for name, value in self.sampling.items():
+            w.add_float32(f"general.sampling.{name}", value)
         for key, (value, kind, sub) in (self.mod_keys() | (keys or {})).items():
             if value is not None:
                 w.add_key_value(f"{self.arch}.mod.{key}", value, kind, sub)

@@ -1,15 +1,8 @@
-"""Chat as a person uses it: one shot, pipes, and a terminal (pty); SmolLM2 has random routers."""
+"""Chat as a person uses it: one shot, pipes and conversations; SmolLM2 has random routers."""
 
-import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +10,11 @@ import pytest
 from mod_export.errors import UserError
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama
-from mod_export.serving.chat import CHAT_SAMPLING, Chat
+from mod_export.runtime.sampling import Sampling
+from mod_export.serving.chat import Chat
 from mod_export.serving.terminal import is_script
 
-LIKELIEST = replace(CHAT_SAMPLING, temperature=0)
+LIKELIEST = Sampling(temperature=0, repeat_penalty=1.1)
 ROOT = Path(__file__).parents[3]
 STATUS = r"\[\d+ tokens(, [\d.]+ tokens/s)?, "
 
@@ -43,7 +37,9 @@ def test_one_shot_prints_the_answer_alone(model, run_cli):
     assert re.search(STATUS, done.stderr)
     if bindings.patched():
         assert re.search(
-            r"activation 0\.\d\d, KV [\d.]+ .B of dense [\d.]+ .B \(\d+%\)", done.stderr
+            r"activation 0\.\d\d, KV [\d.]+ .B of dense [\d.]+ .B \(100%, saving begins after \d+ "
+            r"tokens\)",
+            done.stderr,
         )
 
 
@@ -88,108 +84,9 @@ def test_pipes(model):
     assert len(re.findall(STATUS, done.stderr)) == 1
     assert "conversation forgotten" in done.stderr and "KV:" in done.stderr
     assert done.returncode == 2  # /threshold x
-    assert not is_script("one prompt\nof two lines") and is_script("Hello\n/stats")
-
-
-class Terminal:
-    """The chat at the other end of a pty."""
-
-    def __init__(self, model, *options):
-        command = [sys.executable, "-m", "mod_export", "chat", str(model), "--threads", "1"]
-        command += map(str, options)
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execv(sys.executable, command)
-        self.text = ""
-
-    def expect(self, pattern: str, timeout: float = 120) -> str:
-        """Reads until the pattern comes; returns what was read, and forgets it."""
-        end = time.monotonic() + timeout
-        while not (match := re.search(pattern, self.text)):
-            assert time.monotonic() < end, f"no {pattern!r} in {self.text!r}"
-            if select.select([self.fd], [], [], 0.2)[0]:
-                self.text += os.read(self.fd, 4096).decode("utf-8", "replace")
-        read, self.text = self.text[: match.end()], self.text[match.end() :]
-        return read
-
-    def send(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def press_until(self, key: str, pattern: str) -> None:
-        """Presses a key until the pattern comes, as a person would.
-
-        A Ctrl-C between the prompt's last character and Python's wait for a line is heard at the
-        next key only: a gap of microseconds that a busy machine makes long.
-        """
-        for _ in range(20):
-            self.send(key)
-            with suppress(AssertionError):
-                self.expect(pattern, timeout=2)
-                return
-        raise AssertionError(f"no {pattern!r} in {self.text!r}")
-
-    def close(self) -> int:
-        """The exit code."""
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            if select.select([self.fd], [], [], 0.1)[0]:
-                try:
-                    os.read(self.fd, 4096)
-                except OSError:  # the other end has closed
-                    break
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@contextmanager
-def terminal(model, *options):
-    t = Terminal(model, *options)
-    try:
-        yield t
-    finally:
-        try:
-            os.kill(t.pid, signal.SIGKILL)
-            os.waitpid(t.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        os.close(t.fd)
-
-
-def test_a_conversation_in_the_terminal(model):
-    with terminal(model, "--ctx", 1024, "--max-tokens", 300, "--temperature", 0) as t:
-        t.expect(r"/help lists the commands")
-        t.expect("> ")
-        t.send("Tell me a very long story about a lighthouse.\n")
-        t.expect(r"story about a lighthouse\.\r\n(.*\w+\W+){5}")  # it streams
-        t.send("\x03")
-        answer = t.expect(STATUS)
-        assert int(re.search(r"\[(\d+) tokens", answer)[1]) < 300  # stopped
-        t.expect("> ")
-        t.press_until("\x03", r"/quit or Ctrl-D")
-        t.expect("> ")
-        t.send("/stats\n")
-        t.expect(r"KV: \d+ of \d+ cells")
-        t.send("/nonsense\n")
-        t.expect("unknown command /nonsense")
-        t.send("/help\n")
-        t.expect("Ctrl-C stops an answer")
-        if bindings.patched():
-            t.send("/threshold 0.5\n")
-            t.expect(r"shifted by \+0\.5 in logit space")
-        t.send("/reset\n")
-        t.expect("conversation forgotten")
-        t.send("/quit\n")
-        assert t.close() == 0
-
-
-def test_the_end_of_input_leaves(model):
-    with terminal(model, "--ctx", 256) as t:
-        t.expect("> ")
-        t.send("\x04")
-        assert t.close() == 0
+    assert is_script("Hello\n/stats") and is_script("/threshold 0.5")
+    for text in ("one prompt\nof two lines", "Hello\n/stats of the league", "/usr/bin\n /stats"):
+        assert not is_script(text)
 
 
 def test_history_is_remembered_reused_and_dropped_when_full(model):
@@ -208,12 +105,57 @@ def test_history_is_remembered_reused_and_dropped_when_full(model):
     assert any("context full: the oldest" in line for line in said)
     assert llm.n_tokens <= 256
     assert chat.history[0]["role"] == "user" and len(chat.history) < 8
+    before = list(chat.history)
     with pytest.raises(UserError, match="does not fit a context of 256"):
         "".join(chat.ask("word " * 300))
+    assert chat.history == before
     chat.reset()
     assert (chat.history, llm.n_tokens) == ([], 0)
     if bindings.patched():
         assert llm.kv().cells_used == 0
+
+
+class Counting(MoDLlama):
+    """Counts the tokens that are read and written."""
+
+    evaluated = 0
+
+    def _decode(self, tokens):
+        self.evaluated += len(tokens)
+        super()._decode(tokens)
+
+
+def turns(chat: Chat, questions: int) -> list[tuple[int, int]]:
+    """(tokens evaluated, tokens of the prompt) of each turn."""
+    result = []
+    for number in range(questions):
+        before = chat.llm.evaluated
+        "".join(chat.ask(f"Tell me about the {number}th of the hills, woods and fields there."))
+        result.append((chat.llm.evaluated - before, chat.turn.prompt_tokens))
+    return result
+
+
+def test_a_full_context_is_read_again_once_in_many_turns(model):
+    said = []
+    llm = Counting(model, n_ctx=512, n_batch=64, threads=1)
+    chat = Chat(llm, "Be brief.", LIKELIEST, max_tokens=12, notice=said.append)
+    read = turns(chat, 30)
+    again = [tokens for tokens, prompt in read[1:] if tokens > 60]
+    full = [line for line in said if "context full" in line]
+    assert 1 <= len(again) == len(full) <= 4  # and not each turn from the first on
+    assert all(prompt <= 256 for tokens, prompt in read[1:] if tokens > 60)  # half of the context
+    assert chat._prompt(0)[0].count("Be brief.") == 1
+    assert re.fullmatch(r"\[context full: the oldest \d+ of \d+ turns forgotten\]", full[0])
+
+
+def test_a_turn_reads_only_what_is_new(model):
+    """At a high temperature the text of an answer is seldom cut into tokens as it was written."""
+    llm = Counting(model, n_ctx=2048, n_batch=256, threads=1)
+    wild = Sampling(temperature=100, top_k=0, top_p=1, min_p=0, seed=1)
+    chat = Chat(llm, "", wild, max_tokens=80, notice=lambda line: None)
+    assert all(tokens <= 80 + 40 for tokens, _ in turns(chat, 4))
+    whole = llm.tokenize(chat._prompt(0)[0].encode(), add_bos=False, special=True)
+    assert llm.input_ids[: llm.n_tokens].tolist() != whole[: llm.n_tokens]
 
 
 @pytest.fixture
@@ -255,3 +197,17 @@ def test_bad_thresholds(talk):
         with pytest.raises(UserError):
             chat.set_shift(bad)
     assert chat.llm.shift == 0
+
+
+def test_figures_before_any_token_and_where_saving_begins(talk):
+    chat, _, _ = talk
+    kept = chat.llm.kv_kept
+    assert kept == chat.llm.sink_tokens + chat.llm.kv_window + chat.llm.kv_rollback
+    assert chat.status().endswith(f"(100%, saving begins after {kept} tokens)]")
+    chat.max_tokens = 1
+    "".join(chat.ask("word " * (kept - chat.llm.n_tokens)))
+    assert chat.llm.n_tokens > kept
+    assert re.search(r"\(\d\d%\)\]$", chat.status())
+    chat.reset()
+    assert "nan" not in chat.stats() and "activation: no tokens were read yet" in chat.stats()
+    assert "(none yet, saving" in chat.stats()

@@ -13,13 +13,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama
-from mod_export.serving.chat import CHAT_SAMPLING, Chat
+from mod_export.runtime.sampling import Sampling
+from mod_export.serving.chat import Chat
 from mod_export.serving.completions import cut
 
 ASK = "Name a colour."
@@ -105,8 +105,7 @@ def content(chunks: list[dict]) -> str:
 
 def test_a_chat_is_what_the_terminal_says(client, model):
     llm = MoDLlama(model, n_ctx=512, threads=1, n_batch=256)
-    likeliest = replace(CHAT_SAMPLING, temperature=0, repeat_penalty=1.0)
-    chat = Chat(llm, "", likeliest, max_tokens=8, notice=lambda line: None)
+    chat = Chat(llm, "", Sampling(temperature=0), max_tokens=8, notice=lambda line: None)
     own = "".join(chat.ask(ASK))
     status, answer = client("/v1/chat/completions", CHAT)
     assert (
