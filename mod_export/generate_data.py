@@ -14,7 +14,7 @@ import gzip
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mod_export.common.files import atomic_file
@@ -54,7 +54,7 @@ class GenerationOptions:
     parallel: int = 8
     threads: int | None = None
     gpu_layers: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = Sampling(seed=0)  # the same texts each time
 
     @property
     def longest_prompt(self) -> int:

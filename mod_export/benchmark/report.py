@@ -218,6 +218,11 @@ def _notes(result: dict) -> list[str]:
             "The floor of these units is the MoD file with none active: no dense file leaves out "
             "just them."
         )
+    if any(kv["used"] == kv["dense"] for row in rows if (kv := row["kv_bytes"].get("mod"))):
+        notes.append(
+            "KV used is that of dense: kv units save nothing of a sequence that is no longer than "
+            "sink tokens, window and rollback together, and ffn units save none at all."
+        )
     if work := result["about"].get("floor_prefill_work"):
         notes.append(
             f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: "

@@ -65,10 +65,9 @@ def command(file, memory, dense, check, check_context, text, threads, as_json, *
 
     FILE is a MoD GGUF file, which is compared with the dense model.
     """
-    import json
-
     from mod_export.benchmark import memory as m
     from mod_export.common.system import usable_cpus
+    from mod_export.common.text import json_text
     from mod_export.data.text import default_texts, read_texts
 
     size = m.parse_size(memory)
@@ -83,7 +82,7 @@ def command(file, memory, dense, check, check_context, text, threads, as_json, *
         click.echo(m.report(plan))
     rows = m.check(plan, words, check_context) if check else None
     if as_json:
-        click.echo(json.dumps(m.to_json(plan, rows), indent=1))
+        click.echo(json_text(m.to_json(plan, rows), 1))
     elif rows:
         click.echo("\n" + m.check_report(rows))
     return 0 if all(row["ok"] for row in rows or []) else 1

@@ -1,10 +1,9 @@
 """The command `mod-export inspect`."""
 
-import json
-
 import click
 
 from mod_export.cli.options import json_flag
+from mod_export.common.text import json_text
 
 
 @click.command("inspect")
@@ -20,4 +19,4 @@ def command(file: str, as_json: bool) -> None:
     from mod_export.inspection import inspect, render
 
     report = inspect(file)
-    click.echo(json.dumps(report) if as_json else render(report))
+    click.echo(json_text(report) if as_json else render(report))

@@ -34,7 +34,7 @@ def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold
     FILE is a MoD GGUF file. The picture has a column for each token and a row for each unit.
     """
     from mod_export.common import extras
-        from mod_export.errors import UserError
+    from mod_export.errors import UserError
 
     extras.require("matplotlib")
 

@@ -35,13 +35,12 @@ def command(file, reference, text, tokens, length, threads, as_json):
 
     The exit code is 1 where the GGUF FILE and the torch model differ too much.
     """
-    import json
-
+    from mod_export.common.text import json_text
     from mod_export.data.text import read_texts
     from mod_export.evaluation import parity
 
     result = parity.verify(
         file, reference, read_texts([text]) if text else None, tokens, length, threads
     )
-    click.echo(json.dumps(result, indent=1, default=float) if as_json else parity.report(result))
+    click.echo(json_text(result, 1, float) if as_json else parity.report(result))
     return 0 if result["passed"] else 1

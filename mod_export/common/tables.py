@@ -13,7 +13,8 @@ def format_table(
 ) -> str:
     """Return the rows as aligned text, one line each; columns of numbers stand to the right.
 
-    Floats are shown with 4 significant digits, None as `-`; pass strings for any other form.
+    Floats are shown with 4 significant digits, None and NaN as `-`; pass strings for any other
+    form.
     """
     cells = [[_text(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
@@ -27,7 +28,7 @@ def _is_number(value: object) -> bool:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN alone differs from itself.
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Callable
 
 from mod_export.errors import UserError
 
@@ -55,15 +56,26 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
+def json_text(
+    value: object, indent: int | None = None, default: Callable[[object], object] | None = None
+) -> str:
+    """A value as JSON, in which numbers that are not finite are null: JSON has none of them.
+
+    default: makes something that JSON knows of an object that it does not.
+    """
+    finite = json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent)
+
+
 def result_as_json(result: dict) -> str:
     """A result as JSON: `about` is an object, every other entry a list with one row on each line.
 
     An object that JSON does not know is written as its text.
     """
-    parts = [f'"about": {json.dumps(result["about"], indent=1, default=str)}']
+    parts = [f'"about": {json_text(result["about"], 1, str)}']
     for key, rows in result.items():
         if key == "about":
             continue
-        lines = ",\n".join(json.dumps(row, default=str) for row in rows)
+        lines = ",\n".join(json_text(row, default=str) for row in rows)
         parts.append(f'"{key}": [\n{lines}\n]')
     return "{" + ",\n".join(parts) + "}"

@@ -72,7 +72,7 @@ def options(**changes) -> GenerationOptions:
     }
     return GenerationOptions(
         **{"max_tokens": 24, "ctx": 256, "parallel": 4, "threads": 1} | changes,
-        sampling=Sampling(**{"temperature": 0} | sampling),
+        sampling=Sampling(**{"temperature": 0, "seed": 0} | sampling),
     )
 
 

@@ -130,6 +130,36 @@ def test_former_spellings_work_and_are_hidden(command, former):
     assert spelling in " ".join(words) and former not in words and f"{former}," not in words
 
 
+def option(command: str, spelling: str) -> dict:
+    """What a user sees of an option."""
+    context = click.Context(cli, info_name="mod-export")
+    options = cli.get_command(context, command).params
+    found = next(option.to_info_dict() for option in options if spelling in option.opts)
+    return {key: found[key] for key in ("opts", "type", "default", "help", "multiple", "nargs")}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "commands"),
+    [
+        *((f"--{name}", ("chat", "generate-data")) for name in ("temperature", "top-p", "top-k")),
+        *((f"--{name}", ("chat", "generate-data")) for name in ("min-p", "repeat-penalty")),
+        *((f"--{name}", ("chat", "trace")) for name in ("prompt", "prompt-file")),
+        *((name, ("chat", "serve", "trace")) for name in ("--ctx", "--threshold-shift")),
+        *((name, ("chat", "serve", "bench", "eval")) for name in ("--threads", "--gpu-layers")),
+    ],
+)
+def test_an_option_of_several_commands_is_one_option(spelling, commands):
+    first, *others = [option(command, spelling) for command in commands]
+    assert all(other == first for other in others)
+
+
+def test_seeds():
+    """What draws talk draws other talk each time, what writes files writes the same each time."""
+    seeds = {name: option(name, "--seed") for name in ("chat", "generate-data", "synth", "train")}
+    assert [seed.pop("default") for seed in seeds.values()] == [-1, 0, 0, 0]
+    assert seeds["chat"] == seeds["generate-data"]
+
+
 def test_one_idea_has_one_spelling():
     """An option of several commands that takes the same value has the same name in all of them."""
     context = click.Context(cli, info_name="mod-export")

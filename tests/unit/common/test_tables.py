@@ -16,3 +16,7 @@ def test_tables():
         format_table(["kind", "share", "units"], rows, markdown=True).splitlines()[1]
         == "|------|-------:|------:|"
     )
+
+
+def test_what_is_no_number_is_shown_as_nothing():
+    assert format_table(["share"], [[float("nan")], [0.5]]).splitlines()[2:] == ["    -", "  0.5"]

@@ -3,7 +3,16 @@
 import json
 from pathlib import Path
 
-from mod_export.common.text import clock, mebibytes, megabytes, result_as_json, short_bytes
+import pytest
+
+from mod_export.common.text import (
+    clock,
+    json_text,
+    mebibytes,
+    megabytes,
+    result_as_json,
+    short_bytes,
+)
 
 
 def test_sizes_and_times():
@@ -18,3 +27,15 @@ def test_a_result_has_one_row_on_each_line():
     text = result_as_json(result)
     assert json.loads(text) == result | {"about": {"file": "mod.gguf"}}
     assert '{"n": 1},\n{"n": 2}' in text
+
+
+def test_json_has_no_numbers_that_json_does_not_know():
+    nan, infinity = float("nan"), float("inf")
+    assert (
+        json_text({"a": [nan, -infinity, 0.1], "b": None}) == '{"a": [null, null, 0.1], "b": null}'
+    )
+    result = {"about": {"share": nan}, "rows": [{"n": infinity}]}
+    assert json.loads(result_as_json(result), parse_constant=pytest.fail) == {
+        "about": {"share": None},
+        "rows": [{"n": None}],
+    }
