@@ -124,7 +124,7 @@ def test_questions_of_several_lines_by_hand(model):
 
 
 def test_long_lines_bytes_that_are_no_text_and_the_history(model):
-    long = "word " * 900  # more than the 4096 bytes of a terminal's own line
+    long = "=" * 5000  # more than the 4096 bytes of a terminal's own line
     with repl(model, 2) as t:
         t.expect("> ")
         paste(t, "a\nb")
@@ -136,4 +136,4 @@ def test_long_lines_bytes_that_are_no_text_and_the_history(model):
         t.expect(STATUS)
         t.send_bytes(b"caf\xe9\r")
         t.expect(STATUS)
-        assert asked(t)[:3] == ["a\nb", "a\nb", long.strip()]
+        assert asked(t)[:3] == ["a\nb", "a\nb", long]
