@@ -20,12 +20,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mod_export.common.text import last_words
 from mod_export.errors import UserError
 
 DEFAULT_CURE = "is there enough memory? try fewer --variants or a smaller context"
@@ -49,6 +51,7 @@ class Worker:
     ):
         self.name = name
         self.cure = cure
+        self.words = tempfile.TemporaryFile()  # what the process says; told where it dies
         env = dict(os.environ)
         if lib:
             env |= {"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": library_path(lib)}
@@ -60,7 +63,7 @@ class Worker:
             start_new_session=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.words,
         )
         try:
             self.about = self.ask(**setup)
@@ -83,7 +86,12 @@ class Worker:
         while True:
             if not line:
                 who = f"the process of {self.name}" if self.name else "the measuring process"
-                raise UserError(f"{who} ended with code {self.process.wait()}", self.cure)
+                code = self.process.wait()
+                self.words.seek(0)
+                said = last_words(self.words.read().decode("utf-8", "replace"))
+                raise UserError(
+                    f"{who} ended with code {code}{f': {said}' if said else ''}", self.cure
+                )
             answer = json.loads(line)
             if "error" in answer:
                 start = f"{self.name}: " if self.name else ""
@@ -109,6 +117,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # a question that was never read
             self.process.stdin.close()
         self.process.stdout.close()
+        self.words.close()
 
 
 def library_path(lib: Path) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 
 from mod_export.errors import UserError
@@ -79,3 +80,12 @@ def result_as_json(result: dict) -> str:
         lines = ",\n".join(json_text(row, default=str) for row in rows)
         parts.append(f'"{key}": [\n{lines}\n]')
     return "{" + ",\n".join(parts) + "}"
+
+
+def last_words(output: str) -> str:
+    """Return the last line of a process's output that looks like an error, else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [
+        line for line in lines if re.match(r"(\w+Error|ERROR|error|\w+: (error|failed))\b", line)
+    ]
+    return (errors or lines or [""])[-1]

@@ -6,15 +6,29 @@ Each runs in a process of its own, so that a crash there is an error here.
     quantize(Path("base.gguf"), Path("small.gguf"), "q4_k_m")
 """
 
+import logging
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from mod_export.common.system import usable_cpus
+from mod_export.common.text import last_words
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import EXPORT_FORMATS
+from mod_export.formats.ggml_types import EXPORT_FORMATS, block_size, enum_name
+from mod_export.formats.gguf import GGUFFile
 from mod_export.llamacpp import source as llama_source
+
+logger = logging.getLogger(__name__)
+
+# What a tool warns of is passed on to the user, except for these lines.
+WARNINGS = re.compile(r"(?:WARNING:[\w.-]+: ?|\w+: WARNING: |.*\b\w*Warning: )(.+)")
+KNOWN_WARNINGS = re.compile(
+    "Unknown RoPE type: default"  # the converter does not know that this means no scaling
+    "|.*required fallback quantization"  # `describe_types` says which tensors
+    "|.*is deprecated|.*will be removed"  # for those who write the tools
+)
 
 # This script runs in the converter's process, in the source directory of llama.cpp. The routers are
 # no part of the base model: export.py adds them afterwards.
@@ -95,11 +109,12 @@ def convert_hf(
         arguments += ["--model-name", name]
     result = _python(CONVERTER_SCRIPT, arguments, cwd=source)
     if result.returncode != 0:
-        raise UserError(f"llama.cpp's converter cannot convert {directory}: {_last_words(result)}")
+        raise UserError(f"llama.cpp's converter cannot convert {directory}: {_reason(result)}")
+    _pass_on_warnings(result, "llama.cpp's converter")
 
 
 def quantize(source: Path, target: Path, quant: str) -> None:
-    """Quantise a GGUF of floats to one of EXPORT_FORMATS.
+    """Quantise a GGUF of floats to one of EXPORT_FORMATS, and log which types came out otherwise.
 
     Raises UserError with the library's last words.
     """
@@ -115,7 +130,30 @@ def quantize(source: Path, target: Path, quant: str) -> None:
     if "No module named 'llama_cpp'" in result.stderr:
         raise UserError("the runtime llama_cpp is not installed", "run `mod-export build`")
     if result.returncode != 0:
-        raise UserError(f"cannot quantise {source.name} to {quant}: {_last_words(result)}")
+        raise UserError(f"cannot quantise {source.name} to {quant}: {_reason(result)}")
+    _pass_on_warnings(result, "llama.cpp's quantiser")
+    if line := describe_types(GGUFFile.open(target), quant):
+        logger.warning(line)
+
+
+def describe_types(file: GGUFFile, quant: str) -> str:
+    """A line that counts the types of a quantised file's matrices; '' where all could have theirs.
+
+    quant: the one of EXPORT_FORMATS that was asked for. A type quantises blocks of a row, and
+    llama.cpp gives a matrix whose rows are not whole blocks another, larger type.
+    """
+    block = block_size(EXPORT_FORMATS[quant].type)
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    odd = [tensor for tensor in matrices if tensor.shape[0] % block]
+    if not odd:
+        return ""
+    types = Counter(enum_name(tensor.type) for tensor in matrices)
+    lengths = " or ".join(str(length) for length in sorted({tensor.shape[0] for tensor in odd}))
+    return (
+        f"{quant}: {len(odd)} of {len(matrices)} matrices have rows of {lengths} values, no "
+        f"multiple of {block}, and got larger types; in the file: "
+        + ", ".join(f"{count} {name}" for name, count in types.most_common())
+    )
 
 
 def _python(
@@ -125,10 +163,13 @@ def _python(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
 
 
-def _last_words(result: subprocess.CompletedProcess) -> str:
-    """The last line that looks like an error, else the last line, else how the process ended."""
-    lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-    errors = [
-        line for line in lines if re.match(r"(\w+Error|ERROR|error|\w+: (error|failed))\b", line)
-    ]
-    return (errors or lines or [f"it ended with code {result.returncode}"])[-1]
+def _pass_on_warnings(result: subprocess.CompletedProcess, who: str) -> None:
+    """Log what a tool that succeeded has warned of, each line once."""
+    found = (WARNINGS.match(line.strip()) for line in (result.stderr + result.stdout).splitlines())
+    for text in dict.fromkeys(match[1] for match in found if match):
+        if not KNOWN_WARNINGS.match(text):
+            logger.warning(f"{who}: {text}")
+
+
+def _reason(result: subprocess.CompletedProcess) -> str:
+    return last_words(result.stderr + result.stdout) or f"it ended with code {result.returncode}"

@@ -13,14 +13,18 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from mod_export.errors import UserError
+from mod_export.formats import schema
 from mod_export.formats.gguf import GGUFFile
 from mod_export.model import gguf_tokenizer
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2"
 
@@ -57,6 +61,12 @@ def _load_directory(directory: Path, dtype: torch.dtype):
         raise UserError(
             f"{directory} lacks the weights {missing[0]}",
             "it is incomplete, or of another architecture",
+        )
+    ignored = sorted(x for x in info["unexpected_keys"] if not schema.HF_ROUTER_TENSOR.fullmatch(x))
+    if ignored:
+        logger.warning(
+            f"transformers ignores {len(ignored)} of the weights in {directory}: {ignored[0]}"
+            + (", ..." if len(ignored) > 1 else "")
         )
     return base.eval(), tokenizer
 

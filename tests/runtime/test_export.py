@@ -94,6 +94,29 @@ def test_quantised_by_llama_cpp_and_f32_routers(mod_dir, base_f32, tmp_path):
     assert types["blk.3.attn_q.weight"] == "Q8_0"
 
 
+def test_types_that_came_out_otherwise_are_counted(mod_dir, base_f32, tmp_path, caplog):
+    """Rows of 64 and 96 values hold no block of 256, so every matrix gets another type."""
+    export(mod_dir, tmp_path / "mod.gguf", "q4_k_m", base=base_f32)
+    (line,) = caplog.messages
+    assert line.startswith(
+        "q4_k_m: 44 of 44 matrices have rows of 64 or 96 values, no multiple of 256, and got larger"
+    )
+    types = [tensor[0].name for tensor in tensors_of(tmp_path / "mod.gguf").values()]
+    for name in {"Q5_0", "Q8_0"}:
+        assert f"{types.count(name)} {name}" in line
+    caplog.clear()
+    export(mod_dir, tmp_path / "mod8.gguf", "q8_0", base=base_f32)
+    assert caplog.messages == []
+
+
+def test_what_the_converter_warns_of_is_passed_on(tmp_path, caplog):
+    tiny.mod_model(UNITS, n_vocab=280).save(tmp_path / "mod")
+    add_vocabulary(tmp_path / "mod")
+    export(tmp_path / "mod", tmp_path / "mod.gguf", "f32")
+    (line,) = caplog.messages
+    assert line.startswith("llama.cpp's converter: ignore tokens from 280: id is out of range")
+
+
 def test_routers_on_an_existing_file(mod_dir, base_f32, tmp_path):
     export(mod_dir, tmp_path / "mod.gguf", base=base_f32)
     assert_same_base(tmp_path / "mod.gguf", base_f32)

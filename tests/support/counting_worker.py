@@ -32,6 +32,7 @@ class Counter:
         return {"said": "much"}
 
     def leave(self, code: int) -> None:
+        os.write(2, b"GGML_ASSERT(n > 0) failed\n")
         os._exit(code)
 
 

@@ -41,7 +41,7 @@ def test_a_bug_is_one_line(worker):
 
 
 def test_a_process_that_ends(worker):
-    with pytest.raises(UserError, match="the process of counting ended with code 3"):
+    with pytest.raises(UserError, match=r"counting ended with code 3: GGML_ASSERT\(n"):
         worker.ask(do="leave", code=3)
 
 
