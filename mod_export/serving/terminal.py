@@ -191,9 +191,10 @@ class _Keyboard:
 
     def __enter__(self) -> "_Keyboard":
         """Prepare the terminal."""
-        shown = sys.stdout.isatty()
-        editor = _line_editor() if shown else None
-        self._marks = shown and editor != "libedit" and os.environ.get("TERM", "dumb") != "dumb"
+        self._shown = sys.stdout.isatty()
+        editor = _line_editor() if self._shown else None
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._marks = self._shown and not dumb and editor != "libedit"
         self._pastes_come_whole = self._marks and editor == "readline"
         # Whatever the bytes are, a question is asked.
         sys.stdin.reconfigure(errors="replace")
@@ -207,10 +208,10 @@ class _Keyboard:
         """Read a line, or a paste of several; None at the end of input."""
         with suppress(EOFError):
             self._show(PASTE_ON)
-            text = input(prompt)
+            text = self._input(prompt)
             if not self._pastes_come_whole:
                 while (PASTE_BEGIN in text and PASTE_END not in text) or _more_has_come():
-                    text += f"\n{input()}"
+                    text += f"\n{self._input()}"
             return text.replace(PASTE_BEGIN, "").replace(PASTE_END, "")
         return None
 
@@ -227,6 +228,15 @@ class _Keyboard:
             yield
         finally:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    def _input(self, prompt: str = "") -> str:
+        """Read a line. Where only the answers go to stdout, the prompt goes to stderr."""
+        if self._shown:
+            return input(prompt)
+        print(prompt, end="", flush=True, file=sys.stderr)
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line.removesuffix("\n")
 
     def _show(self, codes: str) -> None:
         if self._marks:

@@ -6,12 +6,15 @@ with terminal("-m", "mod_export", "chat", model) as t:
 """
 
 import codecs
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import sys
+import termios
 import time
 from contextlib import contextmanager, suppress
 
@@ -51,6 +54,9 @@ class Terminal:
         while data:  # A terminal takes some thousand bytes at a time.
             data = data[os.write(self.fd, data[:1024]) :]
             self._read(0.01)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def press_until(self, key: str, pattern: str) -> None:
         """Press a key until the pattern comes, as a person would.

@@ -134,6 +134,25 @@ def test_long_lines_bytes_that_are_no_text_and_the_history(model):
         t.expect(STATUS)
         t.send(f"{long}\r")
         t.expect(STATUS)
+        for byte in "灯台\r".encode():
+            t.send_bytes(bytes([byte]))
+            t.resize(24, 40)
+        t.expect(STATUS)
         t.send_bytes(b"caf\xe9\r")
         t.expect(STATUS)
-        assert asked(t)[:3] == ["a\nb", "a\nb", long]
+        assert asked(t)[:4] == ["a\nb", "a\nb", long, "灯台"]
+
+
+def test_only_answers_go_to_a_file(model, tmp_path):
+    out = tmp_path / "answers.txt"
+    code = f"import os; os.dup2(os.open({str(out)!r}, os.O_WRONLY | os.O_CREAT), 1)\n" + REPL
+    with terminal("-c", code, model, 8) as t:
+        t.expect("> ")
+        t.send("Hello\r")
+        t.expect(STATUS)
+        t.expect("> ")
+        t.send("\x04")
+        assert t.close() == 0
+    answer, asked = out.read_text().rsplit("ASKED ", 1)
+    assert asked.strip() == "['Hello']"
+    assert answer.strip() and not re.search(r"[>\x1b]|\[", answer)

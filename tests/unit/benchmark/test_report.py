@@ -25,6 +25,17 @@ def test_memory_on_a_gpu_in_tables():
     assert "GPU" not in bench_report._memory([row | {"vram_bytes": {}}], False)
 
 
+@pytest.mark.parametrize(("used", "words"), [(64, 1), (63, 0)])
+def test_a_note_says_why_nothing_is_saved(used, words):
+    row = {
+        "beyond_training": False,
+        "floor": None,
+        "kv_bytes": {"mod": {"used": used, "dense": 64}},
+    }
+    notes = bench_report._notes({"rows": [row], "about": {}})
+    assert len(notes) == words and all("sink tokens, window and rollback" in n for n in notes)
+
+
 def row(phase: str, shift: float, ms: dict[str, float]) -> dict:
     """A row with what a picture of latency over activation shows."""
     spread = {"median": 0.5, "q1": 0.4, "q3": 0.6}
