@@ -1,6 +1,7 @@
 """A benchmark's rows as tables, plain or Markdown."""
 
 from mod_export.common.tables import format_table
+from mod_export.common.text import NO_KV_SAVED
 
 NAMES = {
     "ceiling": "dense, stock",
@@ -219,10 +220,7 @@ def _notes(result: dict) -> list[str]:
             "just them."
         )
     if any(kv["used"] == kv["dense"] for row in rows if (kv := row["kv_bytes"].get("mod"))):
-        notes.append(
-            "KV used is that of dense: kv units save nothing of a sequence that is no longer than "
-            "sink tokens, window and rollback together, and ffn units save none at all."
-        )
+        notes.append(NO_KV_SAVED)
     if work := result["about"].get("floor_prefill_work"):
         notes.append(
             f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: "

@@ -12,6 +12,7 @@ from mod_export.cli.options import (
     sampling_options,
     seed_option,
 )
+from mod_export.common.text import decode_text
 
 
 @click.command()
@@ -58,7 +59,7 @@ def command(
         click.echo(terminal.welcome(llm), err=True)
         return terminal.repl(chat)
     if text is None:
-        text = read_prompt("-", None)
+        text = decode_text(sys.stdin.buffer.read())
         if terminal.is_script(text):
             return 0 if terminal.run_lines(chat, text.splitlines()) else 2
     return 0 if terminal.answer_once(chat, text.strip()) else 130

@@ -37,6 +37,13 @@ def check_name(path: str | os.PathLike) -> None:
         raise UserError(f"the name {os.fsencode(path)!r} is no UTF-8", "rename the file") from exc
 
 
+# It stands below a table in which K/V of a MoD model are those of dense.
+NO_KV_SAVED = (
+    "KV used is that of dense: kv units save nothing of a sequence that is no longer than sink "
+    "tokens, window and rollback together, and ffn units save none at all."
+)
+
+
 def megabytes(size: float, decimals: int = 2) -> str:
     """A size in bytes as `12.34 MB`, where 1 MB is a million bytes."""
     return f"{size / 1e6:.{decimals}f} MB"

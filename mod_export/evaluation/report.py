@@ -8,6 +8,7 @@ Example:
 from pathlib import Path
 
 from mod_export.common.tables import format_table
+from mod_export.common.text import NO_KV_SAVED
 
 TEXTS = {
     "text": "text",
@@ -24,15 +25,17 @@ USAGE = {"activation": "activation", "kv_share": "KV of dense"}
 def table(name: str, rows: list[dict], markdown: bool = False) -> str:
     """The table of one part of a result: texts, tasks or passkey.
 
-    A figure that is None in all rows has no column.
+    A figure that is None in all rows has no column. A line below tells why no K/V are saved.
     """
     columns, lines = {"texts": _texts, "tasks": _tasks, "passkey": _passkey}[name](rows)
     columns |= USAGE
     lines = [line | {key: row[key] for key in USAGE} for line, row in zip(lines, rows, strict=True)]
     shown = [key for key in columns if any(line[key] is not None for line in lines)]
-    return format_table(
+    text = format_table(
         [columns[key] for key in shown], [[line[key] for key in shown] for line in lines], markdown
     )
+    nothing_saved = any(row["kv_share"] == 1 and (row["activation"] or 1) < 1 for row in rows)
+    return f"{text}\n\n{NO_KV_SAVED}" if nothing_saved else text
 
 
 def _texts(rows: list[dict]) -> tuple[dict, list[dict]]:

@@ -64,6 +64,16 @@ def test_seeds(plain, ask):
     assert len({ask(llm, **hot, seed=-1) for _ in range(3)} | {ask(llm, **hot)}) == 4
 
 
+def test_seeds_of_llama_cpp_hold(plain):
+    def text(**options) -> str:
+        llm = MoDLlama(plain, n_ctx=256, threads=1)
+        return llm("ab", max_tokens=TOKENS, temperature=1.5, **options)["choices"][0]["text"]
+
+    assert text(seed=3) == text(seed=3) != text(seed=4)
+    assert text(seed=-1) != text(seed=-1)
+    assert text() == text()  # as docs/how-to/chat-and-serve.md says
+
+
 @DOORS
 def test_every_door_follows_the_file(plain, tmp_path, ask):
     likeliest = ask(MoDLlama(plain, n_ctx=256, threads=1), temperature=0)
