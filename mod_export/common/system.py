@@ -4,16 +4,22 @@ import contextlib
 import os
 import platform
 import re
+import sys
 from pathlib import Path
+
+from mod_export.common import cgroup
 
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def usable_cpus() -> int:
-    """Return the number of processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of processors that this process may keep busy, at least 1.
+
+    A container with a quota of 1.5 processors gets 1: a second thread would make both wait for the
+    next period, each time the quota is used up.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cpus or 1, int(cgroup.cpu_quota() or cpus or 1)))
 
 
 def cpu_name() -> str:
@@ -40,24 +46,30 @@ def cpu_features() -> str:
 
 
 def total_memory() -> int:
-    """Return the memory of the machine in bytes."""
+    """Return the memory of the machine in bytes, or what its container may use of it."""
     import psutil
 
-    return psutil.virtual_memory().total
+    return min(psutil.virtual_memory().total, cgroup.memory_limit() or sys.maxsize)
 
 
 def free_memory() -> int:
     """Return the memory that nothing uses, not even the page cache, in bytes."""
     import psutil
 
-    return psutil.virtual_memory().free
+    return _within_limit(psutil.virtual_memory().free)
 
 
 def available_memory() -> int:
     """Return the bytes that can be taken without swapping, less a tenth."""
     import psutil
 
-    return psutil.virtual_memory().available * 9 // 10
+    return _within_limit(psutil.virtual_memory().available) * 9 // 10
+
+
+def _within_limit(size: int) -> int:
+    """Return `size` in bytes, or what is left of the container's memory where that is less."""
+    left = cgroup.memory_left()
+    return size if left is None else min(size, left)
 
 
 def resident(name: str) -> int:
