@@ -20,6 +20,7 @@ from mod_export import __version__
 from mod_export.cli.options import as_utf8
 from mod_export.cli.output import hide_messages, show_messages
 from mod_export.common import extras
+from mod_export.common.system import bound_spinning
 from mod_export.errors import UserError
 
 # The help has this order. `generate-data` is in mod_export/cli/generate_data.py, and so on.
@@ -39,6 +40,9 @@ COMMANDS = (
     "generate-data",
     "synth",
 )
+
+# These compute with torch.
+TORCH_COMMANDS = {"convert", "train", "verify", "eval"}
 
 OS_CURES = {
     errno.ENOSPC: "make room on the disk",
@@ -111,6 +115,8 @@ def cli(ctx: click.Context) -> None:
     """Convert models to Mixture-of-Depths, export them to GGUF, run them on a patched llama.cpp."""
     show_messages()
     ctx.call_on_close(hide_messages)
+    if ctx.invoked_subcommand in TORCH_COMMANDS:
+        bound_spinning()
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

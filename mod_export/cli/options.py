@@ -143,6 +143,12 @@ threads_option = click.option(
     show_default="all that this process may use",
     help="Number of CPU threads.",
 )
+adaptive_threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    show_default="all that this process may use, fewer while other processes need them",
+    help="Number of CPU threads.",
+)
 gpu_layers_option = click.option(
     "--gpu-layers",
     type=click.IntRange(min=-1),
@@ -260,7 +266,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
 
 def model_options(command):
     """Add the options that open_model takes: those of commands that hold a model open."""
-    options = (ctx_option, threads_option, gpu_layers_option, threshold_shift_option)
+    options = (ctx_option, adaptive_threads_option, gpu_layers_option, threshold_shift_option)
     for option in reversed(options):
         command = option(command)
     return command

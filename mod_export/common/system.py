@@ -22,6 +22,20 @@ def usable_cpus() -> int:
     return max(1, min(cpus or 1, int(cgroup.cpu_quota() or cpus or 1)))
 
 
+def bound_spinning() -> None:
+    """Let OpenMP's threads sleep soon where they wait for each other, and keep to a quota.
+
+    Call it before torch is imported: OpenMP reads its variables once. GNU's OpenMP spins for 300000
+    rounds, so that a thread that has lost its processor to another process makes all others spin.
+    After 1000 rounds the quiet machine is as fast (docs/results/speed-cpu.md). What the user has
+    set stays. Source: libgomp's manual, GOMP_SPINCOUNT.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    if cgroup.cpu_quota():
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
+
+
 def cpu_name() -> str:
     """Return the model name of the processor."""
     if CPU_INFO.is_file():

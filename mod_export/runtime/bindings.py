@@ -198,6 +198,18 @@ def llama_mod_set_kv_rollback(ctx, n):
     """Sets it, n >= 0; 0 or an ERRORS key."""
 
 
+# LLAMA_API bool llama_mod_set_adaptive_threads(struct llama_context * ctx, bool enabled);
+@_symbol([_ctx_p, ctypes.c_bool], ctypes.c_bool)
+def llama_mod_set_adaptive_threads(ctx, enabled):
+    """Lets graphs run with fewer threads while others need the processors; False on a GPU."""
+
+
+# LLAMA_API int32_t llama_mod_n_threads(const struct llama_context * ctx);
+@_symbol([_ctx_p], ctypes.c_int32)
+def llama_mod_n_threads(ctx):
+    """Threads of the last graph; 0 before the first."""
+
+
 # LLAMA_API bool llama_mod_get_unit_stats(
 #     const struct llama_context * ctx, int32_t i, struct llama_mod_unit_stats *);
 @_symbol([_ctx_p, ctypes.c_int32, ctypes.POINTER(llama_mod_unit_stats)], ctypes.c_bool)

@@ -120,8 +120,8 @@ class MoDLlama(llama_cpp.Llama):
     """llama_cpp.Llama on a MoD (or dense) GGUF file.
 
     path: the file. n_ctx: context in tokens, 0 for the model's own. threads: threads of decode and
-    prefill, by default all cores. threshold_shift: see `shift`. More arguments as in
-    llama_cpp.Llama.
+    prefill; by default all that this process may use, and fewer while other processes need them
+    (see `running_threads`). threshold_shift: see `shift`. More arguments as in llama_cpp.Llama.
 
     Flash attention is on by default. Without it V is stored transposed, which touches every page of
     the KV cache, so that no KV memory is saved.
@@ -153,6 +153,7 @@ class MoDLlama(llama_cpp.Llama):
         self._recording: list | None = None
         self._thresholds_changed = False
         self._quiet = not verbose
+        self._adaptive_threads = not threads
         threads = threads or usable_cpus()
         read_file = functools.partial(
             super().__init__,
@@ -178,6 +179,7 @@ class MoDLlama(llama_cpp.Llama):
         if len(self.input_ids) < self.n_ctx():
             # llama.cpp rounds the context up, and llama_cpp.Llama does not know of it
             self.input_ids = np.zeros(self.n_ctx(), np.intc)
+        self._adapt_threads()
         self.units = self._read_units()
         if threshold_shift:
             try:
@@ -190,6 +192,16 @@ class MoDLlama(llama_cpp.Llama):
         """Frees the context and the model."""
         if hasattr(self, "_stack"):  # not where __init__ refused the file
             super().close()
+
+    @property
+    def running_threads(self) -> int:
+        """Threads of the last graph.
+
+        They are fewer than the most while other processes need processors, unless the number was
+        given. Attention over a long context adds up in as many parts as there are threads, so the
+        last bits of results depend on it.
+        """
+        return bindings.llama_mod_n_threads(self.ctx) if bindings.patched() else self.n_threads
 
     # --- what the file says
 
@@ -567,10 +579,16 @@ class MoDLlama(llama_cpp.Llama):
                     f"cannot create a context of {n_ctx} tokens: {log[0] if log else exc}",
                     "use a smaller context",
                 ) from exc
+        self._adapt_threads()
         self.reset()
         self._n_ctx = self.n_ctx()
         self.input_ids = np.zeros(self._n_ctx, np.intc)
         self._set_all(settings)
+
+    def _adapt_threads(self) -> None:
+        """Let the number of threads follow the load, unless the caller has chosen it."""
+        if self._adaptive_threads and bindings.patched():
+            bindings.llama_mod_set_adaptive_threads(self.ctx, True)
 
     def decode_rows(self, rows: Sequence[Row]) -> float:
         """Decode one batch of rows; the milliseconds that it took.

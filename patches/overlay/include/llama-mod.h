@@ -98,6 +98,12 @@ extern "C" {
     LLAMA_API int32_t llama_mod_get_kv_rollback(const struct llama_context * ctx);
     LLAMA_API int32_t llama_mod_set_kv_rollback(      struct llama_context * ctx, int32_t n);        // n >= 0
 
+    // of any model: run graphs with fewer threads while other processes need the processors; off at first. How attention
+    // over a long context adds up depends on the number of threads, so results may differ in their last bits.
+    // Returns false for a model on a GPU, where the time of processors says nothing.
+    LLAMA_API bool    llama_mod_set_adaptive_threads(struct llama_context * ctx, bool enabled);
+    LLAMA_API int32_t llama_mod_n_threads(const struct llama_context * ctx); // of the last graph; 0 before the first
+
     // counters since the context's start or the last reset
     LLAMA_API bool llama_mod_get_unit_stats(const struct llama_context * ctx, int32_t i, struct llama_mod_unit_stats * stats);
     LLAMA_API bool llama_mod_get_perf      (const struct llama_context * ctx, struct llama_mod_perf * perf);

@@ -111,6 +111,18 @@ int32_t llama_mod_set_kv_rollback(llama_context * ctx, int32_t n) {
     return LLAMA_MOD_OK;
 }
 
+bool llama_mod_set_adaptive_threads(llama_context * ctx, bool enabled) {
+    if (enabled && !ctx->get_model().devices.empty()) {
+        return false;
+    }
+    ctx->mod_threads.enabled = enabled;
+    return true;
+}
+
+int32_t llama_mod_n_threads(const llama_context * ctx) {
+    return ctx->mod_threads.last();
+}
+
 bool llama_mod_get_unit_stats(const llama_context * ctx, int32_t i, llama_mod_unit_stats * stats) {
     const auto * mod = ctx->get_mod();
     if (!mod || !mod_has_unit(ctx, i)) {
