@@ -39,7 +39,7 @@ def _quota(folder: Path) -> float | None:
         period = _read(folder / "cpu.cfs_period_us")
     limited = (
         quota.isdigit() and period.isdigit() and int(period) > 0
-    )  # "max" and "-1" are no limit
+    )
     return int(quota) / int(period) if limited else None
 
 
