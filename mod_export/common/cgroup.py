@@ -37,9 +37,7 @@ def _quota(folder: Path) -> float | None:
     else:
         quota = _read(folder / "cpu.cfs_quota_us")
         period = _read(folder / "cpu.cfs_period_us")
-    limited = (
-        quota.isdigit() and period.isdigit() and int(period) > 0
-    )
+    limited = quota.isdigit() and period.isdigit() and int(period) > 0
     return int(quota) / int(period) if limited else None
 
 
