@@ -44,7 +44,11 @@ def check_model(file: GGUFFile) -> None:
 
 def _check_numbers(file: GGUFFile) -> None:
     arch = file.architecture
-    limits = {"block_count": MAX_LAYERS, "vocab_size": MAX_MODEL_NUMBER}
+    limits = {
+        "block_count": MAX_LAYERS,
+        "vocab_size": MAX_MODEL_NUMBER,
+        "context_length": MAX_MODEL_NUMBER,  # llama_cpp makes a list so long for each text
+    }
     for name, largest in limits.items():
         value = file.get(f"{arch}.{name}", 1)
         if not isinstance(value, int) or not 1 <= value <= largest:

@@ -27,6 +27,7 @@ from mod_export.model import gguf_tokenizer
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2"
+PROBE_TEXT = "Two words"  # some faults of a tokenizer show only where it reads a text
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32):
@@ -57,6 +58,7 @@ def _load_directory(directory: Path, dtype: torch.dtype):
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer(PROBE_TEXT)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{directory} lacks the weights {missing[0]}",
@@ -174,12 +176,12 @@ def _check_directory(directory: Path) -> None:
     """Raise UserError for what is missing, before transformers reports it in many lines."""
     try:
         config = json.loads((directory / "config.json").read_text())
-        names = config.get("architectures") or []
+        names = [str(name) for name in config.get("architectures") or []]
     except FileNotFoundError:
         raise UserError(
             f"{directory} has no config.json", "give a Hugging Face model directory"
         ) from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{directory}/config.json is broken ({error})", "download the model again"
         ) from error

@@ -146,6 +146,8 @@ class MoDLlama(llama_cpp.Llama):
         **kwargs,
     ):
         check_file(path)
+        if lora_path := kwargs.get("lora_path"):
+            check_file(lora_path)
         check_context(path, n_ctx)
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
@@ -168,6 +170,7 @@ class MoDLlama(llama_cpp.Llama):
 
         def open_file() -> None:
             read_file()
+            self._check_lora(log)
             if self.has_vocab:  # some assertions fail only where a text is tokenized
                 self.tokenize(PROBE_TEXT.encode(), special=True)
 
@@ -202,6 +205,18 @@ class MoDLlama(llama_cpp.Llama):
         last bits of results depend on it.
         """
         return bindings.llama_mod_n_threads(self.ctx) if bindings.patched() else self.n_threads
+
+    def _check_lora(self, log: list[str]) -> None:
+        """Raise UserError for a LoRA file that llama.cpp refused.
+
+        llama_cpp looks for None where a refusal is a null pointer, and decoding would read there.
+        """
+        if self.lora_path and not self._lora_adapter:
+            self.close()
+            raise UserError(
+                f"cannot load the LoRA adapter {self.lora_path}: {reason(log)}",
+                "give a LoRA GGUF file of this model",
+            )
 
     # --- what the file says
 

@@ -37,7 +37,7 @@ def test_a_failed_assertion_is_an_exception(tmp_path):
 def test_the_next_file_opens(tmp_path, capfd):
     """The thread of the failed assertion waits for ever; what it hid is shown again."""
     edit, words, model = MODELS["experts in use where there are none"]
-    bad = write_edited(tmp_path / "bad.gguf", edit, model)
+    bad = write_edited(tmp_path / "bad.gguf", edit, model=model)
     good = tiny_vocab.write(tmp_path / "good.gguf", model)
     for _ in range(3):
         with pytest.raises(UserError, match=words[0]):

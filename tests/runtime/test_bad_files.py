@@ -14,6 +14,8 @@ import pytest
 
 from mod_export.errors import UserError
 from mod_export.runtime import MoDLlama, bindings
+from mod_export.runtime.log import check_context
+from tests.support import tiny_vocab
 from tests.support.bad_gguf import MODELS, ROUTERS, set_key, set_token, tiny, write_edited
 from tests.support.c_api import stock_lib
 from tests.support.short_smollm2 import short_smollm2
@@ -101,7 +103,7 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     commands = []
     for i, (edit, _, model) in enumerate(MODELS.values()):
-        path = write_edited(folder / f"{i}.gguf", edit, model)
+        path = write_edited(folder / f"{i}.gguf", edit, model=model)
         commands.append(["chat", path, "--prompt", "Hello \U0001f600"])
     return dict(zip(MODELS, run_all(commands), strict=True))
 
@@ -131,13 +133,29 @@ def test_zeros_over_a_token_of_smollm2(tmp_path):
 
 def test_a_context_as_long_as_the_file_says(tmp_path):
     """With n_ctx=0 the length of the file counts, and its lists must fit the memory."""
-    long = write_edited(tmp_path / "long.gguf", set_key("context_length", 2**32 - 1), "bpe")
+    edits = set_key("context_length", 1 << 24), set_key(".block_count", 500)
+    long = write_edited(tmp_path / "long.gguf", *edits, model="bpe")
+    check_context(long, 64)
     with pytest.raises(UserError, match="use a smaller context"):
-        MoDLlama(long, n_ctx=0)
+        check_context(long, 0)
+
+
+def test_a_lora_file_that_llama_cpp_refuses(tmp_path):
+    """llama_cpp takes the null pointer for an adapter, and decoding would end the process."""
+    tiny_model = tiny_vocab.BytePairs(**tiny_vocab.SIZES)
+    base = tiny_model.write(tmp_path / "base.gguf")
+    tiny_model.lora(tmp_path / "lora.gguf")
+    data = (tmp_path / "lora.gguf").read_bytes()
+    (tmp_path / "short.gguf").write_bytes(data[: len(data) // 2])
+    for name in ("short", "missing", "base"):
+        with pytest.raises(UserError, match=f"{name}.gguf"):
+            MoDLlama(base, n_ctx=64, lora_path=str(tmp_path / f"{name}.gguf"))
+    with closing(MoDLlama(base, n_ctx=64, lora_path=str(tmp_path / "lora.gguf"))) as llm:
+        assert llm("Hello", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
 def test_tokens_that_are_not_utf8_have_a_text(tmp_path):
-    file = write_edited(tmp_path / "token.gguf", set_token(300, b"a\xff"), "bpe")
+    file = write_edited(tmp_path / "token.gguf", set_token(300, b"a\xff"), model="bpe")
     with closing(MoDLlama(file, n_ctx=64)) as llm:
         assert llm.token_text(300) == "a\ufffd"
         assert llm.token_text(99999) == ""

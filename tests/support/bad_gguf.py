@@ -6,7 +6,7 @@
     options, words = SCHEMA_RULES["threshold 1"]
     write(path, **options)                         # the error names `words`
     edit, words, model = MODELS["two tokens of one text"]
-    write_edited(path, edit, model)                # a file that would end the process
+    write_edited(path, edit, model=model)                # a file that would end the process
 
 The files are made by gguf-py.
 """
@@ -267,6 +267,11 @@ MODELS = {
         ["find(' ')"],
         "bpe",
     ),
+    "a context longer than any": (
+        set_key("context_length", 2**31 - 1),
+        ["context_length", "2147483647"],
+        "gemma3",
+    ),
     "no layers": (set_key(".block_count", 0), ["block_count", "0"], "bpe"),
     "too many layers": (set_key(".block_count", 513), ["block_count", "513"], "bpe"),
     "more experts than llama.cpp knows": (
@@ -302,9 +307,10 @@ MODELS = {
 }
 
 
-def write_edited(path, edit, model: str):
-    """Write a model of tiny_vocab with one thing in it that is wrong."""
+def write_edited(path, *edits, model: str):
+    """Write a model of tiny_vocab with one thing in it that is wrong, or several."""
     parts = split(tiny_vocab.write(path, model).read_bytes())
-    edit(parts)
+    for edit in edits:
+        edit(parts)
     path.write_bytes(join(parts))
     return path

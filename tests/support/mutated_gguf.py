@@ -410,6 +410,10 @@ KINDS: dict[str, Callable] = {
 }
 
 
+# These need a file with a vocabulary.
+OF_VOCABULARY = ("bytes of the vocabulary", "zeros in the vocabulary", "tokens", "special tokens")
+
+
 def mutate(data: bytes, kind: str, seed: int) -> bytes:
     """Return the file with one mutation of this kind."""
     rng = np.random.default_rng(seed)

@@ -40,6 +40,8 @@ TEXT = "Hello the low w\u00f6rld \U0001f600\n\t 1234 <tool></s> in"
 ASSERTED = "or llama.cpp has a fault"  # the error of a failed assertion says so
 SMOLLM2 = "smollm2"
 SMOLLM2_EVERY = 51  # of the mutations one is of SmolLM2, of each kind in turn
+LORA = "lora"  # an adapter for the first of the tiny models
+LORA_EVERY = 23
 FINE, REFUSED, FAULT = "accepted", "refused", "FAULT"
 
 
@@ -73,6 +75,14 @@ def use(path: Path) -> str:
     if llm.has_vocab:
         llm(TEXT[:20], max_tokens=2)
     llm.last_logits(), llm.description, llm.kv(), llm.stats()
+    llm.close()
+    return ""
+
+
+def use_lora(base: Path, path: Path) -> str:
+    """Generate with a LoRA adapter. Raises UserError where the adapter is refused."""
+    llm = MoDLlama(base, n_ctx=64, n_batch=32, threads=1, lora_path=str(path))
+    llm("the low", max_tokens=2)
     llm.close()
     return ""
 
@@ -135,14 +145,20 @@ def cases(count: int, seed: int, models: Sequence[str] = ()) -> list[Case]:
     made = []
     for number in range(count):
         name = names[number // len(kinds) % len(names)]
+        kind = kinds[number % len(kinds)]
         if number % SMOLLM2_EVERY == 0 and not models:
             name = SMOLLM2
-        made.append(Case(name, kinds[number % len(kinds)], seed + number))
+        elif number % LORA_EVERY == 0 and not models and kind not in mutated_gguf.OF_VOCABULARY:
+            name = LORA
+        made.append(Case(name, kind, seed + number))
     return made
 
 
 def write(path: Path, name: str) -> Path:
     """Write the model of this name."""
+    if name == LORA:
+        tiny_vocab.MODELS["bpe"]().lora(path)
+        return path
     if name != SMOLLM2:
         return tiny_vocab.write(path, name)
     base = short_smollm2(path.with_suffix(".base"), n_layer=2)
@@ -159,12 +175,14 @@ def run(todo: list[Case], folder: Path) -> Iterator[tuple[Case, Outcome]]:
         name: write(folder / f"{name}.gguf", name).read_bytes()
         for name in {case.model for case in todo}
     }
+    uses = dict.fromkeys(originals, use)
+    uses[LORA] = partial(use_lora, write(folder / "base.gguf", "bpe"))
     for name in originals:
-        assert outcome(partial(use, folder / f"{name}.gguf")) == Outcome(FINE), name
+        assert outcome(partial(uses[name], folder / f"{name}.gguf")) == Outcome(FINE), name
     for case in todo:
         path = folder / "mutated.gguf"
         path.write_bytes(mutated_gguf.mutate(originals[case.model], case.kind, case.seed))
-        yield case, outcome(partial(use, path))
+        yield case, outcome(partial(uses[case.model], path))
 
 
 def table(counts: Counter) -> str:
@@ -182,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", choices=[*tiny_vocab.MODELS, SMOLLM2], action="append")
+    parser.add_argument("--model", choices=[*tiny_vocab.MODELS, SMOLLM2, LORA], action="append")
     parser.add_argument("--kind", choices=mutated_gguf.KINDS)
     parser.add_argument("--assertions", action="store_true", help="print failed assertions")
     options = parser.parse_args()
