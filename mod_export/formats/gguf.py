@@ -16,6 +16,7 @@ import hashlib
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ LENGTH = struct.Struct("<Q")  # of a string
 COPY_BYTES = 16 << 20  # copied at once
 SAMPLE_BYTES = 256  # of each tensor, for a digest
 GET_AGAIN = "get the file again"
+# What the keys that we read are, in any file. Another kind is damage.
+KINDS_OF_KEYS = {
+    "text": r"general\.(architecture|name|type)|tokenizer\.(chat_template|ggml\.(model|pre))",
+    "a number": r"general\.(alignment|file_type)|split\.(no|count)|tokenizer\.ggml\.\w+_token_id|"
+    r"[^.]+\.(block_count|context_length|embedding_length|vocab_size)",
+    "a list of texts": r"tokenizer\.ggml\.(tokens|merges)",
+    "a list of numbers": r"tokenizer\.ggml\.(token_type|scores)",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,14 @@ class Key:
 
     type: str
     value: Any
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS_OF_KEYS."""
+        element = "text" if self.type.startswith("string") else "number"
+        if self.type.endswith("[]"):
+            return f"a list of {element}s"
+        return element if element == "text" else f"a {element}"
 
 
 class Strings(Sequence[str]):
@@ -298,6 +315,7 @@ def _parse(path: Path, view: memoryview) -> GGUFFile:
         if name in keys:
             raise cursor.damaged(f"has the key {name!r} twice")
         keys[name] = cursor.key()
+        _check_kind(path, name, keys[name])
         key_entries[name] = view[start : cursor.position]
     start = cursor.position
     infos = [_tensor_info(cursor) for _ in range(n_tensors)]
@@ -314,6 +332,12 @@ def _parse(path: Path, view: memoryview) -> GGUFFile:
     if len(tensors) != n_tensors:
         raise cursor.damaged("has a tensor twice")
     return GGUFFile(path, version, alignment, keys, tensors, key_entries, tensor_infos, data_start)
+
+
+def _check_kind(path: Path, name: str, key: Key) -> None:
+    for kind, pattern in KINDS_OF_KEYS.items():
+        if kind != key.kind and re.fullmatch(pattern, name):
+            raise UserError(f"{path}: key {name} is {key.kind}, not {kind}", GET_AGAIN)
 
 
 def _tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:

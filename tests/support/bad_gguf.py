@@ -16,7 +16,7 @@ import numpy as np
 
 from mod_export.formats import schema
 from tests.support import tiny_vocab
-from tests.support.mutated_gguf import F64, STRING, U32, Entry, Parts, join, split
+from tests.support.mutated_gguf import ARRAY, F64, STRING, U32, Entry, Parts, join, split
 from tests.support.tiny_gguf import Tiny
 
 V = gguf.GGUFValueType
@@ -270,6 +270,11 @@ MODELS = {
     "a context longer than any": (
         set_key("context_length", 2**31 - 1),
         ["context_length", "2147483647"],
+        "gemma3",
+    ),
+    "a list where a name has to be": (
+        set_key("tokenizer.ggml.model", [1, 2], ARRAY),
+        ["tokenizer.ggml.model", "a list of numbers, not text"],
         "gemma3",
     ),
     "no layers": (set_key(".block_count", 0), ["block_count", "0"], "bpe"),
