@@ -1,7 +1,8 @@
 """Measure how fast decode, prefill and training are beside other processes.
 
-Busy loops take processors, and where the control groups of this machine can be written to, a quota
-takes half of them. The ways to choose threads take turns in processes of their own.
+First the threads that follow the load take turns with a fixed number, in one process on the quiet
+machine. Then busy loops take processors, and where the control groups of this machine can be written to, a quota
+takes half of them. There the ways to choose threads take turns in processes of their own.
 
     python -m scripts.studies.neighbours quickstart/mod.gguf --out neighbours
 
@@ -28,6 +29,7 @@ PROMPT_TOKENS = 512
 BUSY = "while True: pass"
 CGROUP = Path("/sys/fs/cgroup")
 TRAINED_TOKENS = 256
+QUIET_TURNS, QUIET_TOKENS = 20, 60
 
 # name -> (what runs, threads or None for the default, whether spinning is bounded)
 WAYS = {
@@ -53,6 +55,8 @@ def main(file, rounds, seconds, neighbours, out, measure):
         print(json.dumps(run_way(measure, file, seconds)))
         return
     out.mkdir(parents=True, exist_ok=True)
+    quiet = report_quiet(file)
+    print(quiet)
     surroundings = [(f"{n} busy", int(n), None) for n in neighbours.split(",")]
     if quota_groups():
         surroundings.append(("quota of half", 0, usable_cpus() / 2))
@@ -63,8 +67,37 @@ def main(file, rounds, seconds, neighbours, out, measure):
                     figures = in_process(way, file, seconds, quota)
                 rows.append(out / "rows.jsonl", {"beside": name, "way": way, **figures})
     table = report(rows.read(out / "rows.jsonl"))
-    (out / "table.md").write_text(f"{cpu_name()}, {usable_cpus()} processors\n\n{table}\n")
+    head = f"{cpu_name()}, {usable_cpus()} processors\n\n{quiet}\n\n"
+    (out / "table.md").write_text(f"{head}{table}\n")
     print(table)
+
+
+def report_quiet(file: str) -> str:
+    """A table: threads that follow the load against a fixed number, in turns in one process."""
+    from mod_export.data.text import default_texts
+    from mod_export.runtime import MoDLlama, bindings
+
+    llm = MoDLlama(file, n_ctx=2 * PROMPT_TOKENS)
+    tokens = llm.tokenize(default_texts()[0].encode())[:PROMPT_TOKENS]
+    ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for turn in range(QUIET_TURNS):
+        seconds: dict[bool, tuple[float, float]] = {}
+        for adaptive in (True, False) if turn % 2 else (False, True):
+            bindings.llama_mod_set_adaptive_threads(llm.ctx, adaptive)
+            llm.reset()
+            start = time.perf_counter()
+            llm.eval(tokens)
+            read = time.perf_counter()
+            for token in tokens[:QUIET_TOKENS]:
+                llm.eval([token])
+            seconds[adaptive] = (read - start, time.perf_counter() - read)
+        for what, ours, fixed in zip(ratios, seconds[True], seconds[False], strict=True):
+            ratios[what].append(fixed / ours)
+    llm.close()
+    rows_ = [[what, *statistics.quantiles(found)] for what, found in ratios.items()]
+    return format_table(
+        ["quiet, speed / that of a fixed number", "quartile", "median", "quartile"], rows_
+    )
 
 
 def run_way(way: str, file: str, seconds: float) -> dict:
