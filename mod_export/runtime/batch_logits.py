@@ -29,5 +29,6 @@ class BatchLogitsLlama(MoDLlama):
         self._ctx.decode(self._batch)
         self.input_ids[self.n_tokens : self.n_tokens + n] = tokens
         self.n_tokens += n
+        self._requires_eval = False
         shape = (n if self.all_rows else 1, self.n_vocab())
         self.logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape).copy()

@@ -27,7 +27,10 @@ from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure, guarded
-from mod_export.runtime.log import check_context, check_file, kept_log, load_error, reason
+from mod_export.runtime.checked_sampler import row_logits
+from mod_export.runtime.guard import InputError
+from mod_export.runtime.log import check_context, check_file, decode_error, load_error, reason
+from mod_export.runtime.safe_llama import SafeLlama, check_options
 from mod_export.units import UNIT_KINDS, kind_of_c_value
 
 import llama_cpp  # isort: skip
@@ -116,12 +119,14 @@ class StateMismatchError(UserError, KeyError):
     __str__ = Exception.__str__  # a KeyError's text would have quotes around it
 
 
-class MoDLlama(llama_cpp.Llama):
+class MoDLlama(SafeLlama):
     """llama_cpp.Llama on a MoD (or dense) GGUF file.
 
     path: the file. n_ctx: context in tokens, 0 for the model's own. threads: threads of decode and
     prefill; by default all that this process may use, and fewer while other processes need them
-    (see `running_threads`). threshold_shift: see `shift`. More arguments as in llama_cpp.Llama.
+    (see `running_threads`). threshold_shift: see `shift`. More arguments as in llama_cpp.Llama,
+    whose names model_path and n_threads stand for path and threads too. Copies (copy, pickle) open
+    the file again, with the same arguments, thresholds, shift and force.
 
     Flash attention is on by default. Without it V is stored transposed, which touches every page of
     the KV cache, so that no KV memory is saved.
@@ -130,21 +135,25 @@ class MoDLlama(llama_cpp.Llama):
     it logged, and for a shift that is not finite, or not 0 for a dense model.
     """
 
-    n_tokens: int
-    input_ids: np.ndarray
     _ctx: _internals.LlamaContext
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike | None = None,
         *,
+        model_path: str | os.PathLike | None = None,
         n_ctx: int = 4096,
         threads: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
         flash_attn: bool = True,
         threshold_shift: float = 0.0,
         verbose: bool = False,
         **kwargs,
     ):
+        path = _one("path", path, "model_path", model_path)
+        if path is None:
+            raise InputError("no file is named", "give its path")
         check_file(path)
         if lora_path := kwargs.get("lora_path"):
             check_file(lora_path)
@@ -155,6 +164,7 @@ class MoDLlama(llama_cpp.Llama):
         self._recording: list | None = None
         self._thresholds_changed = False
         self._quiet = not verbose
+        threads = _one("threads", threads, "n_threads", n_threads)
         self._adaptive_threads = not threads
         threads = threads or usable_cpus()
         read_file = functools.partial(
@@ -164,7 +174,7 @@ class MoDLlama(llama_cpp.Llama):
             flash_attn=flash_attn,
             verbose=verbose,
             n_threads=threads,
-            n_threads_batch=threads,
+            n_threads_batch=n_threads_batch or threads,
             **kwargs,
         )
 
@@ -177,11 +187,10 @@ class MoDLlama(llama_cpp.Llama):
         with self.errors_kept() as log:
             try:
                 guarded(open_file)
+            except UserError:
+                raise
             except (ValueError, RuntimeError, AssertionFailure, TemplateError) as exc:
                 raise load_error(path, n_ctx, exc, log) from exc
-        if len(self.input_ids) < self.n_ctx():
-            # llama.cpp rounds the context up, and llama_cpp.Llama does not know of it
-            self.input_ids = np.zeros(self.n_ctx(), np.intc)
         self._adapt_threads()
         self.units = self._read_units()
         if threshold_shift:
@@ -190,11 +199,6 @@ class MoDLlama(llama_cpp.Llama):
             except UserError:
                 self.close()
                 raise
-
-    def close(self) -> None:
-        """Frees the context and the model."""
-        if hasattr(self, "_stack"):  # not where __init__ refused the file
-            super().close()
 
     @property
     def running_threads(self) -> int:
@@ -221,11 +225,6 @@ class MoDLlama(llama_cpp.Llama):
     # --- what the file says
 
     @property
-    def has_vocab(self) -> bool:
-        """Whether the file holds a tokenizer; a file without one still has a number of tokens."""
-        return self._model.vocab_type() != llama_cpp.LLAMA_VOCAB_TYPE_NONE
-
-    @property
     def n_ctx_train(self) -> int:
         """The context in tokens that the model was trained for."""
         return self._model.n_ctx_train()
@@ -234,19 +233,6 @@ class MoDLlama(llama_cpp.Llama):
     def description(self) -> str:
         """Return llama.cpp's description of the model: architecture, size, type of the weights."""
         return self._model.desc()
-
-    def require_vocab(self) -> None:
-        """Raise UserError for a file without a tokenizer, where llama.cpp would abort on text."""
-        if not self.has_vocab:
-            raise UserError(f"{self.model_path} has no tokenizer", "give a file that has one")
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of UTF-8 text; with `special` also of the names of special tokens.
-
-        Raises UserError as require_vocab does.
-        """
-        self.require_vocab()
-        return super().tokenize(text, add_bos, special)
 
     def _read_units(self) -> list[RoutedUnit]:
         units = []
@@ -360,9 +346,15 @@ class MoDLlama(llama_cpp.Llama):
 
     def _set(self, name: str, what: str, *args) -> None:
         bindings.require()
-        code = getattr(bindings, f"llama_mod_set_{name}")(self.ctx, *args)
+        try:
+            code = getattr(bindings, f"llama_mod_set_{name}")(self.ctx, *args)
+        except ctypes.ArgumentError:
+            raise InputError(f"cannot set {what}: it is of a wrong type", "use numbers") from None
         if code:
-            raise UserError(f"cannot set {what}: {bindings.ERRORS.get(code, f'error {code}')}")
+            why = bindings.ERRORS.get(code, f"error {code}")
+            raise UserError(
+                f"cannot set {what}: {why}", "`units` and `thresholds` say what there is"
+            )
 
     # --- what happened
 
@@ -408,7 +400,10 @@ class MoDLlama(llama_cpp.Llama):
         return PerfCounters(*(getattr(raw, entry[0]) for entry in raw._fields_))
 
     def kv(self, layer: int = -1) -> KVMemory:
-        """KV memory of a layer, or of all layers with -1."""
+        """KV memory of a layer, or of all layers with -1. Raises InputError for other layers."""
+        n_layer = llama_cpp.llama_model_n_layer(self.model)
+        if not isinstance(layer, int) or not -1 <= layer < n_layer:
+            raise InputError(f"layer {layer!r} does not exist", f"use one from 0 to {n_layer - 1}")
         raw = bindings.get_kv_stats(self.ctx, layer) if self.units else None
         if raw is None:
             return self._dense_kv()
@@ -452,7 +447,7 @@ class MoDLlama(llama_cpp.Llama):
 
     # --- llama_cpp.Llama, made safe
 
-    def generate(self, tokens: Sequence[int], **kwargs):
+    def generate(self, tokens: Sequence[int], *args, **kwargs):
         """Generate like llama_cpp.Llama.generate.
 
         After a change of thresholds the prompt is read anew.
@@ -461,7 +456,7 @@ class MoDLlama(llama_cpp.Llama):
         if self._thresholds_changed:
             self.reset()
             self._thresholds_changed = False
-        yield from super().generate(tokens, **kwargs)
+        yield from super().generate(tokens, *args, **kwargs)
 
     @functools.cached_property
     def _dense_digest(self) -> str:
@@ -514,7 +509,7 @@ class MoDLlama(llama_cpp.Llama):
 
         Raises UserError where the context is too small, and StoppedError after `stop` was set.
         """
-        pending = list(tokens)
+        pending = self._ids(tokens)
         if self.n_tokens + len(pending) > self.n_ctx():
             raise UserError(
                 f"{self.n_tokens + len(pending)} tokens do not fit a context of {self.n_ctx()}",
@@ -535,9 +530,7 @@ class MoDLlama(llama_cpp.Llama):
             try:
                 self._decode(tokens)
             except RuntimeError as exc:
-                no_cell = str(exc).endswith(" 1")
-                why = "no free KV cell" if no_cell else reason(log) or str(exc)
-                raise UserError(f"llama.cpp cannot decode: {why}", "use a larger context") from exc
+                raise decode_error(exc, log) from exc
         if self._recording is not None:
             self._recording.append(self.trace())
 
@@ -545,60 +538,38 @@ class MoDLlama(llama_cpp.Llama):
         """Run one batch; a subclass may keep its logits elsewhere."""
         super().eval(tokens)
 
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """The bytes of a token; those of a control token only with `special`."""
-        vocab = self._model.vocab
-        size = 64
-        buffer = ctypes.create_string_buffer(size)
-        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
-        if n < 0:
-            buffer = ctypes.create_string_buffer(-n)
-            n = llama_cpp.llama_token_to_piece(vocab, token, buffer, -n, 0, special)
-        return buffer.raw[:n]
-
-    def is_end(self, token: int) -> bool:
-        """Whether the token ends an answer."""
-        return llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
-
-    def is_control(self, token: int) -> bool:
-        """Whether the token is a control token, such as the end of a turn."""
-        return llama_cpp.llama_vocab_is_control(self._model.vocab, token)
-
-    def token_text(self, token: int) -> str:
-        """The text of a token as the vocabulary has it; empty for -1, which is no token."""
-        if not 0 <= token < self.n_vocab():
-            return ""
-        text = llama_cpp.llama_vocab_get_text(self._model.vocab, token) or b""
-        return text.decode("utf-8", "replace")
-
     # --- several sequences in one context; `n_tokens` is then the caller's business
 
     def new_context(self, **params: Any) -> None:
         """Replace the context by one with other llama_context_params.
 
         llama_cpp.Llama can make a context for one sequence only. Thresholds, shift, force and
-        kv_rollback stay as they are. Raises UserError where llama.cpp refuses the context.
+        kv_rollback stay as they are. Raises UserError where llama.cpp refuses the context; the
+        former parameters hold then, in an empty context.
         """
         settings = self._settings()
+        wanted = _context_params(self.context_params, params)
+        refused = None
         self._ctx.close()
-        for name, value in params.items():
-            setattr(self.context_params, name, value)
         with self.errors_kept() as log:
             try:
-                self._ctx = _internals.LlamaContext(
-                    model=self._model, params=self.context_params, verbose=False
-                )
+                self._ctx = self._context(wanted)
+                self.context_params = wanted
             except ValueError as exc:
-                n_ctx = self.context_params.n_ctx
-                raise UserError(
-                    f"cannot create a context of {n_ctx} tokens: {log[0] if log else exc}",
+                why = log[0] if log else exc
+                refused = UserError(
+                    f"cannot create a context of {wanted.n_ctx} tokens: {why}",
                     "use a smaller context",
-                ) from exc
+                )
+                self._ctx = self._context(self.context_params)
         self._adapt_threads()
-        self.reset()
-        self._n_ctx = self.n_ctx()
-        self.input_ids = np.zeros(self._n_ctx, np.intc)
+        self._size_buffers()
         self._set_all(settings)
+        if refused:
+            raise refused
+
+    def _context(self, params: llama_cpp.llama_context_params) -> _internals.LlamaContext:
+        return _internals.LlamaContext(model=self._model, params=params, verbose=False)
 
     def _adapt_threads(self) -> None:
         """Let the number of threads follow the load, unless the caller has chosen it."""
@@ -608,8 +579,15 @@ class MoDLlama(llama_cpp.Llama):
     def decode_rows(self, rows: Sequence[Row]) -> float:
         """Decode one batch of rows; the milliseconds that it took.
 
-        Raises UserError where llama.cpp cannot decode it.
+        Raises InputError for tokens, sequences and numbers of rows that the context does not have,
+        and UserError where llama.cpp cannot decode the batch.
         """
+        self._ids(row[0] for row in rows)
+        most = llama_cpp.llama_n_batch(self.ctx)
+        if not 0 < len(rows) <= most:
+            raise InputError(f"{len(rows)} rows are no batch", f"give from 1 to {most}")
+        for row in rows:
+            self._check_sequence(row[2])
         batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, logits) in enumerate(rows):
@@ -625,19 +603,16 @@ class MoDLlama(llama_cpp.Llama):
             milliseconds = (time.perf_counter() - start) * 1e3
         llama_cpp.llama_batch_free(batch)
         if code:
-            detail = f": {log[0]}" if log else ""
-            raise UserError(f"llama_decode returned {code}{detail}", "use a smaller context")
+            raise decode_error(RuntimeError(f"llama_decode returned {code}"), log)
         return milliseconds
 
     def sample_row(self, sampler: _internals.LlamaSampler, row: int = -1) -> int:
-        """The token that the sampler draws from the logits of a row of the last batch."""
-        return sampler.sample(self._ctx, row)
+        """The token that the sampler draws from the logits of a row of the last batch.
 
-    def last_logits(self) -> np.ndarray:
-        """Logits of the last batch's last row, float32 [n_vocab], valid until the next batch."""
-        logits = llama_cpp.llama_get_logits_ith(self.ctx, -1)
-        pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (self.n_vocab(),))
+        Raises InputError where the row has none.
+        """
+        row_logits(self._ctx, row, self._n_vocab)
+        return sampler.sample(self._ctx, row)
 
     def clear_cells(self) -> None:
         """Free the KV cells of all sequences."""
@@ -646,10 +621,61 @@ class MoDLlama(llama_cpp.Llama):
     def remove_tail(self, sequence: int, start: int = -1) -> bool:
         """Take back a sequence from position `start` on, or all of it.
 
-        False where the library cannot do it.
+        False where the library cannot do it. Raises InputError for a sequence that the context does
+        not have.
         """
+        self._check_sequence(sequence)
         return llama_cpp.llama_memory_seq_rm(self._ctx.memory, sequence, start, -1)
 
-    def errors_kept(self):
-        """Collect llama.cpp's errors, see log.kept_log; with `verbose` llama.cpp prints them."""
-        return kept_log(self._quiet)
+    def _check_sequence(self, sequence: int) -> None:
+        most = llama_cpp.llama_n_seq_max(self.ctx)
+        if not 0 <= sequence < most:
+            raise InputError(f"sequence {sequence} does not exist", f"use one from 0 to {most - 1}")
+
+    # --- copies
+
+    def __getstate__(self) -> dict:
+        """What __setstate__ makes a copy of: the arguments of llama_cpp.Llama, and our settings."""
+        tokenizer = None if self.tokenizer_ is self._vocab else self.tokenizer_
+        return super().__getstate__() | {
+            "tokenizer": tokenizer,
+            "settings": self._settings(),
+            "stop": self.stop,
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        options = dict(state)
+        settings, stop = options.pop("settings"), options.pop("stop")
+        self.__init__(**options)
+        self._set_all(settings)
+        self.stop = stop
+
+
+def _one(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """The one value that two names of an argument have."""
+    if value is not None and other is not None and value != other:
+        raise InputError(f"{name} is {value} and {other_name} {other}", "give one of them")
+    return other if value is None else value
+
+
+def _context_params(
+    now: llama_cpp.llama_context_params, changes: dict[str, Any]
+) -> llama_cpp.llama_context_params:
+    """A copy of the parameters with some changed. Raises InputError for names and types."""
+    check_options(changes)
+    params = type(now).from_buffer_copy(now)
+    names = {field[0] for field in params._fields_}
+    for name, value in changes.items():
+        if name not in names:
+            raise InputError(f"{name} is no parameter of a context", "see llama_context_params")
+        try:
+            setattr(params, name, value)
+        except TypeError as exc:
+            raise InputError(f"{name} cannot be {value!r}: {exc}", "use another value") from None
+    room = min(params.n_batch, params.n_ubatch or params.n_batch)
+    if params.n_seq_max > room:  # llama.cpp ends the process
+        raise InputError(
+            f"a batch of {room} tokens has no room for {params.n_seq_max} sequences",
+            "use a larger n_batch and n_ubatch",
+        )
+    return params

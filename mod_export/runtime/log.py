@@ -90,6 +90,13 @@ def load_error(path: str | os.PathLike, n_ctx: int, exc: Exception, log: list[st
     return UserError(f"cannot load {path}: {why}", cure)
 
 
+def decode_error(exc: Exception, log: list[str]) -> UserError:
+    """The error for a batch that llama.cpp could not decode."""
+    if str(exc).endswith(" 1"):
+        return UserError("llama.cpp cannot decode: no free KV cell", "use a larger context")
+    return UserError(f"llama.cpp cannot decode: {reason(log) or exc}")
+
+
 def check_file(path: str | os.PathLike) -> None:
     """Raise UserError for a path that is no readable GGUF file, and for a file that is damaged."""
     check_name(path)
