@@ -12,6 +12,7 @@ llama.cpp has to compute in parts.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def _embed_batch(llm: llama_cpp.Llama, batch: list[list[int]], pooled: bool) -> 
     ]
 
 
-def _vector(pointer: object, n_embd: int) -> list[float]:
+def _vector(pointer: Any, n_embd: int) -> list[float]:
     if not pointer:
         raise InputError("llama.cpp gave no embedding", "use another pooling_type")
     floats = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))

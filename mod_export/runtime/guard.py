@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Generator
 from types import FunctionType, GeneratorType
 from typing import Any
@@ -50,7 +51,7 @@ class Guard:
 
 def unguarded(method: Callable) -> Callable:
     """Mark a method that works on a closed object too, and beside other threads."""
-    method.unguarded = True
+    method.__dict__["unguarded"] = True
     return method
 
 
@@ -68,9 +69,11 @@ def guard_methods(cls: type, *bases: type) -> None:
         if isinstance(member, FunctionType) and not hasattr(member, "unguarded"):
             setattr(cls, name, _guarded(member))
         elif isinstance(member, property):
-            accessors = (member.fget, member.fset, member.fdel)
-            guarded = [accessor and _guarded(accessor) for accessor in accessors]
-            setattr(cls, name, property(*guarded, member.__doc__))
+            read, write, delete = (
+                accessor and _guarded(accessor)
+                for accessor in (member.fget, member.fset, member.fdel)
+            )
+            setattr(cls, name, property(read, write, delete, member.__doc__))
 
 
 def _guarded(method: Callable) -> Callable:
@@ -111,11 +114,9 @@ def _tell(name: str, exc: Exception) -> None:
     """Raise InputError in place of an exception that one of LIBRARIES raised."""
     if isinstance(exc, UserError | ImportError):
         return
-    trace = exc.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    module = str(trace.tb_frame.f_globals.get("__name__", ""))
-    template = trace.tb_frame.f_code.co_filename == "<template>"
+    *_, (frame, _line) = traceback.walk_tb(exc.__traceback__)
+    module = str(frame.f_globals.get("__name__", ""))
+    template = frame.f_code.co_filename == "<template>"
     if template or module.partition(".")[0] in LIBRARIES:
-        why = str(exc) or f"{type(exc).__name__} in {trace.tb_frame.f_code.co_name}"
+        why = str(exc) or f"{type(exc).__name__} in {frame.f_code.co_name}"
         raise InputError(f"{name}: {why}", "check the arguments") from exc

@@ -36,6 +36,8 @@ from mod_export.units import UNIT_KINDS, kind_of_c_value
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
 
+# What llama_cpp raises for a file that llama.cpp refuses, and for arguments of a wrong type.
+OPENING_ERRORS = ValueError, RuntimeError, TypeError, AttributeError, ctypes.ArgumentError
 # Words, blanks, digits and letters of one to four bytes.
 PROBE_TEXT = "  Two words,\n\n\t12 \u00e9 \u4e16 \U0001f600</s>"
 # (token, position, sequence, whether its logits are wanted): one row of a batch
@@ -135,6 +137,7 @@ class MoDLlama(SafeLlama):
     it logged, and for a shift that is not finite, or not 0 for a dense model.
     """
 
+    context_params: llama_cpp.llama_context_params
     _ctx: _internals.LlamaContext
 
     def __init__(
@@ -189,7 +192,7 @@ class MoDLlama(SafeLlama):
                 guarded(open_file)
             except UserError:
                 raise
-            except (ValueError, RuntimeError, AssertionFailure, TemplateError) as exc:
+            except (*OPENING_ERRORS, AssertionFailure, TemplateError) as exc:
                 raise load_error(path, n_ctx, exc, log) from exc
         self._adapt_threads()
         self.units = self._read_units()
@@ -536,7 +539,7 @@ class MoDLlama(SafeLlama):
 
     def _decode(self, tokens: list[int]) -> None:
         """Run one batch; a subclass may keep its logits elsewhere."""
-        super().eval(tokens)
+        llama_cpp.Llama.eval(self, tokens)  # not super(): _eval_batch tells of what it raises
 
     # --- several sequences in one context; `n_tokens` is then the caller's business
 
@@ -636,17 +639,16 @@ class MoDLlama(SafeLlama):
 
     def __getstate__(self) -> dict:
         """What __setstate__ makes a copy of: the arguments of llama_cpp.Llama, and our settings."""
+        state = super().__getstate__()
+        if self._adaptive_threads:  # nobody has chosen a number
+            state["n_threads"] = None
         tokenizer = None if self.tokenizer_ is self._vocab else self.tokenizer_
-        return super().__getstate__() | {
-            "tokenizer": tokenizer,
-            "settings": self._settings(),
-            "stop": self.stop,
-        }
+        return state | {"tokenizer": tokenizer, "settings": self._settings(), "stop": self.stop}
 
     def __setstate__(self, state: dict) -> None:
         options = dict(state)
         settings, stop = options.pop("settings"), options.pop("stop")
-        self.__init__(**options)
+        type(self).__init__(self, **options)
         self._set_all(settings)
         self.stop = stop
 

@@ -83,6 +83,8 @@ def load_error(path: str | os.PathLike, n_ctx: int, exc: Exception, log: list[st
     if "context" in str(exc):
         cure = "use a smaller context" if "alloc" in why else ""
         return UserError(f"cannot create a context of {n_ctx} tokens for {path}: {why}", cure)
+    if not reason(log) and not str(exc).startswith("Failed"):  # llama_cpp never asked llama.cpp
+        return UserError(f"cannot open {path}: {exc}", "check the arguments")
     stock_meets_mod = not bindings.patched() and "wrong number of tensors" in why
     cure = "a MoD file needs the patched llama.cpp: run `mod-export build`"
     if not stock_meets_mod:

@@ -76,6 +76,7 @@ class SafeLlama(llama_cpp.Llama):
     raises UserError; wrong arguments raise InputError, which is a UserError and a ValueError.
     """
 
+    n_batch: int
     n_tokens: int
     input_ids: np.ndarray
     _guard: Guard
@@ -323,7 +324,7 @@ class SafeLlama(llama_cpp.Llama):
         if not single and not isinstance(input, list | tuple):
             raise InputError(f"embed takes texts, not {type(input).__name__}", "give a str or list")
         vectors, count = texts_to_vectors.embed(
-            self, [input] if single else list(input), normalize, truncate
+            self, [input] if isinstance(input, str) else list(input), normalize, truncate
         )
         output = vectors[0] if single else vectors
         return (output, count) if return_count else output

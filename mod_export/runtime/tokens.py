@@ -44,7 +44,7 @@ def token_ids(tokens: Iterable[int], n_vocab: int) -> list[int]:
     return ids
 
 
-def utf8(text: str, what: str = "the text") -> bytes:
+def utf8(text: object, what: str = "the text") -> bytes:
     """The text as UTF-8. Raises InputError for half a surrogate pair, and for what is no text."""
     if not isinstance(text, str):
         raise InputError(f"{what} is no text but {type(text).__name__}", "give a str")
@@ -94,7 +94,8 @@ class CheckedTokenizer(LlamaTokenizer):
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of one token, where the space of a first token stays."""
         with self._guard:
-            return self._piece(*self.checked([token]), special)
+            (checked,) = self.checked([token])
+            return self._piece(checked, special)
 
     def is_control(self, token: int) -> bool:
         """Whether the token is a control token, such as the end of a turn."""

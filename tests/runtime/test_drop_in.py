@@ -88,6 +88,16 @@ def test_wrong_calls_are_a_user_error_and_leave_the_object_usable(outcomes, file
     assert ended == ["UserError"] * len(ended)
 
 
+def test_a_refused_batch_says_why(files):
+    llm = MoDLlama(
+        files["mod"], **OPTIONS, attention_type=llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+    )
+    with pytest.raises(UserError, match="can only be decoded, with causal attention"):
+        llm.eval([1, 2])
+    with pytest.raises(UserError, match="cannot open .*: must be real number, not str; check the"):
+        MoDLlama(files["mod"], **OPTIONS, tensor_split=["a"])
+
+
 # --- names and copies
 
 
@@ -112,6 +122,7 @@ def test_copies_keep_the_settings(files, copied):
     for name in ("shift", "force", "kv_rollback", "stop", "thresholds", "n_batch", "_seed"):
         assert getattr(other, name) == getattr(llm, name), name
     assert not other.__getstate__()["flash_attn"] and other.n_ctx() == llm.n_ctx()
+    assert not other._adaptive_threads  # a number of threads was given
     llm.close()
     other.stop, other.force = False, "none"
     assert len(taken(other, PROMPT)) == 6
