@@ -118,8 +118,11 @@ def _read_tensor(directory: Path, index: dict[str, Path], name: str) -> np.ndarr
 
 
 def write_vocabulary(source: GGUFFile, path: Path) -> None:
-    """Write the keys of a GGUF file that describe its tokenizer to a GGUF file of their own."""
-    kept = ("tokenizer.", "general.architecture", "general.name")
+    """Write the keys of a GGUF file that describe its tokenizer to a GGUF file of their own.
+
+    The sampling that the file recommends is among them: a directory has no other place for it.
+    """
+    kept = ("tokenizer.", "general.sampling.", "general.architecture", "general.name")
     with path.open("wb") as file:
         rewrite(
             source,

@@ -46,7 +46,7 @@ def index_without_routers(self, *args, **kwargs):
 
 ModelBase.index_tensors = index_without_routers
 
-# a model that came from a GGUF file keeps the keys of its vocabulary
+# a model that came from a GGUF file keeps the keys of its vocabulary, and of its sampling
 vocabulary = sys.argv[2]
 if vocabulary:
     from conversion.base import TextModel, gguf
@@ -56,7 +56,7 @@ if vocabulary:
     def prepare_with_vocabulary(self, *args, **kwargs):
         def set_vocab():
             for name, field in gguf.GGUFReader(vocabulary).fields.items():
-                if name.startswith("tokenizer."):
+                if name.startswith(("tokenizer.", "general.sampling.")):
                     item = field.types[-1] if len(field.types) > 1 else None
                     self.gguf_writer.add_key_value(name, field.contents(), field.types[0], item)
 

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.formats import hf_directory
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.llamacpp import source
 from mod_export.model import loading
 from mod_export.model.gguf_tokenizer import read_tokenizer
@@ -77,8 +77,14 @@ def test_a_difference_is_one_line_with_both_lists(vocabularies):
 
 
 def test_the_vocabulary_of_a_file_comes_back_whole(vocabularies, run_cli, tmp_path):
-    """SentencePiece scores are in no file that transformers writes; the converter invents some."""
-    original = GGUFFile.open(vocabularies["llama-spm"])
+    """SentencePiece scores are in no file that transformers writes; the converter invents some.
+
+    With them comes the sampling that the file recommends.
+    """
+    with open(tmp_path / "original.gguf", "wb") as file:
+        sampling = [("general.sampling.temp", "f32", 0.5), ("general.sampling.top_k", "i32", 7)]
+        rewrite(GGUFFile.open(vocabularies["llama-spm"]), file, added_keys=sampling)
+    original = GGUFFile.open(tmp_path / "original.gguf")
     model = tiny.mod_model({"kv": [2, 3]}, n_vocab=len(original.get("tokenizer.ggml.tokens")))
     model.tokenizer = read_tokenizer(original)
     model.save(tmp_path / "mod")
@@ -87,7 +93,7 @@ def test_the_vocabulary_of_a_file_comes_back_whole(vocabularies, run_cli, tmp_pa
     export(tmp_path / "mod", tmp_path / "mod.gguf", "f32")
     file = GGUFFile.open(tmp_path / "mod.gguf")
     for name, entry in original.key_entries.items():
-        if name.startswith("tokenizer."):
+        if name.startswith(("tokenizer.", "general.sampling.")):
             assert bytes(file.key_entries[name]) == bytes(entry)
     (tmp_path / "mod" / hf_directory.VOCABULARY).unlink()
     told = export_refused(run_cli, tmp_path, tmp_path / "mod", "-o", "out.gguf")
