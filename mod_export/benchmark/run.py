@@ -31,12 +31,13 @@ from mod_export.benchmark.processes import Team
 from mod_export.benchmark.rows import make_rows
 from mod_export.benchmark.worker import VariantSetup
 from mod_export.common.progress import Progress
-from mod_export.common.system import cpu_name, total_memory, usable_cpus
+from mod_export.common.system import busy_cpus, cpu_name, total_memory, usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import KV_TYPES, type_named
 from mod_export.formats.gguf import GGUFFile
 
 logger = logging.getLogger(__name__)
+BUSY_CPUS_MAX = 0.3  # of other processes, beside which times are still of use
 
 VARIANTS = (
     "ceiling",
@@ -314,12 +315,18 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, st
 
     from mod_export.runtime.devices import gpus
 
+    if (busy := busy_cpus()) > BUSY_CPUS_MAX:
+        logger.warning(
+            f"other processes keep {busy:.1f} of {os.cpu_count()} processors busy: times will be "
+            "too long and uneven; measure on a quiet machine"
+        )
     patched = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib"
     return {
         "command": shlex.join(["mod-export", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "busy_cores": round(busy, 2),
         "memory_bytes": total_memory(),
         "threads": options.threads or usable_cpus(),
         "llama_cpp": llama_cpp.__version__,

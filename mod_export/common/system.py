@@ -36,6 +36,13 @@ def bound_spinning() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 
+def busy_cpus(seconds: float = 0.5) -> float:
+    """Return how many processors were at work on average while this function waited."""
+    import psutil
+
+    return sum(psutil.cpu_percent(interval=seconds, percpu=True)) / 100
+
+
 def cpu_name() -> str:
     """Return the model name of the processor."""
     if CPU_INFO.is_file():

@@ -1,8 +1,9 @@
 """Measure how fast decode, prefill and training are beside other processes.
 
 First the threads that follow the load take turns with a fixed number, in one process on the quiet
-machine. Then busy loops take processors, and where the control groups of this machine can be written to, a quota
-takes half of them. There the ways to choose threads take turns in processes of their own.
+machine. Then busy loops take processors, and where the control groups of this machine can be
+written to, a quota takes half of them. There the ways to choose threads take turns in processes of
+their own.
 
     python -m scripts.studies.neighbours quickstart/mod.gguf --out neighbours
 

@@ -1,5 +1,9 @@
 """Figures of this machine and of this process."""
 
+import os
+import subprocess
+import sys
+
 from mod_export.common import system
 from mod_export.common.paths import cache_dir
 
@@ -24,3 +28,12 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert cache_dir() == tmp_path / "mod-export" and cache_dir().is_dir()
     monkeypatch.setenv("MOD_EXPORT_CACHE", str(tmp_path / "own"))
     assert cache_dir() == tmp_path / "own"
+
+
+def test_busy_processors_are_seen():
+    loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert 0.5 < system.busy_cpus() <= os.cpu_count()
+    finally:
+        loop.kill()
+        loop.wait()
