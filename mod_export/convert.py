@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir
+from mod_export.common.progress import stage
 from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
 from mod_export.errors import UserError
@@ -58,7 +59,8 @@ def convert(
 
         refuse_mod(model)
         logger.info(f"loading {model}")
-        base, tokenizer = loading.load(model)
+        with stage(f"loading {model}"):
+            base, tokenizer = loading.load(model)
         check_tokenizer(model, tokenizer)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
@@ -78,7 +80,8 @@ def convert(
         )
         logger.info(f"writing {out}")
         # The empty directory `tmp` is there already.
-        MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
+        with stage(f"writing {out}"):
+            MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
     logger.info(summary(config, n_layer))
 
 
@@ -103,11 +106,13 @@ def convert_adapter(
 
         found = load(path)
         logger.info(f"loading {model}")
-        base, tokenizer = loading.load(model)
+        with stage(f"loading {model}"):
+            base, tokenizer = loading.load(model)
         check_tokenizer(model, tokenizer)
         mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
-        mod.save(tmp, force=True)  # `tmp` is there already, and empty
+        with stage(f"writing {out}"):
+            mod.save(tmp, force=True)  # `tmp` is there already, and empty
 
 
 def check_tokenizer(model: str, tokenizer) -> None:
@@ -116,9 +121,10 @@ def check_tokenizer(model: str, tokenizer) -> None:
     Nothing is compared where MODEL is a directory, or no llama_cpp is installed.
     """
     from mod_export.model import gguf_tokenizer, loading
-    from mod_export.runtime import vocabulary
 
     if (path := loading.gguf_path(model)) is not None and extras.is_installed("llama_cpp"):
+        from mod_export.runtime import vocabulary
+
         vocabulary.check_tokenizer(path, tokenizer, gguf_tokenizer.USE_DIRECTORY)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mod_export.common import extras
 from mod_export.common.files import atomic_file
+from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import adapter_files, base_identity, hf_directory, schema
@@ -64,12 +65,13 @@ def export(
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder,
     ):
         plain = _base_weights(directory, base, quant, Path(folder))
-        if not dense:
-            write_routers(plain, target, config, routers)
-        elif plain == base:
-            _copy(plain, target)
-        else:
-            plain.replace(target)
+        with stage(f"writing {output}"):
+            if not dense:
+                write_routers(plain, target, config, routers)
+            elif plain == base:
+                _copy(plain, target)
+            else:
+                plain.replace(target)
 
 
 def write_routers(plain: Path, target: Path, config: MoDConfig, routers: Routers) -> None:
@@ -91,21 +93,24 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, folder:
         quant = quant or DEFAULT_QUANT
         plain = folder / "base.gguf"
         vocabulary = directory / hf_directory.VOCABULARY
-        converter.convert_hf(
-            directory,
-            plain,
-            quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory),
-            skip=schema.HF_ROUTER_TENSOR,
-            name=_original_name(directory),
-            vocabulary=vocabulary if vocabulary.is_file() else None,
-        )
-        _check_tokenizer(directory, plain)
+        with stage("converting the weights"):
+            converter.convert_hf(
+                directory,
+                plain,
+                quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory),
+                skip=schema.HF_ROUTER_TENSOR,
+                name=_original_name(directory),
+                vocabulary=vocabulary if vocabulary.is_file() else None,
+            )
+        with stage("comparing the tokenizer"):
+            _check_tokenizer(directory, plain)
         if quant in FLOAT_NAMES:
             return plain
     if quant is None:
         return plain
     quantised = folder / "quantised.gguf"
-    converter.quantize(plain, quantised, quant)
+    with stage(f"quantising to {quant}"):
+        converter.quantize(plain, quantised, quant)
     return quantised
 
 

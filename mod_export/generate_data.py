@@ -13,13 +13,14 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mod_export.common.files import atomic_file
 from mod_export.common.journal import Journal
-from mod_export.common.progress import Progress
+from mod_export.common.progress import Progress, stage
 from mod_export.data import sources
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
@@ -108,7 +109,8 @@ def generate(
     files = sources.find(prompts) if prompts else []
     with Journal(out, _identity(llm, options, files)) as journal:
         with atomic_file(out, force) as tmp:
-            pieces = sources.Mixed(files) if files else None
+            with stage("reading the prompts"):
+                pieces = sources.Mixed(files) if files else None
             if pieces is not None and not len(pieces):
                 raise UserError(
                     f"there is no text in {', '.join(map(str, prompts))}",
@@ -125,17 +127,14 @@ def generate(
                     )
                 raise
             if not journal.count:
-                raise UserError(
-                    "the model wrote nothing",
-                    f"prompts must have at most {options.longest_prompt} tokens",
-                )
+                raise UserError("the model wrote nothing", writer.cure())
             with (gzip.open if str(out).endswith(".gz") else open)(tmp, "wb") as file:
                 file.writelines(itertools.islice(journal.lines(), options.count))
         journal.done()
     written = min(journal.count, options.count or journal.count)
     logger.info(
         f"{written} texts in {out}; {writer.cut} cut at {options.max_tokens} tokens, "
-        f"{writer.dropped} left out (empty, or with too long a prompt)"
+        f"{writer.left_out()} left out"
     )
     return written
 
@@ -184,6 +183,9 @@ def _run(writer: _Writer, journal: Journal) -> None:
     done = write(
         writer.llm, jobs, options.parallel, options.max_tokens, options.sampling, following
     )
+    # Progress tells how it goes whenever a text ends.
+    with stage("writing the first texts"):
+        done = itertools.chain([first] if (first := next(done, None)) else [], done)
     while journal.count < total and (ended := next(done, None)):
         number, record, n_tokens = ended
         waiting[number] = record
@@ -195,26 +197,32 @@ def _run(writer: _Writer, journal: Journal) -> None:
             empty = 0 if record else empty + 1
             following += 1
         if empty > MAX_EMPTY_RESULTS:
-            raise UserError(
-                f"{empty} texts in a row came to nothing",
-                "the prompts are too long, or the model answers with nothing",
-            )
+            raise UserError(f"{empty} texts in a row came to nothing", writer.cure())
         note = f"{journal.count} of {total}, {tokens / (progress.seconds or 1):.0f} tokens/s"
+        if left_out := writer.dropped.total():
+            note += f", {left_out} left out"
         progress.tell("generating", journal.count, total, note, before)
     progress.clear()
+
+
+# Why a text is left out, and what helps.
+TOO_LONG = "with too long a prompt"
+UNFINISHED = "with a made-up question that has no end"
+EMPTY = "empty"
 
 
 class _Writer:
     """Jobs for `sequences.write`, one for each text.
 
-    cut: texts that were cut short. dropped: texts that were left out.
+    cut: texts that were cut short. dropped: number of texts that were left out, by the reason.
     """
 
     def __init__(self, llm: MoDLlama, options: GenerationOptions, prompts: sources.Mixed | None):
         self.llm = llm
         self.options = options
         self.prompts = prompts
-        self.cut = self.dropped = 0
+        self.cut = 0
+        self.dropped: Counter[str] = Counter()
         self.template = ChatTemplate.of(llm) if has_template(llm) else None
 
     def jobs(self, first: int) -> Iterator[Job]:
@@ -238,14 +246,14 @@ class _Writer:
     def _answer(self, messages: list[dict], where: str = "a made-up question") -> Job:
         prompt = self._prompt(messages, where) if messages else []
         if not 0 < len(prompt) <= self.options.longest_prompt:
-            return self._drop()
+            return self._drop(TOO_LONG if prompt else EMPTY)
         written = yield prompt
         text = self._text(written.tokens).strip()
         self.cut += not written.ended
         return (
             {"messages": [*messages, {"role": "assistant", "content": text}]}
             if text
-            else self._drop()
+            else self._drop(EMPTY)
         )
 
     def _invent(self) -> Job:
@@ -257,7 +265,7 @@ class _Writer:
         written = yield self._tokens(text.partition(USER_MARK)[0]) or self._nothing()
         question = self._text(written.tokens).strip()
         if not written.ended or not question:
-            return self._drop()
+            return self._drop(EMPTY if written.ended else UNFINISHED)
         return (yield from self._answer([{"role": "user", "content": question}]))
 
     def _begin(self) -> Job:
@@ -271,11 +279,11 @@ class _Writer:
 
     def _continue(self, start: list[int]) -> Job:
         if not 0 < len(start) <= self.options.longest_prompt:
-            return self._drop()
+            return self._drop(TOO_LONG if start else EMPTY)
         written = yield start
         self.cut += not written.ended
         text = self._text(start + written.tokens)
-        return {"text": text} if text.strip() else self._drop()
+        return {"text": text} if text.strip() else self._drop(EMPTY)
 
     def _prompt(self, messages: list[dict], where: str) -> list[int]:
         if self.template is None:
@@ -292,8 +300,24 @@ class _Writer:
         """The text of tokens, without half a character where it was cut."""
         return b"".join(map(self.llm.piece, tokens)).decode("utf-8", "ignore")
 
-    def _drop(self) -> None:
-        self.dropped += 1
+    def _drop(self, why: str) -> None:
+        self.dropped[why] += 1
+
+    def left_out(self) -> str:
+        """How many texts were left out, and why."""
+        reasons = ", ".join(f"{n} {why}" for why, n in self.dropped.items())
+        return f"{self.dropped.total()}{f' ({reasons})' if reasons else ''}"
+
+    def cure(self) -> str:
+        """What helps where all texts are left out: against the commonest reason."""
+        why = self.dropped.most_common(1)[0][0] if self.dropped else EMPTY
+        cures = {
+            TOO_LONG: f"use a larger --ctx, or prompts of at most {self.options.longest_prompt} "
+            "tokens",
+            UNFINISHED: "use more --max-tokens, or give --prompts",
+            EMPTY: "give other --prompts, or a model that answers them",
+        }
+        return cures[why]
 
 
 def _question(messages: list[dict]) -> list[dict]:

@@ -6,14 +6,19 @@ Example:
     draw(decisions, "depth.png")
 """
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mod_export.common.files import atomic_file
+from mod_export.common.progress import stage
 from mod_export.errors import UserError
+from mod_export.runtime.templates import ChatTemplate, has_template
 from mod_export.units import UNIT_KINDS, Unit
+
+logger = logging.getLogger(__name__)
 
 SKIPPED_COLOUR = "#F0F0EC"
 TOKEN_WIDTH_INCHES = 0.135  # the text of a token still reads at 6 points
@@ -35,18 +40,21 @@ class Decisions:
     title: str = ""
 
 
-def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
-    """Run the prompt (as plain text) and `generate` more tokens, the likeliest each time.
+def read_decisions(llm, prompt: str, generate: int = 0, chat: bool = False) -> Decisions:
+    """Run the prompt and `generate` more tokens, the likeliest each time.
 
-    Raises UserError for a dense model, an empty prompt and one that does not fit the context.
+    chat: the prompt is a question of a user, which the chat template puts as the model knows it;
+    else it is plain text, and the model goes on with it. A model that ends the text earlier is said
+    to do so. Raises UserError for a dense model, one without a template for `chat`, an empty prompt
+    and one that does not fit the context.
     """
     if not llm.units:
         raise UserError(
             f"{llm.model_path} is a dense model, so it decides nothing", "use a MoD file"
         )
-    tokens = llm.tokenize(prompt.encode(), special=True)
-    if not tokens:
+    if not prompt:
         raise UserError("the prompt is empty", "give it some text")
+    tokens = _prompt_tokens(llm, prompt, chat)
     what = f"{len(tokens)} tokens of the prompt and {generate} more"
     if len(tokens) + generate > MAX_TOKENS:
         raise UserError(f"{what} are more than a picture shows, {MAX_TOKENS}", "use less of them")
@@ -56,11 +64,14 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
             "use a larger --ctx, or --generate less",
         )
     n_prompt = len(tokens)
-    with llm.recording() as batches:
+    with llm.recording() as batches, stage("running the model"):
         if generate:
             # A token's decisions come with its own decode, so one token more is asked for.
             for i, token in enumerate(llm.generate(tokens, temp=0.0)):
-                if i == generate or llm.is_end(token):
+                if i == generate:
+                    break
+                if llm.is_end(token):
+                    logger.info(_early_end(i, generate, chat or not has_template(llm)))
                     break
                 tokens = tokens + [token]
         else:
@@ -75,6 +86,19 @@ def read_decisions(llm, prompt: str, generate: int = 0) -> Decisions:
         n_prompt,
         Path(llm.model_path).name,
     )
+
+
+def _prompt_tokens(llm, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        return llm.tokenize(prompt.encode(), special=True)
+    text = ChatTemplate.of(llm).render([{"role": "user", "content": prompt}], "the prompt")
+    return llm.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def _early_end(count: int, wanted: int, chat: bool) -> str:
+    """The note that the model has ended the text; of plain text that a question may be meant."""
+    cure = "" if chat else "; with --chat the prompt is a question that the model answers"
+    return f"note: the model ended the text after {count} of {wanted} tokens{cure}"
 
 
 def draw(

@@ -201,7 +201,10 @@ def routed_layers(chosen: list[int] | None, n_layer: int, kind: str) -> list[int
     """
     if chosen is None:
         if n_layer <= max(record.first_layer for record in _KINDS):
-            raise UserError(f"the model has only {n_layer} layers", "name the layers to route")
+            raise UserError(
+                f"the model has only {n_layer} layers",
+                f"name the layers to route, such as --layers-routed {n_layer - 1}-",
+            )
         return list(range(UNIT_KINDS[kind].first_layer, n_layer))
     if chosen[-1] >= n_layer:
         raise UserError(
@@ -223,8 +226,11 @@ def parse_shares(text: str) -> float | dict[str, float]:
             kind, _, share = part.partition("=")
             pairs.append((kind.strip(), float(share)))
     except ValueError:
-        raise UserError(f"{text!r} is neither a number nor kinds such as kv=0.5,attn=0.8") from None
+        raise UserError(
+            f"{text!r} is neither a number nor kinds such as kv=0.5,attn=0.8",
+            "write 0.5 for all kinds",
+        ) from None
     shares = dict(pairs)
     if len(shares) < len(pairs):
-        raise UserError(f"{text!r} names a kind twice")
+        raise UserError(f"{text!r} names a kind twice", "name each kind once")
     return shares

@@ -268,16 +268,27 @@ def _sequence_length(base: nn.Module, plan: CalibrationPlan) -> int:
 def _texts(tokenizer, plan: CalibrationPlan, length: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Return calibration and held-out sequences [n, up to length], and where they are from."""
     if plan.text is None:
-        text, held_out = default_texts()
-        return pack(tokenizer, text, length), pack(tokenizer, held_out, length), "packaged"
+        made = []
+        for text in default_texts():
+            try:
+                made.append(pack(tokenizer, text, length))
+            except UserError as error:
+                raise UserError(
+                    f"the packaged text gives no sequence of {length} tokens, which a window of "
+                    f"{plan.kv_window} takes",
+                    "use a smaller --kv-window, or give a long --calibration-text",
+                ) from error
+        return *made, "packaged"
     n_tokens = len(tokenize(tokenizer, plan.text))
     length = min(length, n_tokens // (MIN_SEQUENCES + 1))
     shortest = max(128, 4 * plan.kv_window if KV in plan.units else 0)
     if length < shortest:
         need = shortest * (MIN_SEQUENCES + 1)
+        fits = n_tokens // (MIN_SEQUENCES + 1) // 4
+        narrower = f", or use --kv-window {fits} or less" if KV in plan.units and fits >= 32 else ""
         raise UserError(
             f"calibration text too short: {n_tokens} tokens where {need} are needed",
-            "give more text",
+            f"give more text{narrower}",
         )
     sequences = pack(tokenizer, plan.text, length)
     kept = max(1, len(sequences) // 6)  # the end of the user's text is held out

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from mod_export.common.progress import Progress
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
 from mod_export.units import Unit
@@ -101,7 +102,7 @@ def router_inputs(
 
         hooks.append(model.router(unit).register_forward_pre_hook(add))
     try:
-        for ids in sequences:
+        for ids in Progress().count("measuring what drifts", sequences):
             (forward or model)(ids[None].to(model.base.device), logits_to_keep=1)
     finally:
         for hook in hooks:

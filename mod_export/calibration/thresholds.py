@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from mod_export.common.progress import Progress
 from mod_export.data.repeats import counted
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import logit_threshold
@@ -87,7 +88,8 @@ def routing_of(
     units, parts, active = model.config.routed(), [], []
     forward = forward or functools.partial(model, trace=True)
     novel = torch.ones_like(sequences, dtype=torch.bool) if novel is None else novel
-    for ids, counts in zip(sequences, counted(novel).cpu(), strict=True):
+    pairs = zip(sequences, counted(novel).cpu(), strict=True)
+    for ids, counts in Progress().count("measuring activation", pairs):
         ids = ids[None].to(model.base.device)
         *_, trace = forward(ids, logits_to_keep=1)
         trace.logit[0, : model.config.sink_tokens] = float("inf")

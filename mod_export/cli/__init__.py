@@ -166,7 +166,7 @@ def _run(args: list[str] | None) -> int:
             raise
         return _fail(
             "out of memory",
-            cure="use shorter sequences or fewer at a time (train: --batch, --recompute)",
+            cure="use less at a time: a smaller --length or --ctx (train: --batch, --recompute)",
         )
     except UnicodeEncodeError as exc:
         where = ascii(exc.object[max(0, exc.start - 40) : exc.end + 20])

@@ -31,16 +31,15 @@ from mod_export.cli.output import name_plots, result_options, write_result
 @click.option(
     "--length",
     type=click.IntRange(min=16),
-    default=2048,
-    show_default=True,
-    help="Number of tokens in a sequence.",
+    show_default="2048, or the context of the models where that is less",
+    help="Number of tokens in a sequence; a text that is shorter gives one sequence.",
 )
 @click.option(
     "--count",
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help="Number of sequences of each text, which are spread evenly over it.",
+    help="Largest number of sequences of each text, which are spread evenly over it.",
 )
 @click.option(
     "--skip",

@@ -19,7 +19,8 @@ class MessageHandler(logging.Handler):
 
     def __init__(self, stdout: bool = False, clock: bool = False):
         super().__init__()
-        self.stdout, self.clock = stdout, clock
+        # Kept now: libraries that are too loud get another stderr for a while.
+        self.stream, self.clock = sys.stdout if stdout else sys.stderr, clock
         self.start = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -28,7 +29,7 @@ class MessageHandler(logging.Handler):
         if self.clock and "\n" not in line:
             line = f"[{time.monotonic() - self.start:4.0f} s] {line}"
         with contextlib.suppress(OSError), _beside_bars():  # nobody may read the stream any more
-            click.echo(line, err=not self.stdout)
+            click.echo(line, file=self.stream)
 
 
 def _beside_bars() -> contextlib.AbstractContextManager:

@@ -16,6 +16,11 @@ from mod_export.cli.options import (
 @click.command()
 @click.argument("file", type=click.Path())
 @prompt_options
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put the text as a user's question, through the model's chat template.",
+)
 @output_option("FILE", "Picture to write: .png, .pdf or .svg.")
 @click.option(
     "--generate",
@@ -28,7 +33,9 @@ from mod_export.cli.options import (
 @threads_option
 @threshold_shift_option
 @force_option
-def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold_shift, force):
+def command(
+    file, prompt, chat, prompt_file, output, generate, ctx, threads, threshold_shift, force
+):
     """Draw which tokens run which units.
 
     FILE is a MoD GGUF file. The picture has a column for each token and a row for each unit.
@@ -47,7 +54,7 @@ def command(file, prompt, prompt_file, output, generate, ctx, threads, threshold
 
     trace.check_output(output, force)
     llm = MoDLlama(file, n_ctx=ctx, threads=threads, threshold_shift=threshold_shift)
-    decisions = trace.read_decisions(llm, text, generate)
+    decisions = trace.read_decisions(llm, text, generate, chat)
     trace.draw(decisions, output, force)
     click.echo(
         f"{output}: {len(decisions.texts)} tokens, {len(decisions.units)} units, "

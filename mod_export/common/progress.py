@@ -1,6 +1,9 @@
 """One line that tells how far long work has come.
 
-On a terminal the line stays in place, with a bar. Elsewhere a line is printed every 15 seconds.
+On a terminal the line stays in place, with a bar. Elsewhere a line is printed after 5 seconds, and
+then every 15. Work in one piece, of which nobody knows how far it has come, tells its time:
+
+    with stage("loading mod"): ...
 
     progress = Progress()
     for item in progress.count("prefill 512", items): ...
@@ -9,7 +12,10 @@ On a terminal the line stays in place, with a bar. Elsewhere a line is printed e
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
@@ -19,7 +25,33 @@ from mod_export.common.text import clock
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-LINE_SECONDS = 15.0  # between two lines where there is no terminal
+logger = logging.getLogger(__name__)
+
+FIRST_SECONDS = 5.0  # before the first line where there is no terminal
+LINE_SECONDS = 15.0  # between two lines
+
+
+@contextlib.contextmanager
+def stage(label: str) -> Iterator[None]:
+    """Log `label: 0:05 so far` as long as the block runs: after 5 seconds, and then every 15.
+
+    A short block logs nothing.
+    """
+    start, done = time.monotonic(), threading.Event()
+
+    def tell():
+        wait = FIRST_SECONDS
+        while not done.wait(wait):
+            logger.info(f"{label}: {clock(time.monotonic() - start)} so far")
+            wait = LINE_SECONDS
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class Progress:
@@ -28,7 +60,10 @@ class Progress:
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+        self.last = self.start + FIRST_SECONDS - LINE_SECONDS
+        # Of several processes of a training run one speaks: the loggers of the others are off.
+        self.silent = logging.getLogger("mod_export").level > logging.CRITICAL
         self._bar: tqdm | None = None
 
     @property
@@ -73,10 +108,12 @@ class Progress:
         self.show(f"{label}: {', '.join(parts)}", share)
 
     def show(self, text: str, share: float | None = None) -> None:
-        """Show a line: on a terminal at once, elsewhere every LINE_SECONDS.
+        """Show a line: on a terminal at once, elsewhere now and then.
 
         share: how much is done, from 0 to 1; a terminal shows it as a bar.
         """
+        if self.silent:
+            return
         if self.terminal:
             self._draw(text, share)
         elif time.monotonic() - self.last > LINE_SECONDS:

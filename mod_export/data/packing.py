@@ -92,7 +92,7 @@ def open_data(
     if source.count < body:
         raise UserError(
             f"data too short: {source.count} tokens where a sequence needs {body}",
-            "give more data, or use shorter sequences",
+            "give more data, or use shorter sequences (--length)",
         )
     return PackedData(
         length, f"{source.fingerprint}-{length}", source, np.arange(source.count // body)

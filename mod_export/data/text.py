@@ -64,18 +64,22 @@ def same_tokens(first, second) -> bool:
     return made[0] == made[1]
 
 
-def pack(tokenizer, text: str, length: int, count: int | None = None):
+def pack(tokenizer, text: str, length: int, count: int | None = None, least: int | None = None):
     """Cut `text` into sequences of `length` tokens, LongTensor [n, length] with n >= 1.
 
     A remainder is dropped. Each sequence begins with the beginning token (bos) where the model
-    expects one. count: the number of sequences to keep, spread evenly over the text. Raises
-    UserError where the text is too short for one sequence, or for `count`.
+    expects one. count: the number of sequences to keep, spread evenly over the text. least:
+    take what is there, fewer than `count` or a single one of at least so many tokens. Raises
+    UserError where the text is too short for that.
     """
     import torch
 
     begin = bos(tokenizer)
     ids = tokenize(tokenizer, text)
     body = length - len(begin)
+    if least is not None:
+        body = max(min(body, len(ids)), least - len(begin))
+        count = min(count or len(ids), max(1, len(ids) // body))
     available = len(ids) // body
     if available < (count or 1):
         need = (count or 1) * body

@@ -23,7 +23,7 @@ import numpy as np
 
 from mod_export.common.files import atomic_dir, locked
 from mod_export.common.paths import SET_CACHE, cache_dir
-from mod_export.common.progress import Progress
+from mod_export.common.progress import Progress, stage
 from mod_export.data import conversations, sources
 from mod_export.data.repeats import Repeats
 from mod_export.data.text import bos
@@ -86,9 +86,11 @@ def tokens_of(
     be marked and the data have none.
     """
     files = sources.find(paths)
+    with stage("reading the texts"):
+        digest = sources.digest(files)
     options = {
         "version": VERSION,
-        "files": sources.digest(files),
+        "files": digest,
         "tokenizer": _tokenizer_digest(tokenizer),
         "piece": sources.PIECE,
         "answers": answers,
@@ -141,7 +143,8 @@ def _make_folder(folder: Path, is_default: bool) -> None:
 
 def _mixed(files: Sequence[Path], folder: Path) -> sources.Mixed:
     try:
-        return sources.Mixed(files, folder)
+        with stage("reading the texts"):
+            return sources.Mixed(files, folder)
     except OSError as exc:  # Trouble with a file of text is a UserError already.
         raise UserError(
             f"cannot write to the cache directory {folder}: {exc.strerror}", SET_CACHE

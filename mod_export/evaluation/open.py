@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from mod_export.common.progress import stage
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
 from mod_export.evaluation.readers import Pair, Reader, TorchReader
@@ -63,12 +64,14 @@ def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int)
             raise UserError(
                 f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers"
             )
-        return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
+        with stage(f"loading {path}"):
+            return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
     if not Path(path).exists() and str(path) != loading.EMBEDDED:
         raise UserError(f"no such model: {path}", "give a MoD directory or a GGUF file")
     if threads:
         torch.set_num_threads(threads)
-    model = MoDModel.load(path) if is_mod(path) else MoDModel.from_base(*loading.load(path))
+    with stage(f"loading {path}"):
+        model = MoDModel.load(path) if is_mod(path) else MoDModel.from_base(*loading.load(path))
     model.shift = shift
     try:
         return TorchReader(model.to(device), path)

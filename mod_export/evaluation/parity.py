@@ -8,16 +8,22 @@ there logits must agree up to float noise. From there on the two models differ b
 more or less does, so logits of these positions are counted apart (`*_all` is over all positions).
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mod_export.common.progress import Progress, stage
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import precision
 from mod_export.metrics import compare_rows
 from mod_export.units import Unit
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKENS = 16  # of a text, to say anything of it
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ def verify(
 
     docs/reference/result-files.md has the keys of the result. f32 files run with KV in f32 and
     without flash attention, so that the code is compared and not its rounding. Others run as they
-    are used, with KV in f16 and flash attention. Raises UserError where file and directory do not
-    hold the same units and thresholds, or the text is too short.
+    are used, with KV in f16 and flash attention. A text that is shorter is taken whole. Raises
+    UserError where file and directory do not hold the same units and thresholds, or the text is
+    too short to say anything.
     """
     from mod_export.data.text import default_texts
     from mod_export.runtime.llama import MoDLlama
@@ -76,16 +83,20 @@ def verify(
     if weights == "f32":
         llm.close()
         llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
-    model = _load_reference(reference, threads)
+    with stage(f"loading {reference}"):
+        model = _load_reference(reference, threads)
     _check_same_units(llm, model, file, reference)
     tokens = llm.tokenize((text or default_texts()[0]).encode())
     if len(tokens) < n_tokens:
-        raise UserError(
-            f"the text has {len(tokens)} tokens where {n_tokens} are needed",
-            "give more text, or --tokens",
-        )
+        if len(tokens) < MIN_TOKENS:
+            raise UserError(
+                f"the text has {len(tokens)} tokens where {MIN_TOKENS} are needed",
+                "give more text",
+            )
+        logger.warning(f"note: the text has {len(tokens)} tokens, not {n_tokens}")
+        n_tokens, length = len(tokens), min(length, len(tokens))
     sums = Sums([Unit(u.layer, u.kind) for u in llm.units], llm.thresholds)
-    for start in range(0, n_tokens - length + 1, length):
+    for start in Progress().count("comparing", range(0, n_tokens - length + 1, length)):
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
     result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()

@@ -88,7 +88,7 @@ class Reader(abc.ABC):
             raise UserError(
                 f"sequences of {n_tokens} tokens do not fit the context of {self.name}, "
                 f"{self.n_ctx}",
-                "use shorter ones",
+                f"use at most {self.n_ctx} (--length, --passkey-lengths), and tasks that fit",
             )
 
     def reset(self) -> None:

@@ -49,18 +49,24 @@ __all__ = [
 ]
 
 
+LENGTH = 2048  # tokens of a sequence of text
+MIN_LENGTH = 16
+
+
 @dataclass(frozen=True)
 class EvaluationPlan:
     """What to measure.
 
     texts: files for perplexity and KL. Each gives `count` sequences of `length` tokens, of which
-    the first `skip` do not count. tasks: JSONL files, see tasks.py. task_limit: items of each task.
-    haystack: text for passkeys. passkey_lengths: tokens of the prompts, None for those of LENGTHS
-    that fit the model. passkey_trials: prompts for each length and depth.
+    the first `skip` do not count. A text that is shorter gives fewer sequences, or one that is
+    shorter. length: None is LENGTH, or the context of the models where that is less. tasks: JSONL
+    files, see tasks.py. task_limit: items of each task. haystack: text for passkeys.
+    passkey_lengths: tokens of the prompts, None for those of LENGTHS that fit the model.
+    passkey_trials: prompts for each length and depth.
     """
 
     texts: Sequence[str] = ()
-    length: int = 2048
+    length: int | None = None
     count: int = 4
     skip: int = 0
     tasks: Sequence[str] = ()
@@ -73,10 +79,14 @@ class EvaluationPlan:
     def __post_init__(self):
         if not (self.texts or self.tasks or self.haystack):
             raise UserError("nothing to measure", "give --text, --tasks or --passkey")
-        if not 0 <= self.skip < self.length - 1:
-            raise UserError(
-                f"skipping {self.skip} of {self.length} tokens leaves none", "use a smaller --skip"
-            )
+        _check_skip(self.skip, self.length or LENGTH)
+
+
+def _check_skip(skip: int, length: int, what: str = "") -> None:
+    if not 0 <= skip < length - 1:
+        raise UserError(
+            f"{what}skipping {skip} of {length} tokens leaves none", "use a smaller --skip"
+        )
 
 
 def evaluate(
@@ -138,12 +148,14 @@ class _Evaluation:
                 "measure it on --text only",
             )
         self.skip = plan.skip
-        if plan.texts:
-            # Checked first: a text is mostly too short for a length that is too long.
-            pair.reserve(plan.length)
-        self.sequences = {path: _pack(tokenizer, path, text, plan) for path, text in texts.items()}
-        self.items = [task_files.encode(tokenizer, item) for item in items]
         n_ctx = min(reader.n_ctx for reader in pair.readers().values())
+        length = plan.length or min(LENGTH, n_ctx)
+        if plan.texts:
+            pair.reserve(length)
+        self.sequences = {
+            path: _pack(tokenizer, path, text, length, plan) for path, text in texts.items()
+        }
+        self.items = [task_files.encode(tokenizer, item) for item in items]
         lengths = plan.passkey_lengths or [n for n in LENGTHS if n <= n_ctx] or [n_ctx]
         self.trials = (
             passkeys.make_trials(
@@ -185,13 +197,19 @@ class _Evaluation:
         return passkeys.by_length(cells)
 
 
-def _pack(tokenizer, path: str, text: str, plan: EvaluationPlan) -> torch.Tensor:
+def _pack(tokenizer, path: str, text: str, length: int, plan: EvaluationPlan) -> torch.Tensor:
+    """Return sequences [n, T] of a text: as many and as long as wanted, or what is there."""
     try:
-        return pack(tokenizer, text, plan.length, plan.count)
+        ids = pack(tokenizer, text, length, plan.count, least=MIN_LENGTH)
     except UserError as exc:
-        raise UserError(
-            f"{path}: {exc.message}", "give more text, or use a smaller --count or --length"
-        ) from exc
+        raise UserError(f"{path}: {exc.message}", exc.cure) from exc
+    found, n_tokens = ids.shape
+    if n_tokens < length:
+        logger.warning(f"note: {path} has one sequence of {n_tokens} tokens, not {length}")
+    elif found < plan.count:
+        logger.warning(f"note: {path} has {found} of {plan.count} sequences of {length} tokens")
+    _check_skip(plan.skip, n_tokens, f"{path}: ")
+    return ids
 
 
 def _about(

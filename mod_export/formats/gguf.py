@@ -199,7 +199,8 @@ class GGUFFile:
         value = self.get(f"{self.architecture}.{name}")
         if not isinstance(value, int) or not 1 <= value <= MAX_MODEL_NUMBER:
             raise UserError(
-                f"{self.path}: key {self.architecture}.{name} is missing or no sensible number"
+                f"{self.path}: key {self.architecture}.{name} is missing or no sensible number",
+                GET_AGAIN,
             )
         return value
 

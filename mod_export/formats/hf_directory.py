@@ -46,7 +46,7 @@ def read_json(path: Path, cure: str) -> dict:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise UserError(f"{path} cannot be read ({exc.strerror})", CONVERT_AGAIN) from exc
+        raise UserError(f"{path} cannot be read ({exc.strerror})", "check its permissions") from exc
     except ValueError as exc:
         raise UserError(f"{path} is no JSON: {exc}", CONVERT_AGAIN) from exc
     if not isinstance(data, dict):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.units import ATTN, BLOCK, KV
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
@@ -69,6 +69,7 @@ def _number_of_layer(file: GGUFFile, name: str, layer: int, default: int | None 
         value = value[layer].item()
     if not isinstance(value, int) or value < 0:
         raise UserError(
-            f"{file.path}: key {file.architecture}.{name} is missing or no whole number"
+            f"{file.path}: key {file.architecture}.{name} is missing or no whole number",
+            GET_AGAIN,
         )
     return value

@@ -129,7 +129,9 @@ def read_routers(file: GGUFFile) -> tuple[MoDConfig | None, Routers]:
     config = from_keys(file)
     units = config.validate(n_layer).routed() if config else []
     if config and not units:
-        raise UserError(f"{file.path}: the keys {prefix(file.architecture)}* route no unit")
+        raise UserError(
+            f"{file.path}: the keys {prefix(file.architecture)}* route no unit", EXPORT_AGAIN
+        )
     routers: Routers = {}
     expected = set()
     for unit in units:

@@ -154,7 +154,10 @@ def install(lib: Path, force: bool = False) -> str:
     wheel.unlink()
     if result.returncode != 0:
         last = (result.stderr.strip() or "?").splitlines()[-1]
-        raise UserError(f"pip could not install {wheel.name}: {last}")
+        raise UserError(
+            f"pip could not install {wheel.name}: {last}",
+            "use a Python environment of your own, which pip may write to",
+        )
     logger.info(f"installed llama-cpp-python {version}")
     return version
 

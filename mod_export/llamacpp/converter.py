@@ -67,6 +67,8 @@ if vocabulary:
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[3:]]
 runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
 """
+NO_ROOM = re.compile("No space left|File too large|Disk quota|iostream|write failed")
+MAKE_ROOM = "make room on the disk, or choose another output"
 QUANTIZER_SCRIPT = """
 import sys, llama_cpp
 source, target, ftype, threads = sys.argv[1:]
@@ -109,7 +111,9 @@ def convert_hf(
         arguments += ["--model-name", name]
     result = _python(CONVERTER_SCRIPT, arguments, cwd=source)
     if result.returncode != 0:
-        raise UserError(f"llama.cpp's converter cannot convert {directory}: {_reason(result)}")
+        words = _reason(result)
+        cure = MAKE_ROOM if NO_ROOM.search(words) else "put the routers on a GGUF of it with --base"
+        raise UserError(f"llama.cpp's converter cannot convert {directory}: {words}", cure)
     _pass_on_warnings(result, "llama.cpp's converter")
 
 
@@ -130,7 +134,9 @@ def quantize(source: Path, target: Path, quant: str) -> None:
     if "No module named 'llama_cpp'" in result.stderr:
         raise UserError("the runtime llama_cpp is not installed", "run `mod-export build`")
     if result.returncode != 0:
-        raise UserError(f"cannot quantise {source.name} to {quant}: {_reason(result)}")
+        words = _reason(result)
+        cure = MAKE_ROOM if NO_ROOM.search(words) else "use --quant q8_0 or f16"
+        raise UserError(f"cannot quantise {source.name} to {quant}: {words}", cure)
     _pass_on_warnings(result, "llama.cpp's quantiser")
     if line := describe_types(GGUFFile.open(target), quant):
         logger.warning(line)

@@ -6,6 +6,7 @@ over vendor/llama.cpp in it. patches/series lists the hook patches that are appl
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def fetch_sdist(given: Path | None = None) -> Path:
         return cached
     source = given or _pip_download(pin)
     if not source.is_file():
-        raise UserError(f"no such file: {source}")
+        raise UserError(f"no such file: {source}", "check the path")
     if (found := _sha256(source)) != pin.sha256:
         raise UserError(
             f"{source.name} has SHA-256 {found}, expected {pin.sha256}", "fetch it again"
@@ -131,9 +132,12 @@ def _pip_download(pin: Pin) -> Path:
         lines = result.stderr.splitlines()
         errors = [line for line in lines if "ERROR" in line or "No module" in line]
         last = (errors or lines or ["pip failed"])[-1]
-        raise UserError(
-            f"pip could not fetch llama-cpp-python {pin.version}: {last}", "check the network"
-        )
+        cure = "check the network, or fetch it elsewhere and give it as --sdist"
+        if "No module named pip" in last:
+            cure = "run `python -m ensurepip`"
+        elif re.search("No space left|Errno 28|quota", last):
+            cure = "make room on the disk, or set MOD_EXPORT_CACHE"
+        raise UserError(f"pip could not fetch llama-cpp-python {pin.version}: {last}", cure)
     return folder / pin.filename
 
 

@@ -120,5 +120,5 @@ def _unsupported(base: nn.Module, reason: str) -> UserError:
     model_type = getattr(base.config, "model_type", "?")
     return UserError(
         f"unsupported architecture {model_type}: {reason}",
-        "add its names to ARCHITECTURES in mod_export/model/architectures.py",
+        "use a model with Llama's kind of layers, or see docs/how-to/add-an-architecture.md",
     )

@@ -78,10 +78,21 @@ def _readable(model: Path) -> Iterator[None]:
     """Make one line of what transformers raises: many kinds, all about the directory or file."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
-        raise UserError(
-            f"cannot load {model}: {_first_line(error)}", "transformers has to read it"
-        ) from error
+        if "can't allocate memory" in str(error) or "out of memory" in str(error):
+            raise
+        raise UserError(f"cannot load {model}: {_first_line(error)}", _cure(error)) from error
+
+
+def _cure(error: Exception) -> str:
+    """What helps where transformers does not load a model."""
+    if isinstance(error, PermissionError):
+        return "check its permissions"
+    if "does not recognize this architecture" in str(error) or "model type" in str(error):
+        return "update transformers, or give a model of an architecture that it knows"
+    return "get the model again: transformers has to read it"
 
 
 def name_of(model: str | Path) -> str:

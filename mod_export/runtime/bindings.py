@@ -10,12 +10,25 @@ raises UserError. `patched()` tells which of the two libraries is loaded.
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mod_export.errors import UserError
+
+
+def patched_cure() -> str:
+    """What brings the patched library, where another one is loaded or none can be."""
+    if os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return "unset LLAMA_CPP_LIB_PATH, which names another library"
+    folders = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))
+    if other := next((f for f in folders if any(Path(f).glob("libggml*"))), None):
+        return f"take {other} out of LD_LIBRARY_PATH, which holds another llama.cpp"
+    return "run `mod-export build`"
+
 
 try:
     from llama_cpp import llama_cpp as _llama
@@ -24,10 +37,8 @@ except ModuleNotFoundError as exc:
         raise
     raise UserError("the runtime llama_cpp is not installed", "run `mod-export build`") from exc
 except (FileNotFoundError, RuntimeError) as exc:
-    # LLAMA_CPP_LIB_PATH names no usable library.
-    raise UserError(
-        f"cannot load llama.cpp: {exc}", "run `mod-export build`, or unset LLAMA_CPP_LIB_PATH"
-    ) from exc
+    # A variable names another library, or one that is none.
+    raise UserError(f"cannot load llama.cpp: {exc}", patched_cure()) from exc
 
 # enum llama_mod_force
 FORCES = ("none", "active", "inactive")
@@ -261,7 +272,7 @@ def require() -> None:
         more = f" and {len(_missing) - 1} others of llama-mod.h" if len(_missing) > 1 else ""
         raise UserError(
             f"the installed llama.cpp is not the patched one: it lacks {_missing[0]}{more}",
-            "run `mod-export build`",
+            patched_cure(),
         )
 
 

@@ -9,6 +9,7 @@ Example:
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,24 @@ UNCHECKED_CONTEXT_TOKENS = 1 << 20
 # Bytes of a cell's position, shift and sequences, in each cache (llama-kv-cells.h).
 CELL_LIST_BYTES = 48
 MAX_CONTEXT_TOKENS = 1 << 31
+OUT_OF_MEMORY = re.compile("alloc|out of memory|not enough memory|mmap failed|mlock", re.IGNORECASE)
+SAY_SO = "please report it, with the file's `mod-export inspect`"
+GET_OR_MAKE_AGAIN = "get or make the file again"
+# The reasons that llama.cpp logs, and what helps; for all others the file is at fault.
+LOAD_CURES = (
+    (
+        re.compile("unknown model architecture"),
+        "use a model of an architecture that llama.cpp knows; a newer mod-export may know it",
+    ),
+    (
+        re.compile("is not MoD-aware"),
+        "use the model without routers (`mod-export export --dense`), or convert one of an "
+        "architecture that is (docs/explanation/limits.md)",
+    ),
+    (re.compile("this build (reads|knows)"), "use a newer mod-export"),
+    (OUT_OF_MEMORY, "free some memory, or use a smaller quantisation"),
+    (re.compile("failed to open|Permission denied"), "check its permissions"),
+)
 REASON_PREFIXES = (
     "error loading model: ",
     "error loading model hyperparameters: ",
@@ -81,15 +100,18 @@ def load_error(path: str | os.PathLike, n_ctx: int, exc: Exception, log: list[st
         return UserError(f"{path} has a broken chat template: {exc}", "get the file again")
     why = reason(log) or str(exc)
     if "context" in str(exc):
-        cure = "use a smaller context" if "alloc" in why else ""
+        cure = "use a smaller context" if OUT_OF_MEMORY.search(why) else SAY_SO
         return UserError(f"cannot create a context of {n_ctx} tokens for {path}: {why}", cure)
     if not reason(log) and not str(exc).startswith("Failed"):  # llama_cpp never asked llama.cpp
         return UserError(f"cannot open {path}: {exc}", "check the arguments")
-    stock_meets_mod = not bindings.patched() and "wrong number of tensors" in why
-    cure = "a MoD file needs the patched llama.cpp: run `mod-export build`"
-    if not stock_meets_mod:
-        cure = "make the file again"
-    return UserError(f"cannot load {path}: {why}", cure)
+    return UserError(f"cannot load {path}: {why}", _cure_of_load(why))
+
+
+def _cure_of_load(why: str) -> str:
+    """What helps where llama.cpp does not open a file, by the reason that it logged."""
+    if not bindings.patched() and "wrong number of tensors" in why:
+        return f"a MoD file needs the patched llama.cpp: {bindings.patched_cure()}"
+    return next((cure for pattern, cure in LOAD_CURES if pattern.search(why)), GET_OR_MAKE_AGAIN)
 
 
 def decode_error(exc: Exception, log: list[str]) -> UserError:
@@ -114,7 +136,7 @@ def check_file(path: str | os.PathLike) -> None:
         with file.open("rb") as f:
             magic = f.read(4)
     except OSError as exc:
-        raise UserError(f"cannot read {path}: {exc.strerror}") from exc
+        raise UserError(f"cannot read {path}: {exc.strerror}", "check its permissions") from exc
     if magic != b"GGUF":
         raise UserError(
             f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory"

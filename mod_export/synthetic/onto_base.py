@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mod_export.common.files import atomic_file
+from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
@@ -62,14 +63,16 @@ def onto(
     }
     with atomic_file(output, force) as tmp:
         for number in range(rounds):
-            write_routers(Path(base), tmp, config, routers)
-            active, score = _trace(tmp, text)
+            with stage(f"running the model, round {number + 1} of {rounds}"):
+                write_routers(Path(base), tmp, config, routers)
+                active, score = _trace(tmp, text)
             logger.info(
                 f"fitting biases, round {number + 1} of {rounds}: activation {active.mean():.3f}, "
                 f"by unit {active.mean(0).min():.3f} to {active.mean(0).max():.3f}"
             )
             _move_biases(config, routers, score[options.sink_tokens :])
-        write_routers(Path(base), tmp, config, routers)
+        with stage(f"writing {output}"):
+            write_routers(Path(base), tmp, config, routers)
 
 
 def _trace(path: Path, text: str | None) -> tuple[np.ndarray, np.ndarray]:

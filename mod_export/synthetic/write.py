@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType, GGUFWriter
 
 from mod_export.common.files import atomic_file
+from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import schema
@@ -72,8 +73,9 @@ def synth(
         plan = list(synth_shape.weights(shape, type))
         _check_space(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
         logger.info("drawing tokens and routers")
-        weights = Weights(shape, type, seed)
-        added = _router_tensors(config, weights)
+        with stage("drawing"):
+            weights = Weights(shape, type, seed)
+            added = _router_tensors(config, weights)
         for target in targets:
             is_mod = target is targets[0]
             _write_header(

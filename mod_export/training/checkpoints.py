@@ -15,6 +15,7 @@ from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
 
 NAME = "checkpoint.pt"
+AFRESH = "start without --resume, and with --force"
 PARTS = {"weights", "optimizer", "step", "control", "run", "thresholds", "buffers"}
 
 
@@ -57,11 +58,9 @@ def load(run: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]})", "start without --resume"
-        ) from error
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})", AFRESH) from error
     if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise UserError(f"{path} is no checkpoint of a training run", "start without --resume")
+        raise UserError(f"{path} is no checkpoint of a training run", AFRESH)
     return state
 
 
@@ -86,9 +85,7 @@ def restore(student, optimizer, state: dict) -> None:
             _plain(optimizer).state.clear()
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the checkpoint does not fit the model ({reason})", "start without --resume"
-        ) from error
+        raise UserError(f"the checkpoint does not fit the model ({reason})", AFRESH) from error
 
 
 def check(state: dict, expected: dict) -> None:
@@ -102,7 +99,7 @@ def check(state: dict, expected: dict) -> None:
             was, value = before.get(name), now.get(name)
             raise UserError(
                 f"the checkpoint was made with another {name}: {_short(was)}, now {_short(value)}",
-                "resume with the same arguments, or start without --resume",
+                f"resume with the same arguments, or {AFRESH}",
             )
 
 

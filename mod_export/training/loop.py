@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from mod_export.calibration.thresholds import MAX_LOGIT
+from mod_export.common.progress import Progress, stage
 from mod_export.data.packing import PackedData, order
 from mod_export.data.repeats import counted
 from mod_export.errors import UserError
@@ -123,7 +124,8 @@ class Loop:
             if step == self.steps // 2 != first:  # a checkpoint of this step is written after it
                 with log.aside() if log else contextlib.nullcontext():
                     callback.on_half(self, step)
-            seen = self._gradients(step, stop)
+            with stage("the first step") if step == first else contextlib.nullcontext():
+                seen = self._gradients(step, stop)
             # A step may have spoilt the weights, so a checkpoint waits until a loss has seen them.
             if self._stopped(stop):
                 self.save(step)
@@ -267,7 +269,7 @@ class Loop:
         sums = torch.zeros(4, dtype=torch.float64)
         active, novel, share = 0.0, 0, 0.0
         self.student.eval()
-        for i in range(len(self.held_out)):
+        for i in Progress().count("reading held-out text", range(len(self.held_out))):
             item = self.held_out[i]
             ids = item["input_ids"].to(self.accelerator.device)
             with self.accelerator.autocast():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mod_export.common.progress import stage
 from mod_export.data.packing import PackedData
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
@@ -21,6 +23,8 @@ from mod_export.training.controller import Controller, groups_of
 from mod_export.training.loop import Setup
 from mod_export.training.relaxation import Relaxation
 from mod_export.training.student import LossWeights, Student
+
+logger = logging.getLogger(__name__)
 
 # Learning rate of a bias over that of weights. A bias moves its unit's activation, weights tell
 # tokens apart.
@@ -95,7 +99,9 @@ def load_teacher(source: Source, config: TrainConfig):
     if not config.teacher and config.parameters != "full":
         return None
     name = config.teacher or source.directory
-    teacher, tokenizer = loading.load(name, getattr(torch, config.dtype))
+    logger.info(f"loading the teacher {name}")
+    with stage("loading the teacher"):
+        teacher, tokenizer = loading.load(name, getattr(torch, config.dtype))
     teacher.requires_grad_(False)
     check_teacher(teacher, tokenizer, source.model, config)
     return teacher

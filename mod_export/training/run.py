@@ -24,6 +24,7 @@ import torch
 
 from mod_export import adapter
 from mod_export.common.files import check_dir, locked
+from mod_export.common.progress import stage
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.data.packing import PackedData, open_data, split
 from mod_export.errors import UserError
@@ -83,14 +84,16 @@ def train(
     with _one_voice(accelerator.is_main_process):
         _warn_of_slow_precision(accelerator)
         logger.info(f"loading {directory}")
-        model = MoDModel.load(directory, getattr(torch, config.dtype))
+        with stage(f"loading {directory}"):
+            model = MoDModel.load(directory, getattr(torch, config.dtype))
         _check_model(directory, model, config)
         with accelerator.main_process_first():  # the others find the tokens in the cache
             data, held_out = _data(model, config)
             output.run.mkdir(exist_ok=True)
         name = str(model.config.calibration.get("model") or Path(directory).resolve().name)
         with alone(output.run) if accelerator.is_main_process else contextlib.nullcontext():
-            identity = adapter.base_identity(model.base, model.tokenizer, name)
+            with stage("identifying the base model"):
+                identity = adapter.base_identity(model.base, model.tokenizer, name)
             source = Source(directory, model, identity, data, held_out)
             return _run(source, config, accelerator, output)
 
@@ -280,7 +283,10 @@ def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]
     """
     longest = architectures.context_length(model.base) or config.length
     if config.length > longest:
-        raise UserError(f"sequences of {config.length} tokens", f"the model's context is {longest}")
+        raise UserError(
+            f"sequences of {config.length} tokens do not fit the model's context of {longest}",
+            f"use --length {longest} or less",
+        )
     window = model.config.kv_window
     if KV in model.config.units and config.length <= window:
         raise UserError(
@@ -292,10 +298,25 @@ def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]
     least = config.held_out + MIN_SEQUENCES
     if len(data) < least:
         raise UserError(
-            f"data too short: {len(data)} sequences of {config.length} tokens",
-            f"give at least {least}: more text, a larger --limit or a smaller --length",
+            f"data too short: {len(data)} sequences of {config.length} tokens where {least} are "
+            "needed",
+            _longer_data(
+                config, data.source.count // least, window if KV in model.config.units else 0
+            ),
         )
     return split(data, config.held_out)
+
+
+def _longer_data(config: TrainConfig, length: int, window: int) -> str:
+    """The cure for data that are too short; `length` is the longest that would do."""
+    cures = ["give more text"]
+    if config.limit is not None:
+        cures.append("a larger --limit")
+    if length >= max(16, window + 1):
+        cures.append(f"use --length {length} or less")
+    elif config.held_out > 1:
+        cures.append("fewer --held-out")
+    return ", or ".join(cures)
 
 
 def clear(run: Path) -> None:

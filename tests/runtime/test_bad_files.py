@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mod_export.errors import UserError
-from mod_export.runtime import MoDLlama, bindings
+from mod_export.runtime import MoDLlama, bindings, log
 from mod_export.runtime.log import check_context
 from tests.support import tiny_vocab
 from tests.support.bad_gguf import MODELS, ROUTERS, set_key, set_token, tiny, write_edited
@@ -168,8 +168,41 @@ def test_an_architecture_that_is_not_mod_aware(tmp_path):
     plain = Tiny(**{**model.__dict__, "routers": {}})
     mod, dense = model.write(tmp_path / "mod.gguf"), plain.write(tmp_path / "dense.gguf")
     bad, good = run_all([["chat", mod, "--prompt", "hi"], ["chat", dense, "--prompt", "hi"]])
-    refused(bad, "internlm2" if bindings.patched() else "wrong number of tensors")
+    # to make the file again would not help
+    refused(bad, "internlm2", "use the model without routers")
     refused(good, "no chat template")
+
+
+def test_an_unknown_architecture_needs_another_model(tmp_path):
+    """The file is whole: to make it again would not help."""
+    file = Tiny(**{**tiny().__dict__, "arch": "llama9", "routers": {}}).write(tmp_path / "x.gguf")
+    with pytest.raises(UserError, match="unknown model architecture: 'llama9'; use a model of an"):
+        MoDLlama(file, n_ctx=64)
+
+
+@pytest.mark.parametrize(
+    ("why", "cure"),
+    [
+        ("unable to allocate CPU buffer", "free some memory"),
+        ("mmap failed: Cannot allocate memory", "free some memory"),
+        ("failed to open GGUF file x.gguf", "check its permissions"),
+        ("mod: key 'llama.mod.version' is 2, this build reads version 1", "use a newer mod-export"),
+        ("missing tensor 'blk.0.attn_q.weight'", "get or make the file again"),
+    ],
+)
+def test_the_cure_follows_the_reason(why, cure):
+    error = log.load_error("x.gguf", 64, ValueError("Failed to load model"), [why])
+    assert error.message == f"cannot load x.gguf: {why}" and error.cure.startswith(cure)
+
+
+def test_a_library_that_a_variable_names(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert bindings.patched_cure() == "run `mod-export build`"
+    (tmp_path / "libggml.so").touch()
+    assert bindings.patched_cure().startswith(f"take {tmp_path} out of LD_LIBRARY_PATH")
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", "/usr/lib")
+    assert bindings.patched_cure().startswith("unset LLAMA_CPP_LIB_PATH")
 
 
 def test_truncated_at_any_offset(tmp_path):
@@ -215,5 +248,7 @@ def test_a_mod_file_on_a_stock_llama_cpp(tmp_path, run_cli):
         "chat", file, "--prompt", "hi", LLAMA_CPP_LIB_PATH=str(stock_lib()), LD_LIBRARY_PATH=""
     )
     refused(
-        (done.returncode, done.stdout, done.stderr), "wrong number of tensors", "mod-export build"
+        (done.returncode, done.stdout, done.stderr),
+        "wrong number of tensors",
+        "unset LLAMA_CPP_LIB_PATH",
     )

@@ -261,10 +261,6 @@ def test_the_command(folder, tmp_path, run_cli):
         (["mod", "--text", "none.txt"], "cannot read none.txt"),
         (["mod", "--text", "empty.txt"], "empty.txt: text too short"),
         (
-            ["mod", "--text", "text.txt", "--length", "128", "--count", "900"],
-            "text.txt: text too short",
-        ),
-        (
             ["mod.gguf", "--text", "text.txt", "--length", "4096"],
             "do not fit the context of mod.gguf, 2048",
         ),

@@ -2,10 +2,14 @@
 
 import io
 import logging
+import threading
+import time
+
+import pytest
 
 from mod_export.cli.output import hide_messages, show_messages
 from mod_export.common import progress as progress_module
-from mod_export.common.progress import Progress
+from mod_export.common.progress import Progress, stage
 
 
 class Terminal(io.StringIO):
@@ -19,12 +23,42 @@ def test_without_a_terminal_lines_come_now_and_then(monkeypatch):
     progress = Progress(stream)
     for item in progress.count("prefill", range(8)):
         now[0] = 10.0 * (item + 1)
-    # the first 15 s are silent, and so are 15 s after each line
+    # the first 5 s are silent, and so are 15 s after each line
     assert stream.getvalue().splitlines() == [
-        "prefill: 3 of 8, 1:00 left",
-        "prefill: 5 of 8, 0:40 left",
-        "prefill: 7 of 8, 0:20 left",
+        "prefill: 2 of 8, 1:10 left",
+        "prefill: 4 of 8, 0:50 left",
+        "prefill: 6 of 8, 0:30 left",
+        "prefill: 8 of 8, 0:10 left",
     ]
+
+
+def test_work_in_one_piece_tells_its_time(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "mod_export")
+    with stage("loading"):
+        pass
+    assert caplog.messages == []
+    monkeypatch.setattr(progress_module, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.01)
+    with pytest.raises(ValueError, match="wrong"), stage("loading"):
+        while len(caplog.messages) < 2:
+            time.sleep(0.01)
+        raise ValueError("wrong")
+    assert set(caplog.messages) == {"loading: 0:00 so far"}
+    assert not [thread for thread in threading.enumerate() if "tell" in thread.name]
+
+
+def test_a_process_whose_logger_is_off_shows_nothing(monkeypatch):
+    monkeypatch.setattr(progress_module, "FIRST_SECONDS", -1.0)
+    package, stream = logging.getLogger("mod_export"), io.StringIO()
+    before = package.level
+    package.setLevel(logging.CRITICAL + 1)
+    try:
+        Progress(stream).show("a line")
+    finally:
+        package.setLevel(before)
+    assert stream.getvalue() == ""
+    Progress(stream).show("a line")
+    assert stream.getvalue() == "a line\n"
 
 
 def test_a_share_and_a_note(monkeypatch):

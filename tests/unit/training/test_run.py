@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mod_export import adapter
+from mod_export.common import progress
 from mod_export.data.packing import open_data, split
 from mod_export.data.text import default_texts
 from mod_export.errors import UserError
@@ -254,9 +255,10 @@ def test_answers_weigh_the_same_in_one_forward_and_in_two(files, tmp_path):
             {"target": {"kv": 0.5, "attn": 0.5, "ffn": 0.5}},
             "target activation for ffn, which is not routed",
         ),
-        ({"length": 1024}, "the model's context is 512"),
+        ({"length": 1024}, "the model's context of 512; use --length 512 or less"),
         ({"length": 8}, "8 tokens fit in the window of 8"),
-        ({"length": 500, "held_out": 30}, "data too short"),
+        ({"length": 500, "held_out": 30}, "10 sequences .* 36 are needed; .* --length 139 or less"),
+        ({"length": 500, "limit": 900}, "data too short: .*, or a larger --limit, or use --length"),
         ({"data": ("no-such-file.txt",)}, "no-such-file.txt"),
         ({"method": "static"}, "static dropping has no routers"),
         ({"kl_weight": 0.0}, "all weights of the loss are 0"),
@@ -266,6 +268,27 @@ def test_arguments_that_do_not_fit(files, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(files / "mod", tmp_path / "out", config(files, **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_tells_its_time(files, tmp_path, monkeypatch, caplog, capsys):
+    """A run that takes minutes before its first step says what it does."""
+    monkeypatch.setattr(progress, "FIRST_SECONDS", -1.0)
+    caplog.set_level(logging.INFO, "mod_export")
+    train(
+        files / "mod",
+        tmp_path / "out",
+        config(files, tokens=2 * LENGTH, teacher=str(files / "mod")),
+    )
+    told = [message.split(":")[0] for message in caplog.messages if message.endswith("so far")]
+    assert told == [
+        f"loading {files / 'mod'}",
+        "reading the texts",
+        "identifying the base model",
+        "loading the teacher",
+        "the first step",
+    ]
+    shown = {line.split(":")[0] for line in capsys.readouterr().err.splitlines()}
+    assert shown >= {"measuring what drifts", "measuring activation", "reading held-out text"}
 
 
 def test_without_matplotlib_there_are_no_plots_but_a_model(
