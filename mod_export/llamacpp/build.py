@@ -55,6 +55,8 @@ FLAGS = {
 }
 C_COMPILERS = ("cc", "gcc", "clang")
 CXX_COMPILERS = ("c++", "g++", "clang++")
+# cmake takes these beside CXXFLAGS.
+MORE_FLAGS = ("CFLAGS", "CUDAFLAGS", "LDFLAGS")
 MARKER = "build.json"
 BYTES_PER_JOB = 2 << 30  # memory that the largest compilation units take
 LOGGED_PERCENT = 20  # between two lines of progress in a log
@@ -100,7 +102,8 @@ def build(
             logger.info(f"llama.cpp is built already: {lib}")
             return lib
         source = llama_source.source_dir(stock, sdist) / llama_source.LLAMA_CPP
-        _compile(source, lib, flags, jobs or default_jobs())
+        patches = None if stock else llama_source.patches_digest()
+        _compile(source, lib, flags, jobs or default_jobs(), patches)
     if not extra:
         _last_build_note(cuda, stock).write_text(name)
     return lib
@@ -209,6 +212,7 @@ def _key(flags: dict[str, str], stock: bool) -> str:
         os.environ.get("CXXFLAGS"),
         cpu_features(),
     ]
+    parts += [(name, os.environ[name]) for name in MORE_FLAGS if os.environ.get(name)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -222,8 +226,12 @@ def _lock(name: str) -> Iterator[None]:
         yield
 
 
-def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
+def _compile(
+    source: Path, lib: Path, flags: dict[str, str], jobs: int, patches: str | None
+) -> None:
     """Configure and build in the cache, and copy the libraries to `lib`.
+
+    patches: digest of the patches of the source, None for the stock one.
 
     The tree of an interrupted build stays, and the next build goes on with it.
     """
@@ -245,7 +253,8 @@ def _compile(source: Path, lib: Path, flags: dict[str, str], jobs: int) -> None:
     with atomic_dir(cache_dir("lib") / lib.name, force=True, marker=MARKER, cure=SET_CACHE) as tmp:
         for library in sorted((tree / "bin").glob("lib*")):
             shutil.copy2(library, tmp)
-        (tmp / MARKER).write_text(json.dumps({"name": lib.name, "flags": flags}, indent=1))
+        about = {"name": lib.name, "flags": flags, "patches": patches}
+        (tmp / MARKER).write_text(json.dumps(about, indent=1))
     shutil.rmtree(tree, ignore_errors=True)
     logger.info(f"built in {time.monotonic() - start:.0f} s: {lib}")
 

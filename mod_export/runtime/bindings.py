@@ -8,8 +8,11 @@ raises UserError. `patched()` tells which of the two libraries is loaded.
     n = bindings.llama_mod_n_units(llm.model)
 """
 
+import contextlib
 import ctypes
 import functools
+import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from mod_export.errors import UserError
+from mod_export.llamacpp import build as llama_build
+from mod_export.llamacpp import source as llama_source
 
 
 def patched_cure() -> str:
@@ -39,6 +44,8 @@ except ModuleNotFoundError as exc:
 except (FileNotFoundError, RuntimeError) as exc:
     # A variable names another library, or one that is none.
     raise UserError(f"cannot load llama.cpp: {exc}", patched_cure()) from exc
+
+logger = logging.getLogger(__name__)
 
 # enum llama_mod_force
 FORCES = ("none", "active", "inactive")
@@ -274,6 +281,22 @@ def require() -> None:
             f"the installed llama.cpp is not the patched one: it lacks {_missing[0]}{more}",
             patched_cure(),
         )
+
+
+@functools.cache
+def warn_of_other_patches() -> None:
+    """Log a line, once, where the loaded library was built from other patches than the package has.
+
+    That happens after an upgrade of the package.
+    """
+    marker = Path(_llama._lib._name).parent / llama_build.MARKER
+    with contextlib.suppress(OSError, ValueError, UserError):  # a library of the user's own
+        built_from = json.loads(marker.read_text()).get("patches")
+        if built_from != llama_source.patches_digest():
+            logger.warning(
+                "the loaded llama.cpp was built from other patches than this version has: "
+                f"{patched_cure()}"
+            )
 
 
 def n_units(model) -> int:

@@ -168,7 +168,7 @@ class MoDLlama(SafeLlama):
         self._thresholds_changed = False
         self._quiet = not verbose
         threads = _one("threads", threads, "n_threads", n_threads)
-        self._adaptive_threads = not threads
+        self._adaptive_threads = not threads and not n_threads_batch
         threads = threads or usable_cpus()
         read_file = functools.partial(
             super().__init__,
@@ -196,6 +196,8 @@ class MoDLlama(SafeLlama):
                 raise load_error(path, n_ctx, exc, log) from exc
         self._adapt_threads()
         self.units = self._read_units()
+        if self.units:
+            bindings.warn_of_other_patches()
         if threshold_shift:
             try:
                 self.set_shift(threshold_shift, reread=False)

@@ -17,6 +17,7 @@ from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
 from mod_export.llamacpp import source as llama_source
 from mod_export.llamacpp import wheel as llama_wheel
+from tests.support.oracle import make
 
 SYMBOL = b"llama_mod_n_units"
 
@@ -137,8 +138,34 @@ def test_key_follows_patches_flags_and_compiler(patches, monkeypatch):
     header.write_text(header.read_text() + "\n")
     assert llama_build._key(flags, stock=False) != key
     assert llama_build._key(flags, stock=True) == stock
-    monkeypatch.setenv("CXX", "clang++-of-another-day")
-    assert llama_build._key(flags, stock=True) != stock
+    for variable in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS", "CXX"):
+        with monkeypatch.context() as environment:
+            environment.setenv(variable, "clang++-of-another-day")
+            assert llama_build._key(flags, stock=True) != stock, variable
+
+
+def test_a_library_of_other_patches_says_so(tmp_path):
+    """As after an upgrade of the package, without `mod-export build`."""
+    file = make("kv").write(tmp_path / "mod.gguf")
+    lib = shutil.copytree(llama_build.patched_lib(), tmp_path / "lib")
+    code = (
+        "import logging, sys; logging.basicConfig(); from mod_export.runtime import MoDLlama\n"
+        "MoDLlama(sys.argv[1], n_ctx=64).close(); MoDLlama(sys.argv[1], n_ctx=64).close()"
+    )
+    said = []
+    for patches in (None, "of another day"):
+        if patches:
+            about = json.loads((lib / llama_build.MARKER).read_text()) | {"patches": patches}
+            (lib / llama_build.MARKER).write_text(json.dumps(about))
+        result = subprocess.run(
+            [sys.executable, "-c", code, file],
+            env=os.environ | {"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": str(lib)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(result.stderr.count("built from other patches"))
+    assert said == [0, 1]
 
 
 def test_wheel(tmp_path):
