@@ -364,6 +364,8 @@ def _tensor(
         raise UserError(
             f"{path}: tensor {name} has the unknown type {type}", "update the gguf package"
         )
+    if 0 in shape:
+        raise UserError(f"{path}: tensor {name} has no values", GET_AGAIN)
     block, block_bytes = ggml_types.block_layout(type)
     if block > 1 and (not shape or shape[0] % block):
         raise UserError(

@@ -21,7 +21,8 @@ import torch
 
 from mod_export.errors import UserError
 from mod_export.formats import schema
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import GET_AGAIN, GGUFFile
+from mod_export.formats.model_checks import check_model
 from mod_export.model import gguf_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ def _load_gguf(path: Path, dtype: torch.dtype):
     from mod_export.model import gguf_reading
 
     file = GGUFFile.open(path)
-    return gguf_reading.read_model(file, dtype), gguf_tokenizer.read_tokenizer(file)
+    check_model(file)
+    with _readable(path, GET_AGAIN):
+        return gguf_reading.read_model(file, dtype), gguf_tokenizer.read_tokenizer(file)
 
 
 def _load_directory(directory: Path, dtype: torch.dtype):
@@ -74,16 +77,18 @@ def _load_directory(directory: Path, dtype: torch.dtype):
 
 
 @contextlib.contextmanager
-def _readable(model: Path) -> Iterator[None]:
-    """Make one line of what transformers raises: many kinds, all about the directory or file."""
+def _readable(model: Path, cure: str = "") -> Iterator[None]:
+    """Make one line of what libraries raise: many kinds, all about the directory or file."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error):
             raise
-        raise UserError(f"cannot load {model}: {_first_line(error)}", _cure(error)) from error
+        raise UserError(
+            f"cannot load {model}: {_first_line(error)}", cure or _cure(error)
+        ) from error
 
 
 def _cure(error: Exception) -> str:
