@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -104,6 +105,7 @@ class CheckedSampler:
     ):
         self._chain, self._processors, self._can_fail = chain, processors, can_fail
         self._n_vocab = n_vocab
+        self._first = True
         self._candidates = np.zeros(n_vocab if can_fail else 0, CANDIDATE)
 
     def sample(self, ctx: _internals.LlamaContext, row: int = -1) -> int:
@@ -112,7 +114,12 @@ class CheckedSampler:
         Raises InputError where the row has no logits or NaN, or no token is left to draw, and what
         a logits processor raised.
         """
-        logits = row_logits(ctx, row, self._n_vocab)
+        if self._can_fail or self._first:
+            logits = row_logits(ctx, row, self._n_vocab)
+            self._first = False
+        else:  # NaN that is in a weight was there in the first row, other NaN reaches all logits
+            logits = row_pointer(ctx, row)
+            check_numbers(logits[0])
         if not self._can_fail:
             return self._chain.sample(ctx, row)
         token = self._draw(logits)
@@ -143,15 +150,26 @@ class CheckedSampler:
         self._chain.close()
 
 
+def row_pointer(ctx: _internals.LlamaContext, row: int) -> Any:
+    """A pointer to the logits of a row of the last batch. Raises InputError where it has none."""
+    pointer = llama_cpp.llama_get_logits_ith(ctx.ctx, row)
+    if not pointer:
+        raise InputError(f"row {row} of the last batch has no logits", "evaluate tokens first")
+    return pointer
+
+
 def row_logits(ctx: _internals.LlamaContext, row: int, n_vocab: int) -> np.ndarray:
     """The logits of a row of the last batch, float32 [n_vocab], valid until the next batch.
 
     Raises InputError where the row has none, or some that are NaN: llama.cpp would sort those.
     """
-    pointer = llama_cpp.llama_get_logits_ith(ctx.ctx, row)
-    if not pointer:
-        raise InputError(f"row {row} of the last batch has no logits", "evaluate tokens first")
-    logits = np.ctypeslib.as_array(ctypes.cast(pointer, FLOATS), (n_vocab,))
-    if np.isnan(np.dot(logits, logits)):  # a fifth of the time that isnan takes on each
-        raise InputError("the model computes NaN", "make the file again")
+    pointer = ctypes.cast(row_pointer(ctx, row), FLOATS)
+    logits = np.ctypeslib.as_array(pointer, (n_vocab,))
+    check_numbers(np.dot(logits, logits))  # isnan of each takes twice as long
     return logits
+
+
+def check_numbers(value: float) -> None:
+    """Raise InputError where the value, made of logits, is NaN."""
+    if math.isnan(value):
+        raise InputError("the model computes NaN", "make the file again")

@@ -452,16 +452,11 @@ class MoDLlama(SafeLlama):
 
     # --- llama_cpp.Llama, made safe
 
-    def generate(self, tokens: Sequence[int], *args, **kwargs):
-        """Generate like llama_cpp.Llama.generate.
-
-        After a change of thresholds the prompt is read anew.
-        """
-        # A generator: the thresholds may change between this call and the first token.
+    def _before_generation(self) -> None:
+        """Have the prompt read anew after a change of thresholds."""
         if self._thresholds_changed:
             self.reset()
             self._thresholds_changed = False
-        yield from super().generate(tokens, *args, **kwargs)
 
     @functools.cached_property
     def _dense_digest(self) -> str:
@@ -499,6 +494,7 @@ class MoDLlama(SafeLlama):
                 self.reset()
             why = reason(log) or "it is damaged, or too long for the context"
             raise StateMismatchError(f"cannot load the state: {why}", "read its tokens again")
+        self._changes += 1
         self.input_ids[:n] = state.input_ids[:n]
         if self._logits_all:
             self.scores[:n] = state.scores if len(state.scores) == n else np.nan
@@ -514,6 +510,7 @@ class MoDLlama(SafeLlama):
 
         Raises UserError where the context is too small, and StoppedError after `stop` was set.
         """
+        self._changes += 1
         pending = self._ids(tokens)
         if self.n_tokens + len(pending) > self.n_ctx():
             raise UserError(

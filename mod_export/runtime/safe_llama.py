@@ -80,6 +80,7 @@ class SafeLlama(llama_cpp.Llama):
     n_tokens: int
     input_ids: np.ndarray
     _guard: Guard
+    _changes = 0  # how often calls have changed what the context holds
     _quiet = True
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -211,6 +212,16 @@ class SafeLlama(llama_cpp.Llama):
         can_fail = processors is not None or grammar is not None
         return CheckedSampler(chain, self._n_vocab, processors, can_fail)
 
+    def reset(self) -> None:
+        """Forget the tokens that were read."""
+        self._changes += 1
+        super().reset()
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens like llama_cpp.Llama.eval."""
+        self._changes += 1
+        super().eval(self._ids(tokens))
+
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """Draw a token like llama_cpp.Llama.sample. Raises InputError where nothing was read."""
         if self.n_tokens == 0 or self._requires_eval:
@@ -233,14 +244,20 @@ class SafeLlama(llama_cpp.Llama):
         if not options["tokens"] and (options.get("reset", True) or not self.n_tokens):
             raise InputError("the prompt has no tokens", "give at least one token")
         options["stopping_criteria"] = self._criteria(options.get("stopping_criteria"))
+        self._before_generation()
         steps, sent = super().generate(**options), None
+        read, known = np.zeros(self._n_ctx, np.intc), 0  # what the context holds for this stream
         try:
             while True:
                 token = steps.send(sent)
-                read, sampler, self._sampler = self._input_ids.copy(), self._sampler, None
+                n, changes = self.n_tokens, self._changes
+                read[known:n] = self.input_ids[known:n]
+                known = n if self.draft_model is None else 0  # tokens of a draft are taken back
+                sampler, self._sampler = self._sampler, None
                 sent = yield token
                 sent = None if sent is None else self._ids(sent)
-                self._read_again(read)
+                if (n, changes) != (self.n_tokens, self._changes):
+                    self._read_again(read[:n])
                 self._sampler = sampler
         except StopIteration:
             self._sampler = None
@@ -250,12 +267,15 @@ class SafeLlama(llama_cpp.Llama):
         finally:
             steps.close()
 
+    def _before_generation(self) -> None:
+        """What a subclass does before the first step of a generation."""
+
     def _read_again(self, ids: np.ndarray) -> None:
         """Have the context hold these tokens, which it does where no other call has used it."""
         if np.array_equal(self._input_ids, ids):
             return
         self.n_tokens = self.longest_token_prefix(self._input_ids, ids)
-        self.eval(ids[self.n_tokens :])
+        self.eval(ids[self.n_tokens :].tolist())
 
     def _criteria(self, criteria: Any) -> _Criteria | None:
         if criteria is None or isinstance(criteria, _Criteria):
