@@ -17,6 +17,7 @@ from mod_export.common.files import atomic_file
 from mod_export.common.plots import save_figure
 from mod_export.common.progress import Progress
 from mod_export.common.text import clock
+from mod_export.errors import UserError
 from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,11 @@ class Log:
         )
 
     def _write(self, row: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as exc:
+            raise UserError(f"cannot write {self.path}: {exc.strerror}", "make room") from exc
         if self.board is not None:
             for name, value in _flat(row):
                 self.board.add_scalar(name, value, row["step"])

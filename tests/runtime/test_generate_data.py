@@ -315,7 +315,7 @@ def test_errors(models, prompts, tmp_path, run_cli):
                 "--max-tokens",
                 24,
             ],
-            "wrote nothing",
+            "wrote nothing; use a larger --ctx, or prompts of at most 232 tokens",
         ),
         (
             [
@@ -331,7 +331,11 @@ def test_errors(models, prompts, tmp_path, run_cli):
                 "--count",
                 5,
             ],
-            "came to nothing",
+            "came to nothing; use a larger --ctx",
+        ),
+        (
+            [models["chat"], "-o", out, "--count", 1, "--max-tokens", 1],
+            "came to nothing; use more --max-tokens, or give --prompts",
         ),
         ([tmp_path / "none.gguf", "-o", out, "--count", 1], "does not exist"),
     ):

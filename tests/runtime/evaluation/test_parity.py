@@ -74,6 +74,15 @@ def test_the_command_and_its_exit_codes(tmp_path, dense, run_cli):
     export(tmp_path / "mod", file, base=dense)
     with pytest.raises(UserError, match="routes kv in layer 5"):
         verify(file, tmp_path / "fewer", n_tokens=64)
+    # a text that is shorter is taken as it is, if it says anything
+    (tmp_path / "short.txt").write_text("A lighthouse stands where the coast is dark. " * 4)
+    (tmp_path / "tiny.txt").write_text("A lighthouse.")
+    text = ("verify", file, "--reference", tmp_path / "mod", "--text")
+    short = run_cli(*text, tmp_path / "short.txt", "--json")
+    assert short.returncode == 0 and "note: the text has 37 tokens, not 1024" in short.stderr
+    assert json.loads(short.stdout)["tokens"] == 37
+    none = run_cli(*text, tmp_path / "tiny.txt")
+    assert none.returncode == 2 and "tokens where 16 are needed; give more text" in none.stderr
     common = ("verify", file, "--tokens", 64, "--threads", 1, "--json", "--reference")
     same, other = run_cli(*common, tmp_path / "mod"), run_cli(*common, tmp_path / "other")
     assert (same.returncode, other.returncode) == (0, 1), same.stderr + other.stderr
