@@ -24,6 +24,7 @@ from mod_export.formats.ggml_types import EXPORT_FORMATS, FLOAT_NAMES
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
 from mod_export.llamacpp import converter
+from mod_export.model import gguf_account
 
 DEFAULT_QUANT = "q8_0"
 
@@ -60,6 +61,8 @@ def export(
         )
     if base is not None:
         schema.check_base(GGUFFile.open(base), config, routers)
+        if adapter is None:
+            gguf_account.check_base(directory, GGUFFile.open(base))
     with (
         atomic_file(output, force) as target,
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder,
@@ -104,6 +107,7 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, folder:
             )
         with stage("comparing the tokenizer"):
             _check_tokenizer(directory, plain)
+        plain = _with_additions(directory, plain)
         if quant in FLOAT_NAMES:
             return plain
     if quant is None:
@@ -112,6 +116,25 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, folder:
     with stage(f"quantising to {quant}"):
         converter.quantize(plain, quantised, quant)
     return quantised
+
+
+def _with_additions(directory: Path, plain: Path) -> Path:
+    """The GGUF with what llama.cpp's converter left out of it, in a new file if there is any."""
+    source = GGUFFile.open(plain)
+    added = gguf_account.account(directory, source)
+    if not added:
+        return plain
+    complete = plain.with_name("complete.gguf")
+    with complete.open("wb") as file:
+        rewrite(
+            source,
+            file,
+            added_keys=added.keys,
+            dropped_keys=added.dropped,
+            added_tensors=added.tensors,
+        )
+    plain.unlink()
+    return complete
 
 
 def _check_tokenizer(directory: Path, plain: Path) -> None:

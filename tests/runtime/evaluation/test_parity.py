@@ -65,6 +65,29 @@ def test_shapes_through_the_converter(tmp_path, shape):
     assert result["passed"], report(result)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+ROTARY = {
+    "a scale": YARN | {"attention_factor": 1.0},
+    "other betas": YARN | {"beta_fast": 16.0, "beta_slow": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.3 * i for i in range(8)],
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_what_the_converter_leaves_out_is_in_the_file(tmp_path, name):
+    """KL was 0.11, 0.006 and 0.3 before export added what the converter has no rule for."""
+    rope = {"rope_theta": 10000.0} | ROTARY[name]
+    tiny.save_dir(tmp_path / "mod", UNITS["kv"], rope_parameters=rope)
+    export(tmp_path / "mod", tmp_path / "mod.gguf", quant="f32")
+    result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=200, length=200, threads=1)
+    assert result["passed"], report(result)
+
+
 def test_the_command_and_its_exit_codes(tmp_path, dense, run_cli):
     """0 where they agree, 1 where they do not, 2 where they cannot be compared."""
     tiny.save_dir(tmp_path / "mod", UNITS["kv"])
