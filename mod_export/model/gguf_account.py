@@ -179,10 +179,11 @@ def _rotary_additions(directory: Path, config: dict, graph: Graph, file: GGUFFil
     if wanted.by_length:
         added.keys.append((f"{prefix}type", "string", "longrope"))
         added.keys.append((f"{prefix}original_context_length", "u32", wanted.original))
-        added.tensors |= {SHORT: plain / wanted.short, LONG: plain / wanted.long}
+        factors = {SHORT: plain / wanted.short, LONG: plain / wanted.long}
     else:
         added.keys.append((f"{prefix}type", "string", "none"))
-        added.tensors[FREQS] = plain / wanted.short
+        factors = {FREQS: plain / wanted.short}
+    added.tensors |= {name: values.astype(np.float32) for name, values in factors.items()}
     return added
 
 
