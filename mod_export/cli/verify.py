@@ -13,6 +13,12 @@ from mod_export.cli.options import json_flag, threads_option
     type=click.Path(),
     help="The MoD directory that FILE was exported from.",
 )
+@click.option(
+    "--dense",
+    metavar="ORIGINAL.gguf",
+    type=click.Path(),
+    help="The GGUF file that the model came from. Compare both with it too, with all units active.",
+)
 @click.option("--text", type=click.Path(), show_default="the packaged text", help="Text to run.")
 @click.option(
     "--tokens",
@@ -30,17 +36,19 @@ from mod_export.cli.options import json_flag, threads_option
 )
 @threads_option
 @json_flag
-def command(file, reference, text, tokens, length, threads, as_json):
+def command(file, reference, dense, text, tokens, length, threads, as_json):
     """Compare a GGUF in the runtime with its torch model.
 
-    The exit code is 1 where the GGUF FILE and the torch model differ too much.
+    The exit code is 1 where the GGUF FILE and the torch model differ too much. With --dense it is 1
+    too where one of them is not the original model when all units are active. A model that was
+    trained differs from its original.
     """
     from mod_export.common.text import json_text
     from mod_export.data.text import read_texts
     from mod_export.evaluation import parity
 
     result = parity.verify(
-        file, reference, read_texts([text]) if text else None, tokens, length, threads
+        file, reference, read_texts([text]) if text else None, tokens, length, threads, dense
     )
     click.echo(json_text(result, 1, float) if as_json else parity.report(result))
     return 0 if result["passed"] else 1

@@ -49,6 +49,13 @@ BOUNDS = {
     "lower": Bounds(0.85, 0.7, 0.5),
 }
 
+# Mean KL to the original GGUF with all units active, by the type of its weights. File and
+# torch model were made from these weights; llama.cpp rounds the activations for a quantised matrix.
+# The file's own rounding of the weights, by its type, comes on top.
+DENSE_KL = {"f32": 1e-5, "f16": 1e-3, "q8_0": 5e-3, "lower": 1e-2}
+ROUNDING_KL = {"f32": 0.0, "f16": 1e-3, "q8_0": 5e-3, "lower": 0.1}
+DENSE_SIDES = ("file", "torch")
+
 
 def verify(
     file,
@@ -57,12 +64,18 @@ def verify(
     n_tokens: int = 1024,
     length: int = 512,
     threads: int | None = None,
+    dense=None,
 ) -> dict:
     """Compare on sequences of `length` tokens of the text, n_tokens in all.
 
     docs/reference/result-files.md has the keys of the result. f32 files run with KV in f32 and
     without flash attention, so that the code is compared and not its rounding. Others run as they
-    are used, with KV in f16 and flash attention. A text that is shorter is taken whole. Raises
+    are used, with KV in f16 and flash attention. A text that is shorter is taken whole.
+
+    dense: the GGUF file that the model came from. File and torch model, with all units active, are
+    compared with it too, so that both cannot be wrong in the same way.
+
+    Raises
     UserError where file and directory do not hold the same units and thresholds, or the text is
     too short to say anything.
     """
@@ -101,11 +114,61 @@ def verify(
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
     result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
     failures = judge(result, BOUNDS[weights])
+    if dense is not None:
+        parts = [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]
+        result["dense"] = _compare_dense(llm, model, dense, parts, weights, threads)
+        failures += _judge_dense(result["dense"], model)
     return result | {
         "bounds": asdict(BOUNDS[weights]),
         "failures": failures,
         "passed": not failures,
     }
+
+
+def _compare_dense(llm, model, dense, parts, weights: str, threads: int | None) -> dict:
+    """KL of file and torch model, with all units active, from the dense GGUF that they came from.
+
+    Raises UserError where that file has routers, or another tokenizer.
+    """
+    from mod_export.runtime.llama import MoDLlama
+
+    options = {"n_ctx": llm.n_ctx(), "n_batch": llm.n_batch, "threads": threads}
+    original = MoDLlama(dense, flash_attn=False, type_k=0, type_v=0, logits_all=True, **options)
+    if original.units:
+        raise UserError(f"{dense} has routers", "give the file that the model was made from")
+    probe = llm.detokenize(parts[0])
+    if original.n_vocab() != llm.n_vocab() or original.tokenize(probe) != llm.tokenize(probe):
+        raise UserError(f"{dense} has another tokenizer", "give the original of the same model")
+    kind = precision(original.metadata.get("general.file_type", ""))
+    llm.force = "active"
+    rows: dict[str, list] = {side: [] for side in DENSE_SIDES}
+    with model.forced("active"):
+        for part in Progress().count("comparing with the original", parts):
+            expected = _runtime_logits(original, part)
+            rows["file"].append(compare_rows(expected, _runtime_logits(llm, part)))
+            rows["torch"].append(compare_rows(expected, _reference_run(model, part)[0]))
+    llm.force = "none"
+    original.close()
+    result = {
+        "file": str(dense),
+        "weights": kind,
+        "torch_bound": DENSE_KL[kind],
+        "file_bound": DENSE_KL[kind] + ROUNDING_KL[weights],
+    }
+    for side, found in rows.items():
+        every = np.concatenate(found)
+        result[side + "_kl"], result[side + "_top1"] = every[:, 0].mean(), every[:, 1].mean()
+    return result
+
+
+def _judge_dense(result: dict, model) -> list[str]:
+    trained = not model.config.base_is_original
+    return [
+        f"with all units active the {side}'s KL to {result['file']} is {kl:.3g}, above "
+        f"{result[f'{side}_bound']:g}" + (", as it may be for a trained model" if trained else "")
+        for side in DENSE_SIDES
+        if not (kl := result[f"{side}_kl"]) <= result[f"{side}_bound"]
+    ]
 
 
 def _load_reference(reference, threads: int | None):
@@ -145,6 +208,13 @@ def _reference_run(model, tokens: list[int]):
         trace.active[0].numpy().astype(bool),
         trace.logit[0].float().numpy(),
     )
+
+
+def _runtime_logits(llm, tokens: list[int]) -> np.ndarray:
+    """Logits [T, n_vocab] in llama.cpp."""
+    llm.reset()
+    llm.eval(tokens)
+    return llm.scores[: len(tokens)]
 
 
 def _runtime_run(llm, tokens: list[int]):
@@ -245,6 +315,10 @@ def report(result: dict) -> str:
             "mean_logit_diff",
         )
     ]
+    if dense := result.get("dense"):
+        for side in DENSE_SIDES:
+            name = f"mean_kl of {side} to the original"
+            rows.append([name, dense[f"{side}_kl"], dense[f"{side}_bound"]])
     margins = [d["margin"] for d in result["first_disagreements"]]
     if margins:
         rows.append(["margin of first differing decisions", max(margins), bounds["margin"]])

@@ -9,6 +9,7 @@ import pytest
 from mod_export.errors import UserError
 from mod_export.evaluation.parity import BOUNDS, report, verify
 from mod_export.export import export
+from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
 
@@ -86,6 +87,27 @@ def test_what_the_converter_leaves_out_is_in_the_file(tmp_path, name):
     export(tmp_path / "mod", tmp_path / "mod.gguf", quant="f32")
     result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=200, length=200, threads=1)
     assert result["passed"], report(result)
+
+
+def test_the_original_tells_where_both_are_wrong(tmp_path, dense, run_cli):
+    """File and directory agree; an original with another rotary embedding shows in both."""
+    tiny.save_dir(tmp_path / "mod", UNITS["kv"])
+    file, other = tmp_path / "mod.gguf", tmp_path / "other.gguf"
+    export(tmp_path / "mod", file, base=dense)
+    with other.open("wb") as out:
+        rewrite(GGUFFile.open(dense), out, changed_keys={"llama.rope.freq_base": 500.0})
+    command = ("verify", file, "--reference", tmp_path / "mod", "--tokens", 64, "--threads", 1)
+    right = run_cli(*command, "--dense", dense)
+    assert right.returncode == 0 and "mean_kl of torch to the original" in right.stdout
+    wrong = run_cli(*command, "--dense", other, "--json")
+    result = json.loads(wrong.stdout)
+    assert wrong.returncode == 1 and result["mean_kl"] <= 1e-5
+    assert [line.split("'s KL to")[0].split()[-1] for line in result["failures"]] == [
+        "file",
+        "torch",
+    ]
+    refused = run_cli(*command, "--dense", file)
+    assert refused.returncode == 2 and "has routers; give the file" in refused.stderr
 
 
 def test_the_command_and_its_exit_codes(tmp_path, dense, run_cli):
