@@ -16,7 +16,7 @@ import numpy as np
 
 from mod_export.formats import schema
 from tests.support import tiny_vocab
-from tests.support.mutated_gguf import ARRAY, F64, STRING, U32, Entry, Parts, join, split
+from tests.support.mutated_gguf import ARRAY, STRING, U32, Entry, Parts, join, split
 from tests.support.tiny_gguf import Tiny
 
 V = gguf.GGUFValueType
@@ -240,7 +240,7 @@ def set_tensor_type(name: str, type: int):
 
 
 # For each fault: the edit, words of the message, and the model of tiny_vocab. llama.cpp ends the
-# process on each of these, or llama_cpp.Llama raises what is no error for users.
+# process on most of these. On the others an exception was none for users, or named another trouble.
 MODELS = {
     "zeros over the text of a token": (set_token(100, b"t\0\0\0"), ["tokens", "'t'"], "bpe"),
     "two tokens of one text": (set_token(100, b"the"), ["tokens 100 and", "'the'"], "bpe"),
@@ -253,8 +253,8 @@ MODELS = {
         "spm",
     ),
     "a norm of halves": (
-        set_tensor_type("blk.2.attn_q_norm.weight", 1),
-        ["blk.2.attn_q_norm.weight", "F16", "F32"],
+        set_tensor_type("blk.2.attn_k_norm.weight", 1),
+        ["blk.2.attn_k_norm.weight", "F16", "F32"],
         "gemma3",
     ),
     "a matrix of integers": (
@@ -302,11 +302,6 @@ MODELS = {
     "a text that is not UTF-8": (
         add_key("general.name", STRING, b"caf\xe9"),
         ["not UTF-8"],
-        "bpe",
-    ),
-    "a number of the wrong kind": (
-        set_key("rms_epsilon", 1e-5, type=F64),
-        ["rms_epsilon"],
         "bpe",
     ),
 }
