@@ -11,6 +11,7 @@ memory use does not depend on the model's size. Temporary files lie beside the o
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
 from mod_export.llamacpp import converter
 from mod_export.model import gguf_account
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_QUANT = "q8_0"
 
@@ -152,7 +155,23 @@ def _check_tokenizer(directory: Path, plain: Path) -> None:
         cure = f"remove {hf_directory.VOCABULARY} from {directory} if its tokenizer was changed"
     else:
         cure = "llama.cpp's converter does not know this tokenizer"
-    vocabulary.check_tokenizer(plain, loading.load_tokenizer(directory), cure)
+    tokenizer = loading.load_tokenizer(directory)
+    vocabulary.check_tokenizer(plain, tokenizer, cure)
+    for token in vocabulary.unknown_ends(plain, _ends(directory)):
+        logger.warning(
+            f"note: generation_config.json ends an answer at {tokenizer.decode([token])!r}, the "
+            "GGUF file does not: it has one such token, and those that llama.cpp knows by name"
+        )
+
+
+def _ends(directory: Path) -> list[int]:
+    """The tokens that end an answer, as transformers generates."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    found = hf_directory.read_json(path, hf_directory.CONVERT_AGAIN).get("eos_token_id")
+    tokens = found if isinstance(found, list) else [found]
+    return [token for token in tokens if isinstance(token, int)]
 
 
 def _original_name(directory: Path) -> str:

@@ -8,6 +8,7 @@ check_tokenizer(Path("model.gguf"), tokenizer, "convert the Hugging Face directo
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from mod_export.data.probe_texts import PROBE_TEXTS, difference, special_texts
@@ -52,6 +53,16 @@ class Vocabulary:
         """
         with kept_log():  # llama.cpp warns of a BOS token that the text names itself
             return self._model.tokenize(text.encode(), True, names)
+
+    def ends(self, token: int) -> bool:
+        """Return whether an answer ends with this token."""
+        return llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+
+
+def unknown_ends(path: Path, ends: Iterable[int]) -> list[int]:
+    """Return those of the tokens `ends` with which an answer of a GGUF file does not end."""
+    with Vocabulary(path) as vocabulary:
+        return [token for token in ends if not vocabulary.ends(token)]
 
 
 def check_tokenizer(path: Path, tokenizer, cure: str) -> None:

@@ -3,6 +3,7 @@
 The vocabularies are the ggml-vocab-*.gguf of the source distribution.
 """
 
+import json
 import tarfile
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_difference_is_one_line_with_both_lists(vocabularies):
     assert str(error.value).count("[") == 2 and str(error.value).endswith("; do this")
 
 
-def test_the_vocabulary_of_a_file_comes_back_whole(vocabularies, run_cli, tmp_path):
+def test_the_vocabulary_of_a_file_comes_back_whole(vocabularies, run_cli, tmp_path, caplog):
     """SentencePiece scores are in no file that transformers writes; the converter invents some.
 
     With them comes the sampling that the file recommends.
@@ -90,7 +91,11 @@ def test_the_vocabulary_of_a_file_comes_back_whole(vocabularies, run_cli, tmp_pa
     model.save(tmp_path / "mod")
     again = loading.load_tokenizer(tmp_path / "mod")
     assert again(" a 1\n").input_ids == model.tokenizer(" a 1\n").input_ids
+    ends = {"eos_token_id": [2, original.get("tokenizer.ggml.tokens").index("▁a")]}
+    (tmp_path / "mod" / "generation_config.json").write_text(json.dumps(ends))
     export(tmp_path / "mod", tmp_path / "mod.gguf", "f32")
+    (told,) = [line for line in caplog.messages if "ends an answer" in line]
+    assert "ends an answer at 'a'" in told
     file = GGUFFile.open(tmp_path / "mod.gguf")
     for name, entry in original.key_entries.items():
         if name.startswith(("tokenizer.", "general.sampling.")):

@@ -143,6 +143,7 @@ def export_refused(run_cli, folder, *args) -> str:
     assert result.returncode == 2, result
     *warnings, error = result.stderr.splitlines()
     assert error.startswith("error: "), result.stderr
-    assert all(line.startswith("llama.cpp's converter: ") for line in warnings), result.stderr
+    told = ("llama.cpp's converter: ", " so far")  # progress, where the machine is busy
+    assert all(line.startswith(told[0]) or line.endswith(told[1]) for line in warnings), warnings
     assert sorted(folder.rglob("*")) == before
     return error
