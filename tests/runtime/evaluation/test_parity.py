@@ -122,7 +122,7 @@ def test_the_command_and_its_exit_codes(tmp_path, dense, run_cli):
     # a text that is shorter is taken as it is, if it says anything
     (tmp_path / "short.txt").write_text("A lighthouse stands where the coast is dark. " * 4)
     (tmp_path / "tiny.txt").write_text("A lighthouse.")
-    text = ("verify", file, "--reference", tmp_path / "mod", "--text")
+    text = ("verify", file, "--threads", 1, "--reference", tmp_path / "mod", "--text")
     short = run_cli(*text, tmp_path / "short.txt", "--json")
     assert short.returncode == 0 and "note: the text has 37 tokens, not 1024" in short.stderr
     assert json.loads(short.stdout)["tokens"] == 37
