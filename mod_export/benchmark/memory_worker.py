@@ -28,6 +28,10 @@ class ContextProbe:
         import llama_cpp as llama
 
         import mod_export.runtime.llama  # noqa: F401  (what a run imports is resident too)
+        from mod_export.runtime.assertions import AssertionFailure, guarded
+        from mod_export.runtime.log import check_file, load_error
+
+        check_file(file)
 
         @llama.llama_log_callback
         def keep(_level, text, _data):
@@ -42,7 +46,12 @@ class ContextProbe:
         params.no_alloc = True
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers = 0
-        self.model = llama.llama_model_load_from_file(os.fsencode(file), params)
+        try:
+            self.model = guarded(
+                lambda: llama.llama_model_load_from_file(os.fsencode(file), params)
+            )
+        except AssertionFailure as exc:
+            raise load_error(file, 0, exc, []) from exc
         if not self.model:
             raise self.failed(f"cannot load {file}")
         self.repacks = "CPU_REPACK model buffer" in self.log

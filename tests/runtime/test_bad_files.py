@@ -114,6 +114,15 @@ def test_what_would_end_the_process(answers, name):
     refused(answers[name], *MODELS[name][1])
 
 
+@pytest.mark.parametrize("name", ["two tokens of one text", "experts in use where there are none"])
+def test_the_measuring_process_of_fit(tmp_path, run_cli, name):
+    """It opens the file itself, and its end was told as a lack of memory."""
+    edit, words, model = MODELS[name]
+    file = write_edited(tmp_path / "bad.gguf", edit, model=model)
+    done = run_cli("fit", file, "--memory", "1GB")
+    refused((done.returncode, done.stdout, done.stderr), *words)
+
+
 def test_zeros_over_a_token_of_smollm2(tmp_path):
     """Eight zero bytes in a token gave a failed assertion, a backtrace and the exit code 134."""
     data = bytearray(short_smollm2(tmp_path / "whole.gguf", n_layer=1).read_bytes())
