@@ -8,6 +8,7 @@ Knows nothing of GGUF outputs; export.py turns the directory into one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,13 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.units import parse_kinds, parse_layers, routed_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
+
+CHECK_TOKENS = 192  # that a GGUF file is compared on
+CHECK_BATCH = 64  # tokens; logits of so many are held at once
+# The mean KL between runtime and torch may be so many times that of the rounding of activations,
+# which is an estimate, and so much more, because llama.cpp has GELU from a table of f16.
+CHECK_TIMES = 3.0
+CHECK_MARGIN = 1e-5
 
 
 def convert(
@@ -61,7 +69,7 @@ def convert(
         logger.info(f"loading {model}")
         with stage(f"loading {model}"):
             base, tokenizer = loading.load(model)
-        check_tokenizer(model, tokenizer)
+        check_against_runtime(loading.gguf_path(model), base, tokenizer)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
         kv_window = kv_window or min(
@@ -108,24 +116,64 @@ def convert_adapter(
         logger.info(f"loading {model}")
         with stage(f"loading {model}"):
             base, tokenizer = loading.load(model)
-        check_tokenizer(model, tokenizer)
+        check_against_runtime(loading.gguf_path(model), base, tokenizer)
         mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
             mod.save(tmp, force=True)  # `tmp` is there already, and empty
 
 
-def check_tokenizer(model: str, tokenizer) -> None:
-    """Raise UserError where `tokenizer` cuts a text as llama.cpp does not on the GGUF file MODEL.
+def check_against_runtime(path: Path | None, base, tokenizer) -> None:
+    """Compare a model and its tokenizer with what llama.cpp makes of their GGUF file.
 
-    Nothing is compared where MODEL is a directory, or no llama_cpp is installed.
+    path: None for a model from a directory, which needs no comparison. Without llama_cpp nothing is
+    compared, and a line of the log says so. Raises UserError where the tokenizer cuts a text in
+    another way, or the mean KL of the logits is larger than llama.cpp's rounding explains.
     """
-    from mod_export.model import gguf_tokenizer, loading
+    if path is None:
+        return
+    if not extras.is_installed("llama_cpp"):
+        logger.info(f"{path.name} is not compared with llama.cpp, which is not installed")
+        return
+    from mod_export.model import gguf_tokenizer
+    from mod_export.runtime import vocabulary
 
-    if (path := loading.gguf_path(model)) is not None and extras.is_installed("llama_cpp"):
-        from mod_export.runtime import vocabulary
+    vocabulary.check_tokenizer(path, tokenizer, gguf_tokenizer.USE_DIRECTORY)
+    kl, rounding = compare_logits(GGUFFile.open(path), base, tokenizer)
+    if not kl <= CHECK_TIMES * rounding + CHECK_MARGIN:  # written so that NaN fails too
+        raise UserError(
+            f"{path} gives other logits on the runtime than transformers' "
+            f"{base.config.model_type} with its weights: mean KL {kl:.2g} where rounding explains "
+            f"{rounding:.2g}",
+            gguf_tokenizer.USE_DIRECTORY,
+        )
+    logger.info(f"same logits on the runtime: mean KL {kl:.2g}, rounding explains {rounding:.2g}")
 
-        vocabulary.check_tokenizer(path, tokenizer, gguf_tokenizer.USE_DIRECTORY)
+
+def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
+    """Return two mean KL over CHECK_TOKENS tokens of the packaged text.
+
+    The first is that of the file on the runtime and the model in torch, the second that of the
+    model with and without llama.cpp's rounding of activations. K/V are f32 on both sides.
+    """
+    from mod_export.data.text import bos, default_texts, tokenize
+    from mod_export.metrics import divergence
+    from mod_export.model.activation_rounding import batch_logits
+    from mod_export.runtime.batch_logits import BatchLogitsLlama
+
+    n = min(CHECK_TOKENS, base.config.max_position_embeddings)
+    ids = bos(tokenizer) + tokenize(tokenizer, default_texts()[0][: 20 * n])
+    ids = [token for token in ids if token < base.config.vocab_size][:n]
+    llm = BatchLogitsLlama(
+        file.path, n_ctx=n, n_batch=CHECK_BATCH, flash_attn=False, type_k=0, type_v=0
+    )
+    kl = rounding = 0.0
+    with contextlib.closing(llm):
+        for tokens, logits, rounded in batch_logits(base, file, ids, CHECK_BATCH):
+            llm.eval(tokens)
+            kl += float(divergence(logits.new_tensor(llm.logits), logits)[0])
+            rounding += float(divergence(rounded, logits)[0])
+    return kl / len(ids), rounding / len(ids)
 
 
 def refuse_mod(model: str) -> None:

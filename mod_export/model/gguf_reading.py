@@ -22,8 +22,8 @@ from torch import nn
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile, Tensor
 from mod_export.model.gguf_rope import RopeFactors, rope_parameters
+from mod_export.model.gguf_tokenizer import USE_DIRECTORY
 
-USE_ORIGINAL = "convert the original Hugging Face directory"
 RMS_NORM = "attention.layer_norm_rms_epsilon"
 LAYER_NORM = "attention.layer_norm_epsilon"
 ROPE_TENSORS = {
@@ -195,7 +195,7 @@ def read_model(file: GGUFFile, dtype: torch.dtype) -> nn.Module:
     if rest := sorted(set(file.tensors) - taken):
         raise UserError(
             f"{file.path}: transformers' {row.model_type} has no place for the tensor {rest[0]}",
-            USE_ORIGINAL,
+            USE_DIRECTORY,
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -211,7 +211,7 @@ def architecture(file: GGUFFile) -> Architecture:
     if file.architecture not in ARCHITECTURES:
         raise UserError(
             f"{file.path}: GGUF files of the architecture {file.architecture} cannot be read",
-            f"{USE_ORIGINAL}; files of {', '.join(ARCHITECTURES)} can be read",
+            f"{USE_DIRECTORY}; files of {', '.join(ARCHITECTURES)} can be read",
         )
     return ARCHITECTURES[file.architecture]
 
@@ -290,7 +290,7 @@ class Keys:
     def _refusal(self, key: str, value: Any) -> UserError:
         return UserError(
             f"{self.path}: the key {self.name(key)} = {value} has no counterpart in transformers",
-            USE_ORIGINAL,
+            USE_DIRECTORY,
         )
 
 
@@ -341,7 +341,9 @@ def _position_fields(
         keys.require("rope.freq_base_swa", base)
         return positions | {"rope_parameters": rope}
     if rope["rope_type"] == "yarn":
-        raise UserError(f"{file.path}: yarn and sliding attention do not go together", USE_ORIGINAL)
+        raise UserError(
+            f"{file.path}: yarn and sliding attention do not go together", USE_DIRECTORY
+        )
     local = float(keys.take("rope.freq_base_swa", 10000.0))
     plain = {"rope_type": "default", "rope_theta": local}
     return positions | {"rope_parameters": {"full_attention": rope, "sliding_attention": plain}}
@@ -407,7 +409,7 @@ def _value(
             f"{tuple(parameter.shape)} is needed",
             "its keys and tensors disagree; get the file again",
         )
-    return torch.from_numpy(np.ascontiguousarray(array)).reshape(parameter.shape)
+    return torch.from_numpy(np.require(array, requirements="CW")).reshape(parameter.shape)
 
 
 def _solid(shape) -> tuple[int, ...]:

@@ -1,0 +1,81 @@
+"""The rounding of activations in llama.cpp, for a model that was read from a GGUF file.
+
+llama.cpp multiplies a matrix of f16 by activations rounded to f16, and a quantised matrix by
+activations rounded to 8 bits, in blocks as long as those of the matrix. So its logits are not those
+of the dequantised weights, and how far they are off depends on the model. Source: vec_dot_type in
+ggml/src/ggml-cpu/ggml-cpu.c.
+
+    for tokens, logits, rounded_logits in batch_logits(model, file, ids, n_batch=64): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from mod_export.formats.ggml_types import block_size, enum_name
+from mod_export.formats.gguf import GGUFFile
+from mod_export.model.gguf_reading import tensor_sources
+
+_ROUNDED_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@torch.inference_mode()
+def batch_logits(
+    model: nn.Module, file: GGUFFile, ids: Sequence[int], n_batch: int
+) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor]]:
+    """Yield the tokens of each batch, and their logits without and with the rounding.
+
+    ids: one sequence, which is read n_batch tokens at a time. The logits are float32 [n, n_vocab].
+    """
+    from transformers import DynamicCache
+
+    plain, other = (DynamicCache(config=model.config) for _ in range(2))
+    for start in range(0, len(ids), n_batch):
+        tokens = ids[start : start + n_batch]
+        batch = torch.tensor([tokens])
+        logits = model(batch, past_key_values=plain).logits[0].float()
+        with rounded_activations(model, file):
+            rounded_logits = model(batch, past_key_values=other).logits[0].float()
+        yield tokens, logits, rounded_logits
+
+
+@contextlib.contextmanager
+def rounded_activations(model: nn.Module, file: GGUFFile) -> Iterator[None]:
+    """Round what the matrices of the model are multiplied by.
+
+    Only the first input of the experts of a layer is rounded, not what lies between their matrices.
+    """
+    types = {
+        model.get_parameter(name): file.tensors[sources[0]].type
+        for name, sources in tensor_sources(model, file).items()
+        if sources
+    }
+    hooks = []
+    for module in model.modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        if matrices and not isinstance(module, nn.Embedding):
+            hooks.append(module.register_forward_pre_hook(partial(_round, types[matrices[0]])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _round(type: int, _module: nn.Module, inputs: tuple) -> tuple:
+    return (rounded(inputs[0], type), *inputs[1:])
+
+
+def rounded(x: torch.Tensor, type: int) -> torch.Tensor:
+    """Round activations [..., n] as a matrix of this type needs them. type: enum ggml_type."""
+    if (block := block_size(type)) > 1:
+        blocks = x.unflatten(-1, (-1, block))
+        scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        return ((blocks / scale).round() * scale).flatten(-2)
+    dtype = _ROUNDED_FLOATS.get(enum_name(type), x.dtype)
+    return x.to(dtype).to(x.dtype)
