@@ -1,1 +1,1 @@
-"""Quality against the dense model. The only package in which torch and llama.cpp meet."""
+"""Quality against the dense model, in torch and on the runtime."""

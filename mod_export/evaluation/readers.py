@@ -88,7 +88,8 @@ class Reader(abc.ABC):
             raise UserError(
                 f"sequences of {n_tokens} tokens do not fit the context of {self.name}, "
                 f"{self.n_ctx}",
-                f"use at most {self.n_ctx} (--length, --passkey-lengths), and tasks that fit",
+                f"use at most {self.n_ctx} tokens with --length and --passkey-lengths, and shorter "
+                "tasks",
             )
 
     def reset(self) -> None:

@@ -56,8 +56,8 @@ def check(variables: MutableMapping[str, str], precision: str) -> None:
             raise UserError(f"{name}={variables[name]}: train does not support {what}", cure)
     if (steps := variables.get(ACCUMULATION) or "1") != "1":
         raise UserError(
-            f"{ACCUMULATION}={steps} is not what train goes by",
-            f"unset it, use --accumulate {steps}",
+            f"train does not read {ACCUMULATION}={steps}",
+            f"leave it out of the launcher's options, and use --accumulate {steps}",
         )
     asked = variables.get(PRECISION, "").lower()
     if asked not in (*OFF, precision):
@@ -74,7 +74,11 @@ def is_on(variables: Mapping[str, str], name: str) -> bool:
 
 
 def _check_ranks(variables: Mapping[str, str]) -> None:
-    """Raise UserError where this is to be one of several processes, and not said which."""
+    """Check the variables of launchers.
+
+    Raise UserError where a variable says that there are several processes and none says which one
+    this is.
+    """
     for size, rank in RANKS.items():
         if variables.get(size, "1") != "1" and rank not in variables:
             raise UserError(

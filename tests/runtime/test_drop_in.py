@@ -337,18 +337,29 @@ IN_A_PROCESS = {
                 raise AssertionError(f"{call} worked")
     """,
     "a close while another thread writes": """
-        seen = []
+        seen, inside, closing, closed = [], *(threading.Event() for _ in range(3))
+        def process(_ids, logits):  # The third token is computed while the other thread closes.
+            if len(seen) == 2:
+                inside.set()
+                closing.wait(50)
+                time.sleep(0.1)
+            return logits
         def work():
+            prompt = llm.tokenize(PROMPT.encode())
             try:
-                for token in llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0):
+                for token in llm.generate(prompt, temp=0.0, logits_processor=[process]):
                     seen.append(token)
+                    if len(seen) == 3:
+                        closed.wait(50)
             except UserError as exc:
                 seen.append(str(exc))
         def close():
-            while len(seen) < 3:
-                time.sleep(0.001)
+            inside.wait(50)
+            closing.set()
             llm.close()
+            closed.set()
         run([(work,), (close,)])
+        assert len(seen) == 4, seen
         assert seen[-1].startswith("the model is closed"), seen
     """,
 }

@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 
 from tests.support.command_line import ROOT
 
+WAIT_SECONDS = 120  # for what a machine, however busy, will show
+
 
 class Terminal:
     """The other end of a pty."""
@@ -34,7 +36,7 @@ class Terminal:
         self.text, self.environment = "", environment
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def expect(self, pattern: str, timeout: float = 120) -> str:
+    def expect(self, pattern: str, timeout: float = WAIT_SECONDS) -> str:
         """Read until the pattern comes; return what was read, and forget it."""
         end = time.monotonic() + timeout
         while not (match := re.search(pattern, self.text)):
@@ -73,7 +75,7 @@ class Terminal:
 
     def close(self) -> int:
         """The exit code."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
             if select.select([self.fd], [], [], 0.1)[0]:
                 try:

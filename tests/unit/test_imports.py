@@ -36,7 +36,7 @@ FLOORS = (
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 # Where a library may be imported, by room. The torch half and the llama.cpp half meet in
-# evaluation/ only; the verbs on top import inside their functions what they need.
+# evaluation/ and in the verbs on top, which import inside their functions what they need.
 TORCH_ROOMS = {"model", "adapter", "data", "metrics", "calibration", "training", "evaluation"}
 LLAMA_ROOMS = {"runtime", "evaluation", "benchmark", "synthetic", "serving", "generate_data"}
 # What imports torch itself is of the torch half too.
@@ -156,7 +156,7 @@ def test_each_half_has_its_library(libraries, allowed):
     assert sorted(name for name in found if room(name) not in allowed) == []
 
 
-def test_the_halves_meet_in_evaluation_only():
+def test_the_halves_do_not_import_each_other():
     """No room of one half imports a room of the other half."""
     halves = (TORCH_HALF, LLAMA_HALF)
     across = [

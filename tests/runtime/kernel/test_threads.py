@@ -44,8 +44,8 @@ def decode_until(llm: MoDLlama, condition) -> bool:
 
 def test_threads_make_room_and_come_back(mod_file):
     llm = MoDLlama(mod_file, n_ctx=256)
-    with busy(3 * usable_cpus()):
-        assert decode_until(llm, lambda: llm.running_threads == 1)
+    with busy(usable_cpus()):  # which leaves half of the processors to the threads
+        assert decode_until(llm, lambda: llm.running_threads <= usable_cpus() // 2)
     # all of them are tried again from time to time, whatever else runs
     assert decode_until(llm, lambda: llm.running_threads == usable_cpus())
 
@@ -53,8 +53,8 @@ def test_threads_make_room_and_come_back(mod_file):
 def test_a_number_that_is_given_stays(mod_file):
     llm = MoDLlama(mod_file, n_ctx=256, threads=2)
     seen = set()
-    with busy(3 * usable_cpus()):
-        end = time.monotonic() + 1
+    with busy(usable_cpus()):
+        end = time.monotonic() + 0.5  # five judgements
         while time.monotonic() < end:
             llm.reset()
             llm.eval([5])

@@ -39,7 +39,7 @@ def test_eval_takes_what_is_there(tmp_path, caplog):
     for plan, message in (
         (EvaluationPlan(texts=texts[2:]), "tiny.txt: text too short: 7 tokens where 16"),
         (EvaluationPlan(texts=texts[:1], skip=99), "short.txt: skipping 99 of 100 tokens"),
-        (EvaluationPlan(texts=texts[:1], length=513), "use at most 512 .--length"),
+        (EvaluationPlan(texts=texts[:1], length=513), "use at most 512 tokens with --length"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(tmp_path / "mod", plan)
