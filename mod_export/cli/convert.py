@@ -55,10 +55,10 @@ from mod_export.errors import UserError
 def command(ctx, model, output, adapter, force, **options):
     """Make a Mixture-of-Depths model from an ordinary one.
 
-    MODEL is a Hugging Face directory, a GGUF file of an architecture that
-    docs/how-to/convert-a-model.md lists, or `smollm2`. Nothing is trained: routers and thresholds
-    are calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that
-    works. With --adapter the routers come from an adapter that was trained for MODEL.
+    MODEL is a Hugging Face directory, a GGUF file, or `smollm2`. The architectures of GGUF files
+    are listed in docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
+    calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that works.
+    With --adapter the routers come from an adapter that was trained for MODEL.
     """
     from mod_export.convert import convert, convert_adapter
 
