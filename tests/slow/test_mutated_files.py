@@ -1,4 +1,4 @@
-"""No damaged file ends the process: 2,000 mutations with a fixed seed.
+"""Damaged files do not end the process: 2,000 mutations with a fixed seed.
 
 python -m tests.support.mutation_run --count 10000 --seed 1      # more of them, with a table
 """
