@@ -139,7 +139,8 @@ def check_against_runtime(path: Path | None, base, tokenizer) -> None:
     from mod_export.runtime import vocabulary
 
     vocabulary.check_tokenizer(path, tokenizer, gguf_tokenizer.USE_DIRECTORY)
-    kl, rounding = compare_logits(GGUFFile.open(path), base, tokenizer)
+    with stage("comparing with llama.cpp"):
+        kl, rounding = compare_logits(GGUFFile.open(path), base, tokenizer)
     if not kl <= CHECK_TIMES * rounding + CHECK_MARGIN:  # written so that NaN fails too
         raise UserError(
             f"{path} gives other logits on the runtime than transformers' "

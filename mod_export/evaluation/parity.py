@@ -8,6 +8,7 @@ there logits must agree up to float noise. From there on the two models differ b
 more or less does, so logits of these positions are counted apart (`*_all` is over all positions).
 """
 
+import contextlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,9 +76,8 @@ def verify(
     dense: the GGUF file that the model came from. File and torch model, with all units active, are
     compared with it too, so that both cannot be wrong in the same way.
 
-    Raises
-    UserError where file and directory do not hold the same units and thresholds, or the text is
-    too short to say anything.
+    Raises UserError where file and directory do not hold the same units and thresholds, where
+    `dense` is a file of another model, or where the text is too short to say anything.
     """
     from mod_export.data.text import default_texts
     from mod_export.runtime.llama import MoDLlama
@@ -106,17 +106,23 @@ def verify(
                 f"the text has {len(tokens)} tokens where {MIN_TOKENS} are needed",
                 "give more text",
             )
-        logger.warning(f"note: the text has {len(tokens)} tokens, not {n_tokens}")
-        n_tokens, length = len(tokens), min(length, len(tokens))
+        length = min(length, len(tokens))
+        used = len(tokens) // length * length
+        logger.warning(
+            f"note: {used} tokens are compared, not {n_tokens}: the text has {len(tokens)}"
+        )
+        n_tokens = used
+    original = _open_original(dense, llm, tokens[:length], threads) if dense else None
     sums = Sums([Unit(u.layer, u.kind) for u in llm.units], llm.thresholds)
     for start in Progress().count("comparing", range(0, n_tokens - length + 1, length)):
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
     result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
     failures = judge(result, BOUNDS[weights])
-    if dense is not None:
+    if original is not None:
         parts = [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]
-        result["dense"] = _compare_dense(llm, model, dense, parts, weights, threads)
+        with contextlib.closing(original):
+            result["dense"] = _compare_dense(llm, model, original, parts, weights)
         failures += _judge_dense(result["dense"], model)
     return result | {
         "bounds": asdict(BOUNDS[weights]),
@@ -125,20 +131,29 @@ def verify(
     }
 
 
-def _compare_dense(llm, model, dense, parts, weights: str, threads: int | None) -> dict:
-    """KL of file and torch model, with all units active, from the dense GGUF that they came from.
+def _open_original(dense, llm, tokens: list[int], threads: int | None):
+    """Return the MoDLlama of the dense GGUF that the model came from.
 
-    Raises UserError where that file has routers, or another tokenizer.
+    Raises UserError where the file has routers, or another tokenizer.
     """
     from mod_export.runtime.llama import MoDLlama
 
     options = {"n_ctx": llm.n_ctx(), "n_batch": llm.n_batch, "threads": threads}
-    original = MoDLlama(dense, flash_attn=False, type_k=0, type_v=0, logits_all=True, **options)
+    with stage(f"opening {dense}"):
+        original = MoDLlama(dense, flash_attn=False, type_k=0, type_v=0, logits_all=True, **options)
     if original.units:
         raise UserError(f"{dense} has routers", "give the file that the model was made from")
-    probe = llm.detokenize(parts[0])
+    probe = llm.detokenize(tokens)
     if original.n_vocab() != llm.n_vocab() or original.tokenize(probe) != llm.tokenize(probe):
         raise UserError(f"{dense} has another tokenizer", "give the original of the same model")
+    return original
+
+
+def _compare_dense(llm, model, original, parts: list[list[int]], weights: str) -> dict:
+    """KL of file and torch model, with all units active, from the dense GGUF that they came from.
+
+    parts: the tokens of each sequence. weights: the precision of the file.
+    """
     kind = precision(original.metadata.get("general.file_type", ""))
     llm.force = "active"
     rows: dict[str, list] = {side: [] for side in DENSE_SIDES}
@@ -148,9 +163,8 @@ def _compare_dense(llm, model, dense, parts, weights: str, threads: int | None) 
             rows["file"].append(compare_rows(expected, _runtime_logits(llm, part)))
             rows["torch"].append(compare_rows(expected, _reference_run(model, part)[0]))
     llm.force = "none"
-    original.close()
     result = {
-        "file": str(dense),
+        "file": str(original.model_path),
         "weights": kind,
         "torch_bound": DENSE_KL[kind],
         "file_bound": DENSE_KL[kind] + ROUNDING_KL[weights],
