@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from mod_export.cli.output import hide_messages
 from tests.support import command_line
 
 TESTS = Path(__file__).resolve().parent
@@ -72,6 +73,13 @@ def _patched() -> bool:
     from mod_export.runtime import bindings
 
     return bindings.patched()
+
+
+@pytest.fixture(autouse=True)
+def _messages_hidden():
+    """A command or study that a test runs in this process prints no messages of later tests."""
+    yield
+    hide_messages()
 
 
 @pytest.fixture(scope="session")

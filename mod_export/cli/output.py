@@ -28,7 +28,8 @@ class MessageHandler(logging.Handler):
         line = self.format(record)
         if self.clock and "\n" not in line:
             line = f"[{time.monotonic() - self.start:4.0f} s] {line}"
-        with contextlib.suppress(OSError), _beside_bars():  # nobody may read the stream any more
+        # Nobody may read the stream any more, or it is closed.
+        with contextlib.suppress(OSError, ValueError), _beside_bars():
             click.echo(line, file=self.stream)
 
 

@@ -55,6 +55,8 @@ class _GuardedCall:
 
 
 _guarded: dict[int, _GuardedCall] = {}  # thread -> the call that it runs
+# llama_cpp points stdout and stderr of the process elsewhere meanwhile: one call at a time.
+_one_call = threading.Lock()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
@@ -99,7 +101,7 @@ def guarded(call: Callable[[], T]) -> T:
     llama_cpp._lib.ggml_set_abort_callback(_on_abort)
     running = _GuardedCall(call)
     interrupt = None
-    with _kept_streams():
+    with _one_call, _kept_streams():
         # Ctrl-C cannot interrupt this start half-way, as it can that of a threading.Thread.
         _thread.start_new_thread(running.run, ())
         while not running.ended.is_set():

@@ -37,6 +37,9 @@ def embed(
         raise InputError("the model was not opened for embeddings", "open it with embedding=True")
     pooled = llm.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE
     limit = llm.n_batch
+    if llm.metadata.get(f"{llm.metadata.get('general.architecture')}.attention.causal") == "false":
+        # Such a model has a row for each position that it was trained for, and no others.
+        limit = min(limit, llm._model.n_ctx_train())
     sequences = [
         _tokens(llm, text, f"text {number}", limit, truncate) for number, text in enumerate(texts)
     ]

@@ -107,7 +107,8 @@ def _steps(guard: Guard, name: str, inner: Generator) -> Generator:
                     raise
             sent = yield item
     finally:
-        inner.close()
+        with guard.lock:  # also where the object is closed
+            inner.close()
 
 
 def _tell(name: str, exc: Exception) -> None:

@@ -23,7 +23,7 @@ def test_a_model_that_ends_the_text_at_once_is_said_to(llm, caplog):
     caplog.set_level(logging.INFO, "mod_export")
     found = read_decisions(llm, QUESTION, generate=20)
     assert len(found.texts) == found.n_prompt == 5
-    assert caplog.messages == [
+    assert [line for line in caplog.messages if not line.endswith(" so far")] == [
         "note: the model ended the text after 0 of 20 tokens; with --chat the prompt is a question "
         "that the model answers"
     ]
@@ -36,7 +36,7 @@ def test_a_question_is_answered(llm, caplog):
     assert text.startswith("<|im_start|>system") and QUESTION in text
     assert len(found.texts) == found.n_prompt + 20
     assert "lighthouse" in "".join(found.texts[found.n_prompt :])
-    assert caplog.messages == []
+    assert not any(line.startswith("note") for line in caplog.messages)
 
 
 def test_an_empty_prompt(llm):

@@ -248,11 +248,11 @@ llama_kv_cache_mod * llama_mod_context::get_memory() const {
 // what K/V are computed with
 //
 
-static void mod_add_sample(llama_mod_digest & digest, const ggml_tensor * t) {
-    std::vector<uint8_t> sample(std::min<size_t>(ggml_nbytes(t), 4096));
-    ggml_backend_tensor_get(t, sample.data(), 0, sample.size());
+static void mod_add_tensor(llama_mod_digest & digest, const ggml_tensor * t) {
+    std::vector<uint8_t> data(ggml_nbytes(t));
+    ggml_backend_tensor_get(t, data.data(), 0, data.size());
     digest.add(t->ne, sizeof(t->ne));
-    digest.add(sample.data(), sample.size());
+    digest.add(data.data(), data.size());
 }
 
 void llama_mod_context::digest_adapters() {
@@ -265,8 +265,8 @@ void llama_mod_context::digest_adapters() {
         const std::map<std::string, llama_adapter_lora_weight> weights(lora->ab_map.begin(), lora->ab_map.end());
         for (const auto & [name, weight] : weights) {
             digest.add(name);
-            mod_add_sample(digest, weight.a);
-            mod_add_sample(digest, weight.b);
+            mod_add_tensor(digest, weight.a);
+            mod_add_tensor(digest, weight.b);
         }
         found.push_back(digest.value);
     }
@@ -276,7 +276,7 @@ void llama_mod_context::digest_adapters() {
         if (const auto * t = lctx.cvec->tensor_for(il)) {
             llama_mod_digest digest;
             digest.add(il);
-            mod_add_sample(digest, t);
+            mod_add_tensor(digest, t);
             found.push_back(digest.value);
         }
     }

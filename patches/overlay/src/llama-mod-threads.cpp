@@ -6,6 +6,10 @@
 #include <cmath>
 #include <ctime>
 
+#if !defined(_WIN32)
+#include <sys/resource.h>
+#endif
+
 static constexpr int64_t WINDOW    =  100*1000; // computing time that one judgement rests on
 static constexpr int64_t PAUSE_MIN =  250*1000;
 static constexpr int64_t PAUSE_MAX = 8000*1000;
@@ -28,6 +32,17 @@ static int64_t cpu_time_us() {
     return -1;
 }
 
+// pages that this process has waited for a disk to read
+static int64_t pages_read() {
+#if !defined(_WIN32)
+    rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) == 0) {
+        return usage.ru_majflt;
+    }
+#endif
+    return 0;
+}
+
 int llama_mod_threads::begin(int n_max) {
     if (!enabled) {
         n = n_max;
@@ -46,9 +61,14 @@ void llama_mod_threads::end() {
     wall += ggml_time_us() - wall_start;
     cpu  += cpu_time_us()  - cpu_start;
     if (wall >= WINDOW) {
-        judge();
-        wall = 0;
-        cpu  = 0;
+        // threads that wait for a disk have lost no processor, and more of them read more at once
+        const int64_t read = pages_read();
+        if (read == pages) {
+            judge();
+        }
+        pages = read;
+        wall  = 0;
+        cpu   = 0;
     }
 }
 

@@ -33,8 +33,9 @@ private:
     int64_t wall_start = 0; // microseconds, as all times here
     int64_t cpu_start  = 0;
 
-    int64_t wall = 0; // of the graphs since the last judgement
-    int64_t cpu  = 0;
+    int64_t wall  = 0; // of the graphs since the last judgement
+    int64_t cpu   = 0;
+    int64_t pages = 0; // that were read from disk until then
 
     int64_t since = 0; // computing time since n_spare last changed
     int64_t pause = 0; // computing time until all threads are tried again; 0: no thread was left out yet

@@ -124,7 +124,10 @@ def test_the_command_and_its_exit_codes(tmp_path, dense, run_cli):
     (tmp_path / "tiny.txt").write_text("A lighthouse.")
     text = ("verify", file, "--threads", 1, "--reference", tmp_path / "mod", "--text")
     short = run_cli(*text, tmp_path / "short.txt", "--json")
-    assert short.returncode == 0 and "note: 37 tokens are compared, not 1024: the text has 37" in short.stderr
+    assert (
+        short.returncode == 0
+        and "note: 37 tokens are compared, not 1024: the text has 37" in short.stderr
+    )
     assert json.loads(short.stdout)["tokens"] == 37
     none = run_cli(*text, tmp_path / "tiny.txt")
     assert none.returncode == 2 and "tokens where 16 are needed; give more text" in none.stderr
