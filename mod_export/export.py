@@ -154,8 +154,11 @@ def _check_tokenizer(directory: Path, plain: Path) -> None:
     if (directory / hf_directory.VOCABULARY).is_file():
         cure = f"remove {hf_directory.VOCABULARY} from {directory} if its tokenizer was changed"
     else:
-        cure = "llama.cpp's converter does not know this tokenizer"
-    tokenizer = loading.load_tokenizer(directory)
+        cure = "put the routers on a GGUF of the model with --base"
+    if GGUFFile.open(plain).get("tokenizer.ggml.model") == "llama":
+        tokenizer = loading.sentence_piece_tokenizer(directory)
+    else:
+        tokenizer = loading.load_tokenizer(directory)
     vocabulary.check_tokenizer(plain, tokenizer, cure)
     for token in vocabulary.unknown_ends(plain, _ends(directory)):
         logger.warning(

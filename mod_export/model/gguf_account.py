@@ -1,14 +1,15 @@
 """Whether a GGUF file says all that a Hugging Face configuration makes a model compute.
 
 llama.cpp's converter leaves out in silence what it has no rule for. Here the written file is
-compared with the configuration. What a key or a tensor of llama.cpp can still say is added, and
-all else is refused by name.
+compared with the configuration. What a key or a tensor of llama.cpp can still say is added. What
+counts for long texts alone is told in a line of the log, and all else is refused by name.
 
     added = account(Path("mod"), GGUFFile.open("written.gguf"))   # {} where nothing is missing
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,18 +23,18 @@ from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.rotary import FREQS, LONG, SHORT, Rotary, file_rotary, plain_angles
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Graph:
     """What llama.cpp's graph of an architecture takes from a file.
 
     fixed: field of the configuration -> the values that the graph has
-    sliding: the graph attends to attention.sliding_window
     factors: the loader takes the tensors of rotary factors
     """
 
     fixed: Mapping[str, tuple]
-    sliding: bool = False
     factors: bool = False
 
 
@@ -60,9 +61,13 @@ TENSORS = {
     "mlp_bias": "blk.0.ffn_up.bias",
     "tie_word_embeddings": "output.weight",
 }
-# fields of the rotary embedding, and of sliding attention, which are compared as a whole
-ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
-SLIDING = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
+# model type -> what transformers takes where the fields of sliding attention are not there; the
+# model types that are not here slide in all layers
+SLIDING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"use_sliding_window": False},
+    "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
+    "qwen3": {"use_sliding_window": False, "max_window_layers": 28},
+}
 COMMON_CURE = "a GGUF file of it would compute something else"
 
 
@@ -89,19 +94,28 @@ def account(directory: Path, file: GGUFFile) -> Additions:
     if graph is None or "model_type" not in config:
         return Additions()
     _check_fixed(directory, config, graph)
-    _check_sliding(directory, config, graph)
     _check_keys(directory, config, file)
-    return _rotary_additions(directory, config, graph, file)
+    added = _rotary_additions(directory, config, graph, file)
+    key = f"{file.architecture}.context_length"
+    window = _window(config)
+    if window is not None and window < file.get(key, math.inf):
+        _tell_window(directory, window, f"the file's context is therefore {window} tokens")
+        added.keys.append((key, "u32", window))
+        added.dropped.append(key)
+    return added
 
 
 def check_base(directory: Path, base: GGUFFile) -> None:
     """Raise UserError where a GGUF to put routers on computes something else than a directory."""
     config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
-    # The context is no part of the computation, and people extend it.
-    config.pop("max_position_embeddings", None)
     if base.architecture not in GRAPHS or "model_type" not in config:
         return
-    _check_keys(directory, config, base)
+    # The context is no part of the computation, and people extend it.
+    fields = {name: value for name, value in config.items() if name != "max_position_embeddings"}
+    _check_keys(directory, fields, base)
+    window = _window(config)
+    if window is not None and window < base.get(f"{base.architecture}.context_length", math.inf):
+        _tell_window(directory, window, f"up to {window} tokens both are the same")
     wanted = _config_rotary(directory, config)
     if wanted is not None and not wanted.same(file_rotary(base)):
         raise UserError(
@@ -119,19 +133,24 @@ def _check_fixed(directory: Path, config: dict, graph: Graph) -> None:
             )
 
 
-def _check_sliding(directory: Path, config: dict, graph: Graph) -> None:
-    window = config.get("sliding_window")
-    used = config.get("use_sliding_window", True) and (
-        "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+def _window(config: dict) -> int | None:
+    """The number of tokens that sliding layers attend to; None where no layer slides."""
+    fields = SLIDING_DEFAULTS.get(config.get("model_type", ""), {}) | config
+    window = fields.get("sliding_window")
+    if not window or not fields.get("use_sliding_window", True):
+        return None
+    if fields.get("layer_types"):
+        slides = "sliding_attention" in fields["layer_types"]
+    else:
+        slides = (fields.get("max_window_layers") or 0) < fields["num_hidden_layers"]
+    return int(window) if slides else None
+
+
+def _tell_window(directory: Path, window: int, what: str) -> None:
+    logger.warning(
+        f"note: {directory} has sliding attention of {window} tokens, where llama.cpp attends to "
+        f"all: {what}"
     )
-    if graph.sliding or not window or not used:
-        return
-    if window < config.get("max_position_embeddings", math.inf):
-        raise UserError(
-            f"{directory} has sliding attention of {window} tokens, where llama.cpp attends to all",
-            f"set max_position_embeddings in config.json to {window}: up to there both are the "
-            "same",
-        )
 
 
 def _check_keys(directory: Path, config: dict, file: GGUFFile) -> None:
@@ -142,7 +161,8 @@ def _check_keys(directory: Path, config: dict, file: GGUFFile) -> None:
             continue
         if not math.isclose(wanted, found, rel_tol=1e-5):
             raise UserError(
-                f"{directory} has {name} {wanted}, and {file.path.name} {key} {found:g}",
+                f"{directory} has {name} {_number(wanted)}, and {file.path.name} {key} "
+                f"{_number(found)}",
                 "they are not of the same model",
             )
     for name, tensor in TENSORS.items():
@@ -196,11 +216,16 @@ def _describe(config: dict) -> str:
     parameters = _parameters(config)
     kind = parameters.get("rope_type", "default")
     rest = [
-        f"{name} {value:g}"
+        f"{name} {_number(value)}"
         for name, value in parameters.items()
         if isinstance(value, (int, float)) and name != "rope_theta"
     ]
     return f"{kind} ({', '.join(rest)})" if rest else str(kind)
+
+
+def _number(value: float) -> str:
+    """An integer as it is, and a float in its shortest form."""
+    return f"{value:g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
 def _parameters(config: dict) -> dict[str, Any]:
@@ -229,11 +254,16 @@ def _config_rotary(directory: Path, config: dict) -> Rotary | None:
     short, scale = compute(1)
     long, _ = compute(2 * max(context, original))
     longer, _ = compute(4 * max(context, original))
-    if not np.allclose(long, longer, rtol=1e-6):
+    if np.allclose(long, longer, rtol=1e-6):
+        return Rotary(short, long, scale, original)
+    if not np.allclose(short, compute(context)[0], rtol=1e-6):
         raise UserError(
             f"{directory} has the rotary embedding {_describe(config)}, whose angles change with "
             "the length of a text",
-            f"remove it from config.json: for texts up to {context} tokens the plain one is the "
-            "same",
+            COMMON_CURE,
         )
-    return Rotary(short, long, scale, original)
+    logger.warning(
+        f"note: {directory} has the rotary embedding {_describe(config)}, which a GGUF file cannot "
+        f"say: up to {context} tokens this changes nothing"
+    )
+    return Rotary(short, short, scale, original)

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 
 # tokenizer.ggml.token_type: enum llama_token_type of include/llama.h
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -177,7 +177,13 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
         raise UserError(f"{file.path} has the unknown pre-tokenizer {pre!r}", USE_DIRECTORY)
     merges = [_merge(entry) for entry in _value(file, "merges", ())]
     vocab = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
+    try:
+        model = models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS)
+    except Exception as error:  # tokenizers raises no narrower class
+        raise UserError(
+            f"{file.path} has merges that do not fit its vocabulary ({error})", GET_AGAIN
+        ) from error
+    backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
@@ -200,13 +206,13 @@ def _sentence_piece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     backend = Tokenizer(
         models.BPE(
             vocab,
-            _merges_of_scores(vocab, _value(file, "scores", ())),
+            merges_of_scores(vocab, _value(file, "scores", ())),
             unk_token=_token(file, tokens, "unknown"),
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    steps = [normalizers.Replace(" ", SPACE)]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
     if _value(file, "add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(SPACE))
     backend.normalizer = normalizers.Sequence(steps)
@@ -217,7 +223,7 @@ def _sentence_piece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _merges_of_scores(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+def merges_of_scores(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every way to merge two tokens to a third, those with the best score first."""
     if len(scores) < len(vocab):
         raise UserError("the vocabulary has no scores", USE_DIRECTORY)

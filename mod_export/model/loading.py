@@ -129,21 +129,53 @@ def load_tokenizer(directory: Path):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def sentence_piece_tokenizer(directory: Path):
+    """Return the tokenizer of a directory, whose spaces are those of SentencePiece.
+
+    Since version 5 transformers gives the class LlamaTokenizer, and every tokenizer.json that it
+    saves, the pre-tokenizer Metaspace, whatever the model came with. It adds no space before a text
+    that begins with one, and with `legacy` false none after a control token. SentencePiece, with
+    which these models were trained, adds one. Raises UserError as `load_tokenizer` does.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer = load_tokenizer(directory)
+    backend = tokenizer.backend_tokenizer
+    spaces = backend.pre_tokenizer
+    if isinstance(spaces, pre_tokenizers.Metaspace) and not spaces.split:
+        steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", spaces.replacement)]
+        if spaces.prepend_scheme != "never":
+            steps.insert(0, normalizers.Prepend(spaces.replacement))
+        if backend.normalizer is not None:
+            steps.insert(0, backend.normalizer)
+        backend.normalizer = normalizers.Sequence(steps)
+        backend.pre_tokenizer = None
+    return tokenizer
+
+
 def rotary_function(directory: Path, rope_type: str):
     """Return transformers' function of a kind of rotary embedding, for a directory's model.
 
     The function takes the length of a text, and gives the angles [n_rot / 2] for each position and
-    the factor of cosine and sine. Raises UserError for a kind that transformers does not know.
+    the factor of cosine and sine. Both raise UserError: for a kind that transformers does not know,
+    and for parameters that it cannot take.
     """
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    with quiet(), _readable(directory):
+    compute = ROPE_INIT_FUNCTIONS.get(rope_type)
+    if compute is None:
+        raise UserError(
+            f"{directory} has the rotary embedding {rope_type!r}, which transformers does not know",
+            "update transformers",
+        )
+    cure = f"check the parameters of the rotary embedding {rope_type!r} in its config.json"
+    with quiet(), _readable(directory, cure):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        compute = ROPE_INIT_FUNCTIONS[rope_type]
 
     def at_length(length: int):
-        angles, scale = compute(config, torch.device("cpu"), seq_len=length)
+        with quiet(), _readable(directory, cure):
+            angles, scale = compute(config, torch.device("cpu"), seq_len=length)
         return angles.double().numpy(), float(scale)
 
     return at_length

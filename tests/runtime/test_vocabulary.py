@@ -4,20 +4,24 @@ The vocabularies are the ggml-vocab-*.gguf of the source distribution.
 """
 
 import json
+import shutil
 import tarfile
 
 import pytest
-from tokenizers import pre_tokenizers
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from mod_export.data.probe_texts import PROBE_TEXTS
 from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.llamacpp import source
 from mod_export.model import loading
-from mod_export.model.gguf_tokenizer import read_tokenizer
+from mod_export.model.gguf_tokenizer import merges_of_scores, read_tokenizer
 from mod_export.runtime.vocabulary import Vocabulary, check_tokenizer
 from tests.support import tiny_torch as tiny
+from tests.support import tiny_vocab
 from tests.support.mod_files import export_refused
 
 SAME = (
@@ -103,3 +107,99 @@ def test_the_vocabulary_of_a_file_comes_back_whole(vocabularies, run_cli, tmp_pa
     (tmp_path / "mod" / hf_directory.VOCABULARY).unlink()
     told = export_refused(run_cli, tmp_path, tmp_path / "mod", "-o", "out.gguf")
     assert "transformers and llama.cpp cut the texts" in told and "they make [" in told
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """tokenizer.model and tokenizer.json of a small SentencePiece vocabulary, as Llama 2 has it."""
+    folder = tmp_path_factory.mktemp("pieces")
+    words = ["one", "two", "three", "red", "blue", "sky", "sea"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(f"{a} {b} is no {c}" for a in words for b in words for c in words),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    vocab = {model.id_to_piece(number): number for number in range(len(model))}
+    scores = [model.get_score(number) for number in range(len(model))]
+    backend = Tokenizer(
+        models.BPE(
+            vocab,
+            merges_of_scores(vocab, scores),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+    )
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def llama2(pieces, folder, legacy, *files):
+    """A Llama directory whose tokenizer is of the class LlamaTokenizer."""
+    tiny.base(n_layer=3, n_vocab=300).save_pretrained(folder)
+    for name in files:
+        shutil.copy(pieces / name, folder)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    about = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | names))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("legacy", "files"),
+    [(True, ["tokenizer.json"]), (False, ["tokenizer.json", "tokenizer.model"])],
+)
+def test_sentence_piece_directories_are_exported(pieces, run_cli, tmp_path, files, legacy):
+    """The file cuts texts as SentencePiece; transformers' class adds no space before a space."""
+    original = llama2(pieces, tmp_path / "model", legacy, *files)
+    text = tmp_path / "text.txt"
+    text.write_text(" one two is no three\n  red blue is no sky" * 450)
+    told = run_cli(
+        *("convert", str(original), "-o", str(tmp_path / "mod"), "--units", "kv"),
+        *("--calibration-text", str(text)),
+    )
+    assert told.returncode == 0, told.stderr
+    export(tmp_path / "mod", tmp_path / "mod.gguf", "f32")
+    model = sentencepiece.SentencePieceProcessor(str(pieces / "tokenizer.model"))
+    rewritten = loading.load_tokenizer(tmp_path / "mod")
+    assert rewritten("  a").input_ids != [1, *model.encode("  a")]
+    with Vocabulary(tmp_path / "mod.gguf") as vocabulary:
+        for probe in PROBE_TEXTS:
+            assert vocabulary.encode(probe) == [1, *model.encode(probe)]
+
+
+def test_other_merges_of_a_sentence_piece_directory_are_refused(pieces, run_cli, tmp_path):
+    """The directory's tokenizer is compared: spaces are the one thing that is put right."""
+    original = llama2(pieces, tmp_path / "model", True, "tokenizer.json", "tokenizer.model")
+    model = tiny.mod_model({"kv": [2, 3]}, n_vocab=300)
+    model.tokenizer = loading.load_tokenizer(original)
+    model.save(tmp_path / "mod")
+    path = tmp_path / "mod" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["merges"] = []
+    path.write_text(json.dumps(data))
+    told = export_refused(run_cli, tmp_path, tmp_path / "mod", "-o", "out.gguf")
+    assert "transformers and llama.cpp cut the texts" in told
+    assert "put the routers on a GGUF of the model with --base" in told
+
+
+def test_merges_that_do_not_fit_the_vocabulary_are_one_line(tmp_path):
+    data = tiny_vocab.write(tmp_path / "merges.gguf", "bpe").read_bytes()
+    merge = (3).to_bytes(8, "little") + b"t h"
+    assert data.count(merge) == 1
+    (tmp_path / "merges.gguf").write_bytes(data.replace(merge, merge[:8] + b"t q"))
+    with pytest.raises(UserError, match="merges.gguf has merges that do not fit its vocabulary"):
+        read_tokenizer(GGUFFile.open(tmp_path / "merges.gguf"))

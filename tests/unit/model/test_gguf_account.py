@@ -8,15 +8,25 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from mod_export.errors import UserError
+from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.rotary import FREQS, LONG, SHORT, file_rotary
-from mod_export.model import gguf_account
-from mod_export.model.gguf_account import KEYS, ROTARY, SLIDING, TENSORS, account, check_base
+from mod_export.model.gguf_account import KEYS, TENSORS, account, check_base
 from tests.support.tiny_gguf import Tiny
 
 SCALING = "llama.rope.scaling."
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+BROKEN_YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}
+BROKEN_LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": 3.0,
+        "long_factor": "many",
+    }
+}
 # fields that a model reads, and that change no logits
 NO_EFFECT = {
     *("attention_dropout", "initializer_range", "is_encoder_decoder", "output_attentions"),
@@ -135,11 +145,13 @@ def test_other_angles_are_a_tensor(file, tmp_path, rope, tensors):
 @pytest.mark.parametrize(
     ("rope", "fields", "told"),
     [
-        ({"rope_type": "dynamic", "factor": 4.0}, {}, "dynamic .factor 4.*change with the length"),
         ({}, {"hidden_act": "gelu"}, "hidden_act 'gelu', where llama.cpp computes silu"),
-        ({}, {"sliding_window": 100}, "sliding attention of 100 tokens.*to 100: up to there"),
         ({}, {"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06, and plain.gguf attention.layer_norm"),
         ({}, {"num_key_value_heads": 4}, "num_key_value_heads 4, and"),
+        ({}, {"intermediate_size": 1048576}, "size 1048576, and plain.gguf .* 192;"),
+        ({"rope_type": "spiral", "factor": 2.0}, {}, "'spiral', which transformers does not know"),
+        ({}, BROKEN_YARN, "check the parameters of the rotary embedding 'yarn'"),
+        ({}, BROKEN_LONGROPE, "check the parameters of the rotary embedding 'longrope'"),
         (
             {},
             {"attention_bias": True},
@@ -153,8 +165,71 @@ def test_what_a_file_cannot_say_is_refused(file, tmp_path, rope, fields, told):
         account(directory(tmp_path, rope, **fields), GGUFFile.open(file))
 
 
-def test_a_window_as_long_as_the_context_is_none(file, tmp_path):
-    assert not account(directory(tmp_path, sliding_window=256), GGUFFile.open(file))
+def test_dynamic_scaling_changes_nothing_within_the_context(file, tmp_path, caplog):
+    folder = directory(tmp_path, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    told = "embedding dynamic (factor 4), which a GGUF file cannot say: up to 256 tokens this"
+    for compare in (account, check_base):
+        caplog.clear()
+        assert not compare(folder, GGUFFile.open(file))
+        (line,) = caplog.messages
+        assert told in line
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500000.0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has another rotary embedding than"):
+        check_base(folder, GGUFFile.open(file))
+
+
+def windowed(**fields):
+    return {"model_type": "mistral", "sliding_window": 100} | fields
+
+
+def qwen(**fields):
+    return windowed(model_type="qwen2", use_sliding_window=True, **fields)
+
+
+MIXED = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        windowed(),
+        qwen(max_window_layers=0),
+        qwen(max_window_layers=1),
+        qwen(max_window_layers=2, layer_types=MIXED),
+    ],
+)
+def test_a_window_shortens_the_context(file, tmp_path, caplog, fields):
+    folder, plain = directory(tmp_path, **fields), GGUFFile.open(file)
+    added = account(folder, plain)
+    assert added.keys == [("llama.context_length", "u32", 100)] and not added.tensors
+    (line,) = caplog.messages
+    assert "sliding attention of 100 tokens, where llama.cpp attends to all: the file's" in line
+    caplog.clear()
+    check_base(folder, plain)
+    (line,) = caplog.messages
+    assert line.endswith("up to 100 tokens both are the same")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        windowed(sliding_window=256),
+        windowed(sliding_window=None),
+        windowed(model_type="llama"),
+        windowed(model_type="qwen3", max_window_layers=0),
+        qwen(),
+        qwen(max_window_layers=2),
+        qwen(max_window_layers=0, layer_types=MIXED[:1] * 2),
+        qwen(max_window_layers=0) | {"use_sliding_window": False},
+    ],
+)
+def test_no_layer_slides_within_the_context(file, tmp_path, caplog, fields):
+    folder = directory(tmp_path, **fields)
+    assert not account(folder, GGUFFile.open(file))
+    check_base(folder, GGUFFile.open(file))
+    assert not caplog.messages
 
 
 def test_an_architecture_without_the_tensors(tmp_path):
@@ -164,8 +239,11 @@ def test_an_architecture_without_the_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
-def test_every_field_that_a_model_reads_is_accounted_for(kind):
-    """The fields are those that transformers asks for while it builds and runs the model."""
+def test_every_field_that_a_model_reads_is_accounted_for(kind, file, tmp_path, monkeypatch):
+    """The fields are those that transformers asks for while it builds and runs the model.
+
+    Those that are compared are the ones that the comparison asks the configuration for.
+    """
     seen = set()
 
     class Watched(kind):
@@ -173,12 +251,38 @@ def test_every_field_that_a_model_reads_is_accounted_for(kind):
             seen.add(name)
             return super().__getattribute__(name)
 
-    small = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 30, "pad_token_id": 0}
-    small |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    small = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 96, "pad_token_id": 0}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"max_position_embeddings": 256, "rms_norm_eps": 1e-5, "sliding_window": 100}
+    if kind in (Qwen2Config, Qwen3Config):
+        small["use_sliding_window"] = True
     model = type(AutoModelForCausalLM.from_config(kind(**small)))
     config = Watched(**small)
     seen.clear()
     model(config)(torch.tensor([[1, 2, 3]]))
-    graph = gguf_account.GRAPHS["llama"]
-    known = {*KEYS, *TENSORS, *ROTARY, *SLIDING, *graph.fixed, *NO_EFFECT}
-    assert seen & set(kind(**small).to_dict()) - known == set()
+    compared = fields_compared(kind(**small), file, tmp_path, monkeypatch)
+    assert {*KEYS, *TENSORS} <= compared
+    assert seen & set(kind(**small).to_dict()) - compared - NO_EFFECT == set()
+
+
+def fields_compared(config, file, folder, monkeypatch) -> set[str]:
+    """The fields that `account` asks a configuration for."""
+    asked = set()
+
+    class Watched(dict):
+        def get(self, name, default=None):
+            asked.add(name)
+            return super().get(name, default)
+
+        def __getitem__(self, name):
+            asked.add(name)
+            return super().__getitem__(name)
+
+        def __ror__(self, other):
+            return Watched(other | dict(self))
+
+    read_json = hf_directory.read_json
+    config.save_pretrained(folder)
+    monkeypatch.setattr(hf_directory, "read_json", lambda *args: Watched(read_json(*args)))
+    account(folder, GGUFFile.open(file))
+    return asked
