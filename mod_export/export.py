@@ -152,9 +152,12 @@ def _check_tokenizer(directory: Path, plain: Path) -> None:
     from mod_export.runtime import vocabulary
 
     if (directory / hf_directory.VOCABULARY).is_file():
-        cure = f"remove {hf_directory.VOCABULARY} from {directory} if its tokenizer was changed"
+        cure = (
+            f"remove {hf_directory.VOCABULARY} from {directory} if its tokenizer was changed, or "
+        )
     else:
-        cure = "put the routers on a GGUF of the model with --base"
+        cure = ""
+    cure += "put the routers on a GGUF of the model with --base"
     if GGUFFile.open(plain).get("tokenizer.ggml.model") == "llama":
         tokenizer = loading.sentence_piece_tokenizer(directory)
     else:

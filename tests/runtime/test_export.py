@@ -122,6 +122,26 @@ def test_routers_on_an_existing_file(mod_dir, base_f32, tmp_path):
     assert_same_base(tmp_path / "mod.gguf", base_f32)
 
 
+def test_what_counts_beyond_a_length_ends_the_context_there(mod_dir, tmp_path, caplog):
+    """A sliding window shortens the context; dynamic scaling begins where the context ends."""
+    for name, fields, context in (
+        ("window", {"model_type": "mistral", "sliding_window": 100}, 100),
+        (
+            "dynamic",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+            2048,
+        ),
+    ):
+        folder = edited(
+            mod_dir, tmp_path / name, config=lambda data, fields=fields: data.update(fields)
+        )
+        caplog.clear()
+        export(folder, tmp_path / f"{name}.gguf", "f32")
+        (line,) = caplog.messages
+        assert f"{context} tokens" in line
+        assert GGUFFile.open(tmp_path / f"{name}.gguf").get("llama.context_length") == context
+
+
 def test_memory_does_not_grow_with_the_file(mod_dir, base_f32, tmp_path):
     """A base of 400 MB is rewritten within 100 MB more than the interpreter itself takes."""
     big = tmp_path / "big.gguf"
