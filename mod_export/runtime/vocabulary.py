@@ -14,7 +14,8 @@ from pathlib import Path
 from mod_export.data.probe_texts import PROBE_TEXTS, difference, special_texts
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
-from mod_export.runtime.log import check_file, kept_log, reason
+from mod_export.runtime.assertions import AssertionFailure, guarded
+from mod_export.runtime.log import check_file, kept_log, load_error, reason
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
@@ -68,7 +69,8 @@ def unknown_ends(path: Path, ends: Iterable[int]) -> list[int]:
 def check_tokenizer(path: Path, tokenizer, cure: str) -> None:
     """Raise UserError where a tokenizer of transformers gives other ids than llama.cpp on a file.
 
-    They are compared on fixed texts, and on the names of the file's control tokens.
+    They are compared on fixed texts, and on the names of the file's control tokens. Where llama.cpp
+    refuses the file, or one of its assertions fails on a text, that is a UserError too.
     """
     file = GGUFFile.open(path)
     tokens = list(file.get("tokenizer.ggml.tokens", ()))
@@ -78,10 +80,16 @@ def check_tokenizer(path: Path, tokenizer, cure: str) -> None:
     def ours(text: str) -> list[int]:
         return tokenizer(text).input_ids
 
-    with Vocabulary(path) as vocabulary:
-        found = difference(ours, vocabulary.encode, PROBE_TEXTS) or difference(
-            ours, lambda text: vocabulary.encode(text, names=True), special_texts(names)
-        )
+    def first_difference():
+        with Vocabulary(path) as vocabulary:
+            return difference(ours, vocabulary.encode, PROBE_TEXTS) or difference(
+                ours, lambda text: vocabulary.encode(text, names=True), special_texts(names)
+            )
+
+    try:
+        found = guarded(first_difference)
+    except AssertionFailure as exc:
+        raise load_error(path, 0, exc, []) from exc
     if found is not None:
         raise UserError(
             f"transformers and llama.cpp cut the texts of {path.name} differently: "

@@ -6,6 +6,7 @@ The vocabularies are the ggml-vocab-*.gguf of the source distribution.
 import json
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -22,6 +23,7 @@ from mod_export.model.gguf_tokenizer import merges_of_scores, read_tokenizer
 from mod_export.runtime.vocabulary import Vocabulary, check_tokenizer
 from tests.support import tiny_torch as tiny
 from tests.support import tiny_vocab
+from tests.support.bad_gguf import MODELS, write_edited
 from tests.support.mod_files import export_refused
 
 SAME = (
@@ -203,3 +205,17 @@ def test_merges_that_do_not_fit_the_vocabulary_are_one_line(tmp_path):
     (tmp_path / "merges.gguf").write_bytes(data.replace(merge, merge[:8] + b"t q"))
     with pytest.raises(UserError, match="merges.gguf has merges that do not fit its vocabulary"):
         read_tokenizer(GGUFFile.open(tmp_path / "merges.gguf"))
+
+
+def test_a_failed_assertion_of_llama_cpp_is_one_line(tmp_path):
+    """This cut of a byte-level vocabulary makes llama.cpp look up a blank, which has no token."""
+    edit, words, kind = MODELS["words with blanks in a byte-level vocabulary"]
+    file = write_edited(tmp_path / "blanks.gguf", edit, model=kind)
+    with Vocabulary(file) as vocabulary:
+
+        def tokenizer(text):  # agrees with llama.cpp on each text that does not fail
+            return SimpleNamespace(input_ids=vocabulary.encode(text))
+
+        with pytest.raises(UserError, match="is damaged, or llama.cpp has a fault") as caught:
+            check_tokenizer(file, tokenizer, "get another file")
+    assert all(word in str(caught.value) for word in words)
