@@ -18,6 +18,7 @@ from mod_export.errors import UserError
 from mod_export.formats import ggml_types
 from mod_export.formats.ggml_types import F32_TYPE
 from mod_export.formats.gguf import GET_AGAIN, MAX_MODEL_NUMBER, GGUFFile, Strings
+from mod_export.formats.rotary import FREQS, LONG, SHORT
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 TOKENS_KEY = "tokenizer.ggml.tokens"
@@ -29,9 +30,9 @@ ROW_TABLE = "ffn_gate_tid2eid.weight"
 F32_ENDINGS = (
     "norm.weight",
     ".bias",
-    "rope_freqs.weight",
-    "rope_factors_long.weight",
-    "rope_factors_short.weight",
+    FREQS,
+    LONG,
+    SHORT,
 )
 
 

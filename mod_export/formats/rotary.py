@@ -1,7 +1,7 @@
 """The rotary position embedding that llama.cpp computes from a GGUF file.
 
     rotary = file_rotary(GGUFFile.open("model.gguf"))
-    rotary.same(other), rotary.factors(...)
+    rotary.same(other)
 
 Sources: load_hparams in src/llama-model.cpp, src/llama-context.cpp and rope_yarn in
 ggml/src/ggml-cpu/ops.cpp of llama.cpp.

@@ -68,7 +68,7 @@ SLIDING_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
     "qwen3": {"use_sliding_window": False, "max_window_layers": 28},
 }
-COMMON_CURE = "a GGUF file of it would compute something else"
+COMMON_CURE = "use it in torch; a GGUF file of it would compute something else"
 
 
 @dataclass

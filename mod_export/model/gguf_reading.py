@@ -21,16 +21,13 @@ from torch import nn
 
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile, Tensor
+from mod_export.formats.rotary import FREQS, LONG, SHORT
 from mod_export.model.gguf_rope import RopeFactors, rope_parameters
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
 
 RMS_NORM = "attention.layer_norm_rms_epsilon"
 LAYER_NORM = "attention.layer_norm_epsilon"
-ROPE_TENSORS = {
-    "freqs": "rope_freqs.weight",
-    "short": "rope_factors_short.weight",
-    "long": "rope_factors_long.weight",
-}
+ROPE_TENSORS = {"freqs": FREQS, "short": SHORT, "long": LONG}
 # Parameters of the experts, which transformers keeps in one matrix -> the file's tensors.
 EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 # Keys that change no logits, and keys whose only value here is the one given.

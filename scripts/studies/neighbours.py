@@ -111,7 +111,7 @@ def run_way(way: str, file: str, seconds: float) -> dict:
 
 
 def usable_cpus_of_machine() -> int:
-    """Processors without regard to a quota, as before quotas were read."""
+    """Processors without regard to a quota."""
     return len(os.sched_getaffinity(0))
 
 
@@ -225,10 +225,10 @@ def report(measured: list[dict]) -> str:
     lines = []
     for (what, way, beside), value in medians.items():
         kind = way.partition(",")[0]
-        former = "all threads" if kind == "runtime" else "unbounded spinning"
-        quiet = medians.get((what, f"{kind}, {former}", "0 busy"))
+        baseline = "all threads" if kind == "runtime" else "unbounded spinning"
+        quiet = medians.get((what, f"{kind}, {baseline}", "0 busy"))
         lines.append([what, beside, way, value, quiet and value / quiet])
-    return format_table(["", "beside", "way", "tokens/s", "of quiet, as before"], sorted(lines))
+    return format_table(["", "beside", "way", "tokens/s", "of quiet, all threads"], sorted(lines))
 
 
 if __name__ == "__main__":
