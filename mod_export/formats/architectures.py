@@ -1,0 +1,94 @@
+"""Which architectures of llama.cpp can have routers, of which kinds, and why others cannot.
+
+    kinds("qwen3")            # ("block", "attn", "ffn", "kv")
+    reason("mpt")             # "attention biases by distance (ALiBi)..."; None where it has all kinds
+    check("mpt", {"kv"})      # raises UserError
+    of_class("Qwen3ForCausalLM")   # "qwen3"
+
+An architecture is what a GGUF file's `general.architecture` names. `python -m
+scripts.docs.architectures` runs each one in the patched llama.cpp and writes architectures.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from mod_export.errors import UserError
+from mod_export.units import UNIT_KINDS
+
+TABLE = Path(__file__).with_suffix(".json")
+UNKNOWN = "this version of llama.cpp does not know it"
+PAGE = "docs/reference/architectures.md"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table.
+
+    kinds: kinds of units that run
+    reason: why the other kinds do not, None where all do
+    sliding: whether its models have layers with a sliding window
+    classes: classes of transformers whose models llama.cpp's converter turns into it
+    """
+
+    kinds: tuple[str, ...]
+    reason: str | None = None
+    sliding: bool = False
+    classes: tuple[str, ...] = ()
+
+
+@functools.cache
+def table() -> dict[str, Architecture]:
+    """All rows by the name of the architecture."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))
+    return {
+        name: Architecture(
+            tuple(kind for kind in UNIT_KINDS if kind in row["kinds"]),
+            row.get("reason"),
+            row.get("sliding", False),
+            tuple(row.get("classes", ())),
+        )
+        for name, row in rows.items()
+    }
+
+
+def kinds(architecture: str) -> tuple[str, ...]:
+    """Return the kinds of units that the architecture can have; none where it is refused."""
+    row = table().get(architecture)
+    return row.kinds if row else ()
+
+
+def reason(architecture: str) -> str | None:
+    """Say why the architecture lacks kinds of units, or return None where it has all of them."""
+    row = table().get(architecture)
+    return row.reason if row else UNKNOWN
+
+
+def check(architecture: str, wanted: Collection[str]) -> None:
+    """Raise UserError where the architecture lacks one of the wanted kinds of units."""
+    possible = kinds(architecture)
+    lacking = [kind for kind in UNIT_KINDS if kind in wanted and kind not in possible]
+    if not lacking:
+        return
+    if not possible:
+        raise UserError(
+            f"models of architecture '{architecture}' cannot have routers: {reason(architecture)}",
+            f"choose a model of another architecture, {PAGE} lists them",
+        )
+    raise UserError(
+        f"models of architecture '{architecture}' cannot have units of kind {', '.join(lacking)}: "
+        f"{reason(architecture)}",
+        f"use {' or '.join(possible)} units",
+    )
+
+
+def of_class(name: str) -> str | None:
+    """Return the architecture of a class of transformers, such as Qwen3ForCausalLM.
+
+    None for a class that llama.cpp's converter does not know.
+    """
+    return next((arch for arch, row in table().items() if name in row.classes), None)

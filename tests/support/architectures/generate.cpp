@@ -1,0 +1,195 @@
+// Writes a tiny random GGUF file of each architecture: upstream's test of architectures makes the
+// models, this file writes them all, with the few keys that upstream leaves out.
+//
+//     generate FOLDER SEED STDEV N_LAYER [NAME...]
+//
+// NAME is a file's name without .gguf. One line of JSON per file tells what the model is.
+
+#define main upstream_main
+#include "archs.cpp" // tests/test-llama-archs.cpp, in which N_LAYER and N_EMBD replace two numbers
+#undef main
+
+#include "../src/llama-model.h"
+
+#include <algorithm>
+#include <functional>
+#include <set>
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+using keys_fn = std::function<void(gguf_context *, const std::string &)>;
+
+struct variant {
+    llm_arch    arch;
+    std::string name;
+    bool        moe;
+    keys_fn     keys;
+};
+
+static uint32_t get_u32(const gguf_context * ctx, const std::string & key) {
+    return gguf_get_val_u32(ctx, gguf_find_key(ctx, key.c_str()));
+}
+
+static std::vector<float> repeated(float value) {
+    return std::vector<float>(N_LAYER, value);
+}
+
+static void set_floats(gguf_context * ctx, const std::string & key, const std::vector<float> & values) {
+    gguf_set_arr_data(ctx, key.c_str(), GGUF_TYPE_FLOAT32, values.data(), values.size());
+}
+
+// gemma4: each third layer is a full one. `shared` last layers read the K/V of layers before them
+static keys_fn gemma4_keys(uint32_t per_layer, uint32_t shared) {
+    return [=](gguf_context * ctx, const std::string & a) {
+        std::vector<int8_t> sliding(N_LAYER);
+        for (size_t il = 0; il < sliding.size(); il++) {
+            sliding[il] = il % 3 != 2;
+        }
+        const std::string pattern = a + "attention.sliding_window_pattern";
+        gguf_remove_key(ctx, pattern.c_str());
+        gguf_set_arr_data(ctx, pattern.c_str(), GGUF_TYPE_BOOL, sliding.data(), sliding.size());
+        gguf_set_val_u32(ctx, (a + "embedding_length_per_layer_input").c_str(), per_layer);
+        gguf_set_val_u32(ctx, (a + "attention.shared_kv_layers").c_str(), shared);
+        gguf_set_val_u32(ctx, (a + "block_count").c_str(), N_LAYER);
+    };
+}
+
+static void rwkv7_keys(gguf_context * ctx, const std::string & a) {
+    for (const char * rank : { "decay", "iclr", "value_residual_mix", "gate" }) {
+        gguf_set_val_u32(ctx, (a + "attention." + rank + "_lora_rank").c_str(), 32);
+    }
+}
+
+static void parallel_keys(gguf_context * ctx, const std::string & a) {
+    gguf_set_val_bool(ctx, (a + "use_parallel_residual").c_str(), true);
+}
+
+static void bailingmoe3_keys(gguf_context * ctx, const std::string & a) {
+    set_floats(ctx, a + "swiglu_clamp_exp", repeated(4.0f));
+    set_floats(ctx, a + "swiglu_clamp_shexp", repeated(5.0f));
+}
+
+static std::vector<variant> variants(llm_arch arch) {
+    const std::string name = llm_arch_name(arch);
+    switch (arch) {
+        case LLM_ARCH_GEMMA4:
+            return { { arch, name, false, gemma4_keys(0, 0) }, { arch, name + "-e", false, gemma4_keys(32, 3) } };
+        case LLM_ARCH_RWKV7:
+        case LLM_ARCH_ARWKV7:
+            return { { arch, name, false, rwkv7_keys } };
+        case LLM_ARCH_GPTNEOX:
+            return { { arch, name, false, {} }, { arch, name + "-parallel", false, parallel_keys } };
+        case LLM_ARCH_BAILINGMOE3:
+            return { { arch, name, true, bailingmoe3_keys } };
+        case LLM_ARCH_DEEPSEEK2OCR:
+            return { { arch, name, true, {} } };
+        default:
+            break;
+    }
+    if (moe_mandatory(arch)) {
+        return { { arch, name, true, {} } };
+    }
+    if (moe_implemented(arch)) {
+        return { { arch, name, false, {} }, { arch, name + "-moe", true, {} } };
+    }
+    return { { arch, name, false, {} } };
+}
+
+// the keys that the model was made from, and its tensors. Upstream's saver refuses some architectures
+static void save(const gguf_context * keys, const llama_model & model, const std::string & path) {
+    gguf_context_ptr out(gguf_init_empty());
+    gguf_set_kv(out.get(), keys);
+    std::set<std::string> names;
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        if (names.insert(name).second) {
+            gguf_add_tensor(out.get(), tensor);
+        }
+    }
+    if (!gguf_write_to_file(out.get(), path.c_str(), false)) {
+        throw std::runtime_error("cannot write " + path);
+    }
+}
+
+template <typename F>
+static std::string layers(const llama_model & model, F is) {
+    std::string list;
+    for (uint32_t il = 0; il < model.hparams.n_layer(); il++) {
+        if (is(il)) {
+            list += (list.empty() ? "" : ", ") + std::to_string(il);
+        }
+    }
+    return "[" + list + "]";
+}
+
+static void describe(const variant & v, const llama_model & model) {
+    const llama_hparams & h = model.hparams;
+    printf("{\"name\": \"%s\", \"architecture\": \"%s\", \"n_layer\": %u, \"n_embd\": %u, \"n_swa\": %u, \"swa_type\": %d, "
+           "\"alibi\": %s, \"sliding\": %s, \"recurrent\": %s, \"without_kv\": %s}\n",
+           v.name.c_str(), llm_arch_name(v.arch), h.n_layer(), h.n_embd, h.swa_type ? h.n_swa : 0, (int) h.swa_type,
+           h.use_alibi ? "true" : "false",
+           layers(model, [&](uint32_t il) { return h.is_swa(il); }).c_str(),
+           layers(model, [&](uint32_t il) { return h.is_recr(il); }).c_str(),
+           layers(model, [&](uint32_t il) { return !h.has_kv(il); }).c_str());
+    fflush(stdout);
+}
+
+static void write_model(const variant & v, size_t seed, float stdev, const std::string & folder) {
+    gguf_context_ptr keys = get_gguf_ctx(v.arch, v.moe);
+    if (v.keys) {
+        v.keys(keys.get(), std::string(llm_arch_name(v.arch)) + ".");
+    }
+    tensor_data_params data = { seed, stdev };
+    llama_model_params params = llama_model_default_params();
+    ggml_backend_dev_t devices[] = { nullptr };
+    params.devices = devices;
+    params.progress_callback = silent_model_load_progress;
+    llama_model_ptr model(llama_model_init_from_user(keys.get(), set_tensor_data, &data, params));
+    if (!model) {
+        throw std::runtime_error("no model");
+    }
+    save(keys.get(), *model, folder + "/" + v.name + ".gguf");
+    describe(v, *model);
+}
+
+int main(int argc, char ** argv) {
+    if (argc < 5) {
+        fprintf(stderr, "usage: %s FOLDER SEED STDEV N_LAYER [NAME...]\n", argv[0]);
+        return 2;
+    }
+    N_LAYER = std::stoul(argv[4]);
+    std::string said;
+    llama_log_set([](ggml_log_level level, const char * text, void * said) {
+        if (level == GGML_LOG_LEVEL_ERROR) {
+            *(std::string *) said += text;
+        }
+    }, &said);
+    const std::set<std::string> wanted(argv + 5, argv + argc);
+    for (llm_arch arch : llm_arch_all()) {
+        if (arch == LLM_ARCH_UNKNOWN) {
+            continue;
+        }
+        for (const variant & v : variants(arch)) {
+            if (!wanted.empty() && !wanted.count(v.name)) {
+                continue;
+            }
+            const pid_t child = fork(); // some architectures abort
+            if (child == 0) {
+                try {
+                    write_model(v, std::stoul(argv[2]), std::stof(argv[3]), argv[1]);
+                } catch (const std::exception & err) {
+                    fprintf(stderr, "%s: %s %s\n", v.name.c_str(), err.what(), said.c_str());
+                    _exit(1);
+                }
+                _exit(0);
+            }
+            int status = 0;
+            waitpid(child, &status, 0);
+            if (status != 0) {
+                printf("{\"name\": \"%s\", \"architecture\": \"%s\"}\n", v.name.c_str(), llm_arch_name(arch));
+                fflush(stdout);
+            }
+        }
+    }
+    return 0;
+}
