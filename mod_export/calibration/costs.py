@@ -234,13 +234,14 @@ class CostMeter:
         """Return a cost [T] of a block, attn or ffn unit."""
         if name == "size":
             h = record.mid if kind == FFN else record.h
-            delta = {ATTN: record.attn, FFN: record.ffn, BLOCK: record.out}[kind]
+            added = {ATTN: record.attn, FFN: record.whole_ffn}
+            delta = record.out if kind == BLOCK else added[kind] * record.scale
             return delta.norm(dim=-1) / h.norm(dim=-1).clamp(min=1e-12)
         effect = 0.0
         if kind in (ATTN, BLOCK):
             effect = effect + (grads[0] * record.attn).sum(-1)
         if kind in (FFN, BLOCK):
-            effect = effect + (grads[1] * record.ffn).sum(-1)
+            effect = effect + (grads[1] * record.whole_ffn).sum(-1)
         cost = effect.pow(2)
         if name == "gradient_keys":
             scores = {"gradient": self.key_scores["gradient"]}

@@ -32,7 +32,9 @@ class LayerRecord:
     """What one run of a layer has shown.
 
     h, mid: [T, n_embd], inputs of the layer and of its FFN
-    attn, ffn, out: [T, n_embd], what attention, FFN and the layer add
+    attn, ffn: [T, n_embd], what attention and FFN give; times `scale` it is what they add
+    ffn_beside: [T, n_embd], what the second module of an FFN gives; not part of `ffn`
+    out: [T, n_embd], what the layer adds
     query, key, value: [n_head, T, head_dim], position-encoded
     mixed: [n_head, T, head_dim], the attention's output before W_o
     scaling, mask ([T, T], or None for causal), softcap: of the attention scores
@@ -42,6 +44,8 @@ class LayerRecord:
     mid: torch.Tensor | None = None
     attn: torch.Tensor | None = None
     ffn: torch.Tensor | None = None
+    ffn_beside: torch.Tensor | None = None
+    scale: float = 1.0
     out: torch.Tensor | None = None
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
@@ -53,9 +57,14 @@ class LayerRecord:
 
     def note_layer(self, h: torch.Tensor, out: torch.Tensor, part: LayerParts) -> None:
         """Note input and output [1, T, n_embd] of the layer."""
-        self.h, self.out = h[0], out[0] - h[0]
+        self.h, self.out, self.scale = h[0], out[0] - h[0], part.residual_scale
         if part.ffn_entry is None:
             self.mid = self.h
+
+    @property
+    def whole_ffn(self) -> torch.Tensor:
+        """What all modules of the FFN give, [T, n_embd]."""
+        return self.ffn if self.ffn_beside is None else self.ffn + self.ffn_beside
 
 
 def first(out):
@@ -101,10 +110,15 @@ class LayerObserver:
             record.ffn = first(out)[0]
             return _with_first(out, record.ffn[None])
 
+        def ffn_beside(_module, _args, out):
+            record.ffn_beside = first(out)[0].detach()
+
         hooks = [
             part.attn_out.register_forward_hook(attn_out),
             part.ffn_out.register_forward_hook(ffn_out),
         ]
+        if part.ffn_beside is not None:
+            hooks.append(part.ffn_beside.register_forward_hook(ffn_beside))
         if part.ffn_entry is not None:
             hooks.append(part.ffn_entry.register_forward_pre_hook(enter_ffn, with_kwargs=True))
         try:

@@ -60,11 +60,16 @@ class LayerRouting:
         # The residual stream where the current sublayer reads it.
         self._h: torch.Tensor | None = None
         self._ffn_reads_layer_input = parts.ffn_entry is None
+        self._scale = parts.residual_scale
+        self._delta_so_far: torch.Tensor | None = None  # of an FFN of two modules
         # A module can have two roles; the later wrapper is the outer one.
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
         self._patch(parts.attn_out, self._gated(ATTN))
-        self._patch(parts.ffn_out, self._gated(FFN))
+        self._patch(parts.ffn_out, self._gated(FFN, more_follows=parts.ffn_beside is not None))
+        if parts.ffn_beside is not None:
+            self._patch(parts.ffn_beside, self._ffn)
+            self._patch(parts.ffn_beside, self._gated(FFN))
         if parts.ffn_entry is not None:
             self._patch(parts.ffn_entry, self._enter_ffn)
         self._patch(parts.layer, self._layer)
@@ -175,10 +180,11 @@ class LayerRouting:
         self.state.decide(Unit(self.index, FFN), h)
         return inner(h, **kwargs)
 
-    def _gated(self, kind: str) -> Callable:
+    def _gated(self, kind: str, more_follows: bool = False) -> Callable:
         """Return a wrapper of the last module before the residual sum.
 
-        What the unit adds is exactly 0 for inactive tokens.
+        What the unit adds is exactly 0 for inactive tokens. more_follows: the output of another
+        module is added to that of this one.
         """
         unit = (self.index, kind)
 
@@ -189,7 +195,12 @@ class LayerRouting:
                 return out
             delta = _first(out)
             if state.strategy.on_unit is not None:
-                state.strategy.on_unit(unit, self._h, delta)
+                so_far, self._delta_so_far = self._delta_so_far, None
+                total = delta if so_far is None else so_far + delta
+                if more_follows:
+                    self._delta_so_far = total
+                else:
+                    state.strategy.on_unit(unit, self._h, total * self._scale)
             if (gate := state.gate.get(unit)) is not None:
                 delta = gate.unsqueeze(-1).to(delta.dtype) * delta
             return _replace(out, state.strategy.select(state.active[unit], delta, 0.0))

@@ -6,15 +6,20 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
+    Glm4Config,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
+    GraniteConfig,
+    GraniteMoeSharedConfig,
     MistralConfig,
     Olmo2Config,
     PhiConfig,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from mod_export.errors import UserError
@@ -43,6 +48,13 @@ ARCHITECTURES = {
     "olmo2, norms on outputs only": Olmo2Config(**SMALL),
     "cohere, parallel": CohereConfig(**SMALL),
     "phi, parallel": PhiConfig(**SMALL),
+    "stablelm, parallel": StableLmConfig(**SMALL, use_parallel_residual=True),
+    "glm4, norms on outputs": Glm4Config(**SMALL, head_dim=16),
+    "granite, factor of outputs": GraniteConfig(**SMALL, residual_multiplier=0.3),
+    "granite moe, two modules in the FFN": GraniteMoeSharedConfig(
+        **SMALL, residual_multiplier=0.3, shared_intermediate_size=48, num_local_experts=4
+    ),
+    "gpt_neox": GPTNeoXConfig(**SMALL, use_parallel_residual=False),
 }
 
 
@@ -90,9 +102,7 @@ def test_unsupported_architectures_are_refused_untouched():
     for model in (
         GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)),
         AutoModelForCausalLM.from_config(
-            GPTNeoXConfig(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-            )
+            BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50)
         ),
     ):
         with pytest.raises(UserError, match=f"unsupported architecture {model.config.model_type}"):
