@@ -1,6 +1,7 @@
 """MODEL -> MoD directory: load, calibrate or apply an adapter, save.
 
     convert("smollm2", "mod", units="kv", target=0.5)
+    convert("Qwen/Qwen3-0.6B", "mod")  # from the Hugging Face hub
     convert_adapter("smollm2", "mod", "adapter")  # trained routers and LoRA, no calibration
 
 Knows nothing of GGUF outputs; export.py turns the directory into one.
@@ -20,7 +21,7 @@ from mod_export.common.progress import stage
 from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory
+from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
 from mod_export.units import parse_kinds, parse_layers, routed_layers, shares_by_kind
 
@@ -44,12 +45,14 @@ def convert(
     calibration_text: Sequence[str | Path] = (),
     sink_tokens: int = SINK_TOKENS,
     force: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
-    target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an eighth
-    of the model's context where that is less. Raises UserError for anything in the arguments, the
-    model or the text that does not fit.
+    model: a directory, a GGUF file, `smollm2` or a name on the Hugging Face hub; revision: of the
+    last. target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an
+    eighth of the model's context where that is less. Raises UserError for anything in the
+    arguments, the model or the text that does not fit.
     """
     kinds = parse_kinds(units)
     parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
@@ -61,15 +64,16 @@ def convert(
     text = read_texts(calibration_text) if calibration_text else None
     # An output in the way must fail before the minutes of work.
     with atomic_dir(out, force) as tmp:
+        path = hub.locate(model, revision)
         from mod_export.calibration.calibrate import CalibrationPlan, calibrate
         from mod_export.model import architectures, loading
         from mod_export.model.mod_model import MoDModel
 
-        refuse_mod(model)
+        refuse_mod(path)
         logger.info(f"loading {model}")
         with stage(f"loading {model}"):
-            base, tokenizer = loading.load(model)
-        check_against_runtime(loading.gguf_path(model), base, tokenizer)
+            base, tokenizer = loading.load(path)
+        check_against_runtime(loading.gguf_path(path), base, tokenizer)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
         kv_window = kv_window or min(
@@ -83,9 +87,7 @@ def convert(
             text,
         )
         config, routers = calibrate(base, tokenizer, plan)
-        config = replace(
-            config, calibration={"model": loading.name_of(model), **config.calibration}
-        )
+        config = replace(config, calibration={"model": loading.name_of(path), **config.calibration})
         logger.info(f"writing {out}")
         # The empty directory `tmp` is there already.
         with stage(f"writing {out}"):
@@ -98,25 +100,28 @@ def convert_adapter(
     out: str | Path,
     adapter: str | Path,
     force: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Write `model` with an adapter, LoRA merged, to the directory `out`, whole or not at all.
 
-    adapter: a directory, or the name of a packaged one. Raises UserError where it is damaged or for
-    another model.
+    model, revision: as `convert` takes them. adapter: a directory, or the name of a packaged one or
+    of one on the hub. Raises UserError where it is damaged or for another model.
     """
     from mod_export.formats import adapter_files
 
-    path = adapter_files.resolve(adapter)
-    adapter_files.read(path)  # A bad adapter fails before torch is imported and the model loaded.
+    found_at = adapter_files.resolve(hub.locate(adapter))
+    # A bad adapter fails before torch is imported and the model loaded.
+    adapter_files.read(found_at)
     with atomic_dir(out, force) as tmp:
+        path = hub.locate(model, revision)
         from mod_export.adapter import apply, load
         from mod_export.model import loading
 
-        found = load(path)
+        found = load(found_at)
         logger.info(f"loading {model}")
         with stage(f"loading {model}"):
-            base, tokenizer = loading.load(model)
-        check_against_runtime(loading.gguf_path(model), base, tokenizer)
+            base, tokenizer = loading.load(path)
+        check_against_runtime(loading.gguf_path(path), base, tokenizer)
         mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
@@ -177,7 +182,7 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
     return kl / len(ids), rounding / len(ids)
 
 
-def refuse_mod(model: str) -> None:
+def refuse_mod(model: str | Path) -> None:
     """Raise UserError for a MoD directory or file.
 
     Its routers would be lost, and its weights may be trained.

@@ -5,6 +5,7 @@ import click
 from mod_export.cli.options import (
     SHIFT_HELP,
     Finite,
+    ModelName,
     RenamedOption,
     comma_list,
     gpu_layers_option,
@@ -15,11 +16,11 @@ from mod_export.cli.output import name_plots, result_options, write_result
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=ModelName(gguf=True))
 @click.option(
     "--dense",
     required=True,
-    type=click.Path(),
+    type=ModelName(gguf=True),
     help="Dense GGUF of the same model and quantisation.",
 )
 @click.option(

@@ -5,6 +5,7 @@ import sys
 import click
 
 from mod_export.cli.options import (
+    ModelName,
     model_options,
     open_model,
     prompt_options,
@@ -16,7 +17,7 @@ from mod_export.common.text import decode_text
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=ModelName(gguf=True))
 @prompt_options
 @click.option("--system", default="", help="System prompt of the conversation.")
 @click.option(
@@ -43,9 +44,10 @@ def command(
 ):
     """Talk to a model.
 
-    FILE is a GGUF file. In the conversation /help lists the commands. With a prompt only the answer
-    goes to stdout. Piped input is one prompt too, unless one of its lines is a command such as
-    /stats: then each line is a turn of a conversation.
+    FILE is a GGUF file, or the name of one on the Hugging Face hub, such as org/name-GGUF:Q4_K_M.
+    In the conversation /help lists the commands. With a prompt only the answer goes to stdout.
+    Piped input is one prompt too, unless one of its lines is a command such as /stats: then each
+    line is a turn of a conversation.
     """
     from mod_export.runtime.sampling import Sampling
     from mod_export.serving import terminal

@@ -44,19 +44,26 @@ from mod_export.errors import UserError
 )
 @sink_tokens_option()
 @click.option(
+    "--revision",
+    metavar="REVISION",
+    show_default="main",
+    help="Branch, tag or commit of a MODEL of the Hugging Face hub.",
+)
+@click.option(
     "--adapter",
     type=click.Path(),
     metavar="ADAPTER",
     help="Take routers, and LoRA, from this adapter instead of calibrating: a directory, or the "
-    "name of a packaged adapter.",
+    "name of a packaged adapter or of one on the hub.",
 )
 @force_option
 @click.pass_context
-def command(ctx, model, output, adapter, force, **options):
+def command(ctx, model, output, adapter, revision, force, **options):
     """Make a Mixture-of-Depths model from an ordinary one.
 
-    MODEL is a Hugging Face directory, a GGUF file, or `smollm2`. The architectures of GGUF files
-    are listed in docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
+    MODEL is the name of a model on the Hugging Face hub, such as Qwen/Qwen3-0.6B, a directory, a
+    GGUF file, or `smollm2`. The architectures of GGUF files are listed in
+    docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
     calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that works.
     With --adapter the routers come from an adapter that was trained for MODEL.
     """
@@ -65,10 +72,11 @@ def command(ctx, model, output, adapter, force, **options):
     show_messages(clock=True)
     if adapter is None:
         target, layers = options.pop("target_activation"), options.pop("layers_routed")
-        convert(model, output, target=target, layers=layers, force=force, **options)
+        options |= {"target": target, "layers": layers, "revision": revision}
+        convert(model, output, force=force, **options)
     else:
         refuse_given(ctx, options)
-        convert_adapter(model, output, adapter, force)
+        convert_adapter(model, output, adapter, force, revision)
     click.echo(output)
 
 

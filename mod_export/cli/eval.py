@@ -3,6 +3,7 @@
 import click
 
 from mod_export.cli.options import (
+    ModelName,
     comma_list,
     gpu_layers_option,
     threads_option,
@@ -12,13 +13,13 @@ from mod_export.cli.output import name_plots, result_options, write_result
 
 
 @click.command("eval")
-@click.argument("target", type=click.Path())
+@click.argument("target", type=ModelName())
 @click.option(
     "--dense",
-    type=click.Path(),
+    type=ModelName(),
     metavar="MODEL",
     show_default="TARGET with every unit active",
-    help="Directory or GGUF to compare with.",
+    help="Directory or GGUF to compare with, or the name of one on the Hugging Face hub.",
 )
 @click.option(
     "--text",
@@ -113,8 +114,8 @@ def command(
 ):
     """Measure quality against the dense model: KL, tasks, passkeys.
 
-    TARGET is a MoD directory or GGUF file. A dense TARGET without --dense gets figures of its own
-    alone.
+    TARGET is a MoD directory, a GGUF file, or the name of one on the Hugging Face hub. A dense
+    TARGET without --dense gets figures of its own alone.
     """
     from mod_export.common.plots import check_folder
     from mod_export.evaluation import plots as eval_plots

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mod_export.cli.options import force_option
+from mod_export.cli.options import ModelName, force_option
 from mod_export.formats.ggml_types import EXPORT_FORMATS
 
 QUANT_HELP = f"Type of the base weights: {', '.join(EXPORT_FORMATS)}."
@@ -12,7 +12,7 @@ QUANT_DEFAULT = "q8_0; with --base, the types of that file"
 
 
 @click.command("export")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=ModelName(path_type=Path))
 @click.option(
     "--output",
     "-o",
@@ -31,7 +31,7 @@ QUANT_DEFAULT = "q8_0; with --base, the types of that file"
 @click.option(
     "--base",
     metavar="FILE.gguf",
-    type=click.Path(path_type=Path),
+    type=ModelName(gguf=True, path_type=Path),
     help="Put the routers on the weights of this GGUF file.",
 )
 @click.option(

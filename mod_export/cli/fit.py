@@ -2,12 +2,12 @@
 
 import click
 
-from mod_export.cli.options import Finite, json_flag, threads_option
+from mod_export.cli.options import Finite, ModelName, json_flag, threads_option
 from mod_export.formats.ggml_types import PLANNED_KV_TYPES
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=ModelName(gguf=True))
 @click.option(
     "--memory",
     required=True,
@@ -15,7 +15,7 @@ from mod_export.formats.ggml_types import PLANNED_KV_TYPES
 )
 @click.option(
     "--dense",
-    type=click.Path(),
+    type=ModelName(gguf=True),
     show_default="FILE with all units active",
     help="Dense GGUF to compare with.",
 )

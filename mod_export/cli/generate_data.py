@@ -3,6 +3,7 @@
 import click
 
 from mod_export.cli.options import (
+    ModelName,
     RenamedOption,
     force_option,
     gpu_layers_option,
@@ -14,7 +15,7 @@ from mod_export.cli.options import (
 
 
 @click.command("generate-data")
-@click.argument("file", type=click.Path(), metavar="MODEL")
+@click.argument("file", type=ModelName(gguf=True), metavar="MODEL")
 @output_option("OUT", "File to write: .jsonl or .jsonl.gz.", cls=RenamedOption, former="--out")
 @click.option(
     "--prompts",

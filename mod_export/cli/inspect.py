@@ -2,12 +2,12 @@
 
 import click
 
-from mod_export.cli.options import json_flag
+from mod_export.cli.options import ModelName, json_flag
 from mod_export.common.text import json_text
 
 
 @click.command("inspect")
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.argument("file", metavar="FILE", type=ModelName(gguf=True))
 @json_flag
 def command(file: str, as_json: bool) -> None:
     """Show what a MoD GGUF routes, and the KV it needs.

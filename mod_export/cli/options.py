@@ -16,6 +16,7 @@ import click
 from mod_export.common.text import check_name, decode_argument, decode_text
 from mod_export.config import SINK_TOKENS
 from mod_export.errors import UserError
+from mod_export.formats import hub
 from mod_export.runtime.sampling import ANY_SEED, LARGEST_SEED, RANGES, Sampling
 from mod_export.units import parse_shares
 
@@ -49,6 +50,23 @@ class FileName(click.Path):
     def convert(self, value, param, ctx):
         """Return the name. Raises UserError for a name that is no UTF-8."""
         check_name(value)
+        return super().convert(value, param, ctx)
+
+
+class ModelName(FileName):
+    """A file or directory, or the name of a model on the Hugging Face hub, which is fetched.
+
+    gguf: a GGUF file is wanted. The value is the path.
+    """
+
+    def __init__(self, gguf: bool = False, path_type: type | None = None):
+        super().__init__(path_type=path_type)
+        self.gguf = gguf
+
+    def convert(self, value, param, ctx):
+        """Return the path. Raises UserError where the hub does not give the model."""
+        if not (ctx and ctx.resilient_parsing) and hub.is_name(value):
+            value = str(hub.locate(value, gguf=self.gguf))
         return super().convert(value, param, ctx)
 
 

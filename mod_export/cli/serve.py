@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from mod_export.cli.options import model_options, open_model
+from mod_export.cli.options import ModelName, model_options, open_model
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=ModelName(gguf=True))
 @click.option(
     "--host",
     default="127.0.0.1",

@@ -7,6 +7,7 @@ import click
 
 from mod_export.cli.options import (
     Finite,
+    ModelName,
     RenamedOption,
     force_option,
     layers_routed_option,
@@ -21,7 +22,7 @@ _NUMBER = click.IntRange(min=1)
 
 
 @click.command("synth")
-@click.argument("preset", type=click.Path())
+@click.argument("preset", type=ModelName(gguf=True))
 @output_option("FILE", "GGUF file to write.")
 @click.option(
     "--dense",

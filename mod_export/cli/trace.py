@@ -3,6 +3,7 @@
 import click
 
 from mod_export.cli.options import (
+    ModelName,
     ctx_option,
     force_option,
     output_option,
@@ -14,7 +15,7 @@ from mod_export.cli.options import (
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=ModelName(gguf=True))
 @prompt_options
 @click.option(
     "--chat",

@@ -4,7 +4,7 @@ import os
 
 import click
 
-from mod_export.cli.options import Finite, RenamedOption, output_option, shares
+from mod_export.cli.options import Finite, ModelName, RenamedOption, output_option, shares
 from mod_export.cli.output import show_messages
 from mod_export.training.config import (
     DTYPES,
@@ -40,7 +40,7 @@ def field(name: str, type=None, *spellings: str, **more):
 
 
 @click.command("train")
-@click.argument("directory", type=click.Path(), metavar="DIR")
+@click.argument("directory", type=ModelName(), metavar="DIR")
 @output_option("OUT", "Directory to write.")
 @click.option(
     "--data",
@@ -68,7 +68,7 @@ def field(name: str, type=None, *spellings: str, **more):
 @field("limit", COUNT)
 @field("loss_on", click.Choice(LOSS_ON))
 @field("recall", SHARE)
-@field("teacher", click.Path(), metavar="MODEL")
+@field("teacher", ModelName(), metavar="MODEL")
 @field("method", click.Choice(METHODS))
 @field("per_layer")
 @field("start", SHARE, "--start-activation", metavar="SHARE")

@@ -2,21 +2,21 @@
 
 import click
 
-from mod_export.cli.options import json_flag, threads_option
+from mod_export.cli.options import ModelName, json_flag, threads_option
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=ModelName(gguf=True))
 @click.option(
     "--reference",
     required=True,
-    type=click.Path(),
+    type=ModelName(),
     help="The MoD directory that FILE was exported from.",
 )
 @click.option(
     "--dense",
     metavar="ORIGINAL.gguf",
-    type=click.Path(),
+    type=ModelName(gguf=True),
     help="The GGUF file that the model came from. Compare both with it too, with all units active.",
 )
 @click.option("--text", type=click.Path(), show_default="the packaged text", help="Text to run.")

@@ -67,7 +67,9 @@ def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int)
         with stage(f"loading {path}"):
             return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
     if not Path(path).exists() and str(path) != loading.EMBEDDED:
-        raise UserError(f"no such model: {path}", "give a MoD directory or a GGUF file")
+        raise UserError(
+            f"no such model: {path}", "give a directory, a GGUF file or a name on the hub"
+        )
     if threads:
         torch.set_num_threads(threads)
     with stage(f"loading {path}"):

