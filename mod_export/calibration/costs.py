@@ -140,7 +140,8 @@ class CostMeter:
             for layer in {layer for layer, _ in wanted}:
                 units = {unit: names for unit, names in wanted.items() if unit.layer == layer}
                 self._hook_layer(hooks, self.parts[layer], units, found)
-            self.base(input_ids=ids[None], use_cache=False, logits_to_keep=1)
+            kept = architectures.last_logits(1, ids[None])
+            self.base(input_ids=ids[None], use_cache=False, logits_to_keep=kept)
         return found
 
     def _hook_layer(
@@ -322,7 +323,10 @@ def attention(record: LayerRecord, rows: slice) -> torch.Tensor:
         score = score.masked_fill(~record.mask[rows, : rows.stop], float("-inf"))
     else:
         score = score + record.mask[rows, : rows.stop]
-    return score.float().softmax(-1)
+    if record.sinks is None:
+        return score.float().softmax(-1)
+    sinks = record.sinks[:, None, None].expand(-1, score.shape[1], 1)
+    return torch.cat((score, sinks), dim=-1).float().softmax(-1)[..., :-1]
 
 
 def value_norm(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ attention is replaced (model/attention.py).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ class LayerRecord:
     query, key, value: [n_head, T, head_dim], position-encoded
     mixed: [n_head, T, head_dim], the attention's output before W_o
     scaling, mask ([T, T], or None for causal), softcap: of the attention scores
+    sinks: [n_head], scores of attention sinks: keys that have no value and are always visible
     """
 
     h: torch.Tensor | None = None
@@ -54,6 +54,7 @@ class LayerRecord:
     scaling: float = 1.0
     mask: torch.Tensor | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     def note_layer(self, h: torch.Tensor, out: torch.Tensor, part: LayerParts) -> None:
         """Note input and output [1, T, n_embd] of the layer."""
@@ -106,9 +107,10 @@ class LayerObserver:
             record.attn = first(out)[0]
             return _with_first(out, record.attn[None])
 
+        # The FFN of some models has no batch axis.
         def ffn_out(_module, _args, out):
-            record.ffn = first(out)[0]
-            return _with_first(out, record.ffn[None])
+            record.ffn = first(out).flatten(0, -2)
+            return _with_first(out, record.ffn.view_as(first(out)))
 
         def ffn_beside(_module, _args, out):
             record.ffn_beside = first(out)[0].detach()
@@ -128,16 +130,9 @@ class LayerObserver:
             for hook in hooks:
                 hook.remove()
 
-    def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def _attention(self, inner, module, query, key, value, attention_mask, scaling=None, **kwargs):
         """Run the model's attention, and note its input and output where a layer is recorded."""
-        if kwargs.get("softcap") is not None:  # sdpa has none
-            inner = sys.modules[type(module).__module__].eager_attention_forward
-            mask = _additive(attention_mask, query)
-        else:
-            from transformers.integrations.sdpa_attention import sdpa_attention_forward as inner
-
-            mask = attention_mask
-        out, weights = inner(module, query, key, value, mask, scaling=scaling, **kwargs)
+        out, weights = inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         record = self._record
         if record is None:
             return out, weights
@@ -149,15 +144,10 @@ class LayerObserver:
         record.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         record.mask = None if attention_mask is None else attention_mask[0, 0]
         record.softcap = kwargs.get("softcap")
+        sinks = kwargs.get("s_aux")
+        record.sinks = None if sinks is None else sinks.detach().reshape(-1)
         return record.mixed.transpose(0, 1)[None], weights
 
 
 def _with_first(out, value: torch.Tensor):
     return (value, *out[1:]) if isinstance(out, tuple) else value
-
-
-def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    """Return the form of a mask that eager attention takes: 0 where visible; None is causal."""
-    if mask is None:
-        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()[None, None]
-    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)

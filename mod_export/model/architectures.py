@@ -9,11 +9,14 @@ the usual Hugging Face layer with other attribute names.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from mod_export.errors import UserError
+from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Names:
     parallel: the field of the configuration that says whether attention and FFN run side by side;
         then `ffn_entry` does not count
     norm_eps: the epsilon of the norms, where it is no field of the configuration
+    refused: kinds of units that the layers cannot have, and why
     """
 
     attn: str = "self_attn"
@@ -41,6 +45,7 @@ class Names:
     residual_scale: str | None = None
     parallel: str | None = None
     norm_eps: float | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 _OUTPUT_NORMS = {"attn_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"}
@@ -52,6 +57,12 @@ _MULTIPLIER = {"residual_scale": "residual_multiplier"}
 ARCHITECTURES = {
     **dict.fromkeys(
         ("gemma2", "gemma3_text"), Names(ffn_entry="pre_feedforward_layernorm", **_OUTPUT_NORMS)
+    ),
+    "gemma4_text": Names(
+        ffn_entry="pre_feedforward_layernorm",
+        # llama.cpp's graph ends the FFN where the layer ends.
+        refused={FFN: "per-layer embeddings and the layer's scale come after the FFN"},
+        **_OUTPUT_NORMS,
     ),
     "vaultgemma": Names(ffn_entry="pre_feedforward_layernorm"),
     **dict.fromkeys(
@@ -65,7 +76,13 @@ ARCHITECTURES = {
         ffn_out="post_mlp_layernorm",
     ),
     "apertus": Names(ffn_entry="feedforward_layernorm"),
-    "llama4_text": Names(ffn="feed_forward", ffn_out="feed_forward"),
+    "llama4_text": Names(
+        ffn="feed_forward",
+        ffn_out="feed_forward",
+        refused=dict.fromkeys(
+            (ATTN, BLOCK), "transformers scales queries by their row instead of their position"
+        ),
+    ),
     "dbrx": Names(
         attn="norm_attn_norm.attn",
         attn_out="norm_attn_norm.attn",
@@ -116,11 +133,17 @@ NORM_EPS = (
     "norm_epsilon",
     "layernorm_epsilon",
 )
+# Classes of FFNs that return (output, scores of the experts); others return the output alone.
+FFNS_WITH_SCORES = ("GptOssMLP", "Llama4TextMoe")
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The modules of one decoder layer, by the roles that `Names` describes."""
+    """The modules of one decoder layer, by the roles that `Names` describes.
+
+    kv_source: the earlier layer whose K/V this layer reads; None where it has its own
+    refused: kinds of units that this layer cannot have, and why
+    """
 
     layer: nn.Module
     attn: nn.Module
@@ -130,6 +153,13 @@ class LayerParts:
     ffn_entry: nn.Module | None
     ffn_beside: nn.Module | None = None
     residual_scale: float = 1.0
+    kv_source: int | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ffn_returns_scores(self) -> bool:
+        """Whether the FFN returns the scores of its experts beside its output."""
+        return type(self.ffn).__name__ in FFNS_WITH_SCORES
 
 
 def context_length(base: nn.Module) -> int | None:
@@ -148,7 +178,35 @@ def decoder_layers(base: nn.Module) -> list[LayerParts]:
     if reason := REFUSED.get(base.config.model_type):
         raise _unsupported(base, reason)
     names = names_of(base)
-    return [_find_parts(base, layer, names) for layer in _layer_list(base)]
+    parts = [_find_parts(base, layer, names) for layer in _layer_list(base)]
+    sources = _kv_sources(base, len(parts))
+    return [
+        replace(
+            part, kv_source=source, refused={**names.refused, **_refused_for_kv(layer, sources)}
+        )
+        for layer, (part, source) in enumerate(zip(parts, sources, strict=True))
+    ]
+
+
+def check_units(base: nn.Module, units: Iterable[Unit]) -> None:
+    """Raise UserError for a unit that its layer cannot have, with the reason."""
+    layers = decoder_layers(base)
+    for layer, kind in units:
+        if reason := layers[layer].refused.get(kind):
+            raise UserError(
+                f"layer {layer} of {base.config.model_type} cannot have a unit {kind}: {reason}",
+                "route other layers or other kinds",
+            )
+
+
+def last_logits(n: int, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the argument `logits_to_keep` for the last n tokens of input_ids [B, T].
+
+    It is an index, because models that share K/V between layers (Gemma 4) compute their last layers
+    for these tokens only where it is a number.
+    """
+    n_token = input_ids.shape[1]
+    return torch.arange(max(n_token - n, 0), n_token, device=input_ids.device)
 
 
 def n_embd(base: nn.Module) -> int:
@@ -185,6 +243,27 @@ def _layer_list(base: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == n_layer:
             return module
     raise _unsupported(base, "its decoder layers were not found")
+
+
+def _kv_sources(base: nn.Module, n_layer: int) -> list[int | None]:
+    """Return for each layer the earlier layer whose K/V it reads, or None."""
+    modes = getattr(base.config, "kv_sharing_modes", None) or [None] * n_layer
+    stored: dict[str, int] = {}
+    sources: list[int | None] = []
+    for layer, mode in enumerate(modes):
+        if mode == "store":
+            stored[base.config.layer_types[layer]] = layer
+        sources.append(stored[base.config.layer_types[layer]] if mode == "reuse" else None)
+    return sources
+
+
+def _refused_for_kv(layer: int, sources: list[int | None]) -> dict[str, str]:
+    """Return the kinds that a layer cannot have because layers share K/V, and why."""
+    if layer in sources:
+        return dict.fromkeys((KV, ATTN, BLOCK), "later layers read its keys and values")
+    if sources[layer] is not None:
+        return {KV: f"it reads the keys and values of layer {sources[layer]}"}
+    return {}
 
 
 def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:

@@ -62,6 +62,8 @@ class LayerRouting:
         self._ffn_reads_layer_input = parts.ffn_entry is None
         self._scale = parts.residual_scale
         self._delta_so_far: torch.Tensor | None = None  # of an FFN of two modules
+        self._ffn_returns_scores = parts.ffn_returns_scores
+        self._kv_source = parts.kv_source
         # A module can have two roles; the later wrapper is the outer one.
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
@@ -117,9 +119,10 @@ class LayerRouting:
         stored = attn if block is None else block
         if state.cache is not None:
             return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
-        kwargs["attention_mask"] = state.strategy.mask(
-            state, layer, kwargs.get("attention_mask"), stored, keep
-        )
+        if self._kv_source is None:  # otherwise no decision of this layer hides a key
+            kwargs["attention_mask"] = state.strategy.mask(
+                state, layer, kwargs.get("attention_mask"), stored, keep
+            )
         out = inner(h, **kwargs)
         return out if block is None else _replace(out, self._end_block(h, _first(out)))
 
@@ -141,10 +144,15 @@ class LayerRouting:
         """
         state = self.state
         rows = None if stored is None else _rows(stored)
-        if rows is not None or keep is not None or state.cache.is_partial(self.index):
+        visible = None
+        if self._kv_source is not None:
+            if rows is not None:
+                visible = state.cache.read(self._kv_source, rows)
+        elif rows is not None or keep is not None or state.cache.is_partial(self.index):
             visible = state.cache.begin(
                 self.index, rows, None if keep is None else keep[0], state.kv_window
             )
+        if visible is not None:
             kwargs["attention_mask"] = state.masks.sparse(
                 kwargs.get("attention_mask"), visible, rows, state.cache.cell_positions
             )
@@ -153,7 +161,7 @@ class LayerRouting:
         if len(rows) == 0:
             return h
         x = h[:, rows]
-        y = _first(inner(x, **_gather_positions(kwargs, rows)))
+        y = _first(inner(x, **_gather_rows(kwargs, rows)))
         if (gate := state.gate.get(Unit(self.index, BLOCK))) is not None:
             y = x + gate[:, rows].unsqueeze(-1).to(h.dtype) * (y - x)
         return h.index_copy(1, rows, y)
@@ -162,7 +170,10 @@ class LayerRouting:
         return self._run_sparse(ATTN, inner, x, kwargs, nothing=(torch.zeros_like(x), None))
 
     def _ffn(self, inner: Callable, x: torch.Tensor, kwargs: dict):
-        return self._run_sparse(FFN, inner, x, kwargs, nothing=torch.zeros_like(x))
+        nothing = torch.zeros_like(x)
+        return self._run_sparse(
+            FFN, inner, x, kwargs, nothing=(nothing, None) if self._ffn_returns_scores else nothing
+        )
 
     def _run_sparse(self, kind: str, inner: Callable, x: torch.Tensor, kwargs: dict, nothing):
         """Run the sublayer; with a cache, for the active rows of x [1, T, n_embd] only."""
@@ -172,8 +183,10 @@ class LayerRouting:
         rows = _rows(active)
         if len(rows) == 0:
             return nothing
-        out = inner(x[:, rows], **_gather_positions(kwargs, rows))
-        return _replace(out, torch.zeros_like(x).index_copy(1, rows, _first(out)))
+        some = x[:, rows]
+        out = inner(some, **_gather_rows(kwargs, rows))
+        computed = _first(out).view_as(some)  # an FFN may return its rows without the batch axis
+        return _replace(out, torch.zeros_like(x).index_copy(1, rows, computed))
 
     def _enter_ffn(self, inner: Callable, h: torch.Tensor, kwargs: dict):
         self._h = h
@@ -193,7 +206,7 @@ class LayerRouting:
             state = self.state
             if unit not in state.active:
                 return out
-            delta = _first(out)
+            delta = _first(out).view_as(x)
             if state.strategy.on_unit is not None:
                 so_far, self._delta_so_far = self._delta_so_far, None
                 total = delta if so_far is None else so_far + delta
@@ -220,10 +233,11 @@ def _replace(out, value: torch.Tensor):
     return (value, *out[1:]) if isinstance(out, tuple) else value
 
 
-def _gather_positions(kwargs: dict, rows: torch.Tensor) -> dict:
-    """Return kwargs with the positions cut to `rows`; the mask is cut already.
+def _gather_rows(kwargs: dict, rows: torch.Tensor) -> dict:
+    """Return kwargs with what belongs to single tokens cut to `rows`; the mask is cut already.
 
-    Positions are ids [.., T] or embeddings [.., T, head_dim].
+    These are positions, as ids [.., T] or embeddings [.., T, head_dim], and the embeddings that a
+    layer has of its own, [.., T, n].
     """
 
     def cut(value):
@@ -231,6 +245,10 @@ def _gather_positions(kwargs: dict, rows: torch.Tensor) -> dict:
             return tuple(cut(v) for v in value)
         if not isinstance(value, torch.Tensor):
             return value
-        return value[..., rows, :] if value.is_floating_point() else value[..., rows]
+        is_ids = not (value.is_floating_point() or value.is_complex())
+        return value[..., rows] if is_ids else value[..., rows, :]
 
-    return {name: cut(value) if "position" in name else value for name, value in kwargs.items()}
+    def of_tokens(name: str) -> bool:
+        return "position" in name or name == "per_layer_input"
+
+    return {name: cut(value) if of_tokens(name) else value for name, value in kwargs.items()}

@@ -65,6 +65,7 @@ class MoDModel(nn.Module):
         super().__init__()
         config.validate(len(architectures.decoder_layers(base)))
         check_routers(config, routers, architectures.n_embd(base))
+        architectures.check_units(base, config.routed())
         eps = architectures.norm_eps(base)
         if base.config._attn_implementation not in ("sdpa", "eager"):
             base.set_attn_implementation("sdpa")  # other implementations take no mask for a layer
@@ -235,6 +236,8 @@ class MoDModel(nn.Module):
             raise UserError(
                 "gradient checkpointing is on", "turn it off, and train with --recompute"
             )
+        if (n_logits := kwargs.get("logits_to_keep")) and isinstance(n_logits, int):
+            kwargs["logits_to_keep"] = architectures.last_logits(n_logits, kwargs["input_ids"])
         for layer in self.layers:
             layer.state = state
         try:

@@ -168,15 +168,13 @@ def relaxed_attention(base: nn.Module) -> Iterator[None]:
         yield
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Run SDPA, a chunk of queries at a time where keys have a bias.
+def _attention(inner, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Run the model's attention `inner`, a chunk of queries at a time where keys have a bias.
 
     query: [B, n_head, T, head_dim] -> [B, T, n_head, head_dim].
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
-
     if not isinstance(attention_mask, RelaxedMask):
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     kwargs.pop("is_causal", None)
     frozen = not any(x.requires_grad for x in (query, key, value))
     if query.is_cuda and torch.is_grad_enabled() and frozen:
@@ -190,5 +188,5 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
             visible = attention_mask.mask[:, :, start:stop, :stop]
             bias = bias.masked_fill(~visible, float("-inf"))
         some = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], bias)
-        parts.append(sdpa(module, *some, scaling=scaling, is_causal=False, **kwargs)[0])
+        parts.append(inner(module, *some, scaling=scaling, is_causal=False, **kwargs)[0])
     return torch.cat(parts, dim=1), None

@@ -13,6 +13,7 @@ from mod_export.training import relaxation
 from mod_export.training.relaxation import Relaxation, RelaxedDecisions, relaxed_attention
 from mod_export.training.student import LossWeights, Student
 from tests.support import tiny_torch as tiny
+from tests.support import tiny_types
 from tests.support.tiny_torch import IDS, UNITS, assert_close
 
 HARD = Relaxation(temperature=1e-4, noise=False)
@@ -45,6 +46,27 @@ def test_chunks_of_queries_change_nothing(units, monkeypatch):
     assert_close(found[1], found[0])
     assert_close(found[2], found[0])
     assert (found[0] - model(IDS)).abs().max() > 1e-2  # smooth decisions are others than hard ones
+
+
+@pytest.mark.parametrize("name", tiny_types.FIELDS)
+def test_windows_sinks_softcaps_and_shared_kv_are_kept(name, monkeypatch):
+    """Where all keys weigh 1 the model is the plain one; hard decisions are the limit as well."""
+    monkeypatch.setattr(relaxation, "CHUNK_QUERIES", 20)
+    plain = tiny_types.base(name)
+    with torch.inference_mode():
+        expected = plain(IDS).logits
+    model = tiny.wrap(plain, tiny.config(tiny_types.UNITS[name]), IDS)
+    hard = model(IDS)
+    with relaxed_attention(model.base):
+        assert_close(model(IDS, strategy=RelaxedDecisions(HARD)), hard)
+        soft = model(IDS, strategy=RelaxedDecisions(SMOOTH))
+        assert (soft - hard).abs().max() > 1e-2
+        soft.sum().backward()
+        for router in model.routers.values():
+            assert router.bias.grad.abs() > 0
+            router.bias.data += 1e4
+        all_seen = model(IDS, strategy=RelaxedDecisions(Relaxation()))
+    torch.testing.assert_close(all_seen, expected, atol=1e-5, rtol=0)
 
 
 def loss_of(model, relaxation, direction, **kwargs):
