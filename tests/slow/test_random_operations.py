@@ -14,25 +14,26 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from tests.support import oracle
 from tests.support.c_api import Raw, aborting
 from tests.support.kv_operations import next_operation
 from tests.support.kv_reference import END, MIXED, Full, Reference
-from tests.support.oracle import CASES, close, needs_patched, without_origins
-from tests.support.tiny_gguf import Tiny, logit
+from tests.support.oracle import close, needs_patched, without_origins
+from tests.support.tiny_gguf import logit
 
 pytestmark = needs_patched
 
 N_SEQ, N_CTX, N_UBATCH, SINKS = 4, 256, 16, 2
 OPERATIONS = 10_000
 SEEDS = 2
+ALL_CASES = oracle.CASES | oracle.SLIDING
 SHIFTS = {"active": -1e9, "inactive": 1e9}  # force, as the oracle's shift
 
 
 def make(case: str, path):
-    tiny = Tiny(n_embd=64, n_head=2, n_head_kv=1, n_ff=64, sink_tokens=SINKS)
-    for layers, kinds in CASES[case].items():
-        tiny.route(layers, kinds, seed=layers[0] + 1)
-    tiny.place_biases(np.random.default_rng(9).integers(0, tiny.n_vocab, (2, 100)))
+    sequences = np.random.default_rng(9).integers(0, 96, (2, 100))
+    shape = {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 64}
+    tiny = oracle.make(case, sequences=sequences, sink_tokens=SINKS, **shape)
     return tiny, tiny.write(path / "mod.gguf")
 
 
@@ -44,7 +45,8 @@ class Machine:
     def __init__(self, tiny, path, log=None):
         self.tiny, self.path, self.log = tiny, path, log
         self.r = Raw(path, n_ctx=N_CTX, n_ubatch=N_UBATCH, n_seq=N_SEQ)
-        self.ref = Reference(tiny.units, tiny.n_layer, tiny.kv_window, N_CTX, N_SEQ)
+        windows = {"kv": tiny.kv_window, "layer": tiny.n_swa}
+        self.ref = Reference(tiny.units, tiny.n_layer, windows, N_CTX, N_SEQ, sliding=tiny.sliding)
         self.text = [
             [] for _ in range(N_SEQ)
         ]  # (token, shift, decisions) where a sequence is a plain text, else None
@@ -284,7 +286,7 @@ def shrink(tiny, path, ops, seconds: float = 20.0) -> list:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_random_operations(case, seed, tmp_path):
     tiny, path = make(case, tmp_path)
     rng, ops = np.random.default_rng([seed, *case.encode()]), []
@@ -293,7 +295,7 @@ def test_random_operations(case, seed, tmp_path):
         machine = Machine(tiny, path, log)
         with machine.r:
             try:
-                for _ in range(OPERATIONS // (SEEDS * len(CASES))):
+                for _ in range(OPERATIONS // (SEEDS * len(ALL_CASES))):
                     ops.append(next_operation(rng, machine.ref))
                     machine.do(ops[-1])
             except AssertionError as exc:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 END = 2**31 - 1
+COMPLETE, SLIDING = -1, -2  # the caches that layers have in common
 MIXED = ("mixed",)  # the origin of tokens that were decoded with several settings
 
 
@@ -42,15 +43,16 @@ class Cell:
 class Sequence:
     """What is known of one sequence beside its cells.
 
+    lost: per kind of window, an upper bound of the positions given back since it was last empty.
     origin: the settings that its tokens were decoded with; None for no tokens.
     """
 
-    lost: int = -1  # an upper bound of the positions given back since it was last empty
+    lost: dict[str, int] = field(default_factory=lambda: {"kv": -1, "layer": -1})
     broken: str = "no"  # "must": a decode has to refuse it; "may": it can
     origin: tuple | None = None
 
     def copy(self) -> Sequence:
-        return Sequence(self.lost, self.broken, self.origin)
+        return Sequence(dict(self.lost), self.broken, self.origin)
 
     def add(self, origin: tuple | None) -> None:
         """Add tokens of this origin."""
@@ -65,18 +67,30 @@ class Reference:
     """The caches and sequences of one context.
 
     units: (layer, kind) in the order of the trace's columns.
+    windows: the sizes in tokens of "kv", what kv units drop, and "layer", what sliding layers see.
+    sliding: the layers that see no more; none of them has units other than ffn.
     """
 
     def __init__(
-        self, units, n_layer: int, window: int, n_cells: int, n_seq: int = 4, rollback: int = 64
+        self,
+        units,
+        n_layer: int,
+        windows: dict[str, int],
+        n_cells: int,
+        n_seq: int = 4,
+        rollback: int = 64,
+        sliding: tuple[int, ...] = (),
     ):
-        self.units, self.n_layer, self.window = list(units), n_layer, window
-        self.n_cells, self.rollback = n_cells, rollback
+        self.units, self.n_layer, self.windows = list(units), n_layer, windows
+        self.n_cells, self.rollback, self.sliding = n_cells, rollback, sliding
         self.own = sorted({layer for layer, kind in self.units if kind != "ffn"})
-        self.drops = {layer for layer, kind in self.units if kind == "kv"}
-        self.cells: dict[int, list[Cell]] = {
-            layer: [] for layer in [-1, *self.own]
-        }  # -1: the complete layers
+        # which caches give cells back, and when
+        self.drops = {layer: "kv" for layer, kind in self.units if kind == "kv"}
+        shared = [COMPLETE]
+        if sliding:
+            shared.append(SLIDING)
+            self.drops[SLIDING] = "layer"
+        self.cells: dict[int, list[Cell]] = {layer: [] for layer in [*shared, *self.own]}
         self.seqs = [Sequence() for _ in range(n_seq)]
         self.settings = {"force": "none", "shift": 0.0}
 
@@ -91,16 +105,22 @@ class Reference:
     def used(self) -> list[int]:
         """Return the number of cells in use per layer."""
         count = {layer: sum(bool(c.seqs) for c in cells) for layer, cells in self.cells.items()}
-        return [count[layer if layer in self.own else -1] for layer in range(self.n_layer)]
+        return [count[self.cache(layer)] for layer in range(self.n_layer)]
+
+    def cache(self, layer: int) -> int:
+        """Return the cache of a layer: one of its own, or a common one."""
+        if layer in self.own:
+            return layer
+        return SLIDING if layer in self.sliding else COMPLETE
 
     def positions(self, seq: int) -> list[int]:
-        return sorted(c.pos for c in self.cells[-1] if seq in c.seqs)
+        return sorted(c.pos for c in self.cells[COMPLETE] if seq in c.seqs)
 
     def pos_max(self, seq: int) -> int:
-        return max((c.pos for c in self.cells[-1] if seq in c.seqs), default=-1)
+        return max((c.pos for c in self.cells[COMPLETE] if seq in c.seqs), default=-1)
 
     def pos_min(self, seq: int) -> int:
-        return min((c.pos for c in self.cells[-1] if seq in c.seqs), default=-1)
+        return min((c.pos for c in self.cells[COMPLETE] if seq in c.seqs), default=-1)
 
     def needs_lost(self, seq: int, end: int) -> bool:
         """Return whether the next query would see something that has been given back.
@@ -109,14 +129,18 @@ class Reference:
         """
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
         return any(
-            seq in c.gone and query - self.window < c.pos < query
-            for own in self.drops
-            for c in self.cells[own]
+            seq in c.gone and query - self.windows[window] < c.pos < query
+            for cache, window in self.drops.items()
+            for c in self.cells[cache]
         )
 
     def may_refuse(self, seq: int, end: int) -> bool:
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
-        return self.seqs[seq].lost > query - self.window
+        lost = self.seqs[seq].lost
+        return any(
+            lost[window] >= 0 and lost[window] > query - size
+            for window, size in self.windows.items()
+        )
 
     # --- decode
 
@@ -128,7 +152,7 @@ class Reference:
         start = {s: self.pos_max(s) for s in range(len(self.seqs))}
         before = self.copy()
         try:
-            if self.free(-1) < len(tokens):
+            if self.free(COMPLETE) < len(tokens):
                 raise Full("the layers with complete K/V")
             for i in range(0, len(tokens), n_ubatch):
                 self._ubatch(tokens[i : i + n_ubatch], active[i : i + n_ubatch])
@@ -146,8 +170,8 @@ class Reference:
         return self.n_cells - sum(bool(c.seqs) for c in self.cells[layer])
 
     def _ubatch(self, tokens, active) -> None:
-        for seq, pos in tokens:
-            self.cells[-1].append(Cell(pos, {seq}))
+        for cache in self.cells.keys() - set(self.own):
+            self.cells[cache] += [Cell(pos, {seq}, cache == SLIDING) for seq, pos in tokens]
         for layer in self.own:
             unit = {kind: active[:, i] for i, (at, kind) in enumerate(self.units) if at == layer}
             new = []
@@ -167,12 +191,14 @@ class Reference:
             end = self.pos_max(seq)
             if end <= old_end:
                 continue
-            for c in (c for layer in self.drops for c in self.cells[layer]):
-                far = end + 1 - c.pos >= self.window + self.rollback
-                if seq in c.seqs and c.dropped and far and (c.new or not only_new):
-                    c.seqs.remove(seq)
-                    c.gone.add(seq)
-                    self.seqs[seq].lost = max(self.seqs[seq].lost, c.pos)
+            for cache, window in self.drops.items():
+                for c in self.cells[cache]:
+                    far = end + 1 - c.pos >= self.windows[window] + self.rollback
+                    if seq in c.seqs and c.dropped and far and (c.new or not only_new):
+                        c.seqs.remove(seq)
+                        c.gone.add(seq)
+                        lost = self.seqs[seq].lost
+                        lost[window] = max(lost[window], c.pos)
 
     # --- memory operations
 
@@ -207,7 +233,7 @@ class Reference:
                 c.gone.discard(seq)
 
     def shares(self, a: int, b: int) -> bool:
-        return any(a in c.seqs and b in c.seqs for c in self.cells[-1])
+        return any(a in c.seqs and b in c.seqs for c in self.cells[COMPLETE])
 
     def copy_sequence(self, src: int, dst: int, p0: int, p1: int) -> None:
         p1 = END if p1 < 0 else p1
@@ -222,7 +248,7 @@ class Reference:
         if end < 0:
             self._forget(dst, 0, END)
             return
-        b.lost = max(a.lost, b.lost)
+        b.lost = {window: max(a.lost[window], b.lost[window]) for window in b.lost}
         shorter, doubtful = end < self.pos_max(src), (a.broken, b.broken) != ("no", "no")
         if (shorter or doubtful) and self.needs_lost(dst, END):
             b.broken = "must"
@@ -245,10 +271,11 @@ class Reference:
             if p0 <= c.pos < p1 and seq in c.seqs | c.gone:
                 c.pos += by
         for s, info in enumerate(self.seqs):
-            if s == seq and p0 <= info.lost < p1:
-                info.lost = max(info.lost + by, below)
-            elif by > 0 and info.lost >= p0:
-                info.lost += by
+            for window, lost in info.lost.items():
+                if s == seq and p0 <= lost < p1:
+                    info.lost[window] = max(lost + by, below)
+                elif by > 0 and lost >= p0:
+                    info.lost[window] += by
         for s in range(len(self.seqs)):
             self._forget(s, -END, 0)
 
@@ -261,7 +288,7 @@ class Reference:
         for s in range(len(self.seqs)):
             moved = [
                 c.pos + by * (p0 <= c.pos < p1 and seq in c.seqs)
-                for c in self.cells[-1]
+                for c in self.cells[COMPLETE]
                 if s in c.seqs
             ]
             if len(set(moved)) < len(moved):
@@ -276,7 +303,13 @@ class Reference:
 
     def copy(self) -> Reference:
         new = Reference(
-            self.units, self.n_layer, self.window, self.n_cells, len(self.seqs), self.rollback
+            self.units,
+            self.n_layer,
+            self.windows,
+            self.n_cells,
+            len(self.seqs),
+            self.rollback,
+            self.sliding,
         )
         new.cells = {layer: [c.copy() for c in cells] for layer, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]

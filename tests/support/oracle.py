@@ -42,15 +42,23 @@ CASES = {
         (4,): "block+kv",
     },  # layer 3 has complete K/V
 }
+# The layers of SLIDES see few tokens. No layer has complete K/V in the first case.
+SLIDES = (1, 2, 4)
+SLIDING = {
+    "sliding+kv": {(0, 3): "kv+ffn", (2,): "ffn"},
+    "sliding+block": {(3,): "block+kv", (1,): "ffn"},
+}
 
 
 def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny:
     """Return a tiny model with the units of a case.
 
-    Biases lie in gaps between the scores of the sequences.
+    case: one of CASES or SLIDING. Biases lie in gaps between the scores of the sequences.
     """
+    if case in SLIDING:
+        shape = {"sliding": SLIDES} | shape
     tiny = Tiny(**shape)
-    for layers, kinds in CASES[case].items():
+    for layers, kinds in (CASES | SLIDING)[case].items():
         tiny.route(layers, kinds, seed=layers[0] + 1)
     return tiny.place_biases(sequences, activation)
 

@@ -1,4 +1,7 @@
-"""Tiny random llama GGUF files with routers, and their forward pass in numpy.
+"""Tiny random GGUF files with routers, and their forward pass in numpy.
+
+The architecture is llama's, or with sliding layers that of `granite_swa`, which adds attention
+windows and sinks to it.
 
 The forward pass is a second, independent oracle. The file has no tokenizer, and tokens are numbers;
 with `vocab` tokens are the printable characters of ASCII. Router biases are placed in gaps between
@@ -32,7 +35,10 @@ class Out(NamedTuple):
 
 @dataclass
 class Tiny:
-    """A random llama model; `routers` maps (layer, kind) to [w, b, p]."""
+    """A random llama model; `routers` maps (layer, kind) to [w, b, p].
+
+    sliding: layers whose attention sees the last `n_swa` tokens.
+    """
 
     n_layer: int = 5
     n_embd: int = 128
@@ -44,6 +50,8 @@ class Tiny:
     sink_tokens: int = 2
     kv_window: int = 8
     scale_output: bool = False
+    sliding: tuple = ()
+    n_swa: int = 12
     seed: int = 0
     arch: str = "llama"
     n_ctx: int = 4096
@@ -63,6 +71,8 @@ class Tiny:
         def norm():
             return (1 + 0.1 * rng.standard_normal(e)).astype(np.float32)
 
+        if self.sliding:
+            self.arch = "granite_swa"
         t = self.tensors
         t["token_embd.weight"] = mat(self.n_vocab, e, np.sqrt(e))
         if not self.tied:
@@ -81,6 +91,9 @@ class Tiny:
                 b + "ffn_up.weight": mat(self.n_ff, e),
                 b + "ffn_down.weight": mat(e, self.n_ff, 2),
             }
+            if self.sliding:
+                sinks = rng.standard_normal(self.n_head).astype(np.float32)
+                t[b + "attn_sinks.weight"] = sinks
 
     @property
     def units(self) -> list:
@@ -187,12 +200,16 @@ class Tiny:
         v = v.reshape(n, self.n_head_kv, d).repeat(group, axis=1)
         dist = np.arange(n)[:, None] - np.arange(n)[None]
         visible = (dist >= 0) & act[None] & (remembered[None] | (dist < self.kv_window))
+        if layer in self.sliding:
+            visible &= dist < self.n_swa
         visible |= np.eye(
             n, dtype=bool
         )  # rows of inactive tokens: any value, the result is not used
         s = np.where(visible[None], np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d), -np.inf)
-        s = np.exp(s - s.max(-1, keepdims=True))
-        y = np.einsum("hqk,khd->qhd", s / s.sum(-1, keepdims=True), v)
+        top = s.max(-1, keepdims=True)
+        sinks = t.get(b + "attn_sinks.weight", np.full(self.n_head, -np.inf))[:, None, None]
+        s, sinks = np.exp(s - top), np.exp(sinks - top)
+        y = np.einsum("hqk,khd->qhd", s / (s.sum(-1, keepdims=True) + sinks), v)
         return y.reshape(n, -1) @ t[b + "attn_output.weight"].T
 
     def _ffn(self, t, layer, h):
@@ -212,6 +229,8 @@ class Tiny:
             keep &= unit.get((layer, kind), keep)
         if (layer, "kv") in unit:
             keep &= unit[layer, "kv"] | (n - np.arange(n) < self.kv_window + rollback)
+        if layer in self.sliding:
+            keep &= n - np.arange(n) < self.n_swa + rollback
         return int(keep.sum())
 
     def without(self, units) -> Tiny:
@@ -273,6 +292,10 @@ class Tiny:
         w.add_rope_freq_base(10000.0)
         w.add_vocab_size(self.n_vocab)
         w.add_file_type(0)
+        if self.sliding:
+            w.add_sliding_window(self.n_swa)
+            w.add_sliding_window_pattern([layer in self.sliding for layer in range(self.n_layer)])
+            w.add_logit_scale(1.0)
         self._write_vocab(w)
         for name, value in self.sampling.items():
             w.add_float32(f"general.sampling.{name}", value)

@@ -82,6 +82,9 @@ extern "C" {
     LLAMA_API int32_t llama_mod_kv_window(const struct llama_model * model); // tokens; 0: no kv units
     LLAMA_API int32_t llama_mod_n_sink   (const struct llama_model * model); // first positions, always active
 
+    // of any model: how many tokens the attention of layer il sees at most; 0: all of them
+    LLAMA_API int32_t llama_mod_layer_window(const struct llama_model * model, int32_t il);
+
     // thresholds, for the tokens decoded from now on: a token is active where logit(score) >= logit(p) + shift
     LLAMA_API float   llama_mod_get_threshold(const struct llama_context * ctx, int32_t i);
     LLAMA_API int32_t llama_mod_set_threshold(      struct llama_context * ctx, int32_t i, float p); // 0 < p < 1

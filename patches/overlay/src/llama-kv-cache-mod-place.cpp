@@ -15,29 +15,29 @@ static constexpr uint32_t MOD_N_ROOM = 256;
 // placing tokens in cells
 //
 
-llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id) const {
-    return base->seq_pos_max(seq_id) + 2 - (llama_pos) (mod.kv_window + rollback);
+llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id, int window) const {
+    // the first query that may come, with the rollback
+    const llama_pos p = base->seq_pos_max(seq_id) + 1 - (llama_pos) rollback;
+    return p < 0 ? 0 : windows[window].first(p);
 }
 
-bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i) const {
+bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i, int window) const {
     for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
-        if (ubatch.pos[i] >= reach(ubatch.seq_id[i][s])) {
+        if (ubatch.pos[i] >= reach(ubatch.seq_id[i][s], window)) {
             return false;
         }
     }
     return true;
 }
 
-llama_kv_cache::slot_info llama_kv_cache_mod::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
-    auto & c = *find(il);
-
+llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
     const auto & cells = c.kv->get_cells(0);
 
     // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing
     std::array<std::vector<uint32_t>, 3> groups;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const bool drop = !dropped.empty() && dropped[i];
-        groups[!drop ? 0 : is_passing(ubatch, i) ? 2 : 1].push_back(i);
+        const bool drop = c.all || (!dropped.empty() && dropped[i]);
+        groups[!drop ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
     }
 
     llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
@@ -65,58 +65,54 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(int32_t il, const llama_ubat
     }
 
     if (!c.rows->reserve(std::max(next, cells.used_max_p1()))) {
-        LLAMA_LOG_WARN("%s: layer %d: out of memory for the K/V of %u tokens\n", __func__, il, ubatch.n_tokens);
+        LLAMA_LOG_WARN("%s: layer %d: out of memory for the K/V of %u tokens\n", __func__, c.il, ubatch.n_tokens);
         return {};
     }
 
     c.head = head;
     c.passing.clear();
-    for (const uint32_t i : groups[2]) {
-        c.passing.push_back(idxs[i]);
+    for (size_t k = 0; k < groups[2].size() && c.routed; ++k) {
+        c.passing.push_back(idxs[groups[2][k]]);
     }
     for (const uint32_t idx : idxs) {
-        c.dropped[idx] = 0;
+        c.dropped[idx] = c.all;
         c.mask.touch(idx);
     }
 
     return sinfo;
 }
 
-void llama_kv_cache_mod::settle(int32_t il) {
-    auto * c = find(il);
-    if (!c || c->passing.empty()) {
+void llama_kv_cache_mod::settle(layer_group & c) {
+    if (c.passing.empty()) {
         return;
     }
 
-    auto & cells = c->kv->v_cells[0];
-    for (const uint32_t idx : c->passing) {
+    auto & cells = c.kv->v_cells[0];
+    for (const uint32_t idx : c.passing) {
         for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
             if (cells.seq_has(idx, s)) {
-                seqs[s].freed = std::max(seqs[s].freed, cells.pos_get(idx));
+                auto & freed = seqs[s].left[c.window].freed;
+                freed = std::max(freed, cells.pos_get(idx));
             }
         }
         cells.rm(idx);
-        c->emptied(idx);
+        c.emptied(idx);
     }
-    c->passing.clear();
+    c.passing.clear();
 
     // at once, so that no two layers hold such memory at a time
-    c->rows->trim_tail();
+    c.rows->trim_tail();
 }
 
-void llama_kv_cache_mod::set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
-    auto & c = *find(il);
-
+void llama_kv_cache_mod::set_dropped(layer_group & c, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
     GGML_ASSERT(sinfo.idxs[0].size() >= dropped.size());
     for (size_t i = 0; i < dropped.size(); ++i) {
-        c.dropped[sinfo.idxs[0][i]] = dropped[i];
+        c.dropped[sinfo.idxs[0][i]] = c.all || dropped[i];
         c.mask.touch(sinfo.idxs[0][i]);
     }
 }
 
-void llama_kv_cache_mod::take_back(int32_t il, const llama_kv_cache::slot_info & sinfo, uint32_t i) {
-    auto & c = *find(il);
-
+void llama_kv_cache_mod::take_back(layer_group & c, const llama_kv_cache::slot_info & sinfo, uint32_t i) {
     for (; i < sinfo.idxs[0].size(); ++i) {
         const uint32_t idx = sinfo.idxs[0][i];
 
@@ -125,9 +121,7 @@ void llama_kv_cache_mod::take_back(int32_t il, const llama_kv_cache::slot_info &
     }
 }
 
-int32_t llama_kv_cache_mod::reserve(int32_t il) {
-    auto & c = *find(il);
-
+int32_t llama_kv_cache_mod::reserve(layer_group & c) {
     const auto & cells = c.kv->get_cells(0);
     while (c.head < cells.size() && !cells.is_empty(c.head)) {
         ++c.head;
@@ -139,9 +133,7 @@ int32_t llama_kv_cache_mod::reserve(int32_t il) {
     return ok ? (int32_t) c.head : -1;
 }
 
-void llama_kv_cache_mod::occupy(int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped) {
-    auto & c = *find(il);
-
+void llama_kv_cache_mod::occupy(layer_group & c, int32_t cell, const llama_ubatch & ubatch, bool dropped) {
     auto & cells = c.kv->v_cells[0];
 
     cells.pos_set(cell, ubatch.pos[0]);
@@ -154,28 +146,26 @@ void llama_kv_cache_mod::occupy(int32_t il, int32_t cell, const llama_ubatch & u
         cells.seq_add(cell, ubatch.seq_id[0][s]);
     }
 
-    c.dropped[cell] = dropped;
+    c.dropped[cell] = c.all || dropped;
     c.head = cell + 1;
     c.mask.touch(cell);
 }
 
 bool llama_kv_cache_mod::has_f32() const {
-    return base->type_k() == GGML_TYPE_F32 || base->type_v() == GGML_TYPE_F32;
+    return type_k == GGML_TYPE_F32 || type_v == GGML_TYPE_F32;
 }
 
 void llama_kv_cache_mod::set_slack(slack value) {
     slack_used = value;
 }
 
-const llama_kv_cache_context * llama_kv_cache_mod::get_one(int32_t il, int32_t cell) {
-    auto & c = *find(il);
-
+const llama_kv_cache_context * llama_kv_cache_mod::get_one(layer_group & c, int32_t cell) {
     if (!c.one) {
         c.one = std::make_unique<llama_kv_cache_context>(c.kv);
     }
     // as llama_kv_cache::get_n_kv(), with the reserved cell and the slack
     const uint32_t n_pad  = std::max(c.kv->n_pad, 256u);
-    const uint32_t n_used = get_n_used(il, cell);
+    const uint32_t n_used = get_n_used(c.il, cell);
 
     uint32_t n = n_used;
     switch (slack_used) {
@@ -192,13 +182,13 @@ void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubat
     static const std::vector<uint8_t> none;
 
     if (auto * c = find(il)) {
-        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, mod.kv_window);
+        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, windows[c->window]);
         if (cell >= 0) {
             // 0 in either type
             memset((char *) mask->data + cell*ggml_element_size(mask), 0, ggml_element_size(mask));
         }
     } else {
-        base_mask.fill(mask, ubatch, base->get_cells(0), none, 0);
+        base_mask.fill(mask, ubatch, base->get_cells(0), none, {});
     }
 }
 

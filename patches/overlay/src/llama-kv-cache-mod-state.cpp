@@ -7,7 +7,7 @@
 
 // the first bytes of a state. The second number counts the formats: a state of another one is refused
 static constexpr uint32_t MOD_STATE_MAGIC   = 0x53446f4d; // "MoDS"
-static constexpr uint32_t MOD_STATE_VERSION = 2;
+static constexpr uint32_t MOD_STATE_VERSION = 3;
 
 //
 // state
@@ -45,7 +45,7 @@ void llama_kv_cache_mod::state_read_origins(llama_io_read_i & io) {
     }
 }
 
-void llama_kv_cache_mod::state_write_own(llama_io_write_i & io, const own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+void llama_kv_cache_mod::state_write_group(llama_io_write_i & io, const layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     io.write(&c.il, sizeof(c.il));
     c.kv->state_write(io, seq_id, flags);
 
@@ -66,7 +66,7 @@ void llama_kv_cache_mod::state_write_own(llama_io_write_i & io, const own_cache 
     }
 }
 
-void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) {
+void llama_kv_cache_mod::state_read_group(llama_io_read_i & io, layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags) {
     int32_t il;
     io.read(&il, sizeof(il));
     if (il != c.il) {
@@ -92,7 +92,7 @@ void llama_kv_cache_mod::state_read_own(llama_io_read_i & io, own_cache & c, lla
         io.read(dropped.data(), n);
     }
     for (uint32_t i = 0; i < n; ++i) {
-        c.dropped[idxs[i]] = dropped[i] != 0;
+        c.dropped[idxs[i]] = c.all || dropped[i] != 0;
         if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
             throw std::runtime_error("mod: the state's layers do not match");
         }
@@ -104,16 +104,16 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 
     base->state_write(io, seq_id, flags);
 
-    const uint32_t n_own = own.size();
-    io.write(&n_own, sizeof(n_own));
+    const uint32_t n_groups = groups.size();
+    io.write(&n_groups, sizeof(n_groups));
 
-    for (const auto & c : own) {
-        state_write_own(io, c, seq_id, flags);
+    for (const auto & c : groups) {
+        state_write_group(io, c, seq_id, flags);
     }
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seq_id == -1 || s == seq_id) {
-            const int32_t info[2] = { seqs[s].freed, seqs[s].broken };
+            const int32_t info[] = { seqs[s].left[WINDOW_KV].freed, seqs[s].left[WINDOW_LAYER].freed, seqs[s].broken };
             io.write(info, sizeof(info));
         }
     }
@@ -130,25 +130,26 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
         base->state_clear(seq_id);
         base->state_read(io, seq_id, flags);
 
-        uint32_t n_own;
-        io.read(&n_own, sizeof(n_own));
-        if (n_own != own.size()) {
+        uint32_t n_groups;
+        io.read(&n_groups, sizeof(n_groups));
+        if (n_groups != groups.size()) {
             throw std::runtime_error("mod: the state belongs to a model with other routed layers");
         }
 
-        for (auto & c : own) {
-            state_read_own(io, c, seq_id, flags);
+        for (auto & c : groups) {
+            state_read_group(io, c, seq_id, flags);
         }
 
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
             if (seq_id == -1 || s == seq_id) {
-                int32_t info[2];
+                int32_t info[3];
                 io.read(info, sizeof(info));
 
                 seqs[s] = {};
                 if (base->seq_pos_max(s) >= 0) {
-                    seqs[s].freed  = std::max(-1, info[0]);
-                    seqs[s].broken = info[1] != 0;
+                    seqs[s].left[WINDOW_KV]   .freed = std::max(-1, info[0]);
+                    seqs[s].left[WINDOW_LAYER].freed = std::max(-1, info[1]);
+                    seqs[s].broken = info[2] != 0;
                     seqs[s].origin = get_origin();
                 }
             }
@@ -161,7 +162,7 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
             clear(true);
         } else {
             base_rows->wipe(seq_id);
-            for (auto & c : own) {
+            for (auto & c : groups) {
                 c.rows->wipe(seq_id);
                 c.head = 0;
             }

@@ -21,21 +21,54 @@ static constexpr uint32_t MOD_N_TRIM = 64;
 // llama_kv_cache_mod
 //
 
-llama_kv_cache_mod::llama_kv_cache_mod(
-        const llama_model & model,
-                ggml_type   type_k,
-                ggml_type   type_v,
-                     bool   v_trans,
-                     bool   offload,
-                 uint32_t   kv_size,
-                 uint32_t   n_seq_max) :
-    mod(*model.mod), hparams(model.hparams), n_seq_max(n_seq_max) {
+int32_t llama_kv_cache_mod::kv_source(const llama_hparams & hparams, int32_t il) {
+    if (hparams.has_kv(il)) {
+        return il;
+    }
+    // as in llama_model::create_memory(): the last layer of the same kind that has K and V
+    return hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
+}
 
-    const auto make = [=, &model](llama_mod_kv_mode mode, const llama_kv_cache::layer_filter_cb & filter) {
+bool llama_kv_cache_mod::is_kv_source(const llama_hparams & hparams, int32_t il) {
+    for (int32_t i = il + 1; i < (int32_t) hparams.n_layer(); ++i) {
+        if (kv_source(hparams, i) == il) {
+            return true;
+        }
+    }
+    return false;
+}
+
+llama_mod_window llama_kv_cache_mod::layer_window(const llama_hparams & hparams, int32_t il) {
+    if (hparams.swa_type == LLAMA_SWA_TYPE_NONE || !hparams.is_swa(il)) {
+        return {};
+    }
+    const bool chunked = hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED;
+
+    return { (llama_pos) hparams.n_swa, chunked ? llama_mod_window::chunked : llama_mod_window::sliding };
+}
+
+llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) :
+    mod(*model.mod), hparams(model.hparams), n_seq_max(cparams.n_seq_max),
+    type_k(params.type_k), type_v(params.type_v), v_trans(!cparams.flash_attn) {
+
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        throw std::runtime_error("mod: a model with routers has no context for multi-token prediction");
+    }
+    init_windows();
+    init_groups();
+
+    const bool     offload = cparams.offload_kqv;
+    const uint32_t kv_size = cparams.n_ctx_seq;
+
+    const auto reuse = [this](int32_t il) {
+        const int32_t source = il < (int32_t) hparams.n_layer() ? kv_source(hparams, il) : il;
+        return source == il ? -1 : source;
+    };
+    const auto make = [this, reuse, offload, kv_size, &model](llama_mod_kv_mode mode, const llama_kv_cache::layer_filter_cb & filter) {
         return std::make_unique<llama_mod_rows>(mode, kv_size, [=, &model](uint32_t n_rows) {
             return std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, v_trans, offload, /*unified =*/ true,
                     n_rows, n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr,
-                    filter, nullptr, nullptr);
+                    filter, reuse, nullptr);
         });
     };
 
@@ -54,45 +87,95 @@ llama_kv_cache_mod::llama_kv_cache_mod(
     LLAMA_LOG_INFO("%s: K/V memory: %s (%s)\n", __func__, llama_mod_rows::mode_name(mode), reason);
 }
 
-void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make) {
-    const int32_t n_layer = hparams.n_layer();
+void llama_kv_cache_mod::init_windows() {
+    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
+        throw std::runtime_error("mod: a layer's attention window is symmetric: queries would see tokens behind them");
+    }
 
-    // what a failed attempt has reserved
-    base_rows.reset();
-    own.clear();
+    windows[WINDOW_KV].size = mod.kv_window;
 
-    base_rows = make(mode, [this, n_layer](int32_t il) { return il < n_layer && !mod.has_cells(il); });
-    base      = base_rows->kv.get();
-
-    map_own.assign(n_layer, -1);
-    for (int32_t il = 0; il < n_layer; ++il) {
-        if (mod.has_cells(il)) {
-            map_own[il] = own.size();
-
-            auto & c = own.emplace_back();
-            c.il      = il;
-            c.drops   = mod.find(il, LLAMA_MOD_KIND_KV) >= 0;
-            c.rows    = make(mode, [il](int32_t i) { return i == il; });
-            c.kv      = c.rows->kv.get();
-            c.dropped.resize(kv_size);
+    // one for all such layers: hparams has no other
+    for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
+        if (const auto window = layer_window(hparams, il); window.size > 0) {
+            windows[WINDOW_LAYER] = window;
         }
     }
 }
 
-void llama_kv_cache_mod::own_cache::emptied(uint32_t idx) {
+void llama_kv_cache_mod::init_groups() {
+    const int32_t n_layer = hparams.n_layer();
+
+    map_group.assign(n_layer, -1);
+
+    int32_t i_window = -1; // of the layers with a window whose tokens are not routed
+    for (int32_t il = 0; il < n_layer; ++il) {
+        const bool    routed = mod.has_cells(il);
+        const bool    window = layer_window(hparams, il).size > 0;
+        const int32_t source = kv_source(hparams, il);
+
+        if (routed && (source != il || is_kv_source(hparams, il))) {
+            throw std::runtime_error(format("mod: layer %d has a block, attn or kv router, but it %s", il,
+                    source != il ? "has no K/V of its own" : "computes K/V for later layers"));
+        }
+        if (source != il) {
+            map_group[il] = map_group[source];
+        } else if (!routed && window && i_window >= 0) {
+            map_group[il] = i_window;
+        } else if (routed || window) {
+            map_group[il] = groups.size();
+            if (!routed) {
+                i_window = groups.size();
+            }
+            auto & c = groups.emplace_back();
+            c.il     = il;
+            c.routed = routed;
+            c.drops  = window || mod.find(il, LLAMA_MOD_KIND_KV) >= 0;
+            c.all    = window;
+            c.window = window ? WINDOW_LAYER : WINDOW_KV;
+        }
+    }
+}
+
+void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make) {
+    const auto has_group = [this](int32_t i) {
+        return [this, i](int32_t il) { return il < (int32_t) map_group.size() && map_group[il] == i; };
+    };
+
+    // what a failed attempt has reserved
+    base_rows.reset();
+    for (auto & c : groups) {
+        c.rows.reset();
+    }
+
+    base_rows = make(mode, has_group(-1));
+    base      = base_rows->kv.get();
+
+    for (size_t i = 0; i < groups.size(); ++i) {
+        auto & c = groups[i];
+        c.rows = make(mode, has_group(i));
+        c.kv   = c.rows->kv.get();
+        c.dropped.resize(kv_size);
+    }
+}
+
+void llama_kv_cache_mod::layer_group::emptied(uint32_t idx) {
     dropped[idx] = 0;
     head = std::min(head, idx);
     mask.touch(idx);
 }
 
-llama_kv_cache_mod::own_cache * llama_kv_cache_mod::find(int32_t il) {
-    const int32_t i = map_own.at(il);
-    return i < 0 ? nullptr : &own[i];
+llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il) {
+    const int32_t i = map_group.at(il);
+    return i < 0 ? nullptr : &groups[i];
 }
 
-const llama_kv_cache_mod::own_cache * llama_kv_cache_mod::find(int32_t il) const {
-    const int32_t i = map_own.at(il);
-    return i < 0 ? nullptr : &own[i];
+const llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il) const {
+    const int32_t i = map_group.at(il);
+    return i < 0 ? nullptr : &groups[i];
+}
+
+int32_t llama_kv_cache_mod::get_group(int32_t il) const {
+    return map_group.at(il);
 }
 
 llama_kv_cache * llama_kv_cache_mod::get_own(int32_t il) const {
@@ -117,10 +200,11 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
     }
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        seqs[s].before       = base->seq_pos_max(s);
-        seqs[s].freed_before = seqs[s].freed;
-
+        seqs[s].before        = base->seq_pos_max(s);
         seqs[s].origin_before = seqs[s].origin;
+        for (auto & left : seqs[s].left) {
+            left.freed_before = left.freed;
+        }
     }
 
     // the base takes the first free cells
@@ -147,12 +231,13 @@ llama_memory_context_ptr llama_kv_cache_mod::init_update(llama_context * lctx, b
 }
 
 bool llama_kv_cache_mod::get_can_shift() const {
-    return base->get_can_shift();
+    // a shift would move tokens from one chunk to another
+    return base->get_can_shift() && windows[WINDOW_LAYER].kind != llama_mod_window::chunked;
 }
 
 void llama_kv_cache_mod::touch_masks() {
     base_mask.touch_all();
-    for (auto & c : own) {
+    for (auto & c : groups) {
         c.mask.touch_all();
     }
 }
@@ -161,7 +246,7 @@ void llama_kv_cache_mod::clear(bool data) {
     touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.clear(data); });
 
-    for (auto & c : own) {
+    for (auto & c : groups) {
         std::fill(c.dropped.begin(), c.dropped.end(), 0);
         c.head = 0;
     }
@@ -177,15 +262,21 @@ llama_pos llama_kv_cache_mod::last_before(llama_seq_id seq_id, llama_pos p0) con
 }
 
 bool llama_kv_cache_mod::can_end_at(llama_seq_id seq_id, llama_pos p0) const {
-    // there may be a gap before p0. the next query sees dropped keys at p - kv_window + 1 and later
+    // there may be a gap before p0
     const llama_pos p = last_before(seq_id, p0) + 1;
-    return seqs[seq_id].freed < 0 || seqs[seq_id].freed <= p - (llama_pos) mod.kv_window;
+    for (int w = 0; w < N_WINDOWS; ++w) {
+        const llama_pos freed = seqs[seq_id].left[w].freed;
+        if (freed >= 0 && freed >= windows[w].first(p)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     base_mask.touch_all();
     base->seq_rm(seq_id, p0, p1);
-    for (auto & c : own) {
+    for (auto & c : groups) {
         free_cells(c, seq_id, p0, p1, false);
     }
 
@@ -194,7 +285,9 @@ void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos
     if (p_max < 0) {
         s = {};
     }
-    s.expired = std::min(s.expired, p_max);
+    for (auto & left : s.left) {
+        left.expired = std::min(left.expired, p_max);
+    }
 }
 
 bool llama_kv_cache_mod::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -268,9 +361,13 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         return;
     }
 
-    dst.freed   = std::max(dst.freed, src.freed);
-    dst.expired = std::min(had ? std::min(dst.expired, src.expired) : src.expired, p_max);
-    dst.broken  = dst.broken || src.broken;
+    for (int w = 0; w < N_WINDOWS; ++w) {
+        const auto & from = src.left[w];
+        auto       & to   = dst.left[w];
+        to.freed   = std::max(to.freed, from.freed);
+        to.expired = std::min(had ? std::min(to.expired, from.expired) : from.expired, p_max);
+    }
+    dst.broken = dst.broken || src.broken;
 
     if (p_max < base->seq_pos_max(seq_id_src) && !can_end_at(seq_id_dst, p_max + 1)) {
         LLAMA_LOG_ERROR("%s: sequence %d cannot be continued from position %d: K/V that the next token would see are gone\n",
@@ -283,7 +380,7 @@ void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
     touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.seq_keep(seq_id); });
 
-    for (auto & c : own) {
+    for (auto & c : groups) {
         c.head = 0;
     }
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
@@ -296,7 +393,7 @@ void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
 }
 
 std::vector<std::set<uint32_t>> llama_kv_cache_mod::shared_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
-    std::vector<std::set<uint32_t>> res(own.size());
+    std::vector<std::set<uint32_t>> res(groups.size());
 
     const auto & cells = base->get_cells(0);
 
@@ -311,8 +408,8 @@ std::vector<std::set<uint32_t>> llama_kv_cache_mod::shared_cells(llama_seq_id se
                 pos.insert(p->first);
             }
         }
-        for (size_t i = 0; i < own.size() && !pos.empty(); ++i) {
-            const auto & cells_own = own[i].kv->get_cells(0);
+        for (size_t i = 0; i < groups.size() && !pos.empty(); ++i) {
+            const auto & cells_own = groups[i].kv->get_cells(0);
             for (const auto & [p, idx] : cells_own.seq_pos_get(s)) {
                 if (pos.count(p) > 0 && !cells_own.seq_has(idx, seq_id)) {
                     res[i].insert(idx);
@@ -340,14 +437,14 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
     for_each([&](llama_kv_cache & kv) { kv.seq_add(seq_id, p0, p1, shift); });
 
-    for (size_t i = 0; i < own.size(); ++i) {
+    for (size_t i = 0; i < groups.size(); ++i) {
         for (const uint32_t idx : moved[i]) {
-            own[i].kv->v_cells[0].pos_add(idx, shift);
+            groups[i].kv->v_cells[0].pos_add(idx, shift);
         }
     }
     touch_masks();
 
-    for (auto & c : own) {
+    for (auto & c : groups) {
         c.head = 0;
     }
 
@@ -358,11 +455,13 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
             s = {}; // all of it went below 0
             continue;
         }
-        s.expired = std::max(-1, s.expired + std::min(shift, 0));
-        if (i == seq_id && s.freed >= p0 && s.freed < p1) {
-            s.freed = std::max(s.freed + shift, below);
-        } else if (s.freed >= p0 && shift > 0) {
-            s.freed = std::max(s.freed, std::min(s.freed, p1 - 1) + shift);
+        for (auto & left : s.left) {
+            left.expired = std::max(-1, left.expired + std::min(shift, 0));
+            if (i == seq_id && left.freed >= p0 && left.freed < p1) {
+                left.freed = std::max(left.freed + shift, below);
+            } else if (left.freed >= p0 && shift > 0) {
+                left.freed = std::max(left.freed, std::min(left.freed, p1 - 1) + shift);
+            }
         }
     }
 }
@@ -373,7 +472,9 @@ void llama_kv_cache_mod::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
     // what was freed stays the upper bound that it was; cells may be shared
     for (auto & s : seqs) {
-        s.expired = -1;
+        for (auto & left : s.left) {
+            left.expired = -1;
+        }
     }
 }
 
@@ -387,7 +488,7 @@ llama_pos llama_kv_cache_mod::seq_pos_max(llama_seq_id seq_id) const {
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mod::memory_breakdown() const {
     auto res = base->memory_breakdown();
-    for (const auto & c : own) {
+    for (const auto & c : groups) {
         for (const auto & [buft, size] : c.kv->memory_breakdown()) {
             res[buft] += size;
         }
@@ -399,7 +500,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mod::memory_breakdow
 // freeing cells
 //
 
-llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped) {
+llama_pos llama_kv_cache_mod::free_cells(layer_group & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped) {
     auto & cells = c.kv->v_cells[0];
 
     std::vector<uint32_t> idxs;
@@ -426,12 +527,8 @@ llama_pos llama_kv_cache_mod::free_cells(own_cache & c, llama_seq_id seq_id, lla
 }
 
 void llama_kv_cache_mod::expire(bool all) {
-    if (mod.kv_window == 0) {
-        return;
-    }
-
     std::vector<uint32_t> n_used;
-    for (const auto & c : own) {
+    for (const auto & c : groups) {
         n_used.push_back(c.kv->get_cells(0).get_used());
     }
 
@@ -443,25 +540,29 @@ void llama_kv_cache_mod::expire(bool all) {
             continue;
         }
 
-        const llama_pos p0 = all ? info.expired + 1 : info.before + 1;
-        const llama_pos p1 = reach(s);
-        if (p0 >= p1) {
-            continue;
-        }
+        for (int w = 0; w < N_WINDOWS; ++w) {
+            auto & left = info.left[w];
 
-        for (auto & c : own) {
-            if (c.drops) {
-                info.freed = std::max(info.freed, free_cells(c, s, p0, p1, true));
+            const llama_pos p0 = all ? left.expired + 1 : info.before + 1;
+            const llama_pos p1 = reach(s, w);
+            if (p0 >= p1) {
+                continue;
             }
-        }
-        if (all) {
-            info.expired = std::max(info.expired, p1 - 1);
+
+            for (auto & c : groups) {
+                if (c.drops && c.window == w) {
+                    left.freed = std::max(left.freed, free_cells(c, s, p0, p1, true));
+                }
+            }
+            if (all) {
+                left.expired = std::max(left.expired, p1 - 1);
+            }
         }
     }
 
-    for (size_t i = 0; i < own.size(); ++i) {
-        if (n_used[i] > own[i].kv->get_cells(0).get_used() + MOD_N_TRIM) {
-            own[i].rows->trim();
+    for (size_t i = 0; i < groups.size(); ++i) {
+        if (n_used[i] > groups[i].kv->get_cells(0).get_used() + MOD_N_TRIM) {
+            groups[i].rows->trim();
         }
     }
 }
@@ -472,12 +573,14 @@ void llama_kv_cache_mod::undo() {
         if (base->seq_pos_max(s) > info.before) {
             seq_rm_one(s, info.before + 1, POS_MAX);
             // a failed decode has freed none but its own cells
-            seqs[s].freed = info.freed_before;
+            for (int w = 0; w < N_WINDOWS; ++w) {
+                seqs[s].left[w].freed = info.left[w].freed_before;
+            }
         }
         seqs[s].origin = info.origin_before;
     }
 
-    for (auto & c : own) {
+    for (auto & c : groups) {
         c.passing.clear();
     }
     trim();
@@ -498,7 +601,7 @@ uint32_t llama_kv_cache_mod::get_rollback() const {
 void llama_kv_cache_mod::trim() {
     base_rows->trim();
     base_rows->shrink();
-    for (auto & c : own) {
+    for (auto & c : groups) {
         c.rows->trim();
         c.rows->shrink();
     }
@@ -506,7 +609,7 @@ void llama_kv_cache_mod::trim() {
 
 void llama_kv_cache_mod::compact(llama_context * lctx) {
     bool sparse = base_rows->is_sparse();
-    for (const auto & c : own) {
+    for (const auto & c : groups) {
         sparse = sparse || c.rows->is_sparse();
     }
     if (!sparse) {
@@ -516,7 +619,7 @@ void llama_kv_cache_mod::compact(llama_context * lctx) {
     llama_synchronize(lctx);
 
     base_rows->compact();
-    for (auto & c : own) {
+    for (auto & c : groups) {
         for (const auto & [src, dst] : c.rows->compact()) {
             std::swap(c.dropped[src], c.dropped[dst]);
         }
@@ -528,7 +631,7 @@ void llama_kv_cache_mod::compact(llama_context * lctx) {
 
 void llama_kv_cache_mod::set_synchronize(const std::function<void()> & f) {
     base_rows->synchronize = f;
-    for (auto & c : own) {
+    for (auto & c : groups) {
         c.rows->synchronize = f;
     }
 }
@@ -539,9 +642,9 @@ void llama_kv_cache_mod::set_origin(const std::function<llama_mod_origin()> & f)
 
 std::shared_ptr<const llama_mod_origin> llama_kv_cache_mod::get_origin() {
     auto now = make_origin();
-    now.type_k  = base->layers[0].k->type;
-    now.type_v  = base->layers[0].v->type;
-    now.v_trans = base->v_trans;
+    now.type_k  = type_k;
+    now.type_v  = type_v;
+    now.v_trans = v_trans;
     if (!origin || !origin->difference(now).empty()) {
         origin = std::make_shared<const llama_mod_origin>(std::move(now));
     }
@@ -561,7 +664,7 @@ void llama_kv_cache_mod::add_origin(llama_seq_id seq_id, const std::shared_ptr<c
 
 uint64_t llama_kv_cache_mod::get_generation() const {
     uint64_t res = n_compact + base_rows->get_n_grown();
-    for (const auto & c : own) {
+    for (const auto & c : groups) {
         res += c.rows->get_n_grown();
     }
     return res;
@@ -570,7 +673,7 @@ uint64_t llama_kv_cache_mod::get_generation() const {
 void llama_kv_cache_mod::kv_stats(int32_t il, llama_mod_kv_stats & stats) const {
     stats = {};
     base_rows->add_stats(il, stats);
-    for (const auto & c : own) {
+    for (const auto & c : groups) {
         c.rows->add_stats(il, stats);
     }
 }
@@ -582,16 +685,16 @@ void llama_kv_cache_mod::kv_stats(int32_t il, llama_mod_kv_stats & stats) const 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_memory_status status) : status(status) {}
 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv) :
-    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), base(kv->base->init_full()), own(kv->own.size()) {
-    for (size_t i = 0; i < own.size(); ++i) {
-        own[i].ctx = std::make_unique<llama_kv_cache_context>(kv->own[i].kv);
+    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), base(kv->base->init_full()), groups(kv->groups.size()) {
+    for (size_t i = 0; i < groups.size(); ++i) {
+        groups[i].ctx = std::make_unique<llama_kv_cache_context>(kv->groups[i].kv);
     }
 }
 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv, llama_context * lctx, bool optimize) :
     status(LLAMA_MEMORY_STATUS_NO_UPDATE), kv(kv), lctx(lctx) {
     kv->for_each([&](llama_kv_cache & c) {
-        if (c.get_cells(0).get_used() == 0) {
+        if (c.get_cells(0).get_used() == 0 || c.layers.empty()) {
             c.v_cells[0].reset_shift(); // a graph on nothing cannot be built
         }
         auto ctx = c.init_update(lctx, optimize);
@@ -607,12 +710,12 @@ llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv, 
 }
 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv, llama_memory_context_ptr base, uint32_t n_tokens) :
-    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), base(std::move(base)), own(kv->own.size()), n_tokens(n_tokens) {
+    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), base(std::move(base)), groups(kv->groups.size()), n_tokens(n_tokens) {
     n_done = this->base->get_ubatch().n_tokens;
 }
 
 bool llama_kv_cache_mod_context::next() {
-    for (auto & l : own) {
+    for (auto & l : groups) {
         l = {};
     }
     if (!base->next()) {
@@ -636,7 +739,7 @@ bool llama_kv_cache_mod_context::apply() {
                 break;
             }
         }
-        return base->apply();
+        return base->apply() && place_all();
     }
     kv->touch_masks();
 
@@ -664,59 +767,88 @@ const llama_ubatch & llama_kv_cache_mod_context::get_ubatch() const {
 }
 
 const llama_kv_cache_context * llama_kv_cache_mod_context::get_layer(int32_t il) const {
-    const int32_t i = kv->map_own.at(il);
+    const int32_t i = kv->map_group.at(il);
     if (i < 0) {
         return static_cast<const llama_kv_cache_context *>(base.get());
     }
-    return own[i].cell < 0 ? own[i].ctx.get() : kv->get_one(il, own[i].cell);
+    return groups[i].cell < 0 ? groups[i].ctx.get() : kv->get_one(kv->groups[i], groups[i].cell);
 }
 
-bool llama_kv_cache_mod_context::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
-    const int32_t i = kv->map_own.at(il);
-    if (i < 0) {
-        return true;
-    }
+int32_t llama_kv_cache_mod_context::get_group(int32_t il) const {
+    return kv->get_group(il);
+}
 
-    own[i].cell  = -1;
-    own[i].sinfo = kv->place(il, ubatch, dropped);
-    if (own[i].sinfo.empty()) {
+bool llama_kv_cache_mod_context::place_one(size_t i, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
+    auto & c = kv->groups[i];
+    auto & g = groups[i];
+
+    g.cell  = -1;
+    g.sinfo = kv->place(c, ubatch, dropped);
+    if (g.sinfo.empty()) {
         return false;
     }
 
-    own[i].ctx = std::make_unique<llama_kv_cache_context>(kv->own[i].kv,
-            llama_kv_cache::slot_info_vec_t { own[i].sinfo }, std::vector<llama_ubatch> { ubatch });
+    g.ctx = std::make_unique<llama_kv_cache_context>(c.kv,
+            llama_kv_cache::slot_info_vec_t { g.sinfo }, std::vector<llama_ubatch> { ubatch });
 
-    own[i].ctx->apply();
+    g.ctx->apply();
     if (!dropped.empty()) {
-        set_dropped(il, dropped);
+        kv->set_dropped(c, g.sinfo, dropped);
     }
     return true;
 }
 
+bool llama_kv_cache_mod_context::place_all() {
+    for (size_t i = 0; i < groups.size(); ++i) {
+        if (!kv->groups[i].routed && !place_one(i, base->get_ubatch(), {})) {
+            return false;
+        }
+    }
+    return true;
+}
+
+int32_t llama_kv_cache_mod_context::find_routed(int32_t il) const {
+    const int32_t i = kv->map_group.at(il);
+    return i >= 0 && kv->groups[i].routed ? i : -1;
+}
+
+bool llama_kv_cache_mod_context::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
+    const int32_t i = find_routed(il);
+    return i < 0 || place_one(i, ubatch, dropped);
+}
+
 void llama_kv_cache_mod_context::settle(int32_t il) {
-    kv->settle(il);
+    if (const int32_t i = find_routed(il); i >= 0) {
+        kv->settle(kv->groups[i]);
+    }
 }
 
 void llama_kv_cache_mod_context::set_dropped(int32_t il, const std::vector<uint8_t> & dropped) {
-    kv->set_dropped(il, own[kv->map_own.at(il)].sinfo, dropped);
+    if (const int32_t i = find_routed(il); i >= 0) {
+        kv->set_dropped(kv->groups[i], groups[i].sinfo, dropped);
+    }
 }
 
-void llama_kv_cache_mod_context::take_back(int32_t il, uint32_t i) {
-    kv->take_back(il, own[kv->map_own.at(il)].sinfo, i);
+void llama_kv_cache_mod_context::take_back(int32_t il, uint32_t from) {
+    if (const int32_t i = find_routed(il); i >= 0) {
+        kv->take_back(kv->groups[i], groups[i].sinfo, from);
+    }
 }
 
 bool llama_kv_cache_mod_context::reserve(int32_t il) {
-    const int32_t i = kv->map_own.at(il);
+    const int32_t i = find_routed(il);
     if (i < 0) {
         return true;
     }
-    own[i].cell = kv->reserve(il);
+    groups[i].cell = kv->reserve(kv->groups[i]);
 
-    return own[i].cell >= 0;
+    return groups[i].cell >= 0;
 }
 
 void llama_kv_cache_mod_context::occupy(int32_t il, bool dropped) {
-    kv->occupy(il, get_cell(il), get_ubatch(), dropped);
+    if (const int32_t i = find_routed(il); i >= 0) {
+        kv->occupy(kv->groups[i], groups[i].cell, get_ubatch(), dropped);
+    }
 }
 
 void llama_kv_cache_mod_context::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il) const {
@@ -724,8 +856,8 @@ void llama_kv_cache_mod_context::fill_mask(ggml_tensor * mask, const llama_ubatc
 }
 
 int32_t llama_kv_cache_mod_context::get_cell(int32_t il) const {
-    const int32_t i = kv->map_own.at(il);
-    return i < 0 ? -1 : own[i].cell;
+    const int32_t i = kv->map_group.at(il);
+    return i < 0 ? -1 : groups[i].cell;
 }
 
 uint32_t llama_kv_cache_mod_context::get_n_used(int32_t il) const {

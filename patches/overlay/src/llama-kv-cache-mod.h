@@ -12,25 +12,34 @@
 #include <set>
 #include <vector>
 
+struct llama_cparams;
+struct llama_memory_params;
 struct llama_mod_model;
 
 //
 // llama_kv_cache_mod
 //
 
-// one ordinary cache for all the layers with complete K/V, and one for each layer whose tokens are routed:
-// a token that skips a layer takes no cell there, and a token that a kv unit drops gives its cell back when it has
-// left the window and the rollback margin. all are unified: routed rows would break equal splits
+// ordinary caches for groups of layers: one for all the layers with complete K/V (its cells also say which tokens there
+// are, even where no layer is left for it), one for all the layers whose attention is a sliding window or a chunk, and
+// one for each layer whose tokens are routed.
+// a token that skips a layer takes no cell there. a token that a kv unit drops, and every token in a layer with a
+// sliding window, gives its cell back when it has left the window and the rollback margin. all are unified: routed rows
+// would break equal splits
 class llama_kv_cache_mod : public llama_memory_i {
 public:
-    llama_kv_cache_mod(
-            const llama_model & model,
-                    ggml_type   type_k,
-                    ggml_type   type_v,
-                         bool   v_trans,
-                         bool   offload,
-                     uint32_t   kv_size,
-                     uint32_t   n_seq_max);
+    // the layer whose K and V layer il reads: il, or an earlier one that shares them
+    static int32_t kv_source(const llama_hparams & hparams, int32_t il);
+
+    // do later layers read the layer's K and V?
+    static bool is_kv_source(const llama_hparams & hparams, int32_t il);
+
+    // of the layer's attention, in any model; size 0: it sees all tokens
+    // throws std::runtime_error where a query would see keys behind it
+    static llama_mod_window layer_window(const llama_hparams & hparams, int32_t il);
+
+    // throws std::runtime_error for a model or a type of context whose K/V do not fit in
+    llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
     //
     // llama_memory_i
@@ -68,16 +77,11 @@ public:
     // llama_kv_cache_mod specific API
     //
 
+    // the same for layers whose tokens are in the same cells
+    int32_t get_group(int32_t il) const;
+
     // the layer's own cache, null: complete K/V
     llama_kv_cache * get_own(int32_t il) const;
-
-    // put the rows of ubatch into cells of the layer's own cache and commit their memory; empty on failure.
-    // dropped: the kv decisions, where they are known before the layer runs, else empty
-    llama_kv_cache::slot_info place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
-
-    // the cell that the layer's next token takes if it runs the layer, -1: there is none; only occupy() fills it
-    int32_t reserve(int32_t il);
-    void    occupy (int32_t il, int32_t cell, const llama_ubatch & ubatch, bool dropped);
 
     bool has_f32() const; // K or V
 
@@ -90,24 +94,12 @@ public:
     };
     void set_slack(slack value);
 
-    // for graphs of one token: what the layer attends to with the reserved cell; valid until the next call
-    const llama_kv_cache_context * get_one(int32_t il, int32_t cell);
-
-    // the kv decisions of tokens that place() has put into cells
-    void set_dropped(int32_t il, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped);
-
-    // what place() has put into cells from the i-th on leaves them again
-    void take_back(int32_t il, const llama_kv_cache::slot_info & sinfo, uint32_t i);
-
     // F32/F16 [n_kv, n_tokens]: what the queries see; keys that kv units dropped are hidden from those beyond the window
     // cell: reserved for the token of the ubatch, which sees itself there; -1: none
     void fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell);
 
     // cells in use, and the one reserved, end here
     uint32_t get_n_used(int32_t il, int32_t cell) const;
-
-    // the layer has run: free the cells of those tokens of the running decode that nothing can ask for any more
-    void settle(int32_t il);
 
     // free the cells of dropped tokens that nothing can ask for any more: those that the running decode
     // has added, or all once it has succeeded
@@ -134,17 +126,25 @@ public:
 private:
     friend class llama_kv_cache_mod_context;
 
-    struct own_cache {
-        int32_t il;
-        bool    drops; // the layer has a kv unit
+    // the windows that tokens leave
+    enum { WINDOW_KV, WINDOW_LAYER, N_WINDOWS }; // of what kv units drop, of layers that attend to a part of the tokens
+
+    // layers whose tokens are in the same cells, but for those with complete K/V
+    struct layer_group {
+        int32_t il; // the first one
+
+        bool routed = false; // the layer's units decide which tokens come in, else it is all
+        bool drops  = false; // some of its tokens are visible in the window only
+        bool all    = false; // all are
+        int  window = WINDOW_KV;
 
         std::unique_ptr<llama_mod_rows> rows;
-        llama_kv_cache *                kv; // of rows
+        llama_kv_cache *                kv = nullptr; // of rows
 
         std::vector<uint8_t> dropped; // [kv_size], per cell: visible in the window only
         uint32_t             head = 0; // no cell below is free
 
-        std::vector<uint32_t> passing; // cells that the ubatch takes only while the layer runs
+        std::vector<uint32_t> passing; // cells that the ubatch takes only while the routed layer runs
 
         llama_mod_mask mask;
 
@@ -162,21 +162,33 @@ private:
     uint32_t rollback   = 64;
     slack    slack_used = slack::none;
 
+    const ggml_type type_k;
+    const ggml_type type_v;
+    const bool      v_trans;
+
+    std::array<llama_mod_window, N_WINDOWS> windows;
+
     std::unique_ptr<llama_mod_rows> base_rows;
     llama_kv_cache *                base; // of base_rows
-    std::vector<own_cache>          own;
-    std::vector<int32_t>            map_own; // il -> index, -1
+    std::vector<layer_group>        groups;
+    std::vector<int32_t>            map_group; // il -> index, -1: complete K/V
 
     llama_mod_mask base_mask;
 
     void touch_masks();
 
+    // what a sequence has given back of what has left a window
+    struct left_info {
+        llama_pos freed        = -1; // the largest position whose K/V are gone in some layer
+        llama_pos freed_before = -1; // before the running decode
+        llama_pos expired      = -1; // no dropped cells are left at or below
+    };
+
     // per sequence
     struct seq_info {
-        llama_pos freed        = -1; // the largest position whose K/V a kv unit has given back in some layer
-        llama_pos expired      = -1; // no dropped cells are left at or below
-        llama_pos before       = -1; // seq_pos_max before the running decode
-        llama_pos freed_before = -1; // freed before the running decode
+        std::array<left_info, N_WINDOWS> left;
+
+        llama_pos before    = -1;    // seq_pos_max before the running decode
         bool      broken    = false; // holds a copy that lacks K/V: it cannot be continued
 
         // what its K/V were computed with, null: it has no tokens
@@ -197,13 +209,13 @@ private:
 
     uint64_t n_compact = 0; // how often cells were moved
 
-    own_cache *       find(int32_t il);
-    const own_cache * find(int32_t il) const;
+    layer_group *       find(int32_t il);
+    const layer_group * find(int32_t il) const;
 
     // the sequence's last position below p0, -1
     llama_pos last_before(llama_seq_id seq_id, llama_pos p0) const;
 
-    // per own cache: cells of tokens in [p0, p1) that seq_id shares with others, but has given back there already
+    // per group: cells of tokens in [p0, p1) that seq_id shares with others, but has given back there already
     std::vector<std::set<uint32_t>> shared_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     // can the sequence go on, with its tail from position p0 on removed?
@@ -212,17 +224,39 @@ private:
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
     // take the sequence out of the cells with positions in [p0, p1), of all or of those dropped; returns the last position
-    llama_pos free_cells(own_cache & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped);
+    llama_pos free_cells(layer_group & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped);
 
     using make_rows_t = std::function<std::unique_ptr<llama_mod_rows>(llama_mod_kv_mode, const llama_kv_cache::layer_filter_cb &)>;
 
-    void init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make);
+    void init_windows();
+    void init_groups ();
+    void init_caches (uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make);
 
     // dropped tokens at positions below have left the window, and the rollback margin
-    llama_pos reach(llama_seq_id seq_id) const;
+    llama_pos reach(llama_seq_id seq_id, int window) const;
 
     // is the ubatch's token i, if dropped, out of reach when the ubatch is done?
-    bool is_passing(const llama_ubatch & ubatch, uint32_t i) const;
+    bool is_passing(const llama_ubatch & ubatch, uint32_t i, int window) const;
+
+    // put the rows of ubatch into cells of the group and commit their memory; empty on failure.
+    // dropped: the kv decisions, where they are known before the layer runs, else empty
+    llama_kv_cache::slot_info place(layer_group & c, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
+
+    // the layer has run: free the cells of those tokens of the running decode that nothing can ask for any more
+    void settle(layer_group & c);
+
+    // the kv decisions of tokens that place() has put into cells
+    void set_dropped(layer_group & c, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped);
+
+    // what place() has put into cells from the i-th on leaves them again
+    void take_back(layer_group & c, const llama_kv_cache::slot_info & sinfo, uint32_t i);
+
+    // the cell that the layer's next token takes if it runs the layer, -1: there is none; only occupy() fills it
+    int32_t reserve(layer_group & c);
+    void    occupy (layer_group & c, int32_t cell, const llama_ubatch & ubatch, bool dropped);
+
+    // for graphs of one token: what the layer attends to with the reserved cell; valid until the next call
+    const llama_kv_cache_context * get_one(layer_group & c, int32_t cell);
 
     // memory without a cell in use goes back to the system
     void trim();
@@ -232,7 +266,7 @@ private:
 
     template <typename F> void for_each(F f) {
         f(*base);
-        for (auto & c : own) {
+        for (auto & c : groups) {
             f(*c.kv);
         }
     }
@@ -241,8 +275,8 @@ private:
     void state_write_origins(llama_io_write_i & io, llama_seq_id seq_id) const;
     void state_read_origins (llama_io_read_i  & io);
 
-    void state_write_own(llama_io_write_i & io, const own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags) const;
-    void state_read_own (llama_io_read_i  & io,       own_cache & c, llama_seq_id seq_id, llama_state_seq_flags flags);
+    void state_write_group(llama_io_write_i & io, const layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags) const;
+    void state_read_group (llama_io_read_i  & io,       layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags);
 };
 
 class llama_kv_cache_mod_context : public llama_memory_context_i {
@@ -264,7 +298,8 @@ public:
     //
 
     bool next()  override;
-    bool apply() override; // the complete layers only: the others are placed as the routers decide
+    // routed layers aside, which are placed as the routers decide; false where memory is short
+    bool apply() override;
 
     llama_memory_status  get_status() const override;
     const llama_ubatch & get_ubatch() const override;
@@ -280,7 +315,10 @@ public:
 
     const llama_kv_cache_context * get_layer(int32_t il) const;
 
-    // see llama_kv_cache_mod
+    // layers of the same group share cells, and with them the inputs of their attention
+    int32_t get_group(int32_t il) const;
+
+    // see llama_kv_cache_mod; layers that are not routed have their cells already, and nothing is to be done for them
     bool place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
     void settle     (int32_t il);
     void set_dropped(int32_t il, const std::vector<uint8_t> & dropped);
@@ -299,13 +337,22 @@ private:
 
     llama_memory_context_ptr base;
 
-    struct layer {
+    struct group {
         std::unique_ptr<llama_kv_cache_context> ctx;
         llama_kv_cache::slot_info               sinfo;
 
         int32_t cell = -1; // reserved
     };
-    std::vector<layer> own; // as in llama_kv_cache_mod
+    std::vector<group> groups; // as in llama_kv_cache_mod
+
+    // put the rows of ubatch into cells of the i-th group
+    bool place_one(size_t i, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
+
+    // of all groups that are not routed
+    bool place_all();
+
+    // the group of a routed layer, else -1
+    int32_t find_routed(int32_t il) const;
 
     // update: those that have something to do
     std::vector<llama_memory_context_ptr> updates;

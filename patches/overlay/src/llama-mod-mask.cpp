@@ -31,7 +31,7 @@ void llama_mod_mask::touch_all() {
 
 template <typename T>
 void llama_mod_mask::fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
-        const std::vector<uint8_t> & dropped, llama_pos window) {
+        const std::vector<uint8_t> & dropped, const llama_mod_window & window) {
     const uint32_t n_kv = mask->ne[0];
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -52,9 +52,11 @@ void llama_mod_mask::fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, 
             data[j] = hidden<T>();
         }
 
+        const llama_pos first = window.first(p);
+
         const auto set = [&](uint32_t j) {
             const bool seen = !cells.is_empty(j) && cells.seq_has(j, s) && cells.pos_get(j) <= p &&
-                (dropped.empty() || !dropped[j] || p - cells.pos_get(j) < window);
+                (dropped.empty() || !dropped[j] || cells.pos_get(j) >= first);
             data[j] = seen ? 0 : hidden<T>();
         };
 
@@ -79,7 +81,7 @@ void llama_mod_mask::fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, 
             }
             // what has left the window
             if (!dropped.empty()) {
-                for (auto it = sp.lower_bound({ row.pos - window + 1, 0 }); it != sp.end() && it->first <= p - window; ++it) {
+                for (auto it = sp.lower_bound({ window.first(row.pos), 0 }); it != sp.end() && it->first < first; ++it) {
                     set(it->second);
                 }
             }
@@ -94,7 +96,7 @@ void llama_mod_mask::fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, 
 }
 
 void llama_mod_mask::fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
-        const std::vector<uint8_t> & dropped, llama_pos window) {
+        const std::vector<uint8_t> & dropped, const llama_mod_window & window) {
     GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
 
     if (mask->type == GGML_TYPE_F16) {

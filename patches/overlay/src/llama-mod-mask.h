@@ -11,6 +11,23 @@ struct llama_ubatch;
 
 class llama_kv_cells;
 
+// which keys a query sees that are visible in a window only. a later query's first one is never an earlier one, so what
+// has left the window of a sequence's next query is gone for all of them
+struct llama_mod_window {
+    enum shape {
+        sliding, // the last `size` positions, the query's included
+        chunked, // those of the query's chunk of `size` positions
+    };
+
+    llama_pos size = 0; // 0: there is no window, all are seen
+    shape     kind = sliding;
+
+    // the first position that the query at position p >= 0 sees; no position is below 0
+    llama_pos first(llama_pos p) const {
+        return size == 0 ? 0 : kind == chunked ? p/size*size : p - size + 1;
+    }
+};
+
 // The KQ mask of one cache. From one query of a sequence to the next only a few cells change, so a row is kept for
 // each sequence and brought up to date, whatever graph asks for it: a decode costs a few writes and a copy, not a
 // scan of all cells.
@@ -23,9 +40,9 @@ public:
     void touch_all();
 
     // mask: F16 or F32 [n_kv, n_tokens], 0 where the query of a row sees a cell, else -inf
-    // dropped: per cell, empty: none; these are seen by queries less than `window` positions away
+    // dropped: per cell, empty: none; these are seen by queries whose window holds them
     void fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
-            const std::vector<uint8_t> & dropped, llama_pos window);
+            const std::vector<uint8_t> & dropped, const llama_mod_window & window);
 
 private:
     struct row {
@@ -43,5 +60,5 @@ private:
     std::map<llama_seq_id, row> rows;
 
     template <typename T> void fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
-            const std::vector<uint8_t> & dropped, llama_pos window);
+            const std::vector<uint8_t> & dropped, const llama_mod_window & window);
 };

@@ -183,6 +183,11 @@ struct cell_range {
 };
 
 bool llama_mod_rows::grow(uint32_t n) {
+    if (kv->layers.empty()) {
+        n_rows = n;
+        return true;
+    }
+
     // a quarter more than there is, so that a row is copied a few times in all
     const uint32_t n_more = std::min<uint32_t>(GGML_PAD(n_rows + n_rows/4, MOD_N_PAD), cells().size());
 
@@ -191,7 +196,7 @@ bool llama_mod_rows::grow(uint32_t n) {
 
 void llama_mod_rows::shrink() {
     const uint32_t n = std::min<uint32_t>(GGML_PAD(std::max(cells().used_max_p1(), 1u), MOD_N_PAD), cells().size());
-    if (mode == LLAMA_MOD_KV_GROW && 3*n <= 2*n_rows && !kv->hparams.no_alloc) {
+    if (mode == LLAMA_MOD_KV_GROW && 3*n <= 2*n_rows && !kv->hparams.no_alloc && !kv->layers.empty()) {
         replace(n);
     }
 }

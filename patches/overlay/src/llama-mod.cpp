@@ -32,6 +32,13 @@ int32_t llama_mod_n_sink(const llama_model * model) {
     return model->mod ? model->mod->n_sink : 0;
 }
 
+int32_t llama_mod_layer_window(const llama_model * model, int32_t il) {
+    if (il < 0 || il >= (int32_t) model->hparams.n_layer()) {
+        return 0;
+    }
+    return llama_kv_cache_mod::layer_window(model->hparams, il).size;
+}
+
 //
 // context
 //
