@@ -34,10 +34,10 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
     const auto & cells = c.kv->get_cells(0);
 
     // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing
-    std::array<std::vector<uint32_t>, 3> groups;
+    std::array<std::vector<uint32_t>, 3> parts;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const bool drop = c.all || (!dropped.empty() && dropped[i]);
-        groups[!drop ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
+        parts[!drop ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
     }
 
     llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
@@ -46,14 +46,14 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
     // the first free cells: the range in use stays compact, and with it the time of attention
     uint32_t head = c.head;
     uint32_t next = c.head;
-    for (const auto & group : groups) {
-        if (&group == &groups[2]) {
+    for (const auto & part : parts) {
+        if (&part == &parts[2]) {
             // behind all others, if there is room
             head = next;
             const uint32_t n_used = std::max(next, cells.used_max_p1());
-            next = n_used + group.size() <= cells.size() ? n_used : next;
+            next = n_used + part.size() <= cells.size() ? n_used : next;
         }
-        for (const uint32_t i : group) {
+        for (const uint32_t i : part) {
             while (next < cells.size() && !cells.is_empty(next)) {
                 ++next;
             }
@@ -71,8 +71,8 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
 
     c.head = head;
     c.passing.clear();
-    for (size_t k = 0; k < groups[2].size() && c.routed; ++k) {
-        c.passing.push_back(idxs[groups[2][k]]);
+    for (size_t k = 0; k < parts[2].size() && c.routed; ++k) {
+        c.passing.push_back(idxs[parts[2][k]]);
     }
     for (const uint32_t idx : idxs) {
         c.dropped[idx] = c.all;
