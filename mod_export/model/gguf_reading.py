@@ -1,9 +1,9 @@
 """A GGUF file as a model of transformers, with nothing left out.
 
-ARCHITECTURES says for each architecture how the configuration follows from the file's keys. Every
-key of the architecture is taken, or known to have no effect on the logits, or refused by name; so
-is every tensor. What a key means is what llama.cpp makes of it. Names of tensors are those that its
-own converter writes (gguf-py).
+gguf_architectures.py says for each architecture how the configuration follows from the file's keys.
+Every key of the architecture is taken, or known to have no effect on the logits, or refused by
+name; so is every tensor. Names of tensors are those that llama.cpp's own converter writes
+(gguf-py).
 
     model = read_model(GGUFFile.open("model.gguf"), torch.float32)
 """
@@ -11,8 +11,6 @@ own converter writes (gguf-py).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,19 @@ from torch import nn
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile, Tensor
 from mod_export.formats.rotary import FREQS, LONG, SHORT
+from mod_export.model.gguf_architectures import (
+    FULL,
+    LAYER_NORM,
+    RMS_NORM,
+    SLIDING,
+    Architecture,
+    Layout,
+    row_of,
+)
 from mod_export.model.gguf_rope import RopeFactors, rope_parameters
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
 
-RMS_NORM = "attention.layer_norm_rms_epsilon"
-LAYER_NORM = "attention.layer_norm_epsilon"
 ROPE_TENSORS = {"freqs": FREQS, "short": SHORT, "long": LONG}
-# Parameters of the experts, which transformers keeps in one matrix -> the file's tensors.
-EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 # Keys that change no logits, and keys whose only value here is the one given.
 NO_EFFECT = (
     # An architecture reads one of the two, which is taken before this list counts.
@@ -50,129 +53,6 @@ ONE_VALUE = {"attention.causal": True, "nextn_predict_layers": 0, "expert_group_
 _REQUIRED = object()
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How the configuration of transformers follows from a file.
-
-    model_type: transformers' name
-    norm: key of the norms' epsilon, and its field
-    fields: more keys -> fields; a key that is missing leaves the field out
-    fixed: fields whose value llama.cpp's graph fixes, or takes where the key is missing
-    present: fields that are true where the file has a tensor of this pattern
-    sliding: of so many layers each last one has full attention, where the file does not say; 0 for
-        architectures that llama.cpp runs without sliding attention
-    finish: changes the fields once all are known
-    swap_halves: q and k have the order of interleaved pairs in the file
-    norm_offset: what transformers adds to the weight of a norm, and the file has added already
-    rope_factors: the tensors of ROPE_TENSORS that llama.cpp reads
-    no_effect: keys without effect, beside those of every architecture
-    """
-
-    model_type: str
-    norm: tuple[str, str] = (RMS_NORM, "rms_norm_eps")
-    fields: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    present: Mapping[str, str] = field(default_factory=dict)
-    sliding: int = 0
-    finish: Callable[[dict[str, Any]], None] | None = None
-    swap_halves: bool = False
-    norm_offset: float = 0.0
-    rope_factors: tuple[str, ...] = ()
-    no_effect: tuple[str, ...] = ()
-
-
-def _gemma(large: int) -> Callable[[dict[str, Any]], None]:
-    """Set the scale of attention scores, which llama.cpp knows by the number of layers.
-
-    A bound of 0 on the logits means none.
-    """
-
-    def finish(fields: dict[str, Any]) -> None:
-        per_head = fields["hidden_size"] // fields["num_attention_heads"]
-        is_large = fields["num_hidden_layers"] == large
-        fields["query_pre_attn_scalar"] = per_head if is_large else fields["head_dim"]
-        fields["final_logit_softcapping"] = fields.get("final_logit_softcapping") or None
-
-    return finish
-
-
-def _stablelm_residual(fields: dict[str, Any]) -> None:
-    fields["use_parallel_residual"] = not fields.pop("ffn_norm")
-
-
-_ATTENTION_BIAS = {"attention_bias": r"blk\.\d+\.attn_(q|k|v|output)\.bias"}
-_MLP_BIAS = {"mlp_bias": r"blk\.\d+\.ffn_(gate|up|down)\.bias"}
-_MIXTURE = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
-_ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-
-# general.architecture -> row. Sources: src/models/*.cpp and conversion/*.py of llama.cpp.
-ARCHITECTURES = {
-    "llama": Architecture(
-        "llama",
-        present=_ATTENTION_BIAS | _MLP_BIAS,
-        swap_halves=True,
-        rope_factors=("freqs", "short", "long"),
-    ),
-    "qwen2": Architecture("qwen2"),
-    "qwen2moe": Architecture(
-        "qwen2_moe", fields=_MIXTURE, fixed=_ALL_SPARSE | {"norm_topk_prob": False}
-    ),
-    "qwen3": Architecture("qwen3", present=_ATTENTION_BIAS),
-    "qwen3moe": Architecture(
-        "qwen3_moe",
-        fields=_MIXTURE,
-        fixed=_ALL_SPARSE | {"norm_topk_prob": True},
-        present=_ATTENTION_BIAS,
-    ),
-    "phi3": Architecture(
-        "phi3",
-        rope_factors=("short", "long"),
-        no_effect=("attention.sliding_window",),  # llama.cpp runs phi3 without it
-    ),
-    "stablelm": Architecture(
-        "stablelm",
-        norm=(LAYER_NORM, "layer_norm_eps"),
-        present={
-            "use_qkv_bias": r"blk\.\d+\.attn_(q|k|v)\.bias",
-            "ffn_norm": r"blk\.\d+\.ffn_norm\.weight",
-        },
-        finish=_stablelm_residual,
-        no_effect=("use_parallel_residual",),  # The FFN's norm says it.
-    ),
-    "nemotron": Architecture(
-        "nemotron",
-        norm=(LAYER_NORM, "norm_eps"),
-        present=_ATTENTION_BIAS | _MLP_BIAS,
-        norm_offset=1.0,
-    ),
-    "gemma2": Architecture(
-        "gemma2",
-        fields={
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
-        fixed={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        present=_ATTENTION_BIAS,
-        sliding=2,
-        finish=_gemma(large=46),
-        norm_offset=1.0,
-    ),
-    "gemma3": Architecture(
-        "gemma3_text",
-        fields={"final_logit_softcapping": "final_logit_softcapping"},
-        present=_ATTENTION_BIAS,
-        sliding=6,
-        finish=_gemma(large=62),
-        norm_offset=1.0,
-    ),
-}
-
-
 def read_model(file: GGUFFile, dtype: torch.dtype) -> nn.Module:
     """Return the causal language model of a file, in eval mode, its weights dequantised.
 
@@ -181,7 +61,7 @@ def read_model(file: GGUFFile, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    row = architecture(file)
+    row = row_of(file)
     config = read_config(file)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -189,28 +69,28 @@ def read_model(file: GGUFFile, dtype: torch.dtype) -> nn.Module:
     sources = tensor_sources(model, file)
     taken = {name for names in sources.values() for name in names}
     taken |= {ROPE_TENSORS[part] for part in row.rope_factors}
+    if row.model_type == "gemma4_text":
+        taken.add(FREQS)  # its configuration says them in another way
+    taken |= {name for name in file.tensors if _is_shared(name, config)}
     if rest := sorted(set(file.tensors) - taken):
         raise UserError(
             f"{file.path}: transformers' {row.model_type} has no place for the tensor {rest[0]}",
             USE_DIRECTORY,
         )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, values in _values_of(model, row).items():
             if sources[name]:
-                parameter.copy_(_value(file, row, config, name, parameter, sources[name]))
+                values.copy_(_value(file, row, config, name, values, sources[name]))
             else:
-                parameter.zero_()  # a bias that the file lacks
+                values.zero_()  # a bias that the file lacks
     return model.eval()
 
 
-def architecture(file: GGUFFile) -> Architecture:
-    """Return the row of a file. Raises UserError where the table has none."""
-    if file.architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{file.path}: GGUF files of the architecture {file.architecture} cannot be read",
-            f"{USE_DIRECTORY}; files of {', '.join(ARCHITECTURES)} can be read",
-        )
-    return ARCHITECTURES[file.architecture]
+def _is_shared(tensor: str, config) -> bool:
+    """Whether a tensor is for K/V of a layer that takes them from another."""
+    found = re.match(r"blk\.(\d+)\.attn_(k|v|k_norm)\.", tensor)
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    return bool(found) and int(found[1]) >= config.num_hidden_layers - shared
 
 
 def read_config(file: GGUFFile):
@@ -218,23 +98,27 @@ def read_config(file: GGUFFile):
     from transformers import AutoConfig
 
     file.refuse_split()
-    row = architecture(file)
+    row = row_of(file)
     keys = Keys(file)
+    if row.prepare:
+        row.prepare(keys)
     for name, value in ONE_VALUE.items():
         keys.require(name, value)
     fields = dict(row.fixed) | _size_fields(file, keys)
-    fields[row.norm[1]] = float(keys.take(row.norm[0]))
+    epsilon = float(keys.take(row.norm[0]))
+    if row.norm[1]:
+        fields[row.norm[1]] = epsilon
     for name, field_name in row.fields.items():
         if name in keys.rest:
             fields[field_name] = keys.take(name)
-    if "num_experts" not in fields:
-        keys.require("expert_count", 0)
-        keys.require("expert_used_count", 0)
+    for name in ("expert_count", "expert_used_count"):
+        if name not in row.fields:
+            keys.require(name, 0)
     for field_name, pattern in row.present.items():
         fields[field_name] = any(re.fullmatch(pattern, name) for name in file.tensors)
     fields |= _position_fields(file, keys, row, fields)
     if row.finish:
-        row.finish(fields)
+        row.finish(fields, keys)
     for name in (*NO_EFFECT, *row.no_effect):
         keys.rest.pop(name, None)
     keys.refuse_rest()
@@ -249,7 +133,7 @@ class Keys:
     """The keys of a file's architecture, without its prefix, that nobody has taken yet."""
 
     def __init__(self, file: GGUFFile):
-        self.path = file.path
+        self.file, self.path = file, file.path
         self._prefix = f"{file.architecture}."
         self.rest = {
             name.removeprefix(self._prefix): key.value
@@ -327,23 +211,22 @@ def _position_fields(
     rope = rope_parameters(keys, RopeFactors(**found), n_rot, head_dim, context)
     if not row.sliding:
         return {"rope_parameters": rope}
-    window = keys.take("attention.sliding_window", 4096 if row.model_type == "gemma2" else 0)
+    window = keys.take("attention.sliding_window", row.window)
     is_sliding = _sliding_layers(keys, row.sliding, n_layer) if window else [False] * n_layer
-    kinds = ["sliding_attention" if sliding else "full_attention" for sliding in is_sliding]
-    positions: dict[str, Any] = {"layer_types": kinds}
-    if window:
-        positions["sliding_window"] = window
-    base = rope["rope_theta"]
-    if row.model_type == "gemma2":
-        keys.require("rope.freq_base_swa", base)
+    kinds = [SLIDING if sliding else FULL for sliding in is_sliding]
+    positions: dict[str, Any] = {"layer_types": kinds, "sliding_window": window or None}
+    if row.sliding_rope == "same":
+        keys.require("rope.freq_base_swa", rope["rope_theta"])
         return positions | {"rope_parameters": rope}
-    if rope["rope_type"] == "yarn":
+    if row.sliding_rope == "own" and rope["rope_type"] == "yarn":
         raise UserError(
             f"{file.path}: yarn and sliding attention do not go together", USE_DIRECTORY
         )
-    local = float(keys.take("rope.freq_base_swa", 10000.0))
-    plain = {"rope_type": "default", "rope_theta": local}
-    return positions | {"rope_parameters": {"full_attention": rope, "sliding_attention": plain}}
+    base = float(keys.take("rope.freq_base_swa", 10000.0))
+    if row.sliding_rope == "plain":
+        base = rope["rope_theta"]
+    plain = {"rope_type": "default", "rope_theta": base}
+    return positions | {"rope_parameters": {FULL: rope, SLIDING: plain}}
 
 
 def _sliding_layers(keys: Keys, every: int, n_layer: int) -> list[bool]:
@@ -364,14 +247,28 @@ def tensor_sources(model: nn.Module, file: GGUFFile) -> dict[str, tuple[str, ...
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    row = row_of(file)
     number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     names = get_tensor_name_map(number, model.config.num_hidden_layers)
-    return {name: _sources(name, names, file) for name, _ in model.named_parameters()}
+    return {name: _sources(name, names, row, file) for name in _values_of(model, row)}
 
 
-def _sources(parameter: str, names, file: GGUFFile) -> tuple[str, ...]:
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", parameter):
-        sources = tuple(f"blk.{found[1]}.{part}.weight" for part in EXPERTS[found[2]])
+def _values_of(model: nn.Module, row: Architecture) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model, and its buffers that a file holds."""
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if _layout(name, row)[1])
+    return dict(model.named_parameters()) | dict(buffers)
+
+
+def _layout(name: str, row: Architecture) -> tuple[str, Layout | None]:
+    """Return the number of a parameter's layer, and its layout in the file; None for the usual."""
+    found = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", name)
+    return (found[1], row.layouts.get(found[2])) if found else ("", None)
+
+
+def _sources(parameter: str, names, row: Architecture, file: GGUFFile) -> tuple[str, ...]:
+    layer, layout = _layout(parameter, row)
+    if layout is not None:
+        sources = tuple(f"blk.{layer}.{tensor}" for tensor in layout.tensors)
     else:
         stem, _, suffix = parameter.rpartition(".")
         mapped = names.get_name(stem)
@@ -392,7 +289,8 @@ def _value(
 ) -> torch.Tensor:
     """Return the values of a parameter in transformers' order."""
     arrays = [_dequantized(file.tensors[source]) for source in sources]
-    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+    layout = _layout(name, row)[1] or Layout(sources)
+    array = layout.join(arrays, config)
     if row.swap_halves and (found := re.search(r"\.attn_([qk])\.", sources[0])):
         heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
         # Pairs are neighbours in the file; transformers has them half a head apart.

@@ -56,12 +56,6 @@ MODELS = {
     ),
     "linear": ("llama", _rope("linear", factor=4.0)),
     "yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=512)),
-    "qwen2": ("qwen2", _rope("default")),
-    "qwen2moe": (
-        "qwen2_moe",
-        _MIXTURE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
-    ),
-    "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3moe": ("qwen3_moe", _MIXTURE | {"head_dim": 32, "norm_topk_prob": True}),
     "phi": (
         "phi3",
@@ -73,11 +67,6 @@ MODELS = {
             original_max_position_embeddings=512,
         ),
     ),
-    "stablelm": (
-        "stablelm",
-        {"use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.5),
-    ),
-    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "softcaps": (
         "gemma2",
         {
@@ -171,6 +160,9 @@ def random_model(model_type: str, fields: dict):
                 parameter.normal_(0, 0.3)
             elif parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("layer_scalar", "e_score_correction_bias")):
+                buffer += 0.2 * torch.rand_like(buffer)
     return model.eval()
 
 

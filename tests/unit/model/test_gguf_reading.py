@@ -12,7 +12,8 @@ from mod_export.convert import check_against_runtime
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
 from mod_export.model.activation_rounding import rounded
-from mod_export.model.gguf_reading import ARCHITECTURES, read_model
+from mod_export.model.gguf_architectures import ARCHITECTURES
+from mod_export.model.gguf_reading import read_model
 from mod_export.model.gguf_rope import llama3_factors, llama3_parameters
 from tests.support.gguf_models import changed
 from tests.support.tiny_gguf import Tiny
@@ -27,7 +28,8 @@ REFUSED = {
     "llama.attention.scale": {"added_keys": [("llama.attention.scale", "f32", 0.5)]},
     "llama.logit_scale": {"added_keys": [("llama.logit_scale", "f32", 2.0)]},
     "llama.made_up": {"added_keys": [("llama.made_up", "string", "x")]},
-    "llama.expert_count": {"added_keys": [("llama.expert_count", "u32", 8)]},
+    "llama.expert_used_count": {"added_keys": [("llama.expert_used_count", "u32", 2)]},
+    "blk.0.ffn_gate_inp.weight": {"added_keys": [("llama.expert_count", "u32", 8)]},
     "llama.attention.causal": {"added_keys": [("llama.attention.causal", "bool", False)]},
     "llama.attention.value_length": {"added_keys": [("llama.attention.value_length", "u32", 8)]},
     "llama.rope.dimension_sections": {

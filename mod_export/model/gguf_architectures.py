@@ -1,0 +1,478 @@
+"""How a configuration of transformers follows from a GGUF file, for each architecture: the table.
+
+What a key means is what llama.cpp makes of it. Sources: src/models/*.cpp and conversion/*.py of
+llama.cpp, and the models of transformers.
+
+    row = row_of(GGUFFile.open("model.gguf"))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mod_export.errors import UserError
+from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.rotary import FREQS
+from mod_export.model.gguf_tokenizer import USE_DIRECTORY
+
+RMS_NORM = "attention.layer_norm_rms_epsilon"
+LAYER_NORM = "attention.layer_norm_epsilon"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parameter of transformers that the file holds otherwise.
+
+    tensors: the file's, without blk.N.
+    join: gives the parameter's values from theirs and from the configuration
+    """
+
+    tensors: tuple[str, ...]
+    join: Callable[[list[np.ndarray], Any], np.ndarray] = lambda arrays, _config: arrays[0]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the configuration of transformers follows from a file.
+
+    model_type: transformers' name
+    norm: key of the norms' epsilon, and its field; a field of None: both sides have the same
+    fields: more keys -> fields; a key that is missing leaves the field out
+    fixed: fields whose value llama.cpp's graph fixes, or takes where the key is missing
+    present: fields that are true where the file has a tensor of this pattern
+    sliding: of so many layers each last one has full attention, where the file does not say; 0 for
+        architectures that llama.cpp runs without sliding attention
+    window: the tokens that sliding layers attend to where the file does not say
+    sliding_rope: the rotary embedding of sliding layers: "same" as that of the others, "own" key of
+        the base and no scaling, or "plain" for the base of the others and no scaling
+    prepare: replaces keys before any is read
+    finish: changes the fields once all others are known, and may take keys
+    swap_halves: q and k have the order of interleaved pairs in the file
+    norm_offset: what transformers adds to the weight of a norm, and the file has added already
+    rope_factors: the tensors of ROPE_TENSORS that llama.cpp reads
+    no_effect: keys without effect, beside those of every architecture
+    layouts: end of a parameter's name -> where its values are
+    variants: key of the file -> row for files in which it is not 0
+    """
+
+    model_type: str
+    norm: tuple[str, str | None] = (RMS_NORM, "rms_norm_eps")
+    fields: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    sliding: int = 0
+    window: int = 0
+    sliding_rope: str = "same"
+    prepare: Callable[[Any], None] | None = None
+    finish: Callable[[dict[str, Any], Any], None] | None = None
+    swap_halves: bool = False
+    norm_offset: float = 0.0
+    rope_factors: tuple[str, ...] = ()
+    no_effect: tuple[str, ...] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    variants: Mapping[str, Architecture] = field(default_factory=dict)
+
+
+def row_of(file: GGUFFile) -> Architecture:
+    """Return the row of a file. Raises UserError where the table has none."""
+    row = ARCHITECTURES.get(file.architecture)
+    if row is None:
+        raise UserError(
+            f"{file.path}: GGUF files of the architecture {file.architecture} cannot be read",
+            f"{USE_DIRECTORY}; files of {', '.join(ARCHITECTURES)} can be read",
+        )
+    for key, variant in row.variants.items():
+        if file.get(f"{file.architecture}.{key}", 0):
+            return variant
+    return row
+
+
+def _gemma(large: int) -> Callable[[dict[str, Any], Any], None]:
+    """Set the scale of attention scores, which llama.cpp knows by the number of layers.
+
+    A bound of 0 on the logits means none.
+    """
+
+    def finish(fields: dict[str, Any], _keys) -> None:
+        per_head = fields["hidden_size"] // fields["num_attention_heads"]
+        is_large = fields["num_hidden_layers"] == large
+        fields["query_pre_attn_scalar"] = per_head if is_large else fields["head_dim"]
+        fields["final_logit_softcapping"] = fields.get("final_logit_softcapping") or None
+
+    return finish
+
+
+def _stablelm(fields: dict[str, Any], _keys) -> None:
+    fields["use_parallel_residual"] = not fields.pop("ffn_norm")
+
+
+def _granite(fields: dict[str, Any], keys) -> None:
+    """A scale of attention scores that is missing, or 0, is the usual one."""
+    keys.require("rope.scaling.finetuned", True)
+    usual = 1.0 / math.sqrt(fields["head_dim"])
+    fields["attention_multiplier"] = fields.get("attention_multiplier") or usual
+
+
+def _ministral3(fields: dict[str, Any], keys) -> None:
+    """Set the scale of queries in long texts, beside YaRN's parameters."""
+    rope = fields["rope_parameters"]
+    rope["llama_4_scaling_beta"] = float(keys.take("attention.temperature_scale"))
+    rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
+    _mistral3(fields, keys)
+
+
+def _mistral3(fields: dict[str, Any], keys) -> None:
+    """Set YaRN's parameters that llama.cpp reads for this architecture alone."""
+    rope = fields["rope_parameters"]
+    share = float(keys.take("rope.scaling.yarn_log_multiplier", 0.0))
+    fast = float(keys.take("rope.scaling.yarn_beta_fast", 32.0))
+    slow = float(keys.take("rope.scaling.yarn_beta_slow", 1.0))
+    if rope["rope_type"] == "yarn":
+        rope |= {"beta_fast": fast, "beta_slow": slow}
+        if share:
+            scale = math.log(max(rope["factor"], 1.0))
+            usual = 0.1 * scale + 1.0
+            own = rope.get("attention_factor", usual) / usual
+            rope["attention_factor"] = own * usual / (0.1 * share * scale + 1.0)
+
+
+def _exaone4(fields: dict[str, Any], keys) -> None:
+    """llama.cpp has sliding layers in the model of 64 layers alone; full ones have no positions."""
+    if fields["num_hidden_layers"] != 64:
+        fields |= {
+            "sliding_window": None,
+            "layer_types": [FULL] * fields["num_hidden_layers"],
+        }
+
+
+def _prepare_gemma4(keys) -> None:
+    """Put the sizes of sliding layers where those of all layers are, as transformers has them."""
+    sliding = np.asarray(keys.rest["attention.sliding_window_pattern"], bool)
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        keys.rest[f"{name}_full"] = keys.rest.pop(name)
+        keys.rest[name] = keys.rest.pop(f"{name}_swa")
+    heads = np.broadcast_to(keys.rest["attention.head_count_kv"], sliding.shape)
+    keys.rest["attention.head_count_kv"] = heads[sliding]
+    keys.rest["attention.head_count_kv_full"] = heads[~sliding]
+    widths = np.broadcast_to(keys.rest["feed_forward_length"], sliding.shape)
+    first_shared = len(sliding) - keys.rest.get("attention.shared_kv_layers", 0)
+    keys.rest["feed_forward_length"] = widths[:first_shared]
+    keys.rest["feed_forward_length_shared"] = widths[first_shared:]
+
+
+def _gemma4(fields: dict[str, Any], keys) -> None:
+    """Sizes of full layers, and their rotary embedding, which leaves a part of each head alone."""
+    fields["global_head_dim"] = keys.take("attention.key_length_full")
+    for name in ("attention.value_length_full", "rope.dimension_count_full"):
+        keys.require(name, fields["global_head_dim"])
+    own = fields["layer_types"][: fields["num_hidden_layers"] - fields["num_kv_shared_layers"]]
+    fields["attention_k_eq_v"] = not all(
+        f"blk.{layer}.attn_v.weight" in keys.file.tensors
+        for layer, kind in enumerate(own)
+        if kind == FULL
+    )
+    fields["num_global_key_value_heads"] = keys.take("attention.head_count_kv_full")
+    shared = keys.rest.pop("feed_forward_length_shared")
+    fields["use_double_wide_mlp"] = bool(
+        len(shared) and (shared == 2 * fields["intermediate_size"]).all()
+    )
+    factors = keys.file.tensors[FREQS].array() if FREQS in keys.file.tensors else np.ones(1)
+    fields["rope_parameters"][FULL] |= {
+        "rope_type": "proportional",
+        "partial_rotary_factor": float((factors == 1).mean()),
+    }
+    if not ((factors == 1) | (factors >= 1e29)).all():
+        raise UserError(f"{keys.path} has other factors in {FREQS}", USE_DIRECTORY)
+    fields["enable_moe_block"] = "num_experts" in fields
+    if fields["hidden_size_per_layer_input"]:
+        table = keys.file.tensors["per_layer_token_embd.weight"]
+        fields["vocab_size_per_layer_input"] = table.shape[-1]
+
+
+def _joined(arrays: list[np.ndarray], _config) -> np.ndarray:
+    return np.concatenate(arrays, axis=1)
+
+
+def _interleaved(arrays: list[np.ndarray], _config) -> np.ndarray:
+    """gpt-oss: gate and up [n_expert, n_ff, ...] -> [n_expert, ..., 2 n_ff] in turns."""
+    both = np.stack(arrays, axis=2).reshape(len(arrays[0]), -1, *arrays[0].shape[2:])
+    return both.swapaxes(1, 2) if both.ndim == 3 else both
+
+
+def _transposed(arrays: list[np.ndarray], _config) -> np.ndarray:
+    return arrays[0].swapaxes(1, 2)
+
+
+def _falcon_qkv(arrays: list[np.ndarray], config) -> np.ndarray:
+    """Heads of q, then of k, then of v -> for each head of k its heads of q, k and v."""
+    head = config.hidden_size // config.num_attention_heads
+    heads = arrays[0].reshape(-1, head, *arrays[0].shape[1:])
+    n_kv = (len(heads) - config.num_attention_heads) // 2
+    q, k, v = np.split(heads, (config.num_attention_heads, config.num_attention_heads + n_kv))
+    groups = [q.reshape(n_kv, -1, *q.shape[1:]), k[:, None], v[:, None]]
+    return np.concatenate(groups, axis=1).reshape(arrays[0].shape)
+
+
+def _falcon(fields: dict[str, Any], _keys) -> None:
+    n_kv = fields["num_kv_heads"] = fields.pop("num_key_value_heads")
+    fields["new_decoder_architecture"] = two_norms = fields.pop("two_norms")
+    fields["num_ln_in_parallel_attn"] = 2 if two_norms else 1
+    fields["multi_query"] = n_kv == 1
+    fields.pop("head_dim")  # the class computes it
+    fields["ffn_hidden_size"] = fields.pop("intermediate_size")
+
+
+_ATTENTION_BIAS = {"attention_bias": r"blk\.\d+\.attn_(q|k|v|output)\.bias"}
+_MLP_BIAS = {"mlp_bias": r"blk\.\d+\.ffn_(gate|up|down)\.bias"}
+_ALL_FACTORS = ("freqs", "short", "long")
+_MIXTURE = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+_FEW_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+_ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+# transformers keeps the experts of a layer in one matrix.
+_EXPERTS = {
+    "mlp.experts.gate_up_proj": Layout(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _joined),
+    "mlp.experts.down_proj": Layout(("ffn_down_exps.weight",)),
+}
+_LLAMA = Architecture(
+    "llama",
+    present=_ATTENTION_BIAS | _MLP_BIAS,
+    swap_halves=True,
+    rope_factors=_ALL_FACTORS,
+)
+_GEMMA2 = Architecture(
+    "gemma2",
+    fields={
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    fixed={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    present=_ATTENTION_BIAS,
+    sliding=2,
+    window=4096,
+    finish=_gemma(large=46),
+    norm_offset=1.0,
+)
+_GRANITE = replace(
+    _LLAMA,
+    model_type="granite",
+    fields={
+        "logit_scale": "logits_scaling",
+        "residual_scale": "residual_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "attention.scale": "attention_multiplier",
+    },
+    finish=_granite,
+)
+_OLMO2 = Architecture("olmo2", present=_ATTENTION_BIAS)
+
+# general.architecture -> row
+ARCHITECTURES = {
+    "llama": replace(
+        _LLAMA,
+        variants={
+            "expert_count": replace(
+                _LLAMA,
+                model_type="mixtral",
+                fields=_FEW_EXPERTS,
+                fixed={"sliding_window": None},
+                present={},
+                layouts=_EXPERTS,
+            )
+        },
+    ),
+    "qwen2": Architecture("qwen2"),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        fields=_MIXTURE,
+        fixed=_ALL_SPARSE | {"norm_topk_prob": False},
+        layouts=_EXPERTS,
+    ),
+    "qwen3": Architecture("qwen3", present=_ATTENTION_BIAS),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        fields=_MIXTURE,
+        fixed=_ALL_SPARSE | {"norm_topk_prob": True},
+        present=_ATTENTION_BIAS,
+        layouts=_EXPERTS,
+    ),
+    "mistral3": replace(
+        _LLAMA,
+        model_type="mistral",
+        fixed={"sliding_window": None},
+        present={},
+        finish=_mistral3,
+        variants={
+            "attention.temperature_scale": replace(
+                _LLAMA,
+                model_type="ministral3",
+                fixed={"sliding_window": None},
+                present={},
+                finish=_ministral3,
+            )
+        },
+    ),
+    "phi2": Architecture("phi", norm=(LAYER_NORM, "layer_norm_eps")),
+    "phi3": Architecture(
+        "phi3",
+        rope_factors=("short", "long"),
+        no_effect=("attention.sliding_window",),  # llama.cpp runs phi3 without it
+    ),
+    "stablelm": Architecture(
+        "stablelm",
+        norm=(LAYER_NORM, "layer_norm_eps"),
+        present={
+            "use_qkv_bias": r"blk\.\d+\.attn_(q|k|v)\.bias",
+            "ffn_norm": r"blk\.\d+\.ffn_norm\.weight",
+        },
+        finish=_stablelm,
+        no_effect=("use_parallel_residual",),  # The FFN's norm says it.
+    ),
+    "nemotron": Architecture(
+        "nemotron",
+        norm=(LAYER_NORM, "norm_eps"),
+        present=_ATTENTION_BIAS | _MLP_BIAS,
+        norm_offset=1.0,
+    ),
+    "gemma": Architecture("gemma", present=_ATTENTION_BIAS, norm_offset=1.0),
+    "gemma2": _GEMMA2,
+    "gemma3": replace(
+        _GEMMA2,
+        model_type="gemma3_text",
+        fields={"final_logit_softcapping": "final_logit_softcapping"},
+        fixed={},
+        sliding=6,
+        window=0,
+        sliding_rope="own",
+        finish=_gemma(large=62),
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        fields={
+            "final_logit_softcapping": "final_logit_softcapping",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "expert_count": "num_experts",
+            "expert_used_count": "top_k_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        sliding=1,
+        sliding_rope="own",
+        prepare=_prepare_gemma4,
+        finish=_gemma4,
+        layouts={
+            "layer_scalar": Layout(("layer_output_scale.weight",)),
+            "router.scale": Layout(("ffn_gate_inp.scale",)),
+            "router.proj.weight": Layout(("ffn_gate_inp.weight",)),
+            "router.per_expert_scale": Layout(("ffn_down_exps.scale",)),
+            "experts.gate_up_proj": Layout(("ffn_gate_up_exps.weight",)),
+            "experts.down_proj": Layout(("ffn_down_exps.weight",)),
+        },
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        fields=_FEW_EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
+        fixed={"attention_bias": True},
+        sliding=2,
+        layouts={
+            "self_attn.sinks": Layout(("attn_sinks.weight",)),
+            "mlp.experts.gate_up_proj": Layout(
+                ("ffn_gate_exps.weight", "ffn_up_exps.weight"), _interleaved
+            ),
+            "mlp.experts.gate_up_proj_bias": Layout(
+                ("ffn_gate_exps.bias", "ffn_up_exps.bias"), _interleaved
+            ),
+            "mlp.experts.down_proj": Layout(("ffn_down_exps.weight",), _transposed),
+            "mlp.experts.down_proj_bias": Layout(("ffn_down_exps.bias",)),
+        },
+    ),
+    "smollm3": replace(_LLAMA, model_type="smollm3", rope_factors=()),
+    "arcee": replace(_LLAMA, model_type="arcee"),
+    "olmo": Architecture(
+        "olmo",
+        norm=(LAYER_NORM, None),
+        fields={"attention.clamp_kqv": "clip_qkv"},
+        swap_halves=True,
+    ),
+    "olmo2": replace(
+        _OLMO2,
+        variants={
+            "attention.sliding_window": replace(
+                _OLMO2, model_type="olmo3", sliding=4, sliding_rope="plain"
+            )
+        },
+    ),
+    "olmoe": Architecture(
+        "olmoe",
+        fields={"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        fixed={"norm_topk_prob": False},
+        layouts=_EXPERTS,
+    ),
+    "granite": _GRANITE,
+    "granitemoe": replace(
+        _GRANITE,
+        model_type="granitemoe",
+        fields=_GRANITE.fields | _FEW_EXPERTS,
+        present=_ATTENTION_BIAS,
+        layouts={
+            "block_sparse_moe.experts.gate_up_proj": _EXPERTS["mlp.experts.gate_up_proj"],
+            "block_sparse_moe.experts.down_proj": _EXPERTS["mlp.experts.down_proj"],
+            "block_sparse_moe.router.weight": Layout(("ffn_gate_inp.weight",)),
+        },
+    ),
+    "glm4": Architecture("glm4", present=_ATTENTION_BIAS),
+    "starcoder2": Architecture(
+        "starcoder2",
+        norm=(LAYER_NORM, "norm_epsilon"),
+        fixed={"sliding_window": None},
+        present={"use_bias": r"blk\.\d+\.(attn|ffn)_\w+\.bias"},
+    ),
+    "command-r": Architecture(
+        "cohere",
+        norm=(LAYER_NORM, "layer_norm_eps"),
+        fields={"logit_scale": "logit_scale"},
+        fixed={"logit_scale": 1.0},
+        present={"use_qk_norm": r"blk\.\d+\.attn_q_norm\.weight"},
+    ),
+    "cohere2": Architecture(
+        "cohere2",
+        norm=(LAYER_NORM, "layer_norm_eps"),
+        fields={"logit_scale": "logit_scale"},
+        sliding=4,
+    ),
+    "exaone4": Architecture(
+        "exaone4", sliding=4, window=4096, finish=_exaone4, rope_factors=("freqs",)
+    ),
+    "seed_oss": Architecture(
+        "seed_oss",
+        present={
+            "attention_bias": r"blk\.\d+\.attn_(q|k|v)\.bias",
+            "attention_out_bias": r"blk\.\d+\.attn_output\.bias",
+        },
+    ),
+    "ernie4_5": Architecture("ernie4_5", present={"use_bias": r"blk\.\d+\.\w+\.bias"}),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", present=_ATTENTION_BIAS),
+    "falcon": Architecture(
+        "falcon",
+        norm=(LAYER_NORM, "layer_norm_epsilon"),
+        present={
+            "bias": r"blk\.\d+\.attn_qkv\.bias",
+            "two_norms": r"blk\.\d+\.attn_norm_2\.weight",
+        },
+        finish=_falcon,
+        layouts={
+            "self_attention.query_key_value.weight": Layout(("attn_qkv.weight",), _falcon_qkv),
+            "self_attention.query_key_value.bias": Layout(("attn_qkv.bias",), _falcon_qkv),
+        },
+    ),
+}

@@ -1,0 +1,111 @@
+"""Tiny random models of the types that people run.
+
+MODEL_TYPES has for each name a model type of transformers and the fields of its configuration,
+beside those of `gguf_models.SMALL`. Every window and scale counts for the logits of 200 tokens.
+"""
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+N_LAYER = 4
+
+
+def _sliding(*full: int, n_layer: int = N_LAYER) -> dict:
+    """The fields of a model whose other layers slide."""
+    kinds = [FULL if layer in full else SLIDING for layer in range(n_layer)]
+    return {"sliding_window": 32, "num_hidden_layers": n_layer, "layer_types": kinds}
+
+
+def _rope(kind: str, **more) -> dict:
+    return {"rope_type": kind, "rope_theta": 10000.0, **more}
+
+
+_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=64)
+_FEW_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32}
+_GEMMA4 = {"head_dim": 32, "global_head_dim": 64, "final_logit_softcapping": 5.0}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 0.5,
+}
+_NO_WINDOW = {"sliding_window": None}
+
+_BY_TYPE: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen2_moe": _MIXTURE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": _MIXTURE | {"head_dim": 32, "norm_topk_prob": True},
+    "mistral": _NO_WINDOW,
+    "ministral3": {
+        "rope_parameters": _YARN
+        | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    },
+    "mixtral": _FEW_EXPERTS | _NO_WINDOW,
+    "gemma": {"head_dim": 32},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": _GEMMA
+    | {
+        "rope_parameters": {
+            FULL: _rope("linear", factor=4.0),
+            SLIDING: {"rope_type": "default", "rope_theta": 5000.0},
+        }
+    }
+    | _sliding(5, n_layer=6),
+    "gemma4_text": _GEMMA4
+    | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 261}
+    | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    | _sliding(1, 3, 5, n_layer=6),
+    "gpt_oss": _FEW_EXPERTS
+    | {"head_dim": 32, "rope_parameters": _YARN | {"truncate": True}}
+    | _sliding(1, 3),
+    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 256},
+    "phi3": _NO_WINDOW,
+    "smollm3": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": _sliding(3),
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "arcee": {},
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE | _FEW_EXPERTS,
+    "glm4": {"head_dim": 32},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "head_dim": 32,
+    },
+    "starcoder2": _NO_WINDOW,
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, "rotary_pct": 1.0} | _sliding(3),
+    "exaone4": _NO_WINDOW | {"layer_types": [FULL] * N_LAYER},
+    "seed_oss": {"head_dim": 32},
+    "ernie4_5": {"head_dim": 32},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "nemotron": {"head_dim": 16},
+    "stablelm": {},
+    "falcon": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 2,
+    },
+    "apertus": {},
+}
+MODEL_TYPES = {
+    **{name: (name, {"num_hidden_layers": N_LAYER} | more) for name, more in _BY_TYPE.items()},
+    "gemma4_moe": (
+        "gemma4_text",
+        _GEMMA4
+        | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+        | {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        | {"enable_moe_block": True, "top_k_experts": 2}
+        | {"num_experts": 4, "moe_intermediate_size": 32}
+        | _sliding(1, 3),
+    ),
+    # llama.cpp knows the model with sliding layers by its number of layers.
+    "exaone4_sliding": ("exaone4", _sliding(*range(3, 64, 4), n_layer=64)),
+}
