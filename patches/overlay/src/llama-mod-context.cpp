@@ -5,6 +5,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-mod.h"
+#include "llama-mod-arch.h"
 #include "llama-mod-model.h"
 #include "llama-model.h"
 
@@ -84,6 +85,11 @@ static bool mod_decodes_as_graph(const llama_model & model, bool is_cpu) {
     return ok;
 }
 
+// of the norm that the model itself has; LayerNorm models have no other one
+static float mod_get_eps(const llama_hparams & hparams) {
+    return hparams.f_norm_rms_eps != 0.0f ? hparams.f_norm_rms_eps : hparams.f_norm_eps;
+}
+
 llama_mod_context::llama_mod_context(llama_context & lctx) :
     model(*lctx.get_model().mod), lctx(lctx), n_units(model.units.size()), is_cpu(mod_is_cpu(lctx.backends)),
     on_device(mod_decodes_as_graph(lctx.model, is_cpu)),
@@ -104,11 +110,11 @@ llama_mod_context::llama_mod_context(llama_context & lctx) :
     whole.last      = true;
     whole.reserve   = true;
     whole.has_ops   = mod_has_ops(lctx.model);
-    whole.eps       = lctx.model.hparams.f_norm_rms_eps;
+    whole.eps       = mod_get_eps(lctx.model.hparams);
     whole.t1        = 2*lctx.model.hparams.n_layer();
 
-    init_plan(plan_cut,    true);
-    init_plan(plan_joined, false);
+    init_scratch();
+    check_segments();
 }
 
 llama_mod_context::~llama_mod_context() {
@@ -150,7 +156,15 @@ void llama_mod_context::init_tensors() {
     ggml_backend_tensor_set(whole.b, model.b.data(), 0, ggml_nbytes(whole.b));
 }
 
-void llama_mod_context::init_plan(std::vector<piece> & plan, bool cut_kv) {
+void llama_mod_context::init_scratch() {
+    const size_t n_nodes = lctx.graph_max_nodes(lctx.cparams.n_ubatch);
+
+    buf_scratch.resize(ggml_graph_overhead_custom(n_nodes, false));
+    ctx_scratch.reset(ggml_init({ buf_scratch.size(), buf_scratch.data(), true }));
+    whole.scratch = ggml_new_graph_custom(ctx_scratch.get(), n_nodes, false);
+}
+
+void llama_mod_context::init_plan(std::vector<piece> & plan, bool cut_kv, const std::set<int32_t> & middles) {
     const int32_t n_layer = lctx.model.hparams.n_layer();
 
     const auto add = [&](int32_t t0, int32_t t1, int32_t unit) {
@@ -177,7 +191,7 @@ void llama_mod_context::init_plan(std::vector<piece> & plan, bool cut_kv) {
 
         const bool cut = cut_kv && t % 2 == 0 && model.find(il, LLAMA_MOD_KIND_KV) >= 0;
 
-        if (u_block >= 0 && il == n_layer - 1 && !model.scale_output) {
+        if (u_block >= 0 && il == n_layer - 1 && !model.scale_output && middles.count(il) > 0) {
             // behind the last attention only the rows that are output go on
             add(t,     t + 1, u);
             add(t + 1, t1,    u);
@@ -210,6 +224,115 @@ void llama_mod_context::init_plan(std::vector<piece> & plan, bool cut_kv) {
         if (cut_kv && next.unit < 0 && next.t0 % 2 == 0 && next.t0 < 2*n_layer) {
             seg.u1 = model.first(next.t0 + 1);
         }
+    }
+}
+
+//
+// are the segments right?
+//
+
+// the tensor that a view is of
+static const ggml_tensor * mod_base(const ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
+void llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & params) const {
+    const auto & hparams = lctx.model.hparams;
+
+    params.mod = &seg;
+    params.res->reset();
+    auto * gf = lctx.model.build_graph(params);
+
+    if (!seg.is_whole) {
+        const bool odd = seg.t0 % 2 == 1 || seg.t1 % 2 == 1;
+        throw std::runtime_error(odd ?
+                "its layers have no residual stream between attention and FFN: attn and ffn units are impossible there, block and kv units are not" :
+                "its residual stream is not where it is in other architectures");
+    }
+
+    // what the graph may read besides weights, cache and h, which have memory
+    const bool reads_tokens = seg.first || llama_mod_arch_reads_tokens(lctx.model);
+    auto known = llm_mod_graph_attn_inputs(seg);
+
+    bool has_h = seg.first;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const auto * node = ggml_graph_node(gf, i);
+        for (int j = -1; j < GGML_MAX_SRC; ++j) {
+            const auto * src = j < 0 ? node->view_src : node->src[j];
+            if (!src || src == node || known.count(src) > 0) {
+                continue;
+            }
+            const std::string name = src->name;
+            has_h = has_h || mod_base(src) == seg.h;
+
+            const bool ok = src->op == GGML_OP_NONE && (mod_base(src)->buffer || hparams.no_alloc ||
+                name == "inp_pos" || name == "inp_attn_scale" || name == "out_ids" || name.compare(0, 4, "mod_") == 0 ||
+                (reads_tokens && (name == "inp_tokens" || name == "inp_embd")));
+            if (!ok) {
+                throw std::runtime_error(format("what layer %d computes depends on more than the residual stream ('%s')", seg.t0/2, src->name));
+            }
+        }
+        known.insert(node);
+    }
+    if (!has_h) {
+        throw std::runtime_error(format("what layer %d computes does not depend on the residual stream", seg.t0/2));
+    }
+}
+
+void llama_mod_context::check_segments() {
+    const size_t n_nodes = lctx.graph_max_nodes(lctx.cparams.n_ubatch);
+
+    llama_batch_allocr balloc(lctx.model.hparams.n_pos_per_embd());
+    const auto ubatch  = balloc.ubatch_reserve(2, 1);
+    const auto ubatch1 = balloc.ubatch_reserve(1, 1);
+
+    const llm_graph_result_ptr     res (new llm_graph_result(n_nodes));
+    const llama_memory_context_ptr mctx(get_memory()->init_full());
+
+    auto params = lctx.graph_params(res.get(), ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT);
+    params.n_outputs = 1;
+    params.cb = [](const llama_ubatch &, ggml_tensor * cur, const char * name, int il) {
+        il < 0 ? ggml_set_name(cur, name) : ggml_format_name(cur, "%s-%d", name, il);
+    };
+
+    const llm_mod_segment * seg = &whole;
+    try {
+        check_segment(whole, params);
+
+        init_plan(plan_cut,    true,  whole.middles);
+        init_plan(plan_joined, false, whole.middles);
+
+        for (auto * plan : { &plan_cut, &plan_joined }) {
+            for (auto & p : *plan) {
+                seg = &p.seg;
+
+                auto s = p.seg;
+                if (s.unit >= 0) {
+                    s.gather = true;
+                    s.gate.resize(model.scale_output ? 2 : 0);
+                }
+                check_segment(s, params);
+                for (auto * t = ggml_get_first_tensor(res->get_ctx()); t; t = ggml_get_next_tensor(res->get_ctx(), t)) {
+                    p.n_tensors++;
+                }
+            }
+        }
+
+        auto s = whole;
+        s.reserve   = false;
+        s.kv_inside = false;
+        s.skips     = true;
+        seg         = &whole;
+        params.ubatch = ubatch1;
+        check_segment(s, params);
+
+        fits = llm_mod_graph_can_fit(s, res->get_gf());
+    } catch (const std::exception & err) {
+        const std::string arch = llm_arch_name(lctx.model.arch);
+        throw std::runtime_error(seg->unit < 0 ?
+                format("mod: architecture '%s' cannot have these routers: %s", arch.c_str(), err.what()) :
+                format("mod: layer %d of architecture '%s' cannot have a router for '%s': %s", model.units[seg->unit].layer,
+                    arch.c_str(), llama_mod_kind_name(model.units[seg->unit].kind), err.what()));
     }
 }
 
@@ -353,6 +476,14 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
         LLAMA_LOG_ERROR("%s: a MoD model does not output the inputs of its layers\n", __func__);
         ret = GGML_STATUS_FAILED;
         return nullptr;
+    }
+
+    if (ubatch.embd) {
+        if (const std::string why = llama_mod_arch_refuses_embd(lctx.model); !why.empty()) {
+            LLAMA_LOG_ERROR("%s: embeddings in place of tokens are not possible for a MoD model with %s\n", __func__, why.c_str());
+            ret = GGML_STATUS_FAILED;
+            return nullptr;
+        }
     }
 
     bool done = false;

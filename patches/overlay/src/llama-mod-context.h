@@ -103,6 +103,7 @@ private:
 
     llama_mod_outputs outputs; // of one segment
 
+    bool fits = false; // all attention of a graph of one token can be fitted
     bool can_fit() const;
 
     // a graph that is kept
@@ -121,6 +122,7 @@ private:
     // a segment, its graphs for small batches by (number of rows, are they gathered)
     struct piece {
         llm_mod_segment seg;
+        size_t          n_tensors = 0; // that building a graph makes, of the segment or not
         std::map<std::pair<uint32_t, bool>, std::unique_ptr<variant>> variants;
     };
 
@@ -155,8 +157,23 @@ private:
     std::vector<float>   batch_score;
     std::vector<uint8_t> batch_active;
 
+    // takes what is built but not part of the segment
+    ggml_context_ptr     ctx_scratch;
+    std::vector<uint8_t> buf_scratch;
+
+    // the memory of inputs that a graph does not read: upstream's code fills all that it has made
+    std::vector<ggml_backend_buffer_ptr> unread;
+
+    bool bind_unread(const llm_graph_result & res);
+
     void init_tensors();
-    void init_plan(std::vector<piece> & plan, bool cut_kv);
+    void init_scratch();
+    void init_plan(std::vector<piece> & plan, bool cut_kv, const std::set<int32_t> & middles);
+
+    // Builds the graph of each segment once. throws std::runtime_error where one would read more than weights, the cache,
+    // positions and h, or where the architecture cannot be cut at its bounds
+    void check_segments();
+    void check_segment (llm_mod_segment & seg, llm_graph_params & params) const;
 
     void set_decider();
 

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <unordered_set>
 
 // How llama_mod_context runs a ubatch.
 
@@ -84,7 +85,7 @@ static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<i
 
 // is what flash attention reads a view of the cache? K and V in F32 are converted before
 bool llama_mod_context::can_fit() const {
-    return is_cpu && lctx.cparams.flash_attn && !get_memory()->has_f32();
+    return is_cpu && fits && lctx.cparams.flash_attn && !get_memory()->has_f32();
 }
 
 bool llama_mod_context::has_whole_units(ggml_cgraph * gf) const {
@@ -110,7 +111,7 @@ bool llama_mod_context::has_whole_units(ggml_cgraph * gf) const {
 
 // can the model run as one graph whose routers skip?
 bool llama_mod_context::can_skip(const llama_ubatch & ubatch) const {
-    return (is_cpu || on_device) && ubatch.n_tokens == 1 && lctx.n_outputs == 1 && !lctx.cparams.warmup;
+    return (is_cpu || on_device) && ubatch.n_tokens == 1 && ubatch.token && lctx.n_outputs == 1 && !lctx.cparams.warmup;
 }
 
 // does no token of the batch leave the window of another one? then kv decisions can wait until the graph has run
@@ -270,7 +271,8 @@ bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_gr
             rows_in .resize(mod_pad(rows.size()), rows.back());
             rows_out.resize(rows_in.size(), lctx.cparams.n_ubatch);
         }
-        sub = all ? ubatch : ubatch_rows(ubatch, rows_in);
+        // embeddings in place of tokens are for the first segment
+        sub = all && (p.seg.first || ubatch.token) ? ubatch : ubatch_rows(ubatch, rows_in);
     }
     {
         const timer time(perf.us_slots);
@@ -433,9 +435,8 @@ llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t 
     auto & v = p.variants[{ n_rows, gather }];
     if (!v) {
         const size_t n_whole = lctx.get_gf_res_reserve()->get_max_nodes();
-        const size_t n_half  = (96 + 3*lctx.model.hparams.n_expert_used())*(1 + lctx.loras->size());
 
-        v = make_variant(p.seg, p.seg.last ? n_whole : std::min(n_whole, 64 + (p.seg.t1 - p.seg.t0)*n_half));
+        v = make_variant(p.seg, std::min(n_whole, 64 + p.n_tensors*(1 + lctx.loras->size())));
     }
     return *v;
 }
@@ -490,6 +491,37 @@ bool llama_mod_context::compute(variant * v, llm_mod_segment & seg, llm_graph_pa
     return true;
 }
 
+bool llama_mod_context::bind_unread(const llm_graph_result & res) {
+    std::unordered_set<const ggml_tensor *> read;
+
+    auto * gf = res.get_gf();
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        for (const auto * src : ggml_graph_node(gf, i)->src) {
+            const auto * t = src && src->view_src ? src->view_src : src;
+            if (t && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
+                read.insert(t);
+            }
+        }
+    }
+
+    for (auto * t = ggml_get_first_tensor(res.get_ctx()); t; t = ggml_get_next_tensor(res.get_ctx(), t)) {
+        if (!(t->flags & GGML_TENSOR_FLAG_INPUT) || t->op != GGML_OP_NONE || t->buffer || t->view_src || read.count(t) > 0) {
+            continue;
+        }
+        // kept graphs hold on to it, so it is never replaced
+        if (unread.empty() || ggml_backend_buffer_get_size(unread.back().get()) < ggml_nbytes(t)) {
+            const size_t n_max = lctx.cparams.n_ubatch*lctx.model.hparams.n_embd_inp()*sizeof(float);
+            auto * buf = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), std::max(ggml_nbytes(t), n_max));
+            if (!buf) {
+                return false;
+            }
+            unread.emplace_back(buf);
+        }
+        ggml_backend_tensor_alloc(unread.back().get(), t, ggml_backend_buffer_get_base(unread.back().get()));
+    }
+    return true;
+}
+
 bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_params & params, ggml_status & ret) {
     const timer time(perf.us_build);
 
@@ -504,7 +536,7 @@ bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_par
     ggml_backend_sched_set_eval_callback(lctx.sched.get(), lctx.cparams.cb_eval, lctx.cparams.cb_eval_user_data);
 
     auto * gf = lctx.model.build_graph(params);
-    if ((v && v->inputs && !v->inputs->place(gf)) || !ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
+    if (!bind_unread(*res) || (v && v->inputs && !v->inputs->place(gf)) || !ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
         LLAMA_LOG_ERROR("%s: failed to allocate graph\n", __func__);
         ret = GGML_STATUS_ALLOC_FAILED;
         return false;

@@ -2,11 +2,14 @@
 
 #include "llama-impl.h"
 #include "llama-kv-cache-mod.h"
+#include "llama-mod-arch.h"
 #include "llama-mod-model.h"
 
 #include "ggml-mod.h"
 
 #include <cmath>
+#include <cstring>
+#include <stdexcept>
 
 float llama_mod_decider::gate(int32_t u, float score) const {
     return forced || !(score >= limit[u]) ? 1.0f : 1.0f/(1.0f + expf(-score));
@@ -136,22 +139,50 @@ public:
     std::vector<ggml_tensor *> fitted;
 };
 
-void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf) {
+// the attention nodes that read views of the cache: K and V in F32 are converted before
+static std::multimap<const ggml_tensor *, ggml_tensor *> mod_attn_nodes(ggml_cgraph * gf) {
+    std::multimap<const ggml_tensor *, ggml_tensor *> res; // by mask
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         auto * node = ggml_graph_node(gf, i);
-        // views of the cache only: K and V in F32 are converted before
-        if (node->op != GGML_OP_FLASH_ATTN_EXT || node->src[1]->op != GGML_OP_PERMUTE || node->src[2]->op != GGML_OP_PERMUTE) {
-            continue;
-        }
-        for (auto * inp : seg.attn) {
-            if (node->src[3] == inp->self_kq_mask) {
-                inp->fitted.push_back(node);
-            }
+        if (node->op == GGML_OP_FLASH_ATTN_EXT && node->src[1]->op == GGML_OP_PERMUTE && node->src[2]->op == GGML_OP_PERMUTE) {
+            res.insert({ node->src[3], node });
         }
     }
-    for (const auto * inp : seg.attn) {
+    return res;
+}
+
+void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf) {
+    const auto nodes = mod_attn_nodes(gf);
+    for (auto * inp : seg.attn) {
+        const auto [begin, end] = nodes.equal_range(inp->self_kq_mask);
+        for (auto it = begin; it != end; ++it) {
+            inp->fitted.push_back(it->second);
+        }
         GGML_ASSERT(!inp->fitted.empty()); // else it would read cells that have no memory
     }
+}
+
+bool llm_mod_graph_can_fit(const llm_mod_segment & seg, ggml_cgraph * gf) {
+    const auto nodes = mod_attn_nodes(gf);
+
+    size_t n = 0;
+    for (const auto * inp : seg.attn) {
+        if (nodes.count(inp->self_kq_mask) == 0) {
+            return false;
+        }
+        n += nodes.count(inp->self_kq_mask);
+    }
+    return n == nodes.size();
+}
+
+std::set<const ggml_tensor *> llm_mod_graph_attn_inputs(const llm_mod_segment & seg) {
+    std::set<const ggml_tensor *> res;
+    for (const auto * inp : seg.attn) {
+        for (const auto * t : { inp->self_k_idxs, inp->self_v_idxs, inp->self_kq_mask, inp->self_k_rot, inp->self_v_rot }) {
+            res.insert(t);
+        }
+    }
+    return res;
 }
 
 //
@@ -215,36 +246,156 @@ void llm_mod_router::set_self(bool on) {
 // llm_mod_graph
 //
 
-llm_mod_graph::llm_mod_graph(const llm_graph_context & g) : g(g), seg(g.mod) {
-    if (seg) {
-        seg->out.clear();
-        seg->attn.clear();
-        seg->routers.clear();
+bool operator<(int & il, const llm_mod_layers & layers) {
+    return layers.seg ? layers.seg->graph->next_layer(il) : il < layers.n;
+}
+
+llm_mod_graph::llm_mod_graph(llm_graph_context & g) : g(g), seg(g.mod), gf(g.gf), middle(llama_mod_arch_middle(g.arch)) {
+    seg->graph = this;
+    seg->out.clear();
+    seg->attn.clear();
+    seg->routers.clear();
+    seg->middles.clear();
+
+    next_cut(seg->t0);
+
+    ggml_graph_clear(seg->scratch);
+    if (replaces(seg->t0)) {
+        g.gf = seg->scratch;
     }
 }
 
-bool llm_mod_graph::has_attn() const {
-    // halves [t0, t1) hold an even one
-    return !seg || (seg->t0 + 1)/2*2 < seg->t1;
+bool llm_mod_graph::next_layer(int & il) {
+    if (!is_looping) {
+        is_looping = true;
+        is_reading = true;
+        n_before   = ggml_used_mem(g.ctx0);
+        il         = seg->t0/2;
+    }
+    return il < (seg->t1 + 1)/2;
 }
 
-bool llm_mod_graph::has_attn(int il) const {
-    return !seg || (seg->t0 <= 2*il && 2*il < seg->t1);
+void llm_mod_graph::read(ggml_tensor * cur) {
+    if (is_reading) {
+        is_reading = false;
+        if (const int32_t t = seg->t0/2*2; acts(t)) {
+            in_place(cur, t);
+        }
+    }
 }
 
-bool llm_mod_graph::has_ffn(int il) const {
-    return !seg || (seg->t0 <= 2*il + 1 && 2*il + 1 < seg->t1);
+bool llm_mod_graph::name(ggml_tensor * cur, const char * name, int il) {
+    if (il >= 0 && strcmp(name, middle) == 0) {
+        if (seg->reserve) {
+            seg->middles.insert(il);
+        }
+        if (acts(2*il + 1)) {
+            in_place(cur, 2*il + 1);
+        }
+    }
+    return is_live() || il < 0;
 }
 
-bool llm_mod_graph::has_head() const {
-    return !seg || seg->last;
+ggml_tensor * llm_mod_graph::leave_layer(ggml_tensor * cur, int il) {
+    return acts(2*il + 2) ? cut(cur, 2*il + 2) : cur;
 }
 
-ggml_tensor * llm_mod_graph::build_inp(ggml_tensor * tok_embd) {
-    if (!seg || seg->first) {
-        return g.build_inp_embd(tok_embd);
+bool llm_mod_graph::has_out_ids() const {
+    // a graph that skips is of one token, and that one is output
+    return seg->last && !seg->skips && seg->t0 <= 2*(g.n_layer - 1);
+}
+
+bool llm_mod_graph::acts(int32_t t) const {
+    if (t < seg->t0 || t > seg->t1) {
+        return false;
+    }
+    if ((t == seg->t0 && !seg->first) || (t == seg->t1 && !seg->last)) {
+        return true;
+    }
+    if (seg->skips) {
+        return replaces(t) || (t < seg->t1 && seg->model->first(t) < seg->model->first(t + 1));
+    }
+    return scores_kv(t);
+}
+
+bool llm_mod_graph::scores_kv(int32_t t) const {
+    return seg->kv_inside && seg->unit < 0 && t % 2 == 0 && t < seg->t1 && seg->model->find(t/2, LLAMA_MOD_KIND_KV) >= 0;
+}
+
+bool llm_mod_graph::replaces(int32_t t) const {
+    if (t == seg->t0 && !seg->first) {
+        return true;
     }
 
+    // a unit that begins or ends
+    const auto & model = *seg->model;
+    const auto has = [&](int32_t il, llama_mod_kind kind) { return model.find(il, kind) >= 0; };
+
+    return seg->skips && (t % 2 == 1 ?
+        has(t/2, LLAMA_MOD_KIND_ATTN) || has(t/2, LLAMA_MOD_KIND_FFN) :
+        has(t/2, LLAMA_MOD_KIND_ATTN) || has(t/2, LLAMA_MOD_KIND_BLOCK) || has(t/2 - 1, LLAMA_MOD_KIND_FFN) || has(t/2 - 1, LLAMA_MOD_KIND_BLOCK));
+}
+
+ggml_tensor * llm_mod_graph::cut(ggml_tensor * cur, int32_t t) {
+    if (t != t_next || cur->type != GGML_TYPE_F32 || cur->ne[0] != g.n_embd || ggml_nrows(cur) != cur->ne[1]) {
+        throw std::runtime_error(format("the residual stream of layer %d is not where it is in other architectures", t/2));
+    }
+
+    if (t > seg->t0) {
+        cur = build_leave(cur, t - 1);
+    } else {
+        g.gf = gf;
+        cur  = seg->first ? cur : build_inp();
+    }
+
+    if (t < seg->t1) {
+        cur = build_enter(cur, t);
+    } else if (!seg->last) {
+        build_end(cur);
+        g.gf = seg->scratch;
+    }
+
+    next_cut(t + 1);
+
+    return cur;
+}
+
+void llm_mod_graph::next_cut(int32_t t) {
+    while (t <= seg->t1 && !acts(t)) {
+        ++t;
+    }
+    t_next = t;
+    seg->is_whole = t > seg->t1;
+}
+
+void llm_mod_graph::in_place(ggml_tensor * cur, int32_t t) {
+    if (!replaces(t)) {
+        cut(cur, t);
+        return;
+    }
+
+    // the node moves into another tensor
+    ggml_tensor * old = ggml_new_tensor(g.ctx0, cur->type, GGML_MAX_DIMS, cur->ne);
+    *old = *cur;
+
+    // with it what was made of it before the loop
+    const auto * end = (const char *) ggml_get_mem_buffer(g.ctx0) + n_before;
+    for (auto * x = ggml_get_first_tensor(g.ctx0); x && (const char *) x < end; x = ggml_get_next_tensor(g.ctx0, x)) {
+        for (auto & src : x->src) {
+            src = src == cur ? old : src;
+        }
+        x->view_src = x->view_src == cur ? old : x->view_src;
+    }
+
+    const ggml_tensor * res = cut(old, t);
+    GGML_ASSERT(res != old);
+    *cur = *res;
+    if (inp_cur == res) {
+        inp_cur = cur;
+    }
+}
+
+ggml_tensor * llm_mod_graph::build_inp() {
     if (seg->unit >= 0) {
         auto inp = std::make_unique<llm_graph_input_mod_rows>(seg);
 
@@ -273,46 +424,44 @@ ggml_tensor * llm_mod_graph::build_inp(ggml_tensor * tok_embd) {
     }
     g.cb(inp_cur, "mod_inp", -1);
 
-    return inp_cur;
+    // the last layer's attention comes no more, with which an architecture leaves all rows that are not output
+    return seg->last && seg->t0 > 2*(g.n_layer - 1) ? build_out_rows(inp_cur) : inp_cur;
 }
 
-ggml_tensor * llm_mod_graph::build_out_rows(ggml_tensor * cur, ggml_tensor * inp_out_ids) const {
-    if (!seg || !seg->last || !inp_out_ids || seg->t0 <= 2*(g.n_layer - 1)) {
-        return cur;
-    }
-    return ggml_get_rows(g.ctx0, cur, inp_out_ids);
-}
+ggml_tensor * llm_mod_graph::build_out_rows(ggml_tensor * cur) {
+    auto inp = std::make_unique<llm_graph_input_out_ids>(g.hparams, g.cparams, g.n_outputs);
 
-ggml_tensor * llm_mod_graph::build_inp_out_ids() const {
-    // a graph that skips is of one token, and that one is output
-    return has_head() && !(seg && seg->skips) ? g.build_inp_out_ids() : nullptr;
+    inp->out_ids = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, g.n_outputs);
+    ggml_set_input(inp->out_ids);
+    ggml_set_name(inp->out_ids, "out_ids");
+
+    cur = ggml_get_rows(g.ctx0, cur, inp->out_ids);
+
+    g.res->add_input(std::move(inp));
+
+    return cur;
 }
 
 ggml_tensor * llm_mod_graph::view_h() const {
     return ggml_view_2d(g.ctx0, seg->h, g.n_embd, g.n_tokens, seg->h->nb[1], 0);
 }
 
-ggml_tensor * llm_mod_graph::build_enter(ggml_tensor * cur, int t) {
-    if (!seg || !(seg->t0 <= t && t < seg->t1)) {
-        return cur;
-    }
+ggml_tensor * llm_mod_graph::build_enter(ggml_tensor * cur, int32_t t) {
     if (seg->skips) {
         const int32_t u0 = seg->model->first(t);
         const int32_t u1 = seg->model->first(t + 1);
         return u0 < u1 ? build_router(cur, u0, u1) : cur;
     }
-    if (seg->kv_inside && seg->unit < 0 && t % 2 == 0) {
+    if (scores_kv(t)) {
         const int32_t u = seg->model->find(t/2, LLAMA_MOD_KIND_KV);
-        if (u >= 0) {
-            build_scores(cur, u, u + 1);
-        }
+        build_scores(cur, u, u + 1);
     }
     return cur;
 }
 
-ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int t) {
+ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int32_t t) {
     if (route && t == t_leave) {
-        ggml_build_forward_expand(g.gf, ggml_mod_scatter(g.ctx0, view_h(), cur, route, route_unit));
+        ggml_build_forward_expand(gf, ggml_mod_scatter(g.ctx0, view_h(), cur, route, route_unit));
         route = nullptr;
 
         return view_h();
@@ -322,10 +471,10 @@ ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int t) {
     }
 
     // what the unit adds goes into h, where it is found missing if the unit is skipped
-    ggml_build_forward_expand(g.gf, ggml_cpy(g.ctx0, build_gated(cur), view_h()));
+    ggml_build_forward_expand(gf, ggml_cpy(g.ctx0, build_gated(cur), view_h()));
 
-    for (int i = i_node; i < ggml_graph_n_nodes(g.gf); ++i) {
-        router->nodes.push_back(ggml_graph_node(g.gf, i));
+    for (int i = i_node; i < ggml_graph_n_nodes(gf); ++i) {
+        router->nodes.push_back(ggml_graph_node(gf, i));
     }
     left     = router;
     router   = nullptr;
@@ -344,18 +493,14 @@ static ggml_tensor * share_rot(ggml_tensor * & shared, ggml_tensor * & own) {
     return shared;
 }
 
-llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv * inp, int il) {
-    if (!seg) {
-        return inp;
-    }
-
-    const bool own = seg->model->has_cells(il);
-    if (!own && inp_base) {
-        return inp_base;
-    }
-
+llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(int il) {
     const auto * mctx_mod = static_cast<const llama_kv_cache_mod_context *>(g.mctx);
     const auto * mctx     = mctx_mod->get_layer(il);
+
+    const int32_t group = mctx_mod->get_group(il);
+    if (const auto it = inp_attn.find(group); it != inp_attn.end()) {
+        return it->second;
+    }
 
     auto res = std::make_unique<llm_graph_input_attn_mod>(g.hparams, g.cparams, mctx_mod, il);
 
@@ -381,12 +526,11 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(llm_graph_input_attn_kv 
 
     seg->attn.push_back(res.get());
 
-    auto * ptr = static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::move(res)));
-    if (!own) {
-        inp_base = ptr;
-    }
+    return inp_attn[group] = static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::move(res)));
+}
 
-    return ptr;
+ggml_tensor * llm_mod_graph::build_no_attn(const ggml_tensor * wo, const ggml_tensor * q, int il) const {
+    return ggml_new_tensor_2d(g.ctx0, GGML_TYPE_F32, wo ? wo->ne[1] : q->ne[1]*g.hparams.n_embd_head_v(il), g.n_tokens);
 }
 
 ggml_tensor * llm_mod_graph::build_gated(ggml_tensor * cur) const {
@@ -426,7 +570,7 @@ void llm_mod_graph::build_end(ggml_tensor * cur) {
     if (seg->u1 > seg->u0) {
         build_scores(cur, seg->u0, seg->u1);
     }
-    ggml_build_forward_expand(g.gf, out);
+    ggml_build_forward_expand(gf, out);
 }
 
 void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
@@ -445,7 +589,7 @@ void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
     g.cb(s, "mod_scores", -1);
 
     ggml_set_output(s);
-    ggml_build_forward_expand(g.gf, s);
+    ggml_build_forward_expand(gf, s);
 
     seg->out.push_back({ u0, (int32_t) n, s });
 }
@@ -475,7 +619,7 @@ ggml_tensor * llm_mod_graph::build_route(ggml_tensor * cur, int32_t u0, int32_t 
 
     // all decisions lie together, to be read at once
     ggml_backend_tensor_alloc(seg->routes->buffer, res, (char *) seg->routes->data + u0*seg->routes->nb[1]);
-    ggml_build_forward_expand(g.gf, res);
+    ggml_build_forward_expand(gf, res);
 
     if (unit < 0) {
         return cur;
@@ -500,7 +644,7 @@ ggml_tensor * llm_mod_graph::build_router(ggml_tensor * cur, int32_t u0, int32_t
 
     // nodes that can be skipped pass on nothing but h: the graph's allocator does not know of skipping
     if (unit >= 0 && cur->view_src != seg->h) {
-        ggml_build_forward_expand(g.gf, ggml_cpy(g.ctx0, cur, view_h()));
+        ggml_build_forward_expand(gf, ggml_cpy(g.ctx0, cur, view_h()));
         cur = view_h();
     }
 
@@ -513,7 +657,7 @@ ggml_tensor * llm_mod_graph::build_router(ggml_tensor * cur, int32_t u0, int32_t
 
     ggml_tensor * gate = ggml_custom_4d(g.ctx0, GGML_TYPE_F32, 1, 1, 1, 1, &cur, 1, mod_route, 1, r);
     g.cb(gate, "mod_route", -1);
-    ggml_build_forward_expand(g.gf, gate);
+    ggml_build_forward_expand(gf, gate);
 
     r->self = gate;
     if (left && t_leave + 1 == seg->model->pos(u0)) {
@@ -526,7 +670,7 @@ ggml_tensor * llm_mod_graph::build_router(ggml_tensor * cur, int32_t u0, int32_t
 
         router  = r;
         t_leave = 2*x.layer + (x.kind == LLAMA_MOD_KIND_ATTN ? 0 : 1);
-        i_node  = ggml_graph_n_nodes(g.gf);
+        i_node  = ggml_graph_n_nodes(gf);
         if (seg->model->scale_output) {
             inp_cur  = cur;
             inp_gate = gate;

@@ -4,10 +4,13 @@
 
 #include <cstdint>
 #include <list>
+#include <map>
+#include <set>
 #include <vector>
 
 struct llama_mod_model;
 
+struct llm_mod_graph;
 struct llm_mod_segment;
 
 // Who is active. Set anew for each ubatch: thresholds may change between two of them.
@@ -82,6 +85,8 @@ struct llm_mod_segment {
 
     bool has_ops = false; // all devices of the layers run those of ggml-mod.h
 
+    ggml_cgraph * scratch = nullptr; // takes what is built but is not part of the segment
+
     // set before each run of a unit's segment
     bool                 gather = false; // rows of h; else the first n_tokens
     std::vector<int32_t> rows;           // [n_tokens]
@@ -104,6 +109,13 @@ struct llm_mod_segment {
     };
     std::vector<scores> out;
 
+    // set by the graph: has it been cut wherever it must be? and which layers were seen to have a stream between
+    // attention and FFN
+    bool              is_whole = false;
+    std::set<int32_t> middles;
+
+    llm_mod_graph * graph = nullptr; // while it is built
+
     // set by the graph: what attends, for graphs whose number of cells is adjusted (see llm_mod_graph_fit)
     std::vector<class llm_graph_input_attn_mod *> attn;
 };
@@ -112,38 +124,84 @@ struct llm_mod_segment {
 // token to token, instead of one rounded up to a multiple of 256. Only for graphs that stay on the CPU.
 void llm_mod_graph_fit(llm_mod_segment & seg, ggml_cgraph * gf);
 
-// What a MoD-aware architecture asks while it builds its graph. Without a segment everything is as in upstream's code.
+// is that possible? attention must read views of the cache
+bool llm_mod_graph_can_fit(const llm_mod_segment & seg, ggml_cgraph * gf);
+
+// the inputs of the graph's attention
+std::set<const ggml_tensor *> llm_mod_graph_attn_inputs(const llm_mod_segment & seg);
+
+// Cuts the graphs of all architectures into segments. The functions of llm_graph_context that every architecture builds
+// its graph with tell it where the residual stream is; positions are counted in half layers:
+//
+//   2*il      at the entrance of layer il: what its first norm or projection reads; build_cvec() ends the layer before
+//   2*il + 1  between attention and FFN: the tensor that is named llama_mod_arch_middle()
+//
+// Where the segment begins, the stream becomes the segment's rows of h. What comes before and behind the segment goes to
+// a scratch graph that never runs. A tensor that the architecture holds already is replaced in place: nothing but what
+// comes later reads it.
 struct llm_mod_graph {
-    llm_mod_graph(const llm_graph_context & g);
+    llm_mod_graph(llm_graph_context & g);
 
-    // which parts of the model belong to the graph
-    bool has_attn() const;       // any attention at all
-    bool has_attn(int il) const;
-    bool has_ffn (int il) const;
-    bool has_head() const;
+    // does what is built now belong to the segment?
+    bool is_live() const { return g.gf != seg->scratch; }
 
-    // the embeddings, or the segment's rows of h
-    ggml_tensor * build_inp(ggml_tensor * tok_embd);
+    // where to begin and to end the loop over the layers, see llama-mod-layers.h
+    bool next_layer(int & il);
 
-    // null where all rows are output
-    ggml_tensor * build_inp_out_ids() const;
+    //
+    // called by llm_graph_context
+    //
 
-    // the rows that are output, where the last layer's attention comes no more
-    ggml_tensor * build_out_rows(ggml_tensor * cur, ggml_tensor * inp_out_ids) const;
+    // a norm or a projection reads cur
+    void read(ggml_tensor * cur);
 
-    // before and after each half of a layer, t: 2*il attention, 2*il + 1 FFN; both return the residual stream
-    ggml_tensor * build_enter(ggml_tensor * cur, int t);
-    ggml_tensor * build_leave(ggml_tensor * cur, int t);
+    // cur gets a name; false: it needs none
+    bool name(ggml_tensor * cur, const char * name, int il);
+
+    // layer il ends; returns the residual stream
+    ggml_tensor * leave_layer(ggml_tensor * cur, int il);
+
+    // does the architecture pick the rows that are output?
+    bool has_out_ids() const;
 
     // the cache that layer il attends to
-    llm_graph_input_attn_kv * build_attn_inp(llm_graph_input_attn_kv * inp, int il);
+    llm_graph_input_attn_kv * build_attn_inp(int il);
+
+    // stands in for attention that does not belong to the segment
+    ggml_tensor * build_no_attn(const ggml_tensor * wo, const ggml_tensor * q, int il) const;
+
+private:
+    llm_graph_context & g;
+    llm_mod_segment * const seg;
+
+    ggml_cgraph * const gf;     // the segment's
+    const char  * const middle;
+
+    bool   is_looping = false; // the loop over the layers has begun
+    bool   is_reading = false; // and its first layer, or what follows the loop, has not read the stream yet
+    size_t n_before   = 0;     // bytes of tensors made before the loop
+
+    int32_t t_next = 0; // the next position where something is to be done
+    void next_cut(int32_t t); // from t on
+
+    // is anything to be done where the stream is at position t?
+    bool acts     (int32_t t) const;
+    bool replaces (int32_t t) const; // such that another tensor carries on the stream
+    bool scores_kv(int32_t t) const;
+
+    // does it, and returns the residual stream
+    ggml_tensor * cut(ggml_tensor * cur, int32_t t);
+    void in_place(ggml_tensor * cur, int32_t t);
+
+    ggml_tensor * build_inp();
+    ggml_tensor * build_out_rows(ggml_tensor * cur);
+
+    // before and after each half of a layer, t: 2*il attention, 2*il + 1 FFN; both return the residual stream
+    ggml_tensor * build_enter(ggml_tensor * cur, int32_t t);
+    ggml_tensor * build_leave(ggml_tensor * cur, int32_t t);
 
     // the end of a segment that is not the last: gate, store in h, score the routers that come next
     void build_end(ggml_tensor * cur);
-
-private:
-    const llm_graph_context & g;
-    llm_mod_segment * const   seg;
 
     ggml_tensor * inp_rows     = nullptr; // I32 [n_tokens]
     ggml_tensor * inp_rows_out = nullptr; // I32 [n_tokens]
@@ -162,7 +220,8 @@ private:
     ggml_tensor * inp_limit  = nullptr; // F32 [n_units], the decider's
     ggml_tensor * inp_always = nullptr; // I32 [1], is the token a sink?
 
-    llm_graph_input_attn_kv * inp_base = nullptr; // shared by the layers with complete K/V
+    std::map<int32_t, llm_graph_input_attn_kv *> inp_attn; // by group of layers that share cells
+
     ggml_tensor *             mask_any = nullptr; // the last KQ mask made
 
     ggml_tensor * k_rot = nullptr; // the last made, for quantised K and V

@@ -1,6 +1,7 @@
 #include "llama-mod-model.h"
 
 #include "llama-impl.h"
+#include "llama-mod-arch.h"
 #include "llama-mod-origin.h"
 #include "llama-model.h"
 #include "llama-model-loader.h"
@@ -13,6 +14,10 @@
 #include <string>
 
 static const char * const MOD_KIND_NAMES[] = { "block", "attn", "ffn", "kv" };
+
+const char * llama_mod_kind_name(llama_mod_kind kind) {
+    return MOD_KIND_NAMES[kind];
+}
 
 // the order in which the units of a layer decide
 static const llama_mod_kind MOD_KIND_ORDER[] = {
@@ -34,11 +39,6 @@ int32_t llama_mod_model::first(int32_t t) const {
     }
 
     return u;
-}
-
-// the architectures whose graphs can be cut into segments (llama-mod-graph.h)
-static bool mod_arch_supported(llm_arch arch) {
-    return arch == LLM_ARCH_LLAMA;
 }
 
 namespace {
@@ -257,8 +257,8 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
     if (const std::string func = keys.str("gating_func"); func != "sigmoid") {
         throw std::runtime_error(format("mod: key '%sgating_func' is '%s', this build knows 'sigmoid'", keys.prefix.c_str(), func.c_str()));
     }
-    if (!mod_arch_supported(model.arch)) {
-        throw std::runtime_error(format("mod: the file has routers, but the graph of architecture '%s' is not MoD-aware", ml.get_arch_name().c_str()));
+    if (const std::string why = llama_mod_arch_refuses(model); !why.empty()) {
+        throw std::runtime_error(format("mod: architecture '%s' cannot have routers: %s", ml.get_arch_name().c_str(), why.c_str()));
     }
 
     auto mod = std::make_unique<llama_mod_model>();
@@ -272,6 +272,13 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
         mod->kv_window = keys.u32("kv_window");
         if (mod->kv_window == 0 || mod->kv_window > INT32_MAX/4) {
             throw std::runtime_error(format("mod: key '%skv_window' is %u, it must be from 1 to %d", keys.prefix.c_str(), mod->kv_window, INT32_MAX/4));
+        }
+    }
+
+    for (const auto & u : mod->units) {
+        if (const std::string why = llama_mod_arch_refuses(model, u.layer, u.kind); !why.empty()) {
+            throw std::runtime_error(format("mod: layer %d of architecture '%s' cannot have a router for '%s': %s", u.layer,
+                    ml.get_arch_name().c_str(), MOD_KIND_NAMES[u.kind], why.c_str()));
         }
     }
 

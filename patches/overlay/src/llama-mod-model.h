@@ -10,6 +10,8 @@
 struct llama_model;
 struct llama_model_loader;
 
+const char * llama_mod_kind_name(llama_mod_kind kind);
+
 // the routed units of a model, as read from its file (schema version 1)
 struct llama_mod_model {
     bool     scale_output = false;

@@ -1,0 +1,114 @@
+#include "llama-mod-arch.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <map>
+
+// one word for each reason that has no hyperparameter to be read from
+static const std::map<llm_arch, const char *> MOD_REFUSED = {
+    { LLM_ARCH_GEMMA3N,          "its layers pass on several streams (AltUp)" },
+    { LLM_ARCH_DEEPSEEK32,       "its layers select keys by an indexer with a cache of its own" },
+    { LLM_ARCH_GLM_DSA,          "its layers select keys by an indexer with a cache of its own" },
+    { LLM_ARCH_DOTS3NOTE,        "its layers select keys by an indexer with a cache of its own" },
+    { LLM_ARCH_MINIMAX_M3,       "its layers select keys by an indexer with a cache of its own" },
+    { LLM_ARCH_HY_V4,            "its layers pass on several streams (hyper-connections)" },
+    { LLM_ARCH_DEEPSEEK4,        "its layers pass on several streams (hyper-connections)" },
+    { LLM_ARCH_QWEN4EXP,         "its layers pass on several streams (hyper-connections)" },
+    { LLM_ARCH_KIMI_K3,          "its layers add up what all layers before have computed" },
+    { LLM_ARCH_HRM_TEXT,         "it runs its layers several times" },
+    { LLM_ARCH_NANBEIGE,         "it runs its layers several times" },
+    { LLM_ARCH_GRANITE_SWITCH,   "its layers read which adapter a token has" },
+    { LLM_ARCH_TALKIE,           "its layers read the embeddings of the tokens" },
+    { LLM_ARCH_COGVLM,           "its layers have other weights for images" },
+    { LLM_ARCH_T5,               "it has an encoder" },
+    { LLM_ARCH_T5ENCODER,        "it is an encoder" },
+    { LLM_ARCH_CLIP,             "it is an encoder" },
+    { LLM_ARCH_BERT,             "it is an encoder" },
+    { LLM_ARCH_MODERN_BERT,      "it is an encoder" },
+    { LLM_ARCH_NOMIC_BERT,       "it is an encoder" },
+    { LLM_ARCH_NOMIC_BERT_MOE,   "it is an encoder" },
+    { LLM_ARCH_NEO_BERT,         "it is an encoder" },
+    { LLM_ARCH_JINA_BERT_V2,     "it is an encoder" },
+    { LLM_ARCH_JINA_BERT_V3,     "it is an encoder" },
+    { LLM_ARCH_EUROBERT,         "it is an encoder" },
+    { LLM_ARCH_GEMMA_EMBEDDING,  "it is an encoder" },
+    { LLM_ARCH_LLAMA_EMBED,      "it is an encoder" },
+    { LLM_ARCH_WAVTOKENIZER_DEC, "it is no language model" },
+    { LLM_ARCH_QWEN3TTS,         "it is no language model" },
+    { LLM_ARCH_POCKETTTS,        "it is no language model" },
+    { LLM_ARCH_EAGLE3,           "it is the draft head of another model" },
+    { LLM_ARCH_DFLASH,           "it is the draft head of another model" },
+    { LLM_ARCH_GEMMA4_ASSISTANT, "it is the draft head of another model" },
+};
+
+std::string llama_mod_arch_refuses(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    if (const auto it = MOD_REFUSED.find(model.arch); it != MOD_REFUSED.end()) {
+        return it->second;
+    }
+    if (llm_arch_is_recurrent(model.arch)) {
+        return "its layers have a recurrent state and no attention";
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return "some of its layers have a recurrent state";
+    }
+    if (llm_arch_is_diffusion(model.arch) || !hparams.causal_attn) {
+        return "its attention is not causal";
+    }
+    if (hparams.use_alibi) {
+        return "its attention is biased by distance (ALiBi)";
+    }
+    if (hparams.is_mla()) {
+        return "its attention caches latents instead of K and V (MLA)";
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "its layers attend to sliding windows";
+    }
+    return "";
+}
+
+std::string llama_mod_arch_refuses(const llama_model & model, int32_t il, llama_mod_kind kind) {
+    const auto & hparams = model.hparams;
+
+    if (kind != LLAMA_MOD_KIND_FFN && hparams.is_swa(il)) {
+        return "it attends to a sliding window, where only ffn units can be";
+    }
+    if (kind == LLAMA_MOD_KIND_FFN && model.arch == LLM_ARCH_GEMMA4) {
+        return "what follows the FFN changes the whole residual stream, so that skipping the FFN alone is impossible";
+    }
+    if (il < (int32_t) hparams.n_deepstack_layers) {
+        return "embeddings of images are added to its output (deepstack)";
+    }
+    return "";
+}
+
+const char * llama_mod_arch_middle(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_GEMMA:
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+        case LLM_ARCH_BAILINGMOE2: return "sa_out";
+        case LLM_ARCH_GEMMA4:      return "attn_out";
+        case LLM_ARCH_PLAMO3:      return "attn_residual";
+        default:                   return "ffn_inp";
+    }
+}
+
+bool llama_mod_arch_reads_tokens(const llama_model & model) {
+    return model.arch == LLM_ARCH_GEMMA4 && model.hparams.n_embd_per_layer > 0;
+}
+
+std::string llama_mod_arch_refuses_embd(const llama_model & model) {
+    if (model.hparams.n_pos_per_embd() > 1) {
+        return "positions of several dimensions";
+    }
+    if (model.hparams.n_deepstack_layers > 0) {
+        return "embeddings of images that are added in several layers";
+    }
+    if (llama_mod_arch_reads_tokens(model)) {
+        return "layers that read the tokens";
+    }
+    return "";
+}

@@ -1,0 +1,27 @@
+#pragma once
+
+#include "llama-arch.h"
+#include "llama-mod.h"
+
+#include <cstdint>
+#include <string>
+
+struct llama_model;
+
+// What is known of architectures besides what their graphs show. Graphs are cut at names and functions that nearly all
+// have in common (llama-mod-graph.h), and each context checks that the cuts of its model are right.
+
+// why no layer of the model can be routed, empty: it is not known that none can
+std::string llama_mod_arch_refuses(const llama_model & model);
+
+// why the layer cannot have a unit of the kind, empty: it is not known that it cannot
+std::string llama_mod_arch_refuses(const llama_model & model, int32_t il, llama_mod_kind kind);
+
+// the name of the residual stream between attention and FFN
+const char * llama_mod_arch_middle(llm_arch arch);
+
+// do layers read the tokens, besides the stream? then a part of the model embeds its tokens again
+bool llama_mod_arch_reads_tokens(const llama_model & model);
+
+// why embeddings in place of tokens cannot be decoded, empty: they can
+std::string llama_mod_arch_refuses_embd(const llama_model & model);
