@@ -63,8 +63,8 @@ std::string llama_mod_arch_refuses(const llama_model & model) {
     if (hparams.is_mla()) {
         return "its attention caches latents instead of K and V (MLA)";
     }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "its layers attend to sliding windows";
+    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
+        return "its sliding windows look ahead";
     }
     return "";
 }
