@@ -30,7 +30,7 @@ scripts/studies/scores.py has the scores that these were chosen from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -111,6 +111,8 @@ class CostMeter:
         self.kv_window = kv_window
         self.observer = LayerObserver(base)
         self.generator = torch.Generator().manual_seed(seed)
+        # Layer -> gradients of its K and V, from the later layers that read them.
+        self._kv_grads: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def measure(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> Iterator:
         """Yield (unit, (h [T, n_embd], {score: cost [T]})) for each unit in `wanted`.
@@ -169,6 +171,7 @@ class CostMeter:
     def _downwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> Iterator:
         """Measure with gradients, from the last layer to the first wanted one."""
         inputs, grad = self._forward(ids)
+        self._kv_grads = {}
         for layer in range(len(self.parts) - 1, min(layer for layer, _ in wanted) - 1, -1):
             record, grads, grad = self._layer(layer, inputs.pop(), grad)
             for unit in [unit for unit in wanted if unit.layer == layer]:
@@ -212,11 +215,34 @@ class CostMeter:
         part, (args, kwargs) = self.parts[layer], inputs
         h = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True)
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        stored: dict[str, tuple[torch.Tensor, ...]] = {}
+        leaves: tuple[torch.Tensor, ...] = ()
+        if part.kv_source is not None:
+            read = rest["shared_kv_states"]
+            rest["shared_kv_states"] = own = {
+                kind: tuple(x.detach().requires_grad_(True) for x in pair)
+                for kind, pair in read.items()
+            }
+            leaves = tuple(x for pair in own.values() for x in pair)
+        elif layer in self._kv_grads:
+            rest["shared_kv_states"] = stored
         with self.observer.layer(part) as record:
             out = first(part.layer(h, *args[1:], **rest))
         record.note_layer(h, out, part)
-        *grads, below = torch.autograd.grad(out, (record.attn, record.ffn, record.mixed, h), grad)
-        return record, grads, below
+        ends = [out], [grad]
+        if stored:
+            (pair,) = stored.values()
+            ends = [out, *pair], [grad, *self._kv_grads.pop(layer)]
+        points = (record.attn, record.ffn, record.mixed, h, *leaves)
+        grads = torch.autograd.grad(ends[0], points, ends[1], allow_unused=bool(leaves))
+        self._add_kv_grads(part.kv_source, [x for x in grads[4:] if x is not None])
+        return record, list(grads[:3]), grads[3]
+
+    def _add_kv_grads(self, source: int | None, grads: Sequence[torch.Tensor]) -> None:
+        """Note the gradients of the K and V of layer `source`, from a layer that reads them."""
+        if source is not None:
+            before = self._kv_grads.get(source, (0.0, 0.0))
+            self._kv_grads[source] = tuple(a + b for a, b in zip(before, grads, strict=True))
 
     @torch.no_grad()
     def _costs(
@@ -244,7 +270,7 @@ class CostMeter:
         if kind in (FFN, BLOCK):
             effect = effect + (grads[1] * record.whole_ffn).sum(-1)
         cost = effect.pow(2)
-        if name == "gradient_keys":
+        if name == "gradient_keys" and record.stores_kv:
             scores = {"gradient": self.key_scores["gradient"]}
             return cost + received(record, scores, 1, grads=grads)["gradient"]
         return cost

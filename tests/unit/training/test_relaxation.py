@@ -131,9 +131,19 @@ def last_hidden_gradient(model, column):
     return last["h"].grad
 
 
-@pytest.mark.parametrize("units", [UNITS["kv"], UNITS["all"]], ids=["kv", "all"])
-def test_layers_computed_again_give_the_same_gradients(units):
-    model, found = tiny.mod_model(units, IDS), []
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: tiny.mod_model(UNITS["kv"], IDS),
+        lambda: tiny.mod_model(UNITS["all"], IDS),
+        lambda: tiny.wrap(
+            tiny_types.base("gemma4_text"), tiny.config(tiny_types.UNITS["gemma4_text"]), IDS
+        ),
+    ],
+    ids=["kv", "all", "shared K/V"],
+)
+def test_layers_computed_again_give_the_same_gradients(model):
+    model, found = model(), []
     direction = torch.randn(1, IDS.shape[1], 300, generator=torch.Generator().manual_seed(1))
     with relaxed_attention(model.base):
         for recompute in (False, True):
