@@ -262,7 +262,8 @@ def _refused_for_kv(layer: int, sources: list[int | None]) -> dict[str, str]:
     if layer in sources:
         return dict.fromkeys((KV, ATTN, BLOCK), "later layers read its keys and values")
     if sources[layer] is not None:
-        return {KV: f"it reads the keys and values of layer {sources[layer]}"}
+        reason = f"it reads the keys and values of layer {sources[layer]}"
+        return dict.fromkeys((KV, ATTN, BLOCK), reason)
     return {}
 
 
