@@ -170,6 +170,22 @@ def context_length(base: nn.Module) -> int | None:
     return getattr(base.config, "max_position_embeddings", None) or None
 
 
+def layer_windows(base: nn.Module) -> list[int]:
+    """Return the tokens that each layer attends to, 0 for all, [n_layer].
+
+    Layers of K/V of their own only: those that take K and V of another layer, which are the last
+    ones, are left out (Gemma 4).
+    """
+    config = base.config
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    sizes = {
+        "sliding_attention": getattr(config, "sliding_window", None) or 0,
+        "chunked_attention": getattr(config, "attention_chunk_size", None) or 0,
+    }
+    own = len(types) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return [sizes.get(kind, 0) for kind in types[:own]]
+
+
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
     """Return the parts of every decoder layer, first layer first.
 
