@@ -79,6 +79,7 @@ def _kv_report(file: GGUFFile, config: MoDConfig) -> dict:
         "windows": windows,
         "bytes_per_token_dense": sum(layer.bytes_per_token for layer in layers),
         "expected": rows,
+        "note": kv_size.window_note(file, config),
     }
 
 
@@ -124,6 +125,7 @@ def _render_mod(mod: dict) -> list[str]:
         format_table(["tokens", "dense", "this model", "share"], sizes),
         "",
         kv["formula"],
+        *([kv["note"]] if kv["note"] else []),
     ]
 
 

@@ -245,9 +245,7 @@ class _Bench:
         need = {
             name: grouping.process_bytes(
                 self._file(name),
-                grouping.dense_bytes(
-                    self._file(name), tokens, step.types, step.ubatch, step.batch
-                ),
+                grouping.dense_bytes(self._file(name), tokens, step.types, step.ubatch, step.batch),
                 on_gpu,
             )
             for name in variants

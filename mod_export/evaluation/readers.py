@@ -35,8 +35,9 @@ class Reader(abc.ABC):
     """Reads one sequence of a model at a time.
 
     name: where the model was opened from. tokenizer: is called as those of transformers are. units:
-    (layer, kind) of the routed units. windows: see metrics.visible_share. n_ctx: tokens that the model was made for. n_vocab: width of
-    the logits. whole: whether it reads a sequence at once.
+    (layer, kind) of the routed units. windows: of the layers, see metrics.visible_share. n_ctx:
+    tokens that the model was made for. n_vocab: width of the logits. whole: whether it reads a
+    sequence at once.
     """
 
     name: str

@@ -128,6 +128,22 @@ def expected_cells(
     return activation(BLOCK) * activation(ATTN) * (kept + activation(KV) * (n - kept))
 
 
+def window_note(file: GGUFFile, config: MoDConfig) -> str | None:
+    """Return a line about a window that leaves kv units nothing to free within the model's context.
+
+    None where they free something, and where the file tells no context.
+    """
+    context = file.get(f"{file.architecture}.context_length", 0)
+    kept = config.sink_tokens + config.kv_window + ROLLBACK_TOKENS
+    if KV not in config.units or not context or kept < context:
+        return None
+    return (
+        f"note: the kv units free nothing within the model's context of {context} tokens, because "
+        f"they keep {kept}: the first {config.sink_tokens}, a window of {config.kv_window} and "
+        f"{ROLLBACK_TOKENS} more; convert with a smaller --kv-window"
+    )
+
+
 def mean_activation(config: MoDConfig) -> dict[str, float]:
     """Kind -> mean activation of its units on calibration text; `all`: the mean of all units."""
     values: dict[str, list[float]] = {}
