@@ -26,10 +26,18 @@ TEXT = {
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 VISION = {
-    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-    **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-    **{"depth": 1, "embed_dim": 16, "num_heads": 2, "out_hidden_size": 32},
-    **{"deepstack_visual_indexes": [0], "fullatt_block_indexes": [0]},
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "depth": 1,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
 }
 LLAMA4_VISION = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
 # class -> configurations of text and vision, and the class of the text model
