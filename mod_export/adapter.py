@@ -23,7 +23,7 @@ from torch import nn
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
-from mod_export.formats import adapter_files, schema
+from mod_export.formats import adapter_files, model_card, schema
 from mod_export.formats.adapter_files import MOD_JSON, ROUTERS
 from mod_export.formats.base_identity import (
     ROUNDING_DISTANCE,
@@ -97,7 +97,7 @@ def save(
     """Write the directory, whole or not at all: routers, and the LoRA on `base` where there is one.
 
     identity: of the model before training
-    figures: {what: number}, for the README
+    figures: {what: number}, for the model card
 
     Raises UserError if `path` exists and `force` is not set, and for routers that do not fit or are
     not finite.
@@ -113,9 +113,10 @@ def save(
         save_file(tensors, directory / ROUTERS, metadata={"format": "pt"})
         data = {"mod": config.to_dict(), "base": identity}
         (directory / MOD_JSON).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        card = model_card.origin(str(base.config.name_or_path or ""))
+        text = _card_text(Path(path).name, config, identity, figures or {}, lora_of(base), card)
         # PEFT writes a README of its own, which is replaced
-        text = _readme(Path(path).name, config, identity, figures or {}, lora_of(base))
-        (directory / "README.md").write_text(text, encoding="utf-8")
+        model_card.write(directory, card, text)
 
 
 def load(path: str | Path) -> Adapter:
@@ -154,14 +155,15 @@ def _differs(adapter: Adapter, distance: float) -> str:
     return f"{text}, as after quantisation or fine-tuning; its routers fit all the same"
 
 
-def _readme(name: str, config: MoDConfig, identity: dict, figures: dict, lora) -> str:
+def _card_text(name: str, config: MoDConfig, identity: dict, figures: dict, lora, card) -> str:
     counts = []
     for kind, unit in config.units.items():
         counts.append(f"{sum(p > 0 for p in unit.threshold)} {kind}")
     parts = f"routers for {', '.join(counts)} units of {identity['n_layer']} layers"
     if lora is not None:
         parts += f", and LoRA of rank {lora.peft_config['default'].r} in PEFT's format"
-    model = f"{identity['name']} ({identity['model_type']})"
+    original = model_card.link(card, card.base_model or identity["name"])
+    model = f"{original} ({identity['model_type']})"
     lines = [
         f"# {name}",
         "",

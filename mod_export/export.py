@@ -4,6 +4,7 @@
     export(Path("mod"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # routers onto a file
     export(Path("adapter"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # of an adapter
     export(Path("mod"), Path("dense.gguf"), dense=True)                     # the base alone
+    export(Path("mod"), "out/")                                  # out/Qwen3-0.6B-MoD-kv-Q8_0.gguf
 
 The routers stay f32. The file with routers is written in one pass over the mapped base, so that
 memory use does not depend on the model's size. Temporary files lie beside the output.
@@ -11,21 +12,27 @@ memory use does not depend on the model's size. Temporary files lie beside the o
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mod_export.common import extras
 from mod_export.common.files import atomic_file
 from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import adapter_files, base_identity, hf_directory, kv_size, schema
+from mod_export.formats import adapter_files, base_identity, hf_directory, metadata, schema
 from mod_export.formats.ggml_types import EXPORT_FORMATS, FLOAT_NAMES
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
 from mod_export.llamacpp import converter
 from mod_export.model import gguf_account
+
+if TYPE_CHECKING:
+    import gguf
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +41,16 @@ DEFAULT_QUANT = "q8_0"
 
 def export(
     directory: Path,
-    output: Path,
+    output: str | Path,
     quant: str | None = None,
     base: Path | None = None,
     dense: bool = False,
     force: bool = False,
-) -> None:
-    """Write `output`, a GGUF of the MoD model in `directory`.
+) -> Path:
+    """Write `output`, a GGUF of the MoD model in `directory`, and return its path.
 
+    output: a text that ends with / is a folder, in which the file gets its name by the convention
+        of GGUF files
     directory: a MoD model, or with `base` an adapter without LoRA (also the name of a packaged one)
     quant: one of EXPORT_FORMATS; by default q8_0, and with `base` as the base is
     base: a GGUF of the same model, whose weights are taken instead of those in `directory`
@@ -62,30 +71,49 @@ def export(
             f"{directory} chooses by top-k, which looks at later tokens",
             "use --method threshold to train",
         )
-    if base is not None:
-        schema.check_base(GGUFFile.open(base), config, routers)
+    weights = None if base is None else GGUFFile.open(base)
+    if weights is not None:
+        schema.check_base(weights, config, routers)
         if adapter is None:
-            gguf_account.check_base(directory, GGUFFile.open(base))
+            gguf_account.check_base(directory, weights)
+    if base is None:
+        quant = quant or DEFAULT_QUANT
+    about = metadata.describe(adapter or directory, None if dense else config, weights)
+    if quant is not None and quant not in FLOAT_NAMES:
+        about.quantized_by = metadata.QUANTIZED_BY
+    if str(output).endswith(os.sep):
+        encoding = quant or metadata.encoding(weights)
+        output = Path(output, metadata.file_name(about, encoding))
     with (
         atomic_file(output, force) as target,
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder,
     ):
-        plain = _base_weights(directory, base, quant, Path(folder))
+        plain = _base_weights(directory, base, quant, Path(folder), about)
         with stage(f"writing {output}"):
             if not dense:
-                write_routers(plain, target, config, routers)
-                if note := kv_size.window_note(GGUFFile.open(plain), config):
-                    logger.warning(note)
+                write_routers(plain, target, config, routers, about)
             elif plain == base:
                 _copy(plain, target)
             else:
                 plain.replace(target)
+    return Path(output)
 
 
-def write_routers(plain: Path, target: Path, config: MoDConfig, routers: Routers) -> None:
-    """Copy the dense GGUF `plain` to `target` and add the keys and tensors of schema version 1."""
+def write_routers(
+    plain: Path,
+    target: Path,
+    config: MoDConfig,
+    routers: Routers,
+    about: gguf.Metadata | None = None,
+) -> None:
+    """Copy the dense GGUF `plain` to `target` and add the keys and tensors of schema version 1.
+
+    about: what the keys general.* shall say
+    """
+    source = GGUFFile.open(plain)
+    added, dropped = metadata.keys(about, source) if about else ((), ())
     with open(target, "wb") as file:
-        schema.write_routers(GGUFFile.open(plain), file, config, routers)
+        schema.write_routers(source, file, config, routers, added, dropped)
 
 
 def _copy(plain: Path, target: Path) -> None:
@@ -93,13 +121,15 @@ def _copy(plain: Path, target: Path) -> None:
         rewrite(GGUFFile.open(plain), file)
 
 
-def _base_weights(directory: Path, base: Path | None, quant: str | None, folder: Path) -> Path:
+def _base_weights(
+    directory: Path, base: Path | None, quant: str | None, folder: Path, about: gguf.Metadata
+) -> Path:
     """The GGUF without routers, in the quantisation asked for; a new file lies in `folder`."""
     if base is not None:
         plain = base
     else:
-        quant = quant or DEFAULT_QUANT
-        plain = folder / "base.gguf"
+        plain, keys = folder / "base.gguf", folder / "metadata.json"
+        keys.write_text(json.dumps(metadata.override(about)), encoding="utf-8")
         vocabulary = directory / hf_directory.VOCABULARY
         with stage("converting the weights"):
             converter.convert_hf(
@@ -107,7 +137,7 @@ def _base_weights(directory: Path, base: Path | None, quant: str | None, folder:
                 plain,
                 quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory),
                 skip=schema.HF_ROUTER_TENSOR,
-                name=_original_name(directory),
+                metadata=keys,
                 vocabulary=vocabulary if vocabulary.is_file() else None,
             )
         with stage("comparing the tokenizer"):
@@ -180,15 +210,6 @@ def _ends(directory: Path) -> list[int]:
     found = hf_directory.read_json(path, hf_directory.CONVERT_AGAIN).get("eos_token_id")
     tokens = found if isinstance(found, list) else [found]
     return [token for token in tokens if isinstance(token, int)]
-
-
-def _original_name(directory: Path) -> str:
-    """Name of the model that transformers loaded before conversion; '' where it is not noted.
-
-    The directory's own name, for instance mod, would say nothing.
-    """
-    config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
-    return Path(str(config.get("_model_name_or_path", ""))).name
 
 
 def read_directory(directory: Path) -> tuple[MoDConfig, Routers]:

@@ -1,8 +1,15 @@
 """The command `mod-export convert`."""
 
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import click
 
+from mod_export.cli.export import QUANT_HELP
 from mod_export.cli.options import (
+    ModelName,
     RenamedOption,
     force_option,
     layers_routed_option,
@@ -12,12 +19,15 @@ from mod_export.cli.options import (
     units_option,
 )
 from mod_export.cli.output import show_messages
+from mod_export.common.files import check_file
 from mod_export.errors import UserError
+from mod_export.formats import hub
+from mod_export.formats.ggml_types import EXPORT_FORMATS
 
 
 @click.command("convert")
 @click.argument("model", type=click.Path())
-@output_option("DIR", "Directory to write.")
+@output_option("OUT", "Directory to write, or GGUF file where the name ends in .gguf.")
 @units_option
 @click.option(
     "--target-activation",
@@ -51,21 +61,35 @@ from mod_export.errors import UserError
 )
 @click.option(
     "--adapter",
-    type=click.Path(),
+    type=ModelName(),
     metavar="ADAPTER",
     help="Take routers, and LoRA, from this adapter instead of calibrating: a directory, or the "
     "name of a packaged adapter or of one on the hub.",
 )
+@click.option(
+    "--quant",
+    type=click.Choice(list(EXPORT_FORMATS), case_sensitive=False),
+    metavar="TYPE",
+    show_default="q8_0; for a MODEL that is a GGUF file, and with --base, the types of that file",
+    help=f"Of a GGUF file to write: {QUANT_HELP[0].lower()}{QUANT_HELP[1:]}",
+)
+@click.option(
+    "--base",
+    metavar="FILE.gguf",
+    type=ModelName(gguf=True, path_type=Path),
+    help="Of a GGUF file to write: put the routers on the weights of this file.",
+)
 @force_option
 @click.pass_context
-def command(ctx, model, output, adapter, revision, force, **options):
+def command(ctx, model, output, adapter, revision, quant, base, force, **options):
     """Make a Mixture-of-Depths model from an ordinary one.
 
     MODEL is the name of a model on the Hugging Face hub, such as Qwen/Qwen3-0.6B, a directory, a
     GGUF file, or `smollm2`. The architectures of GGUF files are listed in
     docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
     calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that works.
-    With --adapter the routers come from an adapter that was trained for MODEL.
+    With --adapter the routers come from an adapter that was trained for MODEL. An OUT that ends in
+    .gguf is what `mod-export export` would write of the directory, which does not stay.
     """
     from mod_export.convert import convert, convert_adapter
 
@@ -73,11 +97,57 @@ def command(ctx, model, output, adapter, revision, force, **options):
     if adapter is None:
         target, layers = options.pop("target_activation"), options.pop("layers_routed")
         options |= {"target": target, "layers": layers, "revision": revision}
-        convert(model, output, force=force, **options)
+        make = partial(convert, model, **options)
     else:
         refuse_given(ctx, options)
-        convert_adapter(model, output, adapter, force, revision)
+        make = partial(convert_adapter, model, adapter=adapter, revision=revision)
+    if output.lower().endswith(".gguf"):
+        from mod_export.formats import adapter_files
+
+        # LoRA changes the weights, so that the routers do not go on a file that MODEL is.
+        lora = adapter is not None and adapter_files.read(adapter_files.resolve(adapter)).lora
+        own = None if lora else partial(hub.locate, model, revision)
+        write_gguf(make, own, output, quant, base, force)
+    elif quant or base:
+        option = "--quant" if quant else "--base"
+        raise UserError(
+            f"{option} is for a GGUF file, and {output} is a directory",
+            f"leave out {option}, or let the name of the output end in .gguf",
+        )
+    else:
+        make(output, force=force)
     click.echo(output)
+
+
+def write_gguf(
+    make: Callable[[Path], None],
+    own: Callable[[], Path] | None,
+    output: str,
+    quant: str | None,
+    base: Path | None,
+    force: bool,
+) -> None:
+    """Make a MoD directory beside the output, and export it.
+
+    own: gives the path of the original. Where that is a GGUF file, and neither --quant nor --base
+    is given, the routers go on this file.
+    """
+    from mod_export.export import export
+    from mod_export.formats.gguf import GGUFFile
+
+    if base is not None:
+        GGUFFile.open(base).refuse_split()
+    # An output in the way fails before the minutes of work.
+    with tempfile.TemporaryDirectory(
+        dir=check_file(output, force).parent, prefix=".convert-"
+    ) as folder:
+        directory = Path(folder, "mod")
+        make(directory)
+        if own is not None and base is quant is None:
+            from mod_export.model.loading import gguf_path
+
+            base = gguf_path(own())
+        export(directory, output, quant=quant, base=base, force=force)
 
 
 def refuse_given(ctx, options):

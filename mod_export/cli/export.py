@@ -17,9 +17,10 @@ QUANT_DEFAULT = "q8_0; with --base, the types of that file"
     "--output",
     "-o",
     metavar="FILE.gguf",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     required=True,
-    help="GGUF file to write.",
+    help="GGUF file to write. In FOLDER/, a name that ends with /, the file gets its name by the "
+    "convention of GGUF files.",
 )
 @click.option(
     "--quant",
@@ -42,7 +43,7 @@ QUANT_DEFAULT = "q8_0; with --base, the types of that file"
 )
 @force_option
 def command(
-    directory: Path, output: Path, quant: str | None, base: Path | None, dense: bool, force: bool
+    directory: Path, output: str, quant: str | None, base: Path | None, dense: bool, force: bool
 ) -> None:
     """Write a MoD directory as a GGUF file.
 
@@ -54,5 +55,5 @@ def command(
     from mod_export.common.text import megabytes
     from mod_export.export import export
 
-    export(directory, output, quant=quant, base=base, dense=dense, force=force)
-    click.echo(f"wrote {output} ({megabytes(output.stat().st_size, 1)})")
+    written = export(directory, output, quant=quant, base=base, dense=dense, force=force)
+    click.echo(f"wrote {written} ({megabytes(written.stat().st_size, 1)})")

@@ -27,10 +27,7 @@ def atomic_file(
     The temporary file lies beside `path`. Raises UserError where `path` exists and `force` is not
     set, where `path` is no regular file, and, with `cure`, where it cannot be written.
     """
-    target = _check_target(path, force)
-    if target.exists() and not target.is_file():
-        # replacing a directory, or a device such as /dev/null, by a file is never what was meant
-        raise UserError(f"{path} exists and is not a regular file", "choose another output name")
+    target = check_file(path, force)
     tmp = _beside(target)
     try:
         tmp.touch(exist_ok=False)
@@ -114,6 +111,18 @@ def safetensors_errors() -> Iterator[None]:
         yield
     except SafetensorError as exc:
         raise OSError(str(exc).rpartition("I/O error: ")[2]) from exc
+
+
+def check_file(path: str | os.PathLike, force: bool = False) -> Path:
+    """Return the path where atomic_file would write. Call this before hours of work.
+
+    Raises UserError where atomic_file would refuse.
+    """
+    target = _check_target(path, force)
+    if target.exists() and not target.is_file():
+        # replacing a directory, or a device such as /dev/null, by a file is never what was meant
+        raise UserError(f"{path} exists and is not a regular file", "choose another output name")
+    return target
 
 
 def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Path:

@@ -26,6 +26,7 @@ from mod_export.units import Unit
 
 CONFIG_JSON = "config.json"
 VOCABULARY = "tokenizer.gguf"  # of a model that came from a GGUF file: its keys tokenizer.*
+OF_ITSELF = tuple(f"general.{name}" for name in "name basename finetune version size_label".split())
 CONVERT = "make one with `mod-export convert`"
 CONVERT_AGAIN = "convert the model again"
 
@@ -120,9 +121,10 @@ def _read_tensor(directory: Path, index: dict[str, Path], name: str) -> np.ndarr
 def write_vocabulary(source: GGUFFile, path: Path) -> None:
     """Write the keys of a GGUF file that describe its tokenizer to a GGUF file of their own.
 
-    The sampling that the file recommends is among them: a directory has no other place for it.
+    What the file says of itself, and the sampling that it recommends, are among them: a directory
+    has no other place for it.
     """
-    kept = ("tokenizer.", "general.sampling.", "general.architecture", "general.name")
+    kept = ("tokenizer.", "general.sampling.", "general.architecture", *OF_ITSELF)
     with path.open("wb") as file:
         rewrite(
             source,

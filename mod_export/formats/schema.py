@@ -12,6 +12,7 @@ and the patched llama.cpp enforces the same rules.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from typing import BinaryIO
 
 import numpy as np
@@ -161,17 +162,31 @@ def _router_tensor(file: GGUFFile, name: str, size: int) -> np.ndarray:
     return tensor.array()
 
 
-def write_routers(file: GGUFFile, target: BinaryIO, config: MoDConfig, routers: Routers) -> None:
+def write_routers(
+    file: GGUFFile,
+    target: BinaryIO,
+    config: MoDConfig,
+    routers: Routers,
+    added_keys: Iterable[tuple[str, str, object]] = (),
+    dropped_keys: Collection[str] = (),
+) -> None:
     """Write the dense `file` to `target` with the keys of `config` and the routers.
 
-    Raises UserError where they do not fit the file.
+    added_keys, dropped_keys: others, as `rewrite` takes them. Raises UserError where the routers do
+    not fit the file.
     """
     check_base(file, config, routers)
     tensors = {}
     for unit in config.routed():
         for name, array in zip(tensor_names(*unit), routers[unit], strict=True):
             tensors[name] = array
-    rewrite(file, target, added_keys=to_keys(file.architecture, config), added_tensors=tensors)
+    rewrite(
+        file,
+        target,
+        added_keys=(*added_keys, *to_keys(file.architecture, config)),
+        dropped_keys=dropped_keys,
+        added_tensors=tensors,
+    )
 
 
 def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:

@@ -84,14 +84,14 @@ def convert_hf(
     target: Path,
     outtype: str,
     skip: re.Pattern,
-    name: str | None = None,
+    metadata: Path | None = None,
     vocabulary: Path | None = None,
 ) -> None:
     """Write the Hugging Face model of `directory` as a GGUF.
 
     outtype: type of the weights, one of FLOAT_NAMES
     skip: names of tensors that stay out
-    name: general.name of the file; by default the converter makes one from the directory's name
+    metadata: a JSON file of keys general.* that come before what the converter finds itself
     vocabulary: a GGUF file whose tokenizer is taken, instead of the directory's
 
     Raises UserError with the converter's last words, for instance where llama.cpp does not know the
@@ -107,8 +107,8 @@ def convert_hf(
         "--outtype",
         outtype,
     ]
-    if name:
-        arguments += ["--model-name", name]
+    if metadata:
+        arguments += ["--metadata", str(metadata.resolve())]
     result = _python(CONVERTER_SCRIPT, arguments, cwd=source)
     if result.returncode != 0:
         words = _reason(result)

@@ -17,7 +17,7 @@ import torch
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, schema
+from mod_export.formats import hf_directory, model_card, schema
 from mod_export.formats.adapter_files import is_adapter
 from mod_export.formats.gguf import GGUFFile
 from mod_export.model import loading
@@ -50,9 +50,14 @@ def save(
             base.save_pretrained(directory, state_dict=state, **kwargs)
         finally:
             del base.config.mod
+        source = str(base.config.name_or_path or "")
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-            _copy_vocabulary(Path(str(tokenizer.name_or_path)), directory)
+            source = str(tokenizer.name_or_path or source)
+            if source:
+                _copy_vocabulary(Path(source), directory)
+        card = model_card.origin(source)
+        model_card.write(directory, card, model_card.model_text(card, config))
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32):

@@ -103,6 +103,41 @@ def test_routers_on_a_quantised_gguf(folder, tmp_path, run_cli, quant):
     ] == [(layer, kind) for layer, kind in adapter.config.routed()]
 
 
+@pytest.mark.parametrize(
+    ("model", "adapter", "options", "file_type"),
+    [
+        ("q8_0.gguf", "routers", [], 7),  # onto the file itself
+        ("q8_0.gguf", "routers", ["--quant", "f16"], 1),
+        ("q8_0.gguf", "lora", ["--quant", "f16"], 1),
+        ("base", "routers", ["--base", "q4_0.gguf"], 2),
+    ],
+)
+def test_convert_writes_a_file(folder, tmp_path, run_cli, model, adapter, options, file_type):
+    args = ("--adapter", adapter, "-o", tmp_path / "mod.gguf", *options)
+    done = run_cli("convert", model, *args, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = GGUFFile.open(tmp_path / "mod.gguf"), GGUFFile.open(folder / "q8_0.gguf")
+    assert ours.keys["general.file_type"].value == file_type
+    assert read_routers(ours)[1].keys() == load(folder / adapter).routers.keys()
+    same = all(ours.tensors[name].data == tensor.data for name, tensor in theirs.tensors.items())
+    assert same == (not options)
+    assert [path.name for path in tmp_path.iterdir()] == ["mod.gguf"]
+
+
+def test_convert_refuses_before_the_work(folder, tmp_path, run_cli):
+    (tmp_path / "there.gguf").write_text("mine")
+    for options, message in (
+        (["-o", "there.gguf"], "there.gguf exists already; use --force"),
+        (["-o", "mod", "--quant", "f16"], "--quant is for a GGUF file, and mod is a directory"),
+        (["-o", "mod.gguf", "--base", "none.gguf"], "no such file: none.gguf"),
+        (["-o", "no/mod.gguf"], "there is no directory"),
+    ):
+        done = run_cli("convert", folder / "base", *options, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
+
+
 def test_identity_is_that_of_the_torch_model(folder):
     identity = base_identity(plain(), tiny.tokenizer(), "tiny")
     seen = {

@@ -122,12 +122,14 @@ def tensors_of(path: Path) -> dict:
 
 
 def assert_same_base(mod: Path, base: Path, *, ignore=()) -> None:
-    """Assert that `mod` is `base` with nothing added but the schema's keys and tensors."""
+    """Assert that `mod` is `base` with nothing added but the schema's keys and tensors, and what a
+    file says of itself.
+    """
     ours, theirs = keys_of(mod), keys_of(base)
     assert {name: ours.get(name) for name in theirs if name not in ignore} == {
         name: value for name, value in theirs.items() if name not in ignore
     }
-    assert all(name.startswith("llama.mod.") for name in ours.keys() - theirs.keys())
+    assert all(name.startswith(("llama.mod.", "general.")) for name in ours.keys() - theirs.keys())
     ours, theirs = tensors_of(mod), tensors_of(base)
     assert {name: ours.get(name) for name in theirs} == theirs
     assert all(schema.ROUTER_TENSOR.fullmatch(name) for name in ours.keys() - theirs.keys())

@@ -55,7 +55,13 @@ def test_the_bytes_are_those_of_version_0_1(tmp_path, name):
     base = without_routers(written, tmp_path / "dense.gguf")
     assert schema.from_keys(GGUFFile.open(base)) is None
     export(V01 / "mod", tmp_path / "mod.gguf", base=base)
-    assert (tmp_path / "mod.gguf").read_bytes() == written.read_bytes()
+    # Since then a file says more of itself.
+    ours, theirs = (GGUFFile.open(path).keys for path in (tmp_path / "mod.gguf", written))
+    added = [name for name in ours if name not in theirs]
+    assert added and all(name.startswith("general.") for name in added)
+    with (tmp_path / "less.gguf").open("wb") as file:
+        rewrite(GGUFFile.open(tmp_path / "mod.gguf"), file, dropped_keys=added)
+    assert (tmp_path / "less.gguf").read_bytes() == written.read_bytes()
     write_routers(base, tmp_path / "again.gguf", *read_directory(V01 / "mod"))
     assert (tmp_path / "again.gguf").read_bytes() == written.read_bytes()
 
@@ -69,6 +75,21 @@ def test_dense_onto_a_base_is_the_base(tmp_path):
 def test_routers_on_an_existing_file(mod_dir, base, tmp_path):
     export(mod_dir, tmp_path / "mod.gguf", base=base)
     assert_same_base(tmp_path / "mod.gguf", base)
+
+
+def test_a_folder_gives_the_file_its_name(run_cli, base, tmp_path):
+    folder = write_directory(tmp_path / "mod", UNITS)
+    (folder / "README.md").write_text("---\nbase_model: org/Tiny-Instruct\nlicense: mit\n---\n")
+    (tmp_path / "out").mkdir()
+    done = run_cli("export", folder, "--base", base, "-o", f"{tmp_path}/out/")
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").iterdir()
+    assert written.name == "Tiny-Instruct-MoD-kv-attn-ffn-F32.gguf" and str(written) in done.stdout
+    keys = GGUFFile.open(written).keys
+    assert keys["general.base_model.0.repo_url"].value == "https://huggingface.co/org/Tiny-Instruct"
+    assert keys["general.license"].value == "mit"
+    again = export_refused(run_cli, tmp_path, folder, "-o", f"{tmp_path}/out/", "--base", base)
+    assert "exists already" in again
 
 
 # --- bad input to export
