@@ -23,7 +23,7 @@ from mod_export.data.text import read_texts
 from mod_export.errors import UserError
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.units import parse_kinds, parse_layers, routed_layers, shares_by_kind
+from mod_export.units import parse_kinds, parse_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +68,21 @@ def convert(
         from mod_export.calibration.calibrate import CalibrationPlan, calibrate
         from mod_export.model import architectures, loading
         from mod_export.model.mod_model import MoDModel
+        from mod_export.model.role_check import check_roles
 
         refuse_mod(path)
         logger.info(f"loading {model}")
         with stage(f"loading {model}"):
             base, tokenizer = loading.load(path)
         check_against_runtime(loading.gguf_path(path), base, tokenizer)
+        check_roles(base)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
         kv_window = kv_window or min(
             KV_WINDOW, max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
         )
         plan = CalibrationPlan(
-            {kind: routed_layers(chosen, n_layer, kind) for kind in kinds},
+            {kind: architectures.unit_layers(base, kind, chosen) for kind in kinds},
             target,
             kv_window,
             sink_tokens,

@@ -24,7 +24,7 @@ from mod_export.common.files import atomic_file
 from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import adapter_files, base_identity, hf_directory, metadata, schema
+from mod_export.formats import adapter_files, base_identity, hf_directory, kv_size, metadata, schema
 from mod_export.formats.ggml_types import EXPORT_FORMATS, FLOAT_NAMES
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
@@ -92,6 +92,8 @@ def export(
         with stage(f"writing {output}"):
             if not dense:
                 write_routers(plain, target, config, routers, about)
+                if note := kv_size.window_note(GGUFFile.open(plain), config):
+                    logger.warning(note)
             elif plain == base:
                 _copy(plain, target)
             else:

@@ -62,19 +62,24 @@ def _mod_report(file: GGUFFile, config: MoDConfig) -> dict:
 
 
 def _kv_report(file: GGUFFile, config: MoDConfig) -> dict:
-    layers = range(file.model_number("block_count"))
-    per_token = [kv_size.bytes_per_token(file, layer) for layer in layers]
+    layers = kv_size.kv_layers(file)
     rows = []
     for n in CONTEXTS_TOKENS:
-        dense = n * sum(per_token)
-        mod = sum(per_token[i] * kv_size.expected_cells(config, i, n) for i in layers)
+        dense = round(sum(layer.dense_bytes(n) for layer in layers))
+        mod = sum(
+            layer.bytes_per_token * kv_size.expected_cells(config, i, n, window=layer.window)
+            for i, layer in enumerate(layers)
+        )
         share = mod / dense if dense else 1.0
         rows.append({"tokens": n, "bytes_dense": dense, "bytes_mod": round(mod), "share": share})
+    windows = [layer.window for layer in layers]
     return {
-        "formula": kv_size.FORMULA,
+        "formula": kv_size.FORMULA + (f"; {kv_size.SLIDING_FORMULA}" if any(windows) else ""),
         "type": "f16",
-        "bytes_per_token_dense": sum(per_token),
+        "windows": windows,
+        "bytes_per_token_dense": sum(layer.bytes_per_token for layer in layers),
         "expected": rows,
+        "note": kv_size.window_note(file, config),
     }
 
 
@@ -115,8 +120,22 @@ def _render_mod(mod: dict) -> list[str]:
         "",
         f"mean activation on calibration text: {means}",
         "",
-        f"expected K/V ({kv['type']}), {kv['bytes_per_token_dense']} bytes per token when dense:",
+        f"expected K/V ({kv['type']}), {kv['bytes_per_token_dense']} bytes per token when dense"
+        f"{_render_windows(kv['windows'])}:",
         format_table(["tokens", "dense", "this model", "share"], sizes),
         "",
         kv["formula"],
+        *([kv["note"]] if kv["note"] else []),
     ]
+
+
+def _render_windows(windows: list[int]) -> str:
+    """How many layers slide, as a part of a sentence; empty where none does."""
+    sizes = sorted(set(windows) - {0})
+    if not sizes:
+        return ""
+    n_sliding = len(windows) - windows.count(0)
+    return (
+        f", {n_sliding} of {len(windows)} layers keep a window of "
+        f"{' or '.join(map(str, sizes))} tokens"
+    )

@@ -4,7 +4,7 @@ Logits are arrays of numpy or tensors of torch, [n, n_vocab]. Arrays are compare
 tensors in float32 on their device. torch is imported only where a tensor is given.
 
     kl, nll_dense, nll_mod, same = divergence(dense, mod, ids) / (len(ids) - 1)
-    share = visible_share(config.routed(), config.kv_window, active, n_layer)
+    share = visible_share(config.routed(), config.kv_window, active, windows)
 """
 
 from __future__ import annotations
@@ -108,22 +108,30 @@ def compare_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def visible_share(units: Sequence[Unit], kv_window: int, active: Array, n_layer: int) -> float:
+def visible_share(
+    units: Sequence[Unit], kv_window: int, active: Array, windows: Sequence[int]
+) -> float:
     """Cells whose K/V a next token could see, over those of the dense model.
 
-    active: decisions [n_tokens, n_units], in the order of `units`.
+    active: decisions [n_tokens, n_units], in the order of `units`. windows: tokens that each layer
+    with K/V of its own attends to, 0: all of them.
     """
     is_active = np.asarray(active, dtype=bool)
     n_tokens = len(is_active)
+    positions = np.arange(n_tokens)
     # The next token is in its window itself, so the window holds one token less of the past.
-    recent = np.arange(n_tokens) >= n_tokens + 1 - kv_window
-    visible: dict[int, np.ndarray] = {}
+    recent = positions >= n_tokens + 1 - kv_window
+    seen = {
+        window: positions >= n_tokens + 1 - window if window else np.ones(n_tokens, dtype=bool)
+        for window in set(windows)
+    }
+    dense = [seen[window] for window in windows]
+    visible = list(dense)
     for index, (layer, kind) in enumerate(units):
         if UNIT_KINDS[kind].frees_kv:
             mask = is_active[:, index] | recent if kind == KV else is_active[:, index]
-            visible[layer] = visible[layer] & mask if layer in visible else mask
-    cells = (n_layer - len(visible)) * n_tokens + sum(int(mask.sum()) for mask in visible.values())
-    return cells / (n_layer * n_tokens)
+            visible[layer] = visible[layer] & mask
+    return sum(int(mask.sum()) for mask in visible) / sum(int(mask.sum()) for mask in dense)
 
 
 def _float64_like(array: Array, values: list[float]) -> Array:

@@ -10,7 +10,7 @@ import logging
 from mod_export.common.system import available_memory as host_memory
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import bytes_per_token
+from mod_export.formats.kv_size import kv_layers
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +63,22 @@ def groups(variants: list[str], bytes_of: dict[str, int], available: int) -> lis
     return found
 
 
-def process_bytes(file: GGUFFile, cells: int, bytes_per_cell: float, on_gpu: bool = False) -> int:
+def process_bytes(file: GGUFFile, kv_bytes: float, on_gpu: bool = False) -> int:
     """Memory that a process takes for itself, about; on a GPU, memory of the GPU.
 
     Processes share the mapped file. They share neither repacked weights nor anything on a GPU.
     """
     own = sum(t.nbytes for t in file.tensors.values() if on_gpu or t.type in REPACKED_TYPES)
     fixed = GPU_PROCESS_BYTES if on_gpu else PROCESS_BYTES
-    return int(own + cells * bytes_per_cell + fixed)
+    return int(own + kv_bytes + fixed)
 
 
-def bytes_per_cell(file: GGUFFile, type_k: int, type_v: int) -> float:
-    """Bytes of K and V of one token in all layers of a dense model; the types are ggml's."""
-    k = bytes_per_value(type_k)
-    v = bytes_per_value(type_v)
-    layers = range(file.model_number("block_count"))
-    return sum(bytes_per_token(file, layer, k, v) for layer in layers)
+def dense_bytes(
+    file: GGUFFile, n_tokens: int, types: tuple[int, int], ubatch: int, sequences: int
+) -> float:
+    """Bytes of K and V of n tokens in a dense model; types: ggml's, of K and V."""
+    k, v = (bytes_per_value(kind) for kind in types)
+    return sum(layer.dense_bytes(n_tokens, ubatch, sequences) for layer in kv_layers(file, k, v))
 
 
 def available_memory(on_gpu: bool = False) -> int:

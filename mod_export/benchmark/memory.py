@@ -5,10 +5,11 @@
     checks = check(plan, text, longest=8192)       # runs it, and compares
 
 Total = weights + K/V + compute buffers + process. llama.cpp itself tells the compute buffers, the
-complete K/V and what the process needs: it makes two contexts without memory behind them
-(memory_worker.py). All three grow in a straight line with the context. How much of the K/V a routed
-layer stores follows from the activation in the file. The constants below were measured, and
-`mod-export fit --check` measures again (docs/log.md). Linux and CPU only.
+K/V of a dense file and what the process needs: it makes two contexts without memory behind them
+(memory_worker.py). All three grow in a straight line with the context. The K/V of a MoD file
+follow from its keys: the window of each layer, and how much the activation has a routed layer
+store. The constants below were measured, and `mod-export fit --check` measures again (docs/log.md).
+Linux and CPU only.
 """
 
 import copy
@@ -24,9 +25,9 @@ from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
 from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import PLANNED_KV_TYPES, type_named
+from mod_export.formats.ggml_types import PLANNED_KV_TYPES, bytes_per_value, type_named
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import bytes_per_token, expected_cells, mean_activation
+from mod_export.formats.kv_size import expected_cells, kv_layers, mean_activation
 from mod_export.formats.schema import read_routers
 from mod_export.units import UNIT_KINDS
 
@@ -83,14 +84,12 @@ class MemoryModel:
 
     def __init__(self, path: str | Path, options: MemoryOptions):
         file = GGUFFile.open(path)
-        n_layer = file.model_number("block_count")
         self.path = Path(path)
         self.options = options
         self.weights = self.path.stat().st_size
         self.config = read_routers(file)[0]
-        self.layers = (
-            [bytes_per_token(file, layer) for layer in range(n_layer)] if self.config else []
-        )
+        value = bytes_per_value(int(type_named(options.kv_type)))
+        self.layers = kv_layers(file, value, value) if self.config else []
         self.dense = self.config is None
 
     def as_dense(self) -> "MemoryModel":
@@ -113,7 +112,6 @@ class MemoryModel:
 
     def need(self, n: int) -> MemoryNeed:
         """What a context of n tokens takes when it is full."""
-        kv = self._line("kv", n)
         compute = self._line("compute", n) * COMPUTE_FACTOR
         fixed = self._line("process", 0)
         # The lists of cells are as long as the context, in each of the caches.
@@ -122,19 +120,30 @@ class MemoryModel:
         if self.dense:  # it has one cache for all layers
             process = fixed + lists / (1 + len(routed)) + USED_CELL_BYTES * n
         else:
-            cells = {
-                layer: expected_cells(self.config, layer, n, self.options.margin)
-                for layer in routed
-            }
-            stored = sum(size * cells.get(layer, n) for layer, size in enumerate(self.layers))
-            # The layer in work holds a ubatch before it drops any cell of it.
-            stored += self.options.ubatch * max(self.layers)
-            kv *= min(1, stored / (n * sum(self.layers)))
-            # K and V of a layer waste half a page each.
-            kv += PAGE_BYTES * len(self.layers)
-            process = fixed + lists + USED_CELL_BYTES * (n + sum(cells.values()))
+            cells = [self._cells(layer, n) for layer in range(len(self.layers))]
+            kv = self._stored(cells, n)
+            process = fixed + lists + USED_CELL_BYTES * (n + sum(cells[layer] for layer in routed))
+        if self.config is None:
+            kv = self._line("kv", n)
+        elif self.dense:
+            kv = sum(layer.dense_bytes(n, self.options.ubatch) for layer in self.layers)
         process += PROCESS_BYTES
         return MemoryNeed(n, self.weights, round(kv), round(compute), round(process))
+
+    def _cells(self, layer: int, n: int) -> float:
+        """Cells of a layer after n tokens; a sliding one holds a ubatch beside its window."""
+        if window := self.layers[layer].window:
+            window += self.options.ubatch
+        return expected_cells(self.config, layer, n, self.options.margin, window)
+
+    def _stored(self, cells: list[float], n: int) -> float:
+        """Bytes of K and V in so many cells of each layer."""
+        sizes = [layer.bytes_per_token for layer in self.layers]
+        stored = sum(size * used for size, used in zip(sizes, cells, strict=True))
+        # The layer in work holds a ubatch before it drops any cell of it.
+        stored += self.options.ubatch * max(sizes)
+        # K and V of a layer waste half a page each.
+        return min(stored, n * sum(sizes)) + PAGE_BYTES * len(sizes)
 
     def _line(self, what: str, n: int) -> float:
         """The line through the two probed contexts, at a context of n tokens."""

@@ -65,6 +65,7 @@ class ContextProbe:
         options.n_ctx = n_ctx
         options.n_batch = options.n_ubatch = ubatch
         options.n_outputs_max = 1
+        options.swa_full = False
         options.type_k = options.type_v = kv_type
         options.flash_attn_type = self.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.log = ""
@@ -138,6 +139,7 @@ class MemoryWorker:
             n_ubatch=ubatch,
             type_k=kv_type,
             type_v=kv_type,
+            swa_full=False,
         )
         loaded = resident("VmHWM")
         _release_pages(Path(file))

@@ -240,13 +240,12 @@ class _Bench:
         return found
 
     def _groups(self, step: Step, variants: list[str]) -> list[list[str]]:
-        cells = step.batch * (step.context + TAIL_STEPS)
+        tokens = step.batch * (step.context + TAIL_STEPS)
         on_gpu = self.options.gpu_layers != 0
         need = {
             name: grouping.process_bytes(
                 self._file(name),
-                cells,
-                grouping.bytes_per_cell(self._file(name), *step.types),
+                grouping.dense_bytes(self._file(name), tokens, step.types, step.ubatch, step.batch),
                 on_gpu,
             )
             for name in variants

@@ -71,6 +71,7 @@ class Variant:
             n_ubatch=setup.ubatch,
             n_seq_max=setup.batch,
             kv_unified=setup.unified,
+            swa_full=False,  # as llama.cpp's own programs: sliding layers keep little
         )
         # Another module tells of a dense file that was given as the MoD file.
         if setup.force != "none" and self.llm.units:

@@ -270,7 +270,7 @@ class CostMeter:
         if kind in (FFN, BLOCK):
             effect = effect + (grads[1] * record.whole_ffn).sum(-1)
         cost = effect.pow(2)
-        if name == "gradient_keys" and record.stores_kv:
+        if name == "gradient_keys":
             scores = {"gradient": self.key_scores["gradient"]}
             return cost + received(record, scores, 1, grads=grads)["gradient"]
         return cost

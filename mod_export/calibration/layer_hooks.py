@@ -37,7 +37,6 @@ class LayerRecord:
     query, key, value: [n_head, T, head_dim], position-encoded
     mixed: [n_head, T, head_dim], the attention's output before W_o
     scaling, mask ([T, T], or None for causal), softcap: of the attention scores
-    stores_kv: whether later tokens read K and V of this layer's tokens that the layer made itself
     sinks: [n_head], scores of attention sinks: keys that have no value and are always visible
     """
 
@@ -55,13 +54,11 @@ class LayerRecord:
     scaling: float = 1.0
     mask: torch.Tensor | None = None
     softcap: float | None = None
-    stores_kv: bool = True
     sinks: torch.Tensor | None = None
 
     def note_layer(self, h: torch.Tensor, out: torch.Tensor, part: LayerParts) -> None:
         """Note input and output [1, T, n_embd] of the layer."""
         self.h, self.out, self.scale = h[0], out[0] - h[0], part.residual_scale
-        self.stores_kv = part.kv_source is None
         if part.ffn_entry is None:
             self.mid = self.h
 

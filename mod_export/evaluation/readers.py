@@ -14,7 +14,7 @@ file in llama.cpp (runtime_reader.py).
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +35,16 @@ class Reader(abc.ABC):
     """Reads one sequence of a model at a time.
 
     name: where the model was opened from. tokenizer: is called as those of transformers are. units:
-    (layer, kind) of the routed units. n_ctx: tokens that the model was made for. n_vocab: width of
-    the logits. whole: whether it reads a sequence at once.
+    (layer, kind) of the routed units. windows: of the layers, see metrics.visible_share. n_ctx:
+    tokens that the model was made for. n_vocab: width of the logits. whole: whether it reads a
+    sequence at once.
     """
 
     name: str
     tokenizer: object
     units: list[Unit]
     kv_window: int
-    n_layer: int
+    windows: Sequence[int]
     n_ctx: int
     n_vocab: int
     whole: bool = False
@@ -125,7 +126,7 @@ class TorchReader(Reader):
         self.name = str(name)
         self.force = force
         self.whole = whole or not model.strategy.is_causal
-        self.tokenizer, self.n_layer = model.tokenizer, model.n_layer
+        self.tokenizer, self.windows = model.tokenizer, architectures.layer_windows(model.base)
         self.units, self.kv_window = model.config.routed(), model.config.kv_window
         self.n_ctx = architectures.context_length(model.base) or UNLIMITED_TOKENS
         self.n_vocab = model.base.get_output_embeddings().weight.shape[0]
@@ -206,7 +207,7 @@ class Usage:
         active = reader.active
         self.pairs += active.numel()
         self.active += int(active.sum())
-        self.kv_shares += visible_share(reader.units, reader.kv_window, active, reader.n_layer)
+        self.kv_shares += visible_share(reader.units, reader.kv_window, active, reader.windows)
         self.sequences += 1
 
     def shares(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 
 from mod_export.evaluation.readers import CHUNK_TOKENS, UNLIMITED_TOKENS, Reader
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.kv_size import kv_layers
 from mod_export.runtime import devices
 from mod_export.runtime.batch_logits import BatchLogitsLlama
 from mod_export.runtime.templates import ChatTemplate
@@ -47,7 +48,7 @@ class RuntimeReader(Reader):
         if file.get("general.file_type") == 0:
             self._options |= {"flash_attn": False, "type_k": 0, "type_v": 0}
         self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED_TOKENS
-        self.n_layer = file.get(f"{file.architecture}.block_count")
+        self.windows = [layer.window for layer in kv_layers(file) if layer.bytes_per_token]
         self._open(CHUNK_TOKENS)
         self.llm.require_vocab()
         self.tokenizer = _Tokenizer(self)

@@ -1,46 +1,120 @@
 """How much memory K and V take: bytes per token, and cells that a MoD model is expected to fill.
 
-    bytes_per_token(GGUFFile.open("mod.gguf"), layer=5)     # K and V of one token, f16
-    expected_cells(config, layer=5, n=4000)                 # cells in use after 4000 tokens
+    layers = kv_layers(GGUFFile.open("mod.gguf"))      # of each layer: bytes of a token, window
+    layers[5].bytes_per_token, layers[5].dense_cells(4000)
+    expected_cells(config, layer=5, n=4000)            # cells in use after 4000 tokens
 
 A cell holds K and V of one token in one layer.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
+from mod_export.formats.sliding_windows import layer_windows
 from mod_export.units import ATTN, BLOCK, KV
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
 ROLLBACK_TOKENS = 64
 F16_BYTES = 2  # per value; f16 is the runtime's default type of K and V
+UBATCH_TOKENS = 512  # llama.cpp's default
+# llama.cpp pads the cache of sliding layers to a multiple of it (llama-kv-cache-iswa.cpp).
+SLIDING_PAD_TOKENS = 256
 FORMULA = (
     "cells(n) of a layer = a_c * (min(n, w) + a_kv * max(0, n - w)); "
     "a_c: activation of block or attn, "
     f"a_kv: of kv (1 where not routed), w = kv_window + {ROLLBACK_TOKENS} (rollback margin)"
 )
+SLIDING_FORMULA = (
+    f"cells(n) of a sliding layer = a_c * min(n, s + {ROLLBACK_TOKENS}); s: its window. dense is "
+    f"what llama.cpp keeps of it, min(n, s + {UBATCH_TOKENS} rounded up to a multiple of "
+    f"{SLIDING_PAD_TOKENS}): a ubatch has room beside the window"
+)
+# layers from which on K and V are those of earlier layers, where no key says it (gemma3n.cpp)
+OWN_KV_LAYERS = {"gemma3n": 20}
 
 
-def bytes_per_token(
-    file: GGUFFile, layer: int, k_bytes: float = F16_BYTES, v_bytes: float = F16_BYTES
+@dataclass(frozen=True)
+class LayerKV:
+    """K and V of one layer: bytes of one token, and the tokens of its window, 0 for full attention.
+
+    A layer that takes K and V of another layer has 0 bytes.
+    """
+
+    bytes_per_token: float
+    window: int = 0
+
+    def dense_cells(self, n: int, ubatch: int = UBATCH_TOKENS, sequences: int = 1) -> int:
+        """Cells that llama.cpp has in use after n tokens, those of all sequences together.
+
+        A sliding layer keeps the windows and a ubatch, rounded up (llama-kv-cache-iswa.cpp, without
+        swa_full). The sequences share one cache.
+        """
+        if not self.window:
+            return n
+        size = self.window * sequences + ubatch
+        return min(n, -(-size // SLIDING_PAD_TOKENS) * SLIDING_PAD_TOKENS)
+
+    def dense_bytes(self, n: int, ubatch: int = UBATCH_TOKENS, sequences: int = 1) -> float:
+        """Bytes of `dense_cells`."""
+        return self.bytes_per_token * self.dense_cells(n, ubatch, sequences)
+
+
+def kv_layers(
+    file: GGUFFile, k_bytes: float = F16_BYTES, v_bytes: float = F16_BYTES
+) -> list[LayerKV]:
+    """K and V of each layer; k_bytes, v_bytes: bytes of one value.
+
+    Raises UserError where a key is missing or no number.
+    """
+    windows = layer_windows(file)
+    own = _layers_with_own_kv(file)
+    return [
+        LayerKV(
+            _bytes_per_token(file, layer, bool(window), k_bytes, v_bytes) if layer < own else 0,
+            window,
+        )
+        for layer, window in enumerate(windows)
+    ]
+
+
+def _layers_with_own_kv(file: GGUFFile) -> int:
+    """The number of first layers that have K and V of their own."""
+    n_layer = file.model_number("block_count")
+    # Layers that predict tokens further on are no part of an ordinary context.
+    own = n_layer - _number_of_layer(file, "nextn_predict_layers", 0, default=0)
+    shared = _number_of_layer(file, "attention.shared_kv_layers", 0, default=0)
+    return min(own, n_layer - shared, OWN_KV_LAYERS.get(file.architecture, n_layer))
+
+
+def _bytes_per_token(
+    file: GGUFFile, layer: int, slides: bool, k_bytes: float, v_bytes: float
 ) -> float:
-    """Bytes of K and V of one token in one layer; k_bytes, v_bytes: bytes of one value."""
     heads = _number_of_layer(file, "attention.head_count", layer)
     heads_kv = _number_of_layer(file, "attention.head_count_kv", layer, default=heads)
     head_size = file.model_number("embedding_length") // max(1, heads)
     k_length = _number_of_layer(file, "attention.key_length", layer, default=head_size)
     v_length = _number_of_layer(file, "attention.value_length", layer, default=head_size)
+    if slides:
+        k_length = _number_of_layer(file, "attention.key_length_swa", layer, default=k_length)
+        v_length = _number_of_layer(file, "attention.value_length_swa", layer, default=v_length)
+    if f"{file.architecture}.attention.key_length_mla" in file.keys:
+        v_length = 0  # V is computed from what K stores (MLA)
     return heads_kv * (k_length * k_bytes + v_length * v_bytes)
 
 
-def expected_cells(config: MoDConfig, layer: int, n: int, margin: float = 0.0) -> float:
-    """Cells in use of a layer after n tokens, as FORMULA says.
+def expected_cells(
+    config: MoDConfig, layer: int, n: int, margin: float = 0.0, window: int = 0
+) -> float:
+    """Cells in use of a layer after n tokens, as FORMULA and SLIDING_FORMULA say.
 
-    margin: activation above the calibrated one, as a share of the calibrated one.
+    margin: activation above the calibrated one, as a share of the calibrated one. window: of a
+    sliding layer, else 0.
     """
 
     def activation(kind: str) -> float:
@@ -48,8 +122,26 @@ def expected_cells(config: MoDConfig, layer: int, n: int, margin: float = 0.0) -
             return 1.0
         return min(1.0, config.units[kind].activation[layer] * (1 + margin))
 
-    window = min(n, config.kv_window + ROLLBACK_TOKENS)
-    return activation(BLOCK) * activation(ATTN) * (window + activation(KV) * (n - window))
+    if window:
+        n = min(n, window + ROLLBACK_TOKENS)
+    kept = min(n, config.kv_window + ROLLBACK_TOKENS)
+    return activation(BLOCK) * activation(ATTN) * (kept + activation(KV) * (n - kept))
+
+
+def window_note(file: GGUFFile, config: MoDConfig) -> str | None:
+    """Return a line about a window that leaves kv units nothing to free within the model's context.
+
+    None where they free something, and where the file tells no context.
+    """
+    context = file.get(f"{file.architecture}.context_length", 0)
+    kept = config.sink_tokens + config.kv_window + ROLLBACK_TOKENS
+    if KV not in config.units or not context or kept < context:
+        return None
+    return (
+        f"note: the kv units free nothing within the model's context of {context} tokens, because "
+        f"they keep {kept}: the first {config.sink_tokens}, a window of {config.kv_window} and "
+        f"{ROLLBACK_TOKENS} more; convert with a smaller --kv-window"
+    )
 
 
 def mean_activation(config: MoDConfig) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
-from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
+from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, routed_layers
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,12 @@ NORM_EPS = (
     "norm_epsilon",
     "layernorm_epsilon",
 )
+FULL_ATTENTION = "full_attention"
+# Types of layers whose queries see the last tokens only -> what the layer has.
+WINDOWS = {
+    "sliding_attention": "sliding attention",
+    "chunked_attention": "attention within chunks",
+}
 # Classes of FFNs that return (output, scores of the experts); others return the output alone.
 FFNS_WITH_SCORES = ("GptOssMLP", "Llama4TextMoe")
 
@@ -141,6 +147,7 @@ FFNS_WITH_SCORES = ("GptOssMLP", "Llama4TextMoe")
 class LayerParts:
     """The modules of one decoder layer, by the roles that `Names` describes.
 
+    window: what the layer has where its queries see the last tokens only (WINDOWS), or None
     kv_source: the earlier layer whose K/V this layer reads; None where it has its own
     refused: kinds of units that this layer cannot have, and why
     """
@@ -153,6 +160,7 @@ class LayerParts:
     ffn_entry: nn.Module | None
     ffn_beside: nn.Module | None = None
     residual_scale: float = 1.0
+    window: str | None = None
     kv_source: int | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -160,6 +168,14 @@ class LayerParts:
     def ffn_returns_scores(self) -> bool:
         """Whether the FFN returns the scores of its experts beside its output."""
         return type(self.ffn).__name__ in FFNS_WITH_SCORES
+
+    def lacks(self, kind: str) -> str | None:
+        """Return why a conversion gives this layer no unit of a kind; None where it may."""
+        if self.window is not None and kind in (KV, ATTN, BLOCK):
+            return f"it has {self.window}, which forgets by itself"
+        if self.ffn_entry is None and kind in (ATTN, FFN):
+            return "its attention and FFN run side by side"
+        return self.refused.get(kind)
 
 
 def context_length(base: nn.Module) -> int | None:
@@ -170,6 +186,22 @@ def context_length(base: nn.Module) -> int | None:
     return getattr(base.config, "max_position_embeddings", None) or None
 
 
+def layer_windows(base: nn.Module) -> list[int]:
+    """Return the tokens that each layer attends to, 0 for all, [n_layer].
+
+    Layers of K/V of their own only: those that take K and V of another layer, which are the last
+    ones, are left out (Gemma 4).
+    """
+    config = base.config
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    sizes = {
+        "sliding_attention": getattr(config, "sliding_window", None) or 0,
+        "chunked_attention": getattr(config, "attention_chunk_size", None) or 0,
+    }
+    own = len(types) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return [sizes.get(kind, 0) for kind in types[:own]]
+
+
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
     """Return the parts of every decoder layer, first layer first.
 
@@ -177,15 +209,42 @@ def decoder_layers(base: nn.Module) -> list[LayerParts]:
     """
     if reason := REFUSED.get(base.config.model_type):
         raise _unsupported(base, reason)
-    names = names_of(base)
-    parts = [_find_parts(base, layer, names) for layer in _layer_list(base)]
+    names, layers = names_of(base), _layer_list(base)
+    windows = _windows(base, len(layers))
+    parts = [_find_parts(base, layer, names) for layer in layers]
     sources = _kv_sources(base, len(parts))
     return [
         replace(
-            part, kv_source=source, refused={**names.refused, **_refused_for_kv(layer, sources)}
+            part,
+            window=windows[layer],
+            kv_source=sources[layer],
+            refused={**names.refused, **_refused_for_kv(layer, sources)},
         )
-        for layer, (part, source) in enumerate(zip(parts, sources, strict=True))
+        for layer, part in enumerate(parts)
     ]
+
+
+def unit_layers(base: nn.Module, kind: str, chosen: list[int] | None) -> list[int]:
+    """Return the layers to convert with units of a kind. `chosen` is what parse_layers returned.
+
+    By default they are all that can have the kind and are not among the model's first; units of
+    `kv`, `attn` and `block` go to layers whose attention sees the whole context. Raises UserError
+    for a chosen layer that cannot have the kind, and where no layer can.
+    """
+    parts = decoder_layers(base)
+    reasons = {layer: reason for layer, part in enumerate(parts) if (reason := part.lacks(kind))}
+    wanted = routed_layers(chosen, len(parts), kind)
+    layers = [layer for layer in wanted if layer not in reasons]
+    refused = [layer for layer in wanted if layer in reasons]
+    if refused and (chosen is not None or not layers):
+        possible = ", ".join(str(layer) for layer in range(len(parts)) if layer not in reasons)
+        others = [name for name in UNIT_KINDS if not all(part.lacks(name) for part in parts)]
+        raise UserError(
+            f"layer {refused[0]} of {base.config.model_type} takes no {kind} unit: "
+            f"{reasons[refused[0]]}",
+            f"layers that do: {possible}" if possible else f"use {' or '.join(others)}",
+        )
+    return layers
 
 
 def check_units(base: nn.Module, units: Iterable[Unit]) -> None:
@@ -245,6 +304,18 @@ def _layer_list(base: nn.Module) -> nn.ModuleList:
     raise _unsupported(base, "its decoder layers were not found")
 
 
+def _windows(base: nn.Module, n_layer: int) -> list[str | None]:
+    """Return for each layer what WINDOWS says of its type, None for full attention.
+
+    Raises UserError for a layer of another type, such as one with a recurrent state.
+    """
+    types = getattr(base.config, "layer_types", None) or [FULL_ATTENTION] * n_layer
+    for layer, name in enumerate(types):
+        if name != FULL_ATTENTION and name not in WINDOWS:
+            raise _unsupported(base, f"its layer {layer} is of the type {name}")
+    return [WINDOWS.get(name) for name in types]
+
+
 def _kv_sources(base: nn.Module, n_layer: int) -> list[int | None]:
     """Return for each layer the earlier layer whose K/V it reads, or None."""
     modes = getattr(base.config, "kv_sharing_modes", None) or [None] * n_layer
@@ -262,7 +333,8 @@ def _refused_for_kv(layer: int, sources: list[int | None]) -> dict[str, str]:
     if layer in sources:
         return dict.fromkeys((KV, ATTN, BLOCK), "later layers read its keys and values")
     if sources[layer] is not None:
-        return {KV: f"it reads the keys and values of layer {sources[layer]}"}
+        reason = f"it reads the keys and values of layer {sources[layer]}"
+        return dict.fromkeys((KV, ATTN, BLOCK), reason)
     return {}
 
 

@@ -105,14 +105,6 @@ class MoDCache(Cache):
         distance = position[:, None] - self.cell_positions[None, :]
         return (distance >= 0) & (kept[None, :] | (distance < window))
 
-    def read(self, source: int, rows: torch.Tensor) -> torch.Tensor:
-        """Announce that tokens of the step read the K/V of another layer, which stores all tokens.
-
-        rows: indices of these tokens. Returns and notes what `begin` does.
-        """
-        self.cell_positions = self.cells[source].position
-        return self._step[rows][:, None] >= self.cell_positions[None, :]
-
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """Store the K and V of this step's tokens, and return those of all cells.
 

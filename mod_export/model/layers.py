@@ -63,7 +63,7 @@ class LayerRouting:
         self._scale = parts.residual_scale
         self._delta_so_far: torch.Tensor | None = None  # of an FFN of two modules
         self._ffn_returns_scores = parts.ffn_returns_scores
-        self._kv_source = parts.kv_source
+        self._stores_kv = parts.kv_source is None
         # A module can have two roles; the later wrapper is the outer one.
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
@@ -119,10 +119,9 @@ class LayerRouting:
         stored = attn if block is None else block
         if state.cache is not None:
             return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
-        if self._kv_source is None:  # otherwise no decision of this layer hides a key
-            kwargs["attention_mask"] = state.strategy.mask(
-                state, layer, kwargs.get("attention_mask"), stored, keep
-            )
+        kwargs["attention_mask"] = state.strategy.mask(
+            state, layer, kwargs.get("attention_mask"), stored, keep
+        )
         out = inner(h, **kwargs)
         return out if block is None else _replace(out, self._end_block(h, _first(out)))
 
@@ -144,15 +143,11 @@ class LayerRouting:
         """
         state = self.state
         rows = None if stored is None else _rows(stored)
-        visible = None
-        if self._kv_source is not None:
-            if rows is not None:
-                visible = state.cache.read(self._kv_source, rows)
-        elif rows is not None or keep is not None or state.cache.is_partial(self.index):
+        is_partial = self._stores_kv and state.cache.is_partial(self.index)
+        if rows is not None or keep is not None or is_partial:
             visible = state.cache.begin(
                 self.index, rows, None if keep is None else keep[0], state.kv_window
             )
-        if visible is not None:
             kwargs["attention_mask"] = state.masks.sparse(
                 kwargs.get("attention_mask"), visible, rows, state.cache.cell_positions
             )

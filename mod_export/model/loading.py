@@ -24,7 +24,7 @@ from mod_export.errors import UserError
 from mod_export.formats import hub, schema
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.model_checks import check_model
-from mod_export.model import gguf_tokenizer
+from mod_export.model import gguf_tokenizer, text_model
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,16 @@ def _load_gguf(path: Path, dtype: torch.dtype):
 
 
 def _load_directory(directory: Path, dtype: torch.dtype):
-    _check_directory(directory)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    names = _check_directory(directory)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    conditional = text_model.is_conditional(names)
     with _readable(directory):
-        base, info = AutoModelForCausalLM.from_pretrained(
+        loader = AutoModelForCausalLM
+        if conditional:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            loader = text_model.conditional_class(names[0], config)
+        base, info = loader.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -74,6 +79,10 @@ def _load_directory(directory: Path, dtype: torch.dtype):
             f"transformers ignores {len(ignored)} of the weights in {directory}: {ignored[0]}"
             + (", ..." if len(ignored) > 1 else "")
         )
+    if conditional:
+        logger.info(f"taking the text model of {names[0]}")
+        text_model.keep_chat_template(tokenizer, directory)
+        base = text_model.text_model(base)
     return base.eval(), tokenizer
 
 
@@ -244,8 +253,11 @@ def _locate(model: str | Path) -> tuple[Path, str | None]:
     return path.parent, path.name
 
 
-def _check_directory(directory: Path) -> None:
-    """Raise UserError for what is missing, before transformers reports it in many lines."""
+def _check_directory(directory: Path) -> list[str]:
+    """Return the class names in the configuration.
+
+    Raises UserError for what is missing, before transformers reports it in many lines.
+    """
     try:
         config = json.loads((directory / "config.json").read_text())
         names = [str(name) for name in config.get("architectures") or []]
@@ -257,11 +269,13 @@ def _check_directory(directory: Path) -> None:
         raise UserError(
             f"{directory}/config.json is broken ({error})", "download the model again"
         ) from error
-    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+    generates = any("CausalLM" in name or "LMHead" in name for name in names)
+    if names and not generates and not text_model.is_conditional(names):
         raise UserError(
             f"{directory} is not a causal language model ({names[0]})",
             "give one that generates text",
         )
+    return names
 
 
 def _first_line(error: Exception) -> str:

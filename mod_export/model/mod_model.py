@@ -162,6 +162,8 @@ class MoDModel(nn.Module):
         if attention_mask is not None:
             position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = position
+        if decisions:
+            architectures.check_units(self.base, decisions)
         state = self._state(position, strategy, given=decisions or {})
         if kv_window is not None:
             state = replace(state, kv_window=kv_window)

@@ -168,6 +168,12 @@ def llama_mod_n_sink(model):
     """Number of first positions that are always active."""
 
 
+# LLAMA_API int32_t llama_mod_layer_window(const struct llama_model * model, int32_t il);
+@_symbol([_model_p, ctypes.c_int32], ctypes.c_int32)
+def llama_mod_layer_window(model, il):
+    """How many tokens the attention of layer il sees at most, in any model; 0: all of them."""
+
+
 # LLAMA_API float llama_mod_get_threshold(const struct llama_context * ctx, int32_t i);
 @_symbol([_ctx_p, ctypes.c_int32], ctypes.c_float)
 def llama_mod_get_threshold(ctx, i):

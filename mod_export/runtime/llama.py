@@ -24,6 +24,7 @@ from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.kv_size import LayerKV, kv_layers
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.checked_sampler import row_logits
@@ -347,27 +348,50 @@ class MoDLlama(SafeLlama):
             raise InputError(f"layer {layer!r} does not exist", f"use one from 0 to {n_layer - 1}")
         raw = bindings.get_kv_stats(self.ctx, layer) if self.units else None
         if raw is None:
-            return self._dense_kv()
+            return self._dense_kv(layer)
         return KVMemory(
             raw.n_cells,
             raw.n_used,
             raw.bytes_reserved,
             raw.bytes_committed,
             raw.bytes_used,
-            self.n_tokens * raw.bytes_per_cell,
+            self._dense_bytes(self.n_tokens, layer),
         )
 
-    def _dense_kv(self) -> KVMemory:
-        model = self.model
-        head = llama_cpp.llama_model_n_embd(model) / llama_cpp.llama_model_n_head(model)
-        row = llama_cpp.llama_model_n_layer(model) * llama_cpp.llama_model_n_head_kv(model) * head
-        per_token = sum(
-            row * bytes_per_value(t)
-            for t in (self.context_params.type_k, self.context_params.type_v)
-        )
-        used = int(per_token * self.n_tokens)
-        full = int(per_token * self.n_ctx())
+    def _dense_kv(self, layer: int) -> KVMemory:
+        used = self._dense_bytes(self.n_tokens, layer)
+        full = self._dense_bytes(self.n_ctx(), layer)
         return KVMemory(self.n_ctx(), self.n_tokens, full, full, used, used)
+
+    def _dense_bytes(self, n_tokens: int, layer: int = -1) -> int:
+        """Bytes of K and V of so many tokens in a dense model, in a layer or with -1 in all.
+
+        Sliding layers of a dense file keep all tokens where the context was made with `swa_full`,
+        as llama_cpp.Llama makes it.
+        """
+        layers = self._kv_layers if layer < 0 else self._kv_layers[layer : layer + 1]
+        params = self.context_params
+        if params.swa_full and not self.units:
+            return int(n_tokens * sum(kv.bytes_per_token for kv in layers))
+        streams = 1 if self.units or params.kv_unified else params.n_seq_max
+        return streams * int(
+            sum(
+                kv.dense_bytes(
+                    n_tokens // streams,
+                    llama_cpp.llama_n_ubatch(self.ctx),
+                    params.n_seq_max // streams,
+                )
+                for kv in layers
+            )
+        )
+
+    @functools.cached_property
+    def _kv_layers(self) -> list[LayerKV]:
+        return kv_layers(
+            GGUFFile.open(self.model_path),
+            bytes_per_value(self.context_params.type_k),
+            bytes_per_value(self.context_params.type_v),
+        )
 
     @contextmanager
     def recording(self) -> Iterator[list]:
@@ -493,6 +517,7 @@ class MoDLlama(SafeLlama):
             try:
                 self._ctx = self._context(wanted)
                 self.context_params = wanted
+                self.__dict__.pop("_kv_layers", None)  # K and V may have other types now
             except ValueError as exc:
                 why = log[0] if log else exc
                 refused = UserError(

@@ -43,9 +43,9 @@ LOAD_CURES = (
         "use a model of an architecture that llama.cpp knows; a newer mod-export may know it",
     ),
     (
-        re.compile("is not MoD-aware"),
-        "use the model without routers (`mod-export export --dense`), or convert one of an "
-        "architecture that is (docs/explanation/limits.md)",
+        re.compile("cannot have (routers|these routers|a router)"),
+        "use the model without routers (`mod-export export --dense`), or with the units that "
+        "its architecture can have (docs/reference/architectures.md)",
     ),
     (re.compile("this build (reads|knows)"), "use a newer mod-export"),
     (OUT_OF_MEMORY, "free some memory, or use a smaller quantisation"),

@@ -38,7 +38,8 @@ class KVMemory:
     """The KV memory of a context.
 
     reserved: bytes of address space. committed: bytes of memory behind it. used: bytes of the cells
-    in use. dense: bytes that the same tokens would use in a dense model.
+    in use. dense: bytes that llama.cpp would use for the same tokens in a dense model; in a sliding
+    layer these are the cells of the window and a ubatch.
     """
 
     cells: int

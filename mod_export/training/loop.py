@@ -25,6 +25,7 @@ from mod_export.data.packing import PackedData, order
 from mod_export.data.repeats import counted
 from mod_export.errors import UserError
 from mod_export.metrics import divergence, visible_share
+from mod_export.model.architectures import layer_windows
 from mod_export.model.router import logit_threshold, threshold_logit
 from mod_export.model.routing import TopK
 from mod_export.training import checkpoints
@@ -268,6 +269,7 @@ class Loop:
         """
         sums = torch.zeros(4, dtype=torch.float64)
         active, novel, share = 0.0, 0, 0.0
+        windows = layer_windows(self.model.base)
         self.student.eval()
         for i in Progress().count("reading held-out text", range(len(self.held_out))):
             item = self.held_out[i]
@@ -279,9 +281,7 @@ class Loop:
             active = active + trace.active[0].cpu()[counts].float().sum(0)
             novel += int(counts.sum())
             mod = self.model.config
-            share += visible_share(
-                mod.routed(), mod.kv_window, trace.active[0].cpu(), self.model.n_layer
-            )
+            share += visible_share(mod.routed(), mod.kv_window, trace.active[0].cpu(), windows)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
         of_unit = dict(zip(self.units, (active / novel).tolist(), strict=True))

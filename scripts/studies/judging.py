@@ -50,6 +50,7 @@ class Judge:
         self.sinks, self.kv_window = sinks, kv_window
         plain = MoDModel.from_base(base, tokenizer)
         self.n_layer = plain.n_layer
+        self.windows = architectures.layer_windows(plain.base)
         # Each layer of the dense model gives a router these inputs: {layer: [[T, n_embd], ...]}.
         self.inputs = {}
         with torch.inference_mode(), self._noting_inputs():
@@ -119,7 +120,7 @@ class Judge:
                 tokens, n_late = tokens + len(ids) - 1, n_late + len(ids) - half - 1
                 active.append(trace.active.float().mean().item())
                 share.append(
-                    visible_share(config.routed(), config.kv_window, trace.active[0], self.n_layer)
+                    visible_share(config.routed(), config.kv_window, trace.active[0], self.windows)
                 )
                 router_logits.append(trace.logit[0].clone())
             perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()

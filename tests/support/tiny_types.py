@@ -75,7 +75,7 @@ _ALL = {"kv": [1, 3], "attn": [3, 4], "block": [2, 5], "ffn": [1, 3, 4]}
 # model type -> units that its layers can have
 UNITS = {
     **dict.fromkeys(FIELDS, _ALL),
-    "gemma4_text": {"kv": [1], "attn": [0, 5], "block": [1, 4]},
+    "gemma4_text": {"kv": [0, 1], "attn": [0], "block": [1]},
     "gemma4_text experts": {"kv": [1, 3], "attn": [3, 4], "block": [2, 5]},
     "llama4_text": {"kv": [1, 3], "ffn": [1, 2, 4]},
 }

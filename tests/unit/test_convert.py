@@ -7,11 +7,14 @@ import os
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
 from mod_export.convert import convert
 from mod_export.data.text import pack
 from mod_export.errors import UserError
+from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
+from mod_export.model.role_check import check_roles
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 from tests.support.tiny_gguf import Tiny
@@ -201,3 +204,40 @@ def test_eval_of_a_saved_model(model_dir, text, tmp_path, run_cli):
     assert (
         missing.returncode == 2 and "none.txt" in missing.stderr and missing.stderr.count("\n") == 1
     )
+
+
+def test_units_go_to_layers_that_can_have_them():
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 6,
+        "vocab_size": 50,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+    }
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**shape, sliding_window_pattern=3)).eval()
+    assert gemma.config.layer_types[2] == gemma.config.layer_types[5] == "full_attention"
+    assert [architectures.unit_layers(gemma, kind, None) for kind in ("kv", "attn", "block")] == [
+        [2, 5]
+    ] * 3
+    assert architectures.unit_layers(gemma, "ffn", None) == [2, 3, 4, 5]
+    assert architectures.unit_layers(gemma, "kv", [2]) == [2]
+    with pytest.raises(UserError, match="layer 1 of gemma3_text takes no kv unit: it has sliding"):
+        architectures.unit_layers(gemma, "kv", [1, 2])
+    phi = PhiForCausalLM(PhiConfig(**shape)).eval()
+    assert architectures.unit_layers(phi, "block", None) == [2, 3, 4, 5]
+    with pytest.raises(UserError, match="takes no ffn unit: .* side by side; use kv or block"):
+        architectures.unit_layers(phi, "ffn", None)
+
+
+def test_layers_that_do_not_add_up_are_refused(monkeypatch):
+    plain = tiny.base()
+    check_roles(plain)
+    names = architectures.Names(ffn_entry="input_layernorm")
+    monkeypatch.setitem(architectures.ARCHITECTURES, "llama", names)
+    with pytest.raises(UserError, match="attention and FFN of layer 0 add is not what"):
+        check_roles(plain)
+    assert all("forward" not in vars(module) for module in plain.modules())

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from mod_export.export import export, read_directory
+from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.kv_size import ROLLBACK_TOKENS
 from mod_export.inspection import inspect, render
 from tests.support.mod_files import write_directory
@@ -51,6 +52,36 @@ def test_expected_kv(mod_file):
     # layer 2: kv; layer 3: kv and attn; the other four are complete
     assert first["bytes_mod"] == round(per_layer * (4 * 1000 + kept + 0.5 * kept))
     assert math.isclose(first["share"], first["bytes_mod"] / (6000 * per_layer))
+
+
+def test_expected_kv_of_sliding_layers(tmp_path):
+    """Of a gemma3 every sixth layer is a full one."""
+    tiny = Tiny(n_layer=6, n_embd=64, n_head=4, n_head_kv=2, n_ff=64, arch="gemma3")
+    plain = tiny.route([3], "attn").route([5], "kv").write(tmp_path / "plain.gguf")
+    path = tmp_path / "mod.gguf"
+    with path.open("wb") as file:
+        window = ("gemma3.attention.sliding_window", "u32", 100)
+        rewrite(GGUFFile.open(plain), file, added_keys=[window])
+    report = inspect(path)
+    kv, per_layer = report["mod"]["kv"], 2 * 2 * 16 * 2
+    assert kv["windows"] == [100] * 5 + [0] and kv["note"] is None
+    *_, last = kv["expected"]
+    assert last["bytes_dense"] == per_layer * (5 * 768 + 16000)
+    kept = 8 + ROLLBACK_TOKENS
+    of_full = kept + 0.5 * (16000 - kept)
+    assert last["bytes_mod"] == round(per_layer * ((4 + 0.5) * (100 + ROLLBACK_TOKENS) + of_full))
+    assert "5 of 6 layers keep a window of 100 tokens" in render(report)
+
+
+def test_a_window_that_is_larger_than_the_context(tmp_path, mod_dir, caplog):
+    """2 first tokens, a window of 8 and a margin of 64."""
+    for n_ctx, told in ((74, True), (75, False)):
+        tiny = Tiny(n_layer=6, n_embd=64, n_head=4, n_head_kv=2, n_ff=64, n_ctx=n_ctx)
+        path = tmp_path / f"mod-{n_ctx}.gguf"
+        caplog.clear()
+        export(mod_dir, path, base=tiny.write(tmp_path / f"{n_ctx}.gguf"))
+        note = f"free nothing within the model's context of {n_ctx} tokens, because they keep 74"
+        assert (note in caplog.text, note in render(inspect(path))) == (told, told)
 
 
 def test_inspect_a_dense_file(base):

@@ -59,4 +59,6 @@ def test_visible_share_counts_what_a_next_token_sees(make):
     """Cells: 10; the first token and the two that a window of 3 leaves to the next token; 1; 10."""
     active = [[True, True, True]] + [[False, False, False]] * 9
     units = [Unit(1, "kv"), Unit(2, "attn"), Unit(3, "ffn")]
-    assert visible_share(units, 3, make(active), n_layer=4) == (10 + 3 + 1 + 10) / 40
+    assert visible_share(units, 3, make(active), [0] * 4) == (10 + 3 + 1 + 10) / 40
+    # a window of 5 leaves four tokens to the next one
+    assert visible_share(units, 3, make(active), [5, 0, 5, 5]) == (4 + 3 + 0 + 4) / 22

@@ -33,11 +33,12 @@ bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i, int
 llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
     const auto & cells = c.kv->get_cells(0);
 
-    // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing
+    // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing.
+    // where all are dropped they leave in their order
     std::array<std::vector<uint32_t>, 3> parts;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const bool drop = c.all || (!dropped.empty() && dropped[i]);
-        parts[!drop ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
+        parts[!drop || !c.routed ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
     }
 
     llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
@@ -71,8 +72,8 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
 
     c.head = head;
     c.passing.clear();
-    for (size_t k = 0; k < parts[2].size() && c.routed; ++k) {
-        c.passing.push_back(idxs[parts[2][k]]);
+    for (const uint32_t i : parts[2]) {
+        c.passing.push_back(idxs[i]);
     }
     for (const uint32_t idx : idxs) {
         c.dropped[idx] = c.all;

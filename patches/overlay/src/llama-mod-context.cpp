@@ -236,7 +236,7 @@ static const ggml_tensor * mod_base(const ggml_tensor * t) {
     return t->view_src ? t->view_src : t;
 }
 
-void llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & params) const {
+size_t llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & params) const {
     const auto & hparams = lctx.model.hparams;
 
     params.mod = &seg;
@@ -255,6 +255,7 @@ void llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & 
     auto known = llm_mod_graph_attn_inputs(seg);
 
     bool has_h = seg.first;
+    std::set<const ggml_tensor *> leafs;
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         const auto * node = ggml_graph_node(gf, i);
         for (int j = -1; j < GGML_MAX_SRC; ++j) {
@@ -262,12 +263,14 @@ void llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & 
             if (!src || src == node || known.count(src) > 0) {
                 continue;
             }
+            leafs.insert(src);
+
             const std::string name = src->name;
             has_h = has_h || mod_base(src) == seg.h;
 
             const bool ok = src->op == GGML_OP_NONE && (mod_base(src)->buffer || hparams.no_alloc ||
                 name == "inp_pos" || name == "inp_attn_scale" || name == "out_ids" || name.compare(0, 4, "mod_") == 0 ||
-                (reads_tokens && (name == "inp_tokens" || name == "inp_embd")));
+                (reads_tokens && (src->flags & GGML_TENSOR_FLAG_INPUT)));
             if (!ok) {
                 throw std::runtime_error(format("what layer %d computes depends on more than the residual stream ('%s')", seg.t0/2, src->name));
             }
@@ -277,6 +280,12 @@ void llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & 
     if (!has_h) {
         throw std::runtime_error(format("what layer %d computes does not depend on the residual stream", seg.t0/2));
     }
+
+    size_t n_tensors = leafs.size();
+    for (auto * t = ggml_get_first_tensor(params.res->get_ctx()); t; t = ggml_get_next_tensor(params.res->get_ctx(), t)) {
+        n_tensors++;
+    }
+    return n_tensors;
 }
 
 void llama_mod_context::check_segments() {
@@ -311,10 +320,7 @@ void llama_mod_context::check_segments() {
                     s.gather = true;
                     s.gate.resize(model.scale_output ? 2 : 0);
                 }
-                check_segment(s, params);
-                for (auto * t = ggml_get_first_tensor(res->get_ctx()); t; t = ggml_get_next_tensor(res->get_ctx(), t)) {
-                    p.n_tensors++;
-                }
+                p.n_tensors = check_segment(s, params);
             }
         }
 

@@ -122,7 +122,7 @@ private:
     // a segment, its graphs for small batches by (number of rows, are they gathered)
     struct piece {
         llm_mod_segment seg;
-        size_t          n_tensors = 0; // that building a graph makes, of the segment or not
+        size_t          n_tensors = 0; // that a graph reads, or that building it makes
         std::map<std::pair<uint32_t, bool>, std::unique_ptr<variant>> variants;
     };
 
@@ -172,8 +172,8 @@ private:
 
     // Builds the graph of each segment once. throws std::runtime_error where one would read more than weights, the cache,
     // positions and h, or where the architecture cannot be cut at its bounds
-    void check_segments();
-    void check_segment (llm_mod_segment & seg, llm_graph_params & params) const;
+    void   check_segments();
+    size_t check_segment (llm_mod_segment & seg, llm_graph_params & params) const; // returns the number of its tensors
 
     void set_decider();
 

@@ -293,7 +293,7 @@ bool llm_mod_graph::name(ggml_tensor * cur, const char * name, int il) {
             in_place(cur, 2*il + 1);
         }
     }
-    return is_live() || il < 0;
+    return is_live() || il < 0 || cur == last;
 }
 
 ggml_tensor * llm_mod_graph::leave_layer(ggml_tensor * cur, int il) {
@@ -353,6 +353,7 @@ ggml_tensor * llm_mod_graph::cut(ggml_tensor * cur, int32_t t) {
     } else if (!seg->last) {
         build_end(cur);
         g.gf = seg->scratch;
+        last = cur;
     }
 
     next_cut(t + 1);

@@ -181,6 +181,8 @@ private:
     bool   is_reading = false; // and its first layer, or what follows the loop, has not read the stream yet
     size_t n_before   = 0;     // bytes of tensors made before the loop
 
+    const ggml_tensor * last = nullptr; // what a segment ends with
+
     int32_t t_next = 0; // the next position where something is to be done
     void next_cut(int32_t t); // from t on
 

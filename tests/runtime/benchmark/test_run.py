@@ -173,7 +173,7 @@ def test_gpu(files, monkeypatch):
     )
     assert grouping.available_memory(on_gpu=True) == 1350
     dense = GGUFFile.open(files[1])
-    more = grouping.process_bytes(dense, 0, 1, on_gpu=True) - grouping.GPU_PROCESS_BYTES
+    more = grouping.process_bytes(dense, 0, on_gpu=True) - grouping.GPU_PROCESS_BYTES
     assert more == sum(t.nbytes for t in dense.tensors.values())
 
 

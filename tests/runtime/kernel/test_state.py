@@ -11,6 +11,7 @@ from mod_export.runtime.log import kept_log
 from tests.support.c_api import F16, Raw, aborting
 from tests.support.oracle import (
     CASES,
+    SLIDING,
     TOKENS,
     N,
     cells,
@@ -23,14 +24,25 @@ from tests.support.oracle import (
 )
 
 CACHED = [case for case in CASES if case != "ffn"]  # ffn units have no influence on KV
+FREEING = CACHED + list(SLIDING)  # with windows of layers, whose cells are freed in any case
+
+
+def write(case, tmp_path_factory):
+    tiny = make(case)
+    path = tiny.write(tmp_path_factory.mktemp("routed") / "mod.gguf")
+    return tiny, path, tiny.forward(TOKENS[0])
+
+
+@pytest.fixture(scope="module", params=FREEING)
+def routed(request, tmp_path_factory):
+    """(the model, its file, the oracle's results for TOKENS[0])"""
+    return write(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=CACHED)
-def routed(request, tmp_path_factory):
-    """(the model, its file, the oracle's results for TOKENS[0])"""
-    tiny = make(request.param)
-    path = tiny.write(tmp_path_factory.mktemp("routed") / "mod.gguf")
-    return tiny, path, tiny.forward(TOKENS[0])
+def forgetful(request, tmp_path_factory):
+    """The same without sliding layers: only inactive units make it free cells."""
+    return write(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +230,8 @@ def test_moving_a_sequence_changes_nothing_but_positions(routed):
     close(logits, expected.logits[100:], 1e-3)
 
 
-def test_context_shift_equals_dense_when_all_is_active(routed, tmp_path):
-    tiny, path, _ = routed
+def test_context_shift_equals_dense_when_all_is_active(forgetful, tmp_path):
+    tiny, path, _ = forgetful
     with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(path) as r:
         r.set(force="active")
         results = []
@@ -259,11 +271,13 @@ def _stored_between(tiny, active, layer, a, b) -> int:
     for i, (at, kind) in enumerate(tiny.units):
         if at == layer and kind != "ffn":
             keep &= active[:100, i] | ((kind == "kv") & (100 - np.arange(100) < tiny.kv_window))
+    if layer in tiny.sliding:
+        keep &= 100 - np.arange(100) < tiny.n_swa
     return int(keep[a:b].sum())
 
 
-def test_dividing_positions_equals_dense_when_all_is_active(routed, tmp_path):
-    tiny, path, _ = routed
+def test_dividing_positions_equals_dense_when_all_is_active(forgetful, tmp_path):
+    tiny, path, _ = forgetful
     with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(path) as r:
         r.set(force="active")
         results = []

@@ -43,7 +43,7 @@ def test_loss_by_hand(skip):
             )
             active.append(trace.active[0])
     mod = model.config
-    shares = [visible_share(mod.routed(), mod.kv_window, a, model.n_layer) for a in active]
+    shares = [visible_share(mod.routed(), mod.kv_window, a, [0] * model.n_layer) for a in active]
     share = sum(shares) / 2
     expected = [*(sums / n).tolist(), torch.cat(active).float().mean().item(), share]
     whole = TorchReader(model, whole=True)

@@ -1,0 +1,74 @@
+"""Whether the modules of a decoder layer do what the table of architectures says.
+
+A model type that the table does not name is taken to have Llama's layers. This check runs such a
+model on a few tokens and adds up what its layers do, so that a conversion refuses a model whose
+layers are otherwise built.
+
+    check_roles(base)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mod_export.errors import UserError
+from mod_export.model import architectures
+from mod_export.model.mod_model import MoDModel
+from mod_export.model.routing import DecisionStrategy
+from mod_export.units import ATTN, FFN, Unit
+
+N_TOKENS = 8
+TOLERANCE = 1e-3  # of the largest value
+
+
+@torch.no_grad()
+def check_roles(base: nn.Module) -> None:
+    """Raise UserError unless attention and FFN of each layer add up to what the layer does.
+
+    The FFN has to read what the attention leaves, or the layer's input, and the output has to be
+    the input and what both add. Layers that end with more than an FFN are held to the first rule.
+    """
+    parts = architectures.decoder_layers(base)
+    seen: dict[Unit, tuple[torch.Tensor, torch.Tensor]] = {}
+    outputs: list[torch.Tensor] = []
+
+    def keep_output(_module, _args, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [part.layer.register_forward_hook(keep_output) for part in parts]
+    model = MoDModel.from_base(base, None)
+    ids = torch.arange(N_TOKENS, device=base.device)[None]
+    on = torch.ones_like(ids, dtype=torch.bool)
+    try:
+        model(
+            ids,
+            decisions={Unit(i, kind): on for i in range(len(parts)) for kind in (ATTN, FFN)},
+            strategy=DecisionStrategy(lambda unit, h, delta: seen.update({unit: (h, delta)})),
+        )
+    finally:
+        model.detach()
+        for hook in hooks:
+            hook.remove()
+    for layer, (part, out) in enumerate(zip(parts, outputs, strict=True)):
+        if not _adds_up(part, out, seen.get(Unit(layer, ATTN)), seen.get(Unit(layer, FFN))):
+            raise UserError(
+                f"unsupported architecture {base.config.model_type}: what attention and FFN of "
+                f"layer {layer} add is not what the layer does",
+                "use a model with Llama's kind of layers, or see "
+                "docs/how-to/add-an-architecture.md",
+            )
+
+
+def _adds_up(part: architectures.LayerParts, out: torch.Tensor, attn, ffn) -> bool:
+    """Return whether (input, delta) of attention and FFN, each [1, T, n_embd], give the output."""
+    if attn is None or ffn is None:  # a module ran where nobody expects it
+        return False
+    (h, by_attn), (h_ffn, by_ffn) = attn, ffn
+    reads = h if part.ffn_entry is None else h + by_attn
+    return _equal(h_ffn, reads) and (FFN in part.refused or _equal(out, h + by_attn + by_ffn))
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())

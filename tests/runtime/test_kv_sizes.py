@@ -1,0 +1,60 @@
+"""Sizes of K and V that our table gives, against those of llama.cpp itself."""
+
+import pytest
+
+from mod_export.benchmark.memory_worker import ContextProbe
+from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.kv_size import kv_layers
+from mod_export.formats.sliding_windows import SLIDING
+from mod_export.llamacpp import source
+from mod_export.runtime.llama import MoDLlama
+from tests.support.architectures import models
+
+NAMES = [*SLIDING, "gemma4-e", "llama", "phi3"]
+N_CTX, UBATCH = 2048, 64
+ROUNDED = 2 * 0.005 * 2**20  # the log has two numbers of MiB, each with two digits
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    if not source.is_unpacked(stock=True):
+        pytest.skip("needs the source of llama.cpp")
+    written = models.write(tmp_path_factory.mktemp("architectures"), NAMES)
+    return {model.name: model for model in written}
+
+
+def test_windows_and_shared_layers_are_those_of_llama_cpp(files):
+    assert len(files) > 25
+    for model in files.values():
+        layers = kv_layers(GGUFFile.open(model.path))[: model.n_layer]
+        without = {i for i, layer in enumerate(layers) if not layer.bytes_per_token}
+        assert without == {*model.without_kv, *model.recurrent}, model.name
+        windows = {i: layer.window for i, layer in enumerate(layers) if layer.window}
+        windows = {i: window for i, window in windows.items() if i not in model.recurrent}
+        assert windows == dict.fromkeys(model.sliding, model.n_swa), model.name
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss", "step35"])
+def test_a_dense_context_is_as_large(files, name):
+    path = files[name].path
+    layers = kv_layers(GGUFFile.open(path))
+    expected = sum(layer.dense_bytes(N_CTX, UBATCH) for layer in layers)
+    assert expected < 0.7 * N_CTX * sum(layer.bytes_per_token for layer in layers)
+    told = ContextProbe(str(path)).context(N_CTX, UBATCH, 1)["kv"]
+    assert told == pytest.approx(expected, abs=ROUNDED)
+
+
+def test_a_dense_model_tells_what_it_holds(files):
+    """Of two layers in each three a window; llama_cpp's own default keeps everything."""
+    n_swa, path = files["gemma4"].n_swa, files["gemma4"].path
+    with_all = MoDLlama(path, n_ctx=N_CTX, n_ubatch=UBATCH)
+    per_token = [layer.bytes_per_token for layer in kv_layers(GGUFFile.open(path))]
+    assert with_all.kv().committed == N_CTX * sum(per_token)
+    llm = MoDLlama(path, n_ctx=N_CTX, n_ubatch=UBATCH, swa_full=False)
+    llm.eval([1 + i % 100 for i in range(600)])
+    kept = -(-(n_swa + UBATCH) // 256) * 256
+    assert (llm.kv(0).used, llm.kv(2).used) == (kept * per_token[0], 600 * per_token[2])
+    assert llm.kv(0).used == llm.kv(0).dense < llm.kv(2).used
+    assert llm.kv().used == sum(llm.kv(layer).used for layer in range(8))
+    llm.new_context(n_ctx=N_CTX, type_k=0, type_v=0, swa_full=False)
+    assert llm.kv(2).committed == 2 * N_CTX * per_token[2]
