@@ -21,6 +21,7 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
     { LLM_ARCH_GRANITE_SWITCH,   "its layers read which adapter a token has" },
     { LLM_ARCH_TALKIE,           "its layers read the embeddings of the tokens" },
     { LLM_ARCH_COGVLM,           "its layers have other weights for images" },
+    { LLM_ARCH_CHAMELEON,        "its head hides the tokens of images" },
     { LLM_ARCH_T5,               "it has an encoder" },
     { LLM_ARCH_T5ENCODER,        "it is an encoder" },
     { LLM_ARCH_CLIP,             "it is an encoder" },

@@ -167,6 +167,8 @@ void llama_mod_context::init_scratch() {
 void llama_mod_context::init_plan(std::vector<piece> & plan, bool cut_kv, const std::set<int32_t> & middles) {
     const int32_t n_layer = lctx.model.hparams.n_layer();
 
+    plan.clear();
+
     const auto add = [&](int32_t t0, int32_t t1, int32_t unit) {
         auto seg = whole;
         seg.reserve   = false;
@@ -289,7 +291,8 @@ size_t llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params 
 }
 
 void llama_mod_context::check_segments() {
-    const size_t n_nodes = lctx.graph_max_nodes(lctx.cparams.n_ubatch);
+    const int32_t n_layer = lctx.model.hparams.n_layer();
+    const size_t  n_nodes = lctx.graph_max_nodes(lctx.cparams.n_ubatch);
 
     llama_batch_allocr balloc(lctx.model.hparams.n_pos_per_embd());
     const auto ubatch  = balloc.ubatch_reserve(2, 1);
@@ -308,20 +311,33 @@ void llama_mod_context::check_segments() {
     try {
         check_segment(whole, params);
 
-        init_plan(plan_cut,    true,  whole.middles);
-        init_plan(plan_joined, false, whole.middles);
+        const auto check_plans = [&](const std::set<int32_t> & middles) {
+            init_plan(plan_cut,    true,  middles);
+            init_plan(plan_joined, false, middles);
 
-        for (auto * plan : { &plan_cut, &plan_joined }) {
-            for (auto & p : *plan) {
-                seg = &p.seg;
+            for (auto * plan : { &plan_cut, &plan_joined }) {
+                for (auto & p : *plan) {
+                    seg = &p.seg;
 
-                auto s = p.seg;
-                if (s.unit >= 0) {
-                    s.gather = true;
-                    s.gate.resize(model.scale_output ? 2 : 0);
+                    auto s = p.seg;
+                    if (s.unit >= 0) {
+                        s.gather = true;
+                        s.gate.resize(model.scale_output ? 2 : 0);
+                    }
+                    p.n_tensors = check_segment(s, params);
                 }
-                p.n_tensors = check_segment(s, params);
             }
+        };
+
+        auto middles = whole.middles;
+        try {
+            check_plans(middles);
+        } catch (const std::exception &) {
+            // a block unit of the last layer runs in halves; where its FFN reads the layer's input as well, it cannot
+            if (model.find(n_layer - 1, LLAMA_MOD_KIND_BLOCK) < 0 || middles.erase(n_layer - 1) == 0) {
+                throw;
+            }
+            check_plans(middles);
         }
 
         auto s = whole;
