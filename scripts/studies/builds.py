@@ -1,11 +1,12 @@
 """How fast is one build of the library against another? Both run the same files in turns.
 
-    python -m scripts.studies.builds OLD NEW kv.gguf ffn.gguf -n 4 --context 512
+    python -m scripts.studies.builds OLD NEW kv.gguf ffn.gguf --context 512
 
 OLD and NEW are directories of libraries, as `mod-export build` prints them. Each build has a process
-of its own for each file; the processes read the same prompts and decode the same tokens, one after
-the other, in alternating order. A ratio is the median of the ratios of the rounds, and below 1 the
-new build is faster.
+of its own for each file. The processes read the same prompts and decode the same tokens, one after
+the other, in alternating order. Two processes of the same build differ by up to 5 %, depending on
+where the system puts their memory, so they are started anew several times. The ratio is the median
+of the ratios of all rounds, and below 1 the new build is faster.
 """
 
 from __future__ import annotations
@@ -26,8 +27,20 @@ STEPS = 33  # The first step of a turn is not timed.
 CHUNK = 512
 
 
-def measure(file: Path, libs: dict[str, Path], context: int, rounds: int) -> dict[str, dict]:
-    """What -> build -> milliseconds of each round, of a token."""
+def measure(
+    file: Path, libs: dict[str, Path], context: int, starts: int, rounds: int
+) -> dict[str, dict]:
+    """What -> build -> milliseconds of a token, in each round of each start."""
+    found: dict[str, dict] = {what: {name: [] for name in libs} for what in ("prefill", "decode")}
+    for _ in range(starts):
+        for what, ms in measure_once(file, libs, context, rounds).items():
+            for name, values in ms.items():
+                found[what][name] += values
+    return found
+
+
+def measure_once(file: Path, libs: dict[str, Path], context: int, rounds: int) -> dict[str, dict]:
+    """The same of one start."""
     text = "\n\n".join(default_texts())
     setup = VariantSetup(file=str(file), text=text, context=context, tail=STEPS + 1, chunk=CHUNK)
     workers = {name: Worker(name, asdict(setup), lib) for name, lib in libs.items()}
@@ -57,17 +70,18 @@ def measure(file: Path, libs: dict[str, Path], context: int, rounds: int) -> dic
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@click.option("-n", "--rounds", default=8, show_default=True, help="Turns of each build.")
+@click.option("--starts", default=8, show_default=True, help="Starts of the processes.")
+@click.option("--rounds", default=3, show_default=True, help="Turns of each build in a start.")
 @click.option("--context", default=512, show_default=True, help="Tokens of the prompt.")
-def main(old, new, files, rounds, context):
+def main(old, new, files, starts, rounds, context):
     """Print a table: milliseconds of a token with both builds, and their ratio."""
     rows = []
     for file in files:
-        for what, ms in measure(file, {"old": old, "new": new}, context, rounds).items():
+        for what, ms in measure(file, {"old": old, "new": new}, context, starts, rounds).items():
             ratio = statistics.median(b / a for a, b in zip(ms["old"], ms["new"], strict=True))
             middle = {name: statistics.median(values) for name, values in ms.items()}
             rows.append([file.name, what, middle["old"], middle["new"], f"{ratio:.3f}"])
-    print(f"{cpu_name()}, context {context}, medians of {rounds} rounds")
+    print(f"{cpu_name()}, context {context}, medians of {starts} starts with {rounds} rounds each")
     print(format_table(["file", "", "old ms", "new ms", "new / old"], rows, markdown=True))
 
 
