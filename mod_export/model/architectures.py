@@ -58,11 +58,14 @@ ARCHITECTURES = {
     **dict.fromkeys(
         ("gemma2", "gemma3_text"), Names(ffn_entry="pre_feedforward_layernorm", **_OUTPUT_NORMS)
     ),
-    "gemma4_text": Names(
-        ffn_entry="pre_feedforward_layernorm",
-        # llama.cpp's graph ends the FFN where the layer ends.
-        refused={FFN: "per-layer embeddings and the layer's scale come after the FFN"},
-        **_OUTPUT_NORMS,
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        Names(
+            ffn_entry="pre_feedforward_layernorm",
+            # llama.cpp's graph ends the FFN where the layer ends.
+            refused={FFN: "per-layer embeddings and the layer's scale come after the FFN"},
+            **_OUTPUT_NORMS,
+        ),
     ),
     "vaultgemma": Names(ffn_entry="pre_feedforward_layernorm"),
     **dict.fromkeys(
@@ -92,6 +95,7 @@ ARCHITECTURES = {
         norm_eps=1e-5,
     ),
     **dict.fromkeys(("granite", "granite_swa"), Names(**_MULTIPLIER)),
+    "minicpm3": Names(residual_scale="residual_scale"),
     "granitemoe": Names(**_EXPERTS, **_MULTIPLIER),
     **dict.fromkeys(
         ("granitemoeshared", "granitemoe_swa"),

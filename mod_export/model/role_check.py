@@ -27,7 +27,7 @@ def check_roles(base: nn.Module) -> None:
     """Raise UserError unless attention and FFN of each layer add up to what the layer does.
 
     The FFN has to read what the attention leaves, or the layer's input, and the output has to be
-    the input and what both add. Layers that end with more than an FFN are held to the first rule.
+    the input and what both add. Nothing is checked where a layer cannot have units of both.
     """
     parts = architectures.decoder_layers(base)
     seen: dict[Unit, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -39,11 +39,16 @@ def check_roles(base: nn.Module) -> None:
     hooks = [part.layer.register_forward_hook(keep_output) for part in parts]
     model = MoDModel.from_base(base, None)
     ids = torch.arange(N_TOKENS, device=base.device)[None]
-    on = torch.ones_like(ids, dtype=torch.bool)
+    units = [
+        Unit(layer, kind)
+        for layer, part in enumerate(parts)
+        for kind in (ATTN, FFN)
+        if kind not in part.refused
+    ]
     try:
         model(
             ids,
-            decisions={Unit(i, kind): on for i in range(len(parts)) for kind in (ATTN, FFN)},
+            decisions=dict.fromkeys(units, torch.ones_like(ids, dtype=torch.bool)),
             strategy=DecisionStrategy(lambda unit, h, delta: seen.update({unit: (h, delta)})),
         )
     finally:
@@ -62,11 +67,13 @@ def check_roles(base: nn.Module) -> None:
 
 def _adds_up(part: architectures.LayerParts, out: torch.Tensor, attn, ffn) -> bool:
     """Return whether (input, delta) of attention and FFN, each [1, T, n_embd], give the output."""
+    if ATTN in part.refused or FFN in part.refused:
+        return True  # the layer does more than the two, and a row of the table says so
     if attn is None or ffn is None:  # a module ran where nobody expects it
         return False
     (h, by_attn), (h_ffn, by_ffn) = attn, ffn
     reads = h if part.ffn_entry is None else h + by_attn
-    return _equal(h_ffn, reads) and (FFN in part.refused or _equal(out, h + by_attn + by_ffn))
+    return _equal(h_ffn, reads) and _equal(out, h + by_attn + by_ffn)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
