@@ -68,7 +68,8 @@ class MoDModel(nn.Module):
         architectures.check_units(base, config.routed())
         eps = architectures.norm_eps(base)
         if base.config._attn_implementation not in ("sdpa", "eager"):
-            base.set_attn_implementation("sdpa")  # other implementations take no mask for a layer
+            # Other implementations take no mask for a layer.
+            base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
         self.base, self.tokenizer, self.config = base, tokenizer, config
         self.routers = nn.ModuleDict()
         for unit in config.routed():
