@@ -52,6 +52,7 @@ SCALAR_FORMATS = {
     11: "q",
     12: "d",
 }
+SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)  # of one of several files
 LENGTH = struct.Struct("<Q")  # of a string
 COPY_BYTES = 16 << 20  # copied at once
 SAMPLE_BYTES = 256  # of each tensor, for a digest
@@ -217,6 +218,23 @@ class GGUFFile:
             start = max(0, tensor.nbytes - SAMPLE_BYTES) // 2
             digest.update(tensor.data[start : start + SAMPLE_BYTES])
         return digest.hexdigest()[:32]
+
+    def check_parts(self) -> None:
+        """Raise UserError where another of the files of a split model is missing.
+
+        llama.cpp finds them beside the first one, by their names (llama_split_path in llama.cpp).
+        """
+        count, name = self.get("split.count", 0), SPLIT_NAME.search(self.path.name)
+        if not isinstance(count, int) or count < 2 or name is None:
+            return
+        start = self.path.name[: name.start()]
+        for number in range(1, count + 1):
+            part = self.path.with_name(f"{start}-{number:05}-of-{count:05}.gguf")
+            if not part.is_file():
+                raise UserError(
+                    f"{self.path} is one of {count} files of a model, and {part.name} is missing",
+                    "get it into the same directory",
+                )
 
     def refuse_split(self) -> None:
         """Raise UserError for one of several files of a model: only whole models can be changed."""

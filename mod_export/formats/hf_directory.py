@@ -29,6 +29,8 @@ VOCABULARY = "tokenizer.gguf"  # of a model that came from a GGUF file: its keys
 OF_ITSELF = tuple(f"general.{name}" for name in "name basename finetune version size_label".split())
 CONVERT = "make one with `mod-export convert`"
 CONVERT_AGAIN = "convert the model again"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+GET_MISSING = "get the files that are missing"
 
 
 def is_mod(path: str | Path) -> bool:
@@ -147,8 +149,25 @@ def stored_type(directory: Path) -> str:
     return "f32"
 
 
+def check_weights(directory: Path) -> None:
+    """Raise UserError where a file is missing that the index of the weights names."""
+    index = directory / WEIGHTS_INDEX
+    if not index.is_file():
+        return
+    weight_map = read_json(index, GET_MISSING).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    # A link of the hub's cache may lead nowhere.
+    missing = sorted(str(name) for name in names if not (directory / str(name)).is_file())
+    if missing:
+        raise UserError(
+            f"{directory} lacks {len(missing)} of its {len(names)} files of weights: {missing[0]}",
+            GET_MISSING,
+        )
+
+
 def tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, of which it must have one."""
+    """The safetensors files of a directory, of which it must have one, and none may be missing."""
+    check_weights(directory)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory} has no safetensors file", CONVERT_AGAIN)

@@ -27,6 +27,7 @@ from typing import Any
 
 from mod_export.common.progress import stage
 from mod_export.errors import UserError
+from mod_export.formats.gguf import SPLIT_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ PICKLED_WEIGHTS = ("*.bin",)
 LEFT_OUT = ("consolidated*", "*.fp16.*", "training_args.bin")
 GGUF_PARTS_OF_MODELS = ("mmproj", "mtp-", "imatrix")
 DEFAULT_QUANT = "Q4_K_M"  # llama.cpp takes it too where a name has no quantisation
-SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 GLOB_CHARACTERS = frozenset("*?[")
 SHOWN_FILES = 8
 GIVE_PATH = "or give the path of a directory or file"
@@ -221,7 +221,7 @@ def _gguf_files(name: HubName, names: list[str]) -> list[str]:
             f"{name.repo} has {what} {wanted}: {_shown(found or models)}",
             f"name one of them, as in {name.repo}:{(found or models)[0]}",
         )
-    first = SPLIT.search(found[0])
+    first = SPLIT_NAME.search(found[0])
     if first is None:
         return found
     start = found[0][: first.start()]
@@ -237,13 +237,15 @@ def _gguf_models(names: list[str]) -> list[str]:
         if not any(part in Path(file).name.lower() for part in GGUF_PARTS_OF_MODELS)
     ]
     return [
-        file for file in models if (part := SPLIT.search(file)) is None or int(part[1]) in (0, 1)
+        file
+        for file in models
+        if (part := SPLIT_NAME.search(file)) is None or int(part[1]) in (0, 1)
     ]
 
 
 def _quant(file: str) -> str:
     """The quantisation in the name of a GGUF file, such as Q4_K_M; '' where it has none."""
-    stem = SPLIT.sub(".gguf", file)
+    stem = SPLIT_NAME.sub(".gguf", file)
     found = re.search(r"[-.]((?:UD-)?[A-Za-z0-9_]+)\.gguf$", stem, re.IGNORECASE)
     return found[1] if found else ""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from mod_export.errors import UserError
-from mod_export.formats import hub, schema
+from mod_export.formats import hf_directory, hub, schema
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.model_checks import check_model
 from mod_export.model import gguf_tokenizer, text_model
@@ -29,6 +29,8 @@ from mod_export.model import gguf_tokenizer, text_model
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2"
+# Files that a tokenizer of transformers can be made of
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 PROBE_TEXT = "Two words"  # some faults of a tokenizer show only where it reads a text
 
 
@@ -275,7 +277,23 @@ def _check_directory(directory: Path) -> list[str]:
             f"{directory} is not a causal language model ({names[0]})",
             "give one that generates text",
         )
+    _check_type(directory, config.get("model_type"))
+    hf_directory.check_weights(directory)
+    if not any(path.match(pattern) for path in directory.iterdir() for pattern in TOKENIZER_FILES):
+        raise UserError(f"{directory} has no tokenizer", "get its files, such as tokenizer.json")
     return names
+
+
+def _check_type(directory: Path, model_type: object) -> None:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{directory} is of the model type {model_type!r}, which transformers "
+            f"{transformers.__version__} does not know",
+            "update transformers, or convert a GGUF file of the model",
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -141,7 +141,9 @@ def check_file(path: str | os.PathLike) -> None:
         raise UserError(
             f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory"
         )
-    check_model(GGUFFile.open(path))
+    found = GGUFFile.open(path)
+    check_model(found)
+    found.check_parts()
 
 
 def check_context(path: str | os.PathLike, n_ctx: int) -> None:

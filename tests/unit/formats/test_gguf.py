@@ -132,3 +132,13 @@ def test_one_of_several_pieces_is_refused(plain, tmp_path):
     with pytest.raises(UserError, match="is one of several pieces of a model; merge them"):
         GGUFFile.open(path).refuse_split()
     GGUFFile.open(plain).refuse_split()
+
+
+def test_a_piece_that_is_missing_is_named(plain, tmp_path):
+    path = tmp_path / "m-00001-of-00002.gguf"
+    rewritten(plain, path, added_keys=[("split.count", "u16", 2)])
+    with pytest.raises(UserError, match="one of 2 files of a model, and m-00002-of-00002.gguf is"):
+        GGUFFile.open(path).check_parts()
+    (tmp_path / "m-00002-of-00002.gguf").touch()
+    GGUFFile.open(path).check_parts()
+    GGUFFile.open(plain).check_parts()

@@ -1,5 +1,7 @@
 """Loading models and finding their layers, on several architectures."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -117,7 +119,18 @@ def test_bad_models_are_named(tmp_path):
     BertModel(
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     ).save_pretrained(tmp_path / "bert")
+    small = tiny.base(n_layer=2)
+    small.save_pretrained(tmp_path / "bare")
+    small.save_pretrained(tmp_path / "part", max_shard_size="100KB")
+    shards = sorted((tmp_path / "part").glob("model-*.safetensors"))
+    shards[1].unlink()
+    config = json.loads((tmp_path / "bare/config.json").read_text())
+    (tmp_path / "zebra").mkdir()
+    (tmp_path / "zebra/config.json").write_text(json.dumps(config | {"model_type": "zebra"}))
     cases = {
+        "bare": "bare has no tokenizer; get its files",
+        "part": f"part lacks 1 of its {len(shards)} files of weights: {shards[1].name}; get",
+        "zebra": "zebra is of the model type 'zebra', which transformers .* does not know; update",
         "nowhere": "no such model",
         "empty": "config.json",
         "text.gguf": "not a GGUF",
