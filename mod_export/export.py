@@ -24,7 +24,15 @@ from mod_export.common.files import atomic_file
 from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import adapter_files, base_identity, hf_directory, kv_size, metadata, schema
+from mod_export.formats import (
+    adapter_files,
+    architectures,
+    base_identity,
+    hf_directory,
+    kv_size,
+    metadata,
+    schema,
+)
 from mod_export.formats.ggml_types import EXPORT_FORMATS, FLOAT_NAMES
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
@@ -57,7 +65,8 @@ def export(
     dense: leave the routers out
 
     Raises UserError for an output that exists (unless `force`), for a directory that is no MoD
-    model or breaks the schema, for a base that does not fit, and where the converter or the
+    model or breaks the schema, for a base that does not fit, for an architecture that cannot have
+    such routers, and where the converter or the
     quantiser fails.
     """
     if quant is not None and quant not in EXPORT_FORMATS:
@@ -72,6 +81,8 @@ def export(
             "use --method threshold to train",
         )
     weights = None if base is None else GGUFFile.open(base)
+    if not dense and (architecture := _architecture(directory, weights)):
+        architectures.check(architecture, config.units)
     if weights is not None:
         schema.check_base(weights, config, routers)
         if adapter is None:
@@ -89,6 +100,8 @@ def export(
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder,
     ):
         plain = _base_weights(directory, base, quant, Path(folder), about)
+        if not dense:
+            architectures.check(GGUFFile.open(plain).architecture, config.units)
         with stage(f"writing {output}"):
             if not dense:
                 write_routers(plain, target, config, routers, about)
@@ -99,6 +112,15 @@ def export(
             else:
                 plain.replace(target)
     return Path(output)
+
+
+def _architecture(directory: Path, base: GGUFFile | None) -> str | None:
+    """What the GGUF will name as its architecture; None where only the converter knows."""
+    if base is not None:
+        return base.architecture
+    config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
+    classes = config.get("architectures") or [""]
+    return architectures.of_class(classes[0])
 
 
 def write_routers(

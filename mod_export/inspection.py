@@ -15,7 +15,7 @@ from pathlib import Path
 from mod_export.common.tables import format_table
 from mod_export.common.text import megabytes
 from mod_export.config import MoDConfig
-from mod_export.formats import ggml_types, kv_size, schema
+from mod_export.formats import architectures, ggml_types, kv_size, schema
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.model_checks import check_model
 
@@ -28,7 +28,7 @@ def inspect(path: str | Path) -> dict:
     file.refuse_split()
     check_model(file)
     config, _ = schema.read_routers(file)
-    return {
+    report = {
         "file": str(path),
         "architecture": file.architecture,
         "n_layer": file.model_number("block_count"),
@@ -37,6 +37,10 @@ def inspect(path: str | Path) -> dict:
         "tensor_types": _tensor_types(file),
         "mod": _mod_report(file, config) if config else None,
     }
+    if not config:
+        report["possible_units"] = list(architectures.kinds(file.architecture))
+        report["not_all_units"] = architectures.reason(file.architecture)
+    return report
 
 
 def _tensor_types(file: GGUFFile) -> dict[str, int]:
@@ -91,8 +95,16 @@ def render(report: dict) -> str:
         f"n_embd {report['n_embd']}, {report['bytes'] / 1e6:.1f} MB (tensors: {types})"
     )
     if report["mod"] is None:
-        return f"{head}\nno routed units: an ordinary dense model"
+        return f"{head}\nno routed units: an ordinary dense model\n{_possible(report)}"
     return "\n".join([head, *_render_mod(report["mod"])])
+
+
+def _possible(report: dict) -> str:
+    """Which units the architecture can have, as a line."""
+    kinds, reason = report["possible_units"], report["not_all_units"]
+    if not kinds:
+        return f"it cannot have routers: {reason}"
+    return f"it can have units of kind {', '.join(kinds)}" + (f"; {reason}" if reason else "")
 
 
 def _render_mod(mod: dict) -> list[str]:

@@ -1,7 +1,7 @@
 """Which architectures of llama.cpp can have routers, of which kinds, and why others cannot.
 
     kinds("qwen3")            # ("block", "attn", "ffn", "kv")
-    reason("mpt")             # "attention biases by distance (ALiBi)..."; None where it has all kinds
+    reason("mpt")             # "attention biases by distance (ALiBi)"; None: it has all kinds
     check("mpt", {"kv"})      # raises UserError
     of_class("Qwen3ForCausalLM")   # "qwen3"
 
@@ -16,6 +16,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mod_export.errors import UserError
 from mod_export.units import UNIT_KINDS
@@ -31,29 +32,29 @@ class Architecture:
 
     kinds: kinds of units that run
     reason: why the other kinds do not, None where all do
-    sliding: whether its models have layers with a sliding window
+    note: where some of its models lack kinds that others have, why
+    sliding: whether its models can have layers with a sliding window
     classes: classes of transformers whose models llama.cpp's converter turns into it
+    examples: repositories of models
     """
 
     kinds: tuple[str, ...]
     reason: str | None = None
+    note: str | None = None
     sliding: bool = False
     classes: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
 
 @functools.cache
 def table() -> dict[str, Architecture]:
     """All rows by the name of the architecture."""
-    rows = json.loads(TABLE.read_text(encoding="utf-8"))
-    return {
-        name: Architecture(
-            tuple(kind for kind in UNIT_KINDS if kind in row["kinds"]),
-            row.get("reason"),
-            row.get("sliding", False),
-            tuple(row.get("classes", ())),
-        )
-        for name, row in rows.items()
-    }
+    rows = json.loads(TABLE.read_text(encoding="utf-8"), object_hook=_tuples)
+    return {name: Architecture(**row) for name, row in rows.items()}
+
+
+def _tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
 def kinds(architecture: str) -> tuple[str, ...]:

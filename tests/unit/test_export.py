@@ -1,5 +1,6 @@
 """Export onto a file that is there, and bad input: all that needs no llama.cpp."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,30 @@ def test_directories_that_are_no_mod_model(run_cli, mod_dir, tmp_path):
     assert "kv_window" in export_refused(run_cli, tmp_path, copy, "-o", "out.gguf")
     (copy / "config.json").write_text("{")
     assert "no JSON" in export_refused(run_cli, tmp_path, copy, "-o", "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("mpt", "'mpt' cannot have routers: .*ALiBi"),
+        ("phi2", "'phi2' cannot have units of kind attn, ffn: .*; use kv or block units"),
+        ("nonesuch", "'nonesuch' cannot have routers: .*does not know it"),
+    ],
+)
+def test_architecture_that_cannot_have_the_routers(run_cli, mod_dir, tmp_path, architecture, said):
+    tiny = Tiny(n_layer=6, n_embd=64, n_head=2, n_ff=64, arch=architecture)
+    base = tiny.write(tmp_path / "base.gguf")
+    assert re.search(
+        said, export_refused(run_cli, tmp_path, mod_dir, "-o", "out.gguf", "--base", base)
+    )
+    export(mod_dir, tmp_path / "dense.gguf", base=base, dense=True)
+
+
+def test_architecture_of_a_directory(run_cli, mod_dir, tmp_path):
+    """It is refused before the weights are converted."""
+    directory = edited(
+        mod_dir, tmp_path / "bloom", lambda data: data.update(architectures=["BloomForCausalLM"])
+    )
+    assert "'bloom' cannot have routers" in export_refused(
+        run_cli, tmp_path, directory, "-o", "out.gguf"
+    )

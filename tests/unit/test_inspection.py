@@ -87,6 +87,14 @@ def test_a_window_that_is_larger_than_the_context(tmp_path, mod_dir, caplog):
 def test_inspect_a_dense_file(base):
     report = inspect(base)
     assert report["mod"] is None and "dense" in render(report)
+    assert "it can have units of kind " in render(report)
+
+
+def test_inspect_a_file_whose_architecture_is_refused(tmp_path):
+    tiny = Tiny(n_layer=2, n_embd=64, n_head=2, n_ff=64, arch="bloom")
+    report = inspect(tiny.write(tmp_path / "bloom.gguf"))
+    assert report["possible_units"] == []
+    assert "it cannot have routers: " in render(report)
 
 
 def test_inspect_json(run_cli, mod_file):

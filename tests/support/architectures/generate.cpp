@@ -1,9 +1,10 @@
 // Writes a tiny random GGUF file of each architecture: upstream's test of architectures makes the
 // models, this file writes them all, with the few keys that upstream leaves out.
 //
-//     generate FOLDER SEED STDEV N_LAYER [NAME...]
+//     generate FOLDER SEED STDEV N_LAYER EXACT [NAME...]
 //
-// NAME is a file's name without .gguf. One line of JSON per file tells what the model is.
+// NAME is a file's name without .gguf. One line of JSON per file tells what the model is. Unless EXACT
+// is 1, a model has fewer layers where its last one would be a sliding one.
 
 #define main upstream_main
 #include "archs.cpp" // tests/test-llama-archs.cpp, in which N_LAYER and N_EMBD replace two numbers
@@ -25,11 +26,8 @@ struct variant {
     std::string name;
     bool        moe;
     keys_fn     keys;
+    uint32_t    n_layer = 0; // 0: as the caller says
 };
-
-static uint32_t get_u32(const gguf_context * ctx, const std::string & key) {
-    return gguf_get_val_u32(ctx, gguf_find_key(ctx, key.c_str()));
-}
 
 static std::vector<float> repeated(float value) {
     return std::vector<float>(N_LAYER, value);
@@ -55,6 +53,11 @@ static keys_fn gemma4_keys(uint32_t per_layer, uint32_t shared) {
     };
 }
 
+// upstream's four layers have one full layer behind another
+static void llama4_keys(gguf_context * ctx, const std::string & a) {
+    gguf_set_val_u32(ctx, (a + "block_count").c_str(), N_LAYER);
+}
+
 static void rwkv7_keys(gguf_context * ctx, const std::string & a) {
     for (const char * rank : { "decay", "iclr", "value_residual_mix", "gate" }) {
         gguf_set_val_u32(ctx, (a + "attention." + rank + "_lora_rank").c_str(), 32);
@@ -63,6 +66,11 @@ static void rwkv7_keys(gguf_context * ctx, const std::string & a) {
 
 static void parallel_keys(gguf_context * ctx, const std::string & a) {
     gguf_set_val_bool(ctx, (a + "use_parallel_residual").c_str(), true);
+}
+
+// rotary values are a part of a head only
+static void plm_keys(gguf_context * ctx, const std::string & a) {
+    gguf_set_val_u32(ctx, (a + "rope.dimension_count").c_str(), 32);
 }
 
 static void bailingmoe3_keys(gguf_context * ctx, const std::string & a) {
@@ -74,12 +82,28 @@ static std::vector<variant> variants(llm_arch arch) {
     const std::string name = llm_arch_name(arch);
     switch (arch) {
         case LLM_ARCH_GEMMA4:
-            return { { arch, name, false, gemma4_keys(0, 0) }, { arch, name + "-e", false, gemma4_keys(32, 3) } };
+            return {
+                { arch, name, false, gemma4_keys(0, 0), 9 },
+                { arch, name + "-moe", true, gemma4_keys(0, 0), 9 },
+                { arch, name + "-e", false, gemma4_keys(32, 3), 15 },
+            };
+        case LLM_ARCH_EXAONE4: // 64 layers have sliding windows
+            return { { arch, name, false, {} }, { arch, name + "-sliding", false, {}, 64 } };
+        case LLM_ARCH_PLM:
+            return { { arch, name, false, plm_keys } };
+        case LLM_ARCH_LLAMA4:
+            return { { arch, name, true, llama4_keys } };
         case LLM_ARCH_RWKV7:
         case LLM_ARCH_ARWKV7:
             return { { arch, name, false, rwkv7_keys } };
         case LLM_ARCH_GPTNEOX:
             return { { arch, name, false, {} }, { arch, name + "-parallel", false, parallel_keys } };
+        case LLM_ARCH_DEEPSEEK32: // wide layers, and not routed
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_HY_V4:
+            return { { arch, name, moe_mandatory(arch), {}, 2 } };
         case LLM_ARCH_BAILINGMOE3:
             return { { arch, name, true, bailingmoe3_keys } };
         case LLM_ARCH_DEEPSEEK2OCR:
@@ -134,7 +158,10 @@ static void describe(const variant & v, const llama_model & model) {
     fflush(stdout);
 }
 
-static void write_model(const variant & v, size_t seed, float stdev, const std::string & folder) {
+static void write_model(const variant & v, size_t seed, float stdev, bool exact, const std::string & folder) {
+    if (v.n_layer && !exact) {
+        N_LAYER = v.n_layer;
+    }
     gguf_context_ptr keys = get_gguf_ctx(v.arch, v.moe);
     if (v.keys) {
         v.keys(keys.get(), std::string(llm_arch_name(v.arch)) + ".");
@@ -148,13 +175,18 @@ static void write_model(const variant & v, size_t seed, float stdev, const std::
     if (!model) {
         throw std::runtime_error("no model");
     }
+    const llama_hparams & h = model->hparams;
+    if (!exact && !v.n_layer && h.n_layer() == N_LAYER && N_LAYER > 4 && h.is_swa(N_LAYER - 1) && h.has_kv(N_LAYER - 1)) {
+        N_LAYER--;
+        return write_model(v, seed, stdev, exact, folder);
+    }
     save(keys.get(), *model, folder + "/" + v.name + ".gguf");
     describe(v, *model);
 }
 
 int main(int argc, char ** argv) {
-    if (argc < 5) {
-        fprintf(stderr, "usage: %s FOLDER SEED STDEV N_LAYER [NAME...]\n", argv[0]);
+    if (argc < 6) {
+        fprintf(stderr, "usage: %s FOLDER SEED STDEV N_LAYER EXACT [NAME...]\n", argv[0]);
         return 2;
     }
     N_LAYER = std::stoul(argv[4]);
@@ -164,7 +196,7 @@ int main(int argc, char ** argv) {
             *(std::string *) said += text;
         }
     }, &said);
-    const std::set<std::string> wanted(argv + 5, argv + argc);
+    const std::set<std::string> wanted(argv + 6, argv + argc);
     for (llm_arch arch : llm_arch_all()) {
         if (arch == LLM_ARCH_UNKNOWN) {
             continue;
@@ -176,7 +208,7 @@ int main(int argc, char ** argv) {
             const pid_t child = fork(); // some architectures abort
             if (child == 0) {
                 try {
-                    write_model(v, std::stoul(argv[2]), std::stof(argv[3]), argv[1]);
+                    write_model(v, std::stoul(argv[2]), std::stof(argv[3]), argv[5] == std::string("1"), argv[1]);
                 } catch (const std::exception & err) {
                     fprintf(stderr, "%s: %s %s\n", v.name.c_str(), err.what(), said.c_str());
                     _exit(1);

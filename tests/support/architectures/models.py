@@ -58,17 +58,25 @@ class Model:
 
     @property
     def full(self) -> tuple[int, ...]:
-        """The layers with full attention and K/V of their own."""
+        """The layers with full attention and K/V that they alone read."""
         other = {*self.sliding, *self.recurrent, *self.without_kv}
-        return tuple(layer for layer in range(self.n_layer) if layer not in other)
+        layers = [layer for layer in range(self.n_layer) if layer not in other]
+        return tuple(layers[:-1] if self.without_kv else layers)  # later layers read the last one's
 
 
-def write(folder: Path, names: list[str] | None = None, n_layer: int = N_LAYER) -> list[Model]:
+def write(
+    folder: Path, names: list[str] | None = None, n_layer: int = N_LAYER, exact: bool = False
+) -> list[Model]:
     """Write the files of the given names, or of all architectures that llama.cpp can make.
 
-    Those that it cannot make are left out.
+    n_layer: the layers of a model; some architectures have a number of their own. Unless `exact`,
+        a model has fewer where its last layer would be a sliding one.
+
+    Those that llama.cpp cannot make are left out. A tensor depends on its name only, so that a
+    model with fewer layers is the same model without its last layers.
     """
-    command = [str(_program()), str(folder), str(SEED), str(STDEV), str(n_layer), *(names or [])]
+    command = [str(_program()), str(folder), str(SEED), str(STDEV), str(n_layer), str(int(exact))]
+    command += names or []
     env = os.environ | {"GGML_NO_BACKTRACE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     (folder / "generate.log").write_text(result.stderr)
