@@ -1,6 +1,7 @@
 """The patches and the script that makes an edited tree of them and back. Nothing is compiled."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import tarfile
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 HEADER = (
     "Description: build : a line\nAuthor: test\nForwarded: not-needed\nLast-Update: 2026-11-22\n"
 )
+MOST_ADDED_LINES = 230  # of all patches together
 
 
 @pytest.fixture
@@ -49,6 +51,13 @@ def test_overlay_replaces_nothing():
         upstream = {name.removeprefix(root + "/") for name in archive.getnames()}
     assert "src/llama.cpp" in upstream
     assert not upstream & {str(name) for name in llama_source.overlay_files()}
+
+
+def test_upstreams_files_gain_few_lines():
+    """What is ours lies in files of our own: upstream's change with every bump."""
+    patches = [path.read_text(encoding="utf-8") for path in llama_source.read_series()]
+    added = re.findall(r"^\+(?!\+\+ b/)", "\n".join(patches), flags=re.MULTILINE)
+    assert len(added) <= MOST_ADDED_LINES
 
 
 def test_check_finds_other_bytes(refresh):
