@@ -532,7 +532,7 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
 
 bool llama_mod_context::run(const llama_ubatch & ubatch, llm_graph_type gtype, llama_kv_cache_mod_context * mctx, ggml_status & ret) {
     if (!mctx->apply()) {
-        LLAMA_LOG_ERROR("%s: failed to apply memory context\n", __func__);
+        no_slot = true; // sliding layers have no memory for the ubatch
         ret = GGML_STATUS_FAILED;
         return false;
     }
@@ -609,7 +609,7 @@ int32_t llama_mod_context::fail(ggml_status status) {
     batch_active.clear();
 
     if (no_slot) {
-        LLAMA_LOG_WARN("%s: a routed layer has no free cells for the batch\n", __func__);
+        LLAMA_LOG_WARN("%s: a layer has no free cells for the batch\n", __func__);
         return 1;
     }
     switch (status) {
