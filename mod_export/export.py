@@ -133,8 +133,11 @@ def write_routers(
     """Copy the dense GGUF `plain` to `target` and add the keys and tensors of schema version 1.
 
     about: what the keys general.* shall say
+
+    Raises UserError for a layer that cannot have its unit.
     """
     source = GGUFFile.open(plain)
+    kv_size.check_routed(source, config)
     added, dropped = metadata.keys(about, source) if about else ((), ())
     with open(target, "wb") as file:
         schema.write_routers(source, file, config, routers, added, dropped)

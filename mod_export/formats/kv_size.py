@@ -83,6 +83,42 @@ def kv_layers(
     ]
 
 
+def routable_layers(file: GGUFFile, kind: str) -> list[int]:
+    """The layers that can have a unit of the kind.
+
+    `ffn` units can be anywhere. The other kinds decide what is remembered, so they need a layer
+    with full attention whose K and V no other layer reads.
+    """
+    windows = layer_windows(file)
+    if kind == "ffn":
+        return list(range(len(windows)))
+    return [layer for layer in range(len(windows)) if not _not_routable(file, windows, layer)]
+
+
+def check_routed(file: GGUFFile, config: MoDConfig) -> None:
+    """Raise UserError where a unit stands in a layer that cannot have one of its kind."""
+    windows = layer_windows(file)
+    for layer, kind in config.routed():
+        if kind != "ffn" and (why := _not_routable(file, windows, layer)):
+            possible = ", ".join(map(str, routable_layers(file, kind)))
+            raise UserError(
+                f"layer {layer} of {file.path} cannot have a {kind} unit: {why}",
+                f"route layers with full attention ({possible or 'it has none'}), or ffn units",
+            )
+
+
+def _not_routable(file: GGUFFile, windows: tuple[int, ...], layer: int) -> str | None:
+    """Why a layer can have no unit that decides what is remembered; None where it can."""
+    own = _layers_with_own_kv(file)
+    if windows[layer]:
+        return f"it attends to a sliding window of {windows[layer]} tokens"
+    if layer >= own:
+        return "it reads the K and V of an earlier layer"
+    if layer == own - 1 and own < len(windows) and not all(windows[own:]):
+        return "later layers read its K and V"
+    return None
+
+
 def _layers_with_own_kv(file: GGUFFile) -> int:
     """The number of first layers that have K and V of their own."""
     n_layer = file.model_number("block_count")

@@ -20,6 +20,7 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
+from mod_export.formats import kv_size
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import Routers
 from mod_export.synthetic.routers import SPREAD, SynthesisOptions, routing
@@ -52,7 +53,9 @@ def onto(
     n_embd = file.model_number("embedding_length")
     if file.get("tokenizer.ggml.model") in (None, "no_vocab"):
         raise UserError(f"{base} has no vocabulary", "give a preset: `mod-export synth 1b`")
-    config = routing(file.model_number("block_count"), options)
+    config = routing(
+        file.model_number("block_count"), options, lambda kind: kv_size.routable_layers(file, kind)
+    )
     rng = rng_of(seed, "routers")
     routers: Routers = {
         unit: (

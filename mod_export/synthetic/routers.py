@@ -10,6 +10,7 @@ groups of as many as there are z), so that units decide nearly independently of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +46,12 @@ class SynthesisOptions:
     kv_window: int = KV_WINDOW
 
 
-def routing(n_layer: int, options: SynthesisOptions) -> MoDConfig:
+def routing(
+    n_layer: int, options: SynthesisOptions, possible: Callable[[str], list[int]] | None = None
+) -> MoDConfig:
     """The configuration of a model of n_layer layers.
+
+    possible: the layers that can have a unit of a kind, by default all; `auto` takes these only.
 
     Raises UserError for options that cannot be read, and for a configuration that the schema
     forbids.
@@ -60,6 +65,8 @@ def routing(n_layer: int, options: SynthesisOptions) -> MoDConfig:
     units_of = {}
     for kind in kinds:
         here = routed_layers(chosen, n_layer, kind)
+        if chosen is None and possible:
+            here = [layer for layer in here if layer in possible(kind)]
         units_of[kind] = UnitConfig(
             threshold=tuple(THRESHOLD if layer in here else 0.0 for layer in range(n_layer)),
             activation=tuple(shares[kind] if layer in here else 1.0 for layer in range(n_layer)),

@@ -5,7 +5,9 @@ import re
 import gguf
 import pytest
 
+from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
+from mod_export.formats import kv_size
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import LayerKV, kv_layers
 from mod_export.formats.sliding_windows import SLIDING, layer_windows
@@ -137,3 +139,22 @@ def test_the_table_is_that_of_the_source():
         elif re.search(r"swa_type += LLAMA_SWA_TYPE_(STANDARD|CHUNKED)", code):
             found[name] = 0, False
     assert found == {name: (rule.period, rule.full_first) for name, rule in SLIDING.items()}
+
+
+def test_which_layers_can_be_routed(tmp_path):
+    """Units that decide what is remembered need full attention, and K and V of their own."""
+    keys = {
+        "attention__sliding_window": 64,
+        "attention__sliding_window_pattern": [True, False] * 3,
+        "attention__shared_kv_layers": 2,
+    }
+    file = write(tmp_path / "gemma4.gguf", "gemma4", 6, **keys)
+    assert kv_size.routable_layers(file, "kv") == [1]
+    assert kv_size.routable_layers(file, "ffn") == list(range(6))
+    reasons = {0: "a sliding window of 64 tokens", 3: "later layers read", 5: "of an earlier layer"}
+    for layer, reason in reasons.items():
+        thresholds = tuple(0.5 if i == layer else 0.0 for i in range(6))
+        unit = UnitConfig(threshold=thresholds, activation=(1.0,) * 6)
+        with pytest.raises(UserError, match=f"layer {layer} .* kv unit: .*{reason}.*") as exc:
+            kv_size.check_routed(file, MoDConfig(units={"kv": unit}))
+        assert "(1)" in exc.value.cure
