@@ -29,6 +29,7 @@ from mod_export.formats import (
     architectures,
     base_identity,
     hf_directory,
+    hub,
     kv_size,
     metadata,
     schema,
@@ -71,6 +72,8 @@ def export(
     """
     if quant is not None and quant not in EXPORT_FORMATS:
         raise UserError(f"unknown quantisation {quant!r}", f"known: {', '.join(EXPORT_FORMATS)}")
+    directory = hub.locate(directory)
+    base = None if base is None else hub.locate(base, gguf=True)
     if (adapter := adapter_files.find(directory)) is not None:
         config, routers = read_adapter(adapter, base)
     else:

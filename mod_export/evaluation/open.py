@@ -17,6 +17,7 @@ from mod_export.common.progress import stage
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
 from mod_export.evaluation.readers import Pair, Reader, TorchReader
+from mod_export.formats import hub
 from mod_export.formats.hf_directory import is_mod
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
@@ -56,6 +57,8 @@ def open_pair(
 
 
 def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int) -> Reader:
+    if hub.is_name(path):
+        path = hub.locate(path)
     if Path(path).is_file():
         # Models in torch open without llama.cpp.
         from mod_export.evaluation.runtime_reader import RuntimeReader

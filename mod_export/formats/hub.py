@@ -46,6 +46,7 @@ GGUF_PARTS_OF_MODELS = ("mmproj", "mtp-", "imatrix")
 DEFAULT_QUANT = "Q4_K_M"  # llama.cpp takes it too where a name has no quantisation
 GLOB_CHARACTERS = frozenset("*?[")
 SHOWN_FILES = 8
+NETWORK = (ConnectionError, TimeoutError)
 GIVE_PATH = "or give the path of a directory or file"
 
 
@@ -354,7 +355,7 @@ def _errors(name: HubName) -> Iterator[None]:
             f"try again later; if it is private {login}",
         ) from exc
     except Exception as exc:  # of HTTP libraries, of the system
-        if isinstance(exc, OSError) and exc.errno is not None and exc.filename:
+        if isinstance(exc, OSError) and (exc.errno or 0) > 0 and not isinstance(exc, NETWORK):
             raise  # The disk is full, or the cache cannot be written.
         line = str(exc).strip().partition("\n")[0] or type(exc).__name__
         raise UserError(

@@ -46,7 +46,7 @@ def describe(
     repository = card.get("base_model")
     if not isinstance(repository, str):
         repository = None
-    name = repository or card.get("model_name") or _recorded_name(directory)
+    name = repository or str(card.get("model_name", "")) or _recorded_name(directory)
     parts = Metadata.get_model_id_components(name or None, _parameters(directory, base))
     about.name, _, about.basename, about.finetune, about.version, about.size_label = parts
     if source is not None and (base is not None or repository is None):

@@ -56,19 +56,25 @@ def origin(source: str | Path) -> ModelCardData:
         if not hf_directory.is_mod(source) and not adapter_files.is_adapter(source):
             found = {name: value for name, value in found.items() if name in KEPT}
             found["base_model"] = hub.repository(source)
+            if found["base_model"] is None:
+                found["model_name"] = source.resolve().name
     known = (*KEPT, "base_model", "model_name")
     return ModelCardData(**{name: found.get(name) for name in known})
 
 
 def read(directory: Path) -> dict:
-    """Return the header of a directory's card; {} where there is none that can be read."""
+    """Return the texts and lists of texts in the header of a directory's card.
+
+    Of a card that cannot be read nothing is returned.
+    """
     import yaml
     from huggingface_hub import metadata_load
 
     try:
-        return metadata_load(directory / README) or {}
+        found = metadata_load(directory / README) or {}
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}  # The card is for people: a broken header is no reason to refuse the model.
+    return {name: value for name, value in found.items() if _is_text(value)}
 
 
 def write(directory: Path, data: ModelCardData, text: str) -> None:
@@ -116,6 +122,11 @@ transformers ignores, the directory is an ordinary model of its architecture.
 def link(data: ModelCardData, name: str) -> str:
     """Return the name of the original, with a link to its repository where it has one."""
     return f"[{name}](https://huggingface.co/{name})" if data.base_model else name
+
+
+def _is_text(value: object) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) for item in items)
 
 
 def _mean(activation, threshold) -> float:

@@ -17,7 +17,7 @@ import torch
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, model_card, schema
+from mod_export.formats import hf_directory, hub, model_card, schema
 from mod_export.formats.adapter_files import is_adapter
 from mod_export.formats.gguf import GGUFFile
 from mod_export.model import loading
@@ -63,9 +63,11 @@ def save(
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
     """Return base, tokenizer, config and routers as `save` takes them.
 
+    path: of the directory, or its name on the Hugging Face hub.
+
     Raises UserError naming what is missing or wrong.
     """
-    path = Path(path)
+    path = hub.locate(path)
     if is_adapter(path) and not (path / hf_directory.CONFIG_JSON).is_file():
         raise UserError(
             f"{path} is an adapter, without the weights of the model",

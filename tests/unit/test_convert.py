@@ -12,11 +12,13 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForC
 from mod_export.convert import convert
 from mod_export.data.text import pack
 from mod_export.errors import UserError
+from mod_export.formats import model_card
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.role_check import check_roles
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
+from tests.support.hub_server import HubServer
 from tests.support.tiny_gguf import Tiny
 
 
@@ -78,6 +80,18 @@ def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_p
         _, trace = model(ids, trace=True)
     assert trace.active.float().mean().item() == pytest.approx(0.4, abs=0.05)
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_model_of_the_hub_is_named_by_its_repository(model_dir, text, tmp_path, monkeypatch):
+    with HubServer({"org/base": model_dir}) as hub:
+        hub.use(monkeypatch, tmp_path / "home")
+        convert("org/base", tmp_path / "mod", kv_window=8, calibration_text=[text])
+        with pytest.raises(UserError, match="org/base has no revision v2"):
+            convert("org/base", tmp_path / "other", revision="v2")
+    model = MoDModel.load(tmp_path / "mod")
+    assert model.config.calibration["model"] == "org/base"
+    assert model_card.read(tmp_path / "mod")["base_model"] == "org/base"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "mod", "text.txt"]
 
 
 def test_each_kind_has_its_own_target(model_dir, text, tmp_path):

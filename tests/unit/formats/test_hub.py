@@ -150,6 +150,13 @@ def test_what_the_hub_does_not_give_is_one_line(locate, name, more, message):
     assert message in found and "\n" not in found
 
 
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    server.use(monkeypatch, tmp_path / "file")
+    with pytest.raises(NotADirectoryError):  # the command line makes one line of it
+        hub.locate("org/model")
+
+
 def test_a_command_leaves_nothing_where_the_hub_refuses(server, tmp_path):
     done = command_line.spawn(
         "convert", "org/gated", "-o", "mod", cwd=tmp_path, **server.environment(tmp_path / "home")

@@ -68,7 +68,17 @@ def test_what_a_card_says_outlives_saving_again(mod_dir, tmp_path):
 def test_a_card_that_cannot_be_read_says_nothing(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     assert model_card.read(tmp_path) == {}
-    assert model_card.origin(tmp_path).to_dict() == {}
+    assert model_card.origin(tmp_path).to_dict() == {"model_name": tmp_path.name}
+
+
+def test_a_directory_that_no_repository_is_known_of_has_its_own_name(tmp_path):
+    (tmp_path / "Tiny-7B").mkdir()
+    (tmp_path / "Tiny-7B/README.md").write_text(CARD)
+    data = model_card.origin(tmp_path / "Tiny-7B")
+    assert (data.base_model, data.model_name, data.license) == (None, "Tiny-7B", "other")
+    assert "# Tiny-7B with Mixture-of-Depths" in model_card.model_text(data, tiny.config(UNITS))
+    assert model_card.origin("org/name").base_model == "org/name"
+    assert model_card.origin("").to_dict() == {}
 
 
 @pytest.mark.parametrize("name", ["mod", "adapter"])
