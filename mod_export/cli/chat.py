@@ -27,6 +27,11 @@ from mod_export.common.text import decode_text
     show_default=True,
     help="Length of the longest answer in tokens; -1 is until it ends or the context is full.",
 )
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="Continue the text as it is, without a chat template, for models not tuned for chat.",
+)
 @sampling_options
 @seed_option()
 @model_options
@@ -40,6 +45,7 @@ def command(
     threshold_shift,
     system,
     max_tokens,
+    raw,
     **sampling,
 ):
     """Talk to a model.
@@ -56,7 +62,7 @@ def command(
     text = read_prompt(prompt, prompt_file)
     llm = open_model(file, ctx, threads, gpu_layers, threshold_shift)
     chosen = Sampling.of(llm, **sampling)
-    chat = Chat(llm, system, chosen, max_tokens, notice=lambda line: click.echo(line, err=True))
+    chat = Chat(llm, system, chosen, max_tokens, lambda line: click.echo(line, err=True), raw=raw)
     if text is None and sys.stdin.isatty():
         click.echo(terminal.welcome(llm), err=True)
         return terminal.repl(chat)
@@ -64,4 +70,4 @@ def command(
         text = decode_text(sys.stdin.buffer.read())
         if terminal.is_script(text):
             return 0 if terminal.run_lines(chat, text.splitlines()) else 2
-    return 0 if terminal.answer_once(chat, text.strip()) else 130
+    return 0 if terminal.answer_once(chat, text.rstrip("\n") if raw else text.strip()) else 130

@@ -30,7 +30,10 @@ class ChatTemplate:
         """The template of the file. Raises UserError where the file has none."""
         text = llm.metadata.get(KEY)
         if text is None:
-            raise UserError(f"{llm.model_path} has no chat template", "use a model tuned for chat")
+            raise UserError(
+                f"{llm.model_path} has no chat template",
+                "use a model tuned for chat, or continue texts: mod-export chat --raw",
+            )
         bos = llm.token_text(llm.token_bos())
         eos = llm.token_text(llm.token_eos())
         return cls(_compiled(text, bos, eos))
@@ -51,6 +54,18 @@ class ChatTemplate:
             return self.apply(messages)
         except Exception as exc:  # a template raises what it likes: "System role not supported"
             raise template_error(exc, subject, where) from exc
+
+
+class PlainText:
+    """What stands in for a template where a model continues texts: one turn after the other."""
+
+    def __init__(self, llm: MoDLlama):
+        begins = llm._model.add_bos_token() and llm.token_bos() >= 0
+        self._start = llm.token_text(llm.token_bos()) if begins else ""
+
+    def render(self, messages: list[dict]) -> str:
+        """The texts of all messages, as the model reads them."""
+        return self._start + "".join(message["content"] for message in messages)
 
 
 def has_template(llm: MoDLlama) -> bool:

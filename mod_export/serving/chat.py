@@ -19,7 +19,7 @@ from mod_export.common.text import short_bytes
 from mod_export.errors import UserError
 from mod_export.runtime.llama import MoDLlama, StoppedError
 from mod_export.runtime.sampling import Sampling
-from mod_export.runtime.templates import ChatTemplate
+from mod_export.runtime.templates import ChatTemplate, PlainText
 from mod_export.units import UNIT_KINDS
 
 
@@ -43,7 +43,8 @@ class Chat:
 
     `ask` streams an answer. The history keeps the answer, or as much of it as came before a stop.
 
-    sampling: by default what the file recommends. max_tokens: of an answer; -1 is no limit.
+    sampling: by default what the file recommends. max_tokens: of an answer; -1 is no limit. raw:
+    the model continues the texts of all turns, without a chat template.
     """
 
     llm: MoDLlama
@@ -51,11 +52,12 @@ class Chat:
     sampling: Sampling | None = None
     max_tokens: int = -1
     notice: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+    raw: bool = False
     history: list[dict] = field(default_factory=list)
     turn: Turn = field(default_factory=Turn)
 
     def __post_init__(self):
-        self._template = ChatTemplate.of(self.llm)
+        self._template = PlainText(self.llm) if self.raw else ChatTemplate.of(self.llm)
         self._sampling = self.sampling or Sampling.of(self.llm)
         # The last prompt with its answer, as text and as the tokens that were read and written.
         self._text = ""

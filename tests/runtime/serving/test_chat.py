@@ -89,6 +89,20 @@ def test_pipes(model):
         assert not is_script(text)
 
 
+def test_raw_texts_are_continued(model):
+    """Without a template the model reads the texts of all turns, one after the other."""
+    llm = MoDLlama(model, n_ctx=256, n_batch=64, threads=1)
+    chat = Chat(llm, sampling=LIKELIEST, max_tokens=6, notice=lambda line: None, raw=True)
+    first = "".join(chat.ask("The capital of France is"))
+    second = "".join(chat.ask(" And that of Italy is"))
+    text = f"The capital of France is{first} And that of Italy is{second}"
+    read = llm.input_ids[: llm.n_tokens].tolist()
+    assert llm.detokenize(read, special=True).decode() in text and "<|im_start|>" not in text
+    llm.reset()
+    expected = LIKELIEST.generate(llm, llm.tokenize(b"The capital of France is", add_bos=False))
+    assert first == "".join(llm.piece(next(expected)).decode() for _ in range(6))
+
+
 def test_history_is_remembered_reused_and_dropped_when_full(model):
     said = []
     llm = MoDLlama(model, n_ctx=256, n_batch=64, threads=1)
