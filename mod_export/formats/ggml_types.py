@@ -9,6 +9,7 @@ The way from float32 to these types needs ggml itself: runtime/quantize.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,9 @@ IMPORTANCE_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 # Number in enum ggml_type -> numpy's name of the types whose values need no dequantising.
 PLAIN_DTYPES = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
 F32_TYPE = 0
+
+# The end of the name of one of several files of a model
+SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 FLOAT_NAMES = ("f32", "f16", "bf16")  # what llama.cpp's converter writes itself
 EXPORT_FORMATS = {format.name: format for format in FILE_FORMATS if format.exported}

@@ -27,7 +27,7 @@ import numpy as np
 
 from mod_export.errors import UserError
 from mod_export.formats import ggml_types
-from mod_export.formats.ggml_types import F32_TYPE
+from mod_export.formats.ggml_types import F32_TYPE, SPLIT_NAME
 
 MAGIC = b"GGUF"
 KNOWN_VERSIONS = (2, 3)
@@ -52,7 +52,6 @@ SCALAR_FORMATS = {
     11: "q",
     12: "d",
 }
-SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)  # of one of several files
 LENGTH = struct.Struct("<Q")  # of a string
 COPY_BYTES = 16 << 20  # copied at once
 SAMPLE_BYTES = 256  # of each tensor, for a digest

@@ -27,7 +27,7 @@ from typing import Any
 
 from mod_export.common.progress import stage
 from mod_export.errors import UserError
-from mod_export.formats.gguf import SPLIT_NAME
+from mod_export.formats.ggml_types import SPLIT_NAME
 
 logger = logging.getLogger(__name__)
 
