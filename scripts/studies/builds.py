@@ -2,11 +2,11 @@
 
     python -m scripts.studies.builds OLD NEW kv.gguf ffn.gguf --context 512
 
-OLD and NEW are directories of libraries, as `mod-export build` prints them. Each build has a process
-for each file. The processes read the same prompts and decode the same tokens, one after the other,
-in alternating order. Two processes of the same build differ by up to 5 %, depending on where the
-system puts their memory, so they are started anew several times. The ratio is the median of the
-ratios of all rounds, and below 1 the new build is faster.
+OLD and NEW are directories of libraries, as `mod-export build` prints them. Each build has a
+process for each file. The processes read the same prompts and decode the same tokens, one after
+the other, in alternating order. Two processes of the same build differ by up to 5 %, depending on
+where the system puts their memory, so they are started anew several times. The ratio is the median
+of the ratios of all rounds, and below 1 the new build is faster.
 """
 
 from __future__ import annotations
