@@ -93,7 +93,7 @@ def keys(about: gguf.Metadata, file: GGUFFile) -> tuple[list[tuple[str, str, obj
     changed = [BASE_MODEL] if known else []
     changed += [f"general.{name}" for name in ("finetune", "quantized_by") if getattr(about, name)]
     dropped = [name for name in file.keys if name.startswith(tuple(changed))]
-    added = [
+    added: list[tuple[str, str, object]] = [
         (name, "string" if isinstance(entry.value, str) else "u32", entry.value)
         for name, entry in found.items()
         if (name not in file.keys or name in dropped)

@@ -11,7 +11,7 @@ again: llama.cpp has keys for both.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
@@ -59,7 +59,8 @@ def origin(source: str | Path) -> ModelCardData:
             if found["base_model"] is None:
                 found["model_name"] = source.resolve().name
     known = (*KEPT, "base_model", "model_name")
-    return ModelCardData(**{name: found.get(name) for name in known})
+    fields: dict[str, Any] = {name: found.get(name) for name in known}
+    return ModelCardData(**fields)
 
 
 def read(directory: Path) -> dict:
@@ -87,7 +88,7 @@ def write(directory: Path, data: ModelCardData, text: str) -> None:
 
 def model_text(data: ModelCardData, config: MoDConfig) -> str:
     """Return the text of the card of a MoD directory."""
-    name = data.base_model or data.model_name or "a language model"
+    name = str(data.base_model or data.model_name or "a language model")
     trained = "" if config.base_is_original else " Its other weights were trained with the routers."
     rows = [
         [
