@@ -82,7 +82,9 @@ def test_original_weights_need_no_teacher(name):
 @pytest.mark.parametrize("name", ["mod-f32", "mod-q8_0"])
 def test_inspection_of_gguf(name):
     expected = json.loads((FOLDER / "expected.json").read_text())[name]
-    assert {**inspect(FOLDER / f"{name}.gguf"), "file": f"{name}.gguf"} == expected
+    found = {**inspect(FOLDER / f"{name}.gguf"), "file": f"{name}.gguf"}
+    assert found["mod"]["kv"].pop("windows") == [0, 0, 0]  # newer than these files
+    assert found == expected
 
 
 def test_gguf_holds_the_routers_of_its_directory():
