@@ -36,6 +36,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mod_export.calibration.layer_hooks import LayerObserver, LayerRecord, first
 from mod_export.errors import UserError
@@ -369,8 +370,11 @@ def value_norm(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def output_weight(attn: nn.Module) -> torch.Tensor:
     """Return the output projection W_o [n_embd, n_head * head_dim] of an attention module."""
     for name in ("o_proj", "out_proj", "dense", "c_proj"):
-        if isinstance(module := getattr(attn, name, None), nn.Linear):
+        module = getattr(attn, name, None)
+        if isinstance(module, nn.Linear):
             return module.weight
+        if isinstance(module, Conv1D):  # a linear function with its matrix transposed
+            return module.weight.T
     raise UserError(
         f"{type(attn).__name__} has no known output projection", "use a score that does not need it"
     )

@@ -103,6 +103,7 @@ ARCHITECTURES = {
     ),
     "hyperclovax": Names(attn_out="post_norm1", ffn_out="post_norm2", **_MULTIPLIER),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "phi"), Names(ffn_entry=None)),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), Names(attn="attn", attn_out="attn", ffn_entry="ln_2")),
     "gpt_neox": Names(
         attn="attention",
         attn_out="post_attention_dropout",
@@ -120,6 +121,10 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ("gemma3n_text", "inkling2_text"), "its layers read more than one residual stream"
+    ),
+    **dict.fromkeys(
+        ("codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj"),
+        "its attention cannot be replaced, because it does not use transformers' interface",
     ),
     "inkling_text": "its convolutions carry a state from token to token",
     "longcat_flash": "its layers have two attentions each",
