@@ -107,10 +107,11 @@ class LayerObserver:
             record.attn = first(out)[0]
             return _with_first(out, record.attn[None])
 
-        # The FFN of some models has no batch axis.
+        # The FFN of some models has no batch axis. Falcon adds to its output in place, which a copy
+        # keeps out of the record.
         def ffn_out(_module, _args, out):
             record.ffn = first(out).flatten(0, -2)
-            return _with_first(out, record.ffn.view_as(first(out)))
+            return _with_first(out, record.ffn.clone().view_as(first(out)))
 
         def ffn_beside(_module, _args, out):
             record.ffn_beside = first(out)[0].detach()

@@ -46,6 +46,18 @@ def index_without_routers(self, *args, **kwargs):
 
 ModelBase.index_tensors = index_without_routers
 
+# transformers 5 keeps this field elsewhere, where the converter of GPT-NeoX does not look
+load_hparams = ModelBase.load_hparams
+
+def load_with_former_field(*args, **kwargs):
+    hparams = load_hparams(*args, **kwargs)
+    rope = hparams.get("rope_parameters") or {}
+    if "partial_rotary_factor" in rope:
+        hparams.setdefault("rotary_pct", rope["partial_rotary_factor"])
+    return hparams
+
+ModelBase.load_hparams = staticmethod(load_with_former_field)
+
 # a model that came from a GGUF file keeps the keys of its vocabulary, and of its sampling
 vocabulary = sys.argv[2]
 if vocabulary:

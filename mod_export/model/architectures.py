@@ -33,6 +33,8 @@ class Names:
     parallel: the field of the configuration that says whether attention and FFN run side by side;
         then `ffn_entry` does not count
     norm_eps: the epsilon of the norms, where it is no field of the configuration
+    returns_weights: whether the layer returns its attention weights beside its output
+    calls_sdpa: whether the attention calls torch's SDPA itself, not through transformers' interface
     refused: kinds of units that the layers cannot have, and why
     """
 
@@ -45,6 +47,8 @@ class Names:
     residual_scale: str | None = None
     parallel: str | None = None
     norm_eps: float | None = None
+    returns_weights: bool = False
+    calls_sdpa: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -104,6 +108,13 @@ ARCHITECTURES = {
     "hyperclovax": Names(attn_out="post_norm1", ffn_out="post_norm2", **_MULTIPLIER),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "phi"), Names(ffn_entry=None)),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), Names(attn="attn", attn_out="attn", ffn_entry="ln_2")),
+    "falcon": Names(
+        attn="self_attention",
+        attn_out="self_attention",
+        parallel="parallel_attn",
+        returns_weights=True,
+        calls_sdpa=True,
+    ),
     "gpt_neox": Names(
         attn="attention",
         attn_out="post_attention_dropout",
@@ -113,9 +124,10 @@ ARCHITECTURES = {
     "stablelm": Names(parallel="use_parallel_residual"),
 }
 
+ALIBI = "its attention has ALiBi biases, which masks cannot hold"
 # model_type -> why its layers cannot have units, for those whose modules have the usual names
 REFUSED = {
-    **dict.fromkeys(("bloom", "mpt"), "its attention has ALiBi biases, which masks cannot hold"),
+    **dict.fromkeys(("bloom", "mpt"), ALIBI),
     **dict.fromkeys(
         ("deepseek_v4", "hy_v4"), "its residual stream consists of several streams with weights"
     ),
@@ -123,7 +135,7 @@ REFUSED = {
         ("gemma3n_text", "inkling2_text"), "its layers read more than one residual stream"
     ),
     **dict.fromkeys(
-        ("codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj"),
+        ("codegen", "gpt_neo", "gpt_neox_japanese", "gptj"),
         "its attention cannot be replaced, because it does not use transformers' interface",
     ),
     "inkling_text": "its convolutions carry a state from token to token",
@@ -169,6 +181,7 @@ class LayerParts:
     ffn_entry: nn.Module | None
     ffn_beside: nn.Module | None = None
     residual_scale: float = 1.0
+    returns_weights: bool = False
     window: str | None = None
     kv_source: int | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -218,6 +231,8 @@ def decoder_layers(base: nn.Module) -> list[LayerParts]:
     """
     if reason := REFUSED.get(base.config.model_type):
         raise _unsupported(base, reason)
+    if getattr(base.config, "alibi", False):
+        raise _unsupported(base, ALIBI)
     names, layers = names_of(base), _layer_list(base)
     windows = _windows(base, len(layers))
     parts = [_find_parts(base, layer, names) for layer in layers]
@@ -365,7 +380,9 @@ def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
     if names.ffn_beside:
         found["ffn_beside"] = _module(layer, names.ffn_beside)
     scale = float(getattr(layer, names.residual_scale)) if names.residual_scale else 1.0
-    return LayerParts(layer=layer, residual_scale=scale, **found)
+    return LayerParts(
+        layer=layer, residual_scale=scale, returns_weights=names.returns_weights, **found
+    )
 
 
 def _module(layer: nn.Module, name: str) -> nn.Module | None:

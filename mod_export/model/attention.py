@@ -1,7 +1,7 @@
 """The attention of a transformers model: what it computes, and how to replace it for a while.
 
-Every model calls the attention function that its configuration names, after it has applied its
-position encoding. So one registered function serves every architecture. Training reads biases of
+Every model calls the attention function that its configuration names, or torch's SDPA, after it has
+applied its position encoding. So one function serves every architecture. Training reads biases of
 keys there (training/relaxation.py), and calibration reads queries, keys and values
 (calibration/layer_hooks.py).
 
@@ -12,14 +12,21 @@ keys there (training/relaxation.py), and calibration reads queries, keys and val
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mod_export.errors import UserError
+from mod_export.model import architectures
+
+# base model -> name of the function that stands for SDPA in it (`_redirected`)
+_REDIRECTED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -34,6 +41,10 @@ def replaced_attention(base: nn.Module, name: str, function: Callable) -> Iterat
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    if architectures.names_of(base).calls_sdpa:
+        with _redirected(base, name, function):
+            yield
+        return
     AttentionInterface.register(name, partial(function, inner_attention(base)))
     AttentionMaskInterface.register(name, sdpa_mask)
     before = base.config._attn_implementation
@@ -45,8 +56,57 @@ def replaced_attention(base: nn.Module, name: str, function: Callable) -> Iterat
 
 
 def has_attention(base: nn.Module, name: str) -> bool:
-    """Return whether the attention of `base` is the registered function of that name."""
-    return base.config._attn_implementation == name
+    """Return whether the attention of `base` is the function of that name."""
+    return name in (base.config._attn_implementation, _REDIRECTED.get(base))
+
+
+@contextmanager
+def _redirected(base: nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """Replace the attention of a model whose attention modules call torch's SDPA themselves."""
+    modules = [part.attn for part in architectures.decoder_layers(base)]
+    before = [vars(module).get("forward") for module in modules]
+    implementation = base.config._attn_implementation
+    base.set_attn_implementation("sdpa")
+    for module in modules:
+        module.forward = _redirecting(module, partial(function, inner_attention(base), module))
+    _REDIRECTED[base] = name
+    try:
+        yield
+    finally:
+        del _REDIRECTED[base]
+        base.set_attn_implementation(implementation)
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _redirecting(module: nn.Module, function: Callable) -> Callable:
+    """Return the forward of an attention module in which `function` stands for torch's SDPA."""
+    forward = module.forward
+
+    def redirecting(*args, attention_mask=None, **kwargs):
+        # The mask need not be a tensor, so it does not go through the module.
+        with _Redirection(function, attention_mask):
+            return forward(*args, attention_mask=None, **kwargs)
+
+    return redirecting
+
+
+class _Redirection(TorchFunctionMode):
+    """Passes each call of SDPA to a function that has the form of transformers' interface."""
+
+    def __init__(self, function: Callable, mask):
+        super().__init__()
+        self.function, self.mask = function, mask
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args
+        out, _ = self.function(query, key, value, self.mask)
+        return out.transpose(1, 2)
 
 
 def inner_attention(base: nn.Module) -> Callable:

@@ -61,6 +61,7 @@ class LayerRouting:
         self._h: torch.Tensor | None = None
         self._ffn_reads_layer_input = parts.ffn_entry is None
         self._scale = parts.residual_scale
+        self._returns_weights = parts.returns_weights
         self._delta_so_far: torch.Tensor | None = None  # of an FFN of two modules
         self._ffn_returns_scores = parts.ffn_returns_scores
         self._stores_kv = parts.kv_source is None
@@ -154,12 +155,13 @@ class LayerRouting:
         if not skips:
             return inner(h, **kwargs)
         if len(rows) == 0:
-            return h
+            return (h, None) if self._returns_weights else h
         x = h[:, rows]
-        y = _first(inner(x, **_gather_rows(kwargs, rows)))
+        out = inner(x, **_gather_rows(kwargs, rows))
+        y = _first(out)
         if (gate := state.gate.get(Unit(self.index, BLOCK))) is not None:
             y = x + gate[:, rows].unsqueeze(-1).to(h.dtype) * (y - x)
-        return h.index_copy(1, rows, y)
+        return _replace(out, h.index_copy(1, rows, y))
 
     def _attn(self, inner: Callable, x: torch.Tensor, kwargs: dict):
         return self._run_sparse(ATTN, inner, x, kwargs, nothing=(torch.zeros_like(x), None))

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mod_export.calibration.calibrate import DEFAULT_SCORES
+from mod_export.calibration.costs import CostMeter
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.role_check import check_roles
@@ -122,6 +124,8 @@ SIDE_BY_SIDE = {
     **dict.fromkeys(("cohere", "phi"), ONE_KV),
     "cohere2": HEAD | SLIDING,
     "cohere2_moe": HEAD | SLIDING | EXPERTS,
+    "falcon": {},
+    "falcon new": {"new_decoder_architecture": True, "num_kv_heads": 1},
     "gpt_neox": {"use_parallel_residual": True},
     "stablelm parallel": ONE_KV | {"use_parallel_residual": True},
 }
@@ -147,7 +151,7 @@ REFUSED = {
     "more than one residual stream": "gemma3n_text inkling2_text",
     "convolutions": "inkling_text",
     "ALiBi": "bloom mpt",
-    "does not use transformers' interface": "codegen falcon gpt_neo gpt_neox_japanese gptj",
+    "does not use transformers' interface": "codegen gpt_neo gpt_neox_japanese gptj",
     "two attentions": "longcat_flash",
     "residual stream is normed": "minimax",
     "scale the residual stream": "beam doge",
@@ -174,6 +178,7 @@ SUPPORTED = {name: (fields, {"kv", "block", "attn", "ffn"}) for name, fields in 
 SUPPORTED |= SOME_KINDS
 # Layers to route; of a layer that cannot have a kind, the tests leave out the kind.
 UNITS = {"kv": [1], "block": [3], "attn": [2], "ffn": [0, 2]}
+LAYER_UNITS = [(layer, kind) for layer in (1, 3) for kind in UNITS]
 
 
 def build(name, fields):
@@ -192,13 +197,14 @@ def test_units_of_the_kinds_that_a_model_type_has(name):
     assert {kind for kind in UNITS if not all(part.lacks(kind) for part in parts)} == kinds
     assert of_norms(parts[1]) <= {architectures.norm_eps(plain)}
     check_roles(plain)
+    costs_are_measured(plain, {unit for unit in LAYER_UNITS if not parts[unit[0]].lacks(unit[1])})
     model = tiny.wrap(plain, tiny.config({k: UNITS[k] for k in kinds}, n_layer=N_LAYER), IDS)
     with torch.inference_mode():
         forms_agree(model, expected)
     relaxed_gradients_reach_routers(model)
     if "block" in kinds:
         with torch.inference_mode():
-            inactive_block_is_no_layer(plain, parts[3].layer)
+            inactive_block_is_no_layer(plain, parts[3])
 
 
 def of_norms(part):
@@ -208,6 +214,15 @@ def of_norms(part):
     ]
     found = {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms}
     return found - {None}
+
+
+def costs_are_measured(plain, units):
+    wanted = {unit: [DEFAULT_SCORES[unit[1]]] for unit in units}
+    measured = dict(CostMeter(plain, kv_window=4).measure(IDS[0], wanted))
+    assert set(measured) == units
+    for _, costs in measured.values():
+        (cost,) = costs.values()
+        assert cost.isfinite().all() and cost.any()
 
 
 def forms_agree(model, expected):
@@ -230,12 +245,13 @@ def relaxed_gradients_reach_routers(model):
         assert gradient.isfinite().all() and gradient.any(), unit
 
 
-def inactive_block_is_no_layer(plain, layer):
+def inactive_block_is_no_layer(plain, part):
     model = tiny.wrap(plain, tiny.config({"block": [3]}, n_layer=N_LAYER))
     model.force = "inactive"
     dense, sparse = model(IDS), model.step(IDS, model.new_cache())
     model.detach()
-    layer.forward = lambda hidden_states, *_, **__: hidden_states
+    pair = part.returns_weights
+    part.layer.forward = lambda h, *_, **__: (h, None) if pair else h
     expected = plain(IDS).logits
     assert torch.equal(dense, expected)
     torch.testing.assert_close(sparse, expected, atol=5e-5, rtol=0)
@@ -247,6 +263,11 @@ def inactive_block_is_no_layer(plain, layer):
 def test_other_model_types_are_refused_with_the_reason(name, reason):
     with pytest.raises(UserError, match=f"unsupported architecture {name}: .*{reason}"):
         architectures.decoder_layers(on_meta(name))
+
+
+def test_falcon_with_alibi_is_refused():
+    with pytest.raises(UserError, match="unsupported architecture falcon: .*ALiBi"):
+        architectures.decoder_layers(build("falcon", {"alibi": True}))
 
 
 def on_meta(name):

@@ -12,8 +12,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Glm4Config,
-    GPT2Config,
-    GPT2LMHeadModel,
+    GPTJConfig,
     GPTNeoXConfig,
     GraniteConfig,
     GraniteMoeSharedConfig,
@@ -102,7 +101,9 @@ def test_units_read_and_feed_the_residual_stream(name):
 
 def test_unsupported_architectures_are_refused_untouched():
     for model in (
-        GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)),
+        AutoModelForCausalLM.from_config(
+            GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, vocab_size=50)
+        ),
         AutoModelForCausalLM.from_config(
             BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50)
         ),

@@ -126,6 +126,7 @@ def test_models_without_a_causal_text_model_are_refused(tmp_path):
     }
     for model_type, (name, message) in cases.items():
         CONFIG_MAPPING[model_type](architectures=[name]).save_pretrained(tmp_path / model_type)
+        byte_tokenizer().save_pretrained(tmp_path / model_type)
         with pytest.raises(UserError, match=message) as error:
             loading.load(tmp_path / model_type)
         assert "\n" not in str(error.value)
