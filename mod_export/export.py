@@ -66,9 +66,8 @@ def export(
     dense: leave the routers out
 
     Raises UserError for an output that exists (unless `force`), for a directory that is no MoD
-    model or breaks the schema, for a base that does not fit, for an architecture that cannot have
-    such routers, and where the converter or the
-    quantiser fails.
+    model or breaks the schema, for a base that does not fit, for an architecture or a layer that
+    cannot have its units, and where the converter or the quantiser fails.
     """
     if quant is not None and quant not in EXPORT_FORMATS:
         raise UserError(f"unknown quantisation {quant!r}", f"known: {', '.join(EXPORT_FORMATS)}")
@@ -84,10 +83,12 @@ def export(
             "use --method threshold to train",
         )
     weights = None if base is None else GGUFFile.open(base)
-    if not dense and (architecture := _architecture(directory, weights)):
+    if weights is None and not dense and (architecture := _architecture(directory)):
         architectures.check(architecture, config.units)
     if weights is not None:
         schema.check_base(weights, config, routers)
+        if not dense:
+            architectures.check_units(weights, config)
         if adapter is None:
             gguf_account.check_base(directory, weights)
     if base is None:
@@ -103,12 +104,13 @@ def export(
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder,
     ):
         plain = _base_weights(directory, base, quant, Path(folder), about)
-        if not dense:
-            architectures.check(GGUFFile.open(plain).architecture, config.units)
         with stage(f"writing {output}"):
             if not dense:
-                write_routers(plain, target, config, routers, about)
-                if note := kv_size.window_note(GGUFFile.open(plain), config):
+                source = GGUFFile.open(plain)
+                if weights is None:
+                    architectures.check_units(source, config)
+                write_routers(source, target, config, routers, about)
+                if note := kv_size.window_note(source, config):
                     logger.warning(note)
             elif plain == base:
                 _copy(plain, target)
@@ -117,30 +119,24 @@ def export(
     return Path(output)
 
 
-def _architecture(directory: Path, base: GGUFFile | None) -> str | None:
+def _architecture(directory: Path) -> str | None:
     """What the GGUF will name as its architecture; None where only the converter knows."""
-    if base is not None:
-        return base.architecture
     config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
     classes = config.get("architectures") or [""]
     return architectures.of_class(classes[0])
 
 
 def write_routers(
-    plain: Path,
+    source: GGUFFile,
     target: Path,
     config: MoDConfig,
     routers: Routers,
     about: gguf.Metadata | None = None,
 ) -> None:
-    """Copy the dense GGUF `plain` to `target` and add the keys and tensors of schema version 1.
+    """Copy the dense GGUF `source` to `target` and add the keys and tensors of schema version 1.
 
     about: what the keys general.* shall say
-
-    Raises UserError for a layer that cannot have its unit.
     """
-    source = GGUFFile.open(plain)
-    kv_size.check_routed(source, config)
     added, dropped = metadata.keys(about, source) if about else ((), ())
     with open(target, "wb") as file:
         schema.write_routers(source, file, config, routers, added, dropped)

@@ -118,6 +118,7 @@ def model(tmp_path_factory) -> Path:
 
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.export import write_routers
+    from mod_export.formats.gguf import GGUFFile
     from mod_export.model import loading
 
     if not _patched():
@@ -133,5 +134,6 @@ def model(tmp_path_factory) -> Path:
                 np.array([0.5], np.float32),
             )
     path = tmp_path_factory.mktemp("model") / "mod.gguf"
-    write_routers(loading.embedded_gguf(), path, MoDConfig(kv_window=16, units=units), routers)
+    dense = GGUFFile.open(loading.embedded_gguf())
+    write_routers(dense, path, MoDConfig(kv_window=16, units=units), routers)
     return path

@@ -18,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.units import UNIT_KINDS
+from mod_export.formats import kv_size
+from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.sliding_windows import layer_windows, main_layers
+from mod_export.units import FFN, UNIT_KINDS
 
 TABLE = Path(__file__).with_suffix(".json")
 UNKNOWN = "this version of llama.cpp does not know it"
@@ -85,6 +89,44 @@ def check(architecture: str, wanted: Collection[str]) -> None:
         f"{reason(architecture)}",
         f"use {' or '.join(possible)} units",
     )
+
+
+def routable_layers(file: GGUFFile, kind: str) -> list[int]:
+    """Return the layers of a file that can have a unit of the kind.
+
+    `ffn` units can be anywhere. The other kinds decide what is remembered, so they need a layer
+    with full attention whose K and V no other layer reads.
+    """
+    windows = layer_windows(file)
+    layers = range(main_layers(file))
+    return [layer for layer in layers if kind == FFN or not _keeps(file, windows, layer)]
+
+
+def check_units(file: GGUFFile, config: MoDConfig) -> None:
+    """Raise UserError where a unit stands in an architecture or layer that cannot have it."""
+    check(file.architecture, config.units)
+    windows = layer_windows(file)
+    for layer, kind in config.routed():
+        if kind != FFN and (why := _keeps(file, windows, layer)):
+            possible = ", ".join(map(str, routable_layers(file, kind)))
+            raise UserError(
+                f"layer {layer} of {file.path} cannot have a {kind} unit: {why}",
+                f"route layers with full attention ({possible or 'it has none'}), or ffn units",
+            )
+
+
+def _keeps(file: GGUFFile, windows: tuple[int, ...], layer: int) -> str | None:
+    """Why nothing of what a layer remembers can be left out; None where it can."""
+    own, n_main = kv_size.own_kv_layers(file), main_layers(file)
+    if windows[layer]:
+        return f"it attends to a sliding window of {windows[layer]} tokens"
+    if layer >= n_main:
+        return "it predicts tokens further on, and is no part of an ordinary context"
+    if layer >= own:
+        return "it reads the K and V of an earlier layer"
+    if layer == own - 1 and own < n_main and not all(windows[own:n_main]):
+        return "later layers read its K and V"
+    return None
 
 
 def of_class(name: str) -> str | None:

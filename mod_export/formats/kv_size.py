@@ -16,7 +16,7 @@ import numpy as np
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
-from mod_export.formats.sliding_windows import layer_windows
+from mod_export.formats.sliding_windows import layer_windows, main_layers
 from mod_export.units import ATTN, BLOCK, KV
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
@@ -73,7 +73,7 @@ def kv_layers(
     Raises UserError where a key is missing or no number.
     """
     windows = layer_windows(file)
-    own = _layers_with_own_kv(file)
+    own = own_kv_layers(file)
     return [
         LayerKV(
             _bytes_per_token(file, layer, bool(window), k_bytes, v_bytes) if layer < own else 0,
@@ -83,49 +83,12 @@ def kv_layers(
     ]
 
 
-def routable_layers(file: GGUFFile, kind: str) -> list[int]:
-    """The layers that can have a unit of the kind.
-
-    `ffn` units can be anywhere. The other kinds decide what is remembered, so they need a layer
-    with full attention whose K and V no other layer reads.
-    """
-    windows = layer_windows(file)
-    if kind == "ffn":
-        return list(range(len(windows)))
-    return [layer for layer in range(len(windows)) if not _not_routable(file, windows, layer)]
-
-
-def check_routed(file: GGUFFile, config: MoDConfig) -> None:
-    """Raise UserError where a unit stands in a layer that cannot have one of its kind."""
-    windows = layer_windows(file)
-    for layer, kind in config.routed():
-        if kind != "ffn" and (why := _not_routable(file, windows, layer)):
-            possible = ", ".join(map(str, routable_layers(file, kind)))
-            raise UserError(
-                f"layer {layer} of {file.path} cannot have a {kind} unit: {why}",
-                f"route layers with full attention ({possible or 'it has none'}), or ffn units",
-            )
-
-
-def _not_routable(file: GGUFFile, windows: tuple[int, ...], layer: int) -> str | None:
-    """Why a layer can have no unit that decides what is remembered; None where it can."""
-    own = _layers_with_own_kv(file)
-    if windows[layer]:
-        return f"it attends to a sliding window of {windows[layer]} tokens"
-    if layer >= own:
-        return "it reads the K and V of an earlier layer"
-    if layer == own - 1 and own < len(windows) and not all(windows[own:]):
-        return "later layers read its K and V"
-    return None
-
-
-def _layers_with_own_kv(file: GGUFFile) -> int:
+def own_kv_layers(file: GGUFFile) -> int:
     """The number of first layers that have K and V of their own."""
     n_layer = file.model_number("block_count")
-    # Layers that predict tokens further on are no part of an ordinary context.
-    own = n_layer - _number_of_layer(file, "nextn_predict_layers", 0, default=0)
     shared = _number_of_layer(file, "attention.shared_kv_layers", 0, default=0)
-    return min(own, n_layer - shared, OWN_KV_LAYERS.get(file.architecture, n_layer))
+    known = OWN_KV_LAYERS.get(file.architecture, n_layer)
+    return min(main_layers(file), n_layer - shared, known)
 
 
 def _bytes_per_token(

@@ -72,6 +72,14 @@ def layer_windows(file: GGUFFile) -> tuple[int, ...]:
     return tuple(window if slides else 0 for slides in _pattern(file, rule, n_layer))
 
 
+def main_layers(file: GGUFFile) -> int:
+    """The number of layers without those that predict tokens further on.
+
+    Such layers are counted in block_count, and are no part of an ordinary context.
+    """
+    return file.model_number("block_count") - _whole_number(file, "nextn_predict_layers", 0)
+
+
 def _pattern(file: GGUFFile, rule: SlidingLayers, n_layer: int) -> list[bool]:
     """Whether each layer slides, as the file lists it or as every n-th layer does not."""
     name = "attention.sliding_window_pattern"
@@ -82,7 +90,7 @@ def _pattern(file: GGUFFile, rule: SlidingLayers, n_layer: int) -> list[bool]:
         return [False] * n_layer
     period = _whole_number(file, name, rule.period) if rule.period else 0
     full = 0 if rule.full_first else period - 1
-    n_main = n_layer - _whole_number(file, "nextn_predict_layers", 0)
+    n_main = main_layers(file)
     return [layer < n_main and (not period or layer % period != full) for layer in range(n_layer)]
 
 

@@ -20,7 +20,7 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
-from mod_export.formats import kv_size
+from mod_export.formats import architectures
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import Routers
 from mod_export.synthetic.routers import SPREAD, SynthesisOptions, routing
@@ -54,8 +54,11 @@ def onto(
     if file.get("tokenizer.ggml.model") in (None, "no_vocab"):
         raise UserError(f"{base} has no vocabulary", "give a preset: `mod-export synth 1b`")
     config = routing(
-        file.model_number("block_count"), options, lambda kind: kv_size.routable_layers(file, kind)
+        file.model_number("block_count"),
+        options,
+        lambda kind: architectures.routable_layers(file, kind),
     )
+    architectures.check_units(file, config)
     rng = rng_of(seed, "routers")
     routers: Routers = {
         unit: (
@@ -67,7 +70,7 @@ def onto(
     with atomic_file(output, force) as tmp:
         for number in range(rounds):
             with stage(f"running the model, round {number + 1} of {rounds}"):
-                write_routers(Path(base), tmp, config, routers)
+                write_routers(file, tmp, config, routers)
                 active, score = _trace(tmp, text)
             logger.info(
                 f"fitting biases, round {number + 1} of {rounds}: activation {active.mean():.3f}, "
@@ -75,7 +78,7 @@ def onto(
             )
             _move_biases(config, routers, score[options.sink_tokens :])
         with stage(f"writing {output}"):
-            write_routers(Path(base), tmp, config, routers)
+            write_routers(file, tmp, config, routers)
 
 
 def _trace(path: Path, text: str | None) -> tuple[np.ndarray, np.ndarray]:

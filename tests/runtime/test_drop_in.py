@@ -20,6 +20,7 @@ import pytest
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
+from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import MoDLlama
 from tests.support import drop_in
 from tests.support.drop_in import OPTIONS, PROMPT, RIGHT, WRONG, evaluated, taken
@@ -44,7 +45,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         for layer in layers:
             weight = rng.standard_normal(576, np.float32) / 24
             routers[layer, kind] = weight, np.array([0.5], np.float32)
-    write_routers(dense, mod, MoDConfig(kv_window=16, units=units), routers)
+    write_routers(GGUFFile.open(dense), mod, MoDConfig(kv_window=16, units=units), routers)
     return {"dense": dense, "mod": mod}
 
 

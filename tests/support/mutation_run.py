@@ -28,6 +28,7 @@ import numpy as np
 
 from mod_export.errors import UserError
 from mod_export.export import write_routers
+from mod_export.formats.gguf import GGUFFile
 from mod_export.inspection import inspect, render
 from mod_export.runtime import MoDLlama
 from mod_export.runtime.templates import ChatTemplate, has_template
@@ -164,7 +165,7 @@ def write(path: Path, name: str) -> Path:
     base = short_smollm2(path.with_suffix(".base"), n_layer=2)
     config = mod_files.config({"kv": [1]}, n_layer=2)
     weight = np.random.default_rng(0).standard_normal(576, np.float32)
-    write_routers(base, path, config, {(1, "kv"): (weight, np.zeros(1, np.float32))})
+    write_routers(GGUFFile.open(base), path, config, {(1, "kv"): (weight, np.zeros(1, np.float32))})
     return path
 
 

@@ -63,7 +63,7 @@ def test_the_bytes_are_those_of_version_0_1(tmp_path, name):
     with (tmp_path / "less.gguf").open("wb") as file:
         rewrite(GGUFFile.open(tmp_path / "mod.gguf"), file, dropped_keys=added)
     assert (tmp_path / "less.gguf").read_bytes() == written.read_bytes()
-    write_routers(base, tmp_path / "again.gguf", *read_directory(V01 / "mod"))
+    write_routers(GGUFFile.open(base), tmp_path / "again.gguf", *read_directory(V01 / "mod"))
     assert (tmp_path / "again.gguf").read_bytes() == written.read_bytes()
 
 

@@ -18,6 +18,7 @@ from mod_export.common.text import result_as_json
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
+from mod_export.formats.gguf import GGUFFile
 from mod_export.model import loading
 from mod_export.runtime import bindings
 from tests.runtime.benchmark.test_run import make
@@ -45,7 +46,7 @@ def swept(folder):
     }
     units = {"attn": UnitConfig(tuple(half), tuple(1 - x for x in half))}
     path = folder / "attn.gguf"
-    write_routers(loading.embedded_gguf(), path, MoDConfig(units=units), routers)
+    write_routers(GGUFFile.open(loading.embedded_gguf()), path, MoDConfig(units=units), routers)
     return sweep.sweep(
         path,
         loading.embedded_gguf(),

@@ -8,6 +8,7 @@ import numpy as np
 
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.export import write_routers
+from mod_export.formats.gguf import GGUFFile
 from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, deciding_order
 from tests.support.architectures.models import Model
 
@@ -65,5 +66,5 @@ def route(model: Model, target: Path, units: list[Unit], seed: int = 0) -> Path:
         )
         for unit in units
     }
-    write_routers(model.path, target, config, routers)
+    write_routers(GGUFFile.open(model.path), target, config, routers)
     return target

@@ -7,7 +7,7 @@ import pytest
 
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
-from mod_export.formats import kv_size
+from mod_export.formats import architectures
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import LayerKV, kv_layers
 from mod_export.formats.sliding_windows import SLIDING, layer_windows
@@ -149,12 +149,23 @@ def test_which_layers_can_be_routed(tmp_path):
         "attention__shared_kv_layers": 2,
     }
     file = write(tmp_path / "gemma4.gguf", "gemma4", 6, **keys)
-    assert kv_size.routable_layers(file, "kv") == [1]
-    assert kv_size.routable_layers(file, "ffn") == list(range(6))
+    assert architectures.routable_layers(file, "kv") == [1]
+    assert architectures.routable_layers(file, "ffn") == list(range(6))
     reasons = {0: "a sliding window of 64 tokens", 3: "later layers read", 5: "of an earlier layer"}
     for layer, reason in reasons.items():
         thresholds = tuple(0.5 if i == layer else 0.0 for i in range(6))
         unit = UnitConfig(threshold=thresholds, activation=(1.0,) * 6)
         with pytest.raises(UserError, match=f"layer {layer} .* kv unit: .*{reason}.*") as exc:
-            kv_size.check_routed(file, MoDConfig(units={"kv": unit}))
+            architectures.check_units(file, MoDConfig(units={"kv": unit}))
         assert "(1)" in exc.value.cure
+
+
+def test_layers_that_predict_further_tokens_read_no_kv_of_others(tmp_path):
+    """They were taken for layers that share K and V, so that the last layer was refused."""
+    keys = {"attention__sliding_window": 0, "nextn_predict_layers": 1}
+    file = write(tmp_path / "glm4moe.gguf", "glm4moe", 4, **keys)
+    assert architectures.routable_layers(file, "kv") == [0, 1, 2]
+    assert architectures.routable_layers(file, "ffn") == [0, 1, 2]
+    unit = UnitConfig(threshold=(0.0, 0.0, 0.0, 0.5), activation=(1.0,) * 4)
+    with pytest.raises(UserError, match="layer 3 .* predicts tokens further on"):
+        architectures.check_units(file, MoDConfig(units={"kv": unit}))
