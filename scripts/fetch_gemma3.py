@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from mod_export.cli.output import run_script
 from mod_export.common.files import atomic_file
 from mod_export.errors import UserError
 
@@ -68,8 +69,4 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

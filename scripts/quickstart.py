@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mod_export
-from mod_export.cli.output import show_messages
+from mod_export.cli.output import run_script, show_messages
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 
@@ -232,10 +232,4 @@ def summary(figures: dict[str, dict], parity: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(lambda: main(Path(sys.argv[1])))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from mod_export.errors import UserError
+
 
 class MessageHandler(logging.Handler):
     """Print each message as a line on stderr, or on stdout.
@@ -40,6 +42,20 @@ def _beside_bars() -> contextlib.AbstractContextManager:
     from tqdm import tqdm
 
     return tqdm.external_write_mode(file=sys.stderr)
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Do what a script does, and end with the exit codes of the commands.
+
+    A UserError is one line on stderr and code 2; Ctrl-C is code 130.
+    """
+    try:
+        main()
+    except UserError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def show_messages(stdout: bool = False, clock: bool = False) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 
+from mod_export.cli.output import run_script
 from mod_export.common.files import atomic_file
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
@@ -199,8 +200,4 @@ def time_table(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        study()
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2)
+    run_script(study)

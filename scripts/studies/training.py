@@ -20,7 +20,6 @@ again, and an interrupted training goes on from its checkpoint.
 from __future__ import annotations
 
 import fnmatch
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +28,10 @@ import click
 import torch
 
 from mod_export.cli.options import shares
-from mod_export.cli.output import show_messages
+from mod_export.cli.output import run_script, show_messages
 from mod_export.common.tables import format_table
 from mod_export.config import UnitConfig
 from mod_export.convert import convert
-from mod_export.errors import UserError
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.training.config import TrainConfig
@@ -323,8 +321,4 @@ def matching(patterns: tuple[str, ...], known=POINTS) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        study()
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2)
+    run_script(study)

@@ -77,6 +77,16 @@ def expected_cells(tiny: Tiny, active, n: int, rollback: int = 64) -> list[int]:
     return [tiny.stored(layer, active, n, rollback) for layer in range(tiny.n_layer)]
 
 
+def check_cells(r: Raw, tiny: Tiny, active, rollback: int) -> None:
+    """Decode 150 tokens in batches of several sizes, and look at the cells after each of them."""
+    r.set(kv_rollback=rollback)
+    n = 0
+    for size in (90, 7, *[1] * 30, 23):
+        r.decode(TOKENS[0][n : n + size])
+        n += size
+        assert cells(r, tiny.n_layer) == expected_cells(tiny, active, n, rollback)
+
+
 def save(r: Raw) -> bytes:
     """Return the state of a context."""
     buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(r.ctx))()

@@ -15,6 +15,7 @@ from tests.support.oracle import (
     TOKENS,
     N,
     cells,
+    check_cells,
     close,
     expected_cells,
     make,
@@ -58,12 +59,7 @@ def kv_model(tmp_path_factory):
 def test_cells_are_what_trace_and_window_say(routed, rollback):
     tiny, path, expected = routed
     with Raw(path, n_ctx=256) as r:
-        r.set(kv_rollback=rollback)
-        n = 0
-        for size in (90, 7, *[1] * 30, 23):
-            r.decode(TOKENS[0][n : n + size])
-            n += size
-            assert cells(r) == expected_cells(tiny, expected.active, n, rollback)
+        check_cells(r, tiny, expected.active, rollback)
 
 
 def test_freed_cells_are_used_again(kv_model, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from mod_export.runtime import bindings
 from tests.support.c_api import F16, F32, Q8_0, Raw, aborting
-from tests.support.oracle import SLIDES, SLIDING, TOKENS, N, cells, close, expected_cells, make
+from tests.support.oracle import SLIDES, SLIDING, TOKENS, N, cells, check_cells, close, make
 
 
 @pytest.fixture(scope="module", params=SLIDING)
@@ -42,12 +42,7 @@ def test_all_active_is_the_dense_model_bit_for_bit(sliding, tmp_path):
 def test_cells_are_those_of_the_window(sliding, rollback):
     tiny, path, expected = sliding
     with Raw(path, n_ctx=256, n_ubatch=32) as r:
-        r.set(kv_rollback=rollback)
-        n = 0
-        for size in (90, 7, *[1] * 30, 23):
-            r.decode(TOKENS[0][n : n + size])
-            n += size
-            assert cells(r) == expected_cells(tiny, expected.active, n, rollback)
+        check_cells(r, tiny, expected.active, rollback)
         assert {r.kv(layer).n_used for layer in SLIDES} == {min(N, tiny.n_swa - 1 + rollback)}
 
 
