@@ -155,10 +155,11 @@ NORM_EPS = (
     "layernorm_epsilon",
 )
 FULL_ATTENTION = "full_attention"
-# Types of layers whose queries see the last tokens only -> what the layer has.
+# Types of layers whose queries see the last tokens only -> what the layer has, and the field of the
+# configuration that says how many tokens these are.
 WINDOWS = {
-    "sliding_attention": "sliding attention",
-    "chunked_attention": "attention within chunks",
+    "sliding_attention": ("sliding attention", "sliding_window"),
+    "chunked_attention": ("attention within chunks", "attention_chunk_size"),
 }
 # Classes of FFNs that return (output, scores of the experts); others return the output alone.
 FFNS_WITH_SCORES = ("GptOssMLP", "Llama4TextMoe")
@@ -215,13 +216,10 @@ def layer_windows(base: nn.Module) -> list[int]:
     ones, are left out (Gemma 4).
     """
     config = base.config
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    sizes = {
-        "sliding_attention": getattr(config, "sliding_window", None) or 0,
-        "chunked_attention": getattr(config, "attention_chunk_size", None) or 0,
-    }
+    types = _layer_types(base, config.num_hidden_layers)
+    sizes = {name: getattr(config, size, None) or 0 for name, (_, size) in WINDOWS.items()}
     own = len(types) - (getattr(config, "num_kv_shared_layers", None) or 0)
-    return [sizes.get(kind, 0) for kind in types[:own]]
+    return [sizes.get(name, 0) for name in types[:own]]
 
 
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
@@ -333,11 +331,15 @@ def _windows(base: nn.Module, n_layer: int) -> list[str | None]:
 
     Raises UserError for a layer of another type, such as one with a recurrent state.
     """
-    types = getattr(base.config, "layer_types", None) or [FULL_ATTENTION] * n_layer
+    types = _layer_types(base, n_layer)
     for layer, name in enumerate(types):
         if name != FULL_ATTENTION and name not in WINDOWS:
             raise _unsupported(base, f"its layer {layer} is of the type {name}")
-    return [WINDOWS.get(name) for name in types]
+    return [WINDOWS[name][0] if name in WINDOWS else None for name in types]
+
+
+def _layer_types(base: nn.Module, n_layer: int) -> list[str]:
+    return getattr(base.config, "layer_types", None) or [FULL_ATTENTION] * n_layer
 
 
 def _kv_sources(base: nn.Module, n_layer: int) -> list[int | None]:
