@@ -153,3 +153,16 @@ def dequantize(rows: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
     from gguf.quants import dequantize
 
     return dequantize(rows, type).astype(np.float32, copy=False)
+
+
+def split_parts(name: str, count: int | None = None) -> list[str]:
+    """Return the names of all files of a split model, by the name of one of them.
+
+    count: of the files, by default what the name says. None are returned for a name of another
+    form. Source: llama_split_path in llama.cpp.
+    """
+    found = SPLIT_NAME.search(name)
+    if found is None:
+        return []
+    start, count = name[: found.start()], count or int(found[2])
+    return [f"{start}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]

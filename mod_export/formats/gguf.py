@@ -27,7 +27,7 @@ import numpy as np
 
 from mod_export.errors import UserError
 from mod_export.formats import ggml_types
-from mod_export.formats.ggml_types import F32_TYPE, SPLIT_NAME
+from mod_export.formats.ggml_types import F32_TYPE, split_parts
 
 MAGIC = b"GGUF"
 KNOWN_VERSIONS = (2, 3)
@@ -223,15 +223,13 @@ class GGUFFile:
 
         llama.cpp finds them beside the first one, by their names (llama_split_path in llama.cpp).
         """
-        count, name = self.get("split.count", 0), SPLIT_NAME.search(self.path.name)
-        if not isinstance(count, int) or count < 2 or name is None:
+        count = self.get("split.count", 0)
+        if not isinstance(count, int) or count < 2:
             return
-        start = self.path.name[: name.start()]
-        for number in range(1, count + 1):
-            part = self.path.with_name(f"{start}-{number:05}-of-{count:05}.gguf")
-            if not part.is_file():
+        for part in split_parts(self.path.name, count):
+            if not self.path.with_name(part).is_file():
                 raise UserError(
-                    f"{self.path} is one of {count} files of a model, and {part.name} is missing",
+                    f"{self.path} is one of {count} files of a model, and {part} is missing",
                     "get it into the same directory",
                 )
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from mod_export.common.progress import stage
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import SPLIT_NAME
+from mod_export.formats.ggml_types import SPLIT_NAME, split_parts
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +222,7 @@ def _gguf_files(name: HubName, names: list[str]) -> list[str]:
             f"{name.repo} has {what} {wanted}: {_shown(found or models)}",
             f"name one of them, as in {name.repo}:{(found or models)[0]}",
         )
-    first = SPLIT_NAME.search(found[0])
-    if first is None:
-        return found
-    start = found[0][: first.start()]
-    return [f"{start}-{part:05}-of-{first[2]}.gguf" for part in range(1, int(first[2]) + 1)]
+    return split_parts(found[0]) or found
 
 
 def _gguf_models(names: list[str]) -> list[str]:
