@@ -2,7 +2,12 @@
 
 MODEL_TYPES has for each name a model type of transformers and the fields of its configuration,
 beside those of `gguf_models.SMALL`. Every window and scale counts for the logits of 200 tokens.
+
+    units(base, "block+kv")     # {"block": [2, 3], "kv": [1]}, as far as the type has the kinds
 """
+
+from mod_export.model import architectures
+from mod_export.units import UNIT_KINDS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 N_LAYER = 4
@@ -109,3 +114,18 @@ MODEL_TYPES = {
     # llama.cpp knows the model with sliding layers by its number of layers.
     "exaone4_sliding": ("exaone4", _sliding(*range(3, 64, 4), n_layer=64)),
 }
+
+
+# A layer with `block` has neither `attn` nor `ffn`, so that two models have all kinds.
+ROUTINGS = ("kv+attn+ffn", "block+kv")
+
+
+def units(base, routing: str) -> dict[str, list[int]]:
+    """Return the layers to route of each kind: the last ones that can have it."""
+    parts = architectures.decoder_layers(base)
+    able = {
+        kind: [layer for layer, part in enumerate(parts) if not part.lacks(kind)]
+        for kind in UNIT_KINDS
+    }
+    able["kv"] = able["kv"][-3:-1] or able["kv"]  # beside `block` and below it
+    return {kind: able[kind][-2:] for kind in routing.split("+") if able[kind]}

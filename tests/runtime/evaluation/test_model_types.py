@@ -1,4 +1,5 @@
-"""Torch against the runtime at f32, on a tiny random model of each type that people run.
+"""Torch against the runtime at f32, on a tiny random model of each type that people run: all tokens
+through all layers, and with routers of every kind that the type can have.
 
 One process of llama.cpp's converter writes all files, with the vocabulary of the tests.
 """
@@ -7,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from mod_export.evaluation.parity import report, verify
+from mod_export.export import export
 from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import compare_rows
 from mod_export.model.gguf_account import account
 from mod_export.model.gguf_architectures import ARCHITECTURES
 from mod_export.model.gguf_reading import read_model
 from mod_export.runtime.batch_logits import BatchLogitsLlama
+from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.gguf_models import random_model, write_models
-from tests.support.model_types import MODEL_TYPES
+from tests.support.model_types import MODEL_TYPES, ROUTINGS, units
 
 IDS = np.random.default_rng(0).integers(3, 96, 200).tolist()
+TEXT = "".join(map(chr, np.random.default_rng(0).integers(32, 126, 200)))
 MAX_KL = 1e-5
 
 
@@ -53,3 +59,22 @@ def test_both_directions_give_the_same_logits(files, name):
     if file.architecture in ARCHITECTURES:
         read = torch_logits(read_model(file, torch.float32))
         assert compare_rows(written, read)[:, 0].mean() <= 1e-9
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_routers_decide_the_same(files, tmp_path, name, routing):
+    """Thresholds lie in gaps between the scores, so that float noise decides nothing."""
+    base = random_model(*MODEL_TYPES[name])
+    config = tiny.config(units(base, routing), n_layer=base.config.num_hidden_layers)
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    model = tiny.wrap(base, config, ids, tokenizer)
+    with torch.inference_mode():
+        dense, routed = tiny.dense_logits(model, ids), model(ids)
+    assert compare_rows(dense[0].numpy(), routed[0].numpy())[:, 0].mean() > 1e-3
+    model.save(tmp_path / "mod")
+    file = export(tmp_path / "mod", tmp_path / "mod.gguf", base=files[name])
+    result = verify(file, tmp_path / "mod", TEXT, n_tokens=200, length=200, threads=1)
+    assert result["tokens"] == 200 and 0.2 < result["activation"] < 0.8
+    assert result["decision_agreement"] == 1 and result["mean_kl"] <= MAX_KL, report(result)
