@@ -16,6 +16,8 @@ import sys
 # Threads that wait must not spin. Set before any library reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Where there is a debugger, a process that aborts would let it print into the process's output.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 # A shell starts background jobs with Ctrl-C ignored, which processes of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
