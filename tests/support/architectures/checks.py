@@ -36,8 +36,8 @@ TOKENS = np.random.default_rng(7).integers(0, 128, 76)
 PROMPT = 60  # the other tokens come one by one
 UBATCH = 32
 SECONDS = 60  # that a file may take
-# How much logits may differ where a prompt is cut differently, as a part of their standard deviation:
-# this much, or this many times what the stock library's own logits of the dense file differ by.
+# How much logits may differ where a prompt is cut differently, as a part of their standard
+# deviation: this much, or this many times what the stock library's own of the dense file do.
 NOISE, TIMES_STOCK = 2e-3, 4
 MARGIN = 1e-4  # between a score and its threshold
 # plain: K/V of f32; fast: flash attention on K/V of f16
