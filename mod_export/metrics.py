@@ -9,7 +9,7 @@ tensors in float32 on their device. torch is imported only where a tensor is giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -109,12 +109,12 @@ def compare_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def visible_share(
-    units: Sequence[Unit], kv_window: int, active: Array, windows: Sequence[int]
+    units: Sequence[Unit], kv_window: int, active: Array, windows: Mapping[int, int]
 ) -> float:
-    """Cells whose K/V a next token could see, over those of the dense model.
+    """Cells whose K/V a next token could see, over those of the dense model; 1 where it has none.
 
-    active: decisions [n_tokens, n_units], in the order of `units`. windows: tokens that each layer
-    with K/V of its own attends to, 0: all of them.
+    active: decisions [n_tokens, n_units], in the order of `units`. windows: layer with K/V of its
+    own -> tokens that it attends to, 0: all of them.
     """
     is_active = np.asarray(active, dtype=bool)
     n_tokens = len(is_active)
@@ -123,15 +123,16 @@ def visible_share(
     recent = positions >= n_tokens + 1 - kv_window
     seen = {
         window: positions >= n_tokens + 1 - window if window else np.ones(n_tokens, dtype=bool)
-        for window in set(windows)
+        for window in set(windows.values())
     }
-    dense = [seen[window] for window in windows]
-    visible = list(dense)
+    dense = {layer: seen[window] for layer, window in windows.items()}
+    visible = dict(dense)
     for index, (layer, kind) in enumerate(units):
-        if UNIT_KINDS[kind].frees_kv:
+        if UNIT_KINDS[kind].frees_kv and layer in visible:
             mask = is_active[:, index] | recent if kind == KV else is_active[:, index]
             visible[layer] = visible[layer] & mask
-    return sum(int(mask.sum()) for mask in visible) / sum(int(mask.sum()) for mask in dense)
+    cells, of_dense = (sum(int(x.sum()) for x in masks.values()) for masks in (visible, dense))
+    return cells / of_dense if of_dense else 1.0
 
 
 def _float64_like(array: Array, values: list[float]) -> Array:

@@ -9,7 +9,6 @@ Example:
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 
@@ -57,9 +56,8 @@ def open_pair(
 
 
 def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int) -> Reader:
-    if hub.is_name(path):
-        path = hub.locate(path)
-    if Path(path).is_file():
+    path = hub.locate(path)
+    if path.is_file():
         # Models in torch open without llama.cpp.
         from mod_export.evaluation.runtime_reader import RuntimeReader
 
@@ -69,7 +67,7 @@ def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int)
             )
         with stage(f"loading {path}"):
             return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
-    if not Path(path).exists() and str(path) != loading.EMBEDDED:
+    if not path.exists() and str(path) != loading.EMBEDDED:
         raise UserError(
             f"no such model: {path}", "give a directory, a GGUF file or a name on the hub"
         )

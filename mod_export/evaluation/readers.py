@@ -14,7 +14,7 @@ file in llama.cpp (runtime_reader.py).
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class Reader(abc.ABC):
     tokenizer: object
     units: list[Unit]
     kv_window: int
-    windows: Sequence[int]
+    windows: Mapping[int, int]
     n_ctx: int
     n_vocab: int
     whole: bool = False

@@ -48,7 +48,11 @@ class RuntimeReader(Reader):
         if file.get("general.file_type") == 0:
             self._options |= {"flash_attn": False, "type_k": 0, "type_v": 0}
         self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED_TOKENS
-        self.windows = [layer.window for layer in kv_layers(file) if layer.bytes_per_token]
+        self.windows = {
+            number: layer.window
+            for number, layer in enumerate(kv_layers(file))
+            if layer.bytes_per_token
+        }
         self._open(CHUNK_TOKENS)
         self.llm.require_vocab()
         self.tokenizer = _Tokenizer(self)

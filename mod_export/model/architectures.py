@@ -209,17 +209,15 @@ def context_length(base: nn.Module) -> int | None:
     return getattr(base.config, "max_position_embeddings", None) or None
 
 
-def layer_windows(base: nn.Module) -> list[int]:
-    """Return the tokens that each layer attends to, 0 for all, [n_layer].
+def layer_windows(base: nn.Module) -> dict[int, int]:
+    """Return for each layer with K/V of its own the tokens that it attends to, 0 for all.
 
-    Layers of K/V of their own only: those that take K and V of another layer, which are the last
-    ones, are left out (Gemma 4).
+    The layers that take K and V of another layer are left out (Gemma 4).
     """
-    config = base.config
-    types = _layer_types(base, config.num_hidden_layers)
-    sizes = {name: getattr(config, size, None) or 0 for name, (_, size) in WINDOWS.items()}
-    own = len(types) - (getattr(config, "num_kv_shared_layers", None) or 0)
-    return [sizes.get(name, 0) for name in types[:own]]
+    types = _layer_types(base, base.config.num_hidden_layers)
+    sizes = {name: getattr(base.config, size, None) or 0 for name, (_, size) in WINDOWS.items()}
+    sources = _kv_sources(base, len(types))
+    return {layer: sizes.get(name, 0) for layer, name in enumerate(types) if sources[layer] is None}
 
 
 def decoder_layers(base: nn.Module) -> list[LayerParts]:

@@ -59,6 +59,10 @@ def test_visible_share_counts_what_a_next_token_sees(make):
     """Cells: 10; the first token and the two that a window of 3 leaves to the next token; 1; 10."""
     active = [[True, True, True]] + [[False, False, False]] * 9
     units = [Unit(1, "kv"), Unit(2, "attn"), Unit(3, "ffn")]
-    assert visible_share(units, 3, make(active), [0] * 4) == (10 + 3 + 1 + 10) / 40
+    assert visible_share(units, 3, make(active), {0: 0, 1: 0, 2: 0, 3: 0}) == 24 / 40
     # a window of 5 leaves four tokens to the next one
-    assert visible_share(units, 3, make(active), [5, 0, 5, 5]) == (4 + 3 + 0 + 4) / 22
+    windows = {0: 5, 1: 0, 2: 5, 3: 5}
+    assert visible_share(units, 3, make(active), windows) == (4 + 3 + 0 + 4) / 22
+    # layers without attention have no K/V of their own
+    assert visible_share([Unit(2, "kv"), Unit(3, "block")], 3, make(active)[:, :2], {2: 0}) == 0.3
+    assert visible_share([], 3, make(active)[:, :0], {}) == 1
