@@ -512,8 +512,8 @@ class MoDLlama(SafeLlama):
         settings = self._settings()
         wanted = _context_params(self.context_params, params)
         refused = None
-        self._ctx.close()
         with self.errors_kept() as log:
+            self._ctx.close()
             try:
                 self._ctx = self._context(wanted)
                 self.context_params = wanted

@@ -129,7 +129,8 @@ class SafeLlama(llama_cpp.Llama):
         with guard.lock:
             guard.closed = True
             if hasattr(self, "_stack"):
-                super().close()
+                with self.errors_kept():  # It warns of buffers that grew for pieces of graphs.
+                    super().close()
 
     @unguarded
     def errors_kept(self):

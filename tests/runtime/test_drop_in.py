@@ -26,6 +26,7 @@ from tests.support import drop_in
 from tests.support.drop_in import OPTIONS, PROMPT, RIGHT, WRONG, evaluated, taken
 from tests.support.hub_server import HubServer
 from tests.support.short_smollm2 import short_smollm2
+from tests.support.tiny_gguf import Tiny
 
 N_LAYER = 3
 ROUTED = {"kv": (1, 2), "ffn": (1,)}
@@ -47,6 +48,18 @@ def files(tmp_path_factory) -> dict[str, Path]:
             routers[layer, kind] = weight, np.array([0.5], np.float32)
     write_routers(GGUFFile.open(dense), mod, MoDConfig(kv_window=16, units=units), routers)
     return {"dense": dense, "mod": mod}
+
+
+def test_closing_prints_nothing(tmp_path, capfd):
+    """llama.cpp warned of compute buffers that had grown for pieces of graphs."""
+    path = Tiny().route([2, 3], "kv").write(tmp_path / "mod.gguf")
+    exact = {"flash_attn": False, "type_k": 0, "type_v": 0}
+    llm = MoDLlama(path, n_ctx=1024, n_batch=1024, logits_all=True, **exact)
+    llm.eval([1] * 1000)
+    llm.new_context(n_ctx=1024)
+    llm.eval([1] * 1000)
+    llm.close()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.fixture(scope="module")
