@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 WARNINGS = re.compile(r"(?:WARNING:[\w.-]+: ?|\w+: WARNING: |.*\b\w*Warning: )(.+)")
 KNOWN_WARNINGS = re.compile(
     "Unknown RoPE type: default"  # the converter does not know that this means no scaling
+    "|Duplicated key name"  # a class of the converter writes a key anew after its parent
     "|.*required fallback quantization"  # `describe_types` says which tensors
     "|.*is deprecated|.*will be removed"  # for those who write the tools
 )
