@@ -21,6 +21,7 @@ from mod_export.common.progress import stage
 from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
 from mod_export.errors import UserError
+from mod_export.formats import architectures as runtime_architectures
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
 from mod_export.units import parse_kinds, parse_layers, shares_by_kind
@@ -76,6 +77,7 @@ def convert(
             base, tokenizer = loading.load(path)
         check_against_runtime(loading.gguf_path(path), base, tokenizer)
         check_roles(base)
+        note_for_export(type(base).__name__, kinds)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
         kv_window = kv_window or min(
@@ -156,6 +158,16 @@ def check_against_runtime(path: Path | None, base, tokenizer) -> None:
             gguf_tokenizer.USE_DIRECTORY,
         )
     logger.info(f"same logits on the runtime: mean KL {kl:.2g}, rounding explains {rounding:.2g}")
+
+
+def note_for_export(name: str, kinds: Sequence[str]) -> None:
+    """Log where llama.cpp runs no such units on models of a class of transformers."""
+    architecture = runtime_architectures.of_class(name)
+    if architecture is not None:
+        try:
+            runtime_architectures.check(architecture, kinds)
+        except UserError as error:
+            logger.warning(f"note: only torch runs the model that this makes: {error.message}")
 
 
 def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
-from mod_export.convert import convert
+from mod_export.convert import convert, note_for_export
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from mod_export.formats import model_card
@@ -35,6 +35,17 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
+
+
+def test_what_the_runtime_does_not_run_is_told(caplog):
+    for name in ("Qwen3ForCausalLM", "HeliumForCausalLM"):  # all kinds; not known to llama.cpp
+        note_for_export(name, ["kv"])
+    assert not caplog.messages
+    note_for_export("DeepseekV2ForCausalLM", ["kv"])
+    note_for_export("PhiForCausalLM", ["kv", "ffn"])
+    latents, parallel = caplog.messages
+    assert "'deepseek2' cannot have routers: " in latents and "(MLA)" in latents
+    assert "'phi2' cannot have units of kind ffn: " in parallel
 
 
 def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_path, caplog):
