@@ -55,6 +55,6 @@ def test_a_dense_model_tells_what_it_holds(files):
     kept = -(-(n_swa + UBATCH) // 256) * 256
     assert (llm.kv(0).used, llm.kv(2).used) == (kept * per_token[0], 600 * per_token[2])
     assert llm.kv(0).used == llm.kv(0).dense < llm.kv(2).used
-    assert llm.kv().used == sum(llm.kv(layer).used for layer in range(8))
+    assert llm.kv().used == sum(llm.kv(layer).used for layer in range(files["gemma4"].n_layer))
     llm.new_context(n_ctx=N_CTX, type_k=0, type_v=0, swa_full=False)
     assert llm.kv(2).committed == 2 * N_CTX * per_token[2]
