@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir
@@ -34,6 +35,8 @@ CHECK_BATCH = 64  # tokens; logits of so many are held at once
 # which is an estimate, and so much more, because llama.cpp has GELU from a table of f16.
 CHECK_TIMES = 3.0
 CHECK_MARGIN = 1e-5
+# Is called with a model, its tokenizer and the kinds of units, before work goes into them.
+Check = Callable[[Any, Any, Collection[str]], None]
 
 
 def convert(
@@ -47,13 +50,14 @@ def convert(
     sink_tokens: int = SINK_TOKENS,
     force: bool = False,
     revision: str | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
     model: a directory, a GGUF file, `smollm2` or a name on the Hugging Face hub; revision: of the
     last. target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an
-    eighth of the model's context where that is less. Raises UserError for anything in the
-    arguments, the model or the text that does not fit.
+    eighth of the model's context where that is less. check: what else the model has to fit. Raises
+    UserError for anything in the arguments, the model or the text that does not fit.
     """
     kinds = parse_kinds(units)
     parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
@@ -77,6 +81,8 @@ def convert(
             base, tokenizer = loading.load(path)
         check_against_runtime(loading.gguf_path(path), base, tokenizer)
         check_roles(base)
+        if check:
+            check(base, tokenizer, kinds)
         note_for_export(type(base).__name__, kinds)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mod_export.common import extras
-from mod_export.common.files import atomic_file
+from mod_export.common.files import atomic_file, folder_beside
 from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
@@ -99,24 +99,54 @@ def export(
     if str(output).endswith(os.sep):
         encoding = quant or metadata.encoding(weights)
         output = Path(output, metadata.file_name(about, encoding))
-    with (
-        atomic_file(output, force) as target,
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder,
-    ):
-        plain = _base_weights(directory, base, quant, Path(folder), about)
+    with atomic_file(output, force) as target, folder_beside(output) as folder:
+        plain = _base_weights(directory, base, quant, folder, about)
         with stage(f"writing {output}"):
             if not dense:
                 source = GGUFFile.open(plain)
                 if weights is None:
-                    architectures.check_units(source, config)
+                    architectures.check_units(source, config, str(directory))
                 write_routers(source, target, config, routers, about)
                 if note := kv_size.window_note(source, config):
                     logger.warning(note)
             elif plain == base:
                 _copy(plain, target)
+            elif weights is not None:
+                _copy(plain, target, about)
             else:
                 plain.replace(target)
     return Path(output)
+
+
+def check_model(base, tokenizer, kinds: Collection[str], folder: Path) -> None:
+    """Raise UserError where no GGUF file can be made of a model in torch, before work goes into it.
+
+    kinds: of the units that the model shall have; folder: to write to, the model without weights.
+    llama.cpp's converter has to know the architecture and the tokenizer, the architecture has to
+    run the units, and llama.cpp has to cut texts as the tokenizer does.
+    """
+    from mod_export.model import directory as model_directory
+
+    with stage("comparing the tokenizer"):
+        model_directory.save_without_weights(folder, base, tokenizer)
+        if architecture := _architecture(folder):
+            architectures.check(architecture, kinds)
+        file = folder / "vocabulary.gguf"
+        _convert(folder, file, "f32", vocabulary_only=True)
+        _check_tokenizer(folder, file)
+
+
+def _convert(directory: Path, target: Path, outtype: str, **options) -> None:
+    """Run llama.cpp's converter, which takes the vocabulary of a GGUF file where there is one."""
+    vocabulary = directory / hf_directory.VOCABULARY
+    converter.convert_hf(
+        directory,
+        target,
+        outtype,
+        skip=schema.HF_ROUTER_TENSOR,
+        vocabulary=vocabulary if vocabulary.is_file() else None,
+        **options,
+    )
 
 
 def _architecture(directory: Path) -> str | None:
@@ -142,9 +172,11 @@ def write_routers(
         schema.write_routers(source, file, config, routers, added, dropped)
 
 
-def _copy(plain: Path, target: Path) -> None:
+def _copy(plain: Path, target: Path, about: gguf.Metadata | None = None) -> None:
+    source = GGUFFile.open(plain)
+    added, dropped = metadata.keys(about, source) if about else ((), ())
     with open(target, "wb") as file:
-        rewrite(GGUFFile.open(plain), file)
+        rewrite(source, file, added_keys=added, dropped_keys=dropped)
 
 
 def _base_weights(
@@ -156,16 +188,9 @@ def _base_weights(
     else:
         plain, keys = folder / "base.gguf", folder / "metadata.json"
         keys.write_text(json.dumps(metadata.override(about)), encoding="utf-8")
-        vocabulary = directory / hf_directory.VOCABULARY
         with stage("converting the weights"):
-            converter.convert_hf(
-                directory,
-                plain,
-                quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory),
-                skip=schema.HF_ROUTER_TENSOR,
-                metadata=keys,
-                vocabulary=vocabulary if vocabulary.is_file() else None,
-            )
+            outtype = quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory)
+            _convert(directory, plain, outtype, metadata=keys)
         with stage("comparing the tokenizer"):
             _check_tokenizer(directory, plain)
         plain = _with_additions(directory, plain)
@@ -215,12 +240,12 @@ def _check_tokenizer(directory: Path, plain: Path) -> None:
         )
     else:
         cure = ""
-    cure += "put the routers on a GGUF of the model with --base"
+    cure += converter.ONTO_BASE
     if GGUFFile.open(plain).get("tokenizer.ggml.model") == "llama":
         tokenizer = loading.sentence_piece_tokenizer(directory)
     else:
         tokenizer = loading.load_tokenizer(directory)
-    vocabulary.check_tokenizer(plain, tokenizer, cure)
+    vocabulary.check_tokenizer(plain, tokenizer, cure, str(directory))
     for token in vocabulary.unknown_ends(plain, _ends(directory)):
         logger.warning(
             f"note: generation_config.json ends an answer at {tokenizer.decode([token])!r}, the "

@@ -22,6 +22,7 @@ from mod_export.cli.output import hide_messages, show_messages
 from mod_export.common import extras
 from mod_export.common.system import bound_spinning
 from mod_export.errors import UserError
+from mod_export.formats.hub import by_name
 
 # The help has this order. `generate-data` is in mod_export/cli/generate_data.py, and so on.
 COMMANDS = (
@@ -181,6 +182,6 @@ def _fail(message: str, code: int = 2, cure: str = "") -> int:
         import traceback
 
         traceback.print_exc()
-    text = " ".join(message.split()).rstrip(".")
+    text = " ".join(by_name(message).split()).rstrip(".")
     click.echo(f"error: {text}{'; ' + cure if cure else ''}", err=True)
     return code

@@ -1,6 +1,5 @@
 """The command `mod-export convert`."""
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,8 @@ from mod_export.cli.options import (
     sink_tokens_option,
     units_option,
 )
-from mod_export.cli.output import show_messages
-from mod_export.common.files import check_file
+from mod_export.cli.output import called, show_messages
+from mod_export.common.files import check_file, folder_beside
 from mod_export.errors import UserError
 from mod_export.formats import hub
 from mod_export.formats.ggml_types import EXPORT_FORMATS
@@ -85,8 +84,8 @@ def command(ctx, model, output, adapter, revision, quant, base, force, **options
     """Make a Mixture-of-Depths model from an ordinary one.
 
     MODEL is the name of a model on the Hugging Face hub, such as Qwen/Qwen3-0.6B, a directory, a
-    GGUF file, or `smollm2`. The architectures of GGUF files are listed in
-    docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
+    GGUF file, or `smollm2`. What runs is in docs/reference/architectures.md, and which GGUF files
+    can be read in docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
     calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that works.
     With --adapter the routers come from an adapter that was trained for MODEL. An OUT that ends in
     .gguf is what `mod-export export` would write of the directory, which does not stay.
@@ -107,7 +106,7 @@ def command(ctx, model, output, adapter, revision, quant, base, force, **options
         # LoRA changes the weights, so that the routers do not go on a file that MODEL is.
         lora = adapter is not None and adapter_files.read(adapter_files.resolve(adapter)).lora
         own = None if lora else partial(hub.locate, model, revision)
-        write_gguf(make, own, output, quant, base, force)
+        write_gguf(make, own, output, quant, base, force, f"the converted {model}", adapter is None)
     elif quant or base:
         option = "--quant" if quant else "--base"
         raise UserError(
@@ -120,34 +119,45 @@ def command(ctx, model, output, adapter, revision, quant, base, force, **options
 
 
 def write_gguf(
-    make: Callable[[Path], None],
+    make: Callable,
     own: Callable[[], Path] | None,
     output: str,
     quant: str | None,
     base: Path | None,
     force: bool,
+    name: str,
+    long: bool,
 ) -> None:
     """Make a MoD directory beside the output, and export it.
 
-    own: gives the path of the original. Where that is a GGUF file, and neither --quant nor --base
-    is given, the routers go on this file.
+    make: writes the directory. own: gives the path of the original. Where that is a GGUF file, and
+    neither --quant nor --base is given, the routers go on this file. name: what messages call the
+    directory. long: `make` takes minutes, and calls `check` before them.
     """
-    from mod_export.export import export
+    from mod_export.export import check_model, export
     from mod_export.formats.gguf import GGUFFile
 
+    def weights() -> Path | None:
+        """The file that the routers go on."""
+        if own is None or not (base is quant is None):
+            return base
+        from mod_export.model.loading import gguf_path
+
+        return gguf_path(own())
+
+    def check(model, tokenizer, kinds) -> None:
+        if weights() is None:
+            check_model(model, tokenizer, kinds, probe)
+
+    # What stands in the way fails before the minutes of work.
+    check_file(output, force)
     if base is not None:
         GGUFFile.open(base).refuse_split()
-    # An output in the way fails before the minutes of work.
-    with tempfile.TemporaryDirectory(
-        dir=check_file(output, force).parent, prefix=".convert-"
-    ) as folder:
-        directory = Path(folder, "mod")
-        make(directory)
-        if own is not None and base is quant is None:
-            from mod_export.model.loading import gguf_path
-
-            base = gguf_path(own())
-        export(directory, output, quant=quant, base=base, force=force)
+    with folder_beside(output) as folder:
+        directory, probe = folder / "mod", folder / "probe"
+        with called(directory, name), called(probe, name):
+            make(directory, **({"check": check} if long else {}))
+            export(directory, output, quant=quant, base=weights(), force=force)
 
 
 def refuse_given(ctx, options):

@@ -10,10 +10,11 @@ from mod_export.common.text import json_text
 @click.argument("file", metavar="FILE", type=ModelName(gguf=True))
 @json_flag
 def command(file: str, as_json: bool) -> None:
-    """Show what a MoD GGUF routes, and the KV it needs.
+    """Show what a GGUF file routes or could route, and the KV it needs.
 
-    The report has the schema, the routed units with their thresholds and activation, and the KV
-    memory to expect. The file is checked against the schema on the way. This command needs no
+    The report of a MoD file has the schema, the routed units with their thresholds and activation,
+    and the KV memory to expect. That of a dense file has the kinds of units which it can have, or
+    why it can have none. The file is checked against the schema on the way. This command needs no
     patched llama.cpp.
     """
     from mod_export.inspection import inspect, render

@@ -215,7 +215,7 @@ def layers_routed_option(**more):
         show_default=True,
         metavar="LAYERS",
         help="Layers to route, counted from 0: 2-, 3-28 or 2,4,8-11; auto routes kv from layer 1 "
-        "on, other kinds from layer 2 on.",
+        "on, other kinds from layer 2 on, where a layer can have the kind.",
         **more,
     )
 

@@ -4,12 +4,13 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
 
 from mod_export.errors import UserError
+from mod_export.formats.hub import by_name
 
 
 class MessageHandler(logging.Handler):
@@ -27,7 +28,7 @@ class MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message of a record."""
-        line = self.format(record)
+        line = by_name(self.format(record))
         if self.clock and "\n" not in line:
             line = f"[{time.monotonic() - self.start:4.0f} s] {line}"
         # Nobody may read the stream any more, or it is closed.
@@ -73,6 +74,27 @@ def hide_messages() -> None:
         if isinstance(handler, MessageHandler):
             package.removeHandler(handler)
     package.setLevel(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def called(path: Path, name: str) -> Iterator[None]:
+    """Let messages and errors of the block call a temporary path by a name that users know."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(str(path), name), ()
+        return True
+
+    handlers = list(logging.getLogger("mod_export").handlers)
+    for handler in handlers:
+        handler.addFilter(rename)
+    try:
+        yield
+    except UserError as exc:
+        parts = (part.replace(str(path), name) for part in (exc.message, exc.cure))
+        raise UserError(*parts) from exc
+    finally:
+        for handler in handlers:
+            handler.removeFilter(rename)
 
 
 def result_options(plots: str):

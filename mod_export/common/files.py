@@ -68,6 +68,22 @@ def atomic_dir(
 
 
 @contextmanager
+def folder_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`, for what becomes the output there.
+
+    Raises UserError where it cannot be written.
+    """
+    tmp = _beside(Path(os.path.realpath(path)))
+    try:
+        tmp.mkdir()
+        yield tmp
+    except OSError as exc:
+        raise _unwritable(exc, tmp, path) from exc
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextmanager
 def locked(
     path: str | os.PathLike,
     busy: Callable[[], object],

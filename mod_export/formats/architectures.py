@@ -102,15 +102,18 @@ def routable_layers(file: GGUFFile, kind: str) -> list[int]:
     return [layer for layer in layers if kind == FFN or not _keeps(file, windows, layer)]
 
 
-def check_units(file: GGUFFile, config: MoDConfig) -> None:
-    """Raise UserError where a unit stands in an architecture or layer that cannot have it."""
+def check_units(file: GGUFFile, config: MoDConfig, name: str = "") -> None:
+    """Raise UserError where a unit stands in an architecture or layer that cannot have it.
+
+    name: what the message calls the file, by default its path.
+    """
     check(file.architecture, config.units)
     windows = layer_windows(file)
     for layer, kind in config.routed():
         if kind != FFN and (why := _keeps(file, windows, layer)):
             possible = ", ".join(map(str, routable_layers(file, kind)))
             raise UserError(
-                f"layer {layer} of {file.path} cannot have a {kind} unit: {why}",
+                f"layer {layer} of {name or file.path} cannot have a {kind} unit: {why}",
                 f"route layers with full attention ({possible or 'it has none'}), or ffn units",
             )
 

@@ -6,6 +6,7 @@
     locate("org/name-GGUF:Q4_K_M")         # a GGUF file; llama.cpp's -hf has the same form
     locate("org/name-GGUF:dir/name.gguf")
     repository(path)                       # "Qwen/Qwen3-0.6B", for what lies in a snapshot
+    by_name(message)                       # the same for each such path in a text
 
 huggingface_hub does the work, so that its variables hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, and
 all others.
@@ -35,6 +36,8 @@ NAME = re.compile(
     r"(?:https://huggingface\.co/|hf\.co/)?"
     r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^:@]+))?(?::(?P<file>[^:]+))?"
 )
+# The path of a snapshot in the cache
+SNAPSHOT = re.compile(r"\S*/models--([^/\s]+)/snapshots/[0-9a-f]{40}")
 # The files of a model, of a MoD directory and of an adapter. Weights that torch pickled count where
 # a repository has no others.
 FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.gguf", "README.md")
@@ -108,6 +111,11 @@ def repository(path: str | os.PathLike) -> str | None:
             if cache.name == "snapshots" and cache.parent.name.startswith("models--"):
                 return cache.parent.name.removeprefix("models--").replace("--", "/", 1)
     return None
+
+
+def by_name(text: str) -> str:
+    """Return a text in which each snapshot of the hub's cache is called by its repository."""
+    return SNAPSHOT.sub(lambda found: found[1].replace("--", "/", 1), text)
 
 
 def download(repo_id: str, filename: str, more: Sequence[str] = (), **options: Any) -> str:
@@ -210,7 +218,10 @@ def _gguf_files(name: HubName, names: list[str]) -> list[str]:
     """The GGUF file that a name means, with all parts where it is split, the first part first."""
     models = _gguf_models(names)
     if not models:
-        raise UserError(f"{name.repo} has no GGUF file", "give another repository")
+        cure = "give another repository"
+        if "config.json" in names:
+            cure = f"make one of it: mod-export convert {name.repo} -o model.gguf"
+        raise UserError(f"{name.repo} has no GGUF file", cure)
     wanted = name.file or DEFAULT_QUANT
     found = [file for file in models if file == wanted]
     found = found or [file for file in models if _quant(file).lower() == wanted.lower()]
@@ -309,7 +320,7 @@ def _errors(name: HubName) -> Iterator[None]:
     from huggingface_hub import errors
 
     repo = name.repo
-    what = f"{name.file} of {repo}" if name.file else repo
+    what = f"{repo}:{name.file}" if name.file else repo
     absent = f"no such model: {what} is no file or directory here"
     login = "run `hf auth login`, or set HF_TOKEN"
     try:
@@ -352,7 +363,11 @@ def _errors(name: HubName) -> Iterator[None]:
         ) from exc
     except Exception as exc:  # of HTTP libraries, of the system
         if isinstance(exc, OSError) and (exc.errno or 0) > 0 and not isinstance(exc, NETWORK):
-            raise  # The disk is full, or the cache cannot be written.
+            where = f": {exc.filename}" if exc.filename else ""
+            raise UserError(
+                f"{what} cannot be stored: {exc.strerror}{where}",
+                "make room there, or set HF_HOME to another place",
+            ) from exc
         line = str(exc).strip().partition("\n")[0] or type(exc).__name__
         raise UserError(
             f"{absent}, and the Hugging Face hub cannot be reached: {line}",

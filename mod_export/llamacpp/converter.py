@@ -81,6 +81,8 @@ sys.argv = ["convert_hf_to_gguf.py", *sys.argv[3:]]
 runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
 """
 NO_ROOM = re.compile("No space left|File too large|Disk quota|iostream|write failed")
+UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
+ONTO_BASE = "put the routers on a GGUF of the model with --base"
 MAKE_ROOM = "make room on the disk, or choose another output"
 QUANTIZER_SCRIPT = """
 import sys, llama_cpp
@@ -99,6 +101,7 @@ def convert_hf(
     skip: re.Pattern,
     metadata: Path | None = None,
     vocabulary: Path | None = None,
+    vocabulary_only: bool = False,
 ) -> None:
     """Write the Hugging Face model of `directory` as a GGUF.
 
@@ -106,6 +109,7 @@ def convert_hf(
     skip: names of tensors that stay out
     metadata: a JSON file of keys general.* that come before what the converter finds itself
     vocabulary: a GGUF file whose tokenizer is taken, instead of the directory's
+    vocabulary_only: leave out the weights, which the directory may lack, and all warnings
 
     Raises UserError with the converter's last words, for instance where llama.cpp does not know the
     architecture.
@@ -122,12 +126,17 @@ def convert_hf(
     ]
     if metadata:
         arguments += ["--metadata", str(metadata.resolve())]
+    if vocabulary_only:
+        arguments.append("--vocab-only")
     result = _python(CONVERTER_SCRIPT, arguments, cwd=source)
     if result.returncode != 0:
         words = _reason(result)
-        cure = MAKE_ROOM if NO_ROOM.search(words) else "put the routers on a GGUF of it with --base"
+        cure = MAKE_ROOM if NO_ROOM.search(words) else ONTO_BASE
+        if UNKNOWN_TOKENIZER in words:
+            raise UserError(f"llama.cpp does not know the tokenizer of {directory}", cure)
         raise UserError(f"llama.cpp's converter cannot convert {directory}: {words}", cure)
-    _pass_on_warnings(result, "llama.cpp's converter")
+    if not vocabulary_only:
+        _pass_on_warnings(result, "llama.cpp's converter")
 
 
 def quantize(source: Path, target: Path, quant: str) -> None:

@@ -226,9 +226,9 @@ def decoder_layers(base: nn.Module) -> list[LayerParts]:
     Raises UserError if the architecture is not supported.
     """
     if reason := REFUSED.get(base.config.model_type):
-        raise _unsupported(base, reason)
+        raise unsupported(base, reason)
     if getattr(base.config, "alibi", False):
-        raise _unsupported(base, ALIBI)
+        raise unsupported(base, ALIBI)
     names, layers = names_of(base), _layer_list(base)
     windows = _windows(base, len(layers))
     parts = [_find_parts(base, layer, names) for layer in layers]
@@ -312,7 +312,7 @@ def norm_eps(base: nn.Module) -> float:
     for name in NORM_EPS:
         if (value := getattr(base.config, name, None)) is not None:
             return float(value)
-    raise _unsupported(base, "its configuration names no norm epsilon")
+    raise unsupported(base, "its configuration names no norm epsilon")
 
 
 def _layer_list(base: nn.Module) -> nn.ModuleList:
@@ -321,7 +321,7 @@ def _layer_list(base: nn.Module) -> nn.ModuleList:
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layer:
             return module
-    raise _unsupported(base, "its decoder layers were not found")
+    raise unsupported(base, "its decoder layers were not found")
 
 
 def _windows(base: nn.Module, n_layer: int) -> list[str | None]:
@@ -332,7 +332,7 @@ def _windows(base: nn.Module, n_layer: int) -> list[str | None]:
     types = _layer_types(base, n_layer)
     for layer, name in enumerate(types):
         if name != FULL_ATTENTION and name not in WINDOWS:
-            raise _unsupported(base, f"its layer {layer} is of the type {name}")
+            raise unsupported(base, f"its layer {layer} is of the type {name}")
     return [WINDOWS[name][0] if name in WINDOWS else None for name in types]
 
 
@@ -368,15 +368,15 @@ def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
     parameters = inspect.signature(type(layer).forward).parameters
     for needed in ("hidden_states", "attention_mask"):
         if needed not in parameters:
-            raise _unsupported(base, f"{kind}.forward takes no {needed}")
+            raise unsupported(base, f"{kind}.forward takes no {needed}")
     if not {"past_key_values", "layer_past"} & set(parameters):
-        raise _unsupported(base, f"{kind}.forward takes no cache")
+        raise unsupported(base, f"{kind}.forward takes no cache")
     found = {}
     for role in ("attn", "ffn", "attn_out", "ffn_out", "ffn_entry"):
         name = getattr(names, role)
         found[role] = _module(layer, name) if name else None
         if name and found[role] is None:
-            raise _unsupported(base, f"its {kind} has no {name}")
+            raise unsupported(base, f"its {kind} has no {name}")
     if names.ffn_beside:
         found["ffn_beside"] = _module(layer, names.ffn_beside)
     scale = float(getattr(layer, names.residual_scale)) if names.residual_scale else 1.0
@@ -393,9 +393,10 @@ def _module(layer: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _unsupported(base: nn.Module, reason: str) -> UserError:
+def unsupported(base: nn.Module, reason: str) -> UserError:
+    """Return the error for a model that cannot have units."""
     model_type = getattr(base.config, "model_type", "?")
     return UserError(
         f"unsupported architecture {model_type}: {reason}",
-        "use a model with Llama's kind of layers, or see docs/how-to/add-an-architecture.md",
+        "choose another model; docs/how-to/add-an-architecture.md says what it would take",
     )

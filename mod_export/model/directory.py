@@ -9,6 +9,7 @@ without them it is the plain base model.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -52,10 +53,8 @@ def save(
             del base.config.mod
         source = str(base.config.name_or_path or "")
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
             source = str(tokenizer.name_or_path or source)
-            if source:
-                _copy_vocabulary(Path(source), directory)
+            _save_tokenizer(tokenizer, source, directory)
         card = model_card.origin(source)
         model_card.write(directory, card, model_card.model_text(card, config))
 
@@ -84,11 +83,30 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
     return base, tokenizer, config, routers
 
 
-def _copy_vocabulary(source: Path, directory: Path) -> None:
-    """Copy the files of the tokenizer that transformers does not write, for the export.
+def save_without_weights(path: Path, base, tokenizer) -> None:
+    """Write the configuration and the tokenizer of a model as a directory."""
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    with loading.quiet():
+        config.save_pretrained(path)
+        _save_tokenizer(tokenizer, str(tokenizer.name_or_path or ""), path)
 
-    source: where the tokenizer came from, a directory or a GGUF file. llama.cpp's converter prefers
-    tokenizer.model. VOCABULARY has the keys of a GGUF file, of which transformers keeps a part.
+
+def _save_tokenizer(tokenizer, source: str, directory: Path) -> None:
+    """Save a tokenizer, with the files that transformers does not write, for the export.
+
+    source: where the tokenizer came from, a directory or a GGUF file; '' where that is not known
+    """
+    tokenizer.save_pretrained(directory)
+    if source:
+        _copy_vocabulary(Path(source), directory)
+
+
+def _copy_vocabulary(source: Path, directory: Path) -> None:
+    """Copy what transformers does not keep of a tokenizer.
+
+    llama.cpp's converter prefers tokenizer.model. VOCABULARY has the keys of a GGUF file, of which
+    transformers keeps a part.
     """
     if source.is_file():
         hf_directory.write_vocabulary(GGUFFile.open(source), directory / hf_directory.VOCABULARY)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.routing import DecisionStrategy
@@ -57,11 +56,9 @@ def check_roles(base: nn.Module) -> None:
             hook.remove()
     for layer, (part, out) in enumerate(zip(parts, outputs, strict=True)):
         if not _adds_up(part, out, seen.get(Unit(layer, ATTN)), seen.get(Unit(layer, FFN))):
-            raise UserError(
-                f"unsupported architecture {base.config.model_type}: what attention and FFN of "
-                f"layer {layer} add is not what the layer does",
-                "use a model with Llama's kind of layers, or see "
-                "docs/how-to/add-an-architecture.md",
+            raise architectures.unsupported(
+                base,
+                f"what attention and FFN of layer {layer} add is not what the layer does",
             )
 
 

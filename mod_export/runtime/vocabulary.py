@@ -66,8 +66,10 @@ def unknown_ends(path: Path, ends: Iterable[int]) -> list[int]:
         return [token for token in ends if not vocabulary.ends(token)]
 
 
-def check_tokenizer(path: Path, tokenizer, cure: str) -> None:
+def check_tokenizer(path: Path, tokenizer, cure: str, name: str = "") -> None:
     """Raise UserError where a tokenizer of transformers gives other ids than llama.cpp on a file.
+
+    name: what the message calls the file, by default its name.
 
     They are compared on fixed texts, and on the names of the file's control tokens. Where llama.cpp
     refuses the file, or one of its assertions fails on a text, that is a UserError too.
@@ -92,7 +94,7 @@ def check_tokenizer(path: Path, tokenizer, cure: str) -> None:
         raise load_error(path, 0, exc, []) from exc
     if found is not None:
         raise UserError(
-            f"transformers and llama.cpp cut the texts of {path.name} differently: "
-            + found.show(tokens),
+            f"transformers and llama.cpp cut texts differently with the tokenizer of "
+            f"{name or path.name}: {found.show(tokens)}",
             cure,
         )

@@ -4,7 +4,7 @@
     python -m scripts.patches.builders --write    # writes builders.json
 
 The library builds a range of layers and cuts where upstream's callbacks name a tensor
-(docs/explanation/architecture.md). A builder keeps the rules where
+(docs/explanation/runtime-design.md). A builder keeps the rules where
 
     its layer loops are written as all others are,
     each has one build_cvec(), at its end (or the file has, where functions build the halves),

@@ -116,6 +116,7 @@ def test_convert_writes_a_file(folder, tmp_path, run_cli, model, adapter, option
     args = ("--adapter", adapter, "-o", tmp_path / "mod.gguf", *options)
     done = run_cli("convert", model, *args, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert f"writing the converted {model}" in done.stderr and "mod.gguf." not in done.stderr
     ours, theirs = GGUFFile.open(tmp_path / "mod.gguf"), GGUFFile.open(folder / "q8_0.gguf")
     assert ours.keys["general.file_type"].value == file_type
     assert read_routers(ours)[1].keys() == load(folder / adapter).routers.keys()

@@ -89,6 +89,8 @@ def test_quantised_by_llama_cpp_and_f32_routers(mod_dir, base_f32, tmp_path):
     export(mod_dir, dense, "q8_0", base=base_f32, dense=True)
     export(mod_dir, mod, "q8_0", base=base_f32)
     assert_same_base(mod, dense)
+    for path in (mod, dense):
+        assert GGUFFile.open(path).get("general.quantized_by") == "mod-export"
     types = {name: tensor[0].name for name, tensor in tensors_of(mod).items()}
     assert types["blk.3.mod_kv.weight"] == types["blk.3.mod_kv.bias"] == "F32"
     assert types["blk.3.attn_q.weight"] == "Q8_0"

@@ -122,7 +122,11 @@ def test_gguf_files_by_quantisation_and_by_name(locate):
     assert locate(f"org/name-GGUF:{GGUF_FILES[1]}", offline=True) == str(found)
     assert "has no GGUF file Q2_K: n-Q4_K_M.gguf, n-Q8_0" in locate("org/name-GGUF:Q2_K")
     assert "name one, as in org/name-GGUF:Q4_K_M" in locate("org/name-GGUF")
-    assert "org/model has no GGUF file" in locate("org/model", gguf=True)
+    found = locate("org/model", gguf=True)
+    assert (
+        found
+        == "org/model has no GGUF file; make one of it: mod-export convert org/model -o model.gguf"
+    )
 
 
 def test_pickled_weights_come_where_there_are_no_others(locate):
@@ -143,6 +147,7 @@ def test_a_token_opens_a_private_repository(locate):
         ("org/model", {"revision": "v9"}, "org/model has no revision v9"),
         ("org/model", {"offline": True}, "not in the hub's cache, and HF_HUB_OFFLINE is set"),
         ("org/model", {"port": NOBODY}, "cannot be reached"),
+        ("org/name-GGUF:Q8_0", {"port": NOBODY}, "no such model: org/name-GGUF:Q8_0 is no file"),
     ],
 )
 def test_what_the_hub_does_not_give_is_one_line(locate, name, more, message):
@@ -153,8 +158,15 @@ def test_what_the_hub_does_not_give_is_one_line(locate, name, more, message):
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     server.use(monkeypatch, tmp_path / "file")
-    with pytest.raises(NotADirectoryError):  # the command line makes one line of it
+    with pytest.raises(UserError, match="org/model cannot be stored: Not a directory.*set HF_HOME"):
         hub.locate("org/model")
+
+
+def test_messages_call_a_snapshot_by_its_repository():
+    folder = f"/tmp/my/hub/models--org--a-model--v2/snapshots/{commit('x')}"
+    assert (
+        hub.by_name(f"{folder}/m.gguf and {folder}") == "org/a-model--v2/m.gguf and org/a-model--v2"
+    )
 
 
 def test_a_command_leaves_nothing_where_the_hub_refuses(server, tmp_path):
