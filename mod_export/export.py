@@ -73,26 +73,24 @@ def export(
         raise UserError(f"unknown quantisation {quant!r}", f"known: {', '.join(EXPORT_FORMATS)}")
     directory = hub.locate(directory)
     base = None if base is None else hub.locate(base, gguf=True)
-    if (adapter := adapter_files.find(directory)) is not None:
-        config, routers = read_adapter(adapter, base)
-    else:
-        config, routers = read_directory(directory)
+    adapter = adapter_files.find(directory)
+    config, routers = read_directory(directory) if adapter is None else read_adapter(adapter, base)
     if config.top_k:
         raise UserError(
             f"{directory} chooses by top-k, which looks at later tokens",
             "use --method threshold to train",
         )
     weights = None if base is None else GGUFFile.open(base)
-    if weights is None and not dense and (architecture := _architecture(directory)):
-        architectures.check(architecture, config.units)
-    if weights is not None:
+    if weights is None:
+        quant = quant or DEFAULT_QUANT
+        if not dense:
+            _check_architecture(directory, config.units)
+    else:
         schema.check_base(weights, config, routers)
         if not dense:
             architectures.check_units(weights, config)
         if adapter is None:
             gguf_account.check_base(directory, weights)
-    if base is None:
-        quant = quant or DEFAULT_QUANT
     about = metadata.describe(adapter or directory, None if dense else config, weights)
     if quant is not None and quant not in FLOAT_NAMES:
         about.quantized_by = metadata.QUANTIZED_BY
@@ -129,8 +127,7 @@ def check_model(base, tokenizer, kinds: Collection[str], folder: Path) -> None:
 
     with stage("comparing the tokenizer"):
         model_directory.save_without_weights(folder, base, tokenizer)
-        if architecture := _architecture(folder):
-            architectures.check(architecture, kinds)
+        _check_architecture(folder, kinds)
         file = folder / "vocabulary.gguf"
         _convert(folder, file, "f32", vocabulary_only=True)
         _check_tokenizer(folder, file)
@@ -149,11 +146,15 @@ def _convert(directory: Path, target: Path, outtype: str, **options) -> None:
     )
 
 
-def _architecture(directory: Path) -> str | None:
-    """What the GGUF will name as its architecture; None where only the converter knows."""
-    config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
-    classes = config.get("architectures") or [""]
-    return architectures.of_class(classes[0])
+def _check_architecture(directory: Path, kinds: Collection[str]) -> None:
+    """Raise UserError where the model's architecture in llama.cpp lacks one of the kinds of units.
+
+    Nothing is checked where only the converter knows the architecture.
+    """
+    found = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
+    classes = found.get("architectures") or [""]
+    if architecture := architectures.of_class(classes[0]):
+        architectures.check(architecture, kinds)
 
 
 def write_routers(

@@ -167,5 +167,7 @@ def test_layers_that_predict_further_tokens_read_no_kv_of_others(tmp_path):
     assert architectures.routable_layers(file, "kv") == [0, 1, 2]
     assert architectures.routable_layers(file, "ffn") == [0, 1, 2]
     unit = UnitConfig(threshold=(0.0, 0.0, 0.0, 0.5), activation=(1.0,) * 4)
-    with pytest.raises(UserError, match="layer 3 .* predicts tokens further on"):
+    with pytest.raises(UserError, match=f"layer 3 of {file.path} .* predicts tokens further on"):
         architectures.check_units(file, MoDConfig(units={"kv": unit}))
+    with pytest.raises(UserError, match="layer 3 of mod cannot"):
+        architectures.check_units(file, MoDConfig(units={"kv": unit}), "mod")
