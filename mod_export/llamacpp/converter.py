@@ -27,6 +27,7 @@ WARNINGS = re.compile(r"(?:WARNING:[\w.-]+: ?|\w+: WARNING: |.*\b\w*Warning: )(.
 KNOWN_WARNINGS = re.compile(
     "Unknown RoPE type: default"  # the converter does not know that this means no scaling
     "|Duplicated key name"  # a class of the converter writes a key anew after its parent
+    "|.*is not in MXFP4"  # `--quant` says which type the experts of gpt-oss get
     "|.*required fallback quantization"  # `describe_types` says which tensors
     "|.*is deprecated|.*will be removed"  # for those who write the tools
 )
@@ -47,17 +48,17 @@ def index_without_routers(self, *args, **kwargs):
 
 ModelBase.index_tensors = index_without_routers
 
-# transformers 5 keeps this field elsewhere, where the converter of GPT-NeoX does not look
+# fields that configurations of transformers 5 lack: of GPT-NeoX and Cohere 2, and of AFMoE
 load_hparams = ModelBase.load_hparams
 
-def load_with_former_field(*args, **kwargs):
+def load_with_former_fields(*args, **kwargs):
     hparams = load_hparams(*args, **kwargs)
     rope = hparams.get("rope_parameters") or {}
-    if "partial_rotary_factor" in rope:
-        hparams.setdefault("rotary_pct", rope["partial_rotary_factor"])
+    hparams.setdefault("rotary_pct", rope.get("partial_rotary_factor", 1.0))
+    hparams.setdefault("route_norm", True)
     return hparams
 
-ModelBase.load_hparams = staticmethod(load_with_former_field)
+ModelBase.load_hparams = staticmethod(load_with_former_fields)
 
 # a model that came from a GGUF file keeps the keys of its vocabulary, and of its sampling
 vocabulary = sys.argv[2]
