@@ -103,7 +103,7 @@ def keys(about: gguf.Metadata, file: GGUFFile) -> tuple[list[tuple[str, str, obj
     return added, dropped
 
 
-def file_name(about: gguf.Metadata, encoding: str) -> str:
+def file_name(about: gguf.Metadata, encoding: str | None) -> str:
     """Return the name of a file by the convention of GGUF: Qwen3-0.6B-MoD-kv-Q8_0.gguf."""
     from gguf import naming_convention
 
