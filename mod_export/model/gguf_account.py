@@ -22,6 +22,7 @@ from mod_export.errors import UserError
 from mod_export.formats import hf_directory
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.rotary import FREQS, LONG, SHORT, Rotary, file_rotary, plain_angles
+from mod_export.formats.sliding_windows import layer_windows
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ SLIDING_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
     "qwen3": {"use_sliding_window": False, "max_window_layers": 28},
 }
+# type of a layer -> field with the number of tokens that it attends to
+SLIDING = "sliding_attention"
+WINDOW_FIELDS = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_size"}
 COMMON_CURE = "use it in torch; a GGUF file of it would compute something else"
 
 
@@ -86,19 +90,20 @@ class Additions:
 def account(directory: Path, file: GGUFFile) -> Additions:
     """Compare a file with the configuration of a directory, and return what it lacks.
 
-    Raises UserError for what llama.cpp has no key for. Architectures that are not in GRAPHS are not
-    compared.
+    Raises UserError for what llama.cpp has no key for. Of architectures that are not in GRAPHS
+    nothing is compared but the windows.
     """
     config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
-    graph = GRAPHS.get(file.architecture)
-    if graph is None or "model_type" not in config:
+    if "model_type" not in config:
         return Additions()
-    _check_fixed(directory, config, graph)
-    _check_keys(directory, config, file)
-    added = _rotary_additions(directory, config, graph, file)
+    added = Additions()
+    if graph := GRAPHS.get(file.architecture):
+        _check_fixed(directory, config, graph)
+        _check_keys(directory, config, file)
+        added = _rotary_additions(directory, config, graph, file)
     key = f"{file.architecture}.context_length"
-    window = _window(config)
-    if window is not None and window < file.get(key, math.inf):
+    window = _lost_window(directory, config, file)
+    if window is not None:
         _tell_window(directory, window, f"the file's context is therefore {window} tokens")
         added.keys.append((key, "u32", window))
         added.dropped.append(key)
@@ -108,14 +113,16 @@ def account(directory: Path, file: GGUFFile) -> Additions:
 def check_base(directory: Path, base: GGUFFile) -> None:
     """Raise UserError where a GGUF to put routers on computes something else than a directory."""
     config = hf_directory.read_json(directory / hf_directory.CONFIG_JSON, hf_directory.CONVERT)
-    if base.architecture not in GRAPHS or "model_type" not in config:
+    if "model_type" not in config:
+        return
+    window = _lost_window(directory, config, base)
+    if window is not None:
+        _tell_window(directory, window, f"up to {window} tokens both are the same")
+    if base.architecture not in GRAPHS:
         return
     # The context is no part of the computation, and people extend it.
     fields = {name: value for name, value in config.items() if name != "max_position_embeddings"}
     _check_keys(directory, fields, base)
-    window = _window(config)
-    if window is not None and window < base.get(f"{base.architecture}.context_length", math.inf):
-        _tell_window(directory, window, f"up to {window} tokens both are the same")
     wanted = _config_rotary(directory, config)
     if wanted is not None and not wanted.same(file_rotary(base)):
         raise UserError(
@@ -133,17 +140,40 @@ def _check_fixed(directory: Path, config: dict, graph: Graph) -> None:
             )
 
 
-def _window(config: dict) -> int | None:
-    """The number of tokens that sliding layers attend to; None where no layer slides."""
+def _lost_window(directory: Path, config: dict, file: GGUFFile) -> int | None:
+    """The least window, within the file's context, of layers that attend to all in llama.cpp.
+
+    None where there is none. Raises UserError where a layer slides in llama.cpp that has full
+    attention, or another window, in the configuration.
+    """
+    theirs = layer_windows(file)
+    if any(theirs) and "layer_types" not in config:
+        return None  # Only the model's code says which of its layers slide.
+    context = file.get(f"{file.architecture}.context_length", math.inf)
+    lost = []
+    for layer, (window, other) in enumerate(zip(_windows(config), theirs, strict=False)):
+        if window == other or min(window or context, other or context) >= context:
+            continue
+        if other:
+            raise UserError(
+                f"layer {layer} of {directory} attends to {window or 'all'} tokens, where "
+                f"llama.cpp's {file.architecture} attends to {other}",
+                COMMON_CURE,
+            )
+        lost.append(window)
+    return min(lost, default=None)
+
+
+def _windows(config: dict) -> list[int]:
+    """The tokens that each layer attends to; 0: all of them."""
     fields = SLIDING_DEFAULTS.get(config.get("model_type", ""), {}) | config
-    window = fields.get("sliding_window")
-    if not window or not fields.get("use_sliding_window", True):
-        return None
-    if fields.get("layer_types"):
-        slides = "sliding_attention" in fields["layer_types"]
-    else:
-        slides = (fields.get("max_window_layers") or 0) < fields["num_hidden_layers"]
-    return int(window) if slides else None
+    sizes = {name: int(fields.get(field) or 0) for name, field in WINDOW_FIELDS.items()}
+    if not fields.get("use_sliding_window", True):
+        return []
+    if types := fields.get("layer_types"):
+        return [sizes.get(name, 0) for name in types]
+    first, n_layer = fields.get("max_window_layers") or 0, fields.get("num_hidden_layers") or 0
+    return [sizes[SLIDING] if layer >= first else 0 for layer in range(n_layer)]
 
 
 def _tell_window(directory: Path, window: int, what: str) -> None:

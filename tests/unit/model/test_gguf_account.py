@@ -232,6 +232,42 @@ def test_no_layer_slides_within_the_context(file, tmp_path, caplog, fields):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("kinds", "window", "told"),
+    [
+        ("sf", 4096, None),
+        (
+            "sf",
+            100,
+            "layer 0 of .* attends to 100 tokens, where llama.cpp's gemma2 attends to 4096",
+        ),
+        (
+            "ff",
+            4096,
+            "layer 0 of .* attends to all tokens, where llama.cpp's gemma2 attends to 4096",
+        ),
+        ("ss", 4096, "4096 tokens"),
+        ("ss", 9000, None),  # beyond the context
+    ],
+)
+def test_windows_of_an_architecture_that_slides(tmp_path, caplog, kinds, window, told):
+    """llama.cpp takes every second layer of gemma2 for a sliding one, the first one included."""
+    made = Tiny(
+        n_layer=2, n_embd=128, n_head=4, n_ctx=8192 if window < 9000 else 4096, arch="gemma2"
+    )
+    file = GGUFFile.open(made.write(tmp_path / "gemma2.gguf"))
+    types = [MIXED[kind == "s"] for kind in kinds]
+    folder = directory(tmp_path, model_type="gemma2", sliding_window=window, layer_types=types)
+    if told and told.startswith("layer"):
+        for compare in (account, check_base):
+            with pytest.raises(UserError, match=told):
+                compare(folder, file)
+        return
+    added = account(folder, file)
+    assert added.keys == ([("gemma2.context_length", "u32", window)] if told else [])
+    assert [told in line for line in caplog.messages] == ([True] if told else [])
+
+
 def test_an_architecture_without_the_tensors(tmp_path):
     path = Tiny(n_layer=2, n_embd=128, n_head=4, n_ctx=256, arch="qwen2").write(tmp_path / "q.gguf")
     with pytest.raises(UserError, match=r"yarn \(beta_fast 16, factor 4.*qwen2 has no keys"):
