@@ -116,6 +116,8 @@ def save(
         card = model_card.origin(str(base.config.name_or_path or ""))
         text = _card_text(Path(path).name, config, identity, figures or {}, lora_of(base), card)
         # PEFT writes a README of its own, which is replaced
+        if card.base_model:
+            card.base_model_relation = "adapter"
         model_card.write(directory, card, text)
 
 
@@ -162,6 +164,7 @@ def _card_text(name: str, config: MoDConfig, identity: dict, figures: dict, lora
     parts = f"routers for {', '.join(counts)} units of {identity['n_layer']} layers"
     if lora is not None:
         parts += f", and LoRA of rank {lora.peft_config['default'].r} in PEFT's format"
+    base = card.base_model or "MODEL"
     original = model_card.link(card, card.base_model or identity["name"])
     model = f"{original} ({identity['model_type']})"
     lines = [
@@ -175,7 +178,7 @@ def _card_text(name: str, config: MoDConfig, identity: dict, figures: dict, lora
         rows = [[what, number] for what, number in figures.items()]
         lines += [format_table(["figure", "value"], rows, True), ""]
     lines += [
-        f"    mod-export convert MODEL --adapter {name} -o mod",
+        f"    mod-export convert {base} --adapter {name} -o mod",
         "    mod-export export mod -o mod.gguf",
         "",
     ]

@@ -100,6 +100,9 @@ def model_text(data: ModelCardData, config: MoDConfig) -> str:
         for kind, unit in config.units.items()
     ]
     table = format_table(["kind", "routed units", "layers", "activation"], rows, markdown=True)
+    kept = f"The first {config.sink_tokens} tokens of a text are active everywhere."
+    if "kv" in config.units:
+        kept += f" Of `kv` units the last {config.kv_window} tokens are always remembered."
     return f"""# {name.rpartition("/")[2]} with Mixture-of-Depths
 
 This is {link(data, name)} with routers, made with mod-export.{trained}
@@ -110,13 +113,16 @@ is the mean share of tokens that are active, on the text of calibration.
 
 {table}
 
+{kept}
+
 ## Run it
 
-    mod-export export DIRECTORY -o model.gguf --quant q8_0
+    mod-export export MODEL -o model.gguf --quant q8_0
     mod-export chat model.gguf
 
-The GGUF file needs the llama.cpp that `mod-export build` makes. Without the routers, which
-transformers ignores, the directory is an ordinary model of its architecture.
+MODEL is the name of this repository, or a directory with its files. The GGUF file needs the
+llama.cpp that `mod-export build` makes. Without the routers, which transformers ignores, the
+directory is an ordinary model of its architecture.
 """
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from mod_export.errors import UserError
+from mod_export.formats import architectures
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.rotary import FREQS
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
+from mod_export.units import UNIT_KINDS
 
 RMS_NORM = "attention.layer_norm_rms_epsilon"
 LAYER_NORM = "attention.layer_norm_epsilon"
@@ -80,9 +82,11 @@ class Architecture:
 
 
 def row_of(file: GGUFFile) -> Architecture:
-    """Return the row of a file. Raises UserError where the table has none."""
+    """Return the row of a file. Raises UserError where the table has none, with the reason."""
     row = ARCHITECTURES.get(file.architecture)
     if row is None:
+        if not architectures.kinds(file.architecture):
+            architectures.check(file.architecture, UNIT_KINDS)
         raise UserError(
             f"{file.path}: GGUF files of the architecture {file.architecture} cannot be read",
             f"{USE_DIRECTORY}; files of {', '.join(ARCHITECTURES)} can be read",

@@ -53,6 +53,7 @@ def mod_dir(tmp_path_factory, snapshot):
 def test_a_card_names_the_original_and_its_license(mod_dir, name):
     card = ModelCard.load(mod_dir.parent / name / "README.md")
     data = card.data.to_dict()
+    assert data.get("base_model_relation") == ("adapter" if name == "adapter" else None)
     assert data["base_model"] == REPOSITORY and data["tags"] == ["mixture-of-depths", "mod-export"]
     assert (data["license"], data["license_name"], data["language"]) == ("other", "tiny", ["en"])
     assert f"https://huggingface.co/{REPOSITORY}" in card.text and "mod-export export" in card.text

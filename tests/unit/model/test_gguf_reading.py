@@ -70,9 +70,13 @@ def test_shapes_that_do_not_fit_are_named(plain, tmp_path):
 
 
 def test_other_architectures_are_refused(tmp_path):
-    path = Tiny(n_layer=2, arch="mamba").write(tmp_path / "mamba.gguf")
-    with pytest.raises(UserError, match="architecture mamba cannot be read; .*qwen3moe"):
-        read_model(GGUFFile.open(path), torch.float32)
+    for name, told in (
+        ("grovemoe", "architecture grovemoe cannot be read; .*qwen3moe"),
+        ("mamba", "'mamba' cannot have routers: its layers have a recurrent state"),
+    ):
+        path = Tiny(n_layer=2, arch=name).write(tmp_path / f"{name}.gguf")
+        with pytest.raises(UserError, match=told):
+            read_model(GGUFFile.open(path), torch.float32)
 
 
 def test_keys_without_effect_are_passed_over(plain, tmp_path):
