@@ -113,7 +113,11 @@ def show_version(ctx: click.Context, _param, wanted: bool) -> None:
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Convert models to Mixture-of-Depths, export them to GGUF, run them on a patched llama.cpp."""
+    """Convert models to Mixture-of-Depths, export them to GGUF, run them on a patched llama.cpp.
+
+    Where a command reads a model, its name on the Hugging Face hub may stand for the file or
+    directory: Qwen/Qwen3-0.6B, or org/name-GGUF:Q4_K_M for a GGUF file.
+    """
     show_messages()
     ctx.call_on_close(hide_messages)
     if ctx.invoked_subcommand in TORCH_COMMANDS:
