@@ -15,6 +15,7 @@ from pathlib import Path
 from mod_export.common.tables import format_table
 from mod_export.common.text import megabytes
 from mod_export.config import MoDConfig
+from mod_export.errors import UserError
 from mod_export.formats import architectures, ggml_types, kv_size, schema
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.model_checks import check_model
@@ -37,10 +38,21 @@ def inspect(path: str | Path) -> dict:
         "tensor_types": _tensor_types(file),
         "mod": _mod_report(file, config) if config else None,
     }
+    if config and (refused := _refused(file, config)):
+        report["mod"]["refused"] = refused
     if not config:
         report["possible_units"] = list(architectures.kinds(file.architecture))
         report["not_all_units"] = architectures.reason(file.architecture)
     return report
+
+
+def _refused(file: GGUFFile, config: MoDConfig) -> str:
+    """Why the runtime refuses the routers of a file; '' where it does not."""
+    try:
+        architectures.check_units(file, config)
+    except UserError as error:
+        return error.message
+    return ""
 
 
 def _tensor_types(file: GGUFFile) -> dict[str, int]:
@@ -138,6 +150,7 @@ def _render_mod(mod: dict) -> list[str]:
         "",
         kv["formula"],
         *([kv["note"]] if kv["note"] else []),
+        *([f"the runtime refuses this file: {mod['refused']}"] if "refused" in mod else []),
     ]
 
 

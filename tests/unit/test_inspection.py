@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -95,6 +96,19 @@ def test_inspect_a_file_whose_architecture_is_refused(tmp_path):
     report = inspect(tiny.write(tmp_path / "bloom.gguf"))
     assert report["possible_units"] == []
     assert "it cannot have routers: " in render(report)
+
+
+def test_inspect_a_file_that_the_runtime_refuses(tmp_path):
+    slides = "layer 1 of .* cannot have a kv unit: it attends to a sliding window of 12 tokens"
+    for shape, layer, told in (
+        ({"arch": "bloom"}, 1, "'bloom' cannot have routers: its attention is biased by distance"),
+        ({"sliding": (1, 2), "n_swa": 12}, 1, slides),
+        ({"sliding": (1, 2), "n_swa": 12}, 3, None),
+    ):
+        path = Tiny(n_layer=4, **shape).route([layer], "kv").write(tmp_path / "mod.gguf")
+        report = inspect(path)
+        assert re.search(told or "^$", report["mod"].get("refused", ""))
+        assert ("the runtime refuses this file: " in render(report)) == bool(told)
 
 
 def test_inspect_json(run_cli, mod_file):
