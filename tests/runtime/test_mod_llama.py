@@ -13,7 +13,7 @@ from mod_export.errors import UserError
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama, StoppedError
 from tests.support.c_api import F32, Q8_0, stock_lib
-from tests.support.oracle import TOKENS, N, close, make
+from tests.support.oracle import TOKENS, N, close, expected_cells, make
 from tests.support.tiny_gguf import Tiny
 
 patched = pytest.mark.skipif(
@@ -69,7 +69,7 @@ def test_generation_and_statistics(mod):
     perf = llm.perf()
     assert (perf.decodes, perf.tokens) == (20, 99) and 0 < perf.graphs_reused < perf.graphs
     kv = llm.kv()
-    assert kv.cells_used == sum(tiny.stored(layer, active, 99, 64) for layer in range(5))
+    assert kv.cells_used == sum(expected_cells(tiny, active, 99))
     assert kv.dense == 99 * 2 * 4 * tiny.n_head_kv * 32 * 5 and kv.used < kv.dense
     assert kv.used <= kv.committed <= kv.reserved
     llm.reset_stats()

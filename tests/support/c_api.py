@@ -42,6 +42,8 @@ class Raw:
 
     By default K/V are in F32 and flash attention is off. The other choices round, and tests compare
     results closely.
+
+    start: the position of the first token of a text. All methods count positions from there.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Raw:
         kv=F32,
         n_seq=4,
         threads=THREADS,
+        start=0,
         **params,
     ):
         llama_cpp.llama_backend_init()
@@ -78,7 +81,7 @@ class Raw:
         self.mem = llama_cpp.llama_get_memory(self.ctx)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.n_embd = llama_cpp.llama_model_n_embd(self.model)
-        self.pos = {}
+        self.pos, self.start = {}, start
 
     def try_decode(self, tokens, seqs=None, pos=None, logits=None) -> int:
         """Run llama_decode on one batch, and return the return code.
@@ -94,7 +97,7 @@ class Raw:
             following[seqs[i]] = at + 1
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = (
                 int(token),
-                at,
+                at + self.start,
                 1,
                 seqs[i],
             )
@@ -129,15 +132,30 @@ class Raw:
             llama_cpp.llama_get_embeddings(self.ctx), (n, self.n_embd)
         ).copy()
 
+    def _at(self, p: int) -> int:
+        return p if p < 0 else p + self.start
+
     def seq_rm(self, seq, p0, p1=-1) -> bool:
-        ok = llama_cpp.llama_memory_seq_rm(self.mem, seq, p0, p1)
+        ok = llama_cpp.llama_memory_seq_rm(self.mem, seq, self._at(p0), self._at(p1))
         if ok and p1 < 0:
             self.pos[seq] = max(p0, 0)
         return ok
 
-    def seq_cp(self, src, dst):
-        llama_cpp.llama_memory_seq_cp(self.mem, src, dst, -1, -1)
-        self.pos[dst] = self.pos[src]
+    def seq_cp(self, src, dst, p0=-1, p1=-1):
+        llama_cpp.llama_memory_seq_cp(self.mem, src, dst, self._at(p0), self._at(p1))
+        self.pos[dst] = self.seq_pos(dst)[1] + 1
+
+    def seq_add(self, seq, p0, p1, by):
+        llama_cpp.llama_memory_seq_add(self.mem, seq, self._at(p0), self._at(p1), by)
+
+    def seq_pos(self, seq) -> tuple[int, int]:
+        """Return the first and the last position of a sequence; -1 where it is empty."""
+        first = llama_cpp.llama_memory_seq_pos_min(self.mem, seq)
+        last = llama_cpp.llama_memory_seq_pos_max(self.mem, seq)
+        return (first - self.start, last - self.start) if last >= 0 else (-1, -1)
+
+    def can_shift(self) -> bool:
+        return llama_cpp.llama_memory_can_shift(self.mem)
 
     def clear(self):
         llama_cpp.llama_memory_clear(self.mem, True)

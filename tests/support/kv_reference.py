@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tests.support.windows import Window
+
 END = 2**31 - 1
 COMPLETE, SLIDING = -1, -2  # the caches that layers have in common
 MIXED = ("mixed",)  # the origin of tokens that were decoded with several settings
@@ -67,22 +69,25 @@ class Reference:
     """The caches and sequences of one context.
 
     units: (layer, kind) in the order of the trace's columns.
-    windows: the sizes in tokens of "kv", what kv units drop, and "layer", what sliding layers see.
+    windows: "kv": where a query sees what kv units drop; "layer": what sliding layers see.
     sliding: the layers that see no more; none of them has units other than ffn.
+    without_kv: the layers that hold nothing, because they read what others hold.
     """
 
     def __init__(
         self,
         units,
         n_layer: int,
-        windows: dict[str, int],
+        windows: dict[str, Window],
         n_cells: int,
         n_seq: int = 4,
         rollback: int = 64,
         sliding: tuple[int, ...] = (),
+        without_kv: tuple[int, ...] = (),
     ):
         self.units, self.n_layer, self.windows = list(units), n_layer, windows
-        self.n_cells, self.rollback, self.sliding = n_cells, rollback, sliding
+        self.n_cells, self.rollback = n_cells, rollback
+        self.sliding, self.without_kv = sliding, without_kv
         self.own = sorted({layer for layer, kind in self.units if kind != "ffn"})
         # which caches give cells back, and when
         self.drops = {layer: "kv" for layer, kind in self.units if kind == "kv"}
@@ -105,7 +110,8 @@ class Reference:
     def used(self) -> list[int]:
         """Return the number of cells in use per layer."""
         count = {layer: sum(bool(c.seqs) for c in cells) for layer, cells in self.cells.items()}
-        return [count[self.cache(layer)] for layer in range(self.n_layer)]
+        layers = range(self.n_layer)
+        return [0 if i in self.without_kv else count[self.cache(i)] for i in layers]
 
     def cache(self, layer: int) -> int:
         """Return the cache of a layer: one of its own, or a common one."""
@@ -129,7 +135,7 @@ class Reference:
         """
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
         return any(
-            seq in c.gone and query - self.windows[window] < c.pos < query
+            seq in c.gone and self.windows[window].first(query) <= c.pos < query
             for cache, window in self.drops.items()
             for c in self.cells[cache]
         )
@@ -138,8 +144,8 @@ class Reference:
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
         lost = self.seqs[seq].lost
         return any(
-            lost[window] >= 0 and lost[window] > query - size
-            for window, size in self.windows.items()
+            lost[name] >= 0 and lost[name] >= window.first(query)
+            for name, window in self.windows.items()
         )
 
     # --- decode
@@ -192,8 +198,9 @@ class Reference:
             if end <= old_end:
                 continue
             for cache, window in self.drops.items():
+                first = self.windows[window].first(end + 1 - self.rollback)
                 for c in self.cells[cache]:
-                    far = end + 1 - c.pos >= self.windows[window] + self.rollback
+                    far = c.pos < first
                     if seq in c.seqs and c.dropped and far and (c.new or not only_new):
                         c.seqs.remove(seq)
                         c.gone.add(seq)
@@ -310,6 +317,7 @@ class Reference:
             len(self.seqs),
             self.rollback,
             self.sliding,
+            self.without_kv,
         )
         new.cells = {layer: [c.copy() for c in cells] for layer, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]

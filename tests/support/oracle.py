@@ -3,7 +3,8 @@
     tiny = oracle.make("kv+attn")
     expected = tiny.forward(oracle.TOKENS[0])
 
-The models are tiny and routed. The results are those of the numpy oracle.
+The models are tiny and routed. The results are those of the numpy oracle, or for a model of
+another architecture those of tests/support/architectures/memory.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import numpy as np
 import pytest
 
 from mod_export.runtime import bindings
+from tests.support.architectures import memory
+from tests.support.architectures.memory import RoutedFile
 from tests.support.c_api import Raw
 from tests.support.tiny_gguf import Tiny
+from tests.support.windows import Window
 
 needs_patched = pytest.mark.skipif(
     not bindings.patched(), reason="needs the patched llama.cpp: run `mod-export build`"
@@ -25,7 +29,7 @@ needs_patched = pytest.mark.skipif(
 
 N = 150
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, N))
-NOISE = 3e-4  # Logits with a standard deviation of 2 have this noise in f32.
+NOISE = Tiny.noise  # The logits have a standard deviation of 2.
 
 CASES = {
     "ffn": {(1, 3): "ffn"},
@@ -50,11 +54,18 @@ SLIDING = {
 }
 
 
-def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny:
+# With the others, the models whose sliding layers are tested.
+WINDOWED = (*SLIDING, *memory.NAMES)
+
+
+def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny | RoutedFile:
     """Return a tiny model with the units of a case.
 
-    case: one of CASES or SLIDING. Biases lie in gaps between the scores of the sequences.
+    case: one of CASES or WINDOWED. Biases lie in gaps between the scores of the sequences.
+    shape: of a Tiny; the other models have one shape
     """
+    if case in memory.NAMES:
+        return memory.routed(case, sequences, activation)
     if case in SLIDING:
         shape = {"sliding": SLIDES} | shape
     tiny = Tiny(**shape)
@@ -67,24 +78,43 @@ def close(a, b, noise=NOISE):
     np.testing.assert_allclose(a, b, rtol=0, atol=noise)
 
 
-def cells(r: Raw, n_layer: int = 5) -> list[int]:
+def cells(r: Raw) -> list[int]:
     """Return the number of K/V cells in use, layer by layer."""
-    return [r.kv(layer).n_used for layer in range(n_layer)]
+    return [r.kv(layer).n_used for layer in range(llama_cpp.llama_model_n_layer(r.model))]
 
 
-def expected_cells(tiny: Tiny, active, n: int, rollback: int = 64) -> list[int]:
+def kept(tiny: Tiny | RoutedFile, layer: int, active, n: int, rollback: int) -> np.ndarray:
+    """Return which of the first n tokens of a text a layer holds, [n] bool.
+
+    active: [T, n_units], from the trace.
+    """
+    if layer in tiny.without_kv:
+        return np.zeros(n, bool)
+    at = np.arange(n)
+    unit = {u: active[:n, i].astype(bool) for i, u in enumerate(tiny.units)}
+    keep = np.ones(n, bool)
+    for kind in ("block", "attn"):
+        keep &= unit.get((layer, kind), True)
+    if (layer, "kv") in unit:
+        keep &= unit[layer, "kv"] | (at >= Window(tiny.kv_window).first(n - rollback))
+    if layer in tiny.sliding:
+        keep &= at >= tiny.window.first(n - rollback)
+    return keep
+
+
+def expected_cells(tiny: Tiny | RoutedFile, active, n: int, rollback: int = 64) -> list[int]:
     """Return the K/V cells that the decisions ask for after n tokens, layer by layer."""
-    return [tiny.stored(layer, active, n, rollback) for layer in range(tiny.n_layer)]
+    return [int(kept(tiny, i, active, n, rollback).sum()) for i in range(tiny.n_layer)]
 
 
-def check_cells(r: Raw, tiny: Tiny, active, rollback: int) -> None:
+def check_cells(r: Raw, tiny: Tiny | RoutedFile, active, rollback: int) -> None:
     """Decode 150 tokens in batches of several sizes, and look at the cells after each of them."""
     r.set(kv_rollback=rollback)
     n = 0
     for size in (90, 7, *[1] * 30, 23):
         r.decode(TOKENS[0][n : n + size])
         n += size
-        assert cells(r, tiny.n_layer) == expected_cells(tiny, active, n, rollback)
+        assert cells(r) == expected_cells(tiny, active, n, rollback)
 
 
 def save(r: Raw) -> bytes:

@@ -18,12 +18,24 @@ import gguf
 import numpy as np
 
 from mod_export.units import ATTN, BLOCK, KV, deciding_order
+from tests.support.windows import Window
 
 EPS = 1e-5
 
 
 def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
+
+
+def widest_gap(scores, activation: float) -> float:
+    """Return the middle of the widest gap between scores, where about `activation` lie above."""
+    scores = np.sort(scores)
+    lo = int(len(scores) * (1 - activation))
+    near = slice(max(1, lo - len(scores) // 8), min(len(scores), lo + len(scores) // 8 + 1))
+    gaps = np.diff(scores)[near.start - 1 : near.stop - 1]
+    i = near.start - 1 + int(np.argmax(gaps))
+    assert gaps.max() > 2e-4, "no gap between scores: use other tokens"
+    return float(scores[i] + scores[i + 1]) / 2
 
 
 class Out(NamedTuple):
@@ -95,6 +107,15 @@ class Tiny:
                 sinks = rng.standard_normal(self.n_head).astype(np.float32)
                 t[b + "attn_sinks.weight"] = sinks
 
+    start = 0  # the position of the first token of a text
+    noise, fa_noise = 3e-4, 0.1  # of logits in f32, and with flash attention on f16
+    without_kv = ()  # layers that read the K/V of others
+
+    @property
+    def window(self) -> Window:
+        """Return what the sliding layers see."""
+        return Window(self.n_swa)
+
     @property
     def units(self) -> list:
         """Return the units (layer, kind) in the order of their decisions."""
@@ -119,14 +140,9 @@ class Tiny:
         """
 
         def place(unit, raw):
-            scores = np.sort(np.concatenate(raw))
-            lo = int(len(scores) * (1 - activation))
-            near = slice(max(1, lo - len(scores) // 8), min(len(scores), lo + len(scores) // 8 + 1))
-            gaps = np.diff(scores)[near.start - 1 : near.stop - 1]
-            i = near.start - 1 + int(np.argmax(gaps))
-            assert gaps.max() > 2e-4, "no gap between scores: use other tokens"
             w, _, p = self.routers[unit]
-            self.routers[unit][1] = float(np.float32(logit(p) - (scores[i] + scores[i + 1]) / 2))
+            at = widest_gap(np.concatenate(raw), activation)
+            self.routers[unit][1] = float(np.float32(logit(p) - at))
 
         self._forward_all(sequences, place)
         return self
@@ -217,21 +233,6 @@ class Tiny:
         x = rms(h) * t[b + "ffn_norm.weight"]
         g = x @ t[b + "ffn_gate.weight"].T
         return (g / (1 + np.exp(-g)) * (x @ t[b + "ffn_up.weight"].T)) @ t[b + "ffn_down.weight"].T
-
-    def stored(self, layer: int, active, n: int, rollback: int) -> int:
-        """Return the number of cells that a layer needs after n tokens of one sequence.
-
-        active: [T, n_units], from the trace.
-        """
-        unit = {u: active[:n, i].astype(bool) for i, u in enumerate(self.units)}
-        keep = np.ones(n, bool)
-        for kind in ("block", "attn"):
-            keep &= unit.get((layer, kind), keep)
-        if (layer, "kv") in unit:
-            keep &= unit[layer, "kv"] | (n - np.arange(n) < self.kv_window + rollback)
-        if layer in self.sliding:
-            keep &= n - np.arange(n) < self.n_swa + rollback
-        return int(keep.sum())
 
     def without(self, units) -> Tiny:
         """Return the dense model that is left when these units never run.

@@ -2,7 +2,6 @@
 
 #include "llama-batch.h"
 #include "llama-impl.h"
-#include "llama-mod-model.h"
 
 #include <algorithm>
 #include <array>
@@ -34,11 +33,11 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
     const auto & cells = c.kv->get_cells(0);
 
     // what is freed together lies together, to leave whole pages: kept; dropped, but within reach; passing.
-    // where all are dropped they leave in their order
+    // where all leave the window they do so in their order
     std::array<std::vector<uint32_t>, 3> parts;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const bool drop = c.all || (!dropped.empty() && dropped[i]);
-        parts[!drop || !c.routed ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
+        const bool drop = !dropped.empty() && dropped[i];
+        parts[!drop ? 0 : is_passing(ubatch, i, c.window) ? 2 : 1].push_back(i);
     }
 
     llama_kv_cache::slot_info sinfo = { 0, 0, { 0 }, { std::vector<uint32_t>(ubatch.n_tokens) } };
@@ -76,7 +75,7 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
         c.passing.push_back(idxs[i]);
     }
     for (const uint32_t idx : idxs) {
-        c.dropped[idx] = c.all;
+        c.dropped[idx] = !c.routed;
         c.mask.touch(idx);
     }
 
@@ -108,7 +107,7 @@ void llama_kv_cache_mod::settle(layer_group & c) {
 void llama_kv_cache_mod::set_dropped(layer_group & c, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
     GGML_ASSERT(sinfo.idxs[0].size() >= dropped.size());
     for (size_t i = 0; i < dropped.size(); ++i) {
-        c.dropped[sinfo.idxs[0][i]] = c.all || dropped[i];
+        c.dropped[sinfo.idxs[0][i]] = dropped[i];
         c.mask.touch(sinfo.idxs[0][i]);
     }
 }
@@ -147,7 +146,7 @@ void llama_kv_cache_mod::occupy(layer_group & c, int32_t cell, const llama_ubatc
         cells.seq_add(cell, ubatch.seq_id[0][s]);
     }
 
-    c.dropped[cell] = c.all || dropped;
+    c.dropped[cell] = dropped;
     c.head = cell + 1;
     c.mask.touch(cell);
 }

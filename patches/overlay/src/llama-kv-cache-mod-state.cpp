@@ -92,7 +92,7 @@ void llama_kv_cache_mod::state_read_group(llama_io_read_i & io, layer_group & c,
         io.read(dropped.data(), n);
     }
     for (uint32_t i = 0; i < n; ++i) {
-        c.dropped[idxs[i]] = c.all || dropped[i] != 0;
+        c.dropped[idxs[i]] = !c.routed || dropped[i] != 0;
         if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
             throw std::runtime_error("mod: the state's layers do not match");
         }

@@ -3,6 +3,7 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-mod-arch.h"
 #include "llama-mod-context.h"
 #include "llama-mod-model.h"
 #include "llama-model.h"
@@ -21,32 +22,6 @@ static constexpr uint32_t MOD_N_TRIM = 64;
 // llama_kv_cache_mod
 //
 
-int32_t llama_kv_cache_mod::kv_source(const llama_hparams & hparams, int32_t il) {
-    if (hparams.has_kv(il)) {
-        return il;
-    }
-    // as in llama_model::create_memory(): the last layer of the same kind that has K and V
-    return hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
-}
-
-bool llama_kv_cache_mod::is_kv_source(const llama_hparams & hparams, int32_t il) {
-    for (int32_t i = il + 1; i < (int32_t) hparams.n_layer(); ++i) {
-        if (kv_source(hparams, i) == il) {
-            return true;
-        }
-    }
-    return false;
-}
-
-llama_mod_window llama_kv_cache_mod::layer_window(const llama_hparams & hparams, int32_t il) {
-    if (hparams.swa_type == LLAMA_SWA_TYPE_NONE || !hparams.is_swa(il)) {
-        return {};
-    }
-    const bool chunked = hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED;
-
-    return { (llama_pos) hparams.n_swa, chunked ? llama_mod_window::chunked : llama_mod_window::sliding };
-}
-
 llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) :
     mod(*model.mod), hparams(model.hparams), n_seq_max(cparams.n_seq_max),
     type_k(params.type_k), type_v(params.type_v), v_trans(!cparams.flash_attn) {
@@ -61,7 +36,7 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
     const uint32_t kv_size = cparams.n_ctx_seq;
 
     const auto reuse = [this](int32_t il) {
-        const int32_t source = il < (int32_t) hparams.n_layer() ? kv_source(hparams, il) : il;
+        const int32_t source = il < (int32_t) hparams.n_layer() ? llama_mod_arch_kv_source(hparams, il) : il;
         return source == il ? -1 : source;
     };
     const auto make = [this, reuse, offload, kv_size, &model](llama_mod_kv_mode mode, const llama_kv_cache::layer_filter_cb & filter) {
@@ -88,15 +63,11 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
 }
 
 void llama_kv_cache_mod::init_windows() {
-    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
-        throw std::runtime_error("mod: a layer's attention window is symmetric: queries would see tokens behind them");
-    }
-
     windows[WINDOW_KV].size = mod.kv_window;
 
     // one for all such layers: hparams has no other
     for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
-        if (const auto window = layer_window(hparams, il); window.size > 0) {
+        if (const auto window = llama_mod_arch_window(hparams, il); window.size > 0) {
             windows[WINDOW_LAYER] = window;
         }
     }
@@ -107,30 +78,28 @@ void llama_kv_cache_mod::init_groups() {
 
     map_group.assign(n_layer, -1);
 
-    int32_t i_window = -1; // of the layers with a window whose tokens are not routed
+    int32_t i_window = -1; // of the layers with a window
     for (int32_t il = 0; il < n_layer; ++il) {
         const bool    routed = mod.has_cells(il);
-        const bool    window = layer_window(hparams, il).size > 0;
-        const int32_t source = kv_source(hparams, il);
+        const bool    window = llama_mod_arch_window(hparams, il).size > 0;
+        const int32_t source = llama_mod_arch_kv_source(hparams, il);
 
-        if (routed && (source != il || is_kv_source(hparams, il))) {
-            throw std::runtime_error(format("mod: layer %d has a block, attn or kv router, but it %s", il,
-                    source != il ? "has no K/V of its own" : "computes K/V for later layers"));
-        }
+        // loading has refused these (llama_mod_arch_refuses)
+        GGML_ASSERT(!routed || (!window && source == il));
+
         if (source != il) {
             map_group[il] = map_group[source];
-        } else if (!routed && window && i_window >= 0) {
+        } else if (window && i_window >= 0) {
             map_group[il] = i_window;
         } else if (routed || window) {
             map_group[il] = groups.size();
-            if (!routed) {
+            if (window) {
                 i_window = groups.size();
             }
             auto & c = groups.emplace_back();
             c.il     = il;
             c.routed = routed;
             c.drops  = window || mod.find(il, LLAMA_MOD_KIND_KV) >= 0;
-            c.all    = window;
             c.window = window ? WINDOW_LAYER : WINDOW_KV;
         }
     }
@@ -204,6 +173,7 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
         seqs[s].origin_before = seqs[s].origin;
         for (auto & left : seqs[s].left) {
             left.freed_before = left.freed;
+            left.expired_new  = seqs[s].before;
         }
     }
 
@@ -543,7 +513,9 @@ void llama_kv_cache_mod::expire(bool all) {
         for (int w = 0; w < N_WINDOWS; ++w) {
             auto & left = info.left[w];
 
-            const llama_pos p0 = all ? left.expired + 1 : info.before + 1;
+            auto & expired = all ? left.expired : left.expired_new;
+
+            const llama_pos p0 = expired + 1;
             const llama_pos p1 = reach(s, w);
             if (p0 >= p1) {
                 continue;
@@ -554,9 +526,7 @@ void llama_kv_cache_mod::expire(bool all) {
                     left.freed = std::max(left.freed, free_cells(c, s, p0, p1, true));
                 }
             }
-            if (all) {
-                left.expired = std::max(left.expired, p1 - 1);
-            }
+            expired = p1 - 1;
         }
     }
 

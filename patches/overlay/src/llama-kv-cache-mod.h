@@ -7,7 +7,8 @@
 #include "llama-mod-rows.h"
 
 #include <array>
-#include <bitset>
+#include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <vector>
@@ -28,17 +29,7 @@ struct llama_mod_model;
 // would break equal splits
 class llama_kv_cache_mod : public llama_memory_i {
 public:
-    // the layer whose K and V layer il reads: il, or an earlier one that shares them
-    static int32_t kv_source(const llama_hparams & hparams, int32_t il);
-
-    // do later layers read the layer's K and V?
-    static bool is_kv_source(const llama_hparams & hparams, int32_t il);
-
-    // of the layer's attention, in any model; size 0: it sees all tokens
-    // throws std::runtime_error where a query would see keys behind it
-    static llama_mod_window layer_window(const llama_hparams & hparams, int32_t il);
-
-    // throws std::runtime_error for a model or a type of context whose K/V do not fit in
+    // throws std::runtime_error for a type of context that has other K/V, and where there is no memory
     llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
     //
@@ -133,10 +124,9 @@ private:
     struct layer_group {
         int32_t il; // the first one
 
-        bool routed = false; // the layer's units decide which tokens come in, else it is all
-        bool drops  = false; // some of its tokens are visible in the window only
-        bool all    = false; // all are
-        int  window = WINDOW_KV;
+        bool routed; // the layer's units decide which tokens come in, else all do and all leave the window
+        bool drops;  // some of its tokens are visible in the window only
+        int  window;
 
         std::unique_ptr<llama_mod_rows> rows;
         llama_kv_cache *                kv = nullptr; // of rows
@@ -182,6 +172,7 @@ private:
         llama_pos freed        = -1; // the largest position whose K/V are gone in some layer
         llama_pos freed_before = -1; // before the running decode
         llama_pos expired      = -1; // no dropped cells are left at or below
+        llama_pos expired_new  = -1; // of the running decode
     };
 
     // per sequence

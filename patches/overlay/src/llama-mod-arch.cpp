@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <climits>
 #include <map>
 
 // one word for each reason that has no hyperparameter to be read from
@@ -43,6 +44,42 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
     { LLM_ARCH_GEMMA4_ASSISTANT, "it is the draft head of another model" },
 };
 
+llama_mod_window llama_mod_arch_window(const llama_hparams & hparams, int32_t il) {
+    if (hparams.swa_type == LLAMA_SWA_TYPE_NONE || !hparams.is_swa(il)) {
+        return {};
+    }
+    const bool chunked = hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED;
+
+    return { (llama_pos) hparams.n_swa, chunked ? llama_mod_window::chunked : llama_mod_window::sliding };
+}
+
+int32_t llama_mod_arch_kv_source(const llama_hparams & hparams, int32_t il) {
+    if (hparams.has_kv(il)) {
+        return il;
+    }
+    // as in llama_model::create_memory(): the last layer of the same kind that has K and V
+    return hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
+}
+
+// do layers that share K and V see the same tokens, and are their heads alike?
+static bool mod_can_share(const llama_hparams & hparams, int32_t source, int32_t il) {
+    return source >= 0 && hparams.is_swa(source) == hparams.is_swa(il) &&
+        hparams.n_embd_k_gqa(source) == hparams.n_embd_k_gqa(il) &&
+        hparams.n_embd_v_gqa(source) == hparams.n_embd_v_gqa(il);
+}
+
+// why the memory cannot hold the K and V of the layer
+static std::string mod_refuses_kv(const llama_hparams & hparams, int32_t il) {
+    const bool slides = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
+    if (slides && (hparams.n_swa == 0 || hparams.n_swa > INT_MAX)) {
+        return format("layer %d has a sliding window of %u tokens", il, hparams.n_swa);
+    }
+    if (const int32_t source = llama_mod_arch_kv_source(hparams, il); source != il && !mod_can_share(hparams, source, il)) {
+        return format("layer %d reads the K/V of layer %d, whose attention is of another kind", il, source);
+    }
+    return "";
+}
+
 std::string llama_mod_arch_refuses(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -67,14 +104,38 @@ std::string llama_mod_arch_refuses(const llama_model & model) {
     if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "its sliding windows look ahead";
     }
+    for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
+        if (const std::string why = mod_refuses_kv(hparams, il); !why.empty()) {
+            return why;
+        }
+    }
+    return "";
+}
+
+// why all tokens must be remembered in the layer
+static std::string mod_keeps_kv(const llama_hparams & hparams, int32_t il) {
+    if (llama_mod_arch_window(hparams, il).size > 0) {
+        return "it attends to a sliding window, where only ffn units can be";
+    }
+    for (int32_t i = il; i < (int32_t) hparams.n_layer(); ++i) {
+        const int32_t source = llama_mod_arch_kv_source(hparams, i);
+        if (i == il && source != il) {
+            return format("it reads the K/V of layer %d", source);
+        }
+        if (i > il && source == il) {
+            return format("layer %d reads its K/V", i);
+        }
+    }
     return "";
 }
 
 std::string llama_mod_arch_refuses(const llama_model & model, int32_t il, llama_mod_kind kind) {
     const auto & hparams = model.hparams;
 
-    if (kind != LLAMA_MOD_KIND_FFN && hparams.is_swa(il)) {
-        return "it attends to a sliding window, where only ffn units can be";
+    if (kind != LLAMA_MOD_KIND_FFN) {
+        if (const std::string why = mod_keeps_kv(hparams, il); !why.empty()) {
+            return why;
+        }
     }
     if (kind == LLAMA_MOD_KIND_FFN && model.arch == LLM_ARCH_GEMMA4) {
         return "what follows the FFN changes the whole residual stream, so that skipping the FFN alone is impossible";

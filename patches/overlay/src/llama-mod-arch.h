@@ -1,11 +1,13 @@
 #pragma once
 
 #include "llama-arch.h"
+#include "llama-mod-mask.h"
 #include "llama-mod.h"
 
 #include <cstdint>
 #include <string>
 
+struct llama_hparams;
 struct llama_model;
 
 // What is known of architectures besides what their graphs show. Graphs are cut at names and functions that nearly all
@@ -16,6 +18,12 @@ std::string llama_mod_arch_refuses(const llama_model & model);
 
 // why the layer cannot have a unit of the kind, empty: it is not known that it cannot
 std::string llama_mod_arch_refuses(const llama_model & model, int32_t il, llama_mod_kind kind);
+
+// what the layer's attention sees; size 0: all tokens
+llama_mod_window llama_mod_arch_window(const llama_hparams & hparams, int32_t il);
+
+// the layer whose K and V layer il reads: il, or an earlier one that shares them
+int32_t llama_mod_arch_kv_source(const llama_hparams & hparams, int32_t il);
 
 // the name of the residual stream between attention and FFN
 const char * llama_mod_arch_middle(llm_arch arch);

@@ -510,7 +510,7 @@ bool llama_mod_context::bind_unread(const llm_graph_result & res) {
         }
         // kept graphs hold on to it, so it is never replaced
         if (unread.empty() || ggml_backend_buffer_get_size(unread.back().get()) < ggml_nbytes(t)) {
-            const size_t n_max = lctx.cparams.n_ubatch*lctx.model.hparams.n_embd_inp()*sizeof(float);
+            const size_t n_max = sizeof(float)*lctx.cparams.n_ubatch*lctx.model.hparams.n_embd_inp();
             auto * buf = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), std::max(ggml_nbytes(t), n_max));
             if (!buf) {
                 return false;

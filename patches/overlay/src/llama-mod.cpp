@@ -2,6 +2,7 @@
 
 #include "llama-context.h"
 #include "llama-kv-cache-mod.h"
+#include "llama-mod-arch.h"
 #include "llama-mod-context.h"
 #include "llama-mod-model.h"
 #include "llama-model.h"
@@ -36,7 +37,7 @@ int32_t llama_mod_layer_window(const llama_model * model, int32_t il) {
     if (il < 0 || il >= (int32_t) model->hparams.n_layer()) {
         return 0;
     }
-    return llama_kv_cache_mod::layer_window(model->hparams, il).size;
+    return llama_mod_arch_window(model->hparams, il).size;
 }
 
 //

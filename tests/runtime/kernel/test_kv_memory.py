@@ -396,12 +396,12 @@ with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
     assert r.try_decode(big, [1] * 2000, logits=last) == 0
     assert r.seq_rm(1, 0)
     logits = [r.decode(TOKENS[0][:100])]
-    before = cells(r, 6)
+    before = cells(r)
     limit(resource.RLIMIT_DATA, "VmData", int(os.environ["EXTRA_MB"]) << 20)
     for at in (100, 110, 120):
         print(r.try_decode(big, [1] * 2000, pos=np.arange(2000), logits=last))
         r.seq_rm(1, 0)
-        assert cells(r, 6) == [at] * 6
+        assert cells(r) == [at] * 6
         logits.append(r.decode(TOKENS[0][at : at + 10]))
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print(r.try_decode(big, [1] * 2000, pos=np.arange(2000), logits=last))
@@ -437,7 +437,7 @@ with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
         limit(resource.RLIMIT_DATA, "VmData", int(extra * 2**20))
         print(r.try_decode(big, [1] * 2000, pos=np.arange(2000), logits=last))
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        assert cells(r, 6) == [100] * 6
+        assert cells(r) == [100] * 6
 """
 
 
@@ -471,20 +471,20 @@ with Raw(path, n_ctx=4096, n_batch=4096, n_ubatch=2048, fa=True, kv=F32) as r:
     for extra in (3, 14):
         limit(resource.RLIMIT_DATA, "VmData", extra << 20)
         assert llama_cpp.llama_state_seq_set_data(r.ctx, one, len(one), 2) == 0
-        assert cells(r, 6) == [100] * 6
+        assert cells(r) == [100] * 6
         assert llama_cpp.llama_memory_seq_pos_max(r.mem, 2) == -1
         close(r.decode(TOKENS[0][100:110], [1] * 10), expected[100:110])
         assert r.seq_rm(1, 100)
         unlimited()
     assert llama_cpp.llama_state_seq_set_data(r.ctx, one, len(one), 2) == len(one)
-    assert cells(r, 6) == [2100] * 6
+    assert cells(r) == [2100] * 6
     r.clear()
     limit(resource.RLIMIT_DATA, "VmData", len(whole) + (5 << 20))
     assert restore(r, whole) == 0
-    assert cells(r, 6) == [0] * 6
+    assert cells(r) == [0] * 6
     unlimited()
     assert restore(r, whole) == len(whole)
-    assert cells(r, 6) == [2000] * 6
+    assert cells(r) == [2000] * 6
 """
 
 

@@ -3,36 +3,39 @@
 Most tests of the K/V memory run on such models too (test_state.py).
 """
 
-import llama_cpp
 import numpy as np
 import pytest
 
 from mod_export.runtime import bindings
 from tests.support.c_api import F16, F32, Q8_0, Raw, aborting
-from tests.support.oracle import SLIDES, SLIDING, TOKENS, N, cells, check_cells, close, make
+from tests.support.oracle import TOKENS, WINDOWED, N, cells, check_cells, close, make
 
 
-@pytest.fixture(scope="module", params=SLIDING)
+@pytest.fixture(scope="module", params=WINDOWED)
 def sliding(request, tmp_path_factory):
-    """(the model, its file, the oracle's results for TOKENS[0])"""
+    """(the model, its file, the oracle's results for TOKENS[0])
+
+    The texts of the model with chunks cross the border between two of them.
+    """
     tiny = make(request.param)
     path = tiny.write(tmp_path_factory.mktemp("sliding") / "mod.gguf")
     return tiny, path, tiny.forward(TOKENS[0])
 
 
-@pytest.mark.parametrize(("fa", "noise"), [(False, 3e-4), (True, 0.1)])
-def test_results_do_not_depend_on_how_a_text_is_cut(sliding, fa, noise):
-    _, path, expected = sliding
+@pytest.mark.parametrize("fa", [False, True])
+def test_results_do_not_depend_on_how_a_text_is_cut(sliding, fa):
+    tiny, path, expected = sliding
     for size, n_ubatch in ((N, 512), (N, 16), (40, 512), (3, 512), (1, 512)):
-        with Raw(path, n_ubatch=n_ubatch, fa=fa, kv=F16 if fa else F32) as r:
+        with Raw(path, start=tiny.start, n_ubatch=n_ubatch, fa=fa, kv=F16 if fa else F32) as r:
             logits, active = r.decode_cut(TOKENS[0], size)
         np.testing.assert_array_equal(active, expected.active)
-        close(logits, expected.logits, noise)
+        close(logits, expected.logits, tiny.fa_noise if fa else tiny.noise)
 
 
 def test_all_active_is_the_dense_model_bit_for_bit(sliding, tmp_path):
     tiny, path, _ = sliding
-    with Raw(tiny.dense().write(tmp_path / "dense.gguf")) as dense, Raw(path) as r:
+    dense_path = tiny.dense().write(tmp_path / "dense.gguf")
+    with Raw(dense_path, start=tiny.start) as dense, Raw(path, start=tiny.start) as r:
         r.set(force="active")
         for tokens in (TOKENS[0][:70], *TOKENS[0][70:73, None]):  # cells are not yet used again
             np.testing.assert_array_equal(r.decode(tokens), dense.decode(tokens))
@@ -41,49 +44,54 @@ def test_all_active_is_the_dense_model_bit_for_bit(sliding, tmp_path):
 @pytest.mark.parametrize("rollback", [0, 5, 64])
 def test_cells_are_those_of_the_window(sliding, rollback):
     tiny, path, expected = sliding
-    with Raw(path, n_ctx=256, n_ubatch=32) as r:
+    with Raw(path, start=tiny.start, n_ctx=256, n_ubatch=32) as r:
         check_cells(r, tiny, expected.active, rollback)
-        assert {r.kv(layer).n_used for layer in SLIDES} == {min(N, tiny.n_swa - 1 + rollback)}
+        held = N - max(0, tiny.window.first(N - rollback))
+        own = set(tiny.sliding) - set(tiny.without_kv)
+        assert {r.kv(layer).n_used for layer in own} == {held}
 
 
 def test_the_window_of_a_layer_is_told(sliding, tmp_path):
     tiny, path, _ = sliding
     for file in (path, tiny.dense().write(tmp_path / "dense.gguf")):
         with Raw(file) as r:
-            told = [bindings.llama_mod_layer_window(r.model, i) for i in range(-1, 6)]
-        assert told == [0, 0, 12, 12, 0, 12, 0]
+            layers = range(-1, tiny.n_layer + 1)
+            told = [bindings.llama_mod_layer_window(r.model, i) for i in layers]
+        assert told == [tiny.n_swa if i in tiny.sliding else 0 for i in layers]
 
 
 def test_a_tail_is_refused_only_where_a_window_lacks_keys(sliding):
-    _, path, expected = sliding
-    with Raw(path) as r:
+    tiny, path, expected = sliding
+    gone = tiny.window.first(100 - 10) - 1
+    end = next(p for p in range(100) if tiny.window.first(p) > gone)
+    with Raw(path, start=tiny.start) as r:
         r.set(force="active", kv_rollback=10)  # only the sliding layers free anything
         r.decode(TOKENS[0][:100])
         before = cells(r)
-        assert not r.seq_rm(0, 89)
+        assert not r.seq_rm(0, end - 1)
         assert cells(r) == before
-        assert r.seq_rm(0, 90)
-        assert not r.seq_rm(0, 89)
+        assert r.seq_rm(0, end)
+        assert not r.seq_rm(0, end - 1)
         r.clear()
         # a text that window and rollback hold whole can end anywhere
         r.set(force="none")
-        r.decode(TOKENS[0][:17])
+        r.decode(TOKENS[0][:15])
         assert r.seq_rm(0, 1)
-        close(r.decode(TOKENS[0][1:]), expected.logits[1:])
+        close(r.decode(TOKENS[0][1:]), expected.logits[1:], tiny.noise)
 
 
 @pytest.mark.parametrize("calls", [1, 10, 60])
 def test_a_failed_decode_leaves_all_keys_of_the_window(sliding, calls):
     """Several ubatches of a failed decode have moved the window on, and it comes back."""
-    _, path, expected = sliding
-    with Raw(path, n_ubatch=16) as r:
+    tiny, path, expected = sliding
+    with Raw(path, start=tiny.start, n_ubatch=16) as r:
         r.set(kv_rollback=0)
-        r.decode(TOKENS[0][:60])
+        r.decode(TOKENS[0][:35])  # the border between two chunks comes next
         before = cells(r)
         with aborting(r, calls):
             assert r.try_decode(TOKENS[1][:80]) == 2
         assert cells(r) == before
-        close(r.decode(TOKENS[0][60:]), expected.logits[60:])
+        close(r.decode(TOKENS[0][35:]), expected.logits[35:], tiny.noise)
 
 
 def test_memory_stays_at_the_window(tmp_path):
@@ -104,16 +112,11 @@ def test_memory_stays_at_the_window(tmp_path):
 
 def test_quantised_keys_and_several_sequences(sliding):
     """Each sequence has a window of its own; quantised K/V are rotated per group of layers."""
-    _, path, expected = sliding
-    with Raw(path, fa=True, kv=Q8_0) as one, Raw(path, fa=True, kv=Q8_0) as two:
+    tiny, path, _ = sliding
+    params = {"start": tiny.start, "fa": True, "kv": Q8_0}
+    with Raw(path, **params) as one, Raw(path, **params) as two:
         alone = one.decode(TOKENS[0][:100])
         order = [(seq, t) for t in range(100) for seq in ((0, 1) if t >= 60 else (0,))]
         tokens = [TOKENS[0][t] if seq == 0 else TOKENS[1][t - 60] for seq, t in order]
         together = two.decode(tokens, [seq for seq, _ in order])
-        close(together[[seq == 0 for seq, _ in order]], alone, 2e-2)
-
-
-def test_a_shift_can_be_asked_for(sliding):
-    _, path, _ = sliding
-    with Raw(path) as r:
-        assert llama_cpp.llama_memory_can_shift(r.mem)
+        close(together[[seq == 0 for seq, _ in order]], alone, tiny.fa_noise)

@@ -65,19 +65,26 @@ class Model:
 
 
 def write(
-    folder: Path, names: list[str] | None = None, n_layer: int = N_LAYER, exact: bool = False
+    folder: Path,
+    names: list[str] | None = None,
+    n_layer: int = N_LAYER,
+    exact: bool = False,
+    stdev: float = STDEV,
 ) -> list[Model]:
     """Write the files of the given names, or of all architectures that llama.cpp can make.
 
     n_layer: the layers of a model; some architectures have a number of their own. Unless `exact`,
         a model has fewer where its last layer would be a sliding one.
+    stdev: of the weights
 
     Those that llama.cpp cannot make are left out. A tensor depends on its name only, so that a
     model with fewer layers is the same model without its last layers.
     """
-    command = [str(_program()), str(folder), str(SEED), str(STDEV), str(n_layer), str(int(exact))]
+    command = [str(_program()), str(folder), str(SEED), str(stdev), str(n_layer), str(int(exact))]
     command += names or []
-    env = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    # The program is built against the stock library, and runs on no other.
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "LD_PRELOAD")}
+    env["GGML_NO_BACKTRACE"] = "1"
     result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     (folder / "generate.log").write_text(result.stderr)
     models = []

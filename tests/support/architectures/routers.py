@@ -48,8 +48,17 @@ def trailing(model: Model) -> list[int]:
     return layers
 
 
-def route(model: Model, target: Path, units: list[Unit], seed: int = 0) -> Path:
-    """Write the model's file with a random router for each unit to `target`."""
+def route(
+    model: Model,
+    target: Path,
+    units: list[Unit],
+    seed: int = 0,
+    biases: dict[Unit, float] | None = None,
+) -> Path:
+    """Write the model's file with a random router for each unit to `target`.
+
+    biases: unit -> bias; 0 by default
+    """
     rng = np.random.default_rng(seed)
     configs = {}
     for kind in UNIT_KINDS:
@@ -62,7 +71,7 @@ def route(model: Model, target: Path, units: list[Unit], seed: int = 0) -> Path:
     routers = {
         unit: (
             scale * rng.standard_normal(model.n_embd, dtype=np.float32),
-            np.zeros(1, np.float32),
+            np.array([(biases or {}).get(unit, 0.0)], np.float32),
         )
         for unit in units
     }

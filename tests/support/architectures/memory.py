@@ -1,0 +1,148 @@
+"""Models of single architectures for tests of the K/V memory.
+
+    model = routed("llama4", sequences)      # instead of a Tiny of tests/support/tiny_gguf.py
+    model.write(folder / "mod.gguf")
+    model.forward(tokens).logits
+
+What is right is what a context says that decodes a text in one batch and never frees a cell. That
+context with all units active gives what the stock library gives (test_windows.py).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from mod_export.units import BLOCK, FFN, KV, Unit, deciding_order
+from tests.support.architectures import models, routers
+from tests.support.architectures.models import Model
+from tests.support.c_api import Raw
+from tests.support.tiny_gguf import Out, widest_gap
+from tests.support.windows import Window
+
+# One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones; and
+# the noise of their logits in f32, and with flash attention on f16. The logits have a standard
+# deviation of 0.3. GELU comes from a table in f16.
+NOISE = {"gemma3": (1.5e-4, 3e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
+NAMES = tuple(NOISE)
+STDEV = 0.15  # of the weights; with smaller ones a token depends on other tokens by little
+CHUNKED = 2  # enum llama_swa_type
+# llama.cpp's chunks are of 8192 positions. The texts of the tests begin shortly before a border.
+BEFORE_BORDER = 40
+NEVER = 1 << 20  # kv_rollback that frees nothing
+
+
+@functools.cache
+def file(name: str) -> Model:
+    """The dense model, written once in each process."""
+    folder = Path(tempfile.mkdtemp(prefix="architectures-"))
+    atexit.register(shutil.rmtree, folder)
+    (model,) = models.write(folder, [name], stdev=STDEV)
+    return model
+
+
+@dataclass(frozen=True)
+class RoutedFile:
+    """A model of an architecture with routers, with what the tests ask of a Tiny.
+
+    biases: unit -> bias of its router; its threshold is 0.5
+    """
+
+    model: Model
+    biases: dict[Unit, float] = field(default_factory=dict)
+    kv_window: int = routers.WINDOW
+
+    @property
+    def units(self) -> list[Unit]:
+        return sorted(self.biases, key=deciding_order)
+
+    @property
+    def routers(self) -> dict:
+        return {unit: (None, bias, 0.5) for unit, bias in self.biases.items()}
+
+    @property
+    def n_layer(self) -> int:
+        return self.model.n_layer
+
+    @property
+    def n_swa(self) -> int:
+        return self.model.n_swa
+
+    @property
+    def sliding(self) -> tuple[int, ...]:
+        return self.model.sliding
+
+    @property
+    def without_kv(self) -> tuple[int, ...]:
+        return self.model.without_kv
+
+    @property
+    def start(self) -> int:
+        """The position of the first token of a text."""
+        return self.model.n_swa - BEFORE_BORDER if self.model.swa_type == CHUNKED else 0
+
+    @property
+    def window(self) -> Window:
+        return Window(self.model.n_swa, self.model.swa_type == CHUNKED, self.start)
+
+    @property
+    def noise(self) -> float:
+        return NOISE[self.model.name][0]
+
+    @property
+    def fa_noise(self) -> float:
+        return NOISE[self.model.name][1]
+
+    def write(self, path: Path) -> Path:
+        if not self.biases:
+            return Path(shutil.copyfile(self.model.path, path))
+        return routers.route(self.model, path, self.units, biases=self.biases)
+
+    def dense(self) -> RoutedFile:
+        return replace(self, biases={})
+
+    def forward(self, tokens, shift=0.0) -> Out:
+        """Run one text. shift: one number, or one number per token."""
+        shifts = np.broadcast_to(np.asarray(shift, float), len(tokens))
+        parts = np.flatnonzero(np.diff(shifts)) + 1
+        found = []
+        with self._reference() as r:
+            for part, by in zip(np.split(tokens, parts), np.split(shifts, parts), strict=True):
+                r.set(shift=float(by[0]))
+                found.append((r.decode(part), *r.trace()))
+        logits, active, score = (np.concatenate(x) for x in zip(*found, strict=True))
+        return Out(logits, active.astype(bool), score, np.zeros((len(tokens), 0)))
+
+    def _reference(self) -> Raw:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.write(Path(folder) / "mod.gguf")
+            r = Raw(path, n_ctx=512, n_seq=1, start=self.start)
+        r.set(kv_rollback=NEVER)
+        return r
+
+
+def routed(name: str, sequences, activation: float = 0.5) -> RoutedFile:
+    """Put random routers of all kinds that can be on a model.
+
+    Biases lie in gaps between the scores of the sequences, as with Tiny.place_biases.
+    """
+    model = file(name)
+    result = RoutedFile(model, dict.fromkeys(_units(model), 0.0))
+    for at, unit in enumerate(result.units):
+        scores = [result.forward(tokens).score[:, at] for tokens in sequences]
+        result.biases[unit] = -widest_gap(np.concatenate(scores), activation)
+    return result
+
+
+def _units(model: Model) -> list[Unit]:
+    """kv units on all full layers, a block unit on the last one, an ffn unit on a sliding one."""
+    units = [Unit(layer, KV) for layer in model.full] + [Unit(model.full[-1], BLOCK)]
+    if model.architecture != "gemma4":  # which can have none
+        units.append(Unit(model.sliding[0], FFN))
+    return units
