@@ -3,12 +3,14 @@
 import pytest
 
 from mod_export.benchmark.memory_worker import ContextProbe
+from mod_export.formats import schema
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import kv_layers
+from mod_export.formats.kv_size import expected_cells, kv_layers
 from mod_export.formats.sliding_windows import SLIDING
 from mod_export.llamacpp import source
 from mod_export.runtime.llama import MoDLlama
-from tests.support.architectures import models
+from mod_export.units import KV, Unit
+from tests.support.architectures import models, routers
 
 NAMES = [*SLIDING, "gemma4-e", "llama", "phi3"]
 N_CTX, UBATCH = 2048, 64
@@ -58,3 +60,23 @@ def test_a_dense_model_tells_what_it_holds(files):
     assert llm.kv().used == sum(llm.kv(layer).used for layer in range(files["gemma4"].n_layer))
     llm.new_context(n_ctx=N_CTX, type_k=0, type_v=0, swa_full=False)
     assert llm.kv(2).committed == 2 * N_CTX * per_token[2]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4-e", "gpt-oss", "llama4"])
+def test_a_routed_model_holds_what_inspect_says(files, name, tmp_path):
+    """Full layers without routers and sliding layers; a chunk is longer than the text."""
+    model, n = files[name], 600
+    path = routers.route(model, tmp_path / "mod.gguf", [Unit(model.full[0], KV)])
+    layers = kv_layers(GGUFFile.open(path))
+    llm = MoDLlama(path, n_ctx=N_CTX, n_ubatch=UBATCH)
+    config = schema.from_keys(GGUFFile.open(path))
+    llm.eval([1 + i % 100 for i in range(n)])
+    for i, layer in enumerate(layers):
+        kv, expected = llm.kv(i), expected_cells(config, i, n, window=layer.window)
+        assert kv.dense == layer.dense_bytes(n, UBATCH)
+        if not layer.bytes_per_token:
+            assert kv.cells_used == kv.used == 0
+        elif i != model.full[0]:
+            # the window of the next token holds that token as well
+            assert kv.cells_used == (expected - 1 if expected < n else n)
+            assert kv.used == kv.cells_used * layer.bytes_per_token
