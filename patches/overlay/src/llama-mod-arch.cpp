@@ -44,8 +44,12 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
     { LLM_ARCH_GEMMA4_ASSISTANT, "it is the draft head of another model" },
 };
 
+static bool mod_slides(const llama_hparams & hparams, int32_t il) {
+    return hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
+}
+
 llama_mod_window llama_mod_arch_window(const llama_hparams & hparams, int32_t il) {
-    if (hparams.swa_type == LLAMA_SWA_TYPE_NONE || !hparams.is_swa(il)) {
+    if (!mod_slides(hparams, il)) {
         return {};
     }
     const bool chunked = hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED;
@@ -63,18 +67,21 @@ int32_t llama_mod_arch_kv_source(const llama_hparams & hparams, int32_t il) {
 
 // do layers that share K and V see the same tokens, and are their heads alike?
 static bool mod_can_share(const llama_hparams & hparams, int32_t source, int32_t il) {
-    return source >= 0 && hparams.is_swa(source) == hparams.is_swa(il) &&
+    return hparams.is_swa(source) == hparams.is_swa(il) &&
         hparams.n_embd_k_gqa(source) == hparams.n_embd_k_gqa(il) &&
         hparams.n_embd_v_gqa(source) == hparams.n_embd_v_gqa(il);
 }
 
 // why the memory cannot hold the K and V of the layer
 static std::string mod_refuses_kv(const llama_hparams & hparams, int32_t il) {
-    const bool slides = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
-    if (slides && (hparams.n_swa == 0 || hparams.n_swa > INT_MAX)) {
+    if (mod_slides(hparams, il) && (hparams.n_swa == 0 || hparams.n_swa > INT_MAX)) {
         return format("layer %d has a sliding window of %u tokens", il, hparams.n_swa);
     }
-    if (const int32_t source = llama_mod_arch_kv_source(hparams, il); source != il && !mod_can_share(hparams, source, il)) {
+    const int32_t source = llama_mod_arch_kv_source(hparams, il);
+    if (source < 0) {
+        return format("layer %d has no K/V, and no layer before it has any", il);
+    }
+    if (source != il && !mod_can_share(hparams, source, il)) {
         return format("layer %d reads the K/V of layer %d, whose attention is of another kind", il, source);
     }
     return "";
@@ -114,15 +121,14 @@ std::string llama_mod_arch_refuses(const llama_model & model) {
 
 // why all tokens must be remembered in the layer
 static std::string mod_keeps_kv(const llama_hparams & hparams, int32_t il) {
-    if (llama_mod_arch_window(hparams, il).size > 0) {
+    if (mod_slides(hparams, il)) {
         return "it attends to a sliding window, where only ffn units can be";
     }
-    for (int32_t i = il; i < (int32_t) hparams.n_layer(); ++i) {
-        const int32_t source = llama_mod_arch_kv_source(hparams, i);
-        if (i == il && source != il) {
-            return format("it reads the K/V of layer %d", source);
-        }
-        if (i > il && source == il) {
+    if (const int32_t source = llama_mod_arch_kv_source(hparams, il); source != il) {
+        return format("it reads the K/V of layer %d", source);
+    }
+    for (int32_t i = il + 1; i < (int32_t) hparams.n_layer(); ++i) {
+        if (llama_mod_arch_kv_source(hparams, i) == il) {
             return format("layer %d reads its K/V", i);
         }
     }
