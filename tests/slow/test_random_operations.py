@@ -313,4 +313,4 @@ def test_random_operations(case, seed, tmp_path):
         ops = shrink(tiny, path, ops)
         why = replay(tiny, path, ops) or f"not again on a new context; {failed}"
         pytest.fail(f"{why}\nreplay(*make({case!r}, path), {ops})", pytrace=False)
-    assert machine.compared >= 10 and machine.refused and machine.taken
+    assert machine.compared >= 5 and machine.refused and machine.taken
