@@ -57,8 +57,8 @@ def limit(kind, name, extra):
         used = next(int(line.split()[1]) << 10 for line in f if line.startswith(name))
     resource.setrlimit(kind, (used + extra, resource.RLIM_INFINITY))
 
-def cells(r, n_layer):
-    return [r.kv(layer).n_used for layer in range(n_layer)]
+def cells(r):
+    return [r.kv(layer).n_used for layer in range(llama_cpp.llama_model_n_layer(r.model))]
 """
     command = [sys.executable, "-c", head + code]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
