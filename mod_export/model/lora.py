@@ -26,6 +26,9 @@ from mod_export.formats.base_identity import ADAPTER_AGAIN
 from mod_export.formats.hf_directory import read_json, safetensors_header
 from mod_export.model import architectures
 
+# Routers of experts, linear modules that return more than one tensor. PEFT cannot replace them.
+EXPERT_ROUTERS = ("Llama4Router", "PhimoeTopKRouter")
+
 
 def inject_lora(
     base: nn.Module,
@@ -191,13 +194,17 @@ def _release(base: nn.Module, how) -> None:
 
 def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Return the full names of the linear modules below the decoder layers."""
+    from transformers.pytorch_utils import Conv1D  # a linear function with its matrix transposed
+
     below = {
         id(part) for parts in architectures.decoder_layers(base) for part in parts.layer.modules()
     }
     names = [
         name
         for name, module in base.named_modules()
-        if id(module) in below and isinstance(module, nn.Linear)
+        if id(module) in below
+        and isinstance(module, (nn.Linear, Conv1D))
+        and type(module).__name__ not in EXPERT_ROUTERS
     ]
     known = {name.rpartition(".")[2] for name in names}
     if unknown := sorted(set(wanted or ()) - known):

@@ -12,6 +12,7 @@ from mod_export.calibration.calibrate import DEFAULT_SCORES
 from mod_export.calibration.costs import CostMeter
 from mod_export.errors import UserError
 from mod_export.model import architectures
+from mod_export.model.lora import inject_lora, merge_lora
 from mod_export.model.role_check import check_roles
 from mod_export.training.relaxation import Relaxation, RelaxedDecisions, relaxed_attention
 from tests.support import tiny_torch as tiny
@@ -197,6 +198,7 @@ def test_units_of_the_kinds_that_a_model_type_has(name):
     assert {kind for kind in UNITS if not all(part.lacks(kind) for part in parts)} == kinds
     assert of_norms(parts[1]) <= {architectures.norm_eps(plain)}
     check_roles(plain)
+    new_lora_changes_nothing(plain, expected)
     costs_are_measured(plain, {unit for unit in LAYER_UNITS if not parts[unit[0]].lacks(unit[1])})
     model = tiny.wrap(plain, tiny.config({k: UNITS[k] for k in kinds}, n_layer=N_LAYER), IDS)
     with torch.inference_mode():
@@ -214,6 +216,14 @@ def of_norms(part):
     ]
     found = {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms}
     return found - {None}
+
+
+@torch.no_grad()
+def new_lora_changes_nothing(plain, expected):
+    assert inject_lora(plain, rank=2, alpha=4)
+    assert torch.equal(plain(IDS).logits, expected)
+    merge_lora(plain)
+    assert torch.equal(plain(IDS).logits, expected)
 
 
 def costs_are_measured(plain, units):
