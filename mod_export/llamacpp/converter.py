@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 # What a tool warns of is passed on to the user, except for these lines.
 WARNINGS = re.compile(r"(?:WARNING:[\w.-]+: ?|\w+: WARNING: |.*\b\w*Warning: )(.+)")
 KNOWN_WARNINGS = re.compile(
-    "Unknown RoPE type: default"  # the converter does not know that this means no scaling
+    # no scaling, and factors that the converter writes as a tensor
+    "Unknown RoPE type: (default|proportional)"
     "|Duplicated key name"  # a class of the converter writes a key anew after its parent
     "|.*is not in MXFP4"  # `--quant` says which type the experts of gpt-oss get
     "|.*required fallback quantization"  # `describe_types` says which tensors
