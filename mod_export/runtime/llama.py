@@ -477,22 +477,22 @@ class MoDLlama(SafeLlama):
                 f"{self.n_tokens + len(pending)} tokens do not fit a context of {self.n_ctx()}",
                 "use a larger context or a shorter prompt",
             )
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            # The K/V that earlier tokens need are gone, so these tokens have to be read again.
-            pending = self.input_ids[: self.n_tokens].tolist() + pending
-            self.n_tokens = 0
-            self._ctx.kv_cache_clear()
-        for i in range(0, len(pending), self.n_batch):
-            if self.stop:
-                raise StoppedError
-            self._eval_batch(pending[i : i + self.n_batch])
-
-    def _eval_batch(self, tokens: list[int]) -> None:
         with self.errors_kept() as log:
-            try:
-                self._decode(tokens)
-            except RuntimeError as exc:
-                raise decode_error(exc, log) from exc
+            if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+                # The K/V that earlier tokens need are gone, so these tokens have to be read again.
+                pending = self.input_ids[: self.n_tokens].tolist() + pending
+                self.n_tokens = 0
+                self._ctx.kv_cache_clear()
+            for i in range(0, len(pending), self.n_batch):
+                if self.stop:
+                    raise StoppedError
+                self._eval_batch(pending[i : i + self.n_batch], log)
+
+    def _eval_batch(self, tokens: list[int], log: list[str]) -> None:
+        try:
+            self._decode(tokens)
+        except RuntimeError as exc:
+            raise decode_error(exc, log) from exc
         if self._recording is not None:
             self._recording.append(self.trace())
 
