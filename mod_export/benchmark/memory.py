@@ -118,17 +118,17 @@ class MemoryModel:
         lists = self._line("process", n) - fixed
         routed = [layer for layer in range(len(self.layers)) if self._routes(layer)]
         if self.dense:  # it has one cache for all layers
+            kv = self._line("kv", n) if self.config is None else self._dense_kv(n)
             process = fixed + lists / (1 + len(routed)) + USED_CELL_BYTES * n
         else:
             cells = [self._cells(layer, n) for layer in range(len(self.layers))]
             kv = self._stored(cells, n)
             process = fixed + lists + USED_CELL_BYTES * (n + sum(cells[layer] for layer in routed))
-        if self.config is None:
-            kv = self._line("kv", n)
-        elif self.dense:
-            kv = sum(layer.dense_bytes(n, self.options.ubatch) for layer in self.layers)
         process += PROCESS_BYTES
         return MemoryNeed(n, self.weights, round(kv), round(compute), round(process))
+
+    def _dense_kv(self, n: int) -> float:
+        return sum(layer.dense_bytes(n, self.options.ubatch) for layer in self.layers)
 
     def _cells(self, layer: int, n: int) -> float:
         """Cells of a layer after n tokens; a sliding one holds a ubatch beside its window."""
