@@ -272,6 +272,7 @@ size_t llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params 
 
             const bool ok = src->op == GGML_OP_NONE && (mod_base(src)->buffer || hparams.no_alloc ||
                 name == "inp_pos" || name == "inp_attn_scale" || name == "out_ids" || name.compare(0, 4, "mod_") == 0 ||
+                (seg.last && (name == "mean" || name == "cls")) || // pooled embeddings
                 (reads_tokens && (src->flags & GGML_TENSOR_FLAG_INPUT)));
             if (!ok) {
                 throw std::runtime_error(format("what layer %d computes depends on more than the residual stream ('%s')", seg.t0/2, src->name));
@@ -302,7 +303,7 @@ void llama_mod_context::check_segments() {
     const llama_memory_context_ptr mctx(get_memory()->init_full());
 
     auto params = lctx.graph_params(res.get(), ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT);
-    params.n_outputs = 1;
+    params.n_outputs = lctx.cparams.embeddings ? ubatch.n_tokens : 1;
     params.cb = [](const llama_ubatch &, ggml_tensor * cur, const char * name, int il) {
         il < 0 ? ggml_set_name(cur, name) : ggml_format_name(cur, "%s-%d", name, il);
     };
@@ -345,7 +346,8 @@ void llama_mod_context::check_segments() {
         s.kv_inside = false;
         s.skips     = true;
         seg         = &whole;
-        params.ubatch = ubatch1;
+        params.ubatch    = ubatch1;
+        params.n_outputs = 1;
         check_segment(s, params);
 
         fits = llm_mod_graph_can_fit(s, res->get_gf());

@@ -286,7 +286,7 @@ def test_the_command(folder, tmp_path, run_cli):
             ["mod.gguf", "--text", "text.txt", "--threshold-shift", "nan"],
             "nan is not a finite number",
         ),
-        (["bare", "--text", "text.txt"], "cannot load bare"),
+        (["bare", "--text", "text.txt"], "bare has no tokenizer"),
         (["mod", "--dense", "other", "--text", "text.txt"], "have different tokenizers"),
         (["other", "--text", "text.txt", "--threshold-shift", "1"], "no thresholds to shift"),
         (["mod", "--text", "text.txt", "--device", "abacus"], "cannot use --device abacus"),

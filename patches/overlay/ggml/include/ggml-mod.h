@@ -75,7 +75,8 @@ GGML_API struct ggml_tensor * ggml_mod_route(
         bool                  scale);
 
 // h:   F32 [n_embd, n_rows], n_rows >= n_tokens
-// res: F32 [n_embd, n_tokens], the rows of the unit's active tokens, then zeros
+// res: F32 [n_embd, n_tokens], the rows of the unit's active tokens, then copies of h's first row: what is computed of
+//      these must be finite, and a norm with an eps of 0 makes NaN of zeros
 GGML_API struct ggml_tensor * ggml_mod_gather(
         struct ggml_context * ctx,
         struct ggml_tensor  * h,

@@ -159,12 +159,9 @@ static void mod_gather(ggml_tensor * dst, int ith, int nth, void *) {
     const auto * route = mod_at<int32_t>(dst->src[1], 0, ggml_mod_get_params(dst)->unit);
 
     for (int64_t i = ith; i < dst->ne[1]; i += nth) {
-        float * y = mod_at<float>(dst, 0, i);
-        if (i < route[0]) {
-            memcpy(y, mod_at<float>(h, 0, route[1 + i]), dst->ne[0]*sizeof(float));
-        } else {
-            memset(y, 0, dst->ne[0]*sizeof(float));
-        }
+        const int32_t id = i < route[0] ? route[1 + i] : 0;
+
+        memcpy(mod_at<float>(dst, 0, i), mod_at<float>(h, 0, id), dst->ne[0]*sizeof(float));
     }
 }
 

@@ -8,11 +8,10 @@ static __global__ void mod_gather_kernel(
         const float * h, const int32_t * route, float * dst, const int n_embd, const int64_t s_h) {
     const int i = blockIdx.x;
 
-    const bool    is_row = i < route[0];
-    const float * src    = h + (is_row ? route[1 + i] : 0)*s_h;
+    const float * src = h + (i < route[0] ? route[1 + i] : 0)*s_h;
 
     for (int j = threadIdx.x; j < n_embd; j += blockDim.x) {
-        dst[(int64_t) i*n_embd + j] = is_row ? src[j] : 0.0f;
+        dst[(int64_t) i*n_embd + j] = src[j];
     }
 }
 
