@@ -56,6 +56,10 @@ LENGTH = struct.Struct("<Q")  # of a string
 COPY_BYTES = 16 << 20  # copied at once
 SAMPLE_BYTES = 256  # of each tensor, for a digest
 GET_AGAIN = "get the file again"
+GIVE_FILE = (
+    "give a GGUF file; `mod-export export` makes one from a MoD directory, and `mod-export "
+    "convert` from another model"
+)
 # What the keys that we read are, in any file. Another kind is damage.
 KINDS_OF_KEYS = {
     "text": r"general\.(architecture|name|type)|tokenizer\.(chat_template|ggml\.(model|pre))",
@@ -169,9 +173,7 @@ class GGUFFile:
         """Map and check a file. Raises UserError if it is missing, no GGUF or damaged."""
         path = Path(path)
         if path.is_dir():
-            raise UserError(
-                f"{path} is a directory", "give a GGUF file; `mod-export export` makes one from it"
-            )
+            raise UserError(f"{path} is a directory", GIVE_FILE)
         if not path.is_file():
             raise UserError(f"no such file: {path}", "give a GGUF file")
         with path.open("rb") as file:

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from mod_export.common.system import available_memory
 from mod_export.common.text import check_name
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import GIVE_FILE, GGUFFile
 from mod_export.formats.model_checks import check_model
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure
@@ -128,19 +128,14 @@ def check_file(path: str | os.PathLike) -> None:
     if not file.exists():
         raise UserError(f"{path} does not exist", "check the path")
     if not file.is_file():
-        raise UserError(
-            f"{path} is not a file",
-            "give a GGUF file; `mod-export export` makes one from a directory",
-        )
+        raise UserError(f"{path} is not a file", GIVE_FILE)
     try:
         with file.open("rb") as f:
             magic = f.read(4)
     except OSError as exc:
         raise UserError(f"cannot read {path}: {exc.strerror}", "check its permissions") from exc
     if magic != b"GGUF":
-        raise UserError(
-            f"{path} is not a GGUF file", "`mod-export export` makes one from a MoD directory"
-        )
+        raise UserError(f"{path} is not a GGUF file", GIVE_FILE)
     found = GGUFFile.open(path)
     check_model(found)
     found.check_parts()
