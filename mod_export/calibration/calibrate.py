@@ -88,7 +88,7 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
     first = _first_config(base, plan)
-    fits = measure(base, tokenizer, sequences, plan)
+    fits = measure(base, sequences, plan)
     logger.info("measuring what drifts from one part of a text to the next")
     routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, plan))
     model = MoDModel.from_base(base, tokenizer, first, routers)
@@ -127,9 +127,7 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
     return _config(base, plan, thresholds, activation, record), routers
 
 
-def measure(
-    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: CalibrationPlan
-) -> dict[Unit, Ridge]:
+def measure(base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan) -> dict[Unit, Ridge]:
     """Run the original model over sequences [n, T], and gather what each router is fitted to."""
     meter = CostMeter(base, plan.kv_window)
     wanted = {unit: [plan.scores[unit.kind]] for unit in plan.routed()}

@@ -146,7 +146,7 @@ def _mistral3(fields: dict[str, Any], keys) -> None:
             rope["attention_factor"] = own * usual / (0.1 * share * scale + 1.0)
 
 
-def _exaone4(fields: dict[str, Any], keys) -> None:
+def _exaone4(fields: dict[str, Any], _keys) -> None:
     """llama.cpp has sliding layers in the model of 64 layers alone; full ones have no positions."""
     if fields["num_hidden_layers"] != 64:
         fields |= {

@@ -57,7 +57,7 @@ def main(model, texts, kv_share, window, layers, penalties, out):
     if not saved.exists():
         every = sorted({layer for some in sets for layer in some})
         plan = CalibrationPlan({"kv": every}, kv_window=window)
-        fits = measure(base, tokenizer, sequences, plan)
+        fits = measure(base, sequences, plan)
         torch.save((fits, drift(base, tokenizer, sequences, plan)), saved)
     (fits, drifts), path = torch.load(saved, weights_only=False), out / "rows.jsonl"
     done = {
