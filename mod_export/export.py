@@ -195,6 +195,8 @@ def _base_weights(
         with stage("comparing the tokenizer"):
             _check_tokenizer(directory, plain)
         plain = _with_additions(directory, plain)
+        with stage("opening the file"):
+            _check_opens(directory, plain)
         if quant in FLOAT_NAMES:
             return plain
     if quant is None:
@@ -222,6 +224,15 @@ def _with_additions(directory: Path, plain: Path) -> Path:
         )
     plain.unlink()
     return complete
+
+
+def _check_opens(directory: Path, plain: Path) -> None:
+    """Raise UserError where llama.cpp, if it is installed, refuses what its converter made."""
+    if not extras.is_installed("llama_cpp"):
+        return
+    from mod_export.runtime.opening import check_opens
+
+    check_opens(plain, f"use {directory} in torch: llama.cpp lacks a part of this model")
 
 
 def _check_tokenizer(directory: Path, plain: Path) -> None:

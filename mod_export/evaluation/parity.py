@@ -19,7 +19,9 @@ from mod_export.common.progress import Progress, stage
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import precision
+from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import compare_rows
+from mod_export.model import gguf_account
 from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ def verify(
     with stage(f"loading {reference}"):
         model = _load_reference(reference, threads)
     _check_same_units(llm, model, file, reference)
+    _tell_known_differences(file, reference)
     tokens = llm.tokenize((text or default_texts()[0]).encode())
     if len(tokens) < n_tokens:
         if len(tokens) < MIN_TOKENS:
@@ -209,6 +212,14 @@ def _check_same_units(llm, model, file, reference) -> None:
                 f"{expected:.6g} in {reference}",
                 f"export {reference} again",
             )
+
+
+def _tell_known_differences(file, reference) -> None:
+    """Log what a file is known to compute otherwise than the directory."""
+    try:
+        gguf_account.check_base(Path(reference), GGUFFile.open(file))
+    except UserError as error:
+        logger.warning(f"note: {error.message}")
 
 
 def _reference_run(model, tokens: list[int]):

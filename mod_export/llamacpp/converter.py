@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What a tool warns of is passed on to the user, except for these lines.
 WARNINGS = re.compile(r"(?:WARNING:[\w.-]+: ?|\w+: WARNING: |.*\b\w*Warning: )(.+)")
+LEVEL = re.compile(r"(?:ERROR|WARNING):[\w.-]+: ?")
 KNOWN_WARNINGS = re.compile(
     # no scaling, and factors that the converter writes as a tensor
     "Unknown RoPE type: (default|proportional)"
@@ -202,4 +203,5 @@ def _pass_on_warnings(result: subprocess.CompletedProcess, who: str) -> None:
 
 
 def _reason(result: subprocess.CompletedProcess) -> str:
-    return last_words(result.stderr + result.stdout) or f"it ended with code {result.returncode}"
+    words = LEVEL.sub("", last_words(result.stderr + result.stdout), count=1)
+    return words or f"it ended with code {result.returncode}"

@@ -167,12 +167,13 @@ def sentence_piece_tokenizer(directory: Path):
     return tokenizer
 
 
-def rotary_function(directory: Path, rope_type: str):
+def rotary_function(directory: Path, rope_type: str, layers: str | None = None, **changed):
     """Return transformers' function of a kind of rotary embedding, for a directory's model.
 
-    The function takes the length of a text, and gives the angles [n_rot / 2] for each position and
-    the factor of cosine and sine. Both raise UserError: for a kind that transformers does not know,
-    and for parameters that it cannot take.
+    layers: the type of layers, where the types have parameters of their own. changed: parameters
+    that replace those of the directory. The function takes the length of a text, and gives the
+    angles [n_rot / 2] for each position and the factor of cosine and sine. Both raise UserError:
+    for a kind that transformers does not know, and for parameters that it cannot take.
     """
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -186,10 +187,15 @@ def rotary_function(directory: Path, rope_type: str):
     cure = f"check the parameters of the rotary embedding {rope_type!r} in its config.json"
     with quiet(), _readable(directory, cure):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = config.get_text_config()
+        (config.rope_parameters if layers is None else config.rope_parameters[layers]).update(
+            changed
+        )
+    of_layers = {} if layers is None else {"layer_type": layers}
 
     def at_length(length: int):
         with quiet(), _readable(directory, cure):
-            angles, scale = compute(config, torch.device("cpu"), seq_len=length)
+            angles, scale = compute(config, torch.device("cpu"), seq_len=length, **of_layers)
         return angles.double().numpy(), float(scale)
 
     return at_length

@@ -96,6 +96,7 @@ _BY_TYPE: dict[str, dict] = {
     "falcon": {
         "new_decoder_architecture": True,
         "num_kv_heads": 2,
+        "intermediate_size": 256,  # as its FFN has it: four times the width
         "num_ln_in_parallel_attn": 2,
     },
     "apertus": {},

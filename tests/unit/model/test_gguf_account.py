@@ -252,12 +252,12 @@ def test_no_layer_slides_within_the_context(file, tmp_path, caplog, fields):
 )
 def test_windows_of_an_architecture_that_slides(tmp_path, caplog, kinds, window, told):
     """llama.cpp takes every second layer of gemma2 for a sliding one, the first one included."""
-    made = Tiny(
-        n_layer=2, n_embd=128, n_head=4, n_ctx=8192 if window < 9000 else 4096, arch="gemma2"
-    )
+    n_ctx = 8192 if window < 9000 else 4096
+    made = Tiny(n_layer=2, n_embd=128, n_head=4, n_ctx=n_ctx, arch="gemma2")
     file = GGUFFile.open(made.write(tmp_path / "gemma2.gguf"))
     types = [MIXED[kind == "s"] for kind in kinds]
-    folder = directory(tmp_path, model_type="gemma2", sliding_window=window, layer_types=types)
+    fields = {"model_type": "gemma2", "hidden_act": "gelu_new", "max_position_embeddings": n_ctx}
+    folder = directory(tmp_path, sliding_window=window, layer_types=types, **fields)
     if told and told.startswith("layer"):
         for compare in (account, check_base):
             with pytest.raises(UserError, match=told):
@@ -292,6 +292,8 @@ def test_every_field_that_a_model_reads_is_accounted_for(kind, file, tmp_path, m
     small |= {"max_position_embeddings": 256, "rms_norm_eps": 1e-5, "sliding_window": 100}
     if kind in (Qwen2Config, Qwen3Config):
         small["use_sliding_window"] = True
+    if kind is Qwen3Config:
+        small["head_dim"] = 32
     model = type(AutoModelForCausalLM.from_config(kind(**small)))
     config = Watched(**small)
     seen.clear()
