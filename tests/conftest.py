@@ -33,7 +33,14 @@ from tests.support import command_line
 TESTS = Path(__file__).resolve().parent
 TIERS = ("slow", "runtime", "unit")  # the order in which all of them run
 # Files that take longest begin, so that all processes end at about the same time.
-LONG_FILES = ("test_run.py", "test_checkpoints.py", "test_studies.py", "test_synthetic.py")
+LONG_FILES = (
+    "test_architectures.py",
+    "test_checkpoints.py",
+    "test_model_types.py",
+    "test_run.py",
+    "test_studies.py",
+    "test_synthetic.py",
+)
 
 
 def tier_of(path: Path) -> str:
