@@ -18,7 +18,7 @@ from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
-from scripts.studies import calibration, drift, train_speed, training, unit_value
+from scripts.studies import calibration, drift, gemma3, train_speed, training, unit_value
 from scripts.studies.lengths import activation_by_length
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
@@ -340,3 +340,63 @@ def test_calibration_study(place):
     table = invoke(study, "report", "--out", out)
     assert "ffn" in (out / "study.md").read_text() + table
     assert all(row["kl"] > 0 for path in out.glob("*.jsonl") for row in rows(path))
+
+
+def table_of(report: str, title: str) -> list[dict[str, str]]:
+    """The rows of a table in Markdown, by its header."""
+    lines = report.split(f"\n{title}\n\n", 1)[1].split("\n\n", 1)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def test_gemma3_study(place, monkeypatch):
+    """On a tiny Llama: what the study does depends on no architecture."""
+    study, out, text = gemma3.study, place / "gemma3", place / "a.txt"
+    little = ("--kv-window", "16", "--calibration-text", str(text))
+    monkeypatch.setattr(gemma3, "POINTS", {"kv-50": (*gemma3.POINTS["kv-50"], *little)})
+    tiny.save_dir(place / "original", {"kv": [2, 3]})
+    dense = place / "original.gguf"
+    export(place / "original", dense, quant="q8_0", dense=True)
+    assert invoke(study, "report", "--out", out).count("not measured yet") == 7
+
+    given = (dense, "--out", out, "--point", "kv-50")
+    make = ("make", *given, "--threads", 1)
+    assert invoke(study, *make).count("mod-export ") == 5
+    assert invoke(study, *make) == ""  # All is there.
+    report = invoke(study, "report", "--out", out)
+    assert report.count("not measured yet") == 5
+    assert f"dense: {gemma3.PROMPT}" in report and f"kv-50: {gemma3.PROMPT}" in report
+    (row,) = table_of(report, "parity")
+    assert row["passed"] == "yes" and float(row["same decisions"]) > 0.98
+
+    judge = ("--text", text, "--haystack", text, "--count", 1, "--depths", 0.5, "--trials", 2)
+    for length in (512, 1024):
+        invoke(study, "judge", *given, *judge, "--passkey", length, "--threads", 1)
+    invoke(study, "time", *given, "--context", 256, "--rounds", 2, "--seconds", 0)
+    report = invoke(study, "report", "--out", out)
+    assert "not measured" not in report
+    (row,) = table_of(report, "quality")
+    ratio = float(row["MoD"]) / float(row["perplexity dense"])
+    assert row["text"] == "a" and float(row["MoD / dense"]) == pytest.approx(ratio, abs=1e-3)
+    assert 0.3 < float(row["activation"]) < 0.7 and float(row["KL"]) > 0
+    keys = table_of(report, "passkeys")
+    assert [row["tokens"] for row in keys] == ["512", "1024"]
+    assert all(row["dense finds"].endswith(" of 2") for row in keys)
+    times = table_of(report, "time")
+    assert [row["phase"] for row in times] == ["prefill", "decode"]
+    assert all(float(row["all active / dense"].split()[0]) > 0 for row in times)
+    (row,) = table_of(report, "memory")
+    assert float(row["committed / used"]) >= 1
+    assert float(row["used"]) / float(row["K/V dense, MiB"]) == pytest.approx(
+        float(row["used / dense"]), abs=0.02
+    )
+
+    part = out / "kv-50.quality.json"
+    part.write_text("{")
+    with pytest.raises(UserError, match=r"kv-50.quality.json is no result of a step"):
+        invoke(study, "report", "--out", out)
+    part.unlink()
+    missing = ("--text", place / "original.gguf", *judge[2:])
+    with pytest.raises(UserError, match="mod-export eval failed with exit code 2"):
+        invoke(study, "judge", *given, *missing)
+    assert not part.exists()
