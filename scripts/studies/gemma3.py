@@ -128,12 +128,13 @@ def judge(model, out, points, texts, haystack, count, tokens, depths, trials, th
 @tokens_option("--context", BENCH_TOKENS, "a prompt")
 @click.option("--rounds", default=12, show_default=True)
 @click.option("--seconds", default=5, show_default=True)
-def time_points(model, out, points, tokens, rounds, seconds):
+@click.option("--variants", default="ceiling,mod,all_active", show_default=True)
+def time_points(model, out, points, tokens, rounds, seconds, variants):
     """Time the files beside the dense one, on stock llama.cpp and on the patched one."""
     for name in points:
         for context in tokens:
             target = out / f"{name}.bench-{context}.json"
-            options = ("--contexts", context, "--variants", "ceiling,mod,all_active")
+            options = ("--contexts", context, "--variants", variants)
             options += ("--rounds", rounds, "--seconds", seconds, "--json", target)
             step(target, "bench", out / f"{name}.gguf", "--dense", model, *options)
 
