@@ -214,14 +214,7 @@ def _with_additions(directory: Path, plain: Path) -> Path:
     if not added:
         return plain
     complete = plain.with_name("complete.gguf")
-    with complete.open("wb") as file:
-        rewrite(
-            source,
-            file,
-            added_keys=added.keys,
-            dropped_keys=added.dropped,
-            added_tensors=added.tensors,
-        )
+    added.write(source, complete)
     plain.unlink()
     return complete
 

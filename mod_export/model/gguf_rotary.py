@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.rotary import (
     FREQS,
     LONG,
@@ -43,6 +43,17 @@ class Additions:
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.tensors)
+
+    def write(self, source: GGUFFile, target: Path) -> None:
+        """Write the file `source` with the additions to `target`."""
+        with target.open("wb") as file:
+            rewrite(
+                source,
+                file,
+                added_keys=self.keys,
+                dropped_keys=self.dropped,
+                added_tensors=self.tensors,
+            )
 
 
 def additions(directory: Path, config: dict, graph: Graph, file: GGUFFile) -> Additions:

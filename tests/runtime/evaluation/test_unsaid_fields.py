@@ -10,7 +10,7 @@ import re
 import pytest
 
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile, rewrite
+from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import compare_rows
 from mod_export.model.gguf_account import account, check_base
 from mod_export.runtime.opening import check_opens
@@ -150,14 +150,7 @@ def test_what_a_key_can_say_is_in_the_file(files, tmp_path, number):
     added = account(directory, file)
     assert added
     whole = tmp_path / "whole.gguf"
-    with whole.open("wb") as out:
-        rewrite(
-            file,
-            out,
-            added_keys=added.keys,
-            dropped_keys=added.dropped,
-            added_tensors=added.tensors,
-        )
+    added.write(file, whole)
     check_base(directory, GGUFFile.open(whole))
     expected = torch_logits(random_model(*changed(COMPLETED[number])))
     assert compare_rows(expected, runtime_logits(whole))[:, 0].mean() <= MAX_KL
