@@ -23,7 +23,7 @@ from torch import nn
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
-from mod_export.formats import adapter_files, model_card, schema
+from mod_export.formats import adapter_files, model_card
 from mod_export.formats.adapter_files import MOD_JSON, ROUTERS
 from mod_export.formats.base_identity import (
     ROUNDING_DISTANCE,
@@ -32,6 +32,7 @@ from mod_export.formats.base_identity import (
     vocabulary_hash,
 )
 from mod_export.model import architectures
+from mod_export.model.directory import router_state
 from mod_export.model.lora import attach_lora, lora_of, merge_lora, read_lora, write_lora
 from mod_export.model.mod_model import MoDModel, check_routers
 from mod_export.units import Unit
@@ -103,10 +104,7 @@ def save(
     not finite.
     """
     check_routers(config.validate(identity["n_layer"]), routers, identity["n_embd"])
-    tensors = {}
-    for unit in config.routed():
-        for name, tensor in zip(schema.hf_tensor_names(*unit), routers[unit], strict=True):
-            tensors[name] = tensor.detach().float().cpu().contiguous()
+    tensors = router_state(config, routers)
     with atomic_dir(path, force, marker=MOD_JSON) as directory, safetensors_errors():
         if lora_of(base) is not None:
             write_lora(base, directory, identity["name"])

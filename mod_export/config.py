@@ -7,18 +7,22 @@ the GGUF keys have the same layout (docs/reference/gguf-schema.md).
     config = MoDConfig(units={"kv": kv})
     config.validate(n_layer=3)
     config.routed()  # [(2, "kv")]
+
+    kv = UnitConfig(threshold=(0.0, 0.0, 0.5, 0.5), activation=(1.0, 1.0, 0.6, 0.2), heads=2)
+    MoDConfig(units={"kv": kv}).routed()  # [(1, "kv", 0), (1, "kv", 1)]
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from mod_export.errors import UserError
-from mod_export.units import ATTN, BLOCK, FFN, UNIT_KINDS, Unit, by_kind
+from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, by_kind
 
-VERSION = 1
+VERSIONS = (1, 2)  # of the schema
 GATING_FUNC = "sigmoid"
 SINK_TOKENS = 4  # A config has this many by default.
 # The default of 256 is far better than 64 at equal K/V, and 3 % of a context of 8192 tokens.
@@ -27,14 +31,53 @@ KV_WINDOW = 256
 
 @dataclass(frozen=True)
 class UnitConfig:
-    """One kind of unit. Both tuples have a value for each layer.
+    """One kind of unit. The tuples have n_layer * heads values, that of a unit at `index(unit)`.
 
     threshold: p in (0, 1), 0 where this unit is not routed
     activation: share of tokens active on calibration text, 1 where not routed
+    heads: decisions for each token in a layer. With 1 a layer decides as a whole; kv units may have
+        as many as the model has K/V heads.
+    window: the recent tokens that each kv unit always sees, MoDConfig.kv_window where not routed.
+        Empty: all have MoDConfig.kv_window.
     """
 
     threshold: tuple[float, ...]
     activation: tuple[float, ...]
+    heads: int = 1
+    window: tuple[int, ...] = ()
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.threshold) // self.heads
+
+    def units(self, layer: int, kind: str) -> list[Unit]:
+        """All units of a layer, routed or not: one, or one for each head."""
+        if self.heads == 1:
+            return [Unit(layer, kind)]
+        return [Unit(layer, kind, head) for head in range(self.heads)]
+
+    def index(self, unit: Unit) -> int | None:
+        """Where the tuples have the value of a unit of this kind; None where it is no unit here."""
+        if (unit.head is None) != (self.heads == 1):
+            return None
+        head = unit.head or 0
+        inside = 0 <= head < self.heads and 0 <= unit.layer < self.n_layer
+        return unit.layer * self.heads + head if inside else None
+
+    def with_values(
+        self, threshold: Mapping[Unit, float], activation: Mapping[Unit, float]
+    ) -> UnitConfig:
+        """Return the same with other values of some units."""
+
+        def changed(before: tuple[float, ...], values: Mapping[Unit, float]) -> tuple[float, ...]:
+            after = {self.index(unit): value for unit, value in values.items()}
+            return tuple(after.get(index, value) for index, value in enumerate(before))
+
+        return replace(
+            self,
+            threshold=changed(self.threshold, threshold),
+            activation=changed(self.activation, activation),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +86,7 @@ class MoDConfig:
 
     scale_output: an active unit's output is multiplied with its score
     sink_tokens: the first positions of a sequence, which are always active
-    kv_window: recent tokens that kv units always see
+    kv_window: recent tokens that kv units always see; the largest window where units have their own
     base_is_original: the base weights are those of the original model. Then the model without its
         routers can teach; otherwise a training needs the original.
     top_k: kind -> share of a sequence's tokens that run, for a model trained with this baseline;
@@ -52,7 +95,6 @@ class MoDConfig:
     calibration: a free record of how the routers came about. No behaviour depends on it.
     """
 
-    version: int = VERSION
     gating_func: str = GATING_FUNC
     scale_output: bool = False
     sink_tokens: int = SINK_TOKENS
@@ -62,24 +104,60 @@ class MoDConfig:
     units: dict[str, UnitConfig] = field(default_factory=dict)
     calibration: dict = field(default_factory=dict)
 
+    @property
+    def version(self) -> int:
+        """The version of the schema: 2 where heads decide apart or have own windows, else 1."""
+        kv = self.units.get(KV)
+        return 2 if kv and (kv.heads > 1 or kv.window) else 1
+
     def routed(self) -> list[Unit]:
-        """Each routed unit, in the order in which they decide."""
-        n_layer = max((len(unit.threshold) for unit in self.units.values()), default=0)
+        """Each routed unit, in the order in which they decide: by layer, kind and head."""
+        n_layer = max((units.n_layer for units in self.units.values()), default=0)
         return [
-            Unit(layer, kind)
+            unit
             for layer in range(n_layer)
             for kind in UNIT_KINDS
-            if self.threshold(layer, kind) > 0
+            if kind in self.units
+            for unit in self.units[kind].units(layer, kind)
+            if self.threshold(unit) > 0
         ]
 
     def by_kind(self) -> dict[str, list[Unit]]:
         """The routed units of each kind."""
         return by_kind(self.routed())
 
-    def threshold(self, layer: int, kind: str) -> float:
+    def by_layer(self) -> dict[Unit, list[Unit]]:
+        """Unit(layer, kind) -> the routed units that decide there: one, or some of the heads."""
+        groups: dict[Unit, list[Unit]] = {}
+        for unit in self.routed():
+            groups.setdefault(Unit(unit.layer, unit.kind), []).append(unit)
+        return groups
+
+    def threshold(self, unit: Unit) -> float:
         """p of one unit, 0 where it is not routed."""
-        unit = self.units.get(kind)
-        return unit.threshold[layer] if unit and layer < len(unit.threshold) else 0.0
+        units, index = self._find(unit)
+        return 0.0 if units is None else units.threshold[index]
+
+    def activation(self, unit: Unit) -> float:
+        """Share of tokens that were active in a unit on calibration text, 1 where not routed."""
+        units, index = self._find(unit)
+        return 1.0 if units is None else units.activation[index]
+
+    def window(self, unit: Unit) -> int:
+        """The recent tokens that a kv unit always sees."""
+        units, index = self._find(unit)
+        return self.kv_window if units is None or not units.window else units.window[index]
+
+    def heads(self, kind: str) -> int:
+        """Decisions for each token in a layer with units of a kind."""
+        return self.units[kind].heads if kind in self.units else 1
+
+    def _find(self, unit: Unit) -> tuple[UnitConfig | None, int]:
+        """The values of the unit's kind and their index for the unit; None where it is no unit."""
+        unit = Unit(*unit)
+        units = self.units.get(unit.kind)
+        index = None if units is None else units.index(unit)
+        return (None, 0) if index is None else (units, index)
 
     def validate(self, n_layer: int) -> MoDConfig:
         """Return self, or raise UserError naming the first key that breaks a rule of the schema."""
@@ -87,6 +165,7 @@ class MoDConfig:
         _check_top_k(self)
         for kind, unit in self.units.items():
             _check_unit(kind, unit, n_layer)
+        _check_windows(self)
         _check_layers(self, n_layer)
         return self
 
@@ -97,7 +176,7 @@ class MoDConfig:
         result["top_k"] = dict(self.top_k)
         for kind in UNIT_KINDS:
             if kind in self.units:
-                result[kind] = {key: list(value) for key, value in asdict(self.units[kind]).items()}
+                result[kind] = _unit_to_dict(self.units[kind])
         return {**result, "calibration": dict(self.calibration)}
 
     @classmethod
@@ -115,8 +194,10 @@ class MoDConfig:
         if not isinstance(data["top_k"], dict):
             raise UserError("mod.top_k is not an object", 'write it as {"kv": 0.5}, or {}')
         units = {kind: _unit_from_dict(kind, data[kind]) for kind in UNIT_KINDS if kind in data}
-        fields_given = {name: data[name] for name in (*_SCALARS, *_FIELDS_SINCE_0_2)}
-        return cls(**fields_given, units=units, calibration=calibration)
+        fields_given = {name: data[name] for name in (*_SCALARS[1:], *_FIELDS_SINCE_0_2)}
+        config = cls(**fields_given, units=units, calibration=calibration)
+        check_version("mod.version", data["version"], config)
+        return config
 
 
 _SCALARS = ("version", "gating_func", "scale_output", "sink_tokens", "kv_window")
@@ -147,13 +228,41 @@ def _checked_keys(where: str, data: object, known: tuple, needed: tuple) -> dict
     return data
 
 
+def check_version(key: str, value: object, config: MoDConfig) -> None:
+    """Raise UserError unless `value`, which a file has at `key`, is the version of its config."""
+    if not _is_int(value) or value not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{key} is {value!r}, known are {known}", "use a newer mod-export")
+    if value != config.version:
+        what = "has" if config.version == 2 else "has not"
+        raise UserError(
+            f"{key} is {value}, but the model {what} kv units by head or with own windows",
+            f"it must be {config.version}",
+        )
+
+
+def _unit_to_dict(units: UnitConfig) -> dict:
+    """The JSON form of one kind; heads and window only where they are not the defaults."""
+    result: dict = {"threshold": list(units.threshold), "activation": list(units.activation)}
+    if units.heads != 1:
+        result["heads"] = units.heads
+    if units.window:
+        result["window"] = list(units.window)
+    return result
+
+
 def _unit_from_dict(kind: str, data: object) -> UnitConfig:
     names = ("threshold", "activation")
-    lists = _checked_keys(f"mod.{kind}", data, known=names, needed=names)
-    for name in names:
-        if not isinstance(lists[name], (list, tuple)):
-            raise UserError(f"mod.{kind}.{name} is not a list", "give one number per layer")
-    return UnitConfig(tuple(lists["threshold"]), tuple(lists["activation"]))
+    of_heads = ("heads", "window") if kind == KV else ()
+    values = _checked_keys(f"mod.{kind}", data, known=(*names, *of_heads), needed=names)
+    for name in (*names, "window"):
+        if not isinstance(values.get(name, []), (list, tuple)):
+            raise UserError(f"mod.{kind}.{name} is not a list", "give one number per unit")
+    heads = values.get("heads", 1)
+    if not _is_int(heads) or heads < 1:
+        raise UserError(f"mod.{kind}.heads is {heads!r}", "use a whole number, at least 1")
+    threshold, activation, window = (tuple(values.get(name, ())) for name in (*names, "window"))
+    return UnitConfig(threshold, activation, heads, window)
 
 
 def _is_int(value: object) -> bool:
@@ -161,10 +270,6 @@ def _is_int(value: object) -> bool:
 
 
 def _check_scalars(config: MoDConfig) -> None:
-    if not _is_int(config.version) or config.version != VERSION:
-        raise UserError(
-            f"mod.version is {config.version!r}, known is {VERSION}", "use a newer mod-export"
-        )
     if config.gating_func != GATING_FUNC:
         raise UserError(
             f"unknown mod.gating_func {config.gating_func!r}", f"known is {GATING_FUNC!r}"
@@ -187,23 +292,57 @@ def _check_top_k(config: MoDConfig) -> None:
             raise UserError(f"mod.top_k.{kind} is {share!r}", "it must lie in [0, 1]")
 
 
-def _check_unit(kind: str, unit: UnitConfig, n_layer: int) -> None:
+def _check_unit(kind: str, units: UnitConfig, n_layer: int) -> None:
     if kind not in UNIT_KINDS:
         raise UserError(f"unknown kind of unit mod.{kind}", f"known kinds: {', '.join(UNIT_KINDS)}")
-    for name in ("threshold", "activation"):
-        values = getattr(unit, name)
-        if len(values) != n_layer:
+    if units.heads > 1 and kind != KV:
+        raise UserError(f"mod.{kind}.heads is {units.heads}", "only kv units can be of one head")
+    for name in ("threshold", "activation", *(["window"] if units.window else [])):
+        values = getattr(units, name)
+        if len(values) != n_layer * units.heads:
+            heads = f" of {units.heads} K/V heads" if units.heads > 1 else ""
             raise UserError(
-                f"mod.{kind}.{name} has {len(values)} values", f"the model has {n_layer} layers"
+                f"mod.{kind}.{name} has {len(values)} values",
+                f"the model has {n_layer} layers{heads}",
             )
-        for layer, value in enumerate(values):
+    for index, unit in enumerate(
+        unit for layer in range(n_layer) for unit in units.units(layer, kind)
+    ):
+        for name, allowed in (("threshold", "[0, 1)"), ("activation", "[0, 1]")):
+            value = getattr(units, name)[index]
             if not _is_share(value, below_one=name == "threshold"):
-                allowed = "[0, 1)" if name == "threshold" else "[0, 1]"
                 raise UserError(
-                    f"mod.{kind}.{name} of layer {layer} is {value!r}", f"it must lie in {allowed}"
+                    f"mod.{kind}.{name} of {unit.place} is {value!r}", f"it must lie in {allowed}"
                 )
-    if not any(unit.threshold):
+    if not any(units.threshold):
         raise UserError(f"mod.{kind}.threshold routes no layer", f"leave out mod.{kind}")
+
+
+def _check_windows(config: MoDConfig) -> None:
+    for kind, units in config.units.items():
+        if not units.window:
+            continue
+        if kind != KV:
+            raise UserError(f"{kind} units have no window", f"leave out mod.{kind}.window")
+        largest = 0
+        for unit in (unit for layer in range(units.n_layer) for unit in units.units(layer, kind)):
+            value, is_routed = config.window(unit), config.threshold(unit) > 0
+            if not _is_int(value) or not 1 <= value < 2**32:
+                raise UserError(
+                    f"mod.kv.window of {unit.place} is {value!r}", "use a whole number, at least 1"
+                )
+            if not is_routed and value != config.kv_window:
+                raise UserError(
+                    f"mod.kv.window of {unit.place}, which is not routed, is {value}",
+                    f"it must be mod.kv_window, {config.kv_window}",
+                )
+            largest = max(largest, value if is_routed else 0)
+        if largest != config.kv_window:
+            raise UserError(
+                f"mod.kv_window is {config.kv_window}, the largest own window of a routed unit is "
+                f"{largest}",
+                "they must be equal",
+            )
 
 
 def _is_share(value: object, below_one: bool) -> bool:
@@ -217,10 +356,9 @@ def _is_share(value: object, below_one: bool) -> bool:
 
 
 def _check_layers(config: MoDConfig, n_layer: int) -> None:
-    kinds = [
-        {kind for kind in config.units if config.threshold(layer, kind) > 0}
-        for layer in range(n_layer)
-    ]
+    kinds: list[set[str]] = [set() for _ in range(n_layer)]
+    for unit in config.routed():
+        kinds[unit.layer].add(unit.kind)
     for layer, here in enumerate(kinds):
         if BLOCK in here and here & {ATTN, FFN}:
             other = ATTN if ATTN in here else FFN

@@ -164,7 +164,7 @@ def write_routers(
     routers: Routers,
     about: gguf.Metadata | None = None,
 ) -> None:
-    """Copy the dense GGUF `source` to `target` and add the keys and tensors of schema version 1.
+    """Copy the dense GGUF `source` to `target` and add the keys and tensors of the schema.
 
     about: what the keys general.* shall say
     """
@@ -271,10 +271,9 @@ def _ends(directory: Path) -> list[int]:
 def read_directory(directory: Path) -> tuple[MoDConfig, Routers]:
     """Configuration and routers of a MoD directory, all checked, at least one unit routed."""
     config = hf_directory.read_config(directory)
-    units = config.routed()
-    if not units:
+    if not config.routed():
         raise UserError(f"{directory} routes no unit", hf_directory.CONVERT_AGAIN)
-    return config, hf_directory.read_routers(hf_directory.tensor_files(directory), units)
+    return config, hf_directory.read_routers(hf_directory.tensor_files(directory), config)
 
 
 def read_adapter(directory: Path, base: Path | None) -> tuple[MoDConfig, Routers]:

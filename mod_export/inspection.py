@@ -65,12 +65,12 @@ def _mod_report(file: GGUFFile, config: MoDConfig) -> dict:
     report = {name: getattr(config, name) for name in schema.SCALARS}
     report["units"] = [
         {
-            "layer": layer,
-            "kind": kind,
-            "threshold": config.threshold(layer, kind),
-            "activation": config.units[kind].activation[layer],
+            "layer": unit.layer,
+            "kind": unit.kind,
+            "threshold": config.threshold(unit),
+            "activation": config.activation(unit),
         }
-        for layer, kind in config.routed()
+        for unit in config.routed()
     ]
     report["activation"] = kv_size.mean_activation(config)
     report["kv"] = _kv_report(file, config)

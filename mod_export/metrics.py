@@ -127,10 +127,10 @@ def visible_share(
     }
     dense = {layer: seen[window] for layer, window in windows.items()}
     visible = dict(dense)
-    for index, (layer, kind) in enumerate(units):
-        if UNIT_KINDS[kind].frees_kv and layer in visible:
-            mask = is_active[:, index] | recent if kind == KV else is_active[:, index]
-            visible[layer] = visible[layer] & mask
+    for index, unit in enumerate(units):
+        if UNIT_KINDS[unit.kind].frees_kv and unit.layer in visible:
+            mask = is_active[:, index] | recent if unit.kind == KV else is_active[:, index]
+            visible[unit.layer] = visible[unit.layer] & mask
     cells, of_dense = (sum(int(x.sum()) for x in masks.values()) for masks in (visible, dense))
     return cells / of_dense if of_dense else 1.0
 

@@ -193,7 +193,7 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
     """Draw the decisions of some tokens."""
     from matplotlib.colors import to_rgb
 
-    on = np.array([to_rgb(UNIT_KINDS[kind].colour) for _, kind in decisions.units])
+    on = np.array([to_rgb(UNIT_KINDS[unit.kind].colour) for unit in decisions.units])
     active = decisions.active[part].T[..., None]
     ax.imshow(
         np.where(active, on[:, None], to_rgb(SKIPPED_COLOUR)),
@@ -240,8 +240,8 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
 def _bands(units: list[Unit]) -> dict[str, tuple[int, int]]:
     """kind -> its first and last row."""
     rows: dict[str, list[int]] = {}
-    for i, (_, kind) in enumerate(units):
-        rows.setdefault(kind, []).append(i)
+    for i, unit in enumerate(units):
+        rows.setdefault(unit.kind, []).append(i)
     return {kind: (r[0], r[-1]) for kind, r in rows.items()}
 
 
@@ -249,7 +249,7 @@ def _unit_labels(units: list[Unit], points: float) -> tuple[list[int], list[int]
     """Rows that get their layer as a label, so few that lines of 6 points do not touch."""
     step = int(np.ceil(6.2 / points))
     ticks = [i for first, last in _bands(units).values() for i in range(first, last + 1, step)]
-    return ticks, [units[i][0] for i in ticks]
+    return ticks, [units[i].layer for i in ticks]
 
 
 def _shares(ax, decisions: Decisions) -> None:
@@ -258,7 +258,7 @@ def _shares(ax, decisions: Decisions) -> None:
     ax.barh(
         range(len(share)),
         share,
-        color=[UNIT_KINDS[kind].colour for _, kind in decisions.units],
+        color=[UNIT_KINDS[unit.kind].colour for unit in decisions.units],
         height=0.8,
     )
     ax.set_xlim(0, 1)
@@ -274,7 +274,7 @@ def _shares(ax, decisions: Decisions) -> None:
 def _legend(fig, decisions: Decisions, left: float, height: float) -> None:
     from matplotlib.patches import Patch
 
-    kinds = [kind for kind in UNIT_KINDS if any(kind == k for _, k in decisions.units)]
+    kinds = [kind for kind in UNIT_KINDS if any(kind == unit.kind for unit in decisions.units)]
     patches = [
         Patch(
             color=UNIT_KINDS[k].colour,
@@ -305,7 +305,7 @@ def _legend(fig, decisions: Decisions, left: float, height: float) -> None:
 
 
 def _mean(decisions: Decisions, kind: str) -> float:
-    return float(decisions.active[:, [k == kind for _, k in decisions.units]].mean())
+    return float(decisions.active[:, [unit.kind == kind for unit in decisions.units]].mean())
 
 
 def _label(text: str) -> str:

@@ -1,9 +1,10 @@
-"""Routed units: the kinds, a unit of one layer, and the text forms of the command line.
+"""Routed units: the kinds, a unit of one layer or head, and the text forms of the command line.
 
 The records in UNIT_KINDS are the only place that says what a kind is. Everything else refers to a
 kind by its name: KV, BLOCK, ATTN or FFN.
 
     Unit(2, KV)                          # the kv unit of layer 2; equal to (2, "kv")
+    Unit(2, KV, 1)                       # the kv unit of K/V head 1 in layer 2
     UNIT_KINDS[KV].saves                 # "KV memory, ..."
     parse_kinds("kv+attn")               # ["kv", "attn"]
     parse_layers("3-5,8")                # [3, 4, 5, 8]
@@ -15,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from mod_export.errors import UserError
 
@@ -102,11 +102,45 @@ _KINDS = (
 UNIT_KINDS: dict[str, UnitKind] = {kind.name: kind for kind in _KINDS}
 
 
-class Unit(NamedTuple):
-    """A unit of one layer. `kind` is the name of a kind."""
+class Unit(tuple):
+    """One decision for each token: a unit of one layer, or the kv unit of one K/V head of a layer.
 
-    layer: int
-    kind: str
+    A unit is a tuple, (layer, kind) or (layer, kind, head), and equal to a plain tuple of the same
+    elements.
+
+    layer: number of the layer
+    kind: name of a kind
+    head: number of the K/V head; None where the unit is not of one head
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, layer: int, kind: str, head: int | None = None) -> Unit:
+        return super().__new__(cls, (layer, kind) if head is None else (layer, kind, head))
+
+    def __getnewargs__(self) -> tuple:
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        return f"Unit{tuple(self)!r}"
+
+    @property
+    def layer(self) -> int:
+        return self[0]
+
+    @property
+    def kind(self) -> str:
+        return self[1]
+
+    @property
+    def head(self) -> int | None:
+        return self[2] if len(self) == 3 else None
+
+    @property
+    def place(self) -> str:
+        """Where the unit stands, for messages: `layer 2`, or `head 1 of layer 2`."""
+        layer = f"layer {self.layer}"
+        return layer if self.head is None else f"head {self.head} of {layer}"
 
 
 def kind_of_c_value(value: int) -> str:
@@ -114,18 +148,16 @@ def kind_of_c_value(value: int) -> str:
     return next(kind.name for kind in _KINDS if kind.c_value == value)
 
 
-def deciding_order(unit: Unit) -> tuple[int, int]:
+def deciding_order(unit: Unit) -> tuple[int, int, int]:
     """A key to sort units by: the order in which the units of a model decide."""
-    layer, kind = unit
-    return layer, UNIT_KINDS[kind].order
+    return unit.layer, UNIT_KINDS[unit.kind].order, unit.head or 0
 
 
 def by_kind(units: Iterable[Unit]) -> dict[str, list[Unit]]:
     """The units of each kind, both in the order given."""
     groups: dict[str, list[Unit]] = {}
     for unit in units:
-        _, kind = unit
-        groups.setdefault(kind, []).append(unit)
+        groups.setdefault(unit.kind, []).append(unit)
     return groups
 
 

@@ -153,9 +153,7 @@ class MemoryModel:
 
     def _routes(self, layer: int) -> bool:
         return any(
-            self.config.threshold(layer, name) > 0
-            for name, kind in UNIT_KINDS.items()
-            if kind.frees_kv
+            unit.layer == layer and UNIT_KINDS[unit.kind].frees_kv for unit in self.config.routed()
         )
 
     def largest(self, memory: int, limit: int = MAX_CONTEXT_TOKENS) -> MemoryNeed:

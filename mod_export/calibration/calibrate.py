@@ -82,7 +82,7 @@ class CalibrationPlan:
 
 @torch.no_grad()
 def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDConfig, dict]:
-    """Return config and routers {(layer, kind): (weight [n_embd], bias [1])}.
+    """Return config and routers {Unit: (weight [n_embd], bias [1])}.
 
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
@@ -115,13 +115,13 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
         },
         "units": [
             {
-                "layer": layer,
-                "kind": kind,
-                "activation": round(activation[layer, kind], 4),
-                "held_out": round(held[layer, kind], 4),
-                "explained": round(explained[layer, kind], 4),
+                "layer": unit.layer,
+                "kind": unit.kind,
+                "activation": round(activation[unit], 4),
+                "held_out": round(held[unit], 4),
+                "explained": round(explained[unit], 4),
             }
-            for layer, kind in plan.routed()
+            for unit in plan.routed()
         ],
     }
     return _config(base, plan, thresholds, activation, record), routers
@@ -203,7 +203,7 @@ def solve(
     drifts = {unit: drift[unit] * math.sqrt(drift_penalty) if drift else None for unit in fits}
     routers = {unit: fit.solve(penalties[unit.kind], drifts[unit]) for unit, fit in fits.items()}
     spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
-    for kind in {kind for _, kind in fits}:
+    for kind in {unit.kind for unit in fits}:
         of_kind = [spread for unit, spread in spreads.items() if unit.kind == kind]
         center = sum(mean for mean, _, _ in of_kind) / len(of_kind)
         variance = sum(var + (mean - center) ** 2 for mean, var, _ in of_kind) / len(of_kind)

@@ -130,17 +130,17 @@ class CostMeter:
                 yield from self._upwards(ids, wanted)
 
     def _check_scores(self, wanted: dict[Unit, list[str]]) -> None:
-        for (_, kind), names in wanted.items():
+        for unit, names in wanted.items():
             for name in names:
-                if name not in self.scores[kind]:
-                    known = ", ".join(self.scores[kind])
-                    raise UserError(f"unknown score {name!r} for {kind}", f"known: {known}")
+                if name not in self.scores[unit.kind]:
+                    known = ", ".join(self.scores[unit.kind])
+                    raise UserError(f"unknown score {name!r} for {unit.kind}", f"known: {known}")
 
     def _upwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> list:
         """Measure without gradients: all costs of a layer are known when the layer has run."""
         found: list = []
         with ExitStack() as hooks:
-            for layer in {layer for layer, _ in wanted}:
+            for layer in {unit.layer for unit in wanted}:
                 units = {unit: names for unit, names in wanted.items() if unit.layer == layer}
                 self._hook_layer(hooks, self.parts[layer], units, found)
             kept = architectures.last_logits(1, ids[None])
@@ -173,7 +173,7 @@ class CostMeter:
         """Measure with gradients, from the last layer to the first wanted one."""
         inputs, grad = self._forward(ids)
         self._kv_grads = {}
-        for layer in range(len(self.parts) - 1, min(layer for layer, _ in wanted) - 1, -1):
+        for layer in range(len(self.parts) - 1, min(unit.layer for unit in wanted) - 1, -1):
             record, grads, grad = self._layer(layer, inputs.pop(), grad)
             for unit in [unit for unit in wanted if unit.layer == layer]:
                 yield unit, self._costs(unit, wanted[unit], record, grads)
@@ -249,12 +249,11 @@ class CostMeter:
     def _costs(
         self, unit: Unit, names: list[str], record: LayerRecord, grads: list | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        layer, kind = unit
-        if kind == KV:
-            attn = self.parts[layer].attn
+        if unit.kind == KV:
+            attn = self.parts[unit.layer].attn
             return record.h.detach(), self.key_costs(names, record, grads, attn)
-        h = record.mid if kind == FFN else record.h
-        return h.detach(), {name: self.unit_cost(kind, name, record, grads) for name in names}
+        h = record.mid if unit.kind == FFN else record.h
+        return h.detach(), {name: self.unit_cost(unit.kind, name, record, grads) for name in names}
 
     def unit_cost(
         self, kind: str, name: str, record: LayerRecord, grads: list | None

@@ -201,14 +201,16 @@ def _load_reference(reference, threads: int | None):
 def _check_same_units(llm, model, file, reference) -> None:
     here, there = [Unit(u.layer, u.kind) for u in llm.units], model.config.routed()
     if here != there:
-        (layer, kind) = sorted(set(here) ^ set(there))[0]
-        which = file if (layer, kind) in here else reference
-        raise UserError(f"only {which} routes {kind} in layer {layer}", f"export {reference} again")
-    for unit, p in zip(llm.units, llm.thresholds, strict=True):
-        expected = model.config.threshold(unit.layer, unit.kind)
+        odd = sorted(set(here) ^ set(there))[0]
+        which = file if odd in here else reference
+        raise UserError(
+            f"only {which} routes {odd.kind} in {odd.place}", f"export {reference} again"
+        )
+    for unit, p in zip(here, llm.thresholds, strict=True):
+        expected = model.config.threshold(unit)
         if abs(p - expected) > 1e-6:
             raise UserError(
-                f"the threshold of {unit.kind} in layer {unit.layer} is {p:.6g} in {file}, "
+                f"the threshold of {unit.kind} in {unit.place} is {p:.6g} in {file}, "
                 f"{expected:.6g} in {reference}",
                 f"export {reference} again",
             )
@@ -279,8 +281,10 @@ class Sums:
             n_agree = int(differ.any(1).argmax())
             unit = int(differ[n_agree].argmax())
             margin = float(abs(score[n_agree, unit] - self.logit_p[unit]))
-            layer, kind = self.units[unit]
-            self.first.append({"position": n_agree, "layer": layer, "kind": kind, "margin": margin})
+            at = self.units[unit]
+            self.first.append(
+                {"position": n_agree, "layer": at.layer, "kind": at.kind, "margin": margin}
+            )
         figures = compare_rows(logits, logits_run)
         self.rows.append(np.column_stack([figures, np.arange(len(figures)) < n_agree]))
 

@@ -103,7 +103,7 @@ def _read_routers(path: Path, config: MoDConfig, base: dict) -> Routers:
     if not (path / ROUTERS).is_file():
         raise UserError(f"{path} has no {ROUTERS}", ADAPTER_AGAIN)
     try:
-        routers = hf_directory.read_routers([path / ROUTERS], units)
+        routers = hf_directory.read_routers([path / ROUTERS], config)
     except UserError as error:  # its cure is for MoD directories
         raise UserError(error.message, ADAPTER_AGAIN) from error
     width = len(routers[units[0]][0])

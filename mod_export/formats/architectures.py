@@ -109,11 +109,11 @@ def check_units(file: GGUFFile, config: MoDConfig, name: str = "") -> None:
     """
     check(file.architecture, config.units)
     windows = layer_windows(file)
-    for layer, kind in config.routed():
-        if kind != FFN and (why := _keeps(file, windows, layer)):
-            possible = ", ".join(map(str, routable_layers(file, kind)))
+    for unit in config.routed():
+        if unit.kind != FFN and (why := _keeps(file, windows, unit.layer)):
+            possible = ", ".join(map(str, routable_layers(file, unit.kind)))
             raise UserError(
-                f"layer {layer} of {name or file.path} cannot have a {kind} unit: {why}",
+                f"layer {unit.layer} of {name or file.path} cannot have a {unit.kind} unit: {why}",
                 f"route layers with full attention ({possible or 'it has none'}), or ffn units",
             )
 

@@ -4,7 +4,7 @@ This module is the only reader of routers outside of GGUF files: those of a dire
 an adapter. It imports neither torch nor transformers.
 
     config = read_config(Path("mod"))
-    routers = read_routers(tensor_files(Path("mod")), config.routed())
+    routers = read_routers(tensor_files(Path("mod")), config)
     stored_type(Path("mod"))                     # "bf16"
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from mod_export.errors import UserError
 from mod_export.formats import schema
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
-from mod_export.units import Unit
 
 CONFIG_JSON = "config.json"
 VOCABULARY = "tokenizer.gguf"  # of a model that came from a GGUF file: its keys tokenizer.*
@@ -71,31 +69,31 @@ def read_config(directory: Path) -> MoDConfig:
     config = MoDConfig.from_dict(data["mod"])
     if config.units:
         # base models name their number of layers in many ways; who loads the base checks it
-        config.validate(max(len(unit.threshold) for unit in config.units.values()))
+        config.validate(max(units.n_layer for units in config.units.values()))
     return config
 
 
-def read_routers(files: list[Path], units: Iterable[Unit]) -> Routers:
-    """The routers of `units`, all of them float32 and of one width.
+def read_routers(files: list[Path], config: MoDConfig) -> Routers:
+    """The routers of a configuration's units, all of them float32 and of one width.
 
     Raises UserError for a router that is missing, damaged or not finite, and for one too many.
     """
     index = tensor_index(files)
-    routers: Routers = {}
-    expected = set()
-    width = None
-    for unit in units:
-        weight_name, bias_name = schema.hf_tensor_names(*unit)
-        weight = _read_tensor(files[0].parent, index, weight_name)
-        bias = _read_tensor(files[0].parent, index, bias_name)
-        width = width or weight.size
-        for name, value, size in ((weight_name, weight, width), (bias_name, bias, 1)):
-            if value.shape != (size,):
-                raise UserError(
-                    f"{index[name]}: tensor {name} is not of shape [{size}]", CONVERT_AGAIN
-                )
-        routers[unit] = weight, bias
-        expected |= {weight_name, bias_name}
+    names = [schema.hf_tensor_names(unit.layer, unit.kind) for unit in config.by_layer()]
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        value = _read_tensor(files[0].parent, index, name)
+        if value.shape != shape:
+            raise UserError(
+                f"{index[name]}: tensor {name} is not of shape {list(shape)}", CONVERT_AGAIN
+            )
+        return value
+
+    # The first router tells the width, which no key of ours does.
+    first = _read_tensor(files[0].parent, index, names[0][0]).shape if names else ()
+    width = first[-1] if first else 0
+    routers = schema.from_tensors(config, read, width, schema.hf_tensor_names)
+    expected = {name for pair in names for name in pair}
     for name, path in index.items():
         if schema.HF_ROUTER_TENSOR.fullmatch(name) and name not in expected:
             raise UserError(f"{path}: tensor {name} belongs to no routed unit", CONVERT_AGAIN)

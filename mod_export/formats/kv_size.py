@@ -17,7 +17,7 @@ from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.sliding_windows import layer_windows, main_layers
-from mod_export.units import ATTN, BLOCK, KV
+from mod_export.units import ATTN, BLOCK, KV, Unit
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
 ROLLBACK_TOKENS = 64
@@ -107,6 +107,23 @@ def _bytes_per_token(
     return heads_kv * (k_length * k_bytes + v_length * v_bytes)
 
 
+def kv_heads(file: GGUFFile) -> int:
+    """The K/V heads of each layer that can decide apart.
+
+    It is 1 where the layers have different numbers of them, and where the heads share what is
+    stored (MLA).
+    """
+    if f"{file.architecture}.attention.key_length_mla" in file.keys:
+        return 1
+    heads = {_kv_heads_of_layer(file, layer) for layer in range(main_layers(file))}
+    return heads.pop() if len(heads) == 1 else 1
+
+
+def _kv_heads_of_layer(file: GGUFFile, layer: int) -> int:
+    heads = _number_of_layer(file, "attention.head_count", layer)
+    return _number_of_layer(file, "attention.head_count_kv", layer, default=heads)
+
+
 def expected_cells(
     config: MoDConfig, layer: int, n: int, margin: float = 0.0, window: int = 0
 ) -> float:
@@ -117,9 +134,10 @@ def expected_cells(
     """
 
     def activation(kind: str) -> float:
-        if not config.threshold(layer, kind):
+        unit = Unit(layer, kind)
+        if not config.threshold(unit):
             return 1.0
-        return min(1.0, config.units[kind].activation[layer] * (1 + margin))
+        return min(1.0, config.activation(unit) * (1 + margin))
 
     if window:
         n = min(n, window + ROLLBACK_TOKENS)
@@ -146,8 +164,8 @@ def window_note(file: GGUFFile, config: MoDConfig) -> str | None:
 def mean_activation(config: MoDConfig) -> dict[str, float]:
     """Kind -> mean activation of its units on calibration text; `all`: the mean of all units."""
     values: dict[str, list[float]] = {}
-    for layer, kind in config.routed():
-        values.setdefault(kind, []).append(config.units[kind].activation[layer])
+    for unit in config.routed():
+        values.setdefault(unit.kind, []).append(config.activation(unit))
     every = [value for of_kind in values.values() for value in of_kind]
     means = {kind: float(np.mean(of_kind)) for kind, of_kind in values.items()}
     return {**means, "all": float(np.mean(every))}

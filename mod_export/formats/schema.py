@@ -1,4 +1,4 @@
-"""What a MoD model adds to a GGUF file: keys and tensors of schema version 1.
+"""What a MoD model adds to a GGUF file: keys and tensors of schema versions 1 and 2.
 
 This module is the only place that knows their names; docs/reference/gguf-schema.md describes them,
 and the patched llama.cpp enforces the same rules.
@@ -11,14 +11,16 @@ and the patched llama.cpp enforces the same rules.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import BinaryIO
 
 import numpy as np
 
-from mod_export.config import MoDConfig, UnitConfig
+from mod_export.config import VERSIONS, MoDConfig, UnitConfig, check_version
 from mod_export.errors import UserError
+from mod_export.formats import kv_size
 from mod_export.formats.ggml_types import F32_TYPE
 from mod_export.formats.gguf import GGUFFile, Key, rewrite
 from mod_export.formats.model_checks import check_model
@@ -27,7 +29,6 @@ from mod_export.units import KV, UNIT_KINDS, Unit
 # unit -> w float32 [n_embd], b float32 [1]
 Routers = dict[Unit, tuple[np.ndarray, np.ndarray]]
 
-VERSION = 1
 # {architecture}.mod.NAME -> type; the names are those of config.MoDConfig
 SCALARS = {
     "version": "u32",
@@ -37,7 +38,9 @@ SCALARS = {
     "kv_window": "u32",
 }
 # {architecture}.mod.{kind}.NAME -> type; the names are those of config.UnitConfig
-PER_LAYER = {"threshold": "f32[]", "activation": "f32[]"}
+PER_UNIT = {"threshold": "f32[]", "activation": "f32[]"}
+# of kv units that have windows of their own
+OWN_WINDOWS = {"window": "u32[]"}
 ROUTER_TENSOR = re.compile(r"blk\.(\d+)\.mod_(\w+)\.(\w+)")
 HF_ROUTER_TENSOR = re.compile(r"model\.layers\.(\d+)\.mod_(\w+)\.(\w+)")
 EXPORT_AGAIN = "export the model again"
@@ -50,7 +53,11 @@ def prefix(architecture: str) -> str:
 
 
 def tensor_names(layer: int, kind: str) -> tuple[str, str]:
-    """Names of w, f32 [n_embd], and b, f32 [1], in a GGUF file."""
+    """Names of w and b in a GGUF file.
+
+    They are f32 [n_embd] and [1], or [n_head_kv, n_embd] and [n_head_kv] where the layer decides by
+    head.
+    """
     return f"blk.{layer}.mod_{kind}.weight", f"blk.{layer}.mod_{kind}.bias"
 
 
@@ -65,9 +72,61 @@ def to_keys(architecture: str, config: MoDConfig) -> list[tuple[str, str, object
     keys = [(start + name, type, getattr(config, name)) for name, type in SCALARS.items()]
     for kind in UNIT_KINDS:
         if kind in config.units:
-            for name, type in PER_LAYER.items():
-                keys.append((f"{start}{kind}.{name}", type, getattr(config.units[kind], name)))
+            units = config.units[kind]
+            for name, type in (PER_UNIT | (OWN_WINDOWS if units.window else {})).items():
+                keys.append((f"{start}{kind}.{name}", type, getattr(units, name)))
     return keys
+
+
+def to_tensors(
+    config: MoDConfig,
+    routers: Routers,
+    names: Callable[[int, str], tuple[str, str]] = tensor_names,
+) -> dict[str, np.ndarray]:
+    """Tensor name -> float32 values, of all routers; shapes as `tensor_names` says.
+
+    The rows of heads that are not routed are zeros.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for (layer, kind), units in config.by_layer().items():
+        w, b = routers[units[0]]
+        if (heads := config.heads(kind)) > 1:
+            w, b = np.zeros((heads, len(w)), np.float32), np.zeros(heads, np.float32)
+            for unit in units:
+                w[unit.head], b[unit.head] = routers[unit][0], routers[unit][1][0]
+        tensors |= zip(names(layer, kind), (w, b), strict=True)
+    return tensors
+
+
+def from_tensors(
+    config: MoDConfig,
+    read: Callable[[str, tuple[int, ...]], np.ndarray],
+    n_embd: int,
+    names: Callable[[int, str], tuple[str, str]] = tensor_names,
+) -> Routers:
+    """The routers in the tensors of a file: the inverse of `to_tensors`.
+
+    read: returns the values of the tensor with a name, which must have this shape. Raises UserError
+    where the row of a head that is not routed holds something.
+    """
+    routers: Routers = {}
+    for (layer, kind), units in config.by_layer().items():
+        weight_name, bias_name = names(layer, kind)
+        if (heads := config.heads(kind)) == 1:
+            routers[units[0]] = read(weight_name, (n_embd,)), read(bias_name, (1,))
+            continue
+        w, b = read(weight_name, (heads, n_embd)), read(bias_name, (heads,))
+        for head in range(heads):
+            if (unit := Unit(layer, kind, head)) in units:
+                routers[unit] = w[head], b[head : head + 1]
+                continue
+            for name, value in ((weight_name, w), (bias_name, b)):
+                if value[head].any():
+                    raise UserError(
+                        f"tensor {name} has values for head {head}, which is not routed",
+                        EXPORT_AGAIN,
+                    )
+    return routers
 
 
 def from_keys(file: GGUFFile) -> MoDConfig | None:
@@ -84,12 +143,12 @@ def from_keys(file: GGUFFile) -> MoDConfig | None:
         return None
     # the version comes first: the other keys of a later version may well be unknown
     version = ours.get("version")
-    if version and version.type == SCALARS["version"] and version.value != VERSION:
+    if version and version.type == SCALARS["version"] and version.value not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
         raise UserError(
-            f"key {start}version is {version.value}, known is {VERSION}",
-            "use a newer mod-export",
+            f"key {start}version is {version.value}, known are {known}", "use a newer mod-export"
         )
-    kinds = [kind for kind in UNIT_KINDS if any(f"{kind}.{name}" in ours for name in PER_LAYER)]
+    kinds = [kind for kind in UNIT_KINDS if any(f"{kind}.{name}" in ours for name in PER_UNIT)]
     needed = _needed_keys(kinds, ours)
     for name, type in needed.items():
         if name not in ours:
@@ -101,23 +160,33 @@ def from_keys(file: GGUFFile) -> MoDConfig | None:
     if unknown := sorted(set(ours) - set(needed)):
         raise UserError(f"unknown key {start}{unknown[0]}", "use a newer mod-export")
     scalars = {name: ours[name].value for name in SCALARS if name in needed}
-    return MoDConfig(**scalars, units={kind: _unit_config(kind, ours) for kind in kinds})
+    version_given = scalars.pop("version")
+    n_layer = file.model_number("block_count")
+    config = MoDConfig(**scalars, units={kind: _unit_config(kind, ours, n_layer) for kind in kinds})
+    check_version(f"key {start}version", version_given, config)
+    return config
 
 
 def _needed_keys(kinds: list[str], ours: dict[str, Key]) -> dict[str, str]:
     """Name without prefix -> type of the keys that a file with these kinds of units must have."""
     needed = dict(SCALARS)
     for kind in kinds:
-        for name, type in PER_LAYER.items():
+        for name, type in PER_UNIT.items():
             needed[f"{kind}.{name}"] = type
+    if KV in kinds and "kv.window" in ours:
+        needed |= {f"kv.{name}": type for name, type in OWN_WINDOWS.items()}
     if KV not in kinds and "kv_window" not in ours:
         del needed["kv_window"]
     return needed
 
 
-def _unit_config(kind: str, ours: dict[str, Key]) -> UnitConfig:
-    values = {name: tuple(map(float, ours[f"{kind}.{name}"].value)) for name in PER_LAYER}
-    return UnitConfig(**values)
+def _unit_config(kind: str, ours: dict[str, Key], n_layer: int) -> UnitConfig:
+    values = {name: tuple(map(float, ours[f"{kind}.{name}"].value)) for name in PER_UNIT}
+    window = ours[f"{kind}.window"].value if kind == KV and f"{kind}.window" in ours else ()
+    heads, rest = divmod(len(values["threshold"]), n_layer)
+    if kind != KV or rest or not heads:
+        heads = 1  # an array of another length is refused by MoDConfig.validate
+    return UnitConfig(**values, heads=heads, window=tuple(map(int, window)))
 
 
 def read_routers(file: GGUFFile) -> tuple[MoDConfig | None, Routers]:
@@ -128,32 +197,31 @@ def read_routers(file: GGUFFile) -> tuple[MoDConfig | None, Routers]:
     n_layer = file.model_number("block_count")
     n_embd = file.model_number("embedding_length")
     config = from_keys(file)
-    units = config.validate(n_layer).routed() if config else []
+    units = config.validate(n_layer).by_layer() if config else {}
+    if config:
+        _check_heads(file, config, f"key {prefix(file.architecture)}kv.threshold")
     if config and not units:
         raise UserError(
             f"{file.path}: the keys {prefix(file.architecture)}* route no unit", EXPORT_AGAIN
         )
     routers: Routers = {}
-    expected = set()
-    for unit in units:
-        weight_name, bias_name = tensor_names(*unit)
-        routers[unit] = (
-            _router_tensor(file, weight_name, n_embd),
-            _router_tensor(file, bias_name, 1),
-        )
-        expected |= {weight_name, bias_name}
+    if config:
+        routers = from_tensors(config, functools.partial(_router_tensor, file), n_embd)
+    expected = {name for unit in units for name in tensor_names(unit.layer, unit.kind)}
     for name in file.tensors:
         if ROUTER_TENSOR.fullmatch(name) and name not in expected:
             raise UserError(f"{file.path}: tensor {name} belongs to no routed unit", EXPORT_AGAIN)
     return config, routers
 
 
-def _router_tensor(file: GGUFFile, name: str, size: int) -> np.ndarray:
+def _router_tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
     tensor = file.tensors.get(name)
     if tensor is None:
         raise UserError(f"{file.path}: tensor {name} is missing", EXPORT_AGAIN)
-    if tensor.type != F32_TYPE or tensor.shape != (size,):
-        raise UserError(f"{file.path}: tensor {name} is not f32 of shape [{size}]", EXPORT_AGAIN)
+    if tensor.type != F32_TYPE or tensor.shape != shape[::-1]:
+        raise UserError(
+            f"{file.path}: tensor {name} is not f32 of shape {list(shape[::-1])}", EXPORT_AGAIN
+        )
     if not np.isfinite(tensor.array()).all():
         raise UserError(
             f"{file.path}: tensor {name} holds a value that is not finite",
@@ -176,16 +244,12 @@ def write_routers(
     not fit the file.
     """
     check_base(file, config, routers)
-    tensors = {}
-    for unit in config.routed():
-        for name, array in zip(tensor_names(*unit), routers[unit], strict=True):
-            tensors[name] = array
     rewrite(
         file,
         target,
         added_keys=(*added_keys, *to_keys(file.architecture, config)),
         dropped_keys=dropped_keys,
-        added_tensors=tensors,
+        added_tensors=to_tensors(config, routers),
     )
 
 
@@ -197,13 +261,25 @@ def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:
     n_embd = file.model_number("embedding_length")
     if read_routers(file)[0] is not None:
         raise UserError(f"{file.path} has routers already", "give the dense file as the base")
-    for unit in config.units.values():
-        if len(unit.threshold) != n_layer:
+    for units in config.units.values():
+        if units.n_layer != n_layer:
             raise UserError(
-                f"{file.path} has {n_layer} layers, the routers are for {len(unit.threshold)}",
+                f"{file.path} has {n_layer} layers, the routers are for {units.n_layer}",
                 OTHER_BASE,
             )
     config.validate(n_layer)
+    _check_heads(file, config, "the routers")
     width = len(next(iter(routers.values()))[0])
     if width != n_embd:
         raise UserError(f"{file.path} has n_embd {n_embd}, the routers {width}", OTHER_BASE)
+
+
+def _check_heads(file: GGUFFile, config: MoDConfig, what: str) -> None:
+    """Raise UserError, about `what`, where the kv units are those of other K/V heads."""
+    heads = config.heads(KV)
+    if heads > 1 and heads != (possible := kv_size.kv_heads(file)):
+        raise UserError(
+            f"{file.path}: {what} would decide for {heads} K/V heads in each layer, "
+            f"the model can for {possible}",
+            OTHER_BASE,
+        )

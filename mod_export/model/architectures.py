@@ -270,7 +270,8 @@ def unit_layers(base: nn.Module, kind: str, chosen: list[int] | None) -> list[in
 def check_units(base: nn.Module, units: Iterable[Unit]) -> None:
     """Raise UserError for a unit that its layer cannot have, with the reason."""
     layers = decoder_layers(base)
-    for layer, kind in units:
+    for unit in units:
+        layer, kind = unit[:2]
         if reason := layers[layer].refused.get(kind):
             raise UserError(
                 f"layer {layer} of {base.config.model_type} cannot have a unit {kind}: {reason}",

@@ -3,8 +3,9 @@
 The directory holds the base weights, the routers, the tokenizer, and the key `mod` in config.json.
 
 The directory stays one of the base architecture. Routers are the tensors
-model.layers.{l}.mod_{kind}.weight [n_embd] and .bias [1], float32, in the same safetensors files;
-without them it is the plain base model.
+model.layers.{l}.mod_{kind}.weight [n_embd] and .bias [1], float32, in the same safetensors files
+([n_head_kv, n_embd] and [n_head_kv] where a layer decides by head); without them it is the plain
+base model.
 """
 
 from __future__ import annotations
@@ -36,15 +37,12 @@ def save(
 ) -> None:
     """Write the directory, whole or not at all; kwargs go to save_pretrained (max_shard_size).
 
-    routers: {(layer, kind): (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is
+    routers: {Unit: (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is
     not set, and where `base` has LoRA.
     """
     if lora_of(base) is not None:
         raise UserError("the model has LoRA that is not merged", "merge it, or save an adapter")
-    state = base.state_dict()
-    for unit, tensors in routers.items():
-        for name, tensor in zip(schema.hf_tensor_names(*unit), tensors, strict=True):
-            state[name] = tensor.detach().float().cpu()
+    state = base.state_dict() | router_state(config, routers)
     with atomic_dir(path, force) as directory, safetensors_errors(), loading.quiet():
         base.config.mod = config.to_dict()
         try:
@@ -57,6 +55,19 @@ def save(
             _save_tokenizer(tokenizer, source, directory)
         card = model_card.origin(source)
         model_card.write(directory, card, model_card.model_text(card, config))
+
+
+def router_state(config: MoDConfig, routers: dict) -> dict[str, torch.Tensor]:
+    """The tensors that hold the routers in a directory and in an adapter, by name.
+
+    routers: {Unit: (w [n_embd], b [1])}
+    """
+    arrays = {
+        unit: tuple(tensor.detach().float().cpu().numpy() for tensor in pair)
+        for unit, pair in routers.items()
+    }
+    tensors = schema.to_tensors(config, arrays, schema.hf_tensor_names)
+    return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
@@ -73,7 +84,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
             f"run mod-export convert MODEL --adapter {path}",
         )
     config = hf_directory.read_config(path)
-    found = hf_directory.read_routers(hf_directory.tensor_files(path), config.routed())
+    found = hf_directory.read_routers(hf_directory.tensor_files(path), config)
     routers = {
         unit: (torch.from_numpy(weight), torch.from_numpy(bias))
         for unit, (weight, bias) in found.items()

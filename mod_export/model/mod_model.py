@@ -6,7 +6,7 @@
     ids = model.generate(input_ids, max_new_tokens=50)   # batch size 1, really skips
     model.save("dir"); model = MoDModel.load("dir")
 
-routers is {(layer, kind): (weight [n_embd], bias [1])}. Without routers, `from_base(base,
+routers is {Unit: (weight [n_embd], bias [1])}. Without routers, `from_base(base,
 tokenizer)` needs no config, and decisions, bool [B, T], can be given:
 
     model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)
@@ -73,7 +73,7 @@ class MoDModel(nn.Module):
         self.base, self.tokenizer, self.config = base, tokenizer, config
         self.routers = nn.ModuleDict()
         for unit in config.routed():
-            self.routers[_key(unit)] = Router(*routers[unit], config.threshold(*unit), eps)
+            self.routers[_key(unit)] = Router(*routers[unit], config.threshold(unit), eps)
         self.routers.to(base.device)
         self.force: str | None = None
         self.shift = 0.0
@@ -109,12 +109,12 @@ class MoDModel(nn.Module):
         )
 
     def router_tensors(self) -> dict[Unit, tuple]:
-        """{(layer, kind): (weight [n_embd], bias [1])}."""
+        """{Unit: (weight [n_embd], bias [1])}."""
         routers = {unit: self.router(unit) for unit in self.config.routed()}
         return {unit: (r.weight.detach(), r.bias.detach()) for unit, r in routers.items()}
 
     def router(self, unit: Unit) -> Router:
-        """The router of a routed unit, (layer, kind)."""
+        """The router of a routed unit."""
         return self.routers[_key(unit)]
 
     def replace_router(self, unit: Unit, router: Router) -> None:
@@ -266,15 +266,14 @@ def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) ->
     The error names the tensor.
     """
     routed = set(config.routed())
-    for layer, kind in sorted(routed ^ set(routers)):
-        has, lacks = (
-            ("a threshold", "router") if (layer, kind) in routed else ("a router", "threshold")
-        )
+    for odd in sorted(routed ^ set(routers)):
+        unit = Unit(*odd)
+        has, lacks = ("a threshold", "router") if unit in routed else ("a router", "threshold")
         raise UserError(
-            f"mod_{kind} of layer {layer} has {has} but no {lacks}", "convert the model again"
+            f"mod_{unit.kind} of {unit.place} has {has} but no {lacks}", "convert the model again"
         )
-    for (layer, kind), tensors in routers.items():
-        names = schema.hf_tensor_names(layer, kind)
+    for unit, tensors in routers.items():
+        names = schema.hf_tensor_names(*unit[:2])
         for name, tensor, size in zip(names, tensors, (n_embd, 1), strict=True):
             if tuple(tensor.shape) != (size,):
                 raise UserError(f"{name} has shape {list(tensor.shape)}", f"it must be [{size}]")
@@ -284,5 +283,4 @@ def check_routers(config: MoDConfig, routers: dict[Unit, tuple], n_embd: int) ->
 
 def _key(unit: Unit) -> str:
     """Name of a unit's router in the ModuleDict, where dots are not allowed."""
-    layer, kind = unit
-    return f"{layer}_{kind}"
+    return "_".join(map(str, unit))

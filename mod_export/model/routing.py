@@ -85,9 +85,8 @@ class TopK(DecisionStrategy):
     def divide(
         self, unit: Unit, router: Router, logit: torch.Tensor, shift: float
     ) -> tuple[torch.Tensor, float | torch.Tensor]:
-        _, kind = unit
-        if kind in self.shares:
-            return among_top(logit, self.shares[kind])
+        if unit.kind in self.shares:
+            return among_top(logit, self.shares[unit.kind])
         return super().divide(unit, router, logit, shift)
 
 

@@ -96,6 +96,6 @@ def _trace(path: Path, text: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _move_biases(config: MoDConfig, routers: Routers, score: np.ndarray) -> None:
-    for index, (layer, kind) in enumerate(config.routed()):
-        share = config.units[kind].activation[layer]
-        routers[layer, kind][1][0] -= np.float32(np.quantile(score[:, index], 1 - share))
+    for index, unit in enumerate(config.routed()):
+        share = config.activation(unit)
+        routers[unit][1][0] -= np.float32(np.quantile(score[:, index], 1 - share))

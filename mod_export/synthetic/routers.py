@@ -98,18 +98,16 @@ def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:
 
 
 def routers(config: MoDConfig, weights: Weights) -> dict[Unit, tuple[np.ndarray, np.ndarray]]:
-    """(layer, kind) -> w, float32 [n_embd], and b, float32 [1], of all routed units."""
+    """Unit -> w, float32 [n_embd], and b, float32 [1], of all routed units."""
     units = config.routed()
     directions = _directions(rng_of(weights.seed, "routers"), len(units), weights.reserved - 1)
     values = table_values(weights.table, weights.embedding_type)
     result = {}
-    for (layer, kind), direction in zip(units, directions, strict=True):
+    for unit, direction in zip(units, directions, strict=True):
         w = np.zeros(weights.shape.embd, np.float32)
-        w[0] = -_threshold(
-            values[:, 1:] @ direction / values[:, 0], config.units[kind].activation[layer]
-        )
+        w[0] = -_threshold(values[:, 1:] @ direction / values[:, 0], config.activation(unit))
         w[1 : weights.reserved] = direction
-        result[layer, kind] = SPREAD * w, np.zeros(1, np.float32)
+        result[unit] = SPREAD * w, np.zeros(1, np.float32)
     return result
 
 

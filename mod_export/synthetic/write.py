@@ -44,6 +44,7 @@ KEY_TYPES = {
     "string": (GGUFValueType.STRING, None),
     "bool": (GGUFValueType.BOOL, None),
     "f32[]": (GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
+    "u32[]": (GGUFValueType.ARRAY, GGUFValueType.UINT32),
 }
 
 
@@ -105,12 +106,7 @@ def _check_space(targets: list[Path], size: int) -> None:
 
 def _router_tensors(config: MoDConfig, weights: Weights) -> dict[str, np.ndarray]:
     """Tensor name -> float32 values, of all routers."""
-    found = routers(config, weights)
-    return {
-        name: array
-        for unit in config.routed()
-        for name, array in zip(schema.tensor_names(*unit), found[unit], strict=True)
-    }
+    return schema.to_tensors(config, routers(config, weights))
 
 
 def _write_header(
@@ -142,7 +138,7 @@ def _write_header(
     writer.add_tokenizer_model("no_vocab")
     for key, type_name, value in schema.to_keys(ARCH, config) if config else []:
         writer.add_key_value(
-            key, list(value) if type_name == "f32[]" else value, *KEY_TYPES[type_name]
+            key, list(value) if type_name.endswith("[]") else value, *KEY_TYPES[type_name]
         )
     for weight in plan:
         dims = (weight.cols,) if weight.norm else (weight.rows, weight.cols)

@@ -160,15 +160,21 @@ def _draw_loss(axis, steps: list[dict], held: list[dict]) -> None:
 def _draw_activation(axis, steps: list[dict], units: list[Unit]) -> None:
     """Draw the activation of up to four groups, each with its target."""
     x = [row["step"] for row in steps]
-    kinds = list(dict.fromkeys(kind for _, kind in units))
+    kinds = list(dict.fromkeys(unit.kind for unit in units))
     n_groups = len(steps[0]["activation"])
     each_unit_has_a_target = n_groups != len(kinds)
-    names = [f"{layer} {kind}" for layer, kind in units] if each_unit_has_a_target else kinds
+    names = [_name(unit) for unit in units] if each_unit_has_a_target else kinds
     for i, name in enumerate(names if n_groups < 5 else ()):
         activation = _smooth([row["activation"][i] for row in steps])
         axis.plot(x, activation, label=f"{name} (running mean)")
         axis.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
     axis.set(xlabel="step", ylabel="activation", ylim=(0, 1.02))
+
+
+def _name(unit: Unit) -> str:
+    """`2 kv`, or `2.1 kv` of head 1."""
+    head = "" if unit.head is None else f".{unit.head}"
+    return f"{unit.layer}{head} {unit.kind}"
 
 
 def _unit_figure(steps: list[dict], units: list[Unit]):
@@ -191,7 +197,7 @@ def _unit_figure(steps: list[dict], units: list[Unit]):
     every = max(1, len(units) // 30)
     axis.set_yticks(
         range(0, len(units), every),
-        [f"{layer} {kind}" for layer, kind in units[::every]],
+        [_name(unit) for unit in units[::every]],
         fontsize=7,
     )
     axis.set(xlabel="step", ylabel="layer, kind")

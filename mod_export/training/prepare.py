@@ -154,15 +154,14 @@ def set_static(model: MoDModel, targets: dict[str, float]) -> None:
 
     Of each kind the units with the highest activation so far are the active ones.
     """
-    for kind, unit in model.config.units.items():
-        layers = [layer for layer, p in enumerate(unit.threshold) if p > 0]
-        by_use = sorted(layers, key=lambda layer: -unit.activation[layer])
-        kept = set(by_use[: round(targets[kind] * len(layers))])
-        for layer in layers:
-            router = model.router((layer, kind))
+    for kind, units in model.config.by_kind().items():
+        by_use = sorted(units, key=lambda unit: -model.config.activation(unit))
+        kept = set(by_use[: round(targets[kind] * len(units))])
+        for unit in units:
+            router = model.router(unit)
             router.threshold = 0.5
             router.weight.data.zero_()
-            router.bias.data.fill_(STATIC_LOGIT if layer in kept else -STATIC_LOGIT)
+            router.bias.data.fill_(STATIC_LOGIT if unit in kept else -STATIC_LOGIT)
 
 
 def check_teacher(teacher, tokenizer, model: MoDModel, config: TrainConfig) -> None:

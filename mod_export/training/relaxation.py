@@ -100,12 +100,12 @@ class RelaxedDecisions(DecisionStrategy):
     def decided(
         self, state: RoutingState, unit: Unit, logit: torch.Tensor, cut: float | torch.Tensor
     ) -> None:
-        _, kind = unit
+        kind = UNIT_KINDS[unit.kind]
         z = logit - cut + self.group_offset.get(unit, 0.0)
-        if UNIT_KINDS[kind].skips_compute:
+        if kind.skips_compute:
             scale = state.gate.get(unit, 1.0)
             state.gate[unit] = scale * self.relaxation.gate(z, state.active[unit])
-        if UNIT_KINDS[kind].frees_kv:
+        if kind.frees_kv:
             self._keys[unit] = self.relaxation.key(z, state.position < state.sink_tokens)
 
     def mask(self, state: RoutingState, layer: int, mask, stored, keep):

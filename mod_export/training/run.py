@@ -25,7 +25,7 @@ import torch
 from mod_export import adapter
 from mod_export.common.files import check_dir, locked
 from mod_export.common.progress import stage
-from mod_export.config import MoDConfig, UnitConfig
+from mod_export.config import MoDConfig
 from mod_export.data.packing import PackedData, open_data, split
 from mod_export.errors import UserError
 from mod_export.model import architectures
@@ -200,17 +200,15 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict) -> 
 
     It holds a record of the training.
     """
-    n_layer, units = model.n_layer, {}
+    units, routed = {}, model.config.by_kind()
     activation = (
         loop.activation_at_thresholds if config.method == "threshold" else loop.activation_held_out
     )
     for kind, unit in model.config.units.items():
-        p, share = list(unit.threshold), list(unit.activation)
-        for layer in range(n_layer):
-            if unit.threshold[layer] > 0:
-                p[layer] = model.router((layer, kind)).threshold
-                share[layer] = activation[layer, kind]
-        units[kind] = UnitConfig(tuple(p), tuple(share))
+        units[kind] = unit.with_values(
+            {unit: model.router(unit).threshold for unit in routed[kind]},
+            {unit: activation[unit] for unit in routed[kind]},
+        )
     training = {
         **config.to_dict(),
         "data": [Path(p).name for p in config.data],
@@ -231,7 +229,7 @@ def _config(model: MoDModel, loop: Loop, config: TrainConfig, figures: dict) -> 
         units=units,
         calibration=record,
     )
-    return changed.validate(n_layer)
+    return changed.validate(model.n_layer)
 
 
 def _check(config: TrainConfig, output: Output) -> None:

@@ -138,8 +138,7 @@ def penalise_drift(
     with model.forced(None if trained else "active"), _noting_parameters(model) as parameters:
         moments = router_inputs(model, sequences, ChunkMoments, forward)
     for unit, seen in moments.items():
-        _, kind = unit
-        from_start = kind in KINDS_STEADY_FROM_START
+        from_start = unit.kind in KINDS_STEADY_FROM_START
         if not (trained and from_start):
             drift, correction = drift_correction(seen.within(), seen.drift(), penalty)
             model.router(unit).reparametrise(

@@ -86,8 +86,7 @@ def write_adapter(units: str, folder: Path) -> None:
         config, routers = schema.read_routers(file)
         tensors = {
             name: array.copy()
-            for unit in config.routed()
-            for name, array in zip(schema.hf_tensor_names(*unit), routers[unit], strict=True)
+            for name, array in schema.to_tensors(config, routers, schema.hf_tensor_names).items()
         }
         folder.mkdir(parents=True)
         save_file(tensors, folder / adapter_files.ROUTERS)

@@ -20,6 +20,7 @@ from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, read, save
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.evaluation.parity import Bounds, Sums, judge
+from mod_export.units import Unit
 
 UNITS = os.environ.get("UNITS", "attn+ffn+kv" if REHEARSE else "kv,attn,block,attn+ffn+kv").split(
     ","
@@ -289,7 +290,7 @@ WHAT = {"tokens": evaluate, "pages": refill}
 
 def compare(cpu: Path, gpu: Path, case: Case) -> dict:
     a, b = np.load(cpu), np.load(gpu)
-    sums = Sums([(int(layer), str(kind)) for layer, kind in a["units"]], a["p"].tolist())
+    sums = Sums([Unit(int(layer), str(kind)) for layer, kind in a["units"]], a["p"].tolist())
     sums.add(a["logits"], a["active"], a["score"], b["logits"], b["active"])
     result, bounds, graphs = (
         sums.result(),

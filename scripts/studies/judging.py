@@ -21,7 +21,7 @@ from mod_export.metrics import divergence, visible_share
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
-from mod_export.units import shares_by_kind
+from mod_export.units import Unit, shares_by_kind
 
 TOLERANCE = 0.015  # K/V count as equal within this distance of activation.
 ROUNDS = 3
@@ -87,13 +87,13 @@ class Judge:
         model = MoDModel.from_base(self.base, self.tokenizer)
         width = architectures.n_embd(self.base)
         config = self._config(
-            {(layer, kind): (torch.zeros(width), torch.zeros(1)) for layer in layers}, kv_window
+            {Unit(layer, kind): (torch.zeros(width), torch.zeros(1)) for layer in layers}, kv_window
         )
 
         def run(ids):
             position = torch.arange(ids.shape[1])[None]
             given = {
-                (i, kind): (position < sinks) if i in dropped else position >= 0 for i in layers
+                Unit(i, kind): (position < sinks) if i in dropped else position >= 0 for i in layers
             }
             logits = model(ids, decisions=given, kv_window=kv_window)
             active = torch.stack([given[unit] for unit in config.routed()], dim=-1)
@@ -132,7 +132,7 @@ class Judge:
 
     def _config(self, routers: dict, kv_window: int | None = None) -> MoDConfig:
         units = {}
-        for kind in {kind for _, kind in routers}:
+        for kind in {unit.kind for unit in routers}:
             p = tuple(0.5 if (layer, kind) in routers else 0.0 for layer in range(self.n_layer))
             units[kind] = UnitConfig(threshold=p, activation=tuple(1.0 for _ in p))
         return MoDConfig(sink_tokens=self.sinks, kv_window=kv_window or self.kv_window, units=units)
@@ -152,10 +152,8 @@ class Judge:
             if per_layer
             else _quantile(joined, target).expand(joined.shape[1])
         )
-        for (layer, kind), cut in zip(model.config.routed(), cuts.tolist(), strict=True):
-            model.routers[f"{layer}_{kind}"].threshold = 1 / (
-                1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut)))
-            )
+        for unit, cut in zip(model.config.routed(), cuts.tolist(), strict=True):
+            model.router(unit).threshold = 1 / (1 + math.exp(-max(-MAX_LOGIT, min(MAX_LOGIT, cut))))
 
     def _dense_logits(self, routers: dict) -> list:
         """Return the logits of routers at the layers' inputs while nothing is skipped."""

@@ -14,6 +14,7 @@ from mod_export.calibration.calibrate import PENALTIES, judged_rows, log_cost, s
 from mod_export.calibration.ridge import Ridge
 from mod_export.model import architectures
 from mod_export.model.router import rms_norm
+from mod_export.units import Unit
 from scripts.studies.scores import StudyMeter, logistic, with_repetition
 
 logger = logging.getLogger(f"mod_export.{__name__}")  # the handler of mod_export prints it
@@ -30,7 +31,7 @@ OTHER_PENALTIES = {kind: 0.3 if kind == "kv" else 0.01 for kind in PENALTIES}
 
 @dataclass
 class Samples:
-    """Costs and router inputs of each unit (layer, kind).
+    """Costs and router inputs of each unit.
 
     x: router inputs [N, n_embd], float16. cost: score -> [N].
     """
@@ -47,9 +48,9 @@ def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sin
         kind: [name for name in names if not name.startswith("repeat_")]
         for kind, names in kinds.items()
     }
-    plain = {(layer, kind): names for kind, names in once.items() for layer in layers}
+    plain = {Unit(layer, kind): names for kind, names in once.items() for layer in layers}
     again = {
-        (i, "kv"): [name for name in kinds.get("kv", []) if name.startswith("repeat_")]
+        Unit(i, "kv"): [name for name in kinds.get("kv", []) if name.startswith("repeat_")]
         for i in layers
     }
     for number, ids in enumerate(sequences):
@@ -74,7 +75,7 @@ def _append(cost: dict, unit, costs: dict, rows: slice) -> None:
 
 
 def routers_of(samples: Samples, kind: str, score: str, method: str, target: float) -> dict:
-    """Return routers {(layer, kind): (weight, bias)}.
+    """Return routers {Unit: (weight, bias)}.
 
     A common threshold belongs to all methods but the per-layer one.
     """

@@ -61,8 +61,7 @@ class StudyMeter(CostMeter):
         """
         self._context = context
         for unit, (h, costs) in super().measure(ids, wanted):
-            _, kind = unit
-            yield unit, (h[: context or None] if kind == KV else h, costs)
+            yield unit, (h[: context or None] if unit.kind == KV else h, costs)
 
     def unit_cost(
         self, kind: str, name: str, record: LayerRecord, grads: list | None

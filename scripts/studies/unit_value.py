@@ -136,7 +136,7 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
     show_messages(stdout=True)
     model = MoDModel.load(directory)
     units = model.config.routed()
-    if not units or {kind for _, kind in units} != {"ffn"}:
+    if not units or {unit.kind for unit in units} != {"ffn"}:
         raise click.ClickException(
             "only ffn units: what a token of others leaves for later ones is not measured"
         )

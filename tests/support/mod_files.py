@@ -13,6 +13,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -22,35 +23,54 @@ from safetensors.numpy import load_file, save_file
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.formats import adapter_files, schema
 from mod_export.formats.base_identity import SAMPLE_SIZE
+from mod_export.units import Unit
 
 N_LAYER, N_EMBD = 6, 64
 
 
-def config(units: dict[str, list[int]], n_layer: int = N_LAYER) -> MoDConfig:
-    """Return a configuration with threshold and activation 0.5 in the routed layers."""
+def config(
+    units: dict[str, list[int]],
+    n_layer: int = N_LAYER,
+    heads: int = 1,
+    windows: dict[tuple, int] | None = None,
+) -> MoDConfig:
+    """Return a configuration with threshold and activation 0.5 in the routed layers.
+
+    heads: of a layer that decide apart in kv units; with more than one, head 0 of the last routed
+    layer is not routed. windows: own windows of kv units, 8 where none is given.
+    """
     made = {}
     for kind, layers in units.items():
-        routed = [layer in layers for layer in range(n_layer)]
+        n = heads if kind == "kv" else 1
+        routed = [layer in layers for layer in range(n_layer) for _ in range(n)]
+        if n > 1:
+            routed[layers[-1] * n] = False
         made[kind] = UnitConfig(
             threshold=tuple(0.5 if here else 0.0 for here in routed),
             activation=tuple(0.5 if here else 1.0 for here in routed),
+            heads=n,
         )
+    if windows:
+        kv = made["kv"]
+        own = {kv.index(Unit(*unit)): window for unit, window in windows.items()}
+        made["kv"] = replace(kv, window=tuple(own.get(i, 8) for i in range(len(kv.threshold))))
     return MoDConfig(sink_tokens=2, kv_window=8, units=made)
 
 
 def router_tensors(mod: MoDConfig, n_embd: int = N_EMBD) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    tensors = {}
-    for unit in mod.routed():
-        weight, bias = schema.hf_tensor_names(*unit)
-        tensors[weight] = rng.standard_normal(n_embd).astype(np.float32)
-        tensors[bias] = rng.standard_normal(1).astype(np.float32)
-    return tensors
+    routers = {
+        unit: tuple(rng.standard_normal(n).astype(np.float32) for n in (n_embd, 1))
+        for unit in mod.routed()
+    }
+    return schema.to_tensors(mod, routers, schema.hf_tensor_names)
 
 
-def write_directory(path: Path, units: dict[str, list[int]], n_layer: int = N_LAYER) -> Path:
-    """Write a MoD directory that holds the embedding alone of its base."""
-    mod = config(units, n_layer)
+def write_directory(
+    path: Path, units: dict[str, list[int]], n_layer: int = N_LAYER, **kwargs
+) -> Path:
+    """Write a MoD directory that holds the embedding alone of its base. kwargs: of `config`."""
+    mod = config(units, n_layer, **kwargs)
     path.mkdir(parents=True)
     data = {"architectures": ["LlamaForCausalLM"], "mod": mod.to_dict()}
     (path / "config.json").write_text(json.dumps(data))
@@ -59,9 +79,12 @@ def write_directory(path: Path, units: dict[str, list[int]], n_layer: int = N_LA
     return path
 
 
-def write_adapter(path: Path, units: dict[str, list[int]]) -> Path:
-    """Write an adapter without LoRA, for a base with zeros where its identity samples it."""
-    mod = config(units)
+def write_adapter(path: Path, units: dict[str, list[int]], **kwargs) -> Path:
+    """Write an adapter without LoRA, for a base with zeros where its identity samples it.
+
+    kwargs: of `config`
+    """
+    mod = config(units, **kwargs)
     path.mkdir(parents=True)
     base = {
         "name": "tiny",

@@ -9,6 +9,7 @@ import pytest
 
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
+from mod_export.units import Unit
 
 GOOD = {
     "version": 1,
@@ -34,8 +35,8 @@ def unit(*threshold, activation=(1.0, 0.5, 0.5)):
 def test_routed_units_are_in_deciding_order():
     config = MoDConfig.from_dict(GOOD).validate(3)
     assert config.routed() == [(0, "ffn"), (1, "kv"), (1, "attn"), (1, "ffn"), (2, "attn")]
-    assert config.threshold(2, "attn") == 0.25
-    assert config.threshold(0, "block") == 0
+    assert config.threshold((2, "attn")) == 0.25
+    assert config.threshold((0, "block")) == 0
 
 
 def test_block_decides_after_kv():
@@ -133,3 +134,78 @@ def test_each_rule_has_its_error(changes, named):
 def test_unknown_kind_of_unit():
     with pytest.raises(UserError, match="mod.head"):
         MoDConfig(units={"head": UnitConfig((0.5,), (1.0,))}).validate(1)
+
+
+HEADS = {
+    "threshold": [0.0, 0.0, 0.5, 0.0, 0.5, 0.5],
+    "activation": [1.0, 1.0, 0.3, 1.0, 0.2, 0.4],
+    "heads": 2,
+    "window": [64, 64, 16, 64, 64, 8],
+}
+
+
+def test_units_by_head():
+    data = with_(version=2, kv=HEADS)
+    config = MoDConfig.from_dict(data).validate(3)
+    units = [unit for unit in config.routed() if unit.kind == "kv"]
+    assert units == [(1, "kv", 0), (2, "kv", 0), (2, "kv", 1)]
+    assert [config.threshold(unit) for unit in units] == [0.5, 0.5, 0.5]
+    assert [config.activation(unit) for unit in units] == [0.3, 0.2, 0.4]
+    assert [config.window(unit) for unit in units] == [16, 64, 8]
+    assert config.threshold((1, "kv", 1)) == 0.0 and config.activation((1, "kv", 1)) == 1.0
+    assert config.threshold((2, "kv")) == 0.0  # no unit of this model
+    assert config.by_layer()[2, "kv"] == [(2, "kv", 0), (2, "kv", 1)]
+    assert config.to_dict() == data | {"base_is_original": True, "top_k": {}}
+
+
+def test_version_follows_from_the_units():
+    assert MoDConfig.from_dict(GOOD).version == 1
+    plain = {"threshold": (0.0, 0.5), "activation": (1.0, 0.5)}
+    for units, version in {
+        UnitConfig(**plain): 1,
+        UnitConfig(**plain, window=(64, 8)): 2,
+        UnitConfig((0.0, 0.0, 0.5, 0.5), (1.0,) * 4, heads=2): 2,
+    }.items():
+        assert MoDConfig(units={"kv": units}).version == version
+
+
+def test_values_of_some_units_change():
+    units = UnitConfig((0.0, 0.0, 0.5, 0.5), (1.0, 1.0, 0.3, 0.2), heads=2)
+    changed = units.with_values({Unit(1, "kv", 1): 0.7}, {Unit(1, "kv", 0): 0.4})
+    assert changed == UnitConfig((0.0, 0.0, 0.5, 0.7), (1.0, 1.0, 0.4, 0.2), heads=2)
+
+
+@pytest.mark.parametrize(
+    "data, named",
+    [
+        (with_(kv=HEADS), "mod.version is 1"),
+        (with_(version=2), "mod.version is 2"),
+        (with_(version=3), "mod.version is 3"),
+        (with_(version=2, kv=HEADS | {"heads": 0}), "mod.kv.heads"),
+        (with_(version=2, kv=HEADS | {"heads": 3}), "mod.kv.threshold has 6 values"),
+        (with_(version=2, kv=HEADS | {"window": 8}), "mod.kv.window"),
+        (with_(version=2, kv=HEADS | {"window": [64] * 5}), "mod.kv.window has 5 values"),
+        (with_(version=2, kv=HEADS | {"window": [64] * 5 + [0]}), "head 1 of layer 2 is 0"),
+        (with_(version=2, kv=HEADS | {"window": [64] * 5 + [1.5]}), "head 1 of layer 2 is 1.5"),
+        (with_(version=2, kv=HEADS | {"window": [16] * 6}), "head 0 of layer 0, which"),
+        (with_(version=2, kv_window=32, kv=HEADS | {"window": [32] * 5 + [64]}), "mod.kv_window"),
+        (with_(attn=unit(0, 0.5, 0) | {"heads": 1}), "unknown key mod.attn.heads"),
+        (
+            with_(
+                version=2,
+                kv={"threshold": [0.5, 0, 0, 0.5, 0.5, 0], "activation": [0.5] * 6, "heads": 2},
+            ),
+            "no layer keeps complete K/V",
+        ),
+    ],
+)
+def test_rules_of_units_by_head(data, named):
+    with pytest.raises(UserError) as error:
+        MoDConfig.from_dict(data).validate(3)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_only_kv_units_are_of_one_head():
+    units = UnitConfig((0.0, 0.0, 0.5, 0.5), (1.0,) * 4, heads=2)
+    with pytest.raises(UserError, match="mod.attn.heads"):
+        MoDConfig(units={"attn": units}).validate(2)

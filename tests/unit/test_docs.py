@@ -174,13 +174,13 @@ def test_pages_that_the_code_names_exist():
 def test_schema_document_names_every_key():
     """docs/reference/gguf-schema.md is the contract: it names what the code writes, and no more."""
     text = (DOCS / "reference" / "gguf-schema.md").read_text(encoding="utf-8")
-    for key in [*schema.SCALARS, *schema.PER_LAYER]:
+    for key in [*schema.SCALARS, *schema.PER_UNIT]:
         assert f"mod.{key}`" in text or f"{{kind}}.{key}`" in text
     assert all(
         kind in text for kind in MoDConfig().to_dict() if kind in ("kv", "block", "attn", "ffn")
     )
     named = set(re.findall(r"`\{a\}\.mod\.(?:\{kind\}\.)?(\w+)`", text))
-    assert named == {*schema.SCALARS, *schema.PER_LAYER}
+    assert named == {*schema.SCALARS, *schema.PER_UNIT}
 
 
 def test_index_links_each_page():

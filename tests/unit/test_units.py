@@ -1,6 +1,8 @@
 """Kinds of units, units of a layer, and their text forms."""
 
+import copy
 import json
+import pickle
 
 import pytest
 
@@ -84,3 +86,25 @@ def test_units():
     for wrong in ("", "kvs", "kv+", "kv+kv", "block+attn", "ffn+block", "kv,ffn"):
         with pytest.raises(UserError):
             parse_kinds(wrong)
+
+
+def test_a_unit_of_a_head():
+    unit = Unit(2, "kv", 1)
+    assert unit == (2, "kv", 1) and hash(unit) == hash((2, "kv", 1))
+    assert (unit.layer, unit.kind, unit.head, unit.place) == (2, "kv", 1, "head 1 of layer 2")
+    assert Unit(2, "kv").head is None and Unit(2, "kv").place == "layer 2"
+    assert Unit(2, "kv") != Unit(2, "kv", 0)
+    units = [Unit(1, "attn"), Unit(1, "kv", 2), Unit(2, "kv", 0), Unit(1, "kv", 0)]
+    assert sorted(units, key=deciding_order) == [
+        (1, "kv", 0),
+        (1, "kv", 2),
+        (1, "attn"),
+        (2, "kv", 0),
+    ]
+
+
+@pytest.mark.parametrize("unit", [Unit(2, "kv"), Unit(2, "kv", 1)])
+def test_units_stay_units_when_they_are_copied(unit):
+    copies = [pickle.loads(pickle.dumps(unit, protocol)) for protocol in range(6)]
+    for made in (*copies, copy.copy(unit), copy.deepcopy(unit)):
+        assert type(made) is Unit and made == unit

@@ -31,6 +31,16 @@ def test_what_was_written_is_read(adapter):
             assert np.array_equal(array, expected[name])
 
 
+def test_routers_by_head(tmp_path):
+    found = adapter_files.read(write_adapter(tmp_path / "heads", UNITS, heads=2))
+    assert found.config == config(UNITS, heads=2)
+    expected = router_tensors(found.config)
+    for head in range(2):
+        w, b = found.routers[2, "kv", head]
+        assert np.array_equal(w, expected["model.layers.2.mod_kv.weight"][head])
+        assert b == expected["model.layers.2.mod_kv.bias"][head]
+
+
 def tensors(file, change):
     def damage(path):
         held = load_file(path / file)

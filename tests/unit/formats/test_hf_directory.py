@@ -5,13 +5,14 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import read_directory
 from mod_export.formats import schema
 from mod_export.formats.hf_directory import is_mod, read_config, stored_type
-from tests.support.mod_files import config, edited, router_tensors, write_directory
+from tests.support.mod_files import N_EMBD, config, edited, router_tensors, write_directory
 
 UNITS = {"kv": [2, 3], "attn": [3], "ffn": [4]}
 
@@ -29,6 +30,32 @@ def test_what_was_written_is_read(mod_dir):
     for unit, pair in routers.items():
         for name, array in zip(schema.hf_tensor_names(*unit), pair, strict=True):
             assert array.dtype == np.float32 and np.array_equal(array, expected[name])
+
+
+def test_routers_by_head_are_rows(tmp_path):
+    options = {"heads": 3, "windows": {(2, "kv", 1): 4}}
+    path = write_directory(tmp_path / "mod", UNITS, **options)
+    found, routers = read_directory(path)
+    assert found == config(UNITS, **options) and found.version == 2
+    stored = load_file(path / "model.safetensors")
+    weight, bias = schema.hf_tensor_names(3, "kv")
+    assert stored[weight].shape == (3, N_EMBD) and stored[bias].shape == (3,)
+    assert not stored[weight][0].any() and not stored[bias][0].any()  # head 0 is not routed
+    assert [unit.head for unit in routers if unit.layer == 3 and unit.kind == "kv"] == [1, 2]
+    for head in (1, 2):
+        w, b = routers[3, "kv", head]
+        assert np.array_equal(w, stored[weight][head]) and b == stored[bias][head : head + 1]
+
+    def refused(words, edit):
+        with pytest.raises(UserError, match=words):
+            read_directory(edited(path, tmp_path / "copy", tensors=edit))
+
+    refused("not of shape", lambda tensors: tensors.update({weight: tensors[weight][:2]}))
+    refused("not of shape", lambda tensors: tensors.update({bias: tensors[bias][:1]}))
+    refused(
+        "has values for head 0, which is not routed",
+        lambda tensors: tensors.update({bias: tensors[bias] + 1}),
+    )
 
 
 def test_is_mod(mod_dir, tmp_path):
