@@ -11,6 +11,24 @@ from mod_export.cli.options import (
 )
 from mod_export.cli.output import name_plots, result_options, write_result
 
+# Those of evaluation/ruler/tasks.py, which `--help` does not wait for.
+RULER_TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3"),
+    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
+
+
+def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
+    """Read the names of tasks, with commas between them, or `all`."""
+    if value == "all":
+        return RULER_TASKS
+    names = tuple(dict.fromkeys(part.strip() for part in value.split(","))) if value else ()
+    for name in names:
+        if name not in RULER_TASKS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(RULER_TASKS)}, all")
+    return names
+
 
 @click.command("eval")
 @click.argument("target", type=ModelName())
@@ -48,6 +66,12 @@ from mod_export.cli.output import name_plots, result_options, write_result
     default=0,
     show_default=True,
     help="Number of first tokens of each sequence that do not count.",
+)
+@click.option(
+    "--last",
+    type=click.IntRange(min=1),
+    show_default="all but those of --skip",
+    help="Number of last tokens of each sequence that count.",
 )
 @click.option(
     "--tasks",
@@ -89,6 +113,54 @@ from mod_export.cli.output import name_plots, result_options, write_result
     show_default=True,
     help="Number of keys for each length and depth.",
 )
+@click.option(
+    "--ruler",
+    callback=ruler_tasks,
+    default="",
+    metavar="TASKS",
+    help="Tasks of RULER, with commas, or `all`: " + ", ".join(RULER_TASKS) + ".",
+)
+@click.option(
+    "--ruler-lengths",
+    callback=comma_list(int, 256, 1 << 30, "2048,4096"),
+    show_default="of 2048,4096,8192 those that fit the model",
+    help="Tokens of prompt and answer of --ruler, with commas.",
+)
+@click.option(
+    "--ruler-samples",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Number of prompts for each task and length.",
+)
+@click.option(
+    "--ruler-seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the prompts.",
+)
+@click.option(
+    "--ruler-essays",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="the packaged texts",
+    help="Text that needles are hidden in: plain, or JSON with a `text`.",
+)
+@click.option(
+    "--ruler-squad",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="made-up questions",
+    help="SQuAD's JSON, such as dev-v2.0.json, for qa_1.",
+)
+@click.option(
+    "--ruler-hotpotqa",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="made-up questions",
+    help="HotpotQA's JSON, such as hotpot_dev_distractor_v1.json, for qa_2.",
+)
 @threshold_shift_option
 @threads_option
 @gpu_layers_option
@@ -112,7 +184,7 @@ def command(
     force,
     **options,
 ):
-    """Measure quality against the dense model: KL, tasks, passkeys.
+    """Measure quality against the dense model: KL, tasks, passkeys, RULER.
 
     TARGET is a MoD directory, a GGUF file, or the name of one on the Hugging Face hub. A dense
     TARGET without --dense gets figures of its own alone.
@@ -121,6 +193,7 @@ def command(
     from mod_export.evaluation import plots as eval_plots
     from mod_export.evaluation import report as eval_report
     from mod_export.evaluation import run as eval_run
+    from mod_export.evaluation.ruler import answers
 
     plan = eval_run.EvaluationPlan(**options)
     if plots:
@@ -128,6 +201,8 @@ def command(
 
     def show(name: str, rows: list[dict]) -> None:
         click.echo(eval_report.table(name, rows, markdown) + "\n", err=json_file == "-")
+
+    keep = None if json_file == "-" else json_file
 
     def run() -> dict:
         return eval_run.evaluate(
@@ -139,8 +214,11 @@ def command(
             device,
             gpu_layers,
             done=show,
+            keep=keep,
         )
 
     result = write_result(run, json_file, force)
+    if keep:
+        answers.forget(keep)
     if plots:
         name_plots(eval_plots.draw(result, plots, force))

@@ -28,7 +28,7 @@ class Journal:
     """
 
     def __init__(self, out: str | Path, identity: dict):
-        self.path = Path(f"{out}.partial")
+        self.path = self.path_of(out)
         head = json.dumps(identity).encode() + b"\n"
         self.count = self.following = 0
         self._start = len(head)
@@ -45,6 +45,11 @@ class Journal:
         except BaseException:
             self._close()
             raise
+
+    @staticmethod
+    def path_of(out: str | Path) -> Path:
+        """The file of the journal of `out`."""
+        return Path(f"{out}.partial")
 
     def _start_from(self, head: bytes) -> None:
         """Write the first line, or compare it with what is there, and find the end."""

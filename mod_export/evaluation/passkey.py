@@ -14,10 +14,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from mod_export.data.text import begun, tokenize
-from mod_export.errors import UserError, template_error
+from mod_export.errors import UserError
+from mod_export.evaluation.generation import chat_frame, encode, greedy
 from mod_export.evaluation.readers import Pair, Reader, Usage
 
 LENGTHS = (1024, 2048, 4096)
@@ -84,20 +83,20 @@ def make_trials(
 
 
 def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Random) -> Trial:
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
     key = str(rng.randrange(10000, 100000))
-    before, after = _chat(tokenizer, QUESTION.format(text="\0")).split("\0")
-    head, tail, needle = map(
-        encode, (before, after + ANSWER.format(key=key), NEEDLE.format(key=key))
+    first, last = chat_frame(tokenizer) or ("", "\n\n")
+    before, _, after = QUESTION.partition("{text}")
+    after += last
+    head, tail, needle = (
+        encode(tokenizer, text)
+        for text in (first + before, after + ANSWER.format(key=key), NEEDLE.format(key=key))
     )
     head = begun(tokenizer, head)
     # The prompt has all that comes before the first digit. After `is` alone a model may speak of
     # the key instead of giving it.
     asked = next(
         i
-        for i in range(len(encode(after)), len(tail))
+        for i in range(len(encode(tokenizer, after)), len(tail))
         if re.search(r"\d", tokenizer.decode(tail[i : i + 1]))
     )
     n_hay = length - sum(map(len, (head, tail, needle))) - SPARE_TOKENS
@@ -116,20 +115,6 @@ def _trial(tokenizer, hay: list[int], length: int, depth: float, rng: random.Ran
         head + text[:cut] + needle + text[cut:] + tail[:asked],
         len(tail) - asked,
     )
-
-
-def _chat(tokenizer, text: str) -> str:
-    """`text` as a user's message in the model's chat format.
-
-    Without such a format it is the text itself.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return text + "\n\n"
-    messages = [{"role": "user", "content": text}]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as exc:  # whatever the template raises
-        raise template_error(exc, "a question") from exc
 
 
 def retrieve(pair: Pair, trials: Sequence[Trial], progress: Callable = iter) -> list[Cell]:
@@ -151,18 +136,11 @@ def first_number(text: str) -> str | None:
     return found[0] if found else None
 
 
-@torch.no_grad()
 def generate(reader: Reader, prompt: list[int], n_tokens: int) -> str:
     """Greedy continuation of the prompt, at most n_tokens, not beyond the end of a number."""
     reader.reset()
-    row, ids, text = reader.last(prompt), [], ""
-    while len(ids) < n_tokens and (token := int(row.argmax())) != reader.tokenizer.eos_token_id:
-        ids.append(token)
-        text = reader.tokenizer.decode(ids)
-        if re.search(r"\d\D", text):
-            break
-        row = reader.last([token])
-    return text
+    row = reader.last(prompt)
+    return greedy(reader, row, n_tokens, lambda text: bool(re.search(r"\d\D", text)))
 
 
 def by_length(cells: Sequence[Cell]) -> list[dict]:

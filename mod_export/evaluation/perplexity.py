@@ -62,12 +62,17 @@ def _read(pair: Pair, ids: torch.Tensor, skip: int) -> torch.Tensor:
 
     Only readers.ROWS rows of logits of each model are in memory.
     """
+    tokens, start = ids.tolist(), 0
     for reader in pair.readers().values():
         reader.reset()
-    tokens = ids.tolist()
-    others = pair.mod.blocks(tokens) if pair.mod else repeat(None)
-    sums, start = torch.zeros(4, dtype=torch.float64), 0
-    for dense, other in zip(pair.dense.blocks(tokens), others, strict=False):
+    if skip and not any(reader.whole for reader in pair.readers().values()):
+        # Logits that do not count are not computed.
+        start = skip
+        for reader in pair.readers().values():
+            reader.last(tokens[:start])
+    others = pair.mod.blocks(tokens[start:]) if pair.mod else repeat(None)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for dense, other in zip(pair.dense.blocks(tokens[start:]), others, strict=False):
         first, stop = max(skip - start, 0), min(len(dense), len(tokens) - 1 - start)
         if first < stop:
             target = ids[start + first + 1 : start + stop + 1]

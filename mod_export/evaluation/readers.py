@@ -37,7 +37,7 @@ class Reader(abc.ABC):
     name: where the model was opened from. tokenizer: is called as those of transformers are. units:
     (layer, kind) of the routed units. windows: of the layers, see metrics.visible_share. n_ctx:
     tokens that the model was made for. n_vocab: width of the logits. whole: whether it reads a
-    sequence at once.
+    sequence at once. force: "active" where all units are. shift: of the thresholds.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Reader(abc.ABC):
     n_ctx: int
     n_vocab: int
     whole: bool = False
+    force: str | None
+    shift: float
 
     def __init__(self):
         self._decisions: list[torch.Tensor] = []
@@ -125,6 +127,7 @@ class TorchReader(Reader):
         self.model = model
         self.name = str(name)
         self.force = force
+        self.shift = model.shift
         self.whole = whole or not model.strategy.is_causal
         self.tokenizer, self.windows = model.tokenizer, architectures.layer_windows(model.base)
         self.units, self.kv_window = model.config.routed(), model.config.kv_window

@@ -23,11 +23,13 @@ USAGE = {"activation": "activation", "kv_share": "KV of dense"}
 
 
 def table(name: str, rows: list[dict], markdown: bool = False) -> str:
-    """The table of one part of a result: texts, tasks or passkey.
+    """The table of one part of a result: texts, tasks, passkey or ruler.
 
     A figure that is None in all rows has no column. A line below tells why no K/V are saved.
     """
-    columns, lines = {"texts": _texts, "tasks": _tasks, "passkey": _passkey}[name](rows)
+    columns, lines = {"texts": _texts, "tasks": _tasks, "passkey": _passkey, "ruler": _ruler}[name](
+        rows
+    )
     columns |= USAGE
     lines = [line | {key: row[key] for key in USAGE} for line, row in zip(lines, rows, strict=True)]
     shown = [key for key in columns if any(line[key] is not None for line in lines)]
@@ -65,6 +67,22 @@ def _tasks(rows: list[dict]) -> tuple[dict, list[dict]]:
             for key in ("acc", "acc_norm"):
                 line[f"{model}_{key}"] = _with_error(row[model], key) if row[model] else None
         lines.append(line)
+    return columns, lines
+
+
+def _ruler(rows: list[dict]) -> tuple[dict, list[dict]]:
+    columns = {
+        "task": "RULER",
+        "length": "tokens",
+        "samples": "samples",
+        "dense": "dense",
+        "mod": "MoD",
+    }
+    lines = [
+        {key: row[key] for key in ("task", "length", "samples")}
+        | {model: _with_error(row, model) for model in ("dense", "mod")}
+        for row in rows
+    ]
     return columns, lines
 
 

@@ -20,11 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from mod_export import __version__
-from mod_export.common.progress import Progress
+from mod_export.common.progress import Progress, stage
 from mod_export.common.system import usable_cpus
 from mod_export.data.text import pack, read_texts
 from mod_export.errors import UserError
@@ -35,6 +36,9 @@ from mod_export.evaluation.open import open_pair
 from mod_export.evaluation.passkey import DEPTHS, LENGTHS
 from mod_export.evaluation.perplexity import Loss
 from mod_export.evaluation.readers import Pair, torch_pair
+from mod_export.evaluation.ruler import answers as ruler_answers
+from mod_export.evaluation.ruler import sources as ruler_sources
+from mod_export.evaluation.ruler import tasks as ruler_tasks
 from mod_export.model.mod_model import MoDModel
 
 logger = logging.getLogger(__name__)
@@ -58,28 +62,45 @@ class EvaluationPlan:
     """What to measure.
 
     texts: files for perplexity and KL. Each gives `count` sequences of `length` tokens, of which
-    the first `skip` do not count. A text that is shorter gives fewer sequences, or one that is
-    shorter. length: None is LENGTH, or the context of the models where that is less. tasks: JSONL
-    files, see tasks.py. task_limit: items of each task. haystack: text for passkeys.
-    passkey_lengths: tokens of the prompts, None for those of LENGTHS that fit the model.
-    passkey_trials: prompts for each length and depth.
+    the first `skip` do not count, or all but the `last` ones. A text that is shorter gives fewer
+    sequences, or one that is shorter. length: None is LENGTH, or the context of the models where
+    that is less. tasks: JSONL files, see tasks.py. task_limit: items of each task. haystack: text
+    for passkeys. passkey_lengths: tokens of the prompts, None for those of LENGTHS that fit the
+    model. passkey_trials: prompts for each length and depth. ruler: names of RULER's tasks.
+    ruler_lengths: tokens of prompt and answer, None for those of ruler.tasks.LENGTHS that fit the
+    model. ruler_samples: prompts of each task and length. ruler_essays, ruler_squad,
+    ruler_hotpotqa: files, see ruler.sources.read.
     """
 
     texts: Sequence[str] = ()
     length: int | None = None
     count: int = 4
     skip: int = 0
+    last: int | None = None
     tasks: Sequence[str] = ()
     task_limit: int | None = None
     haystack: str | None = None
     passkey_lengths: Sequence[int] | None = None
     passkey_depths: Sequence[float] = DEPTHS
     passkey_trials: int = 2
+    ruler: Sequence[str] = ()
+    ruler_lengths: Sequence[int] | None = None
+    ruler_samples: int = ruler_tasks.SAMPLE_COUNT
+    ruler_seed: int = 0
+    ruler_essays: str | None = None
+    ruler_squad: str | None = None
+    ruler_hotpotqa: str | None = None
 
     def __post_init__(self):
-        if not (self.texts or self.tasks or self.haystack):
-            raise UserError("nothing to measure", "give --text, --tasks or --passkey")
+        if not (self.texts or self.tasks or self.haystack or self.ruler):
+            raise UserError("nothing to measure", "give --text, --tasks, --passkey or --ruler")
+        if self.skip and self.last:
+            raise UserError("--skip and --last both say which tokens count", "give one of them")
         _check_skip(self.skip, self.length or LENGTH)
+
+    def skipped(self, length: int) -> int:
+        """How many first positions of a sequence of `length` tokens do not count."""
+        return self.skip if self.last is None else max(0, length - 1 - self.last)
 
 
 def _check_skip(skip: int, length: int, what: str = "") -> None:
@@ -99,27 +120,36 @@ def evaluate(
     gpu_layers: int = 0,
     progress: Progress | None = None,
     done: Callable = lambda name, rows: None,
+    keep: str | Path | None = None,
 ) -> dict:
-    """Measure target beside dense; {"about", "texts", "tasks", "passkey"} with rows each.
+    """Measure target beside dense; {"about", "texts", "tasks", "passkey", "ruler"} with rows each.
 
     The arguments up to gpu_layers are those of open_pair. done: is called with the name and the
-    rows of each part as soon as the part is measured. docs/reference/result-files.md has the keys
-    of a row. Raises UserError, before anything is measured, for what cannot be read or measured.
+    rows of each part as soon as the part is measured. keep: a file beside which the answers to
+    RULER are kept, so that a stopped run goes on; ruler.answers.forget removes them.
+    docs/reference/result-files.md has the keys of a row. Raises UserError, before anything is
+    measured, for what cannot be read or measured.
     """
     texts = {path: read_texts([path]) for path in plan.texts}
     items, skipped = task_files.read_tasks(plan.tasks, plan.task_limit)
     haystack = read_texts([plan.haystack]) if plan.haystack else None
+    sources = ruler_sources.read(plan.ruler_essays, plan.ruler_squad, plan.ruler_hotpotqa)
     pair = open_pair(target, dense, shift, threads, device, gpu_layers)
-    about = _about(target, dense, shift, threads, plan, pair) | {"skipped_tasks": skipped}
+    stand_ins = ruler_tasks.stand_ins(sources, plan.ruler)
+    about = _about(target, dense, shift, threads, plan, pair)
+    about |= {"skipped_tasks": skipped, "ruler_stand_ins": stand_ins}
     for task, n in skipped.items():
         logger.warning(f"note: {n} items of {task} left out: they have no choices")
-    work = _Evaluation(pair, plan, texts, items, haystack)
+    for name, text in stand_ins.items():
+        logger.warning(f"note: RULER's {name} are {text}")
+    work = _Evaluation(pair, plan, texts, items, haystack, sources)
     pair.reserve(work.longest())
     result = {"about": about}
     for name, run in (
         ("texts", work.losses),
         ("tasks", work.accuracies),
         ("passkey", work.passkeys),
+        ("ruler", lambda progress: work.ruler(progress, keep)),
     ):
         result[name] = run(progress or Progress())
         if result[name]:
@@ -128,7 +158,7 @@ def evaluate(
 
 
 class _Evaluation:
-    """A plan as tokens, and its three parts."""
+    """A plan as tokens, and its four parts."""
 
     def __init__(
         self,
@@ -137,9 +167,10 @@ class _Evaluation:
         texts: dict[str, str],
         items: list,
         haystack: str | None,
+        sources: ruler_sources.Sources,
     ):
-        self.pair, tokenizer = pair, pair.measured.tokenizer
-        if (items or haystack is not None) and any(
+        self.pair, self.plan, tokenizer = pair, plan, pair.measured.tokenizer
+        if (items or haystack is not None or plan.ruler) and any(
             reader.whole for reader in pair.readers().values()
         ):
             raise UserError(
@@ -147,7 +178,6 @@ class _Evaluation:
                 "generate",
                 "measure it on --text only",
             )
-        self.skip = plan.skip
         n_ctx = min(reader.n_ctx for reader in pair.readers().values())
         length = plan.length or min(LENGTH, n_ctx)
         if plan.texts:
@@ -164,19 +194,27 @@ class _Evaluation:
             if haystack is not None
             else []
         )
+        lengths = plan.ruler_lengths or [n for n in ruler_tasks.LENGTHS if n <= n_ctx] or [n_ctx]
+        if plan.ruler:
+            pair.reserve(max(lengths))
+        with stage("making the prompts of RULER"):
+            self.samples = ruler_tasks.make_samples(
+                tokenizer, sources, plan.ruler, lengths, plan.ruler_samples, plan.ruler_seed
+            )
 
     def longest(self) -> int:
         """Tokens of the longest sequence of all."""
         lengths = [ids.shape[1] for ids in self.sequences.values()] + [
-            trial.length for trial in self.trials
+            prompt.length for prompt in (*self.trials, *self.samples)
         ]
         return max(lengths + [len(ids) for item in self.items for ids in item.ids])
 
     def losses(self, progress: Progress) -> list[dict]:
         rows = []
         for path, ids in self.sequences.items():
+            skip = self.plan.skipped(ids.shape[1])
             found = perplexity.loss(
-                self.pair, ids, self.skip, lambda x, path=path: progress.count(path, x)
+                self.pair, ids, skip, lambda x, path=path: progress.count(path, x)
             )
             rows.append(
                 {"text": path, "sequences": len(ids), "length": ids.shape[1], **asdict(found)}
@@ -196,6 +234,15 @@ class _Evaluation:
         )
         return passkeys.by_length(cells)
 
+    def ruler(self, progress: Progress, keep: str | Path | None) -> list[dict]:
+        records = ruler_answers.answer_all(
+            self.pair,
+            self.samples,
+            lambda x: progress.count("RULER", x, [float(sample.length) for sample in x]),
+            keep,
+        )
+        return ruler_answers.by_task(records)
+
 
 def _pack(tokenizer, path: str, text: str, length: int, plan: EvaluationPlan) -> torch.Tensor:
     """Return sequences [n, T] of a text: as many and as long as wanted, or what is there."""
@@ -208,7 +255,7 @@ def _pack(tokenizer, path: str, text: str, length: int, plan: EvaluationPlan) ->
         logger.warning(f"note: {path} has one sequence of {n_tokens} tokens, not {length}")
     elif found < plan.count:
         logger.warning(f"note: {path} has {found} of {plan.count} sequences of {length} tokens")
-    _check_skip(plan.skip, n_tokens, f"{path}: ")
+    _check_skip(plan.skipped(n_tokens), n_tokens, f"{path}: ")
     return ids
 
 

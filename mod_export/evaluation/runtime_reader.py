@@ -38,7 +38,7 @@ class RuntimeReader(Reader):
         devices.check(gpu_layers)
         file = GGUFFile.open(path)
         self.name = str(path)
-        self.force = force
+        self.force, self.shift = force, shift
         self._options = {
             "n_batch": CHUNK_TOKENS,
             "threads": threads,

@@ -90,6 +90,9 @@ def test_torch_and_the_runtime_give_the_same_figures(folder):
         passkey_lengths=[256],
         passkey_depths=[0.5],
         passkey_trials=1,
+        ruler=["niah_single_2", "niah_multikey_3"],
+        ruler_lengths=[512],
+        ruler_samples=1,
     )
     first, second = (
         eval_run.evaluate(folder / name, plan, threads=1) for name in ("mod", "mod.gguf")
@@ -104,8 +107,10 @@ def test_torch_and_the_runtime_give_the_same_figures(folder):
     for key in ("perplexity", "perplexity_dense", "kl", "top1_agreement"):
         assert a[key] == pytest.approx(b[key], rel=1e-3), key
     assert (a["activation"], a["kv_share"]) == (b["activation"], b["kv_share"])
-    for part in ("tasks", "passkey"):
+    for part in ("tasks", "passkey", "ruler"):
         assert first[part] == second[part]
+    assert [row["task"] for row in first["ruler"]] == ["niah_single_2", "niah_multikey_3", "mean"]
+    assert 0.2 < first["ruler"][-1]["activation"] < 0.8 and first["ruler"][-1]["kv_share"] < 0.9
     assert [row["task"] for row in first["tasks"]] == [
         "piqa",
         "winogrande",
@@ -236,6 +241,14 @@ def test_the_command(folder, tmp_path, run_cli):
         1,
         "--passkey-depths",
         "0.2,0.8",
+        "--ruler",
+        "qa_1,vt",
+        "--ruler-lengths",
+        1024,
+        "--ruler-samples",
+        1,
+        "--last",
+        60,
         "--plots",
         tmp_path / "plots",
     )
@@ -244,7 +257,11 @@ def test_the_command(folder, tmp_path, run_cli):
     assert "1 items of gsm8k left out" in result.stderr and "perplexity dense" in result.stdout
     assert "acc_norm MoD" in result.stdout and "passkey: tokens" in result.stdout
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [len(found[part]) for part in ("texts", "tasks", "passkey")] == [1, 5, 2]
+    assert "RULER's squad are made-up documents" in result.stderr and "RULER" in result.stdout
+    assert found["about"]["ruler_stand_ins"].keys() == {"squad"}
+    assert not (tmp_path / "out.json.partial").exists()
+    assert [len(found[part]) for part in ("texts", "tasks", "passkey", "ruler")] == [1, 5, 2, 3]
+    assert found["texts"][0]["tokens"] == 60
     assert found["passkey"][0]["mod_by_depth"].keys() == {"0.2", "0.8"}
     for name in ("passkey", "tasks"):
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -282,6 +299,14 @@ def test_the_command(folder, tmp_path, run_cli):
             "skipping 63 of 64 tokens leaves none",
         ),
         (["mod", "--tasks", "text.txt"], "text.txt:1 is no task item"),
+        (["mod", "--text", "text.txt", "--skip", "9", "--last", "9"], "give one of them"),
+        (["mod", "--ruler", "niah"], "'niah' is none of niah_single_1, niah_single_2"),
+        (["mod", "--ruler", "fwe", "--ruler-lengths", "256"], "fwe does not fit into 256 tokens"),
+        (
+            ["mod.gguf", "--ruler", "fwe", "--ruler-lengths", "4096"],
+            "do not fit the context of mod.gguf, 2048",
+        ),
+        (["mod", "--ruler", "qa_1", "--ruler-squad", "text.txt"], "text.txt is no file of SQuAD"),
         (
             ["mod.gguf", "--text", "text.txt", "--threshold-shift", "nan"],
             "nan is not a finite number",
