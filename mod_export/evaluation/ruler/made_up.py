@@ -19,7 +19,7 @@ FIRST_NAMES = (
     "Ada Bruno Clara Dario Edith Felix Greta Hugo Irma Jonas Klara Leon Marta Nils Olga Pavel "
     "Rosa Simon Thea Urban Vera Walter Yvonne Zeno"
 ).split()
-BEGINNINGS = "Bel Cor Dran El Fal Gar Hol Is Kel Lor Mar Nor Os Pel Quil Ren Sar Tol Ul Ver".split()
+BEGINNINGS = "Bel Cor Dren El Fal Gar Hol Is Kel Lor Mar Nor Os Pel Quil Ren Sar Tol Ul Ver".split()
 MIDDLES = "a e i o u ar en il or un".split()
 ENDS = "bury dale field ford ham holm mere mouth ness stead ton wick".split()
 RIVERS = "Amber Birch Clear Deep Elder Fern Green Heron Iron Juniper Long Mill Otter Swift".split()
