@@ -62,15 +62,18 @@ _missing: list[str] = []
 
 
 # struct llama_mod_unit {
-#     int32_t layer; enum llama_mod_kind kind; float threshold; float activation; };
+#     int32_t layer; enum llama_mod_kind kind; int32_t head; float threshold; float activation;
+#     int32_t window; };
 class llama_mod_unit(ctypes.Structure):  # noqa: N801
     """A routed unit of a file."""
 
     _fields_ = [
         ("layer", ctypes.c_int32),
         ("kind", ctypes.c_int),
+        ("head", ctypes.c_int32),
         ("threshold", ctypes.c_float),
         ("activation", ctypes.c_float),
+        ("window", ctypes.c_int32),
     ]
 
 
@@ -159,7 +162,7 @@ def llama_mod_get_unit(model, i, unit):
 # LLAMA_API int32_t llama_mod_kv_window(const struct llama_model * model);
 @_symbol([_model_p], ctypes.c_int32)
 def llama_mod_kv_window(model):
-    """Recent window of the kv units in tokens; 0: no kv units."""
+    """Largest recent window of the kv units in tokens; 0: no kv units."""
 
 
 # LLAMA_API int32_t llama_mod_n_sink(const struct llama_model * model);

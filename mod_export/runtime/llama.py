@@ -182,7 +182,15 @@ class MoDLlama(SafeLlama):
         for i in range(bindings.n_units(self.model)):
             bindings.llama_mod_get_unit(self.model, i, ctypes.byref(raw))
             units.append(
-                RoutedUnit(i, raw.layer, kind_of_c_value(raw.kind), raw.threshold, raw.activation)
+                RoutedUnit(
+                    i,
+                    raw.layer,
+                    kind_of_c_value(raw.kind),
+                    raw.threshold,
+                    raw.activation,
+                    raw.head if raw.head >= 0 else None,
+                    raw.window,
+                )
             )
         return units
 
@@ -193,7 +201,7 @@ class MoDLlama(SafeLlama):
 
     @property
     def kv_window(self) -> int:
-        """Recent window of the kv units in tokens; 0 where there are none."""
+        """Largest recent window of the kv units in tokens; 0 where there are none."""
         return bindings.llama_mod_kv_window(self.model) if self.units else 0
 
     @property

@@ -11,13 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoutedUnit:
-    """A routed unit, with the threshold and the activation (on calibration text) of the file."""
+    """A routed unit, with the threshold and the activation (on calibration text) of the file.
+
+    head: the K/V head that a kv unit decides about, None for all of the layer. window: the recent
+    tokens that a kv unit always sees, 0 for other kinds.
+    """
 
     index: int
     layer: int
     kind: str
     threshold: float
     activation: float
+    head: int | None = None
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class KVMemory:
     """The KV memory of a context.
 
     reserved: bytes of address space. committed: bytes of memory behind it. used: bytes of the cells
-    in use. dense: bytes that llama.cpp would use for the same tokens in a dense model; in a sliding
+    in use; a cell holds K and V of one token in a layer, or in one K/V head that has cells of its
+    own. dense: bytes that llama.cpp would use for the same tokens in a dense model; in a sliding
     layer these are the cells of the window and a ubatch.
     """
 

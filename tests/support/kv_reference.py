@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from mod_export.units import Unit
 from tests.support.windows import Window
 
 END = 2**31 - 1
@@ -45,11 +48,11 @@ class Cell:
 class Sequence:
     """What is known of one sequence beside its cells.
 
-    lost: per kind of window, an upper bound of the positions given back since it was last empty.
+    lost: by name of window, an upper bound of the positions given back since it was last empty.
     origin: the settings that its tokens were decoded with; None for no tokens.
     """
 
-    lost: dict[str, int] = field(default_factory=lambda: {"kv": -1, "layer": -1})
+    lost: dict[str, int]
     broken: str = "no"  # "must": a decode has to refuse it; "may": it can
     origin: tuple | None = None
 
@@ -68,8 +71,10 @@ class Full(Exception):
 class Reference:
     """The caches and sequences of one context.
 
-    units: (layer, kind) in the order of the trace's columns.
+    units: in the order of the trace's columns.
     windows: "kv": where a query sees what kv units drop; "layer": what sliding layers see.
+    heads: how many K/V heads have cells of their own, in layers with kv units.
+    own_windows: kv unit -> its window in tokens, where it has another one than the others.
     sliding: the layers that see no more; none of them has units other than ffn.
     without_kv: the layers that hold nothing, because they read what others hold.
     """
@@ -84,20 +89,47 @@ class Reference:
         rollback: int = 64,
         sliding: tuple[int, ...] = (),
         without_kv: tuple[int, ...] = (),
+        heads: int = 1,
+        own_windows: dict | None = None,
     ):
-        self.units, self.n_layer, self.windows = list(units), n_layer, windows
+        self.units, self.n_layer, self.windows = [Unit(*unit) for unit in units], n_layer, windows
         self.n_cells, self.rollback = n_cells, rollback
         self.sliding, self.without_kv = sliding, without_kv
-        self.own = sorted({layer for layer, kind in self.units if kind != "ffn"})
+        self.heads, self.own_windows = heads, own_windows or {}
+        # layer -> its caches, one or one of each head
+        kv = {unit.layer for unit in self.units if unit.kind == "kv"}
+        self.own = {
+            unit.layer: [
+                (unit.layer, head) for head in range(heads if unit.layer in kv else 1)
+            ]
+            for unit in self.units
+            if unit.kind != "ffn"
+        }
         # which caches give cells back, and when
-        self.drops = {layer: "kv" for layer, kind in self.units if kind == "kv"}
+        self.drops = {
+            (unit.layer, head): self._kv_window(unit)
+            for unit in self.units
+            if unit.kind == "kv"
+            for head in (range(heads) if unit.head is None else [unit.head])
+        }
         shared = [COMPLETE]
         if sliding:
             shared.append(SLIDING)
             self.drops[SLIDING] = "layer"
-        self.cells: dict[int, list[Cell]] = {layer: [] for layer in [*shared, *self.own]}
-        self.seqs = [Sequence() for _ in range(n_seq)]
+        caches = [*shared, *(cache for caches in self.own.values() for cache in caches)]
+        self.cells: dict[object, list[Cell]] = {cache: [] for cache in caches}
+        self.seqs = [self._no_tokens() for _ in range(n_seq)]
         self.settings = {"force": "none", "shift": 0.0}
+
+    def _kv_window(self, unit: Unit) -> str:
+        """Return the name of a unit's window; windows of one size have one name."""
+        size = self.own_windows.get(unit, self.windows["kv"].size)
+        name = "kv" if size == self.windows["kv"].size else f"kv {size}"
+        self.windows.setdefault(name, Window(size))
+        return name
+
+    def _no_tokens(self) -> Sequence:
+        return Sequence(dict.fromkeys(self.windows, -1))
 
     @property
     def origin(self) -> tuple:
@@ -109,15 +141,16 @@ class Reference:
 
     def used(self) -> list[int]:
         """Return the number of cells in use per layer."""
-        count = {layer: sum(bool(c.seqs) for c in cells) for layer, cells in self.cells.items()}
+        count = {cache: sum(bool(c.seqs) for c in cells) for cache, cells in self.cells.items()}
         layers = range(self.n_layer)
-        return [0 if i in self.without_kv else count[self.cache(i)] for i in layers]
+        return [
+            0 if i in self.without_kv else sum(count[cache] for cache in self.caches(i))
+            for i in layers
+        ]
 
-    def cache(self, layer: int) -> int:
-        """Return the cache of a layer: one of its own, or a common one."""
-        if layer in self.own:
-            return layer
-        return SLIDING if layer in self.sliding else COMPLETE
+    def caches(self, layer: int) -> list:
+        """Return the caches of a layer: those of its own, or a common one."""
+        return self.own.get(layer) or [SLIDING if layer in self.sliding else COMPLETE]
 
     def positions(self, seq: int) -> list[int]:
         return sorted(c.pos for c in self.cells[COMPLETE] if seq in c.seqs)
@@ -172,21 +205,30 @@ class Reference:
         for cell in (c for cells in self.cells.values() for c in cells):
             cell.new = False
 
-    def free(self, layer: int) -> int:
-        return self.n_cells - sum(bool(c.seqs) for c in self.cells[layer])
+    def free(self, cache) -> int:
+        return self.n_cells - sum(bool(c.seqs) for c in self.cells[cache])
 
     def _ubatch(self, tokens, active) -> None:
-        for cache in self.cells.keys() - set(self.own):
+        for cache in self.cells.keys() & {COMPLETE, SLIDING}:
             self.cells[cache] += [Cell(pos, {seq}, cache == SLIDING) for seq, pos in tokens]
-        for layer in self.own:
-            unit = {kind: active[:, i] for i, (at, kind) in enumerate(self.units) if at == layer}
-            new = []
-            for i, (seq, pos) in enumerate(tokens):
-                if all(unit[kind][i] for kind in ("block", "attn") if kind in unit):
-                    new.append(Cell(pos, {seq}, "kv" in unit and not unit["kv"][i]))
-            if self.free(layer) < len(new):
-                raise Full(f"layer {layer}")
-            self.cells[layer] += new
+        for layer, caches in self.own.items():
+            runs = np.ones(len(tokens), bool)
+            kept = np.ones((len(tokens), len(caches)), bool)
+            for i, unit in enumerate(self.units):
+                if unit.layer == layer and unit.kind == "kv":
+                    heads = slice(None) if unit.head is None else [unit.head]
+                    kept[:, heads] = active[:, i, None]
+                elif unit.layer == layer and unit.kind != "ffn":
+                    runs &= active[:, i]
+            for part, cache in enumerate(caches):
+                new = [
+                    Cell(pos, {seq}, not kept[i, part])
+                    for i, (seq, pos) in enumerate(tokens)
+                    if runs[i]
+                ]
+                if self.free(cache) < len(new):
+                    raise Full(f"layer {layer}")
+                self.cells[cache] += new
 
     def _expire(self, start: dict[int, int], only_new: bool) -> None:
         """Give back the cells that no query can see any more.
@@ -235,7 +277,7 @@ class Reference:
                     c.gone.discard(seq)
             cells[:] = [c for c in cells if c.seqs or c.gone]
         if self.pos_max(seq) < 0:
-            self.seqs[seq] = Sequence()
+            self.seqs[seq] = self._no_tokens()
             for c in (c for cells in self.cells.values() for c in cells):
                 c.gone.discard(seq)
 
@@ -318,8 +360,10 @@ class Reference:
             self.rollback,
             self.sliding,
             self.without_kv,
+            self.heads,
+            self.own_windows,
         )
-        new.cells = {layer: [c.copy() for c in cells] for layer, cells in self.cells.items()}
+        new.cells = {cache: [c.copy() for c in cells] for cache, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]
         return new
 
@@ -340,12 +384,12 @@ class Reference:
         """
         self._forget(dst, 0, END)
         new = {
-            layer: [c.moved(src, dst) for c in cells if src in c.seqs | c.gone]
-            for layer, cells in saved.cells.items()
+            cache: [c.moved(src, dst) for c in cells if src in c.seqs | c.gone]
+            for cache, cells in saved.cells.items()
         }
-        if any(self.free(layer) < sum(bool(c.seqs) for c in cells) for layer, cells in new.items()):
+        if any(self.free(cache) < sum(bool(c.seqs) for c in cells) for cache, cells in new.items()):
             return False
-        for layer, cells in new.items():
-            self.cells[layer] += cells
-        self.seqs[dst] = saved.seqs[src].copy() if self.pos_max(dst) >= 0 else Sequence()
+        for cache, cells in new.items():
+            self.cells[cache] += cells
+        self.seqs[dst] = saved.seqs[src].copy() if self.pos_max(dst) >= 0 else self._no_tokens()
         return True

@@ -45,7 +45,11 @@ CASES = {
         (2,): "attn+kv",
         (4,): "block+kv",
     },  # layer 3 has complete K/V
+    "heads": {(1, 2, 4): "heads"},
+    "heads with windows": {(1, 4): "heads", (2,): "attn+ffn+heads", (3,): "block+heads"},
 }
+# The windows of "heads with windows", in turns; one of its heads keeps everything.
+HEAD_WINDOWS = (3, 8, 20)
 # The layers of SLIDES see few tokens. No layer has complete K/V in the first case.
 SLIDES = (1, 2, 4)
 SLIDING = {
@@ -71,6 +75,10 @@ def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> T
     tiny = Tiny(**shape)
     for layers, kinds in (CASES | SLIDING)[case].items():
         tiny.route(layers, kinds, seed=layers[0] + 1)
+    if case == "heads with windows":
+        del tiny.routers[4, "kv", 1]
+        heads = [unit for unit in tiny.units if unit.kind == "kv"]
+        tiny.windows = dict(zip(heads, HEAD_WINDOWS * len(heads)))
     return tiny.place_biases(sequences, activation)
 
 
@@ -84,21 +92,23 @@ def cells(r: Raw) -> list[int]:
 
 
 def kept(tiny: Tiny | RoutedFile, layer: int, active, n: int, rollback: int) -> np.ndarray:
-    """Return which of the first n tokens of a text a layer holds, [n] bool.
+    """Return which of the first n tokens of a text a layer holds, bool [n, parts].
 
-    active: [T, n_units], from the trace.
+    A part is a K/V head, where these have cells of their own. active: [T, n_units], from the trace.
     """
     if layer in tiny.without_kv:
-        return np.zeros(n, bool)
+        return np.zeros((n, 1), bool)
     at = np.arange(n)
     unit = {u: active[:n, i].astype(bool) for i, u in enumerate(tiny.units)}
-    keep = np.ones(n, bool)
+    own = [u for u in unit if u.layer == layer and u.kind == "kv"]
+    keep = np.ones((n, tiny.heads if own else 1), bool)
     for kind in ("block", "attn"):
-        keep &= unit.get((layer, kind), True)
-    if (layer, "kv") in unit:
-        keep &= unit[layer, "kv"] | (at >= Window(tiny.kv_window).first(n - rollback))
+        keep &= np.asarray(unit.get((layer, kind), np.ones(n, bool)))[:, None]
+    for u in own:
+        near = at >= Window(tiny.window_of(u)).first(n - rollback)
+        keep[:, slice(None) if u.head is None else [u.head]] &= (unit[u] | near)[:, None]
     if layer in tiny.sliding:
-        keep &= at >= tiny.window.first(n - rollback)
+        keep &= (at >= tiny.window.first(n - rollback))[:, None]
     return keep
 
 

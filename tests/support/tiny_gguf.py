@@ -17,7 +17,7 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-from mod_export.units import ATTN, BLOCK, KV, deciding_order
+from mod_export.units import ATTN, BLOCK, KV, Unit, deciding_order
 from tests.support.windows import Window
 
 EPS = 1e-5
@@ -47,9 +47,9 @@ class Out(NamedTuple):
 
 @dataclass
 class Tiny:
-    """A random llama model; `routers` maps (layer, kind) to [w, b, p].
+    """A random llama model; `routers` maps (layer, kind) or (layer, "kv", head) to [w, b, p].
 
-    sliding: layers whose attention sees the last `n_swa` tokens.
+    windows: (layer, "kv", head) -> its window, where it has one of its own. sliding: layers whose attention sees the last `n_swa` tokens.
     """
 
     n_layer: int = 5
@@ -61,6 +61,7 @@ class Tiny:
     tied: bool = False
     sink_tokens: int = 2
     kv_window: int = 8
+    windows: dict = field(default_factory=dict)
     scale_output: bool = False
     sliding: tuple = ()
     n_swa: int = 12
@@ -118,20 +119,32 @@ class Tiny:
 
     @property
     def units(self) -> list:
-        """Return the units (layer, kind) in the order of their decisions."""
-        return sorted(self.routers, key=deciding_order)
+        """Return the units in the order of their decisions."""
+        return sorted((Unit(*unit) for unit in self.routers), key=deciding_order)
 
     def route(self, layers, kinds: str, p: float = 0.4, seed: int = 1) -> Tiny:
-        """Put a random router of each of the kinds (joined with +) into the layers."""
+        """Put a random router of each of the kinds (joined with +) into the layers.
+
+        The kind `heads` stands for a kv router of each K/V head.
+        """
         rng = np.random.default_rng(seed)
         for layer in layers:
             for kind in kinds.split("+"):
-                self.routers[layer, kind] = [
-                    (rng.standard_normal(self.n_embd) / 8).astype(np.float32),
-                    0.0,
-                    p,
-                ]
+                heads = range(self.n_head_kv) if kind == "heads" else [None]
+                for head in heads:
+                    unit = Unit(layer, kind) if head is None else Unit(layer, KV, head)
+                    w = (rng.standard_normal(self.n_embd) / 8).astype(np.float32)
+                    self.routers[unit] = [w, 0.0, p]
         return self
+
+    @property
+    def heads(self) -> int:
+        """Return how many K/V heads decide apart."""
+        return self.n_head_kv if any(unit.head is not None for unit in self.units) else 1
+
+    def window_of(self, unit) -> int:
+        """Return the window of a kv unit."""
+        return self.windows.get(unit, self.kv_window)
 
     def place_biases(self, sequences, activation: float = 0.5) -> Tiny:
         """Set each bias so that about `activation` of the tokens are active.
@@ -179,16 +192,22 @@ class Tiny:
 
         for layer in range(self.n_layer):
             full = {i: (np.ones(len(h), bool), np.ones(len(h))) for i, h in enumerate(hs)}
+            kept = [np.ones((len(h), self.n_head_kv), bool) for h in hs]
+            for unit in self.units:
+                if unit[:2] == (layer, KV):
+                    heads = slice(None) if unit.head is None else [unit.head]
+                    for i, act, _ in decide(unit):
+                        kept[i][:, heads] = act[:, None]
             got = {
                 k: {i: (a, g) for i, a, g in decide((layer, k))}
                 if (layer, k) in self.routers
                 else dict(full)
-                for k in (KV, BLOCK, ATTN)
+                for k in (BLOCK, ATTN)
             }
             block_in = [h.copy() for h in hs]
             for i, h in enumerate(hs):
                 act = got["block"][i][0] & got["attn"][i][0]
-                delta = self._attention(t, layer, h, act, got["kv"][i][0])
+                delta = self._attention(t, layer, h, act, kept[i])
                 hs[i] = h + got["attn"][i][1][:, None] * delta * act[:, None]
             if (layer, "ffn") in self.routers:
                 got["ffn"] = {i: (a, g) for i, a, g in decide((layer, "ffn"))}
@@ -206,7 +225,8 @@ class Tiny:
             results.append(Out(embd @ out.T, columns[0].astype(bool), columns[1], embd))
         return results
 
-    def _attention(self, t, layer, h, act, remembered):
+    def _attention(self, t, layer, h, act, kept):
+        """kept: [T, n_head_kv], what is seen beyond the window."""
         b, d = f"blk.{layer}.", self.n_embd // self.n_head
         x = rms(h) * t[b + "attn_norm.weight"]
         q, k, v = (x @ t[f"{b}attn_{n}.weight"].T for n in "qkv")
@@ -215,13 +235,15 @@ class Tiny:
         k = rope(k.reshape(n, self.n_head_kv, d)).repeat(group, axis=1)
         v = v.reshape(n, self.n_head_kv, d).repeat(group, axis=1)
         dist = np.arange(n)[:, None] - np.arange(n)[None]
-        visible = (dist >= 0) & act[None] & (remembered[None] | (dist < self.kv_window))
+        windows = [self.window_of(unit) for unit in self._rows(layer, KV)]
+        near = dist[..., None] < np.array(windows)  # [query, key, n_head_kv or 1]
+        visible = ((dist >= 0) & act[None])[..., None] & (kept[None] | near)
         if layer in self.sliding:
-            visible &= dist < self.n_swa
-        visible |= np.eye(
-            n, dtype=bool
-        )  # rows of inactive tokens: any value, the result is not used
-        s = np.where(visible[None], np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d), -np.inf)
+            visible &= (dist < self.n_swa)[..., None]
+        # rows of inactive tokens: any value, the result is not used
+        visible |= np.eye(n, dtype=bool)[..., None]
+        visible = visible.transpose(2, 0, 1).repeat(group, axis=0)
+        s = np.where(visible, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d), -np.inf)
         top = s.max(-1, keepdims=True)
         sinks = t.get(b + "attn_sinks.weight", np.full(self.n_head, -np.inf))[:, None, None]
         s, sinks = np.exp(s - top), np.exp(sinks - top)
@@ -304,9 +326,12 @@ class Tiny:
             if value is not None:
                 w.add_key_value(f"{self.arch}.mod.{key}", value, kind, sub)
         data = dict(self.tensors)
-        for (layer, kind), (weight, bias, _) in self.routers.items():
-            data[f"blk.{layer}.mod_{kind}.weight"] = weight
-            data[f"blk.{layer}.mod_{kind}.bias"] = np.array([bias], np.float32)
+        for layer, kind in {unit[:2] for unit in self.routers}:
+            none = [np.zeros(self.n_embd, np.float32), 0.0, 0.0]
+            parts = [self.routers.get(unit, none) for unit in self._rows(layer, kind)]
+            weight = np.stack([weight for weight, _, _ in parts])
+            data[f"blk.{layer}.mod_{kind}.weight"] = weight if len(parts) > 1 else weight[0]
+            data[f"blk.{layer}.mod_{kind}.bias"] = np.array([b for _, b, _ in parts], np.float32)
         for name, value in (data | (tensors or {})).items():
             if value is not None:
                 w.add_tensor(name, np.ascontiguousarray(value))
@@ -330,6 +355,11 @@ class Tiny:
         if self.template:
             w.add_chat_template(self.template)
 
+    def _rows(self, layer: int, kind: str) -> list:
+        """Return the units of the rows of a layer's router tensor."""
+        heads = self.heads if kind == KV else 1
+        return [Unit(layer, kind, j) if heads > 1 else Unit(layer, kind) for j in range(heads)]
+
     def mod_keys(self) -> dict:
         """Return value, type and type of the elements of each key, named without its `{arch}.mod.`.
 
@@ -339,14 +369,19 @@ class Tiny:
             return {}
         v = gguf.GGUFValueType
         out = {
-            "version": (1, v.UINT32, None),
+            "version": (2 if self.heads > 1 or self.windows else 1, v.UINT32, None),
             "gating_func": ("sigmoid", v.STRING, None),
             "scale_output": (self.scale_output, v.BOOL, None),
             "sink_tokens": (self.sink_tokens, v.UINT32, None),
             "kv_window": (self.kv_window, v.UINT32, None),
         }
-        for kind in {k for _, k in self.routers}:
-            p = [self.routers.get((layer, kind), (0, 0, 0.0))[2] for layer in range(self.n_layer)]
+        for kind in {unit[1] for unit in self.routers}:
+            units = [u for layer in range(self.n_layer) for u in self._rows(layer, kind)]
+            p = [self.routers.get(unit, (0, 0, 0.0))[2] for unit in units]
+            if kind == KV and self.windows:
+                own = [self.window_of(unit) for unit in units]
+                out["kv.window"] = (own, v.ARRAY, v.UINT32)
+                out["kv_window"] = (max(own), v.UINT32, None)
             out[f"{kind}.threshold"] = (p, v.ARRAY, v.FLOAT32)
             out[f"{kind}.activation"] = ([0.5 if x else 1.0 for x in p], v.ARRAY, v.FLOAT32)
         return out

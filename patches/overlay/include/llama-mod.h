@@ -2,9 +2,9 @@
 
 // Mixture-of-Depths: inspect and steer the routed units of a model, count what they skip.
 //
-// A unit is (layer, kind). Units are numbered in the order in which they decide: by layer, within a layer
-// kv, block, attn, ffn. A dense model has 0 units; on its contexts the getters return 0 (or false) and
-// the setters LLAMA_MOD_ERR_NOT_MOD.
+// A unit is (layer, kind), or (layer, kv, head) where each K/V head is remembered or forgotten by itself. Units are
+// numbered in the order in which they decide: by layer, within a layer kv (by head), block, attn, ffn. A dense model
+// has 0 units; on its contexts the getters return 0 (or false) and the setters LLAMA_MOD_ERR_NOT_MOD.
 
 #include "llama.h"
 
@@ -38,8 +38,10 @@ extern "C" {
     struct llama_mod_unit {
         int32_t             layer;
         enum llama_mod_kind kind;
+        int32_t             head;       // the K/V head that it decides about, -1: all of the layer
         float               threshold;  // p of the file, in (0, 1)
         float               activation; // share of tokens active on calibration text, in [0, 1]
+        int32_t             window;     // kv: the recent tokens that are seen in any case, else 0
     };
 
     struct llama_mod_unit_stats {
@@ -48,8 +50,8 @@ extern "C" {
     };
 
     struct llama_mod_kv_stats {
-        uint64_t n_cells;         // cells reserved, summed over layers
-        uint64_t n_used;          // cells in use, summed over layers
+        uint64_t n_cells;         // cells reserved, summed over layers, and over K/V heads that have cells of their own
+        uint64_t n_used;          // cells in use, summed likewise
         uint64_t bytes_per_cell;  // K and V of one token (of all counted layers together)
         uint64_t bytes_reserved;  // address space
         uint64_t bytes_committed; // memory that the operating system has backed with pages
@@ -79,7 +81,7 @@ extern "C" {
     // the model's units
     LLAMA_API int32_t llama_mod_n_units  (const struct llama_model * model);
     LLAMA_API bool    llama_mod_get_unit (const struct llama_model * model, int32_t i, struct llama_mod_unit * unit);
-    LLAMA_API int32_t llama_mod_kv_window(const struct llama_model * model); // tokens; 0: no kv units
+    LLAMA_API int32_t llama_mod_kv_window(const struct llama_model * model); // tokens, the largest; 0: no kv units
     LLAMA_API int32_t llama_mod_n_sink   (const struct llama_model * model); // first positions, always active
 
     // of any model: how many tokens the attention of layer il sees at most; 0: all of them

@@ -14,13 +14,13 @@ static constexpr uint32_t MOD_N_ROOM = 256;
 // placing tokens in cells
 //
 
-llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id, int window) const {
+llama_pos llama_kv_cache_mod::reach(llama_seq_id seq_id, size_t window) const {
     // the first query that may come, with the rollback
     const llama_pos p = base->seq_pos_max(seq_id) + 1 - (llama_pos) rollback;
     return p < 0 ? 0 : windows[window].first(p);
 }
 
-bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i, int window) const {
+bool llama_kv_cache_mod::is_passing(const llama_ubatch & ubatch, uint32_t i, size_t window) const {
     for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
         if (ubatch.pos[i] >= reach(ubatch.seq_id[i][s], window)) {
             return false;
@@ -165,7 +165,7 @@ const llama_kv_cache_context * llama_kv_cache_mod::get_one(layer_group & c, int3
     }
     // as llama_kv_cache::get_n_kv(), with the reserved cell and the slack
     const uint32_t n_pad  = std::max(c.kv->n_pad, 256u);
-    const uint32_t n_used = get_n_used(c.il, cell);
+    const uint32_t n_used = get_n_used(c.il, c.part, cell);
 
     uint32_t n = n_used;
     switch (slack_used) {
@@ -178,10 +178,10 @@ const llama_kv_cache_context * llama_kv_cache_mod::get_one(layer_group & c, int3
     return c.one.get();
 }
 
-void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell) {
+void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t part, int32_t cell) {
     static const std::vector<uint8_t> none;
 
-    if (auto * c = find(il)) {
+    if (auto * c = find(il, part)) {
         c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, windows[c->window]);
         if (cell >= 0) {
             // 0 in either type
@@ -192,7 +192,7 @@ void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubat
     }
 }
 
-uint32_t llama_kv_cache_mod::get_n_used(int32_t il, int32_t cell) const {
-    const auto * c = find(il);
+uint32_t llama_kv_cache_mod::get_n_used(int32_t il, int32_t part, int32_t cell) const {
+    const auto * c = find(il, part);
     return std::max((c ? *c->kv : *base).get_cells(0).used_max_p1(), uint32_t(cell + 1));
 }

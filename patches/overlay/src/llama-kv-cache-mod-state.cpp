@@ -7,7 +7,7 @@
 
 // the first bytes of a state. The second number counts the formats: a state of another one is refused
 static constexpr uint32_t MOD_STATE_MAGIC   = 0x53446f4d; // "MoDS"
-static constexpr uint32_t MOD_STATE_VERSION = 3;
+static constexpr uint32_t MOD_STATE_VERSION = 4;
 
 //
 // state
@@ -46,7 +46,8 @@ void llama_kv_cache_mod::state_read_origins(llama_io_read_i & io) {
 }
 
 void llama_kv_cache_mod::state_write_group(llama_io_write_i & io, const layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    io.write(&c.il, sizeof(c.il));
+    const int32_t at[] = { c.il, c.part };
+    io.write(at, sizeof(at));
     c.kv->state_write(io, seq_id, flags);
 
     // the decisions, cells in the order of llama_kv_cache::state_write()
@@ -67,9 +68,9 @@ void llama_kv_cache_mod::state_write_group(llama_io_write_i & io, const layer_gr
 }
 
 void llama_kv_cache_mod::state_read_group(llama_io_read_i & io, layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    int32_t il;
-    io.read(&il, sizeof(il));
-    if (il != c.il) {
+    int32_t at[2];
+    io.read(at, sizeof(at));
+    if (at[0] != c.il || at[1] != c.part) {
         throw std::runtime_error("mod: the state belongs to a model with other routed layers");
     }
 
@@ -113,8 +114,11 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seq_id == -1 || s == seq_id) {
-            const int32_t info[] = { seqs[s].left[WINDOW_KV].freed, seqs[s].left[WINDOW_LAYER].freed, seqs[s].broken };
-            io.write(info, sizeof(info));
+            std::vector<int32_t> info = { seqs[s].broken };
+            for (const auto & left : seqs[s].left) {
+                info.push_back(left.freed);
+            }
+            io.write(info.data(), info.size()*sizeof(info[0]));
         }
     }
 }
@@ -142,14 +146,15 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
 
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
             if (seq_id == -1 || s == seq_id) {
-                int32_t info[3];
-                io.read(info, sizeof(info));
+                std::vector<int32_t> info(1 + windows.size());
+                io.read(info.data(), info.size()*sizeof(info[0]));
 
-                seqs[s] = {};
+                seqs[s] = no_tokens();
                 if (base->seq_pos_max(s) >= 0) {
-                    seqs[s].left[WINDOW_KV]   .freed = std::max(-1, info[0]);
-                    seqs[s].left[WINDOW_LAYER].freed = std::max(-1, info[1]);
-                    seqs[s].broken = info[2] != 0;
+                    for (size_t w = 0; w < windows.size(); ++w) {
+                        seqs[s].left[w].freed = std::max(-1, info[1 + w]);
+                    }
+                    seqs[s].broken = info[0] != 0;
                     seqs[s].origin = get_origin();
                 }
             }
@@ -166,7 +171,7 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
                 c.rows->wipe(seq_id);
                 c.head = 0;
             }
-            seqs[seq_id] = {};
+            seqs[seq_id] = no_tokens();
             trim();
         }
         throw;

@@ -22,8 +22,13 @@ static constexpr uint32_t MOD_N_TRIM = 64;
 // llama_kv_cache_mod
 //
 
+static llama_hparams mod_one_head(llama_hparams hparams) {
+    std::fill(hparams.n_head_kv_arr.begin(), hparams.n_head_kv_arr.end(), 1);
+    return hparams;
+}
+
 llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) :
-    mod(*model.mod), hparams(model.hparams), n_seq_max(cparams.n_seq_max),
+    mod(*model.mod), hparams(model.hparams), hparams_part(mod_one_head(model.hparams)), n_seq_max(cparams.n_seq_max),
     type_k(params.type_k), type_v(params.type_v), v_trans(!cparams.flash_attn) {
 
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
@@ -32,6 +37,8 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
     init_windows();
     init_groups();
 
+    seqs.assign(LLAMA_MAX_SEQ, no_tokens());
+
     const bool     offload = cparams.offload_kqv;
     const uint32_t kv_size = cparams.n_ctx_seq;
 
@@ -39,9 +46,9 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
         const int32_t source = il < (int32_t) hparams.n_layer() ? llama_mod_arch_kv_source(hparams, il) : il;
         return source == il ? -1 : source;
     };
-    const auto make = [this, reuse, offload, kv_size, &model](llama_mod_kv_mode mode, const llama_kv_cache::layer_filter_cb & filter) {
-        return std::make_unique<llama_mod_rows>(mode, kv_size, [=, &model](uint32_t n_rows) {
-            return std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, v_trans, offload, /*unified =*/ true,
+    const auto make = [this, reuse, offload, kv_size, &model](llama_mod_kv_mode mode, const llama_hparams & hparams, const llama_kv_cache::layer_filter_cb & filter) {
+        return std::make_unique<llama_mod_rows>(mode, kv_size, [=, &model, &hparams](uint32_t n_rows) {
+            return std::make_unique<llama_kv_cache>(model, hparams, type_k, type_v, v_trans, offload, /*unified =*/ true,
                     n_rows, n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr,
                     filter, reuse, nullptr);
         });
@@ -63,13 +70,23 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
 }
 
 void llama_kv_cache_mod::init_windows() {
-    windows[WINDOW_KV].size = mod.kv_window;
+    windows.resize(WINDOW_LAYER + 1);
 
     // one for all such layers: hparams has no other
     for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
         if (const auto window = llama_mod_arch_window(hparams, il); window.size > 0) {
             windows[WINDOW_LAYER] = window;
         }
+    }
+
+    std::set<int32_t> sizes;
+    for (const auto & u : mod.units) {
+        if (u.kind == LLAMA_MOD_KIND_KV) {
+            sizes.insert(u.window);
+        }
+    }
+    for (const int32_t size : sizes) {
+        windows.push_back({ size, llama_mod_window::sliding });
     }
 }
 
@@ -96,18 +113,26 @@ void llama_kv_cache_mod::init_groups() {
             if (window) {
                 i_window = groups.size();
             }
-            auto & c = groups.emplace_back();
-            c.il     = il;
-            c.routed = routed;
-            c.drops  = window || mod.find(il, LLAMA_MOD_KIND_KV) >= 0;
-            c.window = window ? WINDOW_LAYER : WINDOW_KV;
+            for (int32_t part = 0; part < mod.n_parts(il); ++part) {
+                const int32_t u = mod.find_kv(il, part);
+
+                auto & c = groups.emplace_back();
+                c.il     = il;
+                c.part   = part;
+                c.routed = routed;
+                c.drops  = window || u >= 0;
+                c.window = WINDOW_LAYER;
+                while (u >= 0 && (c.window == WINDOW_LAYER || windows[c.window].size != mod.units[u].window)) {
+                    ++c.window;
+                }
+            }
         }
     }
 }
 
 void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make) {
-    const auto has_group = [this](int32_t i) {
-        return [this, i](int32_t il) { return il < (int32_t) map_group.size() && map_group[il] == i; };
+    const auto has_group = [this](int32_t i, int32_t part) {
+        return [this, i, part](int32_t il) { return il < (int32_t) map_group.size() && (i < 0 ? map_group[il] == -1 : get_group(il, part) == i); };
     };
 
     // what a failed attempt has reserved
@@ -116,12 +141,12 @@ void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, c
         c.rows.reset();
     }
 
-    base_rows = make(mode, has_group(-1));
+    base_rows = make(mode, hparams, has_group(-1, 0));
     base      = base_rows->kv.get();
 
     for (size_t i = 0; i < groups.size(); ++i) {
         auto & c = groups[i];
-        c.rows = make(mode, has_group(i));
+        c.rows = make(mode, mod.n_parts(c.il) > 1 ? hparams_part : hparams, has_group(i, c.part));
         c.kv   = c.rows->kv.get();
         c.dropped.resize(kv_size);
     }
@@ -133,22 +158,30 @@ void llama_kv_cache_mod::layer_group::emptied(uint32_t idx) {
     mask.touch(idx);
 }
 
-llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il) {
-    const int32_t i = map_group.at(il);
+llama_kv_cache_mod::seq_info llama_kv_cache_mod::no_tokens() const {
+    seq_info res;
+    res.left.resize(windows.size());
+
+    return res;
+}
+
+llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il, int32_t part) {
+    const int32_t i = get_group(il, part);
     return i < 0 ? nullptr : &groups[i];
 }
 
-const llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il) const {
-    const int32_t i = map_group.at(il);
+const llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il, int32_t part) const {
+    const int32_t i = get_group(il, part);
     return i < 0 ? nullptr : &groups[i];
 }
 
-int32_t llama_kv_cache_mod::get_group(int32_t il) const {
-    return map_group.at(il);
+int32_t llama_kv_cache_mod::get_group(int32_t il, int32_t part) const {
+    const int32_t i = map_group.at(il);
+    return i < 0 ? -1 : i + part;
 }
 
-llama_kv_cache * llama_kv_cache_mod::get_own(int32_t il) const {
-    const auto * c = find(il);
+llama_kv_cache * llama_kv_cache_mod::get_own(int32_t il, int32_t part) const {
+    const auto * c = find(il, part);
     return c ? c->kv : nullptr;
 }
 
@@ -220,7 +253,7 @@ void llama_kv_cache_mod::clear(bool data) {
         std::fill(c.dropped.begin(), c.dropped.end(), 0);
         c.head = 0;
     }
-    seqs.fill({});
+    std::fill(seqs.begin(), seqs.end(), no_tokens());
 
     trim();
 }
@@ -234,7 +267,7 @@ llama_pos llama_kv_cache_mod::last_before(llama_seq_id seq_id, llama_pos p0) con
 bool llama_kv_cache_mod::can_end_at(llama_seq_id seq_id, llama_pos p0) const {
     // there may be a gap before p0
     const llama_pos p = last_before(seq_id, p0) + 1;
-    for (int w = 0; w < N_WINDOWS; ++w) {
+    for (size_t w = 0; w < windows.size(); ++w) {
         const llama_pos freed = seqs[seq_id].left[w].freed;
         if (freed >= 0 && freed >= windows[w].first(p)) {
             return false;
@@ -253,7 +286,7 @@ void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos
     auto & s = seqs[seq_id];
     const llama_pos p_max = base->seq_pos_max(seq_id);
     if (p_max < 0) {
-        s = {};
+        s = no_tokens();
     }
     for (auto & left : s.left) {
         left.expired = std::min(left.expired, p_max);
@@ -283,7 +316,7 @@ bool llama_kv_cache_mod::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         const llama_pos p_max = base->seq_pos_max(s);
         if (p_max < p0) {
             if (p_max < 0) {
-                seqs[s] = {};
+                seqs[s] = no_tokens();
             }
             continue;
         }
@@ -327,11 +360,11 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 
     const llama_pos p_max = base->seq_pos_max(seq_id_dst);
     if (p_max < 0) {
-        dst = {};
+        dst = no_tokens();
         return;
     }
 
-    for (int w = 0; w < N_WINDOWS; ++w) {
+    for (size_t w = 0; w < windows.size(); ++w) {
         const auto & from = src.left[w];
         auto       & to   = dst.left[w];
         to.freed   = std::max(to.freed, from.freed);
@@ -355,7 +388,7 @@ void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
     }
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (s != seq_id) {
-            seqs[s] = {};
+            seqs[s] = no_tokens();
         }
     }
 
@@ -422,7 +455,7 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     for (llama_seq_id i = 0; i < (llama_seq_id) seqs.size(); ++i) {
         auto & s = seqs[i];
         if (base->seq_pos_max(i) < 0) {
-            s = {}; // all of it went below 0
+            s = no_tokens(); // all of it went below 0
             continue;
         }
         for (auto & left : s.left) {
@@ -510,7 +543,7 @@ void llama_kv_cache_mod::expire(bool all) {
             continue;
         }
 
-        for (int w = 0; w < N_WINDOWS; ++w) {
+        for (size_t w = 0; w < windows.size(); ++w) {
             auto & left = info.left[w];
 
             auto & expired = all ? left.expired : left.expired_new;
@@ -543,7 +576,7 @@ void llama_kv_cache_mod::undo() {
         if (base->seq_pos_max(s) > info.before) {
             seq_rm_one(s, info.before + 1, POS_MAX);
             // a failed decode has freed none but its own cells
-            for (int w = 0; w < N_WINDOWS; ++w) {
+            for (size_t w = 0; w < windows.size(); ++w) {
                 seqs[s].left[w].freed = info.left[w].freed_before;
             }
         }
@@ -736,16 +769,16 @@ const llama_ubatch & llama_kv_cache_mod_context::get_ubatch() const {
     return base->get_ubatch();
 }
 
-const llama_kv_cache_context * llama_kv_cache_mod_context::get_layer(int32_t il) const {
-    const int32_t i = kv->map_group.at(il);
+const llama_kv_cache_context * llama_kv_cache_mod_context::get_layer(int32_t il, int32_t part) const {
+    const int32_t i = kv->get_group(il, part);
     if (i < 0) {
         return static_cast<const llama_kv_cache_context *>(base.get());
     }
     return groups[i].cell < 0 ? groups[i].ctx.get() : kv->get_one(kv->groups[i], groups[i].cell);
 }
 
-int32_t llama_kv_cache_mod_context::get_group(int32_t il) const {
-    return kv->get_group(il);
+int32_t llama_kv_cache_mod_context::get_group(int32_t il, int32_t part) const {
+    return kv->get_group(il, part);
 }
 
 bool llama_kv_cache_mod_context::place_one(size_t i, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
@@ -777,36 +810,36 @@ bool llama_kv_cache_mod_context::place_all() {
     return true;
 }
 
-int32_t llama_kv_cache_mod_context::find_routed(int32_t il) const {
-    const int32_t i = kv->map_group.at(il);
+int32_t llama_kv_cache_mod_context::find_routed(int32_t il, int32_t part) const {
+    const int32_t i = kv->get_group(il, part);
     return i >= 0 && kv->groups[i].routed ? i : -1;
 }
 
-bool llama_kv_cache_mod_context::place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
-    const int32_t i = find_routed(il);
+bool llama_kv_cache_mod_context::place(int32_t il, int32_t part, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped) {
+    const int32_t i = find_routed(il, part);
     return i < 0 || place_one(i, ubatch, dropped);
 }
 
-void llama_kv_cache_mod_context::settle(int32_t il) {
-    if (const int32_t i = find_routed(il); i >= 0) {
+void llama_kv_cache_mod_context::settle(int32_t il, int32_t part) {
+    if (const int32_t i = find_routed(il, part); i >= 0) {
         kv->settle(kv->groups[i]);
     }
 }
 
-void llama_kv_cache_mod_context::set_dropped(int32_t il, const std::vector<uint8_t> & dropped) {
-    if (const int32_t i = find_routed(il); i >= 0) {
+void llama_kv_cache_mod_context::set_dropped(int32_t il, int32_t part, const std::vector<uint8_t> & dropped) {
+    if (const int32_t i = find_routed(il, part); i >= 0) {
         kv->set_dropped(kv->groups[i], groups[i].sinfo, dropped);
     }
 }
 
-void llama_kv_cache_mod_context::take_back(int32_t il, uint32_t from) {
-    if (const int32_t i = find_routed(il); i >= 0) {
+void llama_kv_cache_mod_context::take_back(int32_t il, int32_t part, uint32_t from) {
+    if (const int32_t i = find_routed(il, part); i >= 0) {
         kv->take_back(kv->groups[i], groups[i].sinfo, from);
     }
 }
 
-bool llama_kv_cache_mod_context::reserve(int32_t il) {
-    const int32_t i = find_routed(il);
+bool llama_kv_cache_mod_context::reserve(int32_t il, int32_t part) {
+    const int32_t i = find_routed(il, part);
     if (i < 0) {
         return true;
     }
@@ -815,21 +848,21 @@ bool llama_kv_cache_mod_context::reserve(int32_t il) {
     return groups[i].cell >= 0;
 }
 
-void llama_kv_cache_mod_context::occupy(int32_t il, bool dropped) {
-    if (const int32_t i = find_routed(il); i >= 0) {
+void llama_kv_cache_mod_context::occupy(int32_t il, int32_t part, bool dropped) {
+    if (const int32_t i = find_routed(il, part); i >= 0) {
         kv->occupy(kv->groups[i], groups[i].cell, get_ubatch(), dropped);
     }
 }
 
-void llama_kv_cache_mod_context::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il) const {
-    kv->fill_mask(mask, ubatch, il, get_cell(il));
+void llama_kv_cache_mod_context::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t part) const {
+    kv->fill_mask(mask, ubatch, il, part, get_cell(il, part));
 }
 
-int32_t llama_kv_cache_mod_context::get_cell(int32_t il) const {
-    const int32_t i = kv->map_group.at(il);
+int32_t llama_kv_cache_mod_context::get_cell(int32_t il, int32_t part) const {
+    const int32_t i = kv->get_group(il, part);
     return i < 0 ? -1 : groups[i].cell;
 }
 
-uint32_t llama_kv_cache_mod_context::get_n_used(int32_t il) const {
-    return kv->get_n_used(il, get_cell(il));
+uint32_t llama_kv_cache_mod_context::get_n_used(int32_t il, int32_t part) const {
+    return kv->get_n_used(il, part, get_cell(il, part));
 }

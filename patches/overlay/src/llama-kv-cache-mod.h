@@ -6,7 +6,6 @@
 #include "llama-mod.h"
 #include "llama-mod-rows.h"
 
-#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -23,7 +22,7 @@ struct llama_mod_model;
 
 // ordinary caches for groups of layers: one for all the layers with complete K/V (its cells also say which tokens there
 // are, even where no layer is left for it), one for all the layers whose attention is a sliding window or a chunk, and
-// one for each layer whose tokens are routed.
+// one for each layer whose tokens are routed, or for each of its K/V heads where kv units decide about them apart.
 // a token that skips a layer takes no cell there. a token that a kv unit drops, and every token in a layer with a
 // sliding window, gives its cell back when it has left the window and the rollback margin. all are unified: routed rows
 // would break equal splits
@@ -68,11 +67,13 @@ public:
     // llama_kv_cache_mod specific API
     //
 
-    // the same for layers whose tokens are in the same cells
-    int32_t get_group(int32_t il) const;
+    // a layer's K/V heads are in one part, part 0, or each of them is a part
 
-    // the layer's own cache, null: complete K/V
-    llama_kv_cache * get_own(int32_t il) const;
+    // the same for what is in the same cells
+    int32_t get_group(int32_t il, int32_t part) const;
+
+    // the part's own cache, null: complete K/V
+    llama_kv_cache * get_own(int32_t il, int32_t part) const;
 
     bool has_f32() const; // K or V
 
@@ -87,10 +88,10 @@ public:
 
     // F32/F16 [n_kv, n_tokens]: what the queries see; keys that kv units dropped are hidden from those beyond the window
     // cell: reserved for the token of the ubatch, which sees itself there; -1: none
-    void fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t cell);
+    void fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t part, int32_t cell);
 
     // cells in use, and the one reserved, end here
-    uint32_t get_n_used(int32_t il, int32_t cell) const;
+    uint32_t get_n_used(int32_t il, int32_t part, int32_t cell) const;
 
     // free the cells of dropped tokens that nothing can ask for any more: those that the running decode
     // has added, or all once it has succeeded
@@ -117,16 +118,14 @@ public:
 private:
     friend class llama_kv_cache_mod_context;
 
-    // the windows that tokens leave
-    enum { WINDOW_KV, WINDOW_LAYER, N_WINDOWS }; // of what kv units drop, of layers that attend to a part of the tokens
-
-    // layers whose tokens are in the same cells, but for those with complete K/V
+    // layers whose tokens are in the same cells, but for those with complete K/V; or a part of one
     struct layer_group {
         int32_t il; // the first one
+        int32_t part;
 
-        bool routed; // the layer's units decide which tokens come in, else all do and all leave the window
-        bool drops;  // some of its tokens are visible in the window only
-        int  window;
+        bool   routed; // the layer's units decide which tokens come in, else all do and all leave the window
+        bool   drops;  // some of its tokens are visible in the window only
+        size_t window; // index
 
         std::unique_ptr<llama_mod_rows> rows;
         llama_kv_cache *                kv = nullptr; // of rows
@@ -146,6 +145,7 @@ private:
 
     const llama_mod_model & mod;
     const llama_hparams   & hparams;
+    const llama_hparams     hparams_part; // the same with one K/V head
 
     const uint32_t n_seq_max;
 
@@ -156,12 +156,14 @@ private:
     const ggml_type type_v;
     const bool      v_trans;
 
-    std::array<llama_mod_window, N_WINDOWS> windows;
+    // that tokens leave: of layers that attend to a part of the tokens, then those of kv units
+    enum { WINDOW_LAYER };
+    std::vector<llama_mod_window> windows;
 
     std::unique_ptr<llama_mod_rows> base_rows;
     llama_kv_cache *                base; // of base_rows
     std::vector<layer_group>        groups;
-    std::vector<int32_t>            map_group; // il -> index, -1: complete K/V
+    std::vector<int32_t>            map_group; // il -> index of its first part, -1: complete K/V
 
     llama_mod_mask base_mask;
 
@@ -177,7 +179,7 @@ private:
 
     // per sequence
     struct seq_info {
-        std::array<left_info, N_WINDOWS> left;
+        std::vector<left_info> left; // by window
 
         llama_pos before    = -1;    // seq_pos_max before the running decode
         bool      broken    = false; // holds a copy that lacks K/V: it cannot be continued
@@ -187,7 +189,9 @@ private:
         std::shared_ptr<const llama_mod_origin> origin_before; // the running decode
     };
 
-    std::array<seq_info, LLAMA_MAX_SEQ> seqs;
+    std::vector<seq_info> seqs;
+
+    seq_info no_tokens() const;
 
     std::function<llama_mod_origin()>       make_origin;
     std::shared_ptr<const llama_mod_origin> origin; // the last one, shared by the sequences
@@ -200,8 +204,8 @@ private:
 
     uint64_t n_compact = 0; // how often cells were moved
 
-    layer_group *       find(int32_t il);
-    const layer_group * find(int32_t il) const;
+    layer_group *       find(int32_t il, int32_t part);
+    const layer_group * find(int32_t il, int32_t part) const;
 
     // the sequence's last position below p0, -1
     llama_pos last_before(llama_seq_id seq_id, llama_pos p0) const;
@@ -217,17 +221,17 @@ private:
     // take the sequence out of the cells with positions in [p0, p1), of all or of those dropped; returns the last position
     llama_pos free_cells(layer_group & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped);
 
-    using make_rows_t = std::function<std::unique_ptr<llama_mod_rows>(llama_mod_kv_mode, const llama_kv_cache::layer_filter_cb &)>;
+    using make_rows_t = std::function<std::unique_ptr<llama_mod_rows>(llama_mod_kv_mode, const llama_hparams &, const llama_kv_cache::layer_filter_cb &)>;
 
     void init_windows();
     void init_groups ();
     void init_caches (uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make);
 
     // dropped tokens at positions below have left the window, and the rollback margin
-    llama_pos reach(llama_seq_id seq_id, int window) const;
+    llama_pos reach(llama_seq_id seq_id, size_t window) const;
 
     // is the ubatch's token i, if dropped, out of reach when the ubatch is done?
-    bool is_passing(const llama_ubatch & ubatch, uint32_t i, int window) const;
+    bool is_passing(const llama_ubatch & ubatch, uint32_t i, size_t window) const;
 
     // put the rows of ubatch into cells of the group and commit their memory; empty on failure.
     // dropped: the kv decisions, where they are known before the layer runs, else empty
@@ -304,22 +308,22 @@ public:
     uint32_t get_n_tokens() const { return n_tokens; } // of the whole batch
     bool     is_last()      const { return n_done == n_tokens; }
 
-    const llama_kv_cache_context * get_layer(int32_t il) const;
+    const llama_kv_cache_context * get_layer(int32_t il, int32_t part) const;
 
-    // layers of the same group share cells, and with them the inputs of their attention
-    int32_t get_group(int32_t il) const;
+    // what is in the same group shares cells, and with them the inputs of attention
+    int32_t get_group(int32_t il, int32_t part) const;
 
     // see llama_kv_cache_mod; layers that are not routed have their cells already, and nothing is to be done for them
-    bool place(int32_t il, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
-    void settle     (int32_t il);
-    void set_dropped(int32_t il, const std::vector<uint8_t> & dropped);
-    void take_back  (int32_t il, uint32_t i);
-    bool reserve    (int32_t il);
-    void occupy     (int32_t il, bool dropped);
-    void fill_mask  (ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il) const;
+    bool place      (int32_t il, int32_t part, const llama_ubatch & ubatch, const std::vector<uint8_t> & dropped);
+    void settle     (int32_t il, int32_t part);
+    void set_dropped(int32_t il, int32_t part, const std::vector<uint8_t> & dropped);
+    void take_back  (int32_t il, int32_t part, uint32_t i);
+    bool reserve    (int32_t il, int32_t part);
+    void occupy     (int32_t il, int32_t part, bool dropped);
+    void fill_mask  (ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t part) const;
 
-    int32_t  get_cell  (int32_t il) const; // reserved, -1: none
-    uint32_t get_n_used(int32_t il) const;
+    int32_t  get_cell  (int32_t il, int32_t part) const; // reserved, -1: none
+    uint32_t get_n_used(int32_t il, int32_t part) const;
 
 private:
     llama_memory_status status;
@@ -342,8 +346,8 @@ private:
     // of all groups that are not routed
     bool place_all();
 
-    // the group of a routed layer, else -1
-    int32_t find_routed(int32_t il) const;
+    // the group of a part of a routed layer, else -1
+    int32_t find_routed(int32_t il, int32_t part) const;
 
     // update: those that have something to do
     std::vector<llama_memory_context_ptr> updates;

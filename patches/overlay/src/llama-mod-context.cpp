@@ -97,6 +97,9 @@ llama_mod_context::llama_mod_context(llama_context & lctx) :
 
     for (const auto & u : model.units) {
         thresholds.push_back(u.threshold);
+        if (u.kind == LLAMA_MOD_KIND_KV && (kv_window_min == 0 || u.window < kv_window_min)) {
+            kv_window_min = u.window;
+        }
     }
     stats.resize(n_units);
 

@@ -83,6 +83,8 @@ private:
 
     const int32_t n_units;
 
+    llama_pos kv_window_min = 0; // of all kv units, 0: there are none
+
     // router weights and the residual stream
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
@@ -211,7 +213,7 @@ private:
     bool place_layers(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & sub,
             llama_kv_cache_mod_context * mctx);
 
-    std::vector<uint8_t> get_dropped(int32_t il, const std::vector<int32_t> & rows) const;
+    std::vector<uint8_t> get_dropped(int32_t il, int32_t part, const std::vector<int32_t> & rows) const;
 
     void read_scores(const llm_mod_segment & seg, const std::vector<int32_t> & rows, const llama_ubatch & ubatch);
 

@@ -116,14 +116,14 @@ bool llama_mod_context::can_skip(const llama_ubatch & ubatch) const {
 
 // does no token of the batch leave the window of another one? then kv decisions can wait until the graph has run
 bool llama_mod_context::can_join(const llama_ubatch & ubatch) const {
-    if (model.kv_window == 0) {
+    if (kv_window_min == 0) {
         return true;
     }
     if (ubatch.n_tokens > MOD_N_CACHE) {
         return false;
     }
     const auto [lo, hi] = std::minmax_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
-    if (*hi - *lo < (llama_pos) model.kv_window) {
+    if (*hi - *lo < kv_window_min) {
         return true;
     }
     std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> range;
@@ -132,7 +132,7 @@ bool llama_mod_context::can_join(const llama_ubatch & ubatch) const {
             auto [it, is_new] = range.try_emplace(ubatch.seq_id[i][s], ubatch.pos[i], ubatch.pos[i]);
             it->second.first  = std::min(it->second.first,  ubatch.pos[i]);
             it->second.second = std::max(it->second.second, ubatch.pos[i]);
-            if (it->second.second - it->second.first >= (llama_pos) model.kv_window) {
+            if (it->second.second - it->second.first >= kv_window_min) {
                 return false;
             }
         }
@@ -153,8 +153,10 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
         get_memory()->set_slack(on_device ? slack::room : can_fit() ? slack::fit : slack::none);
 
         for (int32_t il = 0; il < n_layer; ++il) {
-            if (!mctx->reserve(il)) {
-                return false;
+            for (int32_t part = 0; part < model.n_parts(il); ++part) {
+                if (!mctx->reserve(il, part)) {
+                    return false;
+                }
             }
         }
     }
@@ -190,14 +192,14 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
     {
         const timer time(perf.us_slots);
 
-        const auto runs = [&](int32_t il, llama_mod_kind kind) {
-            const int32_t u = model.find(il, kind);
-            return u < 0 || active[u];
-        };
+        const auto is_active = [&](int32_t u) { return u < 0 || active[u]; };
 
         for (int32_t il = 0; il < n_layer; ++il) {
-            if (model.has_cells(il) && runs(il, LLAMA_MOD_KIND_BLOCK) && runs(il, LLAMA_MOD_KIND_ATTN)) {
-                mctx->occupy(il, !runs(il, LLAMA_MOD_KIND_KV));
+            if (!model.has_cells(il) || !is_active(model.find(il, LLAMA_MOD_KIND_BLOCK)) || !is_active(model.find(il, LLAMA_MOD_KIND_ATTN))) {
+                continue;
+            }
+            for (int32_t part = 0; part < model.n_parts(il); ++part) {
+                mctx->occupy(il, part, !is_active(model.find_kv(il, part)));
             }
         }
     }
@@ -313,7 +315,9 @@ bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_gr
         for (const auto & o : seg.out) {
             if (model.units[o.u0].kind == LLAMA_MOD_KIND_KV && model.pos(o.u0) < seg.t1) {
                 const int32_t il = model.units[o.u0].layer;
-                mctx->set_dropped(il, get_dropped(il, rows));
+                for (int32_t part = 0; part < model.n_parts(il); ++part) {
+                    mctx->set_dropped(il, part, get_dropped(il, part, rows));
+                }
             }
         }
     }
@@ -321,7 +325,9 @@ bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_gr
         const timer time(perf.us_slots);
 
         for (int32_t il = (seg.t0 + 1)/2; 2*il < seg.t1; ++il) {
-            mctx->settle(il);
+            for (int32_t part = 0; part < model.n_parts(il); ++part) {
+                mctx->settle(il, part);
+            }
         }
     }
 
@@ -338,27 +344,29 @@ bool llama_mod_context::place_layers(const llm_mod_segment & seg, const std::vec
             continue;
         }
 
-        // the scores are here before the layer runs, but for those inside a joined segment
-        std::vector<uint8_t> dropped;
-        if (model.find(il, LLAMA_MOD_KIND_KV) >= 0 && !(seg.kv_inside && seg.unit < 0)) {
-            dropped = get_dropped(il, rows);
-            dropped.resize(sub.n_tokens);
+        for (int32_t part = 0; part < model.n_parts(il); ++part) {
+            // the scores are here before the layer runs, but for those inside a joined segment
+            std::vector<uint8_t> dropped;
+            if (model.find(il, LLAMA_MOD_KIND_KV) >= 0 && !(seg.kv_inside && seg.unit < 0)) {
+                dropped = get_dropped(il, part, rows);
+                dropped.resize(sub.n_tokens);
+            }
+            if (!mctx->place(il, part, sub, dropped)) {
+                return false;
+            }
+            // rows that only fill up need a cell to write to, and nobody sees it
+            mctx->take_back(il, part, rows.size());
         }
-        if (!mctx->place(il, sub, dropped)) {
-            return false;
-        }
-        // rows that only fill up need a cell to write to, and nobody sees it
-        mctx->take_back(il, rows.size());
     }
     return true;
 }
 
-std::vector<uint8_t> llama_mod_context::get_dropped(int32_t il, const std::vector<int32_t> & rows) const {
-    const int32_t u = model.find(il, LLAMA_MOD_KIND_KV);
+std::vector<uint8_t> llama_mod_context::get_dropped(int32_t il, int32_t part, const std::vector<int32_t> & rows) const {
+    const int32_t u = model.find_kv(il, part);
 
-    std::vector<uint8_t> dropped;
-    for (const int32_t r : rows) {
-        dropped.push_back(!active[(size_t) r*n_units + u]);
+    std::vector<uint8_t> dropped(rows.size());
+    for (size_t i = 0; i < rows.size() && u >= 0; ++i) {
+        dropped[i] = !active[(size_t) rows[i]*n_units + u];
     }
     return dropped;
 }

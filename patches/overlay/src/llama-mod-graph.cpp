@@ -70,26 +70,26 @@ public:
     const llm_mod_segment * seg;
 };
 
-// the cache of one layer: as usual, but the mask is kept up to date by the cache, and hides what kv units dropped
+// the cache of one layer, or of one of its K/V heads: as usual, but the mask is kept up to date by the cache, and hides what kv units dropped
 class llm_graph_input_attn_mod : public llm_graph_input_attn_kv {
 public:
     llm_graph_input_attn_mod(const llama_hparams & hparams, const llama_cparams & cparams,
-            const llama_kv_cache_mod_context * mctx_mod, int il) :
-        llm_graph_input_attn_kv(hparams, cparams, mctx_mod->get_layer(il)), mctx_mod(mctx_mod), il(il) {}
+            const llama_kv_cache_mod_context * mctx_mod, int il, int part) :
+        llm_graph_input_attn_kv(hparams, cparams, mctx_mod->get_layer(il, part)), mctx_mod(mctx_mod), il(il), part(part) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         if (!fitted.empty()) {
-            fit(mctx_mod->get_n_used(il));
+            fit(mctx_mod->get_n_used(il, part));
         }
 
-        const int32_t cell = mctx_mod->get_cell(il);
+        const int32_t cell = mctx_mod->get_cell(il, part);
         if (cell >= 0) {
             set_cell(cell);
         } else {
             mctx->set_input_k_idxs(self_k_idxs, ubatch);
             mctx->set_input_v_idxs(self_v_idxs, ubatch);
         }
-        mctx_mod->fill_mask(self_kq_mask, *ubatch, il);
+        mctx_mod->fill_mask(self_kq_mask, *ubatch, il, part);
 
         if (k_rot && k_rot->buffer) {
             mctx->set_input_k_rot(k_rot);
@@ -101,16 +101,16 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override {
         mctx_mod = static_cast<const llama_kv_cache_mod_context *>(params.mctx);
-        mctx     = mctx_mod->get_layer(il);
+        mctx     = mctx_mod->get_layer(il, part);
 
         return self_k_idxs->ne[0]  == params.ubatch.n_tokens &&
                self_kq_mask->ne[1] == params.ubatch.n_tokens &&
-               n_kv >= mctx_mod->get_n_used(il) && (!fitted.empty() || n_kv <= mctx->get_n_kv());
+               n_kv >= mctx_mod->get_n_used(il, part) && (!fitted.empty() || n_kv <= mctx->get_n_kv());
     }
 
     // where the one token's K and V go; a transposed V has a place for each of its values
     void set_cell(int64_t cell) {
-        const int64_t size = mctx_mod->get_kv()->get_own(il)->get_size();
+        const int64_t size = mctx_mod->get_kv()->get_own(il, part)->get_size();
 
         *(int64_t *) self_k_idxs->data = cell;
         for (int64_t j = 0; j < self_v_idxs->ne[0]; ++j) {
@@ -129,6 +129,7 @@ public:
 
     const llama_kv_cache_mod_context * mctx_mod;
     const int il;
+    const int part;
 
     uint32_t n_kv = 0; // cells that the graph was built for
 
@@ -455,7 +456,7 @@ ggml_tensor * llm_mod_graph::build_enter(ggml_tensor * cur, int32_t t) {
     }
     if (scores_kv(t)) {
         const int32_t u = seg->model->find(t/2, LLAMA_MOD_KIND_KV);
-        build_scores(cur, u, u + 1);
+        build_scores(cur, u, u + seg->model->n_kv(t/2));
     }
     return cur;
 }
@@ -494,16 +495,16 @@ static ggml_tensor * share_rot(ggml_tensor * & shared, ggml_tensor * & own) {
     return shared;
 }
 
-llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(int il) {
+llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(int il, int part) {
     const auto * mctx_mod = static_cast<const llama_kv_cache_mod_context *>(g.mctx);
-    const auto * mctx     = mctx_mod->get_layer(il);
+    const auto * mctx     = mctx_mod->get_layer(il, part);
 
-    const int32_t group = mctx_mod->get_group(il);
+    const int32_t group = mctx_mod->get_group(il, part);
     if (const auto it = inp_attn.find(group); it != inp_attn.end()) {
         return it->second;
     }
 
-    auto res = std::make_unique<llm_graph_input_attn_mod>(g.hparams, g.cparams, mctx_mod, il);
+    auto res = std::make_unique<llm_graph_input_attn_mod>(g.hparams, g.cparams, mctx_mod, il, part);
 
     res->self_k_idxs = mctx->build_input_k_idxs(g.ctx0, g.ubatch);
     res->self_v_idxs = mctx->build_input_v_idxs(g.ctx0, g.ubatch);
@@ -528,6 +529,44 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(int il) {
     seg->attn.push_back(res.get());
 
     return inp_attn[group] = static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::move(res)));
+}
+
+bool llm_mod_graph::has_parts(int il) const {
+    return seg->model->n_parts(il) > 1;
+}
+
+ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks,
+        float kq_scale, int il) {
+    const int64_t n_parts  = seg->model->n_parts(il);
+    const int64_t n_head   = q->ne[1]/n_parts; // that share a K/V head
+    const int64_t n_tokens = q->ne[2];
+
+    GGML_ASSERT(k && v && !kq_b && k->ne[1] == n_parts && v->ne[1] == n_parts);
+
+    ggml_tensor * res = ggml_new_tensor_3d(g.ctx0, GGML_TYPE_F32, v->ne[0]*n_head, n_parts, n_tokens);
+    g.cb(res, "mod_parts", -1);
+
+    for (int64_t i = 0; i < n_parts; ++i) {
+        auto       * inp  = build_attn_inp(il, i);
+        const auto * mctx = inp->mctx;
+
+        ggml_tensor * q_part = ggml_view_3d(g.ctx0, q, q->ne[0], n_head, n_tokens, q->nb[1], q->nb[2], i*n_head*q->nb[1]);
+        ggml_tensor * k_part = ggml_view_3d(g.ctx0, k, k->ne[0], 1,      n_tokens, k->nb[1], k->nb[2], i*k->nb[1]);
+        ggml_tensor * v_part = ggml_view_3d(g.ctx0, v, v->ne[0], 1,      n_tokens, v->nb[1], v->nb[2], i*v->nb[1]);
+
+        ggml_build_forward_expand(gf, mctx->cpy_k(g.ctx0, k_part, inp->get_k_idxs(), il));
+        ggml_build_forward_expand(gf, mctx->cpy_v(g.ctx0, v_part, inp->get_v_idxs(), il));
+
+        ggml_tensor * sinks_part = sinks ? ggml_view_1d(g.ctx0, sinks, n_head, i*n_head*sinks->nb[0]) : nullptr;
+
+        ggml_tensor * cur = g.build_attn_mha(q_part, mctx->get_k(g.ctx0, il), mctx->get_v(g.ctx0, il), nullptr, inp->get_kq_mask(),
+                sinks_part, nullptr, 0, kq_scale, il);
+
+        ggml_tensor * dst = ggml_view_2d(g.ctx0, res, res->ne[0], n_tokens, res->nb[2], i*res->nb[1]);
+        ggml_build_forward_expand(gf, ggml_cpy(g.ctx0, cur, dst));
+    }
+
+    return ggml_reshape_2d(g.ctx0, res, res->ne[0]*n_parts, n_tokens);
 }
 
 ggml_tensor * llm_mod_graph::build_no_attn(const ggml_tensor * wo, const ggml_tensor * q, int il) const {

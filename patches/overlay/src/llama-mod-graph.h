@@ -164,8 +164,16 @@ struct llm_mod_graph {
     // does the architecture pick the rows that are output?
     bool has_out_ids() const;
 
-    // the cache that layer il attends to
-    llm_graph_input_attn_kv * build_attn_inp(int il);
+    // the cache that layer il attends to, or one of its parts
+    llm_graph_input_attn_kv * build_attn_inp(int il, int part = 0);
+
+    // does each K/V head have cells of its own?
+    bool has_parts(int il) const;
+
+    // then: stores K and V, and attends with each part of the heads to its cells; the arguments are those of
+    // llm_graph_context::build_attn()
+    ggml_tensor * build_parts(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks,
+            float kq_scale, int il);
 
     // stands in for attention that does not belong to the segment
     ggml_tensor * build_no_attn(const ggml_tensor * wo, const ggml_tensor * q, int il) const;

@@ -28,6 +28,35 @@ bool llama_mod_model::has_cells(int32_t il) const {
     return find(il, LLAMA_MOD_KIND_BLOCK) >= 0 || find(il, LLAMA_MOD_KIND_ATTN) >= 0 || find(il, LLAMA_MOD_KIND_KV) >= 0;
 }
 
+int32_t llama_mod_model::n_kv(int32_t il) const {
+    const int32_t u0 = find(il, LLAMA_MOD_KIND_KV);
+
+    int32_t n = 0;
+    while (u0 >= 0 && u0 + n < (int32_t) units.size() && units[u0 + n].layer == il && units[u0 + n].kind == LLAMA_MOD_KIND_KV) {
+        ++n;
+    }
+    return n;
+}
+
+int32_t llama_mod_model::find_kv(int32_t il, int32_t head) const {
+    const int32_t u0 = find(il, LLAMA_MOD_KIND_KV);
+    for (int32_t u = u0; u < u0 + n_kv(il); ++u) {
+        if (units[u].head < 0 || units[u].head == head) {
+            return u;
+        }
+    }
+    return -1;
+}
+
+uint32_t llama_mod_model::n_nodes() const {
+    // parts store and attend for themselves
+    uint32_t res = 0;
+    for (int32_t il = 0; il < (int32_t) by_layer.size(); ++il) {
+        res += 32*(n_parts(il) - 1);
+    }
+    return res;
+}
+
 int32_t llama_mod_model::pos(int32_t u) const {
     return 2*units[u].layer + (units[u].kind == LLAMA_MOD_KIND_FFN ? 1 : 0);
 }
@@ -69,35 +98,95 @@ struct mod_keys {
     bool       flag(const std::string & name) const { return gguf_get_val_bool(ctx, find(name, GGUF_TYPE_BOOL)); }
     std::string str(const std::string & name) const { return gguf_get_val_str (ctx, find(name, GGUF_TYPE_STRING)); }
 
-    // one value per layer, each in [0, 1), or in [0, 1] with closed
-    std::vector<float> per_layer(const std::string & name, size_t n_layer, bool closed) const {
-        const int64_t id = find(name, GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32);
-        if (gguf_get_arr_n(ctx, id) != n_layer) {
-            throw std::runtime_error(format("mod: key '%s%s' has %zu values, expected one for each of the %zu layers",
-                    prefix.c_str(), name.c_str(), (size_t) gguf_get_arr_n(ctx, id), n_layer));
+    size_t count(const std::string & name, gguf_type arr_type = GGUF_TYPE_FLOAT32) const {
+        return gguf_get_arr_n(ctx, find(name, GGUF_TYPE_ARRAY, arr_type));
+    }
+
+    // n values for each layer
+    template <typename T> std::vector<T> array(const std::string & name, gguf_type type, size_t n_layer, size_t n) const {
+        if (const size_t found = count(name, type); found != n_layer*n) {
+            throw std::runtime_error(format("mod: key '%s%s' has %zu values, expected %s of the %zu layers",
+                    prefix.c_str(), name.c_str(), found, n == 1 ? "one for each" : format("%zu for each", n).c_str(), n_layer));
         }
-        const float * data = (const float *) gguf_get_arr_data(ctx, id);
-        for (size_t il = 0; il < n_layer; ++il) {
-            if (!(data[il] >= 0.0f && (closed ? data[il] <= 1.0f : data[il] < 1.0f))) {
+        const T * data = (const T *) gguf_get_arr_data(ctx, find(name, GGUF_TYPE_ARRAY, type));
+
+        return { data, data + n_layer*n };
+    }
+
+    // n values for each layer, each in [0, 1), or in [0, 1] with closed
+    std::vector<float> shares(const std::string & name, size_t n_layer, size_t n, bool closed) const {
+        const auto res = array<float>(name, GGUF_TYPE_FLOAT32, n_layer, n);
+        for (size_t i = 0; i < res.size(); ++i) {
+            if (!(res[i] >= 0.0f && (closed ? res[i] <= 1.0f : res[i] < 1.0f))) {
                 throw std::runtime_error(format("mod: key '%s%s' has the value %g at layer %zu, outside [0, 1%s",
-                        prefix.c_str(), name.c_str(), data[il], il, closed ? "]" : ")"));
+                        prefix.c_str(), name.c_str(), res[i], i/n, closed ? "]" : ")"));
             }
         }
-        return { data, data + n_layer };
+        return res;
     }
 };
 
+static constexpr uint32_t MOD_MAX_WINDOW = INT32_MAX/4;
+
+// K/V heads that all layers have, 0: layers differ
+static int32_t mod_n_head_kv(const llama_hparams & hparams) {
+    const int32_t n = hparams.n_head_kv(0);
+    for (int32_t il = 1; il < (int32_t) hparams.n_layer(); ++il) {
+        if ((int32_t) hparams.n_head_kv(il) != n) {
+            return 0;
+        }
+    }
+    return n;
+}
+
 } // namespace
 
-static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, int32_t n_layer) {
+// how many K/V heads decide apart, by the length of the keys' arrays
+static int32_t mod_load_heads(const mod_keys & keys, const llama_hparams & hparams, uint32_t version) {
+    const size_t n_layer = hparams.n_layer();
+    if (version < 2 || !keys.has("kv.threshold") || keys.count("kv.threshold") == n_layer) {
+        return 1;
+    }
+    const int32_t n_head_kv = mod_n_head_kv(hparams);
+    if (n_head_kv == 0) {
+        throw std::runtime_error(format("mod: key '%skv.threshold' is for each K/V head, but the layers have different numbers of them", keys.prefix.c_str()));
+    }
+    return n_head_kv;
+}
+
+// the window of each kv unit; also finds the largest one
+static std::vector<uint32_t> mod_load_windows(llama_mod_model & mod, const mod_keys & keys, size_t n_layer, uint32_t version) {
+    std::vector<uint32_t> res(n_layer*mod.n_heads, keys.u32("kv_window"));
+    if (version >= 2 && keys.has("kv.window")) {
+        res = keys.array<uint32_t>("kv.window", GGUF_TYPE_UINT32, n_layer, mod.n_heads);
+    }
+    for (const uint32_t w : res) {
+        if (w == 0 || w > MOD_MAX_WINDOW) {
+            throw std::runtime_error(format("mod: key '%skv_window' or '%skv.window' is %u, it must be from 1 to %u",
+                    keys.prefix.c_str(), keys.prefix.c_str(), w, MOD_MAX_WINDOW));
+        }
+    }
+    return res;
+}
+
+static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, const llama_hparams & hparams, uint32_t version) {
+    const int32_t n_layer = hparams.n_layer();
+
     std::vector<float> threshold [4];
     std::vector<float> activation[4];
+    std::vector<uint32_t> windows;
+
+    mod.n_heads = mod_load_heads(keys, hparams, version);
+    if (keys.has("kv.threshold")) {
+        windows = mod_load_windows(mod, keys, n_layer, version);
+    }
 
     for (int k = 0; k < 4; ++k) {
         const std::string kind = MOD_KIND_NAMES[k];
         if (keys.has(kind + ".threshold")) {
-            threshold [k] = keys.per_layer(kind + ".threshold",  n_layer, false);
-            activation[k] = keys.per_layer(kind + ".activation", n_layer, true);
+            const size_t n = k == LLAMA_MOD_KIND_KV ? mod.n_heads : 1;
+            threshold [k] = keys.shares(kind + ".threshold",  n_layer, n, false);
+            activation[k] = keys.shares(kind + ".activation", n_layer, n, true);
         }
     }
 
@@ -105,9 +194,18 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, int32_t
 
     for (int32_t il = 0; il < n_layer; ++il) {
         for (const llama_mod_kind kind : MOD_KIND_ORDER) {
-            if (!threshold[kind].empty() && threshold[kind][il] > 0.0f) {
-                mod.by_layer[il][kind] = mod.units.size();
-                mod.units.push_back({ il, kind, threshold[kind][il], activation[kind][il] });
+            const bool    is_kv = kind == LLAMA_MOD_KIND_KV;
+            const int32_t n     = is_kv ? mod.n_heads : 1;
+            for (int32_t i = il*n; i < (il + 1)*n && !threshold[kind].empty(); ++i) {
+                if (!(threshold[kind][i] > 0.0f)) {
+                    continue;
+                }
+                if (mod.by_layer[il][kind] < 0) {
+                    mod.by_layer[il][kind] = mod.units.size();
+                }
+                const int32_t window = is_kv ? windows[i] : 0;
+                mod.units.push_back({ il, kind, n > 1 ? i - il*n : -1, threshold[kind][i], activation[kind][i], window });
+                mod.kv_window = std::max<uint32_t>(mod.kv_window, window);
             }
         }
         if (mod.find(il, LLAMA_MOD_KIND_BLOCK) >= 0 &&
@@ -131,26 +229,32 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, int32_t
     }
 }
 
-static const ggml_tensor * mod_tensor(const llama_model_loader & ml, const std::string & name, int64_t ne) {
+// n rows of ne values, one row: without the axis
+static const ggml_tensor * mod_tensor(const llama_model_loader & ml, const std::string & name, int64_t ne, int64_t n) {
     const auto * w = ml.get_weight(name.c_str());
     if (!w) {
         throw std::runtime_error(format("mod: tensor '%s' is missing", name.c_str()));
     }
-    if (w->tensor->type != GGML_TYPE_F32 || w->tensor->ne[0] != ne || ggml_nelements(w->tensor) != ne) {
-        throw std::runtime_error(format("mod: tensor '%s' has the wrong shape or type: %s %s, expected F32 [%lld]", name.c_str(),
-                ggml_type_name(w->tensor->type), llama_format_tensor_shape(w->tensor).c_str(), (long long) ne));
+    const auto * t = w->tensor;
+    if (t->type != GGML_TYPE_F32 || t->ne[0] != ne || t->ne[1] != n || ggml_nelements(t) != ne*n) {
+        throw std::runtime_error(format("mod: tensor '%s' has the wrong shape or type: %s %s, expected F32 [%lld%s]", name.c_str(),
+                ggml_type_name(t->type), llama_format_tensor_shape(t).c_str(), (long long) ne,
+                n > 1 ? format(", %lld", (long long) n).c_str() : ""));
     }
     return w->tensor;
 }
 
-static void mod_load_router(llama_model_loader & ml, const std::string & name, int64_t ne, float * dst) {
-    const ggml_tensor * t = mod_tensor(ml, name, ne);
+// what mod_tensor() finds
+static std::vector<float> mod_load_router(llama_model_loader & ml, const std::string & name, int64_t ne, int64_t n) {
+    const ggml_tensor * t = mod_tensor(ml, name, ne, n);
+
+    std::vector<float> res(ne*n);
 
     ml.n_created++;
     ml.size_done += ggml_nbytes(t);
 
     if (ml.no_alloc) {
-        return;
+        return res;
     }
 
     const auto & w = ml.require_weight(name.c_str());
@@ -158,13 +262,14 @@ static void mod_load_router(llama_model_loader & ml, const std::string & name, i
         throw std::runtime_error("mod: routers can only be read from a file");
     }
     ml.files[w.idx]->seek(w.offs, SEEK_SET);
-    ml.files[w.idx]->read_raw(dst, ggml_nbytes(t));
+    ml.files[w.idx]->read_raw(res.data(), ggml_nbytes(t));
 
-    for (int64_t i = 0; i < ne; ++i) {
-        if (!std::isfinite(dst[i])) {
+    for (const float x : res) {
+        if (!std::isfinite(x)) {
             throw std::runtime_error(format("mod: tensor '%s' holds a value that is not finite", name.c_str()));
         }
     }
+    return res;
 }
 
 // every router tensor of the file must belong to a unit
@@ -251,8 +356,9 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
         return nullptr;
     }
 
-    if (const uint32_t version = keys.u32("version"); version != 1) {
-        throw std::runtime_error(format("mod: key '%sversion' is %u, this build reads version 1", keys.prefix.c_str(), version));
+    const uint32_t version = keys.u32("version");
+    if (version != 1 && version != 2) {
+        throw std::runtime_error(format("mod: key '%sversion' is %u, this build reads versions 1 and 2", keys.prefix.c_str(), version));
     }
     if (const std::string func = keys.str("gating_func"); func != "sigmoid") {
         throw std::runtime_error(format("mod: key '%sgating_func' is '%s', this build knows 'sigmoid'", keys.prefix.c_str(), func.c_str()));
@@ -266,14 +372,7 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
     mod->scale_output = keys.flag("scale_output");
     mod->n_sink       = std::min<uint32_t>(keys.u32("sink_tokens"), INT32_MAX);
 
-    mod_load_units(*mod, keys, model.hparams.n_layer());
-
-    if (keys.has("kv.threshold")) {
-        mod->kv_window = keys.u32("kv_window");
-        if (mod->kv_window == 0 || mod->kv_window > INT32_MAX/4) {
-            throw std::runtime_error(format("mod: key '%skv_window' is %u, it must be from 1 to %d", keys.prefix.c_str(), mod->kv_window, INT32_MAX/4));
-        }
-    }
+    mod_load_units(*mod, keys, model.hparams, version);
 
     for (const auto & u : mod->units) {
         if (const std::string why = llama_mod_arch_refuses(model, u.layer, u.kind); !why.empty()) {
@@ -287,10 +386,24 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
     const int64_t n_embd = model.hparams.n_embd;
     mod->w.resize(mod->units.size()*n_embd);
     mod->b.resize(mod->units.size());
-    for (size_t u = 0; u < mod->units.size(); ++u) {
-        const std::string name = format("blk.%d.mod_%s.", mod->units[u].layer, MOD_KIND_NAMES[mod->units[u].kind]);
-        mod_load_router(ml, name + "weight", n_embd, mod->w.data() + u*n_embd);
-        mod_load_router(ml, name + "bias",   1,      mod->b.data() + u);
+    for (int32_t u = 0; u < (int32_t) mod->units.size(); ++u) {
+        const auto & unit = mod->units[u];
+        if (mod->find(unit.layer, unit.kind) != u) {
+            continue; // read with the first one
+        }
+        const bool    is_kv = unit.kind == LLAMA_MOD_KIND_KV;
+        const int32_t n     = is_kv ? mod->n_heads : 1;
+
+        // a bias of each row: no axis of rows
+        const std::string name = format("blk.%d.mod_%s.", unit.layer, MOD_KIND_NAMES[unit.kind]);
+        const auto w = mod_load_router(ml, name + "weight", n_embd, n);
+        const auto b = mod_load_router(ml, name + "bias",   n,      1);
+
+        for (int32_t i = u; i < u + (is_kv ? mod->n_kv(unit.layer) : 1); ++i) {
+            const int32_t row = std::max(mod->units[i].head, 0);
+            std::copy_n(w.begin() + row*n_embd, n_embd, mod->w.begin() + i*n_embd);
+            mod->b[i] = b[row];
+        }
     }
 
     mod->digest = mod_get_digest(*mod, ml);

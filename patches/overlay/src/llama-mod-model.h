@@ -12,32 +12,48 @@ struct llama_model_loader;
 
 const char * llama_mod_kind_name(llama_mod_kind kind);
 
-// the routed units of a model, as read from its file (schema version 1)
+// the routed units of a model, as read from its file (schema versions 1 and 2)
 struct llama_mod_model {
     bool     scale_output = false;
     uint32_t n_sink       = 0;
-    uint32_t kv_window    = 0; // 0: no kv units
+    uint32_t kv_window    = 0; // the largest of the kv units, 0: there are none
+
+    // K/V heads that decide apart, each with cells of its own, in layers with kv units; 1: they decide together
+    int32_t n_heads = 1;
 
     // of what decides the K/V of a token: hyperparameters, routers, samples of the weights. All weights would have to be
     // read for more
     uint64_t digest = 0;
 
-    // in the order in which they decide: by layer, within a layer kv, block, attn, ffn
+    // in the order in which they decide: by layer, within a layer kv (by head), block, attn, ffn
     std::vector<llama_mod_unit> units;
 
     // the routers, x^ . w + b
     std::vector<float> w; // [n_units][n_embd]
     std::vector<float> b; // [n_units]
 
-    // [n_layer], by kind: the unit's number, -1: not routed
+    // [n_layer], by kind: the number of the first unit, -1: not routed
     std::vector<std::array<int32_t, 4>> by_layer;
 
+    // the layer's unit of the kind, the first one of kv
     int32_t find(int32_t il, llama_mod_kind kind) const {
         return il >= 0 && il < (int32_t) by_layer.size() ? by_layer[il][kind] : -1;
     }
 
+    // the unit that decides about a K/V head, -1: all is remembered
+    int32_t find_kv(int32_t il, int32_t head) const;
+
+    // how many kv units the layer has
+    int32_t n_kv(int32_t il) const;
+
     // layers whose K/V need cells of their own
     bool has_cells(int32_t il) const;
+
+    // into how many parts of the K/V heads the layer's cells are divided
+    int32_t n_parts(int32_t il) const { return find(il, LLAMA_MOD_KIND_KV) >= 0 ? n_heads : 1; }
+
+    // what graphs need for them beyond the nodes of the dense model
+    uint32_t n_nodes() const;
 
     // where unit u decides, in half layers: 2*il at the entrance of layer il, 2*il + 1 at that of its FFN
     int32_t pos(int32_t u) const;

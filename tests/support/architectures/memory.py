@@ -57,6 +57,11 @@ class RoutedFile:
     model: Model
     biases: dict[Unit, float] = field(default_factory=dict)
     kv_window: int = routers.WINDOW
+    heads = 1  # K/V heads that decide apart
+    windows: dict = field(default_factory=dict)
+
+    def window_of(self, unit: Unit) -> int:
+        return self.windows.get(unit, self.kv_window)
 
     @property
     def units(self) -> list[Unit]:
