@@ -34,8 +34,6 @@ SHIFTS = {"active": -1e9, "inactive": 1e9}  # force, as the oracle's shift
 def make(case: str, path):
     sequences = np.random.default_rng(9).integers(0, 96, (2, 100))
     shape = {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 64}
-    if case.startswith("heads"):
-        shape |= {"n_head": 4, "n_head_kv": 2}
     tiny = oracle.make(case, sequences=sequences, sink_tokens=SINKS, **shape)
     return tiny, tiny.write(path / "mod.gguf")
 

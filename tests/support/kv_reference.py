@@ -99,9 +99,7 @@ class Reference:
         # layer -> its caches, one or one of each head
         kv = {unit.layer for unit in self.units if unit.kind == "kv"}
         self.own = {
-            unit.layer: [
-                (unit.layer, head) for head in range(heads if unit.layer in kv else 1)
-            ]
+            unit.layer: [(unit.layer, head) for head in range(heads if unit.layer in kv else 1)]
             for unit in self.units
             if unit.kind != "ffn"
         }

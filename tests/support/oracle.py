@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from itertools import cycle
 
 import llama_cpp
 import numpy as np
@@ -72,13 +73,15 @@ def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> T
         return memory.routed(case, sequences, activation)
     if case in SLIDING:
         shape = {"sliding": SLIDES} | shape
+    if case.startswith("heads"):
+        shape |= {"n_head": 4, "n_head_kv": 2}
     tiny = Tiny(**shape)
     for layers, kinds in (CASES | SLIDING)[case].items():
         tiny.route(layers, kinds, seed=layers[0] + 1)
     if case == "heads with windows":
         del tiny.routers[4, "kv", 1]
         heads = [unit for unit in tiny.units if unit.kind == "kv"]
-        tiny.windows = dict(zip(heads, HEAD_WINDOWS * len(heads)))
+        tiny.windows = dict(zip(heads, cycle(HEAD_WINDOWS), strict=False))
     return tiny.place_biases(sequences, activation)
 
 
@@ -91,6 +94,11 @@ def cells(r: Raw) -> list[int]:
     return [r.kv(layer).n_used for layer in range(llama_cpp.llama_model_n_layer(r.model))]
 
 
+def parts(tiny: Tiny | RoutedFile, layer: int) -> int:
+    """Return the cells that a layer has for a token that it holds: one, or one of each K/V head."""
+    return tiny.heads if any(u.layer == layer and u.kind == "kv" for u in tiny.units) else 1
+
+
 def kept(tiny: Tiny | RoutedFile, layer: int, active, n: int, rollback: int) -> np.ndarray:
     """Return which of the first n tokens of a text a layer holds, bool [n, parts].
 
@@ -101,7 +109,7 @@ def kept(tiny: Tiny | RoutedFile, layer: int, active, n: int, rollback: int) -> 
     at = np.arange(n)
     unit = {u: active[:n, i].astype(bool) for i, u in enumerate(tiny.units)}
     own = [u for u in unit if u.layer == layer and u.kind == "kv"]
-    keep = np.ones((n, tiny.heads if own else 1), bool)
+    keep = np.ones((n, parts(tiny, layer)), bool)
     for kind in ("block", "attn"):
         keep &= np.asarray(unit.get((layer, kind), np.ones(n, bool)))[:, None]
     for u in own:

@@ -49,7 +49,8 @@ class Out(NamedTuple):
 class Tiny:
     """A random llama model; `routers` maps (layer, kind) or (layer, "kv", head) to [w, b, p].
 
-    windows: (layer, "kv", head) -> its window, where it has one of its own. sliding: layers whose attention sees the last `n_swa` tokens.
+    windows: (layer, "kv", head) -> its window, where it has one of its own. sliding: layers whose
+    attention sees the last `n_swa` tokens.
     """
 
     n_layer: int = 5

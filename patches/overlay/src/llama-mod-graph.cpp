@@ -543,9 +543,7 @@ ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_
 
     GGML_ASSERT(k && v && !kq_b && k->ne[1] == n_parts && v->ne[1] == n_parts);
 
-    ggml_tensor * res = ggml_new_tensor_3d(g.ctx0, GGML_TYPE_F32, v->ne[0]*n_head, n_parts, n_tokens);
-    g.cb(res, "mod_parts", -1);
-
+    std::vector<ggml_tensor *> res;
     for (int64_t i = 0; i < n_parts; ++i) {
         auto       * inp  = build_attn_inp(il, i);
         const auto * mctx = inp->mctx;
@@ -559,14 +557,19 @@ ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_
 
         ggml_tensor * sinks_part = sinks ? ggml_view_1d(g.ctx0, sinks, n_head, i*n_head*sinks->nb[0]) : nullptr;
 
-        ggml_tensor * cur = g.build_attn_mha(q_part, mctx->get_k(g.ctx0, il), mctx->get_v(g.ctx0, il), nullptr, inp->get_kq_mask(),
-                sinks_part, nullptr, 0, kq_scale, il);
-
-        ggml_tensor * dst = ggml_view_2d(g.ctx0, res, res->ne[0], n_tokens, res->nb[2], i*res->nb[1]);
-        ggml_build_forward_expand(gf, ggml_cpy(g.ctx0, cur, dst));
+        res.push_back(g.build_attn_mha(q_part, mctx->get_k(g.ctx0, il), mctx->get_v(g.ctx0, il), nullptr, inp->get_kq_mask(),
+                sinks_part, nullptr, 0, kq_scale, il));
     }
 
-    return ggml_reshape_2d(g.ctx0, res, res->ne[0]*n_parts, n_tokens);
+    // pairs, pairs of pairs, ...: each value is copied log2(n_parts) times
+    while (res.size() > 1) {
+        std::vector<ggml_tensor *> joined;
+        for (size_t i = 0; i < res.size(); i += 2) {
+            joined.push_back(i + 1 < res.size() ? ggml_concat(g.ctx0, res[i], res[i + 1], 0) : res[i]);
+        }
+        res = std::move(joined);
+    }
+    return res[0];
 }
 
 ggml_tensor * llm_mod_graph::build_no_attn(const ggml_tensor * wo, const ggml_tensor * q, int il) const {
