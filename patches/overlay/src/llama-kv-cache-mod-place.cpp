@@ -75,7 +75,6 @@ llama_kv_cache::slot_info llama_kv_cache_mod::place(layer_group & c, const llama
         c.passing.push_back(idxs[i]);
     }
     for (const uint32_t idx : idxs) {
-        c.dropped[idx] = !c.routed;
         c.mask.touch(idx);
     }
 
@@ -107,7 +106,7 @@ void llama_kv_cache_mod::settle(layer_group & c) {
 void llama_kv_cache_mod::set_dropped(layer_group & c, const llama_kv_cache::slot_info & sinfo, const std::vector<uint8_t> & dropped) {
     GGML_ASSERT(sinfo.idxs[0].size() >= dropped.size());
     for (size_t i = 0; i < dropped.size(); ++i) {
-        c.dropped[sinfo.idxs[0][i]] = dropped[i];
+        c.kv->v_cells[0].set_dropped(sinfo.idxs[0][i], dropped[i]);
         c.mask.touch(sinfo.idxs[0][i]);
     }
 }
@@ -146,7 +145,7 @@ void llama_kv_cache_mod::occupy(layer_group & c, int32_t cell, const llama_ubatc
         cells.seq_add(cell, ubatch.seq_id[0][s]);
     }
 
-    c.dropped[cell] = dropped;
+    cells.set_dropped(cell, dropped);
     c.head = cell + 1;
     c.mask.touch(cell);
 }
@@ -179,16 +178,14 @@ const llama_kv_cache_context * llama_kv_cache_mod::get_one(layer_group & c, int3
 }
 
 void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t part, int32_t cell) {
-    static const std::vector<uint8_t> none;
-
     if (auto * c = find(il, part)) {
-        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? c->dropped : none, windows[c->window]);
+        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? windows[c->window] : llama_mod_window());
         if (cell >= 0) {
             // 0 in either type
             memset((char *) mask->data + cell*ggml_element_size(mask), 0, ggml_element_size(mask));
         }
     } else {
-        base_mask.fill(mask, ubatch, base->get_cells(0), none, {});
+        base_mask.fill(mask, ubatch, base->get_cells(0), {});
     }
 }
 

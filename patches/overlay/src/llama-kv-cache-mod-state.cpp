@@ -56,7 +56,7 @@ void llama_kv_cache_mod::state_write_group(llama_io_write_i & io, const layer_gr
     std::vector<uint8_t> dropped;
     for (uint32_t i = 0; i < cells.size(); ++i) {
         if (!cells.is_empty(i) && (seq_id == -1 || cells.seq_has(i, seq_id))) {
-            dropped.push_back(c.dropped[i]);
+            dropped.push_back(cells.is_dropped(i));
         }
     }
 
@@ -93,7 +93,7 @@ void llama_kv_cache_mod::state_read_group(llama_io_read_i & io, layer_group & c,
         io.read(dropped.data(), n);
     }
     for (uint32_t i = 0; i < n; ++i) {
-        c.dropped[idxs[i]] = !c.routed || dropped[i] != 0;
+        c.kv->v_cells[0].set_dropped(idxs[i], !c.routed || dropped[i] != 0);
         if (seq_id >= 0 && c.kv->get_cells(0).pos_get(idxs[i]) > base->seq_pos_max(seq_id)) {
             throw std::runtime_error("mod: the state's layers do not match");
         }

@@ -56,14 +56,14 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
 
     auto [mode, reason] = llama_mod_rows::choose_mode(model, v_trans, offload);
     try {
-        init_caches(kv_size, mode, make);
+        init_caches(mode, make);
     } catch (const std::exception &) {
         if (mode != LLAMA_MOD_KV_LAZY) {
             throw;
         }
         mode   = LLAMA_MOD_KV_GROW;
         reason = "no address space for the whole context";
-        init_caches(kv_size, mode, make);
+        init_caches(mode, make);
     }
 
     LLAMA_LOG_INFO("%s: K/V memory: %s (%s)\n", __func__, llama_mod_rows::mode_name(mode), reason);
@@ -130,7 +130,7 @@ void llama_kv_cache_mod::init_groups() {
     }
 }
 
-void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make) {
+void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, const make_rows_t & make) {
     const auto has_group = [this](int32_t i, int32_t part) {
         return [this, i, part](int32_t il) { return il < (int32_t) map_group.size() && (i < 0 ? map_group[il] == -1 : get_group(il, part) == i); };
     };
@@ -148,12 +148,10 @@ void llama_kv_cache_mod::init_caches(uint32_t kv_size, llama_mod_kv_mode mode, c
         auto & c = groups[i];
         c.rows = make(mode, mod.n_parts(c.il) > 1 ? hparams_part : hparams, has_group(i, c.part));
         c.kv   = c.rows->kv.get();
-        c.dropped.resize(kv_size);
     }
 }
 
 void llama_kv_cache_mod::layer_group::emptied(uint32_t idx) {
-    dropped[idx] = 0;
     head = std::min(head, idx);
     mask.touch(idx);
 }
@@ -250,7 +248,6 @@ void llama_kv_cache_mod::clear(bool data) {
     for_each([&](llama_kv_cache & kv) { kv.clear(data); });
 
     for (auto & c : groups) {
-        std::fill(c.dropped.begin(), c.dropped.end(), 0);
         c.head = 0;
     }
     std::fill(seqs.begin(), seqs.end(), no_tokens());
@@ -512,7 +509,7 @@ llama_pos llama_kv_cache_mod::free_cells(layer_group & c, llama_seq_id seq_id, l
     // by position: a scan of all cells of all layers would cost more than a decode
     const auto & sp = cells.seq_pos_get(seq_id);
     for (auto p = sp.lower_bound({ p0, 0 }); p != sp.end() && p->first < p1; ++p) {
-        if (!only_dropped || c.dropped[p->second]) {
+        if (!only_dropped || cells.is_dropped(p->second)) {
             idxs.push_back(p->second);
             last = p->first;
         }
@@ -623,9 +620,7 @@ void llama_kv_cache_mod::compact(llama_context * lctx) {
 
     base_rows->compact();
     for (auto & c : groups) {
-        for (const auto & [src, dst] : c.rows->compact()) {
-            std::swap(c.dropped[src], c.dropped[dst]);
-        }
+        c.rows->compact();
         c.head = 0;
     }
     n_compact++;
@@ -795,7 +790,9 @@ bool llama_kv_cache_mod_context::place_one(size_t i, const llama_ubatch & ubatch
             llama_kv_cache::slot_info_vec_t { g.sinfo }, std::vector<llama_ubatch> { ubatch });
 
     g.ctx->apply();
-    if (!dropped.empty()) {
+    if (!c.routed) {
+        kv->set_dropped(c, g.sinfo, std::vector<uint8_t>(ubatch.n_tokens, 1));
+    } else if (!dropped.empty()) {
         kv->set_dropped(c, g.sinfo, dropped);
     }
     return true;

@@ -130,8 +130,7 @@ private:
         std::unique_ptr<llama_mod_rows> rows;
         llama_kv_cache *                kv = nullptr; // of rows
 
-        std::vector<uint8_t> dropped; // [kv_size], per cell: visible in the window only
-        uint32_t             head = 0; // no cell below is free
+        uint32_t head = 0; // no cell below is free
 
         std::vector<uint32_t> passing; // cells that the ubatch takes only while the routed layer runs
 
@@ -225,7 +224,7 @@ private:
 
     void init_windows();
     void init_groups ();
-    void init_caches (uint32_t kv_size, llama_mod_kv_mode mode, const make_rows_t & make);
+    void init_caches (llama_mod_kv_mode mode, const make_rows_t & make);
 
     // dropped tokens at positions below have left the window, and the rollback margin
     llama_pos reach(llama_seq_id seq_id, size_t window) const;

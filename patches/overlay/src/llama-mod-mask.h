@@ -9,7 +9,7 @@
 struct ggml_tensor;
 struct llama_ubatch;
 
-class llama_kv_cells;
+class llama_mod_cells;
 
 // which keys a query sees that are visible in a window only. a later query's first one is never an earlier one, so what
 // has left the window of a sequence's next query is gone for all of them
@@ -40,25 +40,21 @@ public:
     void touch_all();
 
     // mask: F16 or F32 [n_kv, n_tokens], 0 where the query of a row sees a cell, else -inf
-    // dropped: per cell, empty: none; these are seen by queries whose window holds them
-    void fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
-            const std::vector<uint8_t> & dropped, const llama_mod_window & window);
+    // window: of the cells that are dropped (llama_mod_cells)
+    void fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_mod_cells & cells, const llama_mod_window & window);
 
 private:
     struct row {
-        uint64_t  epoch = 0;
         llama_pos pos   = -1; // of the last query
         size_t    n_log = 0;  // entries of the log that have been applied
 
-        std::vector<uint32_t> data; // bits of F32 or F16
+        std::vector<int8_t> seen; // cells in use: -1 or 0
     };
 
-    uint64_t epoch = 1;
-
-    std::vector<uint32_t> log; // touched cells of this epoch
+    std::vector<uint32_t> log; // cells touched since some row was brought up to date
 
     std::map<llama_seq_id, row> rows;
 
-    template <typename T> void fill_rows(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_kv_cells & cells,
-            const std::vector<uint8_t> & dropped, const llama_mod_window & window);
+    // the row of a query of sequence s at position p
+    void update(llama_seq_id s, llama_pos p, const llama_mod_cells & cells, const llama_mod_window & window);
 };

@@ -15,7 +15,7 @@ static constexpr uint32_t MOD_N_PAD = 256;
 
 // what must be left when rows are made usable: the lists of a cell in use, and the graph of the batch. Without it the
 // next small allocation would fail where that is no error to be handled
-static constexpr size_t MOD_N_BYTES_CELL  = 256;
+static constexpr size_t MOD_N_BYTES_CELL  = 32;
 static constexpr size_t MOD_N_BYTES_GRAPH = 1 << 20;
 
 std::pair<llama_mod_kv_mode, const char *> llama_mod_rows::choose_mode(const llama_model & model, bool v_trans, bool offload) {
@@ -64,10 +64,9 @@ llama_mod_rows::llama_mod_rows(llama_mod_kv_mode mode, uint32_t kv_size, make_t 
     // restoring a state asks for memory before it writes
     kv->reserve = [this](uint32_t n) { return reserve(n); };
 
-    // there is a cell for each token from the start, only the tensors grow
-    if (n_rows < kv_size) {
-        kv->v_cells[0].resize(kv_size);
-    }
+    // there may be a cell for each token from the start, only the tensors grow
+    kv->v_cells[0].resize(kv_size);
+    kv->v_cells[0].keep_tokens(kv->has_cell_ext());
 
     GGML_ASSERT(kv->n_stream == 1);
 
@@ -78,7 +77,7 @@ llama_mod_rows::llama_mod_rows(llama_mod_kv_mode mode, uint32_t kv_size, make_t 
     }
 }
 
-const llama_kv_cells & llama_mod_rows::cells() const {
+const llama_mod_cells & llama_mod_rows::cells() const {
     return kv->v_cells[0];
 }
 
@@ -271,9 +270,9 @@ bool llama_mod_rows::is_sparse() const {
     return GGML_PAD(n_used, MOD_N_PAD) < GGML_PAD(n_max, MOD_N_PAD) && 11*n_used < 10*n_max;
 }
 
-std::vector<std::pair<uint32_t, uint32_t>> llama_mod_rows::compact() {
+void llama_mod_rows::compact() {
     if (!is_sparse()) {
-        return {};
+        return;
     }
 
     auto & c = kv->v_cells[0];
@@ -290,19 +289,7 @@ std::vector<std::pair<uint32_t, uint32_t>> llama_mod_rows::compact() {
             ++dst;
         }
 
-        const auto pos  = c.pos_get(src);
-        const auto ext  = c.ext_get(src);
-        const auto seqs = c.seq_get_all(src);
-
-        c.rm(src);
-
-        c.pos_set(dst, pos);
-        c.ext_set(dst, ext);
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (seqs.test(s)) {
-                c.seq_add(dst, s);
-            }
-        }
+        c.mv(src, dst);
         moves.push_back({ src, dst });
     }
 
@@ -311,8 +298,6 @@ std::vector<std::pair<uint32_t, uint32_t>> llama_mod_rows::compact() {
     kv->v_heads[0] = n_used;
     trim_tail();
     shrink();
-
-    return moves;
 }
 
 void llama_mod_rows::move_rows(const std::vector<std::pair<uint32_t, uint32_t>> & moves) {

@@ -55,9 +55,8 @@ public:
     // would it pay to compact?
     bool is_sparse() const;
 
-    // if so: moves the last cells into the first free ones and gives back the memory behind.
-    // returns the pairs (from, to); no shift may be pending
-    std::vector<std::pair<uint32_t, uint32_t>> compact();
+    // if so: moves the last cells into the first free ones and gives back the memory behind. no shift may be pending
+    void compact();
 
     // how often the tensors were replaced: graphs that were built on others are void
     uint32_t get_n_grown() const { return n_grown; }
@@ -74,7 +73,7 @@ private:
 
     uint32_t n_grown = 0;
 
-    const llama_kv_cells & cells() const;
+    const llama_mod_cells & cells() const;
 
     bool grow(uint32_t n);
     bool replace(uint32_t n);
