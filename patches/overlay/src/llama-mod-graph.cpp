@@ -541,7 +541,9 @@ ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_
     const int64_t n_head   = q->ne[1]/n_parts; // that share a K/V head
     const int64_t n_tokens = q->ne[2];
 
-    GGML_ASSERT(k && v && !kq_b && k->ne[1] == n_parts && v->ne[1] == n_parts);
+    if (!k || !v || kq_b || k->ne[1] != n_parts || v->ne[1] != n_parts) {
+        throw std::runtime_error("K/V heads cannot be remembered apart: its attention is of another form");
+    }
 
     std::vector<ggml_tensor *> res;
     for (int64_t i = 0; i < n_parts; ++i) {

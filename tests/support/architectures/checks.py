@@ -171,9 +171,9 @@ def everything(model: Model, results: dict[str, str]):
         yield kind, partial(_open, model, (kind,))
     kinds = tuple(kind for kind in UNIT_KINDS if results[kind] == "")
     if kinds:
-        yield "routers", partial(_check_routers, model, kinds)
+        yield "routers", partial(_check_routers, model, kinds, True)
     if KV in kinds:  # alone, one token is one graph
-        yield "kv alone", partial(_check_routers, model, (KV,))
+        yield "kv alone", partial(_check_routers, model, (KV,), False)
     if BLOCK in kinds:
         yield "without", partial(_check_inactive, model)
 
@@ -195,9 +195,15 @@ def _noise(logits: np.ndarray, other: np.ndarray) -> float:
 
 
 @contextmanager
-def _routed(model: Model, kinds: tuple[str, ...]) -> Iterator[tuple[Path, list[Unit]]]:
-    """A file with routers of the kinds, and its units."""
+def _routed(
+    model: Model, kinds: tuple[str, ...], by_head: bool = False
+) -> Iterator[tuple[Path, list[Unit]]]:
+    """A file with routers of the kinds, and its units.
+
+    by_head: kv units of each K/V head, where the model has several
+    """
     units = routers.units_of(model, kinds)
+    units = routers.by_head(model, units) if by_head else units
     path = routers.route(model, model.path.with_suffix(".mod.gguf"), units)
     try:
         yield path, units
@@ -210,8 +216,8 @@ def _open(model: Model, kinds: tuple[str, ...]) -> None:
         pass
 
 
-def _check_routers(model: Model, kinds: tuple[str, ...]) -> None:
-    with _routed(model, kinds) as (path, units):
+def _check_routers(model: Model, kinds: tuple[str, ...], by_head: bool) -> None:
+    with _routed(model, kinds, by_head) as (path, units):
         _check_active(path, model)
         _check_cuts(path, units, model)
 
@@ -277,8 +283,9 @@ def _check_cells(used, active, units: list[Unit], model: Model, case: str) -> No
         keep = np.ones(n, bool)
         for kind in (BLOCK, ATTN):
             keep &= decided.get(Unit(layer, kind), True)
-        if (kv := decided.get(Unit(layer, KV))) is not None:
-            keep &= kv | (recent < routers.WINDOW)
+        kv = [decided[unit] for unit in units if unit[:2] == (layer, KV)]
+        if kv:
+            keep = np.stack([keep & (x | (recent < routers.WINDOW)) for x in kv])
         if layer in model.sliding and model.swa_type == STANDARD:
             keep &= recent < model.n_swa
         if layer not in model.without_kv:

@@ -29,7 +29,7 @@ from tests.support.windows import Window
 # One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones; and
 # the noise of their logits in f32, and with flash attention on f16. The logits have a standard
 # deviation of 0.3. GELU comes from a table in f16.
-NOISE = {"gemma3": (1.5e-4, 3e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
+NOISE = {"gemma3": (1.5e-4, 5e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
 NAMES = tuple(NOISE)
 STDEV = 0.15  # of the weights; with smaller ones a token depends on other tokens by little
 CHUNKED = 2  # enum llama_swa_type
@@ -57,11 +57,15 @@ class RoutedFile:
     model: Model
     biases: dict[Unit, float] = field(default_factory=dict)
     kv_window: int = routers.WINDOW
-    heads = 1  # K/V heads that decide apart
     windows: dict = field(default_factory=dict)
 
     def window_of(self, unit: Unit) -> int:
         return self.windows.get(unit, self.kv_window)
+
+    @property
+    def heads(self) -> int:
+        """Return how many K/V heads decide apart."""
+        return 1 + max((unit.head or 0 for unit in self.units), default=0)
 
     @property
     def units(self) -> list[Unit]:
@@ -146,8 +150,11 @@ def routed(name: str, sequences, activation: float = 0.5) -> RoutedFile:
 
 
 def _units(model: Model) -> list[Unit]:
-    """kv units on all full layers, a block unit on the last one, an ffn unit on a sliding one."""
+    """kv units on all full layers, a block unit on the last one, an ffn unit on a sliding one.
+
+    The kv units are those of K/V heads where the model has several.
+    """
     units = [Unit(layer, KV) for layer in model.full] + [Unit(model.full[-1], BLOCK)]
     if model.architecture != "gemma4":  # which can have none
         units.append(Unit(model.sliding[0], FFN))
-    return units
+    return routers.by_head(model, units)

@@ -38,6 +38,21 @@ def units_of(model: Model, kinds: tuple[str, ...]) -> list[Unit]:
     return sorted(chosen, key=deciding_order)
 
 
+def by_head(model: Model, units: list[Unit]) -> list[Unit]:
+    """Return the units with kv units of each K/V head, where all layers have several of these."""
+    heads = GGUFFile.open(model.path).keys[f"{model.architecture}.attention.head_count_kv"].value
+    if not isinstance(heads, int) or heads == 1:
+        return units
+    return sorted(
+        (
+            Unit(*unit, head) if unit.kind == KV else unit
+            for unit in units
+            for head in range(heads if unit.kind == KV else 1)
+        ),
+        key=deciding_order,
+    )
+
+
 def trailing(model: Model) -> list[int]:
     """The last layers, two at most, that are full ones. Others do not change without them."""
     layers: list[int] = []
@@ -62,10 +77,12 @@ def route(
     rng = np.random.default_rng(seed)
     configs = {}
     for kind in UNIT_KINDS:
-        layers = {unit.layer for unit in units if unit.kind == kind}
-        if layers:
-            p = tuple(0.5 * (layer in layers) for layer in range(model.n_layer))
-            configs[kind] = UnitConfig(p, tuple(1 - x for x in p))
+        own = [unit for unit in units if unit.kind == kind]
+        if own:
+            heads = 1 + max(unit.head or 0 for unit in own)
+            none = UnitConfig((0.0,) * model.n_layer * heads, (1.0,) * model.n_layer * heads, heads)
+            half = dict.fromkeys(own, 0.5)
+            configs[kind] = none.with_values(half, half)
     config = MoDConfig(sink_tokens=SINKS, kv_window=WINDOW, units=configs)
     scale = np.float32(2 / np.sqrt(model.n_embd))
     routers = {
