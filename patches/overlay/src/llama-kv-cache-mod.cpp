@@ -56,14 +56,14 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
 
     auto [mode, reason] = llama_mod_rows::choose_mode(model, v_trans, offload);
     try {
-        init_caches(mode, make);
+        init_caches(mode, llama_mod_rows::choose_part_mode(mode, model, offload), make);
     } catch (const std::exception &) {
         if (mode != LLAMA_MOD_KV_LAZY) {
             throw;
         }
         mode   = LLAMA_MOD_KV_GROW;
         reason = "no address space for the whole context";
-        init_caches(mode, make);
+        init_caches(mode, mode, make);
     }
 
     LLAMA_LOG_INFO("%s: K/V memory: %s (%s)\n", __func__, llama_mod_rows::mode_name(mode), reason);
@@ -130,7 +130,7 @@ void llama_kv_cache_mod::init_groups() {
     }
 }
 
-void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, const make_rows_t & make) {
+void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, llama_mod_kv_mode mode_part, const make_rows_t & make) {
     const auto has_group = [this](int32_t i, int32_t part) {
         return [this, i, part](int32_t il) { return il < (int32_t) map_group.size() && (i < 0 ? map_group[il] == -1 : get_group(il, part) == i); };
     };
@@ -146,7 +146,9 @@ void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, const make_rows_t &
 
     for (size_t i = 0; i < groups.size(); ++i) {
         auto & c = groups[i];
-        c.rows = make(mode, mod.n_parts(c.il) > 1 ? hparams_part : hparams, has_group(i, c.part));
+        c.rows = mod.n_parts(c.il) > 1 ?
+            make(mode_part, hparams_part, has_group(i, c.part)) :
+            make(mode,      hparams,      has_group(i, 0));
         c.kv   = c.rows->kv.get();
     }
 }

@@ -224,7 +224,7 @@ private:
 
     void init_windows();
     void init_groups ();
-    void init_caches (llama_mod_kv_mode mode, const make_rows_t & make);
+    void init_caches(llama_mod_kv_mode mode, llama_mod_kv_mode mode_part, const make_rows_t & make);
 
     // dropped tokens at positions below have left the window, and the rollback margin
     llama_pos reach(llama_seq_id seq_id, size_t window) const;

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 #include "llama-mod.h"
 #include "llama-mod-buffer.h"
+#include "llama-mod-pool.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -22,12 +23,12 @@ std::pair<llama_mod_kv_mode, const char *> llama_mod_rows::choose_mode(const lla
     // lazy is chosen anyway, where it is possible
     const char * env = getenv("LLAMA_MOD_KV");
     if (env && strcmp(env, mode_name(LLAMA_MOD_KV_LAZY)) != 0) {
-        for (const auto mode : { LLAMA_MOD_KV_GROW, LLAMA_MOD_KV_FULL }) {
+        for (const auto mode : { LLAMA_MOD_KV_GROW, LLAMA_MOD_KV_FULL, LLAMA_MOD_KV_POOL }) {
             if (strcmp(env, mode_name(mode)) == 0) {
                 return { mode, "LLAMA_MOD_KV" };
             }
         }
-        throw std::runtime_error(format("LLAMA_MOD_KV=%s: known are lazy, grow and full", env));
+        throw std::runtime_error(format("LLAMA_MOD_KV=%s: known are lazy, grow, full and pool", env));
     }
 
     if (v_trans) {
@@ -52,14 +53,36 @@ const char * llama_mod_rows::mode_name(llama_mod_kv_mode mode) {
         case LLAMA_MOD_KV_LAZY: return "lazy";
         case LLAMA_MOD_KV_GROW: return "grow";
         case LLAMA_MOD_KV_FULL: return "full";
+        case LLAMA_MOD_KV_POOL: return "pool";
     }
     return "";
 }
 
-llama_mod_rows::llama_mod_rows(llama_mod_kv_mode mode, uint32_t kv_size, make_t make) :
-    make(std::move(make)), mode(mode), n_rows(mode == LLAMA_MOD_KV_GROW ? std::min(kv_size, MOD_N_PAD) : kv_size) {
+llama_mod_kv_mode llama_mod_rows::choose_part_mode(llama_mod_kv_mode mode, const llama_model & model, bool offload) {
+    for (int32_t il = 0; offload && mode == LLAMA_MOD_KV_LAZY && il < (int32_t) model.hparams.n_layer(); ++il) {
+        if (!ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)))) {
+            return LLAMA_MOD_KV_POOL;
+        }
+    }
+    return mode;
+}
 
-    kv = this->make(n_rows);
+// of the cache that is being made by this thread
+static thread_local llama_mod_kv_mode making = LLAMA_MOD_KV_LAZY;
+
+ggml_backend_buffer_type_t llama_mod_rows::choose_buft(ggml_backend_buffer_type_t buft) {
+    return making == LLAMA_MOD_KV_POOL ? llama_mod_pool_buft(buft) : llama_mod_kv_buft(buft);
+}
+
+std::unique_ptr<llama_kv_cache> llama_mod_rows::make_cache(uint32_t n) const {
+    making = mode;
+    return make(n);
+}
+
+llama_mod_rows::llama_mod_rows(llama_mod_kv_mode mode, uint32_t kv_size, make_t make) :
+    make(std::move(make)), mode(mode), n_rows(grows() ? std::min(kv_size, MOD_N_PAD) : kv_size) {
+
+    kv = make_cache(n_rows);
 
     // restoring a state asks for memory before it writes
     kv->reserve = [this](uint32_t n) { return reserve(n); };
@@ -195,13 +218,13 @@ bool llama_mod_rows::grow(uint32_t n) {
 
 void llama_mod_rows::shrink() {
     const uint32_t n = std::min<uint32_t>(GGML_PAD(std::max(cells().used_max_p1(), 1u), MOD_N_PAD), cells().size());
-    if (mode == LLAMA_MOD_KV_GROW && 3*n <= 2*n_rows && !kv->hparams.no_alloc && !kv->layers.empty()) {
+    if (grows() && 3*n <= 2*n_rows && !kv->hparams.no_alloc && !kv->layers.empty()) {
         replace(n);
     }
 }
 
 bool llama_mod_rows::replace(uint32_t n) try {
-    auto next = make(n);
+    auto next = make_cache(n);
 
     if (synchronize) {
         synchronize();

@@ -13,6 +13,7 @@ enum llama_mod_kv_mode {
     LLAMA_MOD_KV_LAZY, // address space for all cells, memory is committed as they are used
     LLAMA_MOD_KV_GROW, // small tensors that are replaced by larger ones, rows copied, as cells are used
     LLAMA_MOD_KV_FULL, // all memory from the start
+    LLAMA_MOD_KV_POOL, // like grow, and the tensors of all caches share pages
 };
 
 // One cache and the memory behind its K and V rows.
@@ -26,7 +27,13 @@ public:
     // throws std::runtime_error for an unknown value
     static std::pair<llama_mod_kv_mode, const char *> choose_mode(const llama_model & model, bool v_trans, bool offload);
 
+    // that of a cache of one K/V head, where the others have `mode`: on a device its pages would be too large for it
+    static llama_mod_kv_mode choose_part_mode(llama_mod_kv_mode mode, const llama_model & model, bool offload);
+
     static const char * mode_name(llama_mod_kv_mode mode);
+
+    // the memory of a cache's tensors that would be of type buft; called while the cache is made
+    static ggml_backend_buffer_type_t choose_buft(ggml_backend_buffer_type_t buft);
 
     // throws std::runtime_error if there is no memory or no address space
     llama_mod_rows(llama_mod_kv_mode mode, uint32_t kv_size, make_t make);
@@ -67,6 +74,10 @@ public:
 private:
     const make_t            make;
     const llama_mod_kv_mode mode;
+
+    bool grows() const { return mode == LLAMA_MOD_KV_GROW || mode == LLAMA_MOD_KV_POOL; }
+
+    std::unique_ptr<llama_kv_cache> make_cache(uint32_t n) const;
 
     uint32_t n_rows;       // of the tensors
     uint32_t n_usable = 0; // of these
