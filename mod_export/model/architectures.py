@@ -154,6 +154,10 @@ NORM_EPS = (
     "norm_epsilon",
     "layernorm_epsilon",
 )
+# Fields with the number of K/V heads, of all layers or of some.
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
+# Model types whose attention reads the values of two heads at a time.
+HEADS_TOGETHER = ("diffllama",)
 FULL_ATTENTION = "full_attention"
 # Types of layers whose queries see the last tokens only -> what the layer has, and the field of the
 # configuration that says how many tokens these are.
@@ -269,14 +273,70 @@ def unit_layers(base: nn.Module, kind: str, chosen: list[int] | None) -> list[in
 
 def check_units(base: nn.Module, units: Iterable[Unit]) -> None:
     """Raise UserError for a unit that its layer cannot have, with the reason."""
-    layers = decoder_layers(base)
+    layers, units = decoder_layers(base), set(units)
     for unit in units:
-        layer, kind = unit[:2]
-        if reason := layers[layer].refused.get(kind):
+        if reason := layers[unit.layer].refused.get(unit.kind):
             raise UserError(
-                f"layer {layer} of {base.config.model_type} cannot have a unit {kind}: {reason}",
+                f"layer {unit.layer} of {base.config.model_type} cannot have a unit {unit.kind}: "
+                f"{reason}",
                 "route other layers or other kinds",
             )
+        if unit.head is None:
+            continue
+        if unit.kind != KV or not 0 <= unit.head < kv_heads(base):
+            reason = (
+                "only kv units can" if unit.kind != KV else f"it has {kv_heads(base)} K/V heads"
+            )
+            raise UserError(
+                f"{unit.place} of {base.config.model_type} cannot decide for a unit {unit.kind}: "
+                f"{reason}",
+                "route the K/V heads that the model has, or whole layers",
+            )
+        if Unit(unit.layer, unit.kind) in units:
+            raise UserError(
+                f"layer {unit.layer} has a kv unit, and others of its heads",
+                "let the layer decide, or its heads",
+            )
+
+
+def check_heads(base: nn.Module, heads: int) -> None:
+    """Raise UserError where kv units cannot be of so many heads in each layer."""
+    possible, model_type = kv_heads(base), base.config.model_type
+    if heads not in (1, possible):
+        raise UserError(
+            f"the kv units are of {heads} heads, {model_type} can decide for {possible}",
+            "use a model with as many K/V heads, or one decision per layer",
+        )
+
+
+def kv_heads(base: nn.Module) -> int:
+    """Return the K/V heads of each layer that can decide apart; the layer decides where it is 1.
+
+    It is 1 where the heads share what is stored (MQA, MLA) or are read together, and where layers
+    have different numbers of heads. The query heads of a group share one K/V head, in the order of
+    the heads.
+    """
+    config = base.config
+    if getattr(config, "kv_lora_rank", None) is not None or config.model_type in HEADS_TOGETHER:
+        return 1
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        return 1
+    found = [getattr(config, name, None) for name in KV_HEADS]
+    found.append(getattr(getattr(config, "attn_config", None), "kv_n_heads", None))
+    of_queries = config.num_attention_heads
+    numbers = {n for n in found if n is not None} or {of_queries}
+    if len(numbers) > 1 or not all(isinstance(n, int) for n in (of_queries, *numbers)):
+        return 1
+    n = numbers.pop()
+    return n if of_queries % n == 0 else 1
+
+
+def query_group(base: nn.Module) -> int:
+    """Return the query heads that share a K/V head which can decide apart."""
+    heads = kv_heads(base)
+    return base.config.num_attention_heads // heads if heads > 1 else 1
 
 
 def last_logits(n: int, input_ids: torch.Tensor) -> torch.Tensor:

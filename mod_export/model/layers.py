@@ -21,8 +21,9 @@ from torch import nn
 
 from mod_export.model import architectures
 from mod_export.model.architectures import LayerParts
+from mod_export.model.masks import Kept
 from mod_export.model.routing import RoutingState
-from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
+from mod_export.units import ATTN, BLOCK, FFN, Unit
 
 # The wrapped layers of each base model. A layer's wrappers do not refer to the base model, so an
 # entry goes with its base model.
@@ -112,16 +113,16 @@ class LayerRouting:
     def _compute_layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
         state, layer = self.state, self.index
         self._h = h
-        keep = state.decide(Unit(layer, KV), h)
+        kept = state.decide_kept(layer, h)
         block = state.decide(Unit(layer, BLOCK), h)
         attn = state.decide(Unit(layer, ATTN), h)
         if self._ffn_reads_layer_input:
             state.decide(Unit(layer, FFN), h)
         stored = attn if block is None else block
         if state.cache is not None:
-            return self._layer_sparse(inner, h, kwargs, keep, stored, skips=block is not None)
+            return self._layer_sparse(inner, h, kwargs, kept, stored, skips=block is not None)
         kwargs["attention_mask"] = state.strategy.mask(
-            state, layer, kwargs.get("attention_mask"), stored, keep
+            state, layer, kwargs.get("attention_mask"), stored, kept
         )
         out = inner(h, **kwargs)
         return out if block is None else _replace(out, self._end_block(h, _first(out)))
@@ -135,20 +136,18 @@ class LayerRouting:
         return state.strategy.select(state.active[unit], y, h)
 
     def _layer_sparse(
-        self, inner: Callable, h: torch.Tensor, kwargs: dict, keep, stored, skips: bool
+        self, inner: Callable, h: torch.Tensor, kwargs: dict, kept: Kept | None, stored, skips: bool
     ):
         """Run the layer for the tokens that need it.
 
-        keep: [1, T] tokens whose K/V stay beyond the window. stored: [1, T] tokens that get K/V.
-        None stands for all. skips: the tokens that are not stored skip the whole layer.
+        kept: of all tokens. stored: [1, T] tokens that get K/V. None stands for all. skips: the
+        tokens that are not stored skip the whole layer.
         """
         state = self.state
         rows = None if stored is None else _rows(stored)
         is_partial = self._stores_kv and state.cache.is_partial(self.index)
-        if rows is not None or keep is not None or is_partial:
-            visible = state.cache.begin(
-                self.index, rows, None if keep is None else keep[0], state.kv_window
-            )
+        if rows is not None or kept is not None or is_partial:
+            visible = state.cache.begin(self.index, rows, kept)
             kwargs["attention_mask"] = state.masks.sparse(
                 kwargs.get("attention_mask"), visible, rows, state.cache.cell_positions
             )

@@ -10,6 +10,7 @@ routers is {Unit: (weight [n_embd], bias [1])}. Without routers, `from_base(base
 tokenizer)` needs no config, and decisions, bool [B, T], can be given:
 
     model(input_ids, decisions={(5, "kv"): keep, (7, "attn"): active}, kv_window=64)
+    model(input_ids, decisions={(5, "kv", 0): keep, (5, "kv", 1): other})     # of K/V heads
 
 Given decisions replace those of a router, sinks included, and may name any unit of any layer. Other
 keywords go to the base model, e.g. `logits_to_keep`. Use torch.inference_mode() unless gradients
@@ -39,7 +40,7 @@ from mod_export.model.cache import MoDCache
 from mod_export.model.layers import unwrap_layers, wrap_layers
 from mod_export.model.router import Router
 from mod_export.model.routing import DecisionStrategy, RoutingState, TopK
-from mod_export.units import Unit
+from mod_export.units import KV, Unit
 
 
 @dataclass
@@ -65,8 +66,10 @@ class MoDModel(nn.Module):
         super().__init__()
         config.validate(len(architectures.decoder_layers(base)))
         check_routers(config, routers, architectures.n_embd(base))
+        architectures.check_heads(base, config.heads(KV))
         architectures.check_units(base, config.routed())
         eps = architectures.norm_eps(base)
+        self._kv_heads = architectures.kv_heads(base)
         if base.config._attn_implementation not in ("sdpa", "eager"):
             # Other implementations take no mask for a layer.
             base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
@@ -163,11 +166,12 @@ class MoDModel(nn.Module):
         if attention_mask is not None:
             position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = position
-        if decisions:
-            architectures.check_units(self.base, decisions)
-        state = self._state(position, strategy, given=decisions or {})
+        given = {Unit(*unit): active for unit, active in (decisions or {}).items()}
+        if given:
+            architectures.check_units(self.base, [*self.config.routed(), *given])
+        state = self._state(position, strategy, given=given)
         if kv_window is not None:
-            state = replace(state, kv_window=kv_window)
+            state = replace(state, kv_window=kv_window, windows={})
         out = self._forward(
             state, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
         )
@@ -179,7 +183,8 @@ class MoDModel(nn.Module):
 
     def new_cache(self) -> MoDCache:
         """An empty cache for `step`."""
-        return MoDCache(self.n_layer)
+        by_head = {unit.layer for unit in self.config.routed() if unit.head is not None}
+        return MoDCache([self._kv_heads if i in by_head else 1 for i in range(self.n_layer)])
 
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor, cache: MoDCache, *, trace=False, **kwargs):
@@ -205,7 +210,7 @@ class MoDModel(nn.Module):
             use_cache=True,
             **kwargs,
         ).logits
-        cache.finish(state.kv_window)
+        cache.finish()
         return (logits, self._trace(state)) if trace else logits
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **kwargs) -> torch.Tensor:
@@ -224,6 +229,9 @@ class MoDModel(nn.Module):
             routers={unit: self.router(unit) for unit in self.config.routed()},
             sink_tokens=self.config.sink_tokens,
             kv_window=self.config.kv_window,
+            windows={unit: self.config.window(unit) for unit in self.config.routed()},
+            kv_heads=self._kv_heads,
+            group=architectures.query_group(self.base),
             scale_output=self.config.scale_output,
             shift=self.shift,
             force=self.force,

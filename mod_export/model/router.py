@@ -30,13 +30,13 @@ class Router(nn.Module):
         self.threshold = threshold
         self.eps = eps
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Return the router logits [...], float32, of the residual stream h [..., n_embd].
 
-        The score of a token is the sigmoid of its logit.
+        The score of a token is the sigmoid of its logit. x: rms_norm(h), where it is known already.
         """
         with torch.autocast(h.device.type, enabled=False):
-            return rms_norm(h, self.eps) @ self.weight + self.bias
+            return (rms_norm(h, self.eps) if x is None else x) @ self.weight + self.bias
 
 
 def rms_norm(h: torch.Tensor, eps: float) -> torch.Tensor:

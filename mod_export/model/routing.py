@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from mod_export.model.cache import MoDCache
-from mod_export.model.masks import MaskBuilder
-from mod_export.model.router import Router, is_active, threshold_logit
-from mod_export.units import Unit
+from mod_export.model.masks import Kept, MaskBuilder
+from mod_export.model.router import Router, is_active, rms_norm, threshold_logit
+from mod_export.units import KV, Unit
 
 # Distance of the cut below the lowest logit where top-k takes every token.
 ALL_ACTIVE_MARGIN = 10.0
@@ -53,10 +53,10 @@ class DecisionStrategy:
         layer: int,
         mask: torch.Tensor | None,
         stored: torch.Tensor | None,
-        keep: torch.Tensor | None,
+        kept: Kept | None,
     ):
         """Return the attention mask of a layer; the arguments are those of MaskBuilder.dense."""
-        return state.masks.dense(mask, stored, keep)
+        return state.masks.dense(mask, stored, kept)
 
     def select(
         self, active: torch.Tensor, new: torch.Tensor, old: torch.Tensor | float
@@ -97,6 +97,8 @@ class RoutingState:
     position: [B, T] position of each token in its sequence
     given: decisions [B, T] that replace those of the routers
     force: "active" or "inactive" decides for every unit; None leaves it to the routers
+    kv_window, windows: of all kv units, and of those that have their own
+    kv_heads, group: of the model, K/V heads that can decide apart and query heads that share one
     additive_masks: see MaskBuilder
     active, logit: [B, T] of each unit that has decided
     gate: [B, T] factor of what a unit adds, only for units where the factor is not 1
@@ -107,6 +109,9 @@ class RoutingState:
     strategy: DecisionStrategy = field(default_factory=DecisionStrategy)
     sink_tokens: int = 0
     kv_window: int = 1
+    windows: Mapping[Unit, int] = field(default_factory=dict)
+    kv_heads: int = 1
+    group: int = 1
     scale_output: bool = False
     shift: float = 0.0
     force: str | None = None
@@ -120,21 +125,47 @@ class RoutingState:
     @cached_property
     def masks(self) -> MaskBuilder:
         """What makes the attention masks of this forward."""
-        return MaskBuilder(self.position, self.kv_window, self.additive_masks)
+        return MaskBuilder(self.position, self.additive_masks, self.group)
 
-    def decide(self, unit: Unit, h: torch.Tensor) -> torch.Tensor | None:
+    def decide_kept(self, layer: int, h: torch.Tensor) -> Kept | None:
+        """Return what the kv units of a layer keep of the residual stream h [B, T, n_embd].
+
+        None: the layer has none, so every token is kept.
+        """
+        units = [Unit(layer, KV)]
+        if not self._is_routed(units[0]):
+            units = [Unit(layer, KV, head) for head in range(self.kv_heads)]
+        routed = [unit for unit in units if self._is_routed(unit)]
+        if not routed:
+            return None
+        routers = [self.routers[unit] for unit in routed if unit in self.routers]
+        x = rms_norm(h, routers[0].eps) if len(routers) > 1 else None
+        kept = {unit: self.decide(unit, h, x) for unit in routed}
+        every = torch.ones_like(self.position, dtype=torch.bool)
+        return Kept(
+            torch.stack([kept.get(unit, every) for unit in units], dim=1),
+            tuple(self.windows.get(unit, self.kv_window) for unit in units),
+        )
+
+    def _is_routed(self, unit: Unit) -> bool:
+        return unit in self.routers or unit in self.given
+
+    def decide(
+        self, unit: Unit, h: torch.Tensor, x: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Return which tokens of the residual stream h [B, T, n_embd] are active, [B, T].
 
-        None: the unit is not routed, so every token runs.
+        x: h as the routers norm it, where that is known already. None: the unit is not routed, so
+        every token runs.
         """
         router = self.routers.get(unit)
-        if router is None and unit not in self.given:
+        if not self._is_routed(unit):
             return None
         self.gate.pop(unit, None)  # training may compute a layer again
         if router is None:
             self.active[unit] = self._choose(unit, None)
             return self.active[unit]
-        logit = self.logit[unit] = router(h)
+        logit = self.logit[unit] = router(h) if x is None else router(h, x)
         passed, cut = self.strategy.divide(unit, router, logit, self.shift)
         if self.scale_output and self.force is None:
             # A sink below the threshold runs unscaled.

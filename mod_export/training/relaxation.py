@@ -108,12 +108,12 @@ class RelaxedDecisions(DecisionStrategy):
         if kind.frees_kv:
             self._keys[unit] = self.relaxation.key(z, state.position < state.sink_tokens)
 
-    def mask(self, state: RoutingState, layer: int, mask, stored, keep):
+    def mask(self, state: RoutingState, layer: int, mask, stored, kept):
         attn = self._keys.get((layer, ATTN), self._keys.get((layer, BLOCK)))
-        kept = self._keys.get((layer, KV))
-        if attn is None and kept is None:
+        keys = self._keys.get((layer, KV))
+        if attn is None and keys is None:
             return mask
-        return RelaxedMask(mask, KeyBias(attn, kept, state.kv_window))
+        return RelaxedMask(mask, KeyBias(attn, keys, state.kv_window))
 
     def select(self, active: torch.Tensor, new: torch.Tensor, old) -> torch.Tensor:
         return new  # the gate is 0 for inactive tokens, and has a gradient there

@@ -49,10 +49,11 @@ class SteadyRouter(Router):
         for name in ("drift", "correction"):
             self.register_buffer(name, self.weight.new_zeros(0, len(self.weight)), persistent=False)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(h.device.type, enabled=False):
             weight = self.start + self._corrected(self.weight)
-            return (rms_norm(h, self.eps) - self.center) @ weight + (self.bias + self.offset)
+            x = rms_norm(h, self.eps) if x is None else x
+            return (x - self.center) @ weight + (self.bias + self.offset)
 
     @torch.no_grad()
     def reparametrise(

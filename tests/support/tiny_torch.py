@@ -13,6 +13,8 @@ The models are MoDModels, and `base` makes the plain Llama below them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from mod_export.config import MoDConfig, UnitConfig
 from mod_export.formats.gguf import GGUFFile
 from mod_export.model import architectures, gguf_tokenizer, loading
 from mod_export.model.mod_model import MoDModel
+from mod_export.units import Unit
 from tests.support.byte_tokenizer import byte_tokenizer
 
 N_LAYER = 6
@@ -74,22 +77,36 @@ def base(
 
 
 def config(
-    units: dict[str, list[int]], n_layer: int = N_LAYER, p: float = 0.5, **kwargs
+    units: dict[str, list[int]],
+    n_layer: int = N_LAYER,
+    p: float = 0.5,
+    heads: int = 1,
+    left_out: Collection[tuple] = (),
+    windows: dict[tuple, int] | None = None,
+    **kwargs,
 ) -> MoDConfig:
     """Return the configuration of a tiny MoD model.
 
-    units: {kind: routed layers}. kwargs: fields of MoDConfig, such as sink_tokens or kv_window.
+    units: {kind: routed layers}. heads: K/V heads that decide apart. left_out: units of these
+    layers that are not routed. windows: own windows of kv units. kwargs: fields of MoDConfig, such
+    as sink_tokens or kv_window.
     """
-    made = {
-        kind: UnitConfig(
-            threshold=tuple(p if layer in layers else 0.0 for layer in range(n_layer)),
-            activation=tuple(0.5 if layer in layers else 1.0 for layer in range(n_layer)),
-        )
-        for kind, layers in units.items()
-    }
-    return MoDConfig(
-        **{"sink_tokens": 2, "kv_window": 8, "calibration": {"model": "tiny"}, **kwargs}, units=made
-    )
+    fields = {"sink_tokens": 2, "kv_window": 8, "calibration": {"model": "tiny"}, **kwargs}
+    made = {}
+    for kind, layers in units.items():
+        empty = UnitConfig((0.0,) * n_layer, (1.0,) * n_layer)
+        if kind == "kv" and heads > 1:
+            empty = UnitConfig((0.0,) * n_layer * heads, (1.0,) * n_layer * heads, heads)
+        routed = [
+            unit for i in layers for unit in empty.units(i, kind) if tuple(unit) not in left_out
+        ]
+        made[kind] = empty.with_values(dict.fromkeys(routed, p), dict.fromkeys(routed, 0.5))
+    if windows:
+        own = {made["kv"].index(Unit(*unit)): window for unit, window in windows.items()}
+        every = range(len(made["kv"].threshold))
+        window = tuple(own.get(i, fields["kv_window"]) for i in every)
+        made["kv"] = replace(made["kv"], window=window)
+    return MoDConfig(**fields, units=made)
 
 
 def wrap(
@@ -120,13 +137,20 @@ def mod_model(units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDMode
 
     kwargs: those of `base` and of `config`.
     """
-    for_config = {
-        key: kwargs.pop(key)
-        for key in ("p", "sink_tokens", "kv_window", "scale_output")
-        if key in kwargs
-    }
+    for_config = {key: kwargs.pop(key) for key in FIELDS_OF_CONFIG if key in kwargs}
     plain = base(**kwargs)
     return wrap(plain, config(units, plain.config.num_hidden_layers, **for_config), ids)
+
+
+FIELDS_OF_CONFIG = (
+    "p",
+    "heads",
+    "left_out",
+    "windows",
+    "sink_tokens",
+    "kv_window",
+    "scale_output",
+)
 
 
 @torch.no_grad()
@@ -136,8 +160,8 @@ def place_biases(model: MoDModel, ids: torch.Tensor) -> None:
     Float noise then flips no decision. The biases are placed in the order of the decisions, because
     each decision changes what later routers see.
     """
-    for index, (layer, kind) in enumerate(model.config.routed()):
-        router = model.routers[f"{layer}_{kind}"]
+    for index, unit in enumerate(model.config.routed()):
+        router = model.router(unit)
         _, trace = model(ids, trace=True)
         scores = trace.logit[..., index].flatten().sort().values
         low, high = len(scores) * 3 // 10, len(scores) * 7 // 10

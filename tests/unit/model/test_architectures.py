@@ -204,9 +204,23 @@ def test_units_of_the_kinds_that_a_model_type_has(name):
     with torch.inference_mode():
         forms_agree(model, expected)
     relaxed_gradients_reach_routers(model)
+    heads_decide_apart(plain, kinds, expected)
     if "block" in kinds:
         with torch.inference_mode():
             inactive_block_is_no_layer(plain, parts[3])
+
+
+def heads_decide_apart(plain, kinds, expected):
+    """They are the K/V heads in the model's own cache, where the model has several."""
+    heads = architectures.kv_heads(plain)
+    if heads == 1 or "kv" not in kinds:
+        return
+    model = tiny.wrap(plain, tiny.config({"kv": UNITS["kv"]}, N_LAYER, heads=heads), IDS)
+    with torch.inference_mode():
+        forms_agree(model, expected)
+        model.detach()
+        cache = plain(IDS, use_cache=True).past_key_values
+    assert {cache.layers[layer].keys.shape[1] for layer in UNITS["kv"]} == {heads}
 
 
 def of_norms(part):

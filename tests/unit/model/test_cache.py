@@ -15,7 +15,7 @@ def test_cells_are_what_later_queries_can_see():
     units = model.config.routed()
     for size in (48, 5, 1):
         cache = in_pieces(model, IDS, size)[2]
-        for layer, cells in enumerate(cache.cells):
+        for layer, (cells,) in enumerate(cache.cells):
             visible = torch.ones(48, dtype=torch.bool)
             for kind in ("block", "attn"):
                 if (layer, kind) in units:
