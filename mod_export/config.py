@@ -27,6 +27,9 @@ GATING_FUNC = "sigmoid"
 SINK_TOKENS = 4  # A config has this many by default.
 # The default of 256 is far better than 64 at equal K/V, and 3 % of a context of 8192 tokens.
 KV_WINDOW = 256
+# What a decision of a kv unit is about, and the default of a conversion.
+HEAD, LAYER = KV_GRANULARITIES = ("head", "layer")
+KV_GRANULARITY = LAYER
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from mod_export.errors import UserError
 from mod_export.formats import architectures, ggml_types, kv_size, schema
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.model_checks import check_model
+from mod_export.units import KV
 
+MOST_HEADS_SHOWN = 8  # in a line; of more heads the lowest and the highest value are shown
 CONTEXTS_TOKENS = (1000, 4000, 16000)
 
 
@@ -63,12 +65,13 @@ def _tensor_types(file: GGUFFile) -> dict[str, int]:
 
 def _mod_report(file: GGUFFile, config: MoDConfig) -> dict:
     report = {name: getattr(config, name) for name in schema.SCALARS}
+    own_windows = KV in config.units and bool(config.units[KV].window)
     report["units"] = [
         {
-            "layer": unit.layer,
-            "kind": unit.kind,
+            **unit.to_dict(),
             "threshold": config.threshold(unit),
             "activation": config.activation(unit),
+            **({"window": config.window(unit)} if own_windows and unit.kind == KV else {}),
         }
         for unit in config.routed()
     ]
@@ -90,7 +93,13 @@ def _kv_report(file: GGUFFile, config: MoDConfig) -> dict:
         rows.append({"tokens": n, "bytes_dense": dense, "bytes_mod": round(mod), "share": share})
     windows = [layer.window for layer in layers]
     return {
-        "formula": kv_size.FORMULA + (f"; {kv_size.SLIDING_FORMULA}" if any(windows) else ""),
+        "formula": "; ".join(
+            [
+                kv_size.FORMULA,
+                *([kv_size.HEADS_FORMULA] if config.heads(KV) > 1 else []),
+                *([kv_size.SLIDING_FORMULA] if any(windows) else []),
+            ]
+        ),
         "type": "f16",
         "windows": windows,
         "bytes_per_token_dense": sum(layer.bytes_per_token for layer in layers),
@@ -121,10 +130,6 @@ def _possible(report: dict) -> str:
 
 def _render_mod(mod: dict) -> list[str]:
     means = ", ".join(f"{kind} {value:.3f}" for kind, value in mod["activation"].items())
-    units = [
-        [unit["layer"], unit["kind"], f"{unit['threshold']:.4f}", f"{unit['activation']:.3f}"]
-        for unit in mod["units"]
-    ]
     kv = mod["kv"]
     sizes = [
         [
@@ -140,7 +145,7 @@ def _render_mod(mod: dict) -> list[str]:
         f"{mod['gating_func']} scores, {'scaled' if mod['scale_output'] else 'hard'} gate, "
         f"first {mod['sink_tokens']} tokens always active, kv window {mod['kv_window']}",
         "",
-        format_table(["layer", "unit", "threshold", "activation"], units),
+        _render_units(mod["units"]),
         "",
         f"mean activation on calibration text: {means}",
         "",
@@ -152,6 +157,40 @@ def _render_mod(mod: dict) -> list[str]:
         *([kv["note"]] if kv["note"] else []),
         *([f"the runtime refuses this file: {mod['refused']}"] if "refused" in mod else []),
     ]
+
+
+def _render_units(units: list[dict]) -> str:
+    """A table with a line for each layer and kind; the heads of a layer share a line."""
+    lines: dict[tuple, list[dict]] = {}
+    for unit in units:
+        lines.setdefault((unit["layer"], unit["kind"]), []).append(unit)
+    columns = {"threshold": "{:.4f}", "activation": "{:.3f}", "window": "{}"}
+    shown = [name for name in columns if any(name in unit for unit in units)]
+    by_head = any("head" in unit for unit in units)
+    rows = [
+        [layer, kind]
+        + (["-" if "head" not in some[0] else _heads(some)] if by_head else [])
+        + [_joined([columns[name].format(u[name]) for u in some if name in u]) for name in shown]
+        for (layer, kind), some in lines.items()
+    ]
+    return format_table(["layer", "unit", *(["heads"] if by_head else []), *shown], rows)
+
+
+def _heads(units: list[dict]) -> str:
+    """The numbers of heads: `0-3` of a row of them, else each."""
+    heads = [unit["head"] for unit in units]
+    is_row = len(heads) > 2 and heads == list(range(heads[0], heads[-1] + 1))
+    return f"{heads[0]}-{heads[-1]}" if is_row else " ".join(map(str, heads))
+
+
+def _joined(values: list[str]) -> str:
+    """The values of some heads: one where all are the same, the range where they are many."""
+    if len(set(values)) <= 1:
+        return values[0] if values else "-"
+    if len(values) > MOST_HEADS_SHOWN:
+        ordered = sorted(values, key=float)
+        return f"{ordered[0]} to {ordered[-1]}"
+    return " ".join(values)
 
 
 def _render_windows(windows: list[int]) -> str:

@@ -4,17 +4,18 @@ Logits are arrays of numpy or tensors of torch, [n, n_vocab]. Arrays are compare
 tensors in float32 on their device. torch is imported only where a tensor is given.
 
     kl, nll_dense, nll_mod, same = divergence(dense, mod, ids) / (len(ids) - 1)
-    share = visible_share(config.routed(), config.kv_window, active, windows)
+    share = visible_share(config, active, windows)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from mod_export.units import KV, UNIT_KINDS, Unit
+from mod_export.config import MoDConfig
+from mod_export.units import KV, UNIT_KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -108,29 +109,30 @@ def compare_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def visible_share(
-    units: Sequence[Unit], kv_window: int, active: Array, windows: Mapping[int, int]
-) -> float:
+def visible_share(config: MoDConfig, active: Array, windows: Mapping[int, int]) -> float:
     """Cells whose K/V a next token could see, over those of the dense model; 1 where it has none.
 
-    active: decisions [n_tokens, n_units], in the order of `units`. windows: layer with K/V of its
-    own -> tokens that it attends to, 0: all of them.
+    A cell is of one K/V head where kv units are. active: decisions [n_tokens, n_units], in the
+    order of config.routed(). windows: layer with K/V of its own -> tokens that it attends to, 0:
+    all of them.
     """
     is_active = np.asarray(active, dtype=bool)
     n_tokens = len(is_active)
     positions = np.arange(n_tokens)
-    # The next token is in its window itself, so the window holds one token less of the past.
-    recent = positions >= n_tokens + 1 - kv_window
     seen = {
         window: positions >= n_tokens + 1 - window if window else np.ones(n_tokens, dtype=bool)
         for window in set(windows.values())
     }
-    dense = {layer: seen[window] for layer, window in windows.items()}
-    visible = dict(dense)
-    for index, unit in enumerate(units):
+    heads = config.heads(KV)
+    dense = {layer: np.tile(seen[window], (heads, 1)) for layer, window in windows.items()}
+    visible = {layer: cells.copy() for layer, cells in dense.items()}
+    for index, unit in enumerate(config.routed()):
         if UNIT_KINDS[unit.kind].frees_kv and unit.layer in visible:
-            mask = is_active[:, index] | recent if unit.kind == KV else is_active[:, index]
-            visible[unit.layer] = visible[unit.layer] & mask
+            mask = is_active[:, index]
+            if unit.kind == KV:
+                # The next token is in its window itself, so one token less of the past is.
+                mask = mask | (positions >= n_tokens + 1 - config.window(unit))
+            visible[unit.layer][slice(None) if unit.head is None else unit.head] &= mask
     cells, of_dense = (sum(int(x.sum()) for x in masks.values()) for masks in (visible, dense))
     return cells / of_dense if of_dense else 1.0
 

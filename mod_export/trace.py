@@ -16,7 +16,7 @@ from mod_export.common.files import atomic_file
 from mod_export.common.progress import stage
 from mod_export.errors import UserError
 from mod_export.runtime.templates import ChatTemplate, has_template
-from mod_export.units import UNIT_KINDS, Unit
+from mod_export.units import KV, UNIT_KINDS, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def read_decisions(llm, prompt: str, generate: int = 0, chat: bool = False) -> D
     texts = [llm.piece(t, special=True).decode("utf-8", "replace") for t in tokens[: len(active)]]
     return Decisions(
         active,
-        [Unit(u.layer, u.kind) for u in llm.units],
+        units_of(llm.units),
         texts,
         n_prompt,
         Path(llm.model_path).name,
@@ -143,7 +143,7 @@ def _by_kind(decisions: Decisions) -> Decisions:
     """
     order = sorted(
         range(len(decisions.units)),
-        key=lambda i: (UNIT_KINDS[decisions.units[i].kind].order, decisions.units[i].layer),
+        key=lambda i: (UNIT_KINDS[decisions.units[i].kind].order, decisions.units[i]),
     )
     return replace(
         decisions, active=decisions.active[:, order], units=[decisions.units[i] for i in order]
@@ -213,11 +213,12 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
         label.set_color("#222222" if i < decisions.n_prompt else "#B00020")
     points = ax.figure.get_figheight() * ax.get_position().height * 72 / len(decisions.units)
     ax.set_yticks(*_unit_labels(decisions.units, points), fontsize=6)
+    by_head = any(unit.head is not None for unit in decisions.units)
     for kind, (first, last) in _bands(decisions.units).items():
         ax.text(
             -0.47 / TOKEN_WIDTH_INCHES,
             (first + last) / 2,
-            f"{kind}, layer",
+            f"{kind}, layer" + (" (a row for each head)" if by_head and kind == KV else ""),
             fontsize=6.5,
             rotation=90,
             ha="center",
@@ -228,6 +229,9 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
     ax.set_xticks(np.arange(0.5, n - 1), minor=True)
     ax.set_yticks(np.arange(0.5, len(decisions.units) - 1), minor=True)
     ax.grid(which="minor", color="white", linewidth=0.4 if points > 5 else 0.25)
+    if by_head:  # a line between the layers, since the rows of a layer belong together
+        edges = [i - 0.5 for i in range(1, len(decisions.units)) if _new_layer(decisions.units, i)]
+        ax.hlines(edges, -0.5, n - 0.5, color="#999999", linewidth=0.4)
     for first, _ in list(_bands(decisions.units).values())[1:]:
         ax.axhline(first - 0.5, color="#444444", linewidth=0.6)
     ax.tick_params(which="minor", length=0)
@@ -235,6 +239,11 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
         ax.axvline(decisions.n_prompt - part.start - 0.5, color="#B00020", linewidth=1)
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def _new_layer(units: list[Unit], i: int) -> bool:
+    """Whether the row before is of another layer or kind."""
+    return units[i][:2] != units[i - 1][:2]
 
 
 def _bands(units: list[Unit]) -> dict[str, tuple[int, int]]:
@@ -245,11 +254,25 @@ def _bands(units: list[Unit]) -> dict[str, tuple[int, int]]:
     return {kind: (r[0], r[-1]) for kind, r in rows.items()}
 
 
-def _unit_labels(units: list[Unit], points: float) -> tuple[list[int], list[int]]:
-    """Rows that get their layer as a label, so few that lines of 6 points do not touch."""
-    step = int(np.ceil(6.2 / points))
-    ticks = [i for first, last in _bands(units).values() for i in range(first, last + 1, step)]
-    return ticks, [units[i].layer for i in ticks]
+def _unit_labels(units: list[Unit], points: float) -> tuple[list[float], list[int]]:
+    """Where layers are named beside their rows, so few that lines of 6 points do not touch.
+
+    points: height of a row. The rows of a layer's heads share a label.
+    """
+    ticks: list[float] = []
+    labels = []
+    for first, last in _bands(units).values():
+        layers: dict[int, list[int]] = {}
+        for i in range(first, last + 1):
+            layers.setdefault(units[i].layer, []).append(i)
+        free = float(first) - 1
+        for layer, rows in layers.items():
+            middle = (rows[0] + rows[-1]) / 2
+            if (middle - free) * points >= 6.2 or layer == units[first].layer:
+                ticks.append(middle)
+                labels.append(layer)
+                free = middle
+    return ticks, labels
 
 
 def _shares(ax, decisions: Decisions) -> None:

@@ -136,11 +136,20 @@ class Unit(tuple):
     def head(self) -> int | None:
         return self[2] if len(self) == 3 else None
 
+    def to_dict(self) -> dict:
+        """The JSON form: layer and kind, and head where the unit is of one."""
+        return dict(zip(("layer", "kind", "head"), self, strict=False))
+
     @property
     def place(self) -> str:
         """Where the unit stands, for messages: `layer 2`, or `head 1 of layer 2`."""
         layer = f"layer {self.layer}"
         return layer if self.head is None else f"head {self.head} of {layer}"
+
+
+def units_of(records: Iterable) -> list[Unit]:
+    """The units of records that have `layer`, `kind` and `head`."""
+    return [Unit(record.layer, record.kind, record.head) for record in records]
 
 
 def kind_of_c_value(value: int) -> str:

@@ -28,10 +28,7 @@ def block_floor(mod: GGUFFile) -> set[int] | None:
     config = schema.from_keys(mod)
     if config is None:
         return None
-    routed = {
-        kind: {i for i, p in enumerate(unit.threshold) if p > 0}
-        for kind, unit in config.units.items()
-    }
+    routed = {kind: {unit.layer for unit in units} for kind, units in config.by_kind().items()}
     blocks = routed.get(BLOCK, set())
     return blocks if blocks and all(layers <= blocks for layers in routed.values()) else None
 

@@ -27,7 +27,7 @@ from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import PLANNED_KV_TYPES, bytes_per_value, type_named
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import expected_cells, kv_layers, mean_activation
+from mod_export.formats.kv_size import expected_cells, kv_layers, lists_of_cells, mean_activation
 from mod_export.formats.schema import read_routers
 from mod_export.units import UNIT_KINDS
 
@@ -117,13 +117,15 @@ class MemoryModel:
         # The lists of cells are as long as the context, in each of the caches.
         lists = self._line("process", n) - fixed
         routed = [layer for layer in range(len(self.layers)) if self._routes(layer)]
+        caches = {layer: lists_of_cells(self.config, layer) for layer in routed}
         if self.dense:  # it has one cache for all layers
             kv = self._line("kv", n) if self.config is None else self._dense_kv(n)
-            process = fixed + lists / (1 + len(routed)) + USED_CELL_BYTES * n
+            process = fixed + lists / (1 + sum(caches.values())) + USED_CELL_BYTES * n
         else:
             cells = [self._cells(layer, n) for layer in range(len(self.layers))]
             kv = self._stored(cells, n)
-            process = fixed + lists + USED_CELL_BYTES * (n + sum(cells[layer] for layer in routed))
+            used = n + sum(cells[layer] * number for layer, number in caches.items())
+            process = fixed + lists + USED_CELL_BYTES * used
         process += PROCESS_BYTES
         return MemoryNeed(n, self.weights, round(kv), round(compute), round(process))
 
@@ -142,8 +144,9 @@ class MemoryModel:
         stored = sum(size * used for size, used in zip(sizes, cells, strict=True))
         # The layer in work holds a ubatch before it drops any cell of it.
         stored += self.options.ubatch * max(sizes)
-        # K and V of a layer waste half a page each.
-        return min(stored, n * sum(sizes)) + PAGE_BYTES * len(sizes)
+        # K and V of each list of cells waste half a page each.
+        lists = sum(lists_of_cells(self.config, layer) for layer in range(len(sizes)))
+        return min(stored, n * sum(sizes)) + PAGE_BYTES * lists
 
     def _line(self, what: str, n: int) -> float:
         """The line through the two probed contexts, at a context of n tokens."""

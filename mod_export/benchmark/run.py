@@ -348,10 +348,8 @@ def routed(mod_file: GGUFFile) -> dict[str, int]:
     """Return a mapping from each kind to the number of layers with such a router."""
     from mod_export.formats import schema
 
-    return {
-        kind: sum(p > 0 for p in unit.threshold)
-        for kind, unit in schema.from_keys(mod_file).units.items()
-    }
+    config = schema.from_keys(mod_file)
+    return {kind: len({unit.layer for unit in units}) for kind, units in config.by_kind().items()}
 
 
 def _build(lib: Path) -> dict:

@@ -16,7 +16,7 @@ from mod_export.cli.options import (
     units_option,
 )
 from mod_export.cli.output import show_messages
-from mod_export.config import KV_WINDOW
+from mod_export.config import KV_GRANULARITIES, KV_GRANULARITY, KV_WINDOW
 
 _NUMBER = click.IntRange(min=1)
 
@@ -52,6 +52,13 @@ _NUMBER = click.IntRange(min=1)
     help="Number of recent tokens that kv units always see.",
 )
 @click.option(
+    "--kv-granularity",
+    type=click.Choice(KV_GRANULARITIES),
+    default=KV_GRANULARITY,
+    show_default=True,
+    help="What a decision of kv units is about: each K/V head, or a layer with all its heads.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(min=0),
     default=0,
@@ -84,6 +91,7 @@ def command(
     layers_routed,
     sink_tokens,
     kv_window,
+    kv_granularity,
     seed,
     force,
     **shape,
@@ -101,7 +109,9 @@ def command(
     from mod_export.synthetic.write import synth
 
     show_messages(clock=True)
-    options = SynthesisOptions(units, activation, layers_routed, sink_tokens, kv_window)
+    options = SynthesisOptions(
+        units, activation, layers_routed, sink_tokens, kv_window, kv_granularity
+    )
     if Path(preset).is_file():
         if dense or any(value is not None for value in shape.values()):
             raise UserError(
@@ -114,6 +124,6 @@ def command(
     shape = replace(
         preset_named(preset), **{k: v for k, v in shape.items() if v is not None}
     ).checked()
-    config = routing(shape.layers, options)
+    config = routing(shape.layers, options, shape.heads_kv)
     synth(output, shape, quant, config, dense, seed, force)
     click.echo(output)

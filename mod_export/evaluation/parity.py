@@ -22,7 +22,7 @@ from mod_export.formats.ggml_types import precision
 from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import compare_rows
 from mod_export.model import gguf_account
-from mod_export.units import Unit
+from mod_export.units import Unit, units_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def verify(
         )
         n_tokens = used
     original = _open_original(dense, llm, tokens[:length], threads) if dense else None
-    sums = Sums([Unit(u.layer, u.kind) for u in llm.units], llm.thresholds)
+    sums = Sums(units_of(llm.units), llm.thresholds)
     for start in Progress().count("comparing", range(0, n_tokens - length + 1, length)):
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
@@ -199,7 +199,7 @@ def _load_reference(reference, threads: int | None):
 
 
 def _check_same_units(llm, model, file, reference) -> None:
-    here, there = [Unit(u.layer, u.kind) for u in llm.units], model.config.routed()
+    here, there = units_of(llm.units), model.config.routed()
     if here != there:
         odd = sorted(set(here) ^ set(there))[0]
         which = file if odd in here else reference
@@ -282,9 +282,7 @@ class Sums:
             unit = int(differ[n_agree].argmax())
             margin = float(abs(score[n_agree, unit] - self.logit_p[unit]))
             at = self.units[unit]
-            self.first.append(
-                {"position": n_agree, "layer": at.layer, "kind": at.kind, "margin": margin}
-            )
+            self.first.append({"position": n_agree, **at.to_dict(), "margin": margin})
         figures = compare_rows(logits, logits_run)
         self.rows.append(np.column_stack([figures, np.arange(len(figures)) < n_agree]))
 
@@ -322,12 +320,16 @@ def judge(result: dict, bounds: Bounds) -> list[str]:
     ]
     if bounds.margin is not None:
         failures += [
-            f"the first differing decision, {d['kind']} of layer {d['layer']} at position "
+            f"the first differing decision, {d['kind']} of {_place(d)} at position "
             f"{d['position']}, lies {d['margin']:.2g} from its threshold, more than {bounds.margin}"
             for d in result["first_disagreements"]
             if not d["margin"] <= bounds.margin
         ]
     return failures
+
+
+def _place(at: dict) -> str:
+    return Unit(at["layer"], at["kind"], at.get("head")).place
 
 
 def report(result: dict) -> str:

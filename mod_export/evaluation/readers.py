@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.metrics import visible_share
 from mod_export.model import architectures
@@ -34,16 +35,15 @@ UNLIMITED_TOKENS = 1 << 30  # context of a model that names none
 class Reader(abc.ABC):
     """Reads one sequence of a model at a time.
 
-    name: where the model was opened from. tokenizer: is called as those of transformers are. units:
-    (layer, kind) of the routed units. windows: of the layers, see metrics.visible_share. n_ctx:
-    tokens that the model was made for. n_vocab: width of the logits. whole: whether it reads a
-    sequence at once. force: "active" where all units are. shift: of the thresholds.
+    name: where the model was opened from. tokenizer: is called as those of transformers are.
+    config: which units it has. windows: of the layers, see metrics.visible_share. n_ctx: tokens
+    that the model was made for. n_vocab: width of the logits. whole: whether it reads a sequence at
+    once. force: "active" where all units are. shift: of the thresholds.
     """
 
     name: str
     tokenizer: object
-    units: list[Unit]
-    kv_window: int
+    config: MoDConfig
     windows: Mapping[int, int]
     n_ctx: int
     n_vocab: int
@@ -54,6 +54,11 @@ class Reader(abc.ABC):
     def __init__(self):
         self._decisions: list[torch.Tensor] = []
         self._marked = 0
+
+    @property
+    def units(self) -> list[Unit]:
+        """The routed units, in the order of their decisions."""
+        return self.config.routed()
 
     @abc.abstractmethod
     def read(self, tokens: list[int], all_rows: bool) -> torch.Tensor:
@@ -130,7 +135,7 @@ class TorchReader(Reader):
         self.shift = model.shift
         self.whole = whole or not model.strategy.is_causal
         self.tokenizer, self.windows = model.tokenizer, architectures.layer_windows(model.base)
-        self.units, self.kv_window = model.config.routed(), model.config.kv_window
+        self.config = model.config
         self.n_ctx = architectures.context_length(model.base) or UNLIMITED_TOKENS
         self.n_vocab = model.base.get_output_embeddings().weight.shape[0]
         self._cache = self._kept = model.new_cache()
@@ -210,7 +215,7 @@ class Usage:
         active = reader.active
         self.pairs += active.numel()
         self.active += int(active.sum())
-        self.kv_shares += visible_share(reader.units, reader.kv_window, active, reader.windows)
+        self.kv_shares += visible_share(reader.config, active, reader.windows)
         self.sequences += 1
 
     def shares(self) -> dict[str, float]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from mod_export.config import MoDConfig
 from mod_export.evaluation.readers import CHUNK_TOKENS, UNLIMITED_TOKENS, Reader
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import kv_layers
+from mod_export.formats.schema import from_keys
 from mod_export.runtime import devices
 from mod_export.runtime.batch_logits import BatchLogitsLlama
 from mod_export.runtime.templates import ChatTemplate
-from mod_export.units import Unit
 
 
 class RuntimeReader(Reader):
@@ -56,8 +57,8 @@ class RuntimeReader(Reader):
         self._open(CHUNK_TOKENS)
         self.llm.require_vocab()
         self.tokenizer = _Tokenizer(self)
-        self.units = [Unit(unit.layer, unit.kind) for unit in self.llm.units]
-        self.kv_window, self.n_vocab = self.llm.kv_window, self.llm.n_vocab()
+        self.config = from_keys(file) or MoDConfig()
+        self.n_vocab = self.llm.n_vocab()
 
     def _open(self, n_ctx: int) -> None:
         self.llm = BatchLogitsLlama(self.name, n_ctx=min(n_ctx, self.n_ctx), **self._options)

@@ -4,7 +4,8 @@
     layers[5].bytes_per_token, layers[5].dense_cells(4000)
     expected_cells(config, layer=5, n=4000)            # cells in use after 4000 tokens
 
-A cell holds K and V of one token in one layer.
+A cell holds K and V of one token in one layer. Where the K/V heads of a layer decide apart, each
+has cells of its own, and the cells of the layer are the mean over its heads.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ FORMULA = (
     "cells(n) of a layer = a_c * (min(n, w) + a_kv * max(0, n - w)); "
     "a_c: activation of block or attn, "
     f"a_kv: of kv (1 where not routed), w = kv_window + {ROLLBACK_TOKENS} (rollback margin)"
+)
+HEADS_FORMULA = (
+    "a layer whose K/V heads decide apart has the mean over them, each with its a_kv and w"
 )
 SLIDING_FORMULA = (
     f"cells(n) of a sliding layer = a_c * min(n, s + {ROLLBACK_TOKENS}); s: its window. dense is "
@@ -127,22 +131,34 @@ def _kv_heads_of_layer(file: GGUFFile, layer: int) -> int:
 def expected_cells(
     config: MoDConfig, layer: int, n: int, margin: float = 0.0, window: int = 0
 ) -> float:
-    """Cells in use of a layer after n tokens, as FORMULA and SLIDING_FORMULA say.
+    """Cells in use of a layer after n tokens, as FORMULA, HEADS_FORMULA and SLIDING_FORMULA say.
 
     margin: activation above the calibrated one, as a share of the calibrated one. window: of a
     sliding layer, else 0.
     """
 
-    def activation(kind: str) -> float:
-        unit = Unit(layer, kind)
+    def activation(unit: Unit) -> float:
         if not config.threshold(unit):
             return 1.0
         return min(1.0, config.activation(unit) * (1 + margin))
 
+    def remembered(unit: Unit) -> float:
+        kept = min(n, config.window(unit) + ROLLBACK_TOKENS)
+        return kept + activation(unit) * (n - kept)
+
     if window:
         n = min(n, window + ROLLBACK_TOKENS)
-    kept = min(n, config.kv_window + ROLLBACK_TOKENS)
-    return activation(BLOCK) * activation(ATTN) * (kept + activation(KV) * (n - kept))
+    stored = activation(Unit(layer, BLOCK)) * activation(Unit(layer, ATTN))
+    if KV not in config.units:
+        return stored * n
+    units = config.units[KV].units(layer, KV)
+    return stored * sum(map(remembered, units)) / len(units)
+
+
+def lists_of_cells(config: MoDConfig, layer: int) -> int:
+    """The K/V heads of a layer that store cells apart; 1 where they all store the same tokens."""
+    by_head = any(unit.layer == layer and unit.head is not None for unit in config.routed())
+    return config.heads(KV) if by_head else 1
 
 
 def window_note(file: GGUFFile, config: MoDConfig) -> str | None:
@@ -151,12 +167,13 @@ def window_note(file: GGUFFile, config: MoDConfig) -> str | None:
     None where they free something, and where the file tells no context.
     """
     context = file.get(f"{file.architecture}.context_length", 0)
-    kept = config.sink_tokens + config.kv_window + ROLLBACK_TOKENS
+    window = min((config.window(unit) for unit in config.by_kind().get(KV, [])), default=0)
+    kept = config.sink_tokens + window + ROLLBACK_TOKENS
     if KV not in config.units or not context or kept < context:
         return None
     return (
         f"note: the kv units free nothing within the model's context of {context} tokens, because "
-        f"they keep {kept}: the first {config.sink_tokens}, a window of {config.kv_window} and "
+        f"they keep {kept}: the first {config.sink_tokens}, a window of {window} and "
         f"{ROLLBACK_TOKENS} more; convert with a smaller --kv-window"
     )
 

@@ -17,6 +17,7 @@ from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
 from mod_export.formats import adapter_files, hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
+from mod_export.units import KV
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -94,15 +95,20 @@ def model_text(data: ModelCardData, config: MoDConfig) -> str:
         [
             kind,
             sum(p > 0 for p in unit.threshold),
-            len(unit.threshold),
+            unit.n_layer,
             _mean(unit.activation, unit.threshold),
         ]
         for kind, unit in config.units.items()
     ]
     table = format_table(["kind", "routed units", "layers", "activation"], rows, markdown=True)
     kept = f"The first {config.sink_tokens} tokens of a text are active everywhere."
-    if "kv" in config.units:
-        kept += f" Of `kv` units the last {config.kv_window} tokens are always remembered."
+    if KV in config.units:
+        heads = " Each K/V head decides for itself." if config.heads(KV) > 1 else ""
+        windows = {config.window(unit) for unit in config.by_kind()[KV]}
+        own = f", or {min(windows)} to {config.kv_window} by unit" if len(windows) > 1 else ""
+        kept += (
+            f" Of `kv` units the last {config.kv_window} tokens{own} are always remembered.{heads}"
+        )
     return f"""# {name.rpartition("/")[2]} with Mixture-of-Depths
 
 This is {link(data, name)} with routers, made with mod-export.{trained}

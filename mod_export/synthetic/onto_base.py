@@ -20,7 +20,7 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
-from mod_export.formats import architectures
+from mod_export.formats import architectures, kv_size
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import Routers
 from mod_export.synthetic.routers import SPREAD, SynthesisOptions, routing
@@ -56,6 +56,7 @@ def onto(
     config = routing(
         file.model_number("block_count"),
         options,
+        kv_size.kv_heads(file),
         lambda kind: architectures.routable_layers(file, kind),
     )
     architectures.check_units(file, config)

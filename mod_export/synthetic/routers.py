@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
+from mod_export.config import HEAD, KV_GRANULARITY, KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.synthetic.weights import Weights, rng_of, table_values
 from mod_export.units import (
+    KV,
     Unit,
     parse_kinds,
     parse_layers,
@@ -36,7 +37,7 @@ class SynthesisOptions:
     """What a synthetic model routes.
 
     units: kinds joined with +. activation: `0.5`, or for each kind `attn=0.3,kv=0.5`. layers:
-    `auto`, `2-`, `3-5,8`.
+    `auto`, `2-`, `3-5,8`. kv_granularity: what has a kv unit, each K/V head or the layer.
     """
 
     units: str = "kv"
@@ -44,12 +45,18 @@ class SynthesisOptions:
     layers: str = "auto"
     sink_tokens: int = SINK_TOKENS
     kv_window: int = KV_WINDOW
+    kv_granularity: str = KV_GRANULARITY
 
 
 def routing(
-    n_layer: int, options: SynthesisOptions, possible: Callable[[str], list[int]] | None = None
+    n_layer: int,
+    options: SynthesisOptions,
+    kv_heads: int = 1,
+    possible: Callable[[str], list[int]] | None = None,
 ) -> MoDConfig:
     """The configuration of a model of n_layer layers.
+
+    kv_heads: K/V heads of each layer that can decide apart
 
     possible: the layers that can have a unit of a kind, by default all; `auto` takes these only.
 
@@ -67,9 +74,11 @@ def routing(
         here = routed_layers(chosen, n_layer, kind)
         if chosen is None and possible:
             here = [layer for layer in here if layer in possible(kind)]
-        units_of[kind] = UnitConfig(
-            threshold=tuple(THRESHOLD if layer in here else 0.0 for layer in range(n_layer)),
-            activation=tuple(shares[kind] if layer in here else 1.0 for layer in range(n_layer)),
+        n = kv_heads if kind == KV and options.kv_granularity == HEAD else 1
+        every = UnitConfig((0.0,) * n_layer * n, (1.0,) * n_layer * n, heads=n)
+        units = [unit for layer in here for unit in every.units(layer, kind)]
+        units_of[kind] = every.with_values(
+            dict.fromkeys(units, THRESHOLD), dict.fromkeys(units, shares[kind])
         )
     config = MoDConfig(sink_tokens=options.sink_tokens, kv_window=options.kv_window, units=units_of)
     return config.validate(n_layer)

@@ -1,7 +1,7 @@
 """A MoD GGUF file of any llama shape with random weights, to measure the speed of that shape.
 
     shape = replace(preset_named("8b"), layers=16)
-    config = routing(shape.layers, SynthesisOptions(units="attn+kv", activation="0.5"))
+    config = routing(shape.layers, SynthesisOptions(units="attn+kv"), shape.heads_kv)
     synth("syn.gguf", shape, "q4_0", config, dense="dense.gguf")
 
 What such a model writes means nothing. How long it takes is real, and so is the share of the tokens

@@ -280,8 +280,7 @@ class Loop:
             counts = counted(item["novel"])
             active = active + trace.active[0].cpu()[counts].float().sum(0)
             novel += int(counts.sum())
-            mod = self.model.config
-            share += visible_share(mod.routed(), mod.kv_window, trace.active[0].cpu(), windows)
+            share += visible_share(self.model.config, trace.active[0].cpu(), windows)
         n = len(self.held_out)
         kl, nll_dense, nll, same = (sums / (n * (self.config.length - 1))).tolist()
         of_unit = dict(zip(self.units, (active / novel).tolist(), strict=True))

@@ -165,7 +165,7 @@ def files(point: Point) -> tuple[Path, Path]:
             mod,
             shape,
             point.quant,
-            routing(shape.layers, options),
+            routing(shape.layers, options, shape.heads_kv),
             None if dense.is_file() else dense,
         )
     return dense, mod

@@ -20,7 +20,7 @@ from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, read, save
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
 from mod_export.evaluation.parity import Bounds, Sums, judge
-from mod_export.units import Unit
+from mod_export.units import Unit, units_of
 
 UNITS = os.environ.get("UNITS", "attn+ffn+kv" if REHEARSE else "kv,attn,block,attn+ffn+kv").split(
     ","
@@ -238,7 +238,7 @@ def evaluate(file: str, output: str, flash_attn: str, layers: str) -> None:
         for token in tokens[PROMPT:]:
             llm.eval([token])
     active, score = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    units = np.array([(u.layer, u.kind) for u in llm.units])
+    units = np.array([(*unit, *[""] * (3 - len(unit))) for unit in units_of(llm.units)])
     np.savez(
         output,
         logits=llm.scores[: len(tokens)],
@@ -290,7 +290,10 @@ WHAT = {"tokens": evaluate, "pages": refill}
 
 def compare(cpu: Path, gpu: Path, case: Case) -> dict:
     a, b = np.load(cpu), np.load(gpu)
-    sums = Sums([Unit(int(layer), str(kind)) for layer, kind in a["units"]], a["p"].tolist())
+    units = [
+        Unit(int(layer), str(kind), int(head) if head else None) for layer, kind, head in a["units"]
+    ]
+    sums = Sums(units, a["p"].tolist())
     sums.add(a["logits"], a["active"], a["score"], b["logits"], b["active"])
     result, bounds, graphs = (
         sums.result(),

@@ -95,7 +95,7 @@ def tiny_model() -> Path:
     if not target.is_file():
         shape = replace(preset_named("135m"), layers=3, vocab=512)
         options = SynthesisOptions(units="attn+ffn+kv", layers="1-", kv_window=8)
-        synth(target, shape, "f16", routing(shape.layers, options))
+        synth(target, shape, "f16", routing(shape.layers, options, shape.heads_kv))
     return target
 
 

@@ -119,9 +119,7 @@ class Judge:
                 sums, late = sums + first + second, late + second
                 tokens, n_late = tokens + len(ids) - 1, n_late + len(ids) - half - 1
                 active.append(trace.active.float().mean().item())
-                share.append(
-                    visible_share(config.routed(), config.kv_window, trace.active[0], self.windows)
-                )
+                share.append(visible_share(config, trace.active[0], self.windows))
                 router_logits.append(trace.logit[0].clone())
             perplexity[name], by_text[name] = math.exp(sums[2] / tokens), (sums[0] / tokens).item()
             total, count = total + sums, count + tokens

@@ -119,10 +119,12 @@ def as_window(model: MoDModel, target: float, length: int) -> MoDModel:
 
     The K/V are equal at the end of `length` tokens, to those of routers of this activation.
     """
-    never = tuple(0.999 if p else 0.0 for p in model.config.units["kv"].threshold)
+    units = model.config.units["kv"]
+    never = tuple(0.999 if p else 0.0 for p in units.threshold)
     least = model.config.kv_window
     window = round(target * (length - least)) + least - SINK_TOKENS
-    config = replace(model.config, kv_window=window, units={"kv": UnitConfig(never, never)})
+    kv = UnitConfig(never, never, units.heads)
+    config = replace(model.config, kv_window=window, units={"kv": kv})
     routers = {
         unit: (torch.zeros_like(w), torch.full_like(b, -20))
         for unit, (w, b) in model.router_tensors().items()

@@ -47,7 +47,7 @@ def make(
         path,
         shape,
         quant,
-        routing(shape.layers, SynthesisOptions(units, activation, **options)),
+        routing(shape.layers, SynthesisOptions(units, activation, **options), shape.heads_kv),
         dense,
         seed,
     )

@@ -33,11 +33,12 @@ def config(
     n_layer: int = N_LAYER,
     heads: int = 1,
     windows: dict[tuple, int] | None = None,
+    window: int = 8,
 ) -> MoDConfig:
     """Return a configuration with threshold and activation 0.5 in the routed layers.
 
     heads: of a layer that decide apart in kv units; with more than one, head 0 of the last routed
-    layer is not routed. windows: own windows of kv units, 8 where none is given.
+    layer is not routed. windows: own windows of kv units, `window` where none is given.
     """
     made = {}
     for kind, layers in units.items():
@@ -52,9 +53,9 @@ def config(
         )
     if windows:
         kv = made["kv"]
-        own = {kv.index(Unit(*unit)): window for unit, window in windows.items()}
-        made["kv"] = replace(kv, window=tuple(own.get(i, 8) for i in range(len(kv.threshold))))
-    return MoDConfig(sink_tokens=2, kv_window=8, units=made)
+        own = {kv.index(Unit(*unit)): of_unit for unit, of_unit in windows.items()}
+        made["kv"] = replace(kv, window=tuple(own.get(i, window) for i in range(len(kv.threshold))))
+    return MoDConfig(sink_tokens=2, kv_window=window, units=made)
 
 
 def router_tensors(mod: MoDConfig, n_embd: int = N_EMBD) -> dict[str, np.ndarray]:

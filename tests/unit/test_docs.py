@@ -181,6 +181,7 @@ def test_schema_document_names_every_key():
     )
     named = set(re.findall(r"`\{a\}\.mod\.(?:\{kind\}\.)?(\w+)`", text))
     assert named == {*schema.SCALARS, *schema.PER_UNIT}
+    assert all(f"`{{a}}.mod.kv.{key}`" in text for key in schema.PER_UNIT | schema.OWN_WINDOWS)
 
 
 def test_index_links_each_page():

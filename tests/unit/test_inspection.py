@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from mod_export import inspection
 from mod_export.export import export, read_directory
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.kv_size import ROLLBACK_TOKENS
@@ -53,6 +54,43 @@ def test_expected_kv(mod_file):
     # layer 2: kv; layer 3: kv and attn; the other four are complete
     assert first["bytes_mod"] == round(per_layer * (4 * 1000 + kept + 0.5 * kept))
     assert math.isclose(first["share"], first["bytes_mod"] / (6000 * per_layer))
+
+
+def test_units_of_heads(tmp_path, base):
+    """Layer 2 has two of them, layer 3 the second head; one has a window of its own."""
+    options = {"heads": 2, "windows": {(2, "kv", 0): 2}}
+    export(write_directory(tmp_path / "mod", UNITS, **options), tmp_path / "mod.gguf", base=base)
+    report = inspect(tmp_path / "mod.gguf")
+    units = [unit for unit in report["mod"]["units"] if unit["kind"] == "kv"]
+    assert [(unit["layer"], unit["head"], unit["window"]) for unit in units] == [
+        (2, 0, 2),
+        (2, 1, 8),
+        (3, 1, 8),
+    ]
+    [first, *_] = report["mod"]["kv"]["expected"]
+    per_head = 2 * 16 * 2
+    narrow, wide = (w + ROLLBACK_TOKENS + 0.5 * (1000 - w - ROLLBACK_TOKENS) for w in (2, 8))
+    # layer 3 has attn too
+    cells = 4 * 2 * 1000 + narrow + wide + 0.5 * (1000 + wide)
+    assert first["bytes_mod"] == round(per_head * cells)
+    lines = [line.split() for line in render(report).splitlines()]
+    assert "layer unit heads threshold activation window".split() in lines
+    assert "2 kv 0 1 0.5000 0.500 2 8".split() in lines
+    assert "3 kv 1 0.5000 0.500 8".split() in lines
+    assert "3 attn - 0.5000 0.500 -".split() in lines
+    assert "Mixture-of-Depths schema 2: 5 routed units" in render(report)
+
+
+def test_a_table_of_many_heads_is_short():
+    """One line for each layer: the heads' range, or the one value that they share."""
+    units = [
+        {"layer": layer, "kind": "kv", "head": head, "threshold": 0.5, "activation": head / 100}
+        for layer in range(1, 30)
+        for head in range(16)
+    ]
+    lines = inspection._render_units(units).splitlines()
+    assert len(lines) == 2 + 29 and max(map(len, lines)) < 60
+    assert lines[2].split() == "1 kv 0-15 0.5000 0.000 to 0.150".split()
 
 
 def test_expected_kv_of_sliding_layers(tmp_path):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from mod_export.config import MoDConfig
 from mod_export.metrics import compare_rows, divergence, visible_share
-from mod_export.units import Unit
+from tests.support import mod_files
 
 
 @pytest.fixture
@@ -58,11 +59,25 @@ def test_rows(logits):
 def test_visible_share_counts_what_a_next_token_sees(make):
     """Cells: 10; the first token and the two that a window of 3 leaves to the next token; 1; 10."""
     active = [[True, True, True]] + [[False, False, False]] * 9
-    units = [Unit(1, "kv"), Unit(2, "attn"), Unit(3, "ffn")]
-    assert visible_share(units, 3, make(active), {0: 0, 1: 0, 2: 0, 3: 0}) == 24 / 40
+
+    def mod(**layers):
+        return mod_files.config({kind: [layer] for kind, layer in layers.items()}, 4, window=3)
+
+    three = mod(kv=1, attn=2, ffn=3)
+    assert visible_share(three, make(active), {0: 0, 1: 0, 2: 0, 3: 0}) == 24 / 40
     # a window of 5 leaves four tokens to the next one
     windows = {0: 5, 1: 0, 2: 5, 3: 5}
-    assert visible_share(units, 3, make(active), windows) == (4 + 3 + 0 + 4) / 22
+    assert visible_share(three, make(active), windows) == (4 + 3 + 0 + 4) / 22
     # layers without attention have no K/V of their own
-    assert visible_share([Unit(2, "kv"), Unit(3, "block")], 3, make(active)[:, :2], {2: 0}) == 0.3
-    assert visible_share([], 3, make(active)[:, :0], {}) == 1
+    assert visible_share(mod(kv=2, block=3), make(active)[:, :2], {2: 0}) == 0.3
+    assert visible_share(MoDConfig(), make(active)[:, :0], {}) == 1
+
+
+def test_visible_share_of_heads():
+    """Layer 1 has 3 of 4 heads routed: one cell of a sink, and what each window leaves."""
+    mod = mod_files.config({"kv": [1]}, 2, heads=4, windows={(1, "kv", 2): 5}, window=8)
+    assert [unit.head for unit in mod.routed()] == [1, 2, 3]
+    active = np.array([[True] * 3] + [[False] * 3] * 9)
+    active[1, 0] = True
+    visible = 4 * 10 + 10 + (2 + 7) + (1 + 4) + (1 + 7)
+    assert visible_share(mod, active, {0: 0, 1: 0}) == visible / 80

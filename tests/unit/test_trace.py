@@ -44,3 +44,16 @@ def test_outputs_that_cannot_be(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             trace.draw(decisions(4, 0), tmp_path / name)
+
+
+def test_rows_of_heads_share_the_label_of_their_layer(tmp_path):
+    units = [Unit(layer, "kv", head) for layer in range(1, 30) for head in range(3)]
+    active = np.random.default_rng(0).random((60, len(units))) < 0.4
+    made = trace.Decisions(active, units, ["a"] * 60, 60, "mod.gguf")
+    assert trace._by_kind(made).units == units
+    ticks, labels = trace._unit_labels(units, points=3)
+    assert labels == list(range(1, 30)) and ticks == [3 * i + 1 for i in range(29)]
+    ticks, labels = trace._unit_labels(units, points=1)
+    assert labels == list(range(1, 30, 3))
+    trace.draw(made, tmp_path / "heads.png")
+    assert plt.imread(tmp_path / "heads.png").shape[0] < 900

@@ -25,6 +25,19 @@ UNITS = {
     "kv+attn+ffn": {"kv": [2, 3], "attn": [2, 3, 4], "ffn": [2, 4]},
     "block+kv": {"block": [1, 4], "kv": [1, 3]},
     "kv in the first layer": {"kv": [0, 2], "ffn": [1]},
+    "kv of heads": {"kv": [2, 3, 5]},
+    "kv of heads and block": {"kv": [1, 3], "block": [3, 4], "ffn": [0]},
+    "own windows": {"kv": [1, 3], "attn": [3]},
+}
+# of tiny.config
+OPTIONS = {
+    "kv of heads": {
+        "heads": 2,
+        "left_out": [(3, "kv", 0)],
+        "windows": {(2, "kv", 1): 3, (5, "kv", 0): 1},
+    },
+    "kv of heads and block": {"heads": 2},
+    "own windows": {"windows": {(1, "kv"): 2}},
 }
 
 
@@ -41,7 +54,7 @@ def dense(tmp_path_factory):
 
 @pytest.mark.parametrize("name", UNITS)
 def test_f32_is_exact(tmp_path, dense, name):
-    tiny.save_dir(tmp_path / "mod", UNITS[name])
+    tiny.save_dir(tmp_path / "mod", UNITS[name], **OPTIONS.get(name, {}))
     export(tmp_path / "mod", tmp_path / "mod.gguf", base=dense)
     result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
     assert result["passed"], report(result)

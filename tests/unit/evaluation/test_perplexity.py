@@ -42,9 +42,8 @@ def test_loss_by_hand(skip):
                 ]
             )
             active.append(trace.active[0])
-    mod = model.config
     windows = dict.fromkeys(range(model.n_layer), 0)
-    shares = [visible_share(mod.routed(), mod.kv_window, a, windows) for a in active]
+    shares = [visible_share(model.config, a, windows) for a in active]
     share = sum(shares) / 2
     expected = [*(sums / n).tolist(), torch.cat(active).float().mean().item(), share]
     whole = TorchReader(model, whole=True)

@@ -9,7 +9,14 @@ from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.formats import architectures
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import LayerKV, kv_layers
+from mod_export.formats.kv_size import (
+    LayerKV,
+    expected_cells,
+    kv_heads,
+    kv_layers,
+    lists_of_cells,
+    mean_activation,
+)
 from mod_export.formats.sliding_windows import SLIDING, layer_windows
 from mod_export.llamacpp import source
 
@@ -171,3 +178,41 @@ def test_layers_that_predict_further_tokens_read_no_kv_of_others(tmp_path):
         architectures.check_units(file, MoDConfig(units={"kv": unit}))
     with pytest.raises(UserError, match="layer 3 of mod cannot"):
         architectures.check_units(file, MoDConfig(units={"kv": unit}), "mod")
+
+
+def test_cells_of_heads():
+    """Each head has its own share and window; a head without a unit keeps every token."""
+    kv = UnitConfig(
+        threshold=(0.0, 0.0, 0.5, 0.5, 0.0, 0.5),
+        activation=(1.0, 1.0, 0.25, 0.5, 1.0, 0.1),
+        heads=2,
+        window=(100, 100, 100, 36, 100, 100),
+    )
+    attn = UnitConfig((0.0, 0.5, 0.0), (1.0, 0.5, 1.0))
+    config = MoDConfig(kv_window=100, units={"kv": kv, "attn": attn}).validate(3)
+    assert expected_cells(config, 0, 1000) == 1000
+    assert expected_cells(config, 1, 1000) == 0.5 * (164 + 0.25 * 836 + 100 + 0.5 * 900) / 2
+    assert expected_cells(config, 1, 90) == 0.5 * 90
+    assert expected_cells(config, 2, 1000) == (1000 + 164 + 0.1 * 836) / 2
+    with_margin = 0.5 * (164 + 0.5 * 836 + 100 + 900) / 2
+    assert expected_cells(config, 1, 1000, margin=1.0) == with_margin * 2
+    assert [lists_of_cells(config, layer) for layer in range(3)] == [1, 2, 2]
+    assert mean_activation(config) == {
+        "kv": pytest.approx((0.25 + 0.5 + 0.1) / 3),
+        "attn": 0.5,
+        "all": pytest.approx(1.35 / 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "heads"),
+    [
+        ({}, 4),
+        ({"attention__head_count_kv": 2}, 2),
+        ({"attention__head_count_kv": [2, 2, 2]}, 2),
+        ({"attention__head_count_kv": [2, 1, 2]}, 1),
+        ({"attention__head_count_kv": 4, "attention__key_length_mla": 8}, 1),
+    ],
+)
+def test_heads_that_can_decide_apart(tmp_path, keys, heads):
+    assert kv_heads(write(tmp_path / "keys.gguf", "llama", 3, **keys)) == heads

@@ -30,7 +30,7 @@ def make(
         path,
         shape,
         quant,
-        routing(shape.layers, SynthesisOptions(units, activation, **options)),
+        routing(shape.layers, SynthesisOptions(units, activation, **options), shape.heads_kv),
         dense,
         seed,
     )
@@ -155,3 +155,15 @@ def test_command_refuses_unknown_presets(tmp_path, run_cli):
     assert done.returncode == 2 and done.stderr.startswith(
         "error: unknown shape '7b'; use 135m, 1b, 3b, 8b"
     )
+
+
+def test_kv_units_of_heads():
+    options = SynthesisOptions("kv+ffn", "kv=0.25,ffn=0.5", "2-", kv_granularity="head")
+    config = routing(SHAPE.layers, options, SHAPE.heads_kv)
+    assert config.version == 2 and config.heads("kv") == 2
+    units = [unit for unit in config.routed() if unit.kind == "kv"]
+    assert units == [(layer, "kv", head) for layer in (2, 3, 4) for head in (0, 1)]
+    assert {config.activation(unit) for unit in units} == {0.25}
+    assert routing(SHAPE.layers, options, kv_heads=1).version == 1
+    layers = SynthesisOptions("kv", layers="2-", kv_granularity="layer")
+    assert routing(SHAPE.layers, layers, SHAPE.heads_kv).version == 1
