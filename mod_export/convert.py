@@ -19,7 +19,7 @@ from typing import Any
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir
 from mod_export.common.progress import stage
-from mod_export.config import KV_WINDOW, SINK_TOKENS
+from mod_export.config import KV_GRANULARITY, KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
 from mod_export.errors import UserError
 from mod_export.formats import architectures as runtime_architectures
@@ -44,20 +44,23 @@ def convert(
     out: str | Path,
     units: str = "kv",
     target: float | dict[str, float] = 0.5,
-    kv_window: int | None = None,
+    kv_window: int | str | None = None,
     layers: str = "auto",
     calibration_text: Sequence[str | Path] = (),
     sink_tokens: int = SINK_TOKENS,
     force: bool = False,
     revision: str | None = None,
     check: Check | None = None,
+    kv_granularity: str = KV_GRANULARITY,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
     model: a directory, a GGUF file, `smollm2` or a name on the Hugging Face hub; revision: of the
     last. target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an
-    eighth of the model's context where that is less. check: what else the model has to fit. Raises
-    UserError for anything in the arguments, the model or the text that does not fit.
+    eighth of the model's context where that is less; "auto" gives each kv unit its own.
+    kv_granularity: kv units decide for each K/V `head`, or for each `layer`. check: what else the
+    model has to fit. Raises UserError for anything in the arguments, the model or the text that
+    does not fit.
     """
     kinds = parse_kinds(units)
     parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
@@ -86,15 +89,14 @@ def convert(
         note_for_export(type(base).__name__, kinds)
         n_layer = len(architectures.decoder_layers(base))
         chosen = parse_layers(layers, n_layer)
-        kv_window = kv_window or min(
-            KV_WINDOW, max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
-        )
+        widest = max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
         plan = CalibrationPlan(
             {kind: architectures.unit_layers(base, kind, chosen) for kind in kinds},
             target,
-            kv_window,
+            None if kv_window == "auto" else kv_window or min(KV_WINDOW, widest),
             sink_tokens,
             text,
+            kv_granularity=kv_granularity,
         )
         config, routers = calibrate(base, tokenizer, plan)
         config = replace(config, calibration={"model": loading.name_of(path), **config.calibration})
@@ -102,7 +104,7 @@ def convert(
         # The empty directory `tmp` is there already.
         with stage(f"writing {out}"):
             MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
-    logger.info(summary(config, n_layer))
+    logger.info(summary(config))
 
 
 def convert_adapter(
@@ -217,7 +219,7 @@ def refuse_mod(model: str | Path) -> None:
         )
 
 
-def summary(config, n_layer: int) -> str:
+def summary(config) -> str:
     """What came out, in a table: activation of each kind, on calibration and on held-out text."""
     from mod_export.common.tables import format_table
 
@@ -225,7 +227,7 @@ def summary(config, n_layer: int) -> str:
     rows = [
         [
             kind,
-            sum(p > 0 for p in unit.threshold),
+            f"{sum(p > 0 for p in unit.threshold)} of {len(unit.threshold)}",
             f"{max(unit.threshold):.4f}",
             f"{record['activation'][kind]:.3f}",
             f"{record['held_out']['activation'][kind]:.3f}",
@@ -233,5 +235,5 @@ def summary(config, n_layer: int) -> str:
         for kind, unit in config.units.items()
     ]
     return format_table(
-        ["kind", f"routed of {n_layer}", "threshold", "activation", "on held-out text"], rows
+        ["kind", "routed units", "threshold", "activation", "on held-out text"], rows
     )

@@ -1,8 +1,9 @@
 """Set routers and thresholds without training: measure costs, fit routers, choose thresholds.
 
 1. Each unit's router is fitted to the logarithm of what skipping would cost (costs.py, ridge.py).
-2. One affine map for all units of a kind turns the predicted log cost into a logit. So a logit
-   means the same cost in every layer, and layers share the budget as they need it.
+   Where wanted, each kv unit gets the window with which it remembers the fewest tokens.
+2. One affine map for all units of a kind turns the predicted log cost into a logit (routers.py). So
+   a logit means the same cost in every layer and head, which share the budget as they need it.
 3. One quantile over all (token, unit) pairs of a kind gives the threshold (thresholds.py).
 
 docs/log.md has the comparison behind the defaults.
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -24,8 +27,16 @@ from torch import nn
 from mod_export.calibration.costs import CostMeter
 from mod_export.calibration.drift import ChunkMeans, router_inputs
 from mod_export.calibration.ridge import Ridge
+from mod_export.calibration.routers import LayerFit, solve
 from mod_export.calibration.thresholds import routing_of, set_thresholds
-from mod_export.config import KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
+from mod_export.config import (
+    HEAD,
+    KV_GRANULARITY,
+    KV_WINDOW,
+    SINK_TOKENS,
+    MoDConfig,
+    UnitConfig,
+)
 from mod_export.data.text import default_texts, pack, tokenize
 from mod_export.errors import UserError
 from mod_export.model import architectures
@@ -36,23 +47,13 @@ from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, shares_
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCORES = {KV: "max_relative", BLOCK: "size", ATTN: "gradient_keys", FFN: "gradient"}
-# Penalties of the ridge, against inputs of variance 1.
-PENALTIES = {
-    KV: 0.01,
-    BLOCK: 0.3,
-    ATTN: 0.3,
-    FFN: 0.3,
-}
-# Weight of how much a router follows the kind of text and its length (drift.py).
-DRIFT_PENALTY = 3.0
+# The windows that a kv unit gets one of, where each has its own.
+OWN_WINDOWS = (16, 32, 64, 128, 256, 512)
 # Tokens of a sequence: fewer where the text is short, more for a wide window.
 SEQUENCE_TOKENS = 1024
 # Tokens of a sequence to see what drifts, as far as the model's context goes.
 LONG_TOKENS = 4096
 MIN_SEQUENCES = 4
-# A standard deviation of predicted log cost in logits. With this value p is close to the share
-# that is skipped.
-LOGIT_SPREAD = 1.7
 # Keys after this part of a sequence without its last window have too few later queries to judge
 # them by.
 JUDGED_SHARE = 0.75
@@ -63,21 +64,42 @@ class CalibrationPlan:
     """What to calibrate.
 
     units: kind -> layers. target: share of (token, unit) pairs that are to run, one number or kind
-    -> number. text: None is the packaged text. scores: kind -> score (costs.SCORES).
+    -> number. kv_window: None gives each kv unit one of OWN_WINDOWS. kv_granularity: kv units
+    decide for each K/V head, where layers have several, or for each layer. text: None
+    is the packaged text. scores: kind -> score (costs.SCORES).
     """
 
     units: Mapping[str, Sequence[int]]
     target: float | Mapping[str, float] = 0.5
-    kv_window: int = KV_WINDOW
+    kv_window: int | None = KV_WINDOW
     sink_tokens: int = SINK_TOKENS
     text: str | None = None
     scores: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_SCORES))
     rounds: int = 4
+    kv_granularity: str = KV_GRANULARITY
 
-    def routed(self) -> list[Unit]:
-        """Units in deciding order."""
-        units = [Unit(layer, kind) for kind, layers in self.units.items() for layer in layers]
-        return sorted(units, key=deciding_order)
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows that a kv unit can have."""
+        return OWN_WINDOWS if self.kv_window is None else (self.kv_window,)
+
+    def heads(self, base: nn.Module, kind: str) -> int:
+        """Return how many units of a kind a layer has."""
+        by_head = kind == KV and self.kv_granularity == HEAD
+        return architectures.kv_heads(base) if by_head else 1
+
+    def layer_units(self, base: nn.Module) -> dict[Unit, list[Unit]]:
+        """Return Unit(layer, kind) -> its units, in deciding order."""
+        places = [Unit(layer, kind) for kind, layers in self.units.items() for layer in layers]
+        found = {}
+        for place in sorted(places, key=deciding_order):
+            found[place] = units_of(*place, self.heads(base, place.kind))
+        return found
+
+
+def units_of(layer: int, kind: str, heads: int) -> list[Unit]:
+    """Return the units of a kind in a layer: one, or one for each head."""
+    return [Unit(layer, kind, head if heads > 1 else None) for head in range(heads)]
 
 
 @torch.no_grad()
@@ -87,17 +109,22 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
-    first = _first_config(base, plan)
+    _first_config(base, plan)  # an error is raised before the minutes of work
     fits = measure(base, sequences, plan)
     logger.info("measuring what drifts from one part of a text to the next")
-    routers, explained = solve(fits, drift=drift(base, tokenizer, sequences, plan))
-    model = MoDModel.from_base(base, tokenizer, first, routers)
+    drifts = drift(base, tokenizer, sequences, plan)
+    targets = shares_by_kind(plan.target, plan.units)
+    solution = solve(fits, targets, sequences.shape[1], drifts)
+    if plan.kv_window is None:
+        counts = sorted(Counter(solution.windows.values()).items())
+        named = ", ".join(f"{window} ({n})" for window, n in counts)
+        logger.info(f"windows of the kv units, and how many have them: {named}")
+    first = _first_config(base, plan, solution.windows)
+    model = MoDModel.from_base(base, tokenizer, first, solution.routers)
     try:
         subset = sequences[:: math.ceil(len(sequences) / 6)]
         groups = first.by_kind()
-        activation = set_thresholds(
-            model, subset, groups, shares_by_kind(plan.target, groups), plan.rounds
-        )
+        activation = set_thresholds(model, subset, groups, targets, plan.rounds)
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
         logger.info("measuring activation on held-out text")
         _, held = routing_of(model, held_out)
@@ -117,51 +144,59 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
             {
                 "layer": unit.layer,
                 "kind": unit.kind,
+                **({} if unit.head is None else {"head": unit.head}),
                 "activation": round(activation[unit], 4),
                 "held_out": round(held[unit], 4),
-                "explained": round(explained[unit], 4),
+                "explained": round(solution.explained[unit], 4),
             }
-            for unit in plan.routed()
+            for unit in first.routed()
         ],
     }
-    return _config(base, plan, thresholds, activation, record), routers
+    config = _config(base, plan, thresholds, activation, solution.windows, record)
+    return config, solution.routers
 
 
-def measure(base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan) -> dict[Unit, Ridge]:
+def measure(base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan) -> list[LayerFit]:
     """Run the original model over sequences [n, T], and gather what each router is fitted to."""
-    meter = CostMeter(base, plan.kv_window)
-    wanted = {unit: [plan.scores[unit.kind]] for unit in plan.routed()}
-    fits = {unit: Ridge(architectures.n_embd(base)) for unit in wanted}
-    eps = architectures.norm_eps(base)
+    meter = CostMeter(base, plan.windows)
+    n_embd, eps = architectures.n_embd(base), architectures.norm_eps(base)
+    fits, wanted = {}, {}
+    for place, units in plan.layer_units(base).items():
+        windows = plan.windows if place.kind == KV else (0,)
+        ridge = Ridge(n_embd, len(windows) * len(units))
+        fits[place] = LayerFit(units, windows, ridge)
+        wanted |= {unit: [plan.scores[unit.kind]] for unit in units}
     for number, ids in enumerate(sequences):
         logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
-        for unit, (h, costs) in meter.measure(ids, wanted):
-            rows = judged_rows(unit.kind, len(h), plan.sink_tokens, plan.kv_window)
-            (cost,), x = costs.values(), rms_norm(h, eps)
-            fits[unit].add(x[rows], log_cost(cost[rows]))
-    return fits
+        measured = groupby(meter.measure(ids, wanted), lambda pair: Unit(*pair[0][:2]))
+        for place, of_place in measured:
+            rows = judged_rows(place.kind, len(ids), plan.sink_tokens, max(plan.windows))
+            x, targets = None, []
+            for _, (h, costs) in of_place:
+                x = rms_norm(h, eps)[rows] if x is None else x
+                (cost,) = costs.values()
+                targets.append(torch.stack([log_cost(one[rows]) for one in torch.atleast_2d(cost)]))
+            fits[place].ridge.add(x, torch.stack(targets, 1).flatten(0, 1).T)
+    return list(fits.values())
 
 
 def drift(
     base: nn.Module, tokenizer, sequences: torch.Tensor, plan: CalibrationPlan
 ) -> dict[Unit, torch.Tensor]:
-    """Return the drift of the inputs of each router, [k, n_embd] (drift.py).
+    """Return Unit(layer, kind) -> the drift of the inputs of its routers, [k, n_embd] (drift.py).
 
     sequences: [n, T], consecutive parts of a text.
     """
-    blank = {
-        unit: (torch.zeros(architectures.n_embd(base)), torch.zeros(1)) for unit in plan.routed()
-    }
+    nothing = torch.zeros(architectures.n_embd(base)), torch.zeros(1)
+    blank = {unit: nothing for units in plan.layer_units(base).values() for unit in units}
     model = MoDModel.from_base(base, tokenizer, _first_config(base, plan), blank)
     try:
         n, length = sequences.shape
         many = sequences_joined(base, length, n)
         joined = sequences[: n // many * many].reshape(-1, many * length)
         with model.forced("active"):
-            return {
-                unit: seen.drift()
-                for unit, seen in router_inputs(model, joined, ChunkMeans).items()
-            }
+            found = router_inputs(model, joined, ChunkMeans)
+        return {place: seen.drift() for place, seen in found.items()}
     finally:
         model.detach()
 
@@ -189,61 +224,46 @@ def log_cost(cost: torch.Tensor) -> torch.Tensor:
     return cost.float().clamp(min=floor.item()).log()
 
 
-def solve(
-    fits: dict[Unit, Ridge],
-    penalties: Mapping[str, float] = PENALTIES,
-    drift_penalty: float = DRIFT_PENALTY,
-    drift: Mapping[Unit, torch.Tensor] | None = None,
-) -> tuple[dict[Unit, tuple], dict[Unit, float]]:
-    """Return routers in logits common to all units of a kind, and the variance each explains.
-
-    drift: of each unit's inputs, as `drift` returns it; None lets routers follow it. drift_penalty:
-    how much the drift weighs.
-    """
-    drifts = {unit: drift[unit] * math.sqrt(drift_penalty) if drift else None for unit in fits}
-    routers = {unit: fit.solve(penalties[unit.kind], drifts[unit]) for unit, fit in fits.items()}
-    spreads = {unit: fit.spread(*routers[unit]) for unit, fit in fits.items()}
-    for kind in {unit.kind for unit in fits}:
-        of_kind = [spread for unit, spread in spreads.items() if unit.kind == kind]
-        center = sum(mean for mean, _, _ in of_kind) / len(of_kind)
-        variance = sum(var + (mean - center) ** 2 for mean, var, _ in of_kind) / len(of_kind)
-        scale = LOGIT_SPREAD / math.sqrt(max(variance, 1e-12))
-        for unit in [unit for unit in fits if unit.kind == kind]:
-            weight, bias = routers[unit]
-            routers[unit] = (weight * scale, (bias - center) * scale)
-    return routers, {unit: explained for unit, (_, _, explained) in spreads.items()}
-
-
 def _mean(activation: dict[Unit, float], kind: str) -> float:
     values = [value for unit, value in activation.items() if unit.kind == kind]
     return round(sum(values) / len(values), 4)
 
 
-def _first_config(base: nn.Module, plan: CalibrationPlan) -> MoDConfig:
+def _first_config(
+    base: nn.Module, plan: CalibrationPlan, windows: Mapping[Unit, int] | None = None
+) -> MoDConfig:
     """Return the configuration before there are thresholds."""
-    return _config(base, plan, dict.fromkeys(plan.units, 0.5), None, {})
+    return _config(base, plan, dict.fromkeys(plan.units, 0.5), {}, windows or {}, {})
 
 
 def _config(
-    base: nn.Module, plan: CalibrationPlan, thresholds: dict, activation: dict | None, record: dict
+    base: nn.Module,
+    plan: CalibrationPlan,
+    thresholds: Mapping[str, float],
+    activation: Mapping[Unit, float],
+    windows: Mapping[Unit, int],
+    record: dict,
 ) -> MoDConfig:
     n_layer = len(architectures.decoder_layers(base))
+    kv_window = plan.kv_window or max(windows.values(), default=max(plan.windows))
     units = {}
     for kind, layers in plan.units.items():
         if beyond := [layer for layer in layers if not 0 <= layer < n_layer]:
             raise UserError(
                 f"there is no layer {beyond[0]}", f"the model has layers 0 to {n_layer - 1}"
             )
+        heads = plan.heads(base, kind)
+        every = [units_of(layer, kind, heads) for layer in range(n_layer)]
+        values = [unit for of_layer in every for unit in of_layer]
+        own = kind == KV and plan.kv_window is None
         units[kind] = UnitConfig(
-            threshold=tuple(
-                thresholds[kind] if layer in layers else 0.0 for layer in range(n_layer)
-            ),
-            activation=tuple(
-                (activation or {}).get((layer, kind), 1.0) for layer in range(n_layer)
-            ),
+            threshold=tuple(thresholds[kind] if u.layer in layers else 0.0 for u in values),
+            activation=tuple(activation.get(unit, 1.0) for unit in values),
+            heads=heads,
+            window=tuple(windows.get(unit, kv_window) for unit in values) if own else (),
         )
     config = MoDConfig(
-        sink_tokens=plan.sink_tokens, kv_window=plan.kv_window, units=units, calibration=record
+        sink_tokens=plan.sink_tokens, kv_window=kv_window, units=units, calibration=record
     )
     return config.validate(n_layer)
 
@@ -253,11 +273,11 @@ def _sequence_length(base: nn.Module, plan: CalibrationPlan) -> int:
 
     Raises UserError where the model's own context is too short for the window.
     """
-    needed = 4 * plan.kv_window if KV in plan.units else 0
+    needed = 4 * max(plan.windows) if KV in plan.units else 0
     limit = architectures.context_length(base) or max(SEQUENCE_TOKENS, needed)
     if limit < needed:
         raise UserError(
-            f"a window of {plan.kv_window} is too wide for a context of {limit} tokens",
+            f"a window of {max(plan.windows)} is too wide for a context of {limit} tokens",
             f"use --kv-window {limit // 4} or less",
         )
     return min(max(SEQUENCE_TOKENS, needed), limit)
@@ -273,13 +293,13 @@ def _texts(tokenizer, plan: CalibrationPlan, length: int) -> tuple[torch.Tensor,
             except UserError as error:
                 raise UserError(
                     f"the packaged text gives no sequence of {length} tokens, which a window of "
-                    f"{plan.kv_window} takes",
+                    f"{max(plan.windows)} takes",
                     "use a smaller --kv-window, or give a long --calibration-text",
                 ) from error
         return *made, "packaged"
     n_tokens = len(tokenize(tokenizer, plan.text))
     length = min(length, n_tokens // (MIN_SEQUENCES + 1))
-    shortest = max(128, 4 * plan.kv_window if KV in plan.units else 0)
+    shortest = max(128, 4 * max(plan.windows) if KV in plan.units else 0)
     if length < shortest:
         need = shortest * (MIN_SEQUENCES + 1)
         fits = n_tokens // (MIN_SEQUENCES + 1) // 4

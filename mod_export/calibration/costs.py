@@ -4,9 +4,9 @@ Knows nothing of routers. A sequence runs through the model once. Where a score 
 inputs of all layers are kept. Then each layer runs once more by itself, last layer first, and hands
 its gradient to the layer below: memory holds the graph and the attention of one layer only.
 
-    meter = CostMeter(base, kv_window=64)
-    for unit, (h, costs) in meter.measure(ids, {(5, "kv"): ["max_relative"]}):
-        costs["max_relative"]                                        # [T]
+    meter = CostMeter(base, windows=(64,))
+    for unit, (h, costs) in meter.measure(ids, {(5, "kv", 0): ["max_relative"]}):
+        costs["max_relative"]                                        # kv: [n_window, T], else [T]
 
 Scores of `block`, `attn` and `ffn`, with Δ what the unit adds to the residual stream h:
 
@@ -17,8 +17,9 @@ Scores of `block`, `attn` and `ffn`, with Δ what the unit adds to the residual 
 * gradient_keys: `gradient`, plus what later queries lose, as `block` and `attn` store no K/V. The
   second part is `gradient` of kv with a window of 1.
 
-Scores of `kv`, from the attention weight a(i, j) of queries i at a distance >= kv_window, over all
-heads:
+Scores of `kv`, from the attention weight a(i, j) of queries i at a distance of at least a window,
+over the query heads that share the K/V head of the unit, or over all heads where the unit is not of
+one head. The attention of a layer is computed once, whatever the number of its units and windows:
 
 * max_relative: the largest attention received, weighted by the norm of what the key's value adds,
   |W_o v|, and divided by the query's |h| (KVzip+, as in KVzap, arXiv 2601.07891)
@@ -30,7 +31,7 @@ scripts/studies/scores.py has the scores that these were chosen from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -54,11 +55,12 @@ QUERY_BLOCK = 256  # queries whose attention weights [n_head, QUERY_BLOCK, T] ar
 
 @dataclass
 class QueryBlock:
-    """What a block of queries tells of the keys before them.
+    """What a block of queries tells of the keys before them, in n_unit groups of heads.
 
-    attention: [n_head, n_query, n_key], 0 for queries nearer than the window. h_norm: [n_query].
-    value_norm: [n_head, n_key], |W_o v|, where a score needs it. lost: [n_query, n_key], the
-    first-order effect of hiding the key on the log-likelihood, where a score needs it.
+    attention: [n_unit, n_head, n_query, n_key], with the heads of one group. h_norm: [n_query].
+    value_norm: [n_unit, n_head, n_key], |W_o v|, where a score needs it. lost: [n_unit, n_query,
+    n_key], the first-order effect of hiding the key in all heads of the group on the
+    log-likelihood, where a score needs it.
     """
 
     attention: torch.Tensor
@@ -69,15 +71,15 @@ class QueryBlock:
     @property
     def weighted(self) -> torch.Tensor:
         """The attention, weighted by the norm of what the key's value adds."""
-        return self.attention * self.value_norm[:, None]
+        return self.attention * self.value_norm[:, :, None]
 
 
 @dataclass(frozen=True)
 class KeyScore:
     """A score of `kv` units.
 
-    cost: what a block of queries adds to the costs, [n_key]. takes_max: the largest of the blocks
-    counts; otherwise the mean over the queries.
+    cost: what each query of a block loses with each key, [n_unit, n_query, n_key]. takes_max: the
+    largest over the queries counts; otherwise their mean.
     """
 
     cost: Callable[[QueryBlock], torch.Tensor]
@@ -88,37 +90,37 @@ class KeyScore:
 
 KEY_SCORES = {
     "max_relative": KeyScore(
-        lambda block: (block.weighted.amax(0) / block.h_norm[:, None]).amax(0),
+        lambda block: block.weighted.amax(1) / block.h_norm[:, None],
         takes_max=True,
         needs_values=True,
     ),
-    "gradient": KeyScore(
-        lambda block: block.lost.pow(2).sum(0), takes_max=False, needs_gradients=True
-    ),
+    "gradient": KeyScore(lambda block: block.lost.pow(2), takes_max=False, needs_gradients=True),
 }
 
 
 class CostMeter:
     """Runs sequences through `base` and measures costs, layer by layer.
 
-    The model is as it was after each sequence. scores: kind -> names. key_scores: name -> KeyScore.
+    The model is as it was after each sequence. windows: the recent tokens that kv units see anyway;
+    each window has costs of its own. scores: kind -> names. key_scores: name -> KeyScore.
     """
 
     scores: Mapping[str, tuple[str, ...]] = SCORES
     key_scores: Mapping[str, KeyScore] = KEY_SCORES
 
-    def __init__(self, base: nn.Module, kv_window: int, seed: int = 0):
+    def __init__(self, base: nn.Module, windows: Sequence[int], seed: int = 0):
         self.base, self.parts = base, architectures.decoder_layers(base)
-        self.kv_window = kv_window
+        self.windows = tuple(windows)
         self.observer = LayerObserver(base)
         self.generator = torch.Generator().manual_seed(seed)
         # Layer -> gradients of its K and V, from the later layers that read them.
         self._kv_grads: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def measure(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> Iterator:
-        """Yield (unit, (h [T, n_embd], {score: cost [T]})) for each unit in `wanted`.
+        """Yield (unit, (h [T, n_embd], {score: cost})) for each unit in `wanted`.
 
-        ids: [T]. Raises UserError for a score that the kind does not have.
+        A cost is [n_window, T] for kv units, and [T] for others. The units of one layer come one
+        after the other. ids: [T]. Raises UserError for a score that the kind does not have.
         """
         wanted = {Unit(*unit): names for unit, names in wanted.items()}
         self._check_scores(wanted)
@@ -161,8 +163,7 @@ class CostMeter:
             observed.close()
             record = records.pop()
             record.note_layer(args[0] if args else kwargs["hidden_states"], first(out), part)
-            for unit, names in units.items():
-                found.append((unit, self._costs(unit, names, record, None)))
+            found.extend(self._costs(part, units, record, None))
 
         before = part.layer.register_forward_pre_hook(enter, with_kwargs=True)
         after = part.layer.register_forward_hook(leave, with_kwargs=True)
@@ -175,8 +176,8 @@ class CostMeter:
         self._kv_grads = {}
         for layer in range(len(self.parts) - 1, min(unit.layer for unit in wanted) - 1, -1):
             record, grads, grad = self._layer(layer, inputs.pop(), grad)
-            for unit in [unit for unit in wanted if unit.layer == layer]:
-                yield unit, self._costs(unit, wanted[unit], record, grads)
+            units = {unit: names for unit, names in wanted.items() if unit.layer == layer}
+            yield from self._costs(self.parts[layer], units, record, grads)
 
     def _forward(self, ids: torch.Tensor) -> tuple[list, torch.Tensor]:
         """Return the inputs (args, kwargs) of every layer, and the gradient at the last output."""
@@ -247,13 +248,20 @@ class CostMeter:
 
     @torch.no_grad()
     def _costs(
-        self, unit: Unit, names: list[str], record: LayerRecord, grads: list | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if unit.kind == KV:
-            attn = self.parts[unit.layer].attn
-            return record.h.detach(), self.key_costs(names, record, grads, attn)
-        h = record.mid if unit.kind == FFN else record.h
-        return h.detach(), {name: self.unit_cost(unit.kind, name, record, grads) for name in names}
+        self,
+        part: architectures.LayerParts,
+        units: dict[Unit, list[str]],
+        record: LayerRecord,
+        grads: list | None,
+    ) -> list[tuple[Unit, tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
+        """Return (unit, (h, costs)) of the units of one layer."""
+        h = {kind: record.mid if kind == FFN else record.h for kind in (KV, BLOCK, ATTN, FFN)}
+        of_keys = {unit: names for unit, names in units.items() if unit.kind == KV}
+        costs = self.key_costs(of_keys, record, grads, part.attn) if of_keys else {}
+        for unit in units.keys() - of_keys.keys():
+            names = units[unit]
+            costs[unit] = {name: self.unit_cost(unit.kind, name, record, grads) for name in names}
+        return [(unit, (h[unit.kind].detach(), costs[unit])) for unit in units]
 
     def unit_cost(
         self, kind: str, name: str, record: LayerRecord, grads: list | None
@@ -272,15 +280,29 @@ class CostMeter:
         cost = effect.pow(2)
         if name == "gradient_keys":
             scores = {"gradient": self.key_scores["gradient"]}
-            return cost + received(record, scores, 1, grads=grads)["gradient"]
+            return cost + received(record, scores, (1,), grads=grads)["gradient"][0, 0]
         return cost
 
     def key_costs(
-        self, names: list[str], record: LayerRecord, grads: list | None, attn: nn.Module
-    ) -> dict[str, torch.Tensor]:
-        """Return costs [T] of a kv unit."""
-        scores = {name: self.key_scores[name] for name in names}
-        return received(record, scores, self.kv_window, self.values_weight(scores, attn), grads)
+        self,
+        units: dict[Unit, list[str]],
+        record: LayerRecord,
+        grads: list | None,
+        attn: nn.Module,
+    ) -> dict[Unit, dict[str, torch.Tensor]]:
+        """Return costs [n_window, T] of the kv units of one layer."""
+        scores = {name: self.key_scores[name] for names in units.values() for name in names}
+        n_unit, weight = self.n_unit(units, record), self.values_weight(scores, attn)
+        found = received(record, scores, self.windows, n_unit, weight, grads)
+        return {
+            unit: {name: found[name][:, unit.head or 0] for name in names}
+            for unit, names in units.items()
+        }
+
+    @staticmethod
+    def n_unit(units: Iterable[Unit], record: LayerRecord) -> int:
+        """Return how many kv units the layer of `units` can have: 1, or one for each K/V head."""
+        return 1 if all(unit.head is None for unit in units) else record.n_head_kv
 
     def values_weight(self, scores: Mapping[str, KeyScore], attn: nn.Module):
         """Return the output projection, where a score needs it, or None."""
@@ -291,50 +313,73 @@ class CostMeter:
 def received(
     record: LayerRecord,
     scores: Mapping[str, KeyScore],
-    window: int,
+    windows: Sequence[int],
+    n_unit: int = 1,
     weight: torch.Tensor | None = None,
     grads: list | None = None,
     first_query: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return costs [T] of losing each key to the queries from `first_query` on.
+    """Return costs [n_window, n_unit, T] of losing each key to the queries from `first_query` on.
 
-    Queries count at a distance >= window. weight: W_o [n_embd, n_head * head_dim]. Means are over
-    those queries; a key that has none costs 0.
+    Queries count at a distance of at least the window. n_unit: groups of heads, each with costs of
+    its own. weight: W_o [n_embd, n_head * head_dim]. Means are over those queries; a key that has
+    none costs 0.
     """
+    if not scores:
+        return {}
     n_token = record.key.shape[1]
-    costs = {name: torch.zeros(n_token) for name in scores}
+    costs = {name: torch.zeros(len(windows), n_unit, n_token) for name in scores}
     norm = value_norm(record.value, weight) if weight is not None else None
     gradients = any(score.needs_gradients for score in scores.values())
     for start in range(first_query, n_token, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, n_token))
-        far = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(rows.stop)[None] >= window
         a = attention(record, rows)
         block = QueryBlock(
-            a * far,
+            a.unflatten(0, (n_unit, -1)),
             record.h[rows].norm(dim=-1),
-            norm[:, : rows.stop] if norm is not None else None,
-            _lost(record, grads[2], a, rows) * far if gradients else None,
+            norm[:, : rows.stop].unflatten(0, (n_unit, -1)) if norm is not None else None,
+            _lost(record, grads[2], a, rows, n_unit) if gradients else None,
         )
         for name, score in scores.items():
-            so_far, more = costs[name][: rows.stop], score.cost(block)
-            if score.takes_max:
-                torch.maximum(so_far, more, out=so_far)
-            else:
-                so_far += more
-    queries = (n_token - (torch.arange(n_token) + window).clamp(min=first_query)).clamp(min=1)
-    return {
-        name: cost if scores[name].takes_max else cost / queries for name, cost in costs.items()
-    }
+            cost = score.cost(block)
+            for number, window in enumerate(windows):
+                so_far = costs[name][number, :, : rows.stop]
+                _add_far(so_far, cost, rows, window, score.takes_max)
+    for name, score in scores.items():
+        if not score.takes_max:
+            late = (torch.arange(n_token) + torch.tensor(windows)[:, None]).clamp(min=first_query)
+            costs[name] /= (n_token - late).clamp(min=1)[:, None]
+    return costs
 
 
-def _lost(record: LayerRecord, grad: torch.Tensor, a: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Return the first-order effect [n_query, n_key] of hiding a key from a query in all heads.
+def _add_far(
+    so_far: torch.Tensor, cost: torch.Tensor, rows: slice, window: int, takes_max: bool
+) -> None:
+    """Add a block of queries, as far as they are from the keys, to costs [n_unit, n_key].
+
+    cost: [n_unit, n_query, n_key].
+    """
+    n_key = max(0, rows.stop - window)  # no query is far from a later key
+    near = max(0, rows.start - window + 1)  # the keys before are far from each query
+    query = torch.arange(rows.start, rows.stop)[:, None]
+    some = cost[:, :, near:n_key] * (query - torch.arange(near, n_key) >= window)
+    for part, keys in ((cost[:, :, :near], slice(0, near)), (some, slice(near, n_key))):
+        if takes_max and part.shape[2]:
+            torch.maximum(so_far[:, keys], part.amax(1), out=so_far[:, keys])
+        else:
+            so_far[:, keys] += part.sum(1)
+
+
+def _lost(
+    record: LayerRecord, grad: torch.Tensor, a: torch.Tensor, rows: slice, n_unit: int
+) -> torch.Tensor:
+    """Return the first-order effect [n_unit, n_query, n_key] of hiding a key in a group of heads.
 
     The effect is that on the log-likelihood.
     """
     g, mixed = grad[:, rows], record.mixed[:, rows]
     gap = (g * mixed).sum(-1, keepdim=True) - g @ record.value[:, : rows.stop].transpose(1, 2)
-    return (a / (1 - a).clamp(min=1e-3) * gap).sum(0)
+    return (a / (1 - a).clamp(min=1e-3) * gap).unflatten(0, (n_unit, -1)).sum(1)
 
 
 def attention(record: LayerRecord, rows: slice) -> torch.Tensor:

@@ -8,7 +8,7 @@ what all texts have in common at a position. Calibration adds both to its ridge
 (training/steady_router.py).
 
     statistics = router_inputs(model, sequences, ChunkMeans)
-    statistics[5, "kv"].drift()                                  # [k, n_embd]
+    statistics[Unit(5, "kv")].drift()                            # [k, n_embd]
 """
 
 from __future__ import annotations
@@ -88,19 +88,20 @@ def router_inputs(
     statistic: type[ChunkMeans],
     forward: Callable | None = None,
 ) -> dict[Unit, ChunkMeans]:
-    """Read sequences [n, T], and return a statistic of the inputs of each router.
+    """Read sequences [n, T], and return a statistic of the inputs of the routers of each layer.
 
+    The result is {Unit(layer, kind): statistic}: the units of the heads of a layer read the same.
     forward: a forward of the model; None is the model's own.
     """
-    statistics = {unit: statistic() for unit in model.config.routed()}
-    hooks = []
-    for unit, found in statistics.items():
+    statistics, hooks = {}, []
+    for place, units in model.config.by_layer().items():
+        statistics[place] = found = statistic()
 
         def add(router, args, found=found):
             with torch.autocast(args[0].device.type, enabled=False):
                 found.add(rms_norm(args[0][0], router.eps))
 
-        hooks.append(model.router(unit).register_forward_pre_hook(add))
+        hooks.append(model.router(units[0]).register_forward_pre_hook(add))
     try:
         for ids in Progress().count("measuring what drifts", sequences):
             (forward or model)(ids[None].to(model.base.device), logits_to_keep=1)

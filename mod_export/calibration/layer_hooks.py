@@ -34,7 +34,8 @@ class LayerRecord:
     attn, ffn: [T, n_embd], what attention and FFN give; times `scale` it is what they add
     ffn_beside: [T, n_embd], what the second module of an FFN gives; not part of `ffn`
     out: [T, n_embd], what the layer adds
-    query, key, value: [n_head, T, head_dim], position-encoded
+    query, key, value: [n_head, T, head_dim], position-encoded; keys and values of the n_head_kv
+        heads are repeated for the query heads that share them
     mixed: [n_head, T, head_dim], the attention's output before W_o
     scaling, mask ([T, T], or None for causal), softcap: of the attention scores
     sinks: [n_head], scores of attention sinks: keys that have no value and are always visible
@@ -50,6 +51,7 @@ class LayerRecord:
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
+    n_head_kv: int = 1
     mixed: torch.Tensor | None = None
     scaling: float = 1.0
     mask: torch.Tensor | None = None
@@ -137,7 +139,8 @@ class LayerObserver:
         record = self._record
         if record is None:
             return out, weights
-        n_rep = query.shape[1] // key.shape[1]
+        record.n_head_kv = key.shape[1]
+        n_rep = query.shape[1] // record.n_head_kv
         record.query = query[0].detach()
         record.key = key[0].detach().repeat_interleave(n_rep, 0)
         record.value = value[0].detach().repeat_interleave(n_rep, 0)

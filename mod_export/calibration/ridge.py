@@ -1,10 +1,11 @@
-"""Fit a linear router to measured costs, in closed form and in one pass over the data.
+"""Fit linear routers to measured costs, in closed form and in one pass over the data.
 
-Knows nothing of models. Inputs are RMS-normed hidden states, as the router will see them.
+Knows nothing of models. Inputs are RMS-normed hidden states, as the routers will see them. Routers
+that read the same inputs, such as those of the K/V heads of a layer, share one matrix.
 
-    fit = Ridge(n_embd=576)
-    fit.add(x, cost.log())           # x [N, n_embd], target [N]; as often as there is data
-    weight, bias = fit.solve()       # x @ weight + bias predicts the target
+    fit = Ridge(n_embd=576, n_target=3)
+    fit.add(x, cost.log())       # x [N, n_embd], targets [N, n_target]; for each piece of data
+    weight, bias = fit.solve(penalty=0.01)       # x @ weight.T + bias predicts the targets
 """
 
 from __future__ import annotations
@@ -15,38 +16,42 @@ import torch
 class Ridge:
     """Least squares with a penalty on standardised inputs.
 
-    Memory is one matrix [n_embd, n_embd], whatever N.
+    Memory is one matrix [n_embd, n_embd], whatever N and n_target.
     """
 
-    def __init__(self, n_embd: int):
+    def __init__(self, n_embd: int, n_target: int = 1):
         self.n = 0
         self.xx = torch.zeros(n_embd, n_embd, dtype=torch.float64)
-        self.x, self.xy = torch.zeros(2, n_embd, dtype=torch.float64)
-        self.y, self.yy = 0.0, 0.0
+        self.x = torch.zeros(n_embd, dtype=torch.float64)
+        self.xy = torch.zeros(n_embd, n_target, dtype=torch.float64)
+        self.y, self.yy = torch.zeros(2, n_target, dtype=torch.float64)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the rows x [N, n_embd] with the targets y [N]."""
+        """Add the rows x [N, n_embd] with the targets y [N, n_target]."""
         x, y = x.double(), y.double()
         self.n += len(x)
         self.xx += x.T @ x
         self.x += x.sum(0)
         self.xy += x.T @ y
-        self.y += y.sum().item()
-        self.yy += y.pow(2).sum().item()
+        self.y += y.sum(0)
+        self.yy += y.pow(2).sum(0)
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean of x [n_embd], covariance of x [n_embd, n_embd], covariance of x with y [n_embd]."""
+        """Return the mean of x, the covariance of x, and that of x with y.
+
+        The shapes are [n_embd], [n_embd, n_embd] and [n_embd, n_target].
+        """
         mean = self.x / self.n
         return (
             mean,
             self.xx / self.n - mean.outer(mean),
-            self.xy / self.n - mean * (self.y / self.n),
+            self.xy / self.n - mean.outer(self.y / self.n),
         )
 
     def solve(
         self, penalty: float, drift: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weight [n_embd] and bias [1], float32.
+        """Return weight [n_target, n_embd] and bias [n_target], float32.
 
         penalty: the penalty is set against a variance of 1 of each input.
 
@@ -58,21 +63,21 @@ class Ridge:
             cov = cov + drift.double().T @ drift.double()
         gram = cov / scale.outer(scale)
         gram.diagonal().add_(penalty)
-        weight = torch.linalg.solve(gram, cross / scale) / scale
+        weight = torch.linalg.solve(gram, cross / scale[:, None]) / scale[:, None]
         bias = self.y / self.n - mean @ weight
-        return weight.float(), bias.reshape(1).float()
+        return weight.T.float(), bias.float()
 
-    def variance(self) -> float:
-        """Variance of the target."""
-        return max(self.yy / self.n - (self.y / self.n) ** 2, 1e-12)
+    def spread(
+        self, weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return mean and variance of x @ weight.T + bias over all data, and the explained share.
 
-    def spread(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[float, float, float]:
-        """Return mean and variance of x @ weight + bias over all data, and the explained share.
-
-        The explained share is the part of the target's variance that the fit explains.
+        The explained share is the part of the target's variance that the fit explains. All three
+        are [n_target], as bias; weight is [n_target, n_embd].
         """
         mean, cov, cross = self.moments()
-        weight = weight.double()
-        predicted = (weight @ cov @ weight).item()
-        explained = (2 * (weight @ cross).item() - predicted) / self.variance()
-        return (mean @ weight).item() + bias.item(), predicted, explained
+        weight = weight.T.double()
+        variance = (self.yy / self.n - (self.y / self.n) ** 2).clamp(min=1e-12)
+        predicted = (weight * (cov @ weight)).sum(0)
+        explained = (2 * (weight * cross).sum(0) - predicted) / variance
+        return mean @ weight + bias.double(), predicted, explained

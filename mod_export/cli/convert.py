@@ -19,9 +19,23 @@ from mod_export.cli.options import (
 )
 from mod_export.cli.output import called, show_messages
 from mod_export.common.files import check_file, folder_beside
+from mod_export.config import KV_GRANULARITIES, KV_GRANULARITY
 from mod_export.errors import UserError
 from mod_export.formats import hub
 from mod_export.formats.ggml_types import EXPORT_FORMATS
+
+
+class Window(click.IntRange):
+    """A number of tokens, at least 1, or `auto`."""
+
+    name = "integer|auto"
+
+    def __init__(self):
+        super().__init__(min=1)
+
+    def convert(self, value, param, ctx):
+        """Return the number, or "auto". Fails with a usage error for anything else."""
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 @click.command("convert")
@@ -38,9 +52,18 @@ from mod_export.formats.ggml_types import EXPORT_FORMATS
 )
 @click.option(
     "--kv-window",
-    type=click.IntRange(min=1),
+    type=Window(),
     show_default="256, at most 1/8 of the context",
-    help="Number of recent tokens that kv units always see.",
+    help="Number of recent tokens that kv units always see. auto: a number of its own for each "
+    "unit, from 16 to 512, with which it remembers the fewest tokens.",
+)
+@click.option(
+    "--kv-granularity",
+    type=click.Choice(KV_GRANULARITIES),
+    default=KV_GRANULARITY,
+    show_default=True,
+    help="What a decision of kv units is about: each K/V head, or a layer with all its heads. "
+    "Models with one K/V head in a layer, and with MLA, have units of layers.",
 )
 @layers_routed_option(cls=RenamedOption, former="--layers")
 @click.option(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mod_export.calibration.calibrate import PENALTIES, judged_rows, log_cost, solve
+from mod_export.calibration.calibrate import judged_rows, log_cost
 from mod_export.calibration.ridge import Ridge
+from mod_export.calibration.routers import PENALTIES, LayerFit, solve
 from mod_export.model import architectures
 from mod_export.model.router import rms_norm
 from mod_export.units import Unit
@@ -43,7 +44,7 @@ class Samples:
 def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sinks: int) -> Samples:
     """Measure all scores in `kinds` {kind: scores} on sequences [n, T]."""
     x, cost = {}, {}
-    meter, eps = StudyMeter(base, kv_window), architectures.norm_eps(base)
+    meter, eps = StudyMeter(base, (kv_window,)), architectures.norm_eps(base)
     once = {
         kind: [name for name in names if not name.startswith("repeat_")]
         for kind, names in kinds.items()
@@ -71,7 +72,8 @@ def collect(base, tokenizer, sequences, kinds: dict, layers, kv_window: int, sin
 
 def _append(cost: dict, unit, costs: dict, rows: slice) -> None:
     for name, values in costs.items():
-        cost.setdefault(unit, {}).setdefault(name, []).append(values[rows])
+        of_window = values.flatten()  # there is one window
+        cost.setdefault(unit, {}).setdefault(name, []).append(of_window[rows])
 
 
 def routers_of(samples: Samples, kind: str, score: str, method: str, target: float) -> dict:
@@ -87,14 +89,16 @@ def routers_of(samples: Samples, kind: str, score: str, method: str, target: flo
             u: logistic([(samples.x[u].float(), (costs[u] > cut).float())], PENALTIES[kind] / 4)
             for u in units
         }
-    fits = {}
+    fits = []
     for unit in units:
         y = costs[unit]
         if method == "ridge per-layer scale":
             y = (y - y.mean()) / y.std().clamp(min=1e-6)
-        fits[unit] = Ridge(samples.x[unit].shape[1])
-        fits[unit].add(samples.x[unit].float(), y)
-    return solve(fits, OTHER_PENALTIES if "other" in method else PENALTIES)[0]
+        ridge = Ridge(samples.x[unit].shape[1])
+        ridge.add(samples.x[unit].float(), y[:, None])
+        fits.append(LayerFit([unit], (0,), ridge))
+    penalties = OTHER_PENALTIES if "other" in method else PENALTIES
+    return solve(fits, {kind: target}, n_token=1, penalties=penalties).routers
 
 
 def mean_cost(samples: Samples, kind: str, score: str = "gradient") -> dict:

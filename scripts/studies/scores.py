@@ -11,7 +11,7 @@ Beside those of mod_export/calibration/costs.py, with Δ what the unit adds to t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -21,19 +21,17 @@ from mod_export.calibration.layer_hooks import LayerRecord
 from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
 
 ATTENTION_SCORES = {
-    "max": KeyScore(lambda block: block.attention.amax((0, 1)), takes_max=True),
-    "sum": KeyScore(lambda block: block.attention.sum((0, 1)), takes_max=False),
-    "max_value": KeyScore(
-        lambda block: block.weighted.amax((0, 1)), takes_max=True, needs_values=True
-    ),
-    "sum_value": KeyScore(
-        lambda block: block.weighted.sum((0, 1)), takes_max=False, needs_values=True
-    ),
+    "max": KeyScore(lambda block: block.attention.amax(1), takes_max=True),
+    "sum": KeyScore(lambda block: block.attention.sum(1), takes_max=False),
+    "max_value": KeyScore(lambda block: block.weighted.amax(1), takes_max=True, needs_values=True),
+    "sum_value": KeyScore(lambda block: block.weighted.sum(1), takes_max=False, needs_values=True),
     "max_relative": KEY_SCORES["max_relative"],
 }
+# Score on the queries of a repetition -> the score that it is taken with.
+REPEATED = {f"repeat_{name}": name for name in ATTENTION_SCORES}
 UNIT_SCORES = ("size", "cosine", "gradient")
 SCORES = {
-    KV: (*ATTENTION_SCORES, "gradient", *(f"repeat_{name}" for name in ATTENTION_SCORES)),
+    KV: (*ATTENTION_SCORES, "gradient", *REPEATED),
     BLOCK: (*UNIT_SCORES, "gradient_keys"),
     ATTN: (*UNIT_SCORES, "gradient_keys"),
     FFN: UNIT_SCORES,
@@ -47,8 +45,8 @@ class StudyMeter(CostMeter):
     scores = SCORES
     key_scores = ATTENTION_SCORES | KEY_SCORES
 
-    def __init__(self, base: nn.Module, kv_window: int, seed: int = 0):
-        super().__init__(base, kv_window, seed)
+    def __init__(self, base: nn.Module, windows: Sequence[int], seed: int = 0):
+        super().__init__(base, windows, seed)
         self._context = 0
 
     def measure(
@@ -73,17 +71,30 @@ class StudyMeter(CostMeter):
         return 1 - torch.cosine_similarity(h.double(), (h + delta).double(), dim=-1).float()
 
     def key_costs(
-        self, names: list[str], record: LayerRecord, grads: list | None, attn: nn.Module
-    ) -> dict[str, torch.Tensor]:
-        plain = [name for name in names if not name.startswith("repeat_")]
-        repeated = [name.removeprefix("repeat_") for name in names if name not in plain]
-        costs = super().key_costs(plain, record, grads, attn) if plain else {}
-        if repeated:
-            scores = {name: self.key_scores[name] for name in repeated}
-            weight = self.values_weight(scores, attn)
-            found = received(record, scores, 1, weight, first_query=self._context)
-            costs |= {f"repeat_{name}": cost for name, cost in found.items()}
-        return {name: cost[: self._context or None] for name, cost in costs.items()}
+        self,
+        units: dict[Unit, list[str]],
+        record: LayerRecord,
+        grads: list | None,
+        attn: nn.Module,
+    ) -> dict[Unit, dict[str, torch.Tensor]]:
+        plain = {unit: [name for name in units[unit] if name not in REPEATED] for unit in units}
+        costs = super().key_costs(plain, record, grads, attn)
+        scores = {
+            name: self.key_scores[REPEATED[name]]
+            for names in units.values()
+            for name in names
+            if name in REPEATED
+        }
+        if scores:
+            n_unit, weight = self.n_unit(units, record), self.values_weight(scores, attn)
+            found = received(record, scores, (1,), n_unit, weight, first_query=self._context)
+            for unit, names in units.items():
+                repeated = [name for name in names if name in REPEATED]
+                costs[unit] |= {name: found[name][:, unit.head or 0] for name in repeated}
+        return {
+            unit: {name: cost[:, : self._context or None] for name, cost in of_unit.items()}
+            for unit, of_unit in costs.items()
+        }
 
 
 def with_repetition(tokenizer, ids: torch.Tensor) -> tuple[torch.Tensor, int]:

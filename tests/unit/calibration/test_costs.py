@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mod_export.calibration.costs import KEY_SCORES, CostMeter, attention, received
+from mod_export.calibration.costs import (
+    KEY_SCORES,
+    CostMeter,
+    attention,
+    output_weight,
+    received,
+    value_norm,
+)
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from tests.support import tiny_torch as tiny
@@ -12,7 +19,7 @@ from tests.support import tiny_types
 
 def seen_of(base, ids, layer):
     """What the meter sees of one layer, and the gradients there."""
-    meter = CostMeter(base, kv_window=8)
+    meter = CostMeter(base, windows=(8,))
     with meter.observer.prepared(), torch.enable_grad():
         inputs, grad = meter._forward(ids)
         for index in range(len(inputs) - 1, layer - 1, -1):
@@ -78,9 +85,9 @@ def test_kv_gradient_is_the_effect_of_hiding_one_key():
     hidden = hidden / hidden.sum(-1, keepdim=True)
     moved = (hidden @ seen.value - a @ seen.value)[:, query]
     expected = (grads[2][:, query] * moved).sum().pow(2)
-    cost = received(seen, {"gradient": KEY_SCORES["gradient"]}, window=query - key, grads=grads)[
-        "gradient"
-    ][key]  # this query only is so far
+    scores = {"gradient": KEY_SCORES["gradient"]}
+    costs = received(seen, scores, windows=(query - key,), grads=grads)
+    cost = costs["gradient"][0, 0, key]  # this query only is so far
     torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-9)
 
 
@@ -89,11 +96,42 @@ def test_the_meter_leaves_the_model_as_it_was():
     ids = torch.randint(0, 256, (1, 50))
     before = base(ids).logits
     list(
-        CostMeter(base, kv_window=8).measure(
+        CostMeter(base, windows=(8,)).measure(
             ids[0], {(1, "kv"): ["gradient"], (2, "ffn"): ["size"]}
         )
     )
     assert torch.equal(base(ids).logits, before)
     assert all(p.requires_grad for p in base.parameters())
     with pytest.raises(UserError, match="unknown score 'cosine' for kv"):
-        list(CostMeter(base, kv_window=8).measure(ids[0], {(1, "kv"): ["cosine"]}))
+        list(CostMeter(base, windows=(8,)).measure(ids[0], {(1, "kv"): ["cosine"]}))
+
+
+@pytest.mark.parametrize("name", KEY_SCORES)
+def test_costs_of_heads_and_windows_in_one_pass(name):
+    """Each is what a plain loop over the keys finds in the heads that share the K/V head."""
+    base = tiny.base(n_head=4, n_head_kv=2)
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(5))
+    windows, weight = (3, 11), output_weight(architectures.decoder_layers(base)[2].attn)
+    wanted = {(2, "kv", head): [name] for head in range(2)}
+    found = dict(CostMeter(base, windows).measure(ids, wanted))
+    of_layer = dict(CostMeter(base, windows).measure(ids, {(2, "kv"): [name]}))[2, "kv"][1][name]
+    seen, grads = seen_of(base, ids, layer=2)
+    a, value = attention(seen, slice(0, 40)), value_norm(seen.value, weight)
+    gap = (grads[2] * seen.mixed).sum(-1, keepdim=True) - grads[2] @ seen.value.transpose(1, 2)
+    lost = a / (1 - a).clamp(min=1e-3) * gap
+    for head in range(2):
+        heads = slice(2 * head, 2 * head + 2)
+        for number, window in enumerate(windows):
+            cost = found[2, "kv", head][1][name][number]
+            for key in (0, 7, 39 - window):
+                far = slice(key + window, None)
+                if name == "gradient":
+                    expected = lost[heads, far, key].sum(0).pow(2).mean()
+                else:
+                    size = a[heads, far, key] * value[heads, key, None]
+                    expected = (size / seen.h[far].norm(dim=-1)).max()
+                torch.testing.assert_close(cost[key], expected, rtol=1e-3, atol=1e-9)
+            assert (cost[40 - window :] == 0).all()  # no later query is so far
+    if name == "max_relative":
+        apart = torch.stack([found[2, "kv", head][1][name] for head in range(2)])
+        assert torch.equal(apart.amax(0), of_layer)

@@ -25,13 +25,14 @@ def test_every_score_of_every_kind_is_finite_and_costs_differ(tokenizer):
         repeated = [name for name in names if name not in plain]
         for wanted, text, context in ((plain, ids, 0), (repeated, torch.cat((ids, ids)), 64)):
             if wanted:
-                for _, (h, costs) in StudyMeter(base, kv_window=8).measure(
+                for _, (h, costs) in StudyMeter(base, windows=(8,)).measure(
                     text, {(3, kind): wanted}, context
                 ):
                     assert h.shape == (64, 64) and list(costs) == sorted(
                         costs, key=list(costs).index
                     )
                     for name, cost in costs.items():
+                        assert cost.shape == ((1, 64) if kind == "kv" else (64,))
                         assert (
                             torch.isfinite(cost).all() and (cost >= 0).all() and cost.std() > 0
                         ), (kind, name)
@@ -42,14 +43,14 @@ def test_the_scores_in_use_are_those_of_calibration():
     ids = torch.randint(0, 256, (50,), generator=torch.Generator().manual_seed(4))
     wanted = {(3, kind): list(names) for kind, names in SCORES_IN_USE.items()}
     found = [
-        dict(meter(base, kv_window=8).measure(ids, wanted)) for meter in (CostMeter, StudyMeter)
+        dict(meter(base, windows=(8,)).measure(ids, wanted)) for meter in (CostMeter, StudyMeter)
     ]
     for unit, (h, costs) in found[0].items():
         assert torch.equal(h, found[1][unit][0])
         for name, cost in costs.items():
             assert torch.equal(cost, found[1][unit][1][name])
     with pytest.raises(UserError, match="unknown score 'cosine' for kv"):
-        list(StudyMeter(base, kv_window=8).measure(ids, {(1, "kv"): ["cosine"]}))
+        list(StudyMeter(base, windows=(8,)).measure(ids, {(1, "kv"): ["cosine"]}))
 
 
 def test_logistic_stands_at_its_optimum():
