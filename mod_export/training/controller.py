@@ -1,7 +1,7 @@
 """Hold the mean activation at its target, and find the price at which units share it out.
 
 The controller does two things for each group of units, so that neither has to be tuned. A group is
-a kind, or a single unit where each layer has its target.
+a kind, or a single unit where each unit has its target.
 
 * The thresholds of a group follow the running quantile of its logits, all alike. The quantile is
   that of text which does not repeat itself (repeats.py), so the activation is the target's there.
@@ -52,11 +52,8 @@ class Controller:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the groups: the kind, and the layer where each unit is a group."""
-        return [
-            group[0][1] if len(group) > 1 else f"{group[0][1]} {group[0][0]}"
-            for group in self.groups
-        ]
+        """Return the names of the groups: the kind, or the unit where each is a group."""
+        return [group[0].kind if len(group) > 1 else _name(group[0]) for group in self.groups]
 
     def target(self, step: int) -> torch.Tensor:
         """Return the activation that each group is to have at this step."""
@@ -101,8 +98,13 @@ class Controller:
 def groups_of(units: list[Unit], per_layer: bool) -> list[list[Unit]]:
     """Return the groups: all units of a kind, or each unit alone with `per_layer`.
 
-    Layers share the budget of a kind whose units are one group.
+    Layers and heads share the budget of a kind whose units are one group.
     """
     if per_layer:
         return [[unit] for unit in units]
     return list(by_kind(units).values())
+
+
+def _name(unit: Unit) -> str:
+    """Return `kv 2`, or `kv 2.1` of head 1."""
+    return f"{unit.kind} {'.'.join(map(str, unit[::2]))}"

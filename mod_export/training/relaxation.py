@@ -7,7 +7,8 @@ There are two relaxations. Both depend on z, the distance of a logit to the thre
   token tells the router what it misses.
 * A key of `kv` units, and a key of tokens without K/V in `attn` and `block` units, has a weight:
   log sigmoid((z + noise) / temperature), a Gumbel-sigmoid sample, is added to the attention scores
-  of that key. For `kv` units the weight acts beyond the window only.
+  of that key. For `kv` units the weight acts beyond the unit's window only, and in the query heads
+  that share the K/V head of the unit.
 
 Sources: straight-through estimator, Bengio et al., arXiv 1308.3432; Gumbel-sigmoid as in DMS, arXiv
 2506.05345.
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mod_export.model.attention import has_attention, replaced_attention
+from mod_export.model.masks import Kept
 from mod_export.model.router import Router
 from mod_export.model.routing import DecisionStrategy, RoutingState
 from mod_export.units import ATTN, BLOCK, KV, UNIT_KINDS, Unit
@@ -108,12 +110,26 @@ class RelaxedDecisions(DecisionStrategy):
         if kind.frees_kv:
             self._keys[unit] = self.relaxation.key(z, state.position < state.sink_tokens)
 
-    def mask(self, state: RoutingState, layer: int, mask, stored, kept):
+    def mask(self, state: RoutingState, layer: int, mask, stored, kept: Kept | None):
         attn = self._keys.get((layer, ATTN), self._keys.get((layer, BLOCK)))
-        keys = self._keys.get((layer, KV))
+        keys = None if kept is None else self._of_heads(layer, kept.keep.shape[1])
         if attn is None and keys is None:
             return mask
-        return RelaxedMask(mask, KeyBias(attn, keys, state.kv_window))
+        return RelaxedMask(mask, KeyBias(attn, keys, kept.windows if kept else ()))
+
+    def _of_heads(self, layer: int, n_head: int) -> torch.Tensor | None:
+        """Return what is added to the scores of keys beyond the window, [B, n_head, T].
+
+        n_head: 1, or the K/V heads where they decide apart. A head that is not routed keeps every
+        key. None: no router has decided here.
+        """
+        heads = [Unit(layer, KV, head) for head in range(n_head)]
+        found = [self._keys.get(unit) for unit in (heads if n_head > 1 else [Unit(layer, KV)])]
+        some = next((keys for keys in found if keys is not None), None)
+        if some is None:
+            return None
+        every = torch.zeros_like(some)
+        return torch.stack([every if keys is None else keys for keys in found], dim=1)
 
     def select(self, active: torch.Tensor, new: torch.Tensor, old) -> torch.Tensor:
         return new  # the gate is 0 for inactive tokens, and has a gradient there
@@ -128,26 +144,31 @@ class RelaxedDecisions(DecisionStrategy):
 class KeyBias:
     """What is added to the attention scores of the keys of one layer.
 
-    stored, kept: [B, T] or None; `kept` acts beyond the window only.
+    stored: [B, T] or None. kept: [B, H, T] or None, where H is the number of K/V heads, or 1; it
+    acts beyond the H windows only.
     """
 
     stored: torch.Tensor | None
     kept: torch.Tensor | None
-    window: int
+    windows: tuple[int, ...]
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return the additive mask [B, 1, stop - start, stop] of the queries start..stop.
+    def rows(self, start: int, stop: int, n_head: int) -> torch.Tensor:
+        """Return the additive mask [B, 1 or n_head, stop - start, stop] of the queries start..stop.
 
-        A query always sees itself.
+        n_head: query heads. A query always sees itself.
         """
         some = self.kept if self.stored is None else self.stored
         at = torch.arange(stop, device=some.device)
         distance = at[start:, None] - at
-        bias = some.new_zeros(1) if self.stored is None else self.stored[:, None, :stop]
+        bias = some.new_zeros(1, 1, 1, 1)
+        if self.stored is not None:
+            bias = self.stored[:, None, None, :stop]
         if self.kept is not None:
-            bias = bias + torch.where(distance >= self.window, self.kept[:, None, :stop], 0.0)
-        bias = torch.where(distance == 0, 0.0, bias)
-        return bias.masked_fill(distance < 0, float("-inf"))[:, None]
+            far = distance >= torch.tensor(self.windows, device=some.device)[:, None, None]
+            bias = bias + torch.where(far, self.kept[:, :, None, :stop], 0.0)
+        bias = torch.where(distance == 0, 0.0, bias).masked_fill(distance < 0, float("-inf"))
+        n_head_kv = bias.shape[1]
+        return bias if n_head_kv == 1 else bias.repeat_interleave(n_head // n_head_kv, dim=1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +204,7 @@ def _attention(inner, module, query, key, value, attention_mask, scaling=None, *
     n, parts = query.shape[2], []
     for start in range(0, n, CHUNK_QUERIES):
         stop = min(start + CHUNK_QUERIES, n)
-        bias = attention_mask.bias.rows(start, stop).to(query.dtype)
+        bias = attention_mask.bias.rows(start, stop, query.shape[1]).to(query.dtype)
         if attention_mask.mask is not None:
             visible = attention_mask.mask[:, :, start:stop, :stop]
             bias = bias.masked_fill(~visible, float("-inf"))

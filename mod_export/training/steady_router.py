@@ -138,10 +138,13 @@ def penalise_drift(
     """
     with model.forced(None if trained else "active"), _noting_parameters(model) as parameters:
         moments = router_inputs(model, sequences, ChunkMoments, forward)
-    for unit, seen in moments.items():
-        from_start = unit.kind in KINDS_STEADY_FROM_START
-        if not (trained and from_start):
-            drift, correction = drift_correction(seen.within(), seen.drift(), penalty)
+    by_layer = model.config.by_layer()
+    for place, seen in moments.items():
+        from_start = place.kind in KINDS_STEADY_FROM_START
+        if trained and from_start:
+            continue
+        drift, correction = drift_correction(seen.within(), seen.drift(), penalty)
+        for unit in by_layer[place]:
             model.router(unit).reparametrise(
                 parameters[unit], seen.mean(), drift, correction, trained or from_start
             )

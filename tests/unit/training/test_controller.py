@@ -5,6 +5,7 @@ import torch
 
 from mod_export.calibration.thresholds import quantile_logit
 from mod_export.training.controller import Controller, groups_of
+from mod_export.units import Unit
 
 
 def train_biases(control, worth, steps, rate=0.02, tokens=64):
@@ -49,7 +50,9 @@ def train_biases(control, worth, steps, rate=0.02, tokens=64):
 
 
 def test_the_controller_follows_its_targets_and_finds_the_price():
-    groups = groups_of([(1, "kv"), (2, "kv"), (2, "ffn"), (3, "ffn")], per_layer=False)
+    groups = groups_of(
+        [Unit(1, "kv"), Unit(2, "kv"), Unit(2, "ffn"), Unit(3, "ffn")], per_layer=False
+    )
     assert groups == [[(1, "kv"), (2, "kv")], [(2, "ffn"), (3, "ffn")]]
     control = Controller(groups, [0.5, 0.8], [0.84, 0.84], anneal=200)
     assert control.target(0).tolist() == pytest.approx([0.84, 0.84])

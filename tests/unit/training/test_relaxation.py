@@ -48,6 +48,26 @@ def test_chunks_of_queries_change_nothing(units, monkeypatch):
     assert (found[0] - model(IDS)).abs().max() > 1e-2  # smooth decisions are others than hard ones
 
 
+def test_heads_have_keys_and_windows_of_their_own(monkeypatch):
+    """Hard decisions are the limit, in chunks too; each router has a gradient, and a head that is
+    not routed keeps all its keys.
+    """
+    windows = {(2, "kv", 0): 8, (4, "kv", 0): 3, (4, "kv", 1): 5}
+    some = {"heads": 2, "left_out": [(2, "kv", 1)], "windows": windows}
+    model = tiny.mod_model({"kv": [2, 4]}, IDS, **some)
+    found, hard = [], model(IDS)
+    with relaxed_attention(model.base):
+        assert_close(model(IDS, strategy=RelaxedDecisions(HARD)), hard)
+        for chunk in (256, 7):
+            monkeypatch.setattr(relaxation, "CHUNK_QUERIES", chunk)
+            found.append(model(IDS, strategy=RelaxedDecisions(SMOOTH)))
+    assert_close(found[1], found[0])
+    assert (found[0] - hard).abs().max() > 1e-2
+    found[0].sum().backward()
+    assert len(model.routers) == 3
+    assert all(router.bias.grad.abs() > 0 for router in model.routers.values())
+
+
 @pytest.mark.parametrize("name", tiny_types.FIELDS)
 def test_windows_sinks_softcaps_and_shared_kv_are_kept(name, monkeypatch):
     """Where all keys weigh 1 the model is the plain one; hard decisions are the limit as well."""
@@ -73,13 +93,14 @@ def loss_of(model, relaxation, direction, **kwargs):
     return (model(IDS, strategy=RelaxedDecisions(relaxation, **kwargs)) * direction).sum()
 
 
-def test_keys_have_the_gradient_of_finite_differences():
-    model = tiny.mod_model({"kv": [2, 4]}, IDS)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keys_have_the_gradient_of_finite_differences(heads):
+    model = tiny.mod_model({"kv": [2, 4]}, IDS, heads=heads)
     model.base.double()
     direction = torch.randn(
         1, IDS.shape[1], 300, generator=torch.Generator().manual_seed(1)
     ).double()
-    bias, step = model.routers["2_kv"].bias, 3e-2
+    bias, step = model.router(model.config.routed()[0]).bias, 3e-2
     with relaxed_attention(model.base):
         loss_of(model, SMOOTH, direction).backward()
         ends = []

@@ -24,6 +24,7 @@ from mod_export.training import run as train_module
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import Log, read
 from mod_export.training.run import train
+from tests.support import tiny_torch as tiny
 from tests.support.training_runs import (
     LENGTH,
     config,
@@ -156,6 +157,23 @@ def test_learning_rates_fall_with_the_width():
         replace(lora, lora_lr=7e-4).rate_of(4096) == 7e-4
         and replace(full, full_lr=2e-5).rate_of(4096) == 2e-5
     )
+
+
+def test_heads_are_trained_apart_and_share_one_target(files, tmp_path):
+    """With LoRA into an adapter; windows and a head that is not routed stay as they are."""
+    windows = {(2, "kv", 0): 8, (2, "kv", 1): 4, (3, "kv", 1): 6}
+    some = {"heads": 2, "left_out": [(3, "kv", 0)], "windows": windows}
+    model = tiny.save_small(tmp_path / "mod", {"kv": [2, 3]}, **some)
+    run = config(files, target=0.5, parameters="lora", lora_rank=2)
+    train(tmp_path / "mod", tmp_path / "adapter", run, save_as="adapter")
+    before, units = model.router_tensors(), list(windows)
+    trained = adapter.apply(adapter.load(tmp_path / "adapter"), model.base, model.tokenizer)
+    assert trained.config.routed() == units
+    assert {unit: trained.config.window(unit) for unit in units} == windows
+    for unit, tensors in trained.router_tensors().items():
+        assert not any(map(torch.equal, tensors, before[unit]))
+    shares = [trained.config.activation(unit) for unit in units]
+    assert sum(shares) / 3 == pytest.approx(0.5, abs=0.01) and len(set(shares)) == 3
 
 
 def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path):
