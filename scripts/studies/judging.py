@@ -12,7 +12,12 @@ from types import SimpleNamespace
 
 import torch
 
-from mod_export.calibration.thresholds import MAX_LOGIT, set_thresholds
+from mod_export.calibration.thresholds import (
+    MAX_LOGIT,
+    quantile_threshold,
+    routing_of,
+    set_thresholds,
+)
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.data import text as data_text
 from mod_export.evaluation.perplexity import loss
@@ -21,7 +26,7 @@ from mod_export.metrics import divergence, visible_share
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
-from mod_export.units import Unit, shares_by_kind
+from mod_export.units import KV, Unit, shares_by_kind
 
 TOLERANCE = 0.015  # K/V count as equal within this distance of activation.
 ROUNDS = 3
@@ -197,6 +202,29 @@ def meet_target(made: MoDModel, sequences: torch.Tensor, target: float | dict) -
     set_thresholds(made, sequences, groups, shares_by_kind(target, groups), rounds=2)
 
 
+def meet_kv_share(made: MoDModel, sequences: torch.Tensor, kv_share: float) -> None:
+    """Shift the thresholds of the kv units for a share of the dense K/V at the sequences' ends.
+
+    Ways are then compared at equal bytes, whatever their windows are. All layers must attend to all
+    tokens. sequences: [n, T]. Raises ValueError where windows alone take more.
+    """
+    units = made.config.by_kind()[KV]
+    n, n_token = sequences.shape
+    whole = 1 - len(units) / (made.n_layer * made.config.heads(KV))  # share that is never forgotten
+    windows = torch.tensor([made.config.window(unit) for unit in units])
+    recent = torch.arange(n_token)[:, None] >= n_token + 1 - windows
+    for _ in range(ROUNDS):
+        found, _ = routing_of(made, sequences)
+        logits = torch.stack([found[unit].view(n, n_token) for unit in units], dim=-1)
+        free = logits[:, ~recent].flatten()  # [n * cells that a decision frees]
+        rest = (kv_share - whole) / (1 - whole) - recent.float().mean().item()
+        if rest < 0:
+            raise ValueError(f"windows alone take more than {kv_share} of the K/V")
+        p = quantile_threshold(free, rest * recent.numel() * n / len(free))
+        for unit in units:
+            made.router(unit).threshold = p
+
+
 @torch.inference_mode()
 def judge_point(
     made: MoDModel,
@@ -205,23 +233,26 @@ def judge_point(
     texts: tuple,
     length: int,
     count: int,
+    kv_share: float | None = None,
     **_,
 ) -> dict:
     """Return KL and perplexities against the original `model` on each text, activation and K/V.
 
-    target: the activation on these texts for which all thresholds are moved alike. None leaves
-    thresholds as they are.
+    target: the activation on these texts for which all thresholds are moved alike. kv_share: the
+    same for a share of the dense K/V. None leaves thresholds as they are.
     """
     original, found = loading.load(model)[0], {}
     for module in (original, made):
         module.to("cuda" if torch.cuda.is_available() else "cpu")
     files = dict(text.split("=", 1) for text in texts)
+    firsts = [
+        data_text.pack(made.tokenizer, data_text.read_texts([file]), length, 1)
+        for file in files.values()
+    ]
     if target is not None:
-        firsts = [
-            data_text.pack(made.tokenizer, data_text.read_texts([file]), length, 1)
-            for file in files.values()
-        ]
         meet_target(made, torch.cat(firsts), target)
+    if kv_share is not None:
+        meet_kv_share(made, torch.cat(firsts), kv_share)
     dense = TorchReader(MoDModel.from_base(original, made.tokenizer), model)
     pair = Pair(dense, TorchReader(made))
     for name, file in files.items():

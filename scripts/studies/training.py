@@ -193,6 +193,12 @@ def run(patterns, out, **given):
     help="Activation that thresholds are shifted to; of each kind: kv=0.1,attn=0.8.  "
     "[default: they stay]",
 )
+@click.option(
+    "--kv-share",
+    type=float,
+    metavar="SHARE",
+    help="Share of the dense K/V that thresholds of kv units are shifted to.  [default: they stay]",
+)
 @click.option("--model", default="smollm2", show_default=True, help="The original.")
 @click.option(
     "--text", "texts", multiple=True, required=True, metavar="NAME=FILE", help="To judge by."
@@ -202,7 +208,7 @@ def run(patterns, out, **given):
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of results that it becomes a row of."
 )
-def judge(directory, target, out, **given):
+def judge(directory, target, kv_share, out, **given):
     """Judge the MoD model in DIRECTORY as `run` judges its points."""
     made, path = MoDModel.load(directory), Path(directory).resolve()
     row = {
@@ -215,10 +221,11 @@ def judge(directory, target, out, **given):
     if out is not None and any(other["name"] == path.name for other in read(out / ROWS)):
         raise click.UsageError(f"{out / ROWS} has a row {path.name} already")
     begin = time.monotonic()
-    found = own = judge_point(made, None, **given) if out is not None or target is None else None
-    if target is not None:
-        row["target"], row["equal"] = target, judge_point(made, target, **given)
-        found = row["equal"]
+    shifted = target is not None or kv_share is not None
+    found = own = None if shifted and out is None else judge_point(made, None, **given)
+    if shifted:
+        row |= {"target": target, "kv_share": kv_share}
+        found = row["equal"] = judge_point(made, target, kv_share=kv_share, **given)
     if out is not None:
         out.mkdir(exist_ok=True)
         append(out / ROWS, {**row, "texts": own, "seconds": round(time.monotonic() - begin)})
