@@ -245,3 +245,14 @@ def test_backend_samplers_feed_the_graph_that_runs(tmp_path, monkeypatch):
         llama_cpp.llama_sampler_free(chain)
         drawn.append(tokens)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) > 10
+
+
+def test_graphs_have_room_for_many_heads(tmp_path):
+    """Each K/V head has nodes of its own, as many layers of many heads as real models have."""
+    tiny = Tiny(n_layer=32, n_embd=128, n_head=16, n_head_kv=16, n_ff=64).route(
+        range(1, 32), "heads"
+    )
+    tiny.place_biases([TOKENS[:61]])
+    with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
+        logits = np.concatenate([r.decode(TOKENS[:60]), r.decode(TOKENS[60:61])])
+    np.testing.assert_allclose(logits, tiny.forward(TOKENS[:61]).logits, rtol=0, atol=tiny.noise)
