@@ -16,7 +16,7 @@ from mod_export.cli.options import (
     units_option,
 )
 from mod_export.cli.output import show_messages
-from mod_export.config import KV_GRANULARITIES, KV_GRANULARITY, KV_WINDOW
+from mod_export.config import HEAD, KV_GRANULARITIES, KV_WINDOW
 
 _NUMBER = click.IntRange(min=1)
 
@@ -54,7 +54,7 @@ _NUMBER = click.IntRange(min=1)
 @click.option(
     "--kv-granularity",
     type=click.Choice(KV_GRANULARITIES),
-    default=KV_GRANULARITY,
+    default=HEAD,
     show_default=True,
     help="What a decision of kv units is about: each K/V head, or a layer with all its heads.",
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mod_export.config import HEAD, KV_GRANULARITY, KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
+from mod_export.config import HEAD, KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.synthetic.weights import Weights, rng_of, table_values
 from mod_export.units import (
@@ -45,7 +45,7 @@ class SynthesisOptions:
     layers: str = "auto"
     sink_tokens: int = SINK_TOKENS
     kv_window: int = KV_WINDOW
-    kv_granularity: str = KV_GRANULARITY
+    kv_granularity: str = HEAD
 
 
 def routing(

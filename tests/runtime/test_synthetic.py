@@ -14,6 +14,7 @@ import pytest
 from mod_export.data.text import default_texts
 from mod_export.formats.ggml_types import TYPE_NAMES
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.schema import read_routers
 from mod_export.inspection import inspect
 from mod_export.llamacpp import converter
 from mod_export.model import loading
@@ -42,7 +43,7 @@ def make(
     seed=0,
     **options,
 ) -> Path:
-    options = {"layers": "2-", "kv_window": 64} | options
+    options = {"layers": "2-", "kv_window": 64, "kv_granularity": "layer"} | options
     synth(
         path,
         shape,
@@ -161,6 +162,22 @@ def test_each_unit_is_active_for_the_exact_share_of_the_vocabulary(tmp_path, qua
     # the logits' spread, which is what a shift of the thresholds acts on, hardly depends on the
     # depth
     assert ((score.std(0) > 1.6) & (score.std(0) < 2.2)).all()
+
+
+def test_each_head_is_active_for_the_exact_share_of_the_vocabulary(tmp_path):
+    path = make(
+        tmp_path / "m.gguf",
+        quant="q8_0",
+        units="attn+kv",
+        activation="attn=0.25,kv=0.75",
+        kv_granularity="head",
+        sink_tokens=0,
+    )
+    config, routers = read_routers(GGUFFile.open(path))
+    assert [unit.head for unit in config.routed()] == [0, 1, None] * 3
+    assert len({w.tobytes() for w, _ in routers.values()}) == 9
+    active, _ = decisions(path, np.random.default_rng(0).permutation(VOCAB))
+    np.testing.assert_array_equal(active.sum(0), VOCAB * np.tile([0.75, 0.75, 0.25], 3))
 
 
 @pytest.mark.parametrize("quant", ["f32", "q8_0", "q4_0"])
@@ -322,7 +339,8 @@ def test_routers_onto_a_real_model(units, tmp_path):
     llm = MoDLlama(out, n_ctx=2048, n_batch=2048)
     llm.eval(llm.tokenize("\n\n".join(default_texts()).encode())[:1500])
     shares = [s.share for s in llm.stats()]
-    assert len(shares) == 6 * len(units.split("+"))
+    heads = 3 if units == "kv" else 1
+    assert len(shares) == 6 * len(units.split("+")) * heads
     assert max(abs(share - 0.4) for share in shares) < 0.06
     ours = GGUFFile.open(out).tensors
     assert all(
