@@ -29,7 +29,7 @@ SINK_TOKENS = 4  # A config has this many by default.
 KV_WINDOW = 256
 # What a decision of a kv unit is about, and the default of a conversion.
 HEAD, LAYER = KV_GRANULARITIES = ("head", "layer")
-KV_GRANULARITY = LAYER
+KV_GRANULARITY = HEAD
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mod_export.formats import model_card
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.role_check import check_roles
+from mod_export.units import Unit
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 from tests.support.hub_server import HubServer
@@ -63,12 +64,7 @@ def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_p
     )
     model = MoDModel.load(out)
     assert model.config.routed() == [
-        (2, "kv"),
-        (2, "ffn"),
-        (3, "kv"),
-        (3, "ffn"),
-        (4, "kv"),
-        (4, "ffn"),
+        unit for layer in (2, 3, 4) for unit in ((layer, "kv", 0), (layer, "kv", 1), (layer, "ffn"))
     ]
     assert (model.config.kv_window, model.config.sink_tokens) == (12, 3)
     record = model.config.calibration
@@ -77,7 +73,8 @@ def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_p
         and record["text"] == "given"
         and record["model"] == "base"
     )
-    assert [(unit["layer"], unit["kind"]) for unit in record["units"]] == model.config.routed()
+    recorded = [Unit(unit["layer"], unit["kind"], unit.get("head")) for unit in record["units"]]
+    assert recorded == model.config.routed()
     assert all(
         0 <= unit[key] <= 1 for unit in record["units"] for key in ("activation", "held_out")
     )
@@ -121,7 +118,7 @@ def test_existing_output_is_refused_and_kept(model_dir, text, tmp_path):
         convert(model_dir, out, calibration_text=[text])
     assert (out / "config.json").read_text() == "{}"
     convert(model_dir, out, layers="3", kv_window=8, calibration_text=[text], force=True)
-    assert MoDModel.load(out).config.routed() == [(3, "kv")]
+    assert MoDModel.load(out).config.routed() == [(3, "kv", 0), (3, "kv", 1)]
 
 
 def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):

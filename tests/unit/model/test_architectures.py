@@ -242,7 +242,7 @@ def new_lora_changes_nothing(plain, expected):
 
 def costs_are_measured(plain, units):
     wanted = {unit: [DEFAULT_SCORES[unit[1]]] for unit in units}
-    measured = dict(CostMeter(plain, kv_window=4).measure(IDS[0], wanted))
+    measured = dict(CostMeter(plain, windows=(4,)).measure(IDS[0], wanted))
     assert set(measured) == units
     for _, costs in measured.values():
         (cost,) = costs.values()
