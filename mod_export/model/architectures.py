@@ -323,6 +323,8 @@ def kv_heads(base: nn.Module) -> int:
         config, "new_decoder_architecture", False
     ):
         return 1
+    if set(KV_HEADS) & set(getattr(config, "per_layer_attributes", None) or ()):
+        return 1
     found = [getattr(config, name, None) for name in KV_HEADS]
     found.append(getattr(getattr(config, "attn_config", None), "kv_n_heads", None))
     of_queries = config.num_attention_heads

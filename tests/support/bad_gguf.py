@@ -91,10 +91,20 @@ def write(
     writer.close()
 
 
-def tiny(kinds: str = "kv", layers=(1, 3)) -> Tiny:
-    return Tiny(n_layer=4, n_embd=64, n_head=2, n_head_kv=1, n_ff=64, n_vocab=32).route(
-        layers, kinds
-    )
+def tiny(kinds: str = "kv", layers=(1, 3), **options) -> Tiny:
+    shape = {"n_layer": 4, "n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 64, "n_vocab": 32}
+    return Tiny(**shape, **options).route(layers, kinds)
+
+
+def heads(own_windows: bool = False, without: tuple = ()) -> Tiny:
+    """Units of K/V heads; `without`: the units that are left out."""
+    model = Tiny(n_layer=4, n_embd=64, n_head=4, n_head_kv=2, n_ff=64, n_vocab=32)
+    model.route((1, 3), "heads")
+    for unit in without:
+        del model.routers[unit]
+    if own_windows:
+        model.windows = {(1, "kv", 0): 3}
+    return model
 
 
 def router(value=None, layer: int = 3, kind: str = "kv", part: str = "weight") -> dict:
@@ -190,6 +200,48 @@ ROUTERS = {
     "kv_window 0": (tiny(), {"kv_window": (0, V.UINT32, None)}, {}, ["llama.mod.kv_window"]),
     "kv_window missing": (tiny(), {"kv_window": (None,) * 3}, {}, ["llama.mod.kv_window"]),
     "version 2": (tiny(), {"version": (2, V.UINT32, None)}, {}, ["llama.mod.version", "2"]),
+    "version 1 with heads": (
+        heads(),
+        {"version": (1, V.UINT32, None)},
+        {},
+        ["llama.mod.kv.threshold", "8 values"],
+    ),
+    "version 1 with windows": (
+        tiny(windows={(1, "kv"): 3}),
+        {"version": (1, V.UINT32, None)},
+        {},
+        ["llama.mod.version", "1"],
+    ),
+    "thresholds of three heads": (
+        heads(),
+        threshold(0, 0, 0, 0.4, 0.4, 0.4, 0, 0, 0, 0.4, 0.4, 0.4),
+        {},
+        ["llama.mod.kv.threshold", "12"],
+    ),
+    "routers of one head only": (
+        heads(),
+        {},
+        router(np.zeros(64, np.float32)),
+        ["blk.3.mod_kv.weight", "shape"],
+    ),
+    "a router of a head without threshold": (
+        heads(without=[(3, "kv", 1)]),
+        {},
+        router(np.ones((2, 64), np.float32)),
+        ["blk.3.mod_kv.weight"],
+    ),
+    "kv_window not the largest window": (
+        heads(own_windows=True),
+        {"kv_window": (99, V.UINT32, None)},
+        {},
+        ["kv_window", "99"],
+    ),
+    "a window of 0": (
+        heads(own_windows=True),
+        {"kv.window": ([8, 8, 0, 8, 8, 8, 8, 8], V.ARRAY, V.UINT32)},
+        {},
+        ["window", "0"],
+    ),
     "version missing": (tiny(), {"version": (None,) * 3}, {}, ["mod"]),
     "version a string": (tiny(), {"version": ("1", V.STRING, None)}, {}, ["llama.mod.version"]),
     "gating function": (

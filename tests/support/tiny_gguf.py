@@ -380,7 +380,8 @@ class Tiny:
             units = [u for layer in range(self.n_layer) for u in self._rows(layer, kind)]
             p = [self.routers.get(unit, (0, 0, 0.0))[2] for unit in units]
             if kind == KV and self.windows:
-                own = [self.window_of(unit) for unit in units]
+                largest = max(self.window_of(u) for u in self.units if u.kind == KV)
+                own = [self.window_of(u) if u in self.routers else largest for u in units]
                 out["kv.window"] = (own, v.ARRAY, v.UINT32)
                 out["kv_window"] = (max(own), v.UINT32, None)
             out[f"{kind}.threshold"] = (p, v.ARRAY, v.FLOAT32)

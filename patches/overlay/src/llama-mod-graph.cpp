@@ -541,7 +541,11 @@ ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_
     const int64_t n_head   = q->ne[1]/n_parts; // that share a K/V head
     const int64_t n_tokens = q->ne[2];
 
-    if (!k || !v || kq_b || k->ne[1] != n_parts || v->ne[1] != n_parts) {
+    // some architectures hand over V without an axis of heads
+    if (v && ggml_is_contiguous(v) && v->ne[1] == n_tokens && v->ne[2] == 1 && v->ne[0] % n_parts == 0) {
+        v = ggml_reshape_3d(g.ctx0, v, v->ne[0]/n_parts, n_parts, n_tokens);
+    }
+    if (!k || !v || kq_b || k->ne[1] != n_parts || v->ne[1] != n_parts || k->ne[2] != n_tokens || v->ne[2] != n_tokens) {
         throw std::runtime_error("K/V heads cannot be remembered apart: its attention is of another form");
     }
 

@@ -215,6 +215,15 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, const l
         }
     }
 
+    const bool needs_2 = mod.n_heads > 1 || keys.has("kv.window");
+    if ((version == 2) != needs_2) {
+        throw std::runtime_error(format("mod: key '%sversion' is %u, but kv units %s: it must be %u", keys.prefix.c_str(), version,
+                needs_2 ? "are of K/V heads or have windows of their own" : "are of layers and have one window", needs_2 ? 2 : 1));
+    }
+    if (const uint32_t given = mod.kv_window > 0 ? keys.u32("kv_window") : 0; given != mod.kv_window) {
+        throw std::runtime_error(format("mod: key '%skv_window' is %u, the largest window of a kv unit is %u", keys.prefix.c_str(), given, mod.kv_window));
+    }
+
     if (mod.units.empty()) {
         throw std::runtime_error(format("mod: the keys '%s*' route no unit", keys.prefix.c_str()));
     }
@@ -399,6 +408,12 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
         const auto w = mod_load_router(ml, name + "weight", n_embd, n);
         const auto b = mod_load_router(ml, name + "bias",   n,      1);
 
+        for (int32_t row = 0; row < n; ++row) {
+            const bool routed = !is_kv || mod->find_kv(unit.layer, row) >= 0;
+            if (!routed && std::any_of(w.begin() + row*n_embd, w.begin() + (row + 1)*n_embd, [](float x) { return x != 0.0f; })) {
+                throw std::runtime_error(format("mod: tensor '%sweight' has a router for K/V head %d, which has no threshold", name.c_str(), row));
+            }
+        }
         for (int32_t i = u; i < u + (is_kv ? mod->n_kv(unit.layer) : 1); ++i) {
             const int32_t row = std::max(mod->units[i].head, 0);
             std::copy_n(w.begin() + row*n_embd, n_embd, mod->w.begin() + i*n_embd);
