@@ -25,29 +25,40 @@ from mod_export.data.text import default_texts
 
 STEPS = 33  # The first step of a turn is not timed.
 CHUNK = 512
+WHATS = ("prefill", "decode")
+
+
+# A file, and the directory of the library that runs it; None is the installed one.
+Variant = tuple[Path, Path | None]
 
 
 def measure(
-    file: Path, libs: dict[str, Path], context: int, starts: int, rounds: int
-) -> dict[str, dict]:
-    """What -> build -> milliseconds of a token, in each round of each start."""
-    found: dict[str, dict] = {what: {name: [] for name in libs} for what in ("prefill", "decode")}
+    variants: dict[str, Variant], context: int, starts: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """What -> name -> milliseconds of a token, in each round of each start."""
+    found: dict[str, dict] = {what: {name: [] for name in variants} for what in WHATS}
     for _ in range(starts):
-        for what, ms in measure_once(file, libs, context, rounds).items():
+        for what, ms in measure_once(variants, context, rounds).items():
             for name, values in ms.items():
                 found[what][name] += values
     return found
 
 
-def measure_once(file: Path, libs: dict[str, Path], context: int, rounds: int) -> dict[str, dict]:
+def measure_once(
+    variants: dict[str, Variant], context: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
     """The same of one start."""
     text = "\n\n".join(default_texts())
-    setup = VariantSetup(file=str(file), text=text, context=context, tail=STEPS + 1, chunk=CHUNK)
-    workers = {name: Worker(name, asdict(setup), lib) for name, lib in libs.items()}
-    found: dict[str, dict] = {what: {name: [] for name in libs} for what in ("prefill", "decode")}
+    workers = {}
+    for name, (file, lib) in variants.items():
+        setup = VariantSetup(
+            file=str(file), text=text, context=context, tail=STEPS + 1, chunk=CHUNK
+        )
+        workers[name] = Worker(name, asdict(setup), lib)
+    found: dict[str, dict] = {what: {name: [] for name in variants} for what in WHATS}
     try:
         for i in range(rounds + 1):
-            for name in list(libs)[:: 1 if i % 2 else -1]:
+            for name in list(variants)[:: 1 if i % 2 else -1]:
                 worker = workers[name]
                 worker.ask(do="clear")
                 turns = [
@@ -77,7 +88,8 @@ def main(old, new, files, starts, rounds, context):
     """Print a table: milliseconds of a token with both builds, and their ratio."""
     rows = []
     for file in files:
-        for what, ms in measure(file, {"old": old, "new": new}, context, starts, rounds).items():
+        variants = {"old": (file, old), "new": (file, new)}
+        for what, ms in measure(variants, context, starts, rounds).items():
             ratio = statistics.median(b / a for a, b in zip(ms["old"], ms["new"], strict=True))
             middle = {name: statistics.median(values) for name, values in ms.items()}
             rows.append([file.name, what, middle["old"], middle["new"], f"{ratio:.3f}"])
