@@ -157,7 +157,7 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
             )
             for of_units, goal in zip(fits.values(), goals, strict=True):
                 for i, fit in enumerate(of_units):
-                    fit.add(x[i, sinks:], goal[sinks:, i])
+                    fit.add(x[i, sinks:], goal[sinks:, i, None])
             continue
         routers = routers or {
             name: [fit.solve(FITS[name]) for fit in of_units] for name, of_units in fits.items()
@@ -168,7 +168,7 @@ def main(directory, data, original, sequences, length, draws, limit, bf16):
             "at random": torch.rand_like(z),
         }
         for name, of_units in routers.items():
-            scores[name] = torch.stack([x[i] @ w + b for i, (w, b) in enumerate(of_units)], dim=-1)
+            scores[name] = torch.stack([x[i] @ w[0] + b for i, (w, b) in enumerate(of_units)], -1)
         rows.append(
             (
                 value[sinks:],
