@@ -25,7 +25,7 @@ from mod_export.data.text import default_texts
 
 STEPS = 33  # The first step of a turn is not timed.
 CHUNK = 512
-WHATS = ("prefill", "decode")
+PHASES = ("prefill", "decode")
 
 
 # A file, and the directory of the library that runs it; None is the installed one.
@@ -36,7 +36,7 @@ def measure(
     variants: dict[str, Variant], context: int, starts: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
     """What -> name -> milliseconds of a token, in each round of each start."""
-    found: dict[str, dict] = {what: {name: [] for name in variants} for what in WHATS}
+    found: dict[str, dict] = {what: {name: [] for name in variants} for what in PHASES}
     for _ in range(starts):
         for what, ms in measure_once(variants, context, rounds).items():
             for name, values in ms.items():
@@ -55,7 +55,7 @@ def measure_once(
             file=str(file), text=text, context=context, tail=STEPS + 1, chunk=CHUNK
         )
         workers[name] = Worker(name, asdict(setup), lib)
-    found: dict[str, dict] = {what: {name: [] for name in variants} for what in WHATS}
+    found: dict[str, dict] = {what: {name: [] for name in variants} for what in PHASES}
     try:
         for i in range(rounds + 1):
             for name in list(variants)[:: 1 if i % 2 else -1]:
