@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mod_export.errors import UserError
-from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, by_kind
+from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, by_kind, units_in
 
 VERSIONS = (1, 2)  # of the schema
 GATING_FUNC = "sigmoid"
@@ -55,9 +55,7 @@ class UnitConfig:
 
     def units(self, layer: int, kind: str) -> list[Unit]:
         """All units of a layer, routed or not: one, or one for each head."""
-        if self.heads == 1:
-            return [Unit(layer, kind)]
-        return [Unit(layer, kind, head) for head in range(self.heads)]
+        return units_in(layer, kind, self.heads)
 
     def index(self, unit: Unit) -> int | None:
         """Where the tuples have the value of a unit of this kind; None where it is no unit here."""

@@ -147,6 +147,11 @@ class Unit(tuple):
         return layer if self.head is None else f"head {self.head} of {layer}"
 
 
+def units_in(layer: int, kind: str, heads: int) -> list[Unit]:
+    """The units of a kind in a layer: one, or one for each of several heads."""
+    return [Unit(layer, kind, head if heads > 1 else None) for head in range(heads)]
+
+
 def units_of(records: Iterable) -> list[Unit]:
     """The units of records that have `layer`, `kind` and `head`."""
     return [Unit(record.layer, record.kind, record.head) for record in records]

@@ -42,7 +42,7 @@ from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import rms_norm
-from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, shares_by_kind
+from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, shares_by_kind, units_in
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +93,8 @@ class CalibrationPlan:
         places = [Unit(layer, kind) for kind, layers in self.units.items() for layer in layers]
         found = {}
         for place in sorted(places, key=deciding_order):
-            found[place] = units_of(*place, self.heads(base, place.kind))
+            found[place] = units_in(*place, self.heads(base, place.kind))
         return found
-
-
-def units_of(layer: int, kind: str, heads: int) -> list[Unit]:
-    """Return the units of a kind in a layer: one, or one for each head."""
-    return [Unit(layer, kind, head if heads > 1 else None) for head in range(heads)]
 
 
 @torch.no_grad()
@@ -253,7 +248,7 @@ def _config(
                 f"there is no layer {beyond[0]}", f"the model has layers 0 to {n_layer - 1}"
             )
         heads = plan.heads(base, kind)
-        every = [units_of(layer, kind, heads) for layer in range(n_layer)]
+        every = [units_in(layer, kind, heads) for layer in range(n_layer)]
         values = [unit for of_layer in every for unit in of_layer]
         own = kind == KV and plan.kv_window is None
         units[kind] = UnitConfig(

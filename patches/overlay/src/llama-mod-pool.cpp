@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 // memory is taken and given back in steps of this size, that of a page of a device
@@ -245,20 +246,4 @@ ggml_backend_buffer_type_t llama_mod_pool_buft(ggml_backend_buffer_type_t buft) 
         };
     }
     return &p->type;
-}
-
-size_t llama_mod_pool_committed(ggml_backend_buffer_type_t buft) {
-    std::lock_guard<std::mutex> lock(pools_mutex);
-
-    const auto it = pools.find(buft);
-    if (it == pools.end()) {
-        return 0;
-    }
-    std::lock_guard<std::mutex> lock_pool(it->second->mutex);
-
-    size_t n = 0;
-    for (const auto & a : it->second->arenas) {
-        n += std::count_if(a->used.begin(), a->used.end(), [](uint32_t x) { return x > 0; });
-    }
-    return n*POOL_STEP;
 }

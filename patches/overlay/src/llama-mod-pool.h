@@ -10,6 +10,3 @@
 // is of type buft, since all that is done with it on the device is the same. The pool is one for each buft in the
 // process. Types without memory on demand are returned as they are.
 ggml_backend_buffer_type_t llama_mod_pool_buft(ggml_backend_buffer_type_t buft);
-
-// bytes of pages that pieces of a pool lie in; 0 where buft has no pool
-size_t llama_mod_pool_committed(ggml_backend_buffer_type_t buft);
