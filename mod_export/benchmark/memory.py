@@ -25,9 +25,9 @@ from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
 from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import PLANNED_KV_TYPES, bytes_per_value, type_named
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import expected_cells, kv_layers, lists_of_cells, mean_activation
+from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.schema import read_routers
 from mod_export.units import UNIT_KINDS
 
@@ -69,7 +69,7 @@ class MemoryOptions:
     """The settings of a run.
 
     ubatch: tokens per graph
-    kv_type: type of K and V, one of PLANNED_KV_TYPES
+    kv_type: type of K and V, or `K/V`
     margin: activation above the calibrated one, as a share of it
     """
 
@@ -77,6 +77,11 @@ class MemoryOptions:
     kv_type: str = "f16"
     threads: int = 1
     margin: float = ACTIVATION_MARGIN
+
+    @property
+    def types(self) -> KVTypes:
+        """Raises UserError for types that are unknown."""
+        return KVTypes.parse(self.kv_type)
 
 
 class MemoryModel:
@@ -88,8 +93,8 @@ class MemoryModel:
         self.options = options
         self.weights = self.path.stat().st_size
         self.config = read_routers(file)[0]
-        value = bytes_per_value(int(type_named(options.kv_type)))
-        self.layers = kv_layers(file, value, value) if self.config else []
+        options.types.check(file)
+        self.layers = kv_layers(file, *options.types.sizes) if self.config else []
         self.dense = self.config is None
 
     def as_dense(self) -> "MemoryModel":
@@ -107,7 +112,7 @@ class MemoryModel:
                 file=str(self.path),
                 contexts=PROBED_CONTEXTS,
                 ubatch=self.options.ubatch,
-                kv_type=int(type_named(self.options.kv_type)),
+                types=self.options.types.numbers,
             )
 
     def need(self, n: int) -> MemoryNeed:
@@ -224,10 +229,6 @@ def fit(
     dense: the dense file to compare with, by default the MoD file with all units active. Raises
     UserError for files that are damaged or refused, and where not even the shortest context fits.
     """
-    if options.kv_type not in PLANNED_KV_TYPES:
-        raise UserError(
-            f"K/V type {options.kv_type!r} is unknown", f"use one of {', '.join(PLANNED_KV_TYPES)}"
-        )
     model = MemoryModel(file, options)
     if model.dense and dense:
         raise UserError(f"{file} is a dense model", "give a MoD file to compare with --dense")
@@ -248,7 +249,7 @@ def report(plan: MemoryPlan) -> str:
         [label, *(mebibytes(getattr(need, key)) for need in needs)]
         for key, label in (
             ("weights", "weights"),
-            ("kv", f"K/V, {plan.options.kv_type}"),
+            ("kv", f"K/V, {plan.options.types}"),
             ("compute", "compute buffers"),
             ("process", "process"),
             ("total", "total"),
@@ -324,7 +325,7 @@ def _run(name: str, model: MemoryModel, n_ctx: int, text: str) -> dict:
             file=str(model.path),
             n_ctx=n_ctx,
             ubatch=options.ubatch,
-            kv_type=int(type_named(options.kv_type)),
+            types=options.types.numbers,
             threads=options.threads,
             text=text,
         )

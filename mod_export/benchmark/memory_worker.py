@@ -7,7 +7,7 @@ protocol.
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mod_export.benchmark.processes import prompt_tokens, serve
@@ -56,8 +56,8 @@ class ContextProbe:
             raise self.failed(f"cannot load {file}")
         self.repacks = "CPU_REPACK model buffer" in self.log
 
-    def context(self, n_ctx: int, ubatch: int, kv_type: int) -> dict:
-        """Bytes that a context of this size takes.
+    def context(self, n_ctx: int, ubatch: int, types: Sequence[int]) -> dict:
+        """Bytes that a context of this size takes; types: ggml's, of K and V.
 
         compute: buffers for one output. kv: the complete K/V. process: resident memory.
         """
@@ -66,7 +66,7 @@ class ContextProbe:
         options.n_batch = options.n_ubatch = ubatch
         options.n_outputs_max = 1
         options.swa_full = False
-        options.type_k = options.type_v = kv_type
+        options.type_k, options.type_v = types
         options.flash_attn_type = self.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.log = ""
         context = self.llama.llama_init_from_model(self.model, options)
@@ -99,7 +99,7 @@ class MemoryWorker:
     def describe(self) -> dict:
         return {}
 
-    def probe(self, file: str, contexts: list[int], ubatch: int, kv_type: int) -> dict:
+    def probe(self, file: str, contexts: list[int], ubatch: int, types: Sequence[int]) -> dict:
         """What contexts would take, from llama.cpp itself.
 
         It makes contexts without memory for weights, K/V and compute buffers (`no_alloc`), and says
@@ -108,8 +108,8 @@ class MemoryWorker:
         """
         model = ContextProbe(file)
         # The first context leaves some memory with the allocator.
-        model.context(contexts[0], ubatch, kv_type)
-        sizes = [model.context(n, ubatch, kv_type) for n in contexts]
+        model.context(contexts[0], ubatch, types)
+        sizes = [model.context(n, ubatch, types) for n in contexts]
         return {
             "sizes": sizes,
             "n_ctx_train": model.llama.llama_model_n_ctx_train(model.model),
@@ -117,7 +117,7 @@ class MemoryWorker:
         }
 
     def run(
-        self, file: str, n_ctx: int, ubatch: int, kv_type: int, threads: int, text: str
+        self, file: str, n_ctx: int, ubatch: int, types: Sequence[int], threads: int, text: str
     ) -> Iterator[int]:
         """Fill the context with the text's tokens, the last ones one by one.
 
@@ -137,8 +137,8 @@ class MemoryWorker:
             threads=threads,
             n_batch=ubatch,
             n_ubatch=ubatch,
-            type_k=kv_type,
-            type_v=kv_type,
+            type_k=types[0],
+            type_v=types[1],
             swa_full=False,
         )
         loaded = resident("VmHWM")

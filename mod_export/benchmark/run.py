@@ -33,8 +33,8 @@ from mod_export.benchmark.worker import VariantSetup
 from mod_export.common.progress import Progress
 from mod_export.common.system import busy_cpus, cpu_name, total_memory, usable_cpus
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import KV_TYPES, type_named
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.kv_types import KVTypes, is_quantised
 
 logger = logging.getLogger(__name__)
 BUSY_CPUS_MAX = 0.3  # of other processes, beside which times are still of use
@@ -113,6 +113,8 @@ def bench(
         or tuple(c for c in DEFAULT_CONTEXTS if c <= max(n_ctx_train, DEFAULT_CONTEXTS[0])),
     )
     todo = steps(options)
+    for kv in options.kv_types:
+        KVTypes.parse(kv).check(mod_file)
     # It may build the library, so it comes after all that can be refused.
     stock = stock or _stock_lib(bool(options.gpu_layers))
     text = text or "\n\n".join(default_texts())
@@ -164,20 +166,14 @@ def steps(options: BenchOptions) -> list[Step]:
     for flash, kv, ubatch, context, batch in product(
         options.flash_attn, options.kv_types, options.ubatches, options.contexts, options.batches
     ):
-        names = kv.split("/") * (1 if "/" in kv else 2)
-        if len(names) != 2 or any(name not in KV_TYPES for name in names):
+        types = KVTypes.parse(kv)
+        if not flash and is_quantised(types.numbers[1]):
             raise UserError(
-                f"K/V type {kv!r} is unknown", f"use {', '.join(KV_TYPES)}, or two such as q8_0/f16"
-            )
-        if not flash and names[1] not in ("f16", "f32", "bf16"):
-            raise UserError(
-                f"V in {names[1]} needs flash attention", "leave out --flash-attn off, or use f16"
+                f"V in {types.v} needs flash attention", "leave out --flash-attn off, or use f16"
             )
         if not 0 < context < MAX_CONTEXT_TOKENS:
             raise UserError(f"a context of {context} tokens", "use one below 16777216")
-        found.append(
-            Step(context, batch, ubatch, flash, kv, tuple(int(type_named(name)) for name in names))
-        )
+        found.append(Step(context, batch, ubatch, flash, str(types), types.numbers))
     return found
 
 

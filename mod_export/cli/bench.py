@@ -42,10 +42,23 @@ from mod_export.cli.output import name_plots, result_options, write_result
     "kv_types",
     cls=RenamedOption,
     former="--kv-types",
-    default="f16",
-    show_default=True,
+    show_default="f16",
     callback=comma_list(str, example="f16,q8_0,q4_0"),
     help="Types of K and V in the cache, with commas; `q8_0/f16` is one of K and one of V.",
+)
+@click.option(
+    "-ctk",
+    "--cache-type-k",
+    "types_k",
+    callback=comma_list(str, example="f16,q8_0"),
+    help="Types of K, with commas: each with each of -ctv, instead of --kv-type.",
+)
+@click.option(
+    "-ctv",
+    "--cache-type-v",
+    "types_v",
+    callback=comma_list(str, example="f16,q8_0"),
+    help="Types of V, with commas.",
 )
 @click.option(
     "--threshold-shift",
@@ -139,6 +152,7 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
         )
     if plots:
         check_folder(plots, force)
+    options["kv_types"] = _kv_types(options)
     options = bench_run.BenchOptions(
         **{name: value for name, value in options.items() if value is not None}
     )
@@ -151,6 +165,21 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
     result = write_result(run, json_file, force)
     if plots:
         name_plots(bench_plots.draw(result, plots, force))
+
+
+def _kv_types(options: dict) -> tuple[str, ...] | None:
+    """The types of K and V of --kv-type, or every combination of -ctk and -ctv, which it takes out.
+
+    Raises UserError where both ways are used.
+    """
+    from mod_export.errors import UserError
+
+    k, v, pairs = options.pop("types_k"), options.pop("types_v"), options["kv_types"]
+    if k is v is None:
+        return pairs
+    if pairs:
+        raise UserError("types of K and V are given twice", "use --kv-type, or -ctk and -ctv")
+    return tuple(f"{a}/{b}" for a in k or ["f16"] for b in v or ["f16"])
 
 
 def _measure(file, dense, options, text, targets: tuple[float, ...] | None) -> dict:

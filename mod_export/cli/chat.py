@@ -40,6 +40,7 @@ def command(
     prompt,
     prompt_file,
     ctx,
+    types,
     threads,
     gpu_layers,
     threshold_shift,
@@ -60,7 +61,7 @@ def command(
     from mod_export.serving.chat import Chat
 
     text = read_prompt(prompt, prompt_file)
-    llm = open_model(file, ctx, threads, gpu_layers, threshold_shift)
+    llm = open_model(file, ctx, threads, gpu_layers, threshold_shift, types)
     chosen = Sampling.of(llm, **sampling)
     chat = Chat(llm, system, chosen, max_tokens, lambda line: click.echo(line, err=True), raw=raw)
     if text is None and sys.stdin.isatty():

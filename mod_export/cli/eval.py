@@ -4,6 +4,7 @@ import click
 
 from mod_export.cli.options import (
     ModelName,
+    cache_type_options,
     comma_list,
     gpu_layers_option,
     threads_option,
@@ -162,6 +163,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
     help="HotpotQA's JSON, such as hotpot_dev_distractor_v1.json, for qa_2.",
 )
 @threshold_shift_option
+@cache_type_options(" of TARGET, a GGUF file", "f16; f32 for a file in f32")
 @threads_option
 @gpu_layers_option
 @click.option(
@@ -175,6 +177,7 @@ def command(
     target,
     dense,
     threshold_shift,
+    types,
     threads,
     gpu_layers,
     device,
@@ -215,6 +218,7 @@ def command(
             gpu_layers,
             done=show,
             keep=keep,
+            types=types,
         )
 
     result = write_result(run, json_file, force)

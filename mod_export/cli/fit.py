@@ -2,8 +2,13 @@
 
 import click
 
-from mod_export.cli.options import Finite, ModelName, json_flag, threads_option
-from mod_export.formats.ggml_types import PLANNED_KV_TYPES
+from mod_export.cli.options import (
+    Finite,
+    ModelName,
+    cache_type_options,
+    json_flag,
+    threads_option,
+)
 
 
 @click.command()
@@ -19,13 +24,8 @@ from mod_export.formats.ggml_types import PLANNED_KV_TYPES
     show_default="FILE with all units active",
     help="Dense GGUF to compare with.",
 )
-@click.option(
-    "--kv-type",
-    type=click.Choice(PLANNED_KV_TYPES),
-    default="f16",
-    show_default=True,
-    help="Type of K and V in the cache.",
-)
+@cache_type_options()
+@click.option("--kv-type", hidden=True, help="Type of both; the former spelling.")
 @click.option(
     "--ubatch",
     type=click.IntRange(1, 4096),
@@ -60,7 +60,19 @@ from mod_export.formats.ggml_types import PLANNED_KV_TYPES
 )
 @threads_option
 @json_flag
-def command(file, memory, dense, check, check_context, text, threads, as_json, **options):
+def command(
+    file,
+    memory,
+    dense,
+    check,
+    check_context,
+    text,
+    types,
+    kv_type,
+    threads,
+    as_json,
+    **options,
+):
     """Tell the largest context that fits into memory.
 
     FILE is a MoD GGUF file, which is compared with the dense model.
@@ -71,6 +83,8 @@ def command(file, memory, dense, check, check_context, text, threads, as_json, *
     from mod_export.data.text import default_texts, read_texts
 
     size = m.parse_size(memory)
+    if types or kv_type:
+        options["kv_type"] = str(types or kv_type)
     words = read_texts([text]) if text else "\n\n".join(default_texts())
     plan = m.fit(
         file,

@@ -8,8 +8,10 @@ Example:
     def command(output, threads): ...
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,8 +19,12 @@ from mod_export.common.text import check_name, decode_argument, decode_text
 from mod_export.config import SINK_TOKENS
 from mod_export.errors import UserError
 from mod_export.formats import hub
+from mod_export.formats.ggml_types import KV_TYPES
 from mod_export.runtime.sampling import ANY_SEED, LARGEST_SEED, RANGES, Sampling
 from mod_export.units import parse_shares
+
+if TYPE_CHECKING:
+    from mod_export.formats.kv_types import KVTypes
 
 
 class Finite(click.FloatRange):
@@ -153,6 +159,10 @@ SAMPLING_HELP = {
     "min_p": "Leave out tokens that are less likely than this share of the likeliest one.",
     "repeat_penalty": "Penalty of tokens that occurred among the last 64 tokens; 1 is no penalty.",
 }
+CACHE_TYPE_HELP = {
+    "k": f"Type of K in the cache{{of}}: {', '.join(KV_TYPES)}.",
+    "v": "Type of V in the cache{of}, one of these too.",
+}
 SHIFT_HELP = "Shift of all thresholds in logit space: above 0 fewer tokens are active."
 
 threads_option = click.option(
@@ -282,15 +292,54 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
         return decode_text(file.read())
 
 
+def cache_type_options(of: str = "", default: str = "f16"):
+    """Return a decorator that adds --cache-type-k and --cache-type-v.
+
+    The command gets them as one argument `types`, a KVTypes, or None where neither is given.
+    of: whose cache it is, where that is not plain. default: what holds without the options.
+    """
+
+    def add(function):
+        @functools.wraps(function)
+        def with_types(*args, cache_type_k, cache_type_v, **more):
+            from mod_export.formats.kv_types import KVTypes
+
+            return function(*args, types=KVTypes.given(cache_type_k, cache_type_v), **more)
+
+        command = with_types
+        for side in "vk":
+            command = click.option(
+                f"-ct{side}",
+                f"--cache-type-{side}",
+                type=click.Choice(KV_TYPES),
+                metavar="TYPE",
+                show_default=default,
+                help=CACHE_TYPE_HELP[side].format(of=of),
+            )(command)
+        return command
+
+    return add
+
+
 def model_options(command):
     """Add the options that open_model takes: those of commands that hold a model open."""
-    options = (ctx_option, adaptive_threads_option, gpu_layers_option, threshold_shift_option)
+    options = (
+        *(ctx_option, cache_type_options(), adaptive_threads_option, gpu_layers_option),
+        threshold_shift_option,
+    )
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def open_model(file: str, ctx: int, threads: int | None, gpu_layers: int, threshold_shift: float):
+def open_model(
+    file: str,
+    ctx: int,
+    threads: int | None,
+    gpu_layers: int,
+    threshold_shift: float,
+    types: "KVTypes | None" = None,
+):
     """Return the MoDLlama of the options.
 
     Raises UserError, also for layers on a GPU that the library does not see.
@@ -307,4 +356,5 @@ def open_model(file: str, ctx: int, threads: int | None, gpu_layers: int, thresh
         n_batch=256,
         n_gpu_layers=gpu_layers,
         threshold_shift=threshold_shift,
+        **(types.options() if types else {}),
     )

@@ -4,6 +4,7 @@ import click
 
 from mod_export.cli.options import (
     ModelName,
+    cache_type_options,
     ctx_option,
     force_option,
     output_option,
@@ -31,11 +32,22 @@ from mod_export.cli.options import (
     help="Number of tokens to generate after the text, which are drawn too.",
 )
 @ctx_option
+@cache_type_options()
 @threads_option
 @threshold_shift_option
 @force_option
 def command(
-    file, prompt, chat, prompt_file, output, generate, ctx, threads, threshold_shift, force
+    file,
+    prompt,
+    chat,
+    prompt_file,
+    output,
+    generate,
+    ctx,
+    types,
+    threads,
+    threshold_shift,
+    force,
 ):
     """Draw which tokens run which units.
 
@@ -54,7 +66,8 @@ def command(
     from mod_export.runtime.llama import MoDLlama
 
     trace.check_output(output, force)
-    llm = MoDLlama(file, n_ctx=ctx, threads=threads, threshold_shift=threshold_shift)
+    options = types.options() if types else {}
+    llm = MoDLlama(file, n_ctx=ctx, threads=threads, threshold_shift=threshold_shift, **options)
     decisions = trace.read_decisions(llm, text, generate, chat)
     trace.draw(decisions, output, force)
     click.echo(

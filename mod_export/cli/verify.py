@@ -2,7 +2,12 @@
 
 import click
 
-from mod_export.cli.options import ModelName, json_flag, threads_option
+from mod_export.cli.options import (
+    ModelName,
+    cache_type_options,
+    json_flag,
+    threads_option,
+)
 
 
 @click.command()
@@ -34,9 +39,10 @@ from mod_export.cli.options import ModelName, json_flag, threads_option
     show_default=True,
     help="Number of tokens in a sequence.",
 )
+@cache_type_options(" of FILE", "f16; f32 for a file in f32")
 @threads_option
 @json_flag
-def command(file, reference, dense, text, tokens, length, threads, as_json):
+def command(file, reference, dense, text, tokens, length, types, threads, as_json):
     """Compare a GGUF in the runtime with its torch model.
 
     The exit code is 1 where the GGUF FILE and the torch model differ too much. With --dense it is 1
@@ -48,7 +54,14 @@ def command(file, reference, dense, text, tokens, length, threads, as_json):
     from mod_export.evaluation import parity
 
     result = parity.verify(
-        file, reference, read_texts([text]) if text else None, tokens, length, threads, dense
+        file,
+        reference,
+        read_texts([text]) if text else None,
+        tokens,
+        length,
+        threads,
+        dense,
+        types,
     )
     click.echo(json_text(result, 1, float) if as_json else parity.report(result))
     return 0 if result["passed"] else 1

@@ -18,6 +18,7 @@ from mod_export.errors import UserError
 from mod_export.evaluation.readers import Pair, Reader, TorchReader
 from mod_export.formats import hub
 from mod_export.formats.hf_directory import is_mod
+from mod_export.formats.kv_types import KVTypes
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
 
@@ -29,18 +30,19 @@ def open_pair(
     threads: int | None = None,
     device: str = "cpu",
     gpu_layers: int = 0,
+    types: KVTypes | None = None,
 ) -> Pair:
     """Open the model that is to be measured, and the one that it is compared with.
 
     target: a MoD directory, a plain Hugging Face directory, `smollm2`, or a GGUF file, MoD or
     dense. dense: any of these, by default target with every unit active. shift: of all thresholds
     of target, in logit space. device: of models in torch. gpu_layers: of GGUF files, -1 for all.
-    Raises UserError for a model that cannot be opened, and for two that do not have the same
-    tokens.
+    types: of K and V of target, a GGUF file; the other model keeps the usual ones. Raises UserError
+    for a model that cannot be opened, and for two that do not have the same tokens.
     """
     if not math.isfinite(shift):
         raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(target, shift, threads, device, gpu_layers)
+    reader = _open(target, shift, threads, device, gpu_layers, types)
     if shift and not reader.units:
         raise UserError(
             f"{target} is a dense model, so it has no thresholds to shift",
@@ -55,7 +57,14 @@ def open_pair(
     return Pair(other, reader)
 
 
-def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int) -> Reader:
+def _open(
+    path,
+    shift: float,
+    threads: int | None,
+    device: str,
+    gpu_layers: int,
+    types: KVTypes | None = None,
+) -> Reader:
     path = hub.locate(path)
     if path.is_file():
         # Models in torch open without llama.cpp.
@@ -66,10 +75,17 @@ def _open(path, shift: float, threads: int | None, device: str, gpu_layers: int)
                 f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers"
             )
         with stage(f"loading {path}"):
-            return RuntimeReader(path, shift=shift, threads=threads, gpu_layers=gpu_layers)
+            return RuntimeReader(
+                path, shift=shift, threads=threads, gpu_layers=gpu_layers, types=types
+            )
     if not path.exists() and str(path) != loading.EMBEDDED:
         raise UserError(
             f"no such model: {path}", "give a directory, a GGUF file or a name on the hub"
+        )
+    if types:
+        raise UserError(
+            f"{path} is a directory, which has no types of K and V",
+            "leave out --cache-type-k and --cache-type-v, or export it",
         )
     if threads:
         torch.set_num_threads(threads)

@@ -18,8 +18,9 @@ import numpy as np
 from mod_export.common.progress import Progress, stage
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import precision
+from mod_export.formats.ggml_types import file_type, precision
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.kv_types import KVTypes
 from mod_export.metrics import compare_rows
 from mod_export.model import gguf_account
 from mod_export.units import Unit, units_of
@@ -68,12 +69,14 @@ def verify(
     length: int = 512,
     threads: int | None = None,
     dense=None,
+    types: KVTypes | None = None,
 ) -> dict:
     """Compare on sequences of `length` tokens of the text, n_tokens in all.
 
     docs/reference/result-files.md has the keys of the result. f32 files run with KV in f32 and
     without flash attention, so that the code is compared and not its rounding. Others run as they
-    are used, with KV in f16 and flash attention. A text that is shorter is taken whole.
+    are used, with KV in f16 and flash attention. A text that is shorter is taken whole. types: of K
+    and V in any file; the bounds are those of the coarsest rounding, of weights or of K and V.
 
     dense: the GGUF file that the model came from. File and torch model, with all units active, are
     compared with it too, so that both cannot be wrong in the same way.
@@ -91,11 +94,12 @@ def verify(
         )
     length = min(length, n_tokens)
     options = {"n_ctx": length, "n_batch": length, "threads": threads, "logits_all": True}
-    llm = MoDLlama(file, **options)
+    llm = MoDLlama(file, **options, **(types.options() if types else {}))
     if not llm.units:
         raise UserError(f"{file} is a dense model", "give a MoD file")
     weights = precision(llm.metadata.get("general.file_type", ""))
-    if weights == "f32":
+    bounds = _coarsest(weights, types)
+    if weights == "f32" and not types:
         llm.close()
         llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
     with stage(f"loading {reference}"):
@@ -121,17 +125,25 @@ def verify(
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
     result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
-    failures = judge(result, BOUNDS[weights])
+    result["kv_type"] = str(types) if types else None
+    failures = judge(result, BOUNDS[bounds])
     if original is not None:
         parts = [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]
         with contextlib.closing(original):
-            result["dense"] = _compare_dense(llm, model, original, parts, weights)
+            result["dense"] = _compare_dense(llm, model, original, parts, bounds)
         failures += _judge_dense(result["dense"], model)
     return result | {
-        "bounds": asdict(BOUNDS[weights]),
+        "bounds": asdict(BOUNDS[bounds]),
         "failures": failures,
         "passed": not failures,
     }
+
+
+def _coarsest(weights: str, types: KVTypes | None) -> str:
+    """The key of BOUNDS for a file with weights of this precision, and K and V of these types."""
+    kinds = types.numbers if types else ()
+    found = [weights, *(precision(file_type(kind)) for kind in kinds)]
+    return max(found, key=list(BOUNDS).index)
 
 
 def _open_original(dense, llm, tokens: list[int], threads: int | None):
@@ -155,7 +167,7 @@ def _open_original(dense, llm, tokens: list[int], threads: int | None):
 def _compare_dense(llm, model, original, parts: list[list[int]], weights: str) -> dict:
     """KL of file and torch model, with all units active, from the dense GGUF that they came from.
 
-    parts: the tokens of each sequence. weights: the precision of the file.
+    parts: the tokens of each sequence. weights: the precision of the file, and of its K and V.
     """
     kind = precision(original.metadata.get("general.file_type", ""))
     llm.force = "active"
@@ -350,11 +362,12 @@ def report(result: dict) -> str:
         for side in DENSE_SIDES:
             name = f"mean_kl of {side} to the original"
             rows.append([name, dense[f"{side}_kl"], dense[f"{side}_bound"]])
+    kv = f", K/V {result['kv_type']}" if result.get("kv_type") else ""
     margins = [d["margin"] for d in result["first_disagreements"]]
     if margins:
         rows.append(["margin of first differing decisions", max(margins), bounds["margin"]])
     lines = [
-        f"{result['file']} ({result['weights']}) against {result['reference']}: "
+        f"{result['file']} ({result['weights']}{kv}) against {result['reference']}: "
         f"{result['tokens']} tokens, "
         f"{result['units']} units, activation {result['activation']:.3f}; "
         f"{result['tokens_agreed']} tokens before any differing decision",

@@ -13,6 +13,7 @@ from mod_export.config import MoDConfig
 from mod_export.evaluation.readers import CHUNK_TOKENS, UNLIMITED_TOKENS, Reader
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import kv_layers
+from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.schema import from_keys
 from mod_export.runtime import devices
 from mod_export.runtime.batch_logits import BatchLogitsLlama
@@ -22,9 +23,9 @@ from mod_export.runtime.templates import ChatTemplate
 class RuntimeReader(Reader):
     """Reads a sequence with llama.cpp.
 
-    force and shift: as those of MoDLlama; dense files have neither. F32 files run with K/V in F32
-    and without flash attention, as in parity.py, so that they give torch's figures. Other files run
-    as they are used.
+    force and shift: as those of MoDLlama; dense files have neither. types: of K and V. Without them
+    F32 files run with K/V in F32 and without flash attention, as in parity.py, so that they give
+    torch's figures; other files run as they are used.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class RuntimeReader(Reader):
         shift: float = 0.0,
         threads: int | None = None,
         gpu_layers: int = 0,
+        types: KVTypes | None = None,
     ):
         super().__init__()
         devices.check(gpu_layers)
@@ -46,7 +48,9 @@ class RuntimeReader(Reader):
             "n_gpu_layers": gpu_layers,
             "threshold_shift": shift,
         }
-        if file.get("general.file_type") == 0:
+        if types:
+            self._options |= types.options()
+        elif file.get("general.file_type") == 0:
             self._options |= {"flash_attn": False, "type_k": 0, "type_v": 0}
         self.n_ctx = file.get(f"{file.architecture}.context_length") or UNLIMITED_TOKENS
         self.windows = {

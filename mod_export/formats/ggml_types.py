@@ -64,7 +64,7 @@ FILE_FORMATS = (
     FileFormat("q5_k_m", "q5_K", 13, 17),
     FileFormat("q6_k", "q6_K", 14, 18),
     FileFormat("iq3_s", "iq3_s", 21, 26, exported=False),
-    FileFormat("iq4_nl", "iq4_nl", 20, 25),
+    FileFormat("iq4_nl", "iq4_nl", 20, 25, kv_cache=True),
     FileFormat("iq4_xs", "iq4_xs", 23, 30),
 )
 # llama.cpp refuses these types without importance data (tensor_requires_imatrix in llama-quant.cpp)
@@ -80,8 +80,8 @@ SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 FLOAT_NAMES = ("f32", "f16", "bf16")  # what llama.cpp's converter writes itself
 EXPORT_FORMATS = {format.name: format for format in FILE_FORMATS if format.exported}
 TYPE_NAMES = tuple(dict.fromkeys(format.type_name for format in FILE_FORMATS))
+# Those of llama.cpp's own command line (kv_cache_types in common/arg.cpp).
 KV_TYPES = tuple(format.name for format in FILE_FORMATS if format.kv_cache)
-PLANNED_KV_TYPES = ("f16", "q8_0", "q4_0")  # `mod-export fit` plans with these
 
 
 def type_named(name: str) -> GGMLQuantizationType:

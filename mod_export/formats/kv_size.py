@@ -98,17 +98,36 @@ def own_kv_layers(file: GGUFFile) -> int:
 def _bytes_per_token(
     file: GGUFFile, layer: int, slides: bool, k_bytes: float, v_bytes: float
 ) -> float:
+    k_length, v_length = _head_lengths(file, layer, slides)
+    return _kv_heads_of_layer(file, layer) * (k_length * k_bytes + v_length * v_bytes)
+
+
+def _head_lengths(file: GGUFFile, layer: int, slides: bool) -> tuple[int, int]:
     heads = _number_of_layer(file, "attention.head_count", layer)
-    heads_kv = _number_of_layer(file, "attention.head_count_kv", layer, default=heads)
     head_size = file.model_number("embedding_length") // max(1, heads)
     k_length = _number_of_layer(file, "attention.key_length", layer, default=head_size)
     v_length = _number_of_layer(file, "attention.value_length", layer, default=head_size)
     if slides:
         k_length = _number_of_layer(file, "attention.key_length_swa", layer, default=k_length)
         v_length = _number_of_layer(file, "attention.value_length_swa", layer, default=v_length)
-    if f"{file.architecture}.attention.key_length_mla" in file.keys:
-        v_length = 0  # V is computed from what K stores (MLA)
-    return heads_kv * (k_length * k_bytes + v_length * v_bytes)
+    if is_mla(file):
+        v_length = 0  # V is computed from what K stores
+    return k_length, v_length
+
+
+def head_lengths(file: GGUFFile) -> dict[int, tuple[int, int]]:
+    """Numbers that a head stores of K and of V, of each layer that stores any."""
+    windows = layer_windows(file)
+    return {
+        layer: _head_lengths(file, layer, bool(windows[layer]))
+        for layer in range(own_kv_layers(file))
+        if _kv_heads_of_layer(file, layer)
+    }
+
+
+def is_mla(file: GGUFFile) -> bool:
+    """Whether K and V of all heads are computed from one vector, which is what is stored (MLA)."""
+    return f"{file.architecture}.attention.key_length_mla" in file.keys
 
 
 def kv_heads(file: GGUFFile) -> int:
@@ -117,7 +136,7 @@ def kv_heads(file: GGUFFile) -> int:
     It is 1 where the layers have different numbers of them, and where the heads share what is
     stored (MLA).
     """
-    if f"{file.architecture}.attention.key_length_mla" in file.keys:
+    if is_mla(file):
         return 1
     heads = {_kv_heads_of_layer(file, layer) for layer in range(main_layers(file))}
     return heads.pop() if len(heads) == 1 else 1

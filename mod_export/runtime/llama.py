@@ -30,7 +30,7 @@ from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.checked_sampler import row_logits
 from mod_export.runtime.guard import InputError
 from mod_export.runtime.log import check_context, check_file, decode_error, load_error, reason
-from mod_export.runtime.safe_llama import SafeLlama, check_options
+from mod_export.runtime.safe_llama import SafeLlama, check_kv_types, check_options
 from mod_export.runtime.statistics import KVMemory, PerfCounters, RoutedUnit, UnitStats
 from mod_export.units import UNIT_KINDS, kind_of_c_value
 
@@ -41,6 +41,7 @@ from llama_cpp import _internals  # isort: skip
 OPENING_ERRORS = ValueError, RuntimeError, TypeError, AttributeError, ctypes.ArgumentError
 # Words, blanks, digits and letters of one to four bytes.
 PROBE_TEXT = "  Two words,\n\n\t12 \u00e9 \u4e16 \U0001f600</s>"
+NO_FLASH_ATTENTION = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
 # (token, position, sequence, whether its logits are wanted): one row of a batch
 Row = tuple[int, int, int, bool]
 
@@ -64,11 +65,12 @@ class MoDLlama(SafeLlama):
     path: the file. n_ctx: context in tokens, 0 for the model's own. threads: threads of decode and
     prefill; by default all that this process may use, and fewer while other processes need them
     (see `running_threads`). threshold_shift: see `shift`. More arguments as in llama_cpp.Llama,
-    whose names model_path and n_threads stand for path and threads too. Copies (copy, pickle) open
-    the file again, with the same arguments, thresholds, shift and force.
+    whose names model_path and n_threads stand for path and threads too; type_k and type_v may be
+    names, such as "q8_0". Copies (copy, pickle) open the file again, with the same arguments,
+    thresholds, shift and force.
 
     Flash attention is on by default. Without it V is stored transposed, which touches every page of
-    the KV cache, so that no KV memory is saved.
+    the KV cache, so that no KV memory is saved, and V cannot be quantised.
 
     Raises UserError for a file that is missing, no GGUF or refused by llama.cpp, telling the reason
     it logged, and for a shift that is not finite, or not 0 for a dense model.
@@ -519,6 +521,9 @@ class MoDLlama(SafeLlama):
         """
         settings = self._settings()
         wanted = _context_params(self.context_params, params)
+        if {"type_k", "type_v", "flash_attn_type"} & params.keys():
+            types = {"type_k": wanted.type_k, "type_v": wanted.type_v}
+            check_kv_types(self.model_path, types, wanted.flash_attn_type != NO_FLASH_ATTENTION)
         refused = None
         with self.errors_kept() as log:
             self._ctx.close()
@@ -632,7 +637,7 @@ def _context_params(
     now: llama_cpp.llama_context_params, changes: dict[str, Any]
 ) -> llama_cpp.llama_context_params:
     """A copy of the parameters with some changed. Raises InputError for names and types."""
-    check_options(changes)
+    changes = check_options(changes)
     params = type(now).from_buffer_copy(now)
     names = {field[0] for field in params._fields_}
     for name, value in changes.items():

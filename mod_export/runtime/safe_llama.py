@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mod_export.formats import hub
-from mod_export.formats.ggml_types import FILE_FORMATS
+from mod_export.errors import UserError
+from mod_export.formats import hub, kv_types
+from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime import embeddings as texts_to_vectors
 from mod_export.runtime import tokens
 from mod_export.runtime.checked_sampler import (
@@ -55,18 +56,13 @@ def _values(prefix: str) -> frozenset[int]:
     return frozenset(getattr(llama_cpp, name) for name in dir(llama_cpp) if name.startswith(prefix))
 
 
-# As in the command line of llama.cpp (kv_cache_types in common/arg.cpp).
-KV_CACHE_TYPES = frozenset(
-    [*(format.type for format in FILE_FORMATS if format.kv_cache), llama_cpp.GGML_TYPE_IQ4_NL]
-)
 CHOICES = {
-    "type_k": KV_CACHE_TYPES,
-    "type_v": KV_CACHE_TYPES,
     "pooling_type": _values("LLAMA_POOLING_TYPE_"),
     "attention_type": _values("LLAMA_ATTENTION_TYPE_"),
     "rope_scaling_type": _values("LLAMA_ROPE_SCALING_TYPE_"),
     "split_mode": _values("LLAMA_SPLIT_MODE_"),
 }
+KV_SIDES = {"type_k": "K", "type_v": "V"}
 
 
 class SafeLlama(llama_cpp.Llama):
@@ -90,7 +86,8 @@ class SafeLlama(llama_cpp.Llama):
 
     def __init__(self, model_path: str, **kwargs: Any):
         self._guard = Guard()
-        check_options(kwargs)
+        kwargs = check_options(kwargs)
+        check_kv_types(model_path, kwargs, kwargs.get("flash_attn", False))
         if (lora := kwargs.get("lora_path")) is not None:
             if not os.path.isfile(lora):
                 raise InputError(f"{lora} is no file", "check the path of the LoRA adapter")
@@ -445,8 +442,11 @@ def _check_completion(llm: SafeLlama, options: dict) -> None:
         options["stop"] = list(stop)
 
 
-def check_options(options: dict) -> None:
-    """Raise InputError for options with which llama.cpp ends the process."""
+def check_options(options: dict) -> dict:
+    """The options, with types of K and V as numbers.
+
+    Raises InputError for options with which llama.cpp ends the process.
+    """
     for name, (least, most) in LIMITS.items():
         value = options.get(name)
         if value is None:
@@ -460,3 +460,27 @@ def check_options(options: dict) -> None:
         if value is not None and value not in choices:
             listed = ", ".join(map(str, sorted(choices)))
             raise InputError(f"{name} {value!r} is unknown", f"use one of {listed}")
+    options = dict(options)
+    for name, side in KV_SIDES.items():
+        if options.get(name) is not None:
+            options[name] = _checked(kv_types.type_number, options[name], side)
+    return options
+
+
+def check_kv_types(model_path: str, types: dict, flash_attn: bool) -> None:
+    """Raise InputError where K and V of the model cannot have these types.
+
+    types: numbers of `type_k` and `type_v`; those that are missing are f16.
+    """
+    f16 = kv_types.NUMBERS[kv_types.DEFAULT_TYPE]
+    k, v = (f16 if types.get(name) is None else types[name] for name in KV_SIDES)
+    if k != v or kv_types.is_quantised(k):  # reading a large vocabulary takes a moment
+        _checked(kv_types.check_types, GGUFFile.open(model_path), k, v, flash_attn)
+
+
+def _checked(check: Callable, *arguments: Any) -> Any:
+    """What a function of `formats` returns; its UserError as an InputError."""
+    try:
+        return check(*arguments)
+    except UserError as exc:
+        raise InputError(exc.message, exc.cure) from None

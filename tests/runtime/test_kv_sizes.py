@@ -42,7 +42,7 @@ def test_a_dense_context_is_as_large(files, name):
     layers = kv_layers(GGUFFile.open(path))
     expected = sum(layer.dense_bytes(N_CTX, UBATCH) for layer in layers)
     assert expected < 0.7 * N_CTX * sum(layer.bytes_per_token for layer in layers)
-    told = ContextProbe(str(path)).context(N_CTX, UBATCH, 1)["kv"]
+    told = ContextProbe(str(path)).context(N_CTX, UBATCH, (1, 1))["kv"]
     assert told == pytest.approx(expected, abs=ROUNDED)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mod_export.errors import UserError
+from mod_export.formats.kv_types import KVTypes
 from mod_export.runtime import bindings
 from mod_export.runtime.llama import MoDLlama, StoppedError
 from tests.support.c_api import F32, Q8_0, stock_lib
@@ -74,6 +75,38 @@ def test_generation_and_statistics(mod):
     assert kv.used <= kv.committed <= kv.reserved
     llm.reset_stats()
     assert [s.seen for s in llm.stats()] == [0] * len(tiny.units)
+
+
+@patched
+@pytest.mark.parametrize("types", ["q8_0", "q4_0", "q8_0/q4_0"])
+def test_quantised_kv_of_heads(types, tmp_path):
+    """Each K/V head has cells of its own, whose rows of 64 values are two blocks."""
+    tiny = make("heads", n_embd=256, n_ff=64)
+    types, options = KVTypes.parse(types), {"n_ctx": 256, "threads": 1, "logits_all": True}
+    llm = MoDLlama(tiny.write(tmp_path / "mod.gguf"), **options, type_k=types.k, type_v=types.v)
+    dense = MoDLlama(tiny.dense().write(tmp_path / "dense.gguf"), **options, **types.options())
+    exact = MoDLlama(dense.model_path, **options, **KVTypes("f32", "f32").options())
+    llm.force, logits = "active", []
+    for opened in (llm, dense, exact):
+        opened.eval(TOKENS[0][:100].tolist())
+        for token in TOKENS[0][100:].tolist():  # by the graph of decode
+            opened.eval([token])
+        logits.append(opened.scores[:N])
+    np.testing.assert_array_equal(logits[0], logits[1])
+    error = np.abs(logits[1] - logits[2]).mean() / logits[2].std()
+    assert 1e-3 < error < (0.04 if types.k == types.v == "q8_0" else 0.5)
+    per_token = 2 * sum(64 // 32 * bytes for bytes in (types.sizes[0] * 32, types.sizes[1] * 32))
+    assert llm.kv().used == dense.kv().used == N * per_token * tiny.n_layer
+    llm.force = "none"
+    llm.reset()
+    with llm.recording() as batches:
+        llm.eval(TOKENS[0].tolist())
+    active = batches[0][0]
+    assert 0.3 < active.mean() < 0.7
+    used = sum(expected_cells(tiny, active, N))  # of single heads in routed layers
+    assert llm.kv().cells_used == used
+    whole = 2 * N * per_token  # layers 0 and 3 have no units
+    assert llm.kv().used == whole + (used - 2 * N) * per_token / 2
 
 
 @patched
@@ -242,8 +275,18 @@ def test_files_that_do_not_load(tmp_path):
     path = tiny.write(tmp_path / "bad.gguf", tensors={"blk.3.attn_q.weight": None})
     with pytest.raises(UserError, match="blk.3.attn_q.weight"):
         MoDLlama(path)
-    with pytest.raises(UserError, match="context of 256 tokens .* V cache requires flash_attn"):
-        MoDLlama(tiny.write(tmp_path / "dense.gguf"), n_ctx=256, flash_attn=False, type_v=Q8_0)
+    dense = tiny.write(tmp_path / "dense.gguf")
+    with pytest.raises(UserError, match="V in q8_0 needs flash attention; switch flash"):
+        MoDLlama(dense, n_ctx=256, flash_attn=False, type_v=Q8_0)
+    with pytest.raises(UserError, match="cannot hold K in 'q6_k'; use one of f32, f16"):
+        MoDLlama(dense, n_ctx=256, type_k="q6_k")
+    narrow = Tiny(n_embd=96).write(tmp_path / "narrow.gguf")  # a head has 24 values
+    with pytest.raises(UserError, match="V in q4_0 has blocks of 32 values, but a head .* has 24"):
+        MoDLlama(narrow, n_ctx=256, type_v="q4_0")
+    llm = MoDLlama(narrow, n_ctx=256)
+    with pytest.raises(UserError, match="K in q8_0 has blocks of 32"):
+        llm.new_context(type_k="q8_0")
+    llm.eval([1, 2])
 
 
 STOCK = """

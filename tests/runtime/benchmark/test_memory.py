@@ -65,8 +65,13 @@ def test_the_needs_follow_the_file(files):
         assert mod.as_dense().need(n).kv == dense.need(n).kv
         assert mod.as_dense().need(n).total == pytest.approx(dense.need(n).total, rel=0.02)
     assert dense.need(512).weights == files["dense"].stat().st_size
-    quantised = MemoryModel(files["dense"], replace(options, kv_type="q8_0"))
-    assert quantised.need(2048).kv == pytest.approx(dense.need(2048).kv * 34 / 64, rel=1e-3)
+    quantised = MemoryModel(files["dense"], replace(options, kv_type="q8_0/q4_0"))
+    share = (34 + 18) / 128
+    assert quantised.need(2048).kv == pytest.approx(dense.need(2048).kv * share, rel=1e-3)
+    routed = MemoryModel(files["mod"], replace(options, kv_type="q8_0/q4_0"))
+    pages = 14 * 4096
+    expected = (mod.need(2048).kv - pages) * share + pages
+    assert routed.need(2048).kv == pytest.approx(expected, rel=1e-3)
 
 
 @patched
@@ -149,7 +154,8 @@ def test_bad_input(files, run_cli, tmp_path):
         ((files["dense"], "--memory", "1G", "--dense", files["dense"]), "is a dense model"),
         ((tmp_path / "none.gguf", "--memory", "1G"), "no such file"),
         ((tmp_path / "no.gguf", "--memory", "1G"), "truncated"),
-        ((files["mod"], "--memory", "1G", "--kv-type", "f64"), "--kv-type"),
+        ((files["mod"], "--memory", "1G", "-ctk", "f64"), "--cache-type-k"),
+        ((files["mod"], "--memory", "1G", "--kv-type", "f64"), "K in 'f64'; use one of f32"),
         ((files["mod"], "--memory", "1G", "--ubatch", "8192"), "--ubatch"),
         ((files["mod"], "--memory", "1G", "--margin", "inf"), "not a finite number"),
         (

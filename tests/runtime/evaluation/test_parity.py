@@ -10,6 +10,7 @@ from mod_export.errors import UserError
 from mod_export.evaluation.parity import BOUNDS, report, verify
 from mod_export.export import export
 from mod_export.formats.gguf import GGUFFile, rewrite
+from mod_export.formats.kv_types import KVTypes
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
 
@@ -69,6 +70,12 @@ def test_rounded_weights_stay_within_their_bounds(tmp_path, dense):
     result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
     assert result["weights"] == "q8_0"
     assert 0 < result["mean_kl_all"] < BOUNDS["q8_0"].mean_kl_all
+    export(tmp_path / "mod", tmp_path / "f32.gguf", base=dense)
+    types = KVTypes("bf16", "f16")
+    result = verify(tmp_path / "f32.gguf", tmp_path / "mod", n_tokens=200, threads=1, types=types)
+    assert (result["weights"], result["kv_type"]) == ("f32", "bf16/f16")
+    assert result["bounds"]["mean_kl"] == BOUNDS["f16"].mean_kl and result["max_logit_diff"] > 0.01
+    assert "(f32, K/V bf16/f16) against" in report(result)
 
 
 @pytest.mark.parametrize("shape", [{"n_head_kv": 4}, {"n_head_kv": 1, "tied": True}], ids=str)

@@ -16,6 +16,7 @@ from mod_export.evaluation.readers import ROWS, TorchReader, Usage, torch_pair
 from mod_export.evaluation.run import EvaluationPlan
 from mod_export.evaluation.tasks import encode, read_tasks
 from mod_export.export import export
+from mod_export.formats.kv_types import KVTypes
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
@@ -201,6 +202,18 @@ def test_shift_moves_the_measured_model_only(folder, pairs):
         assert found.perplexity_dense == pytest.approx(plain.perplexity_dense, rel=1e-4)
 
 
+def test_types_of_k_and_v_are_those_of_the_measured_model(folder):
+    plan = EvaluationPlan(texts=[folder / "text.txt"], length=LENGTH, count=1)
+    exact, rounded = (
+        eval_run.evaluate(folder / "mod.gguf", plan, threads=1, types=types)
+        for types in (None, KVTypes("bf16", "f16"))
+    )
+    assert (exact["about"]["kv_type"], rounded["about"]["kv_type"]) == (None, "bf16/f16")
+    (a,), (b,) = exact["texts"], rounded["texts"]
+    assert a["perplexity_dense"] == b["perplexity_dense"]
+    assert a["perplexity"] != b["perplexity"] == pytest.approx(a["perplexity"], rel=0.05)
+
+
 def test_dense_models_and_another_dense_model(folder, tmp_path):
     """A model without routers has dense figures alone; --dense takes torch beside the runtime."""
     ids = pack(tiny.tokenizer(), TEXT, LENGTH, count=1)
@@ -320,6 +333,8 @@ def test_the_command(folder, tmp_path, run_cli):
             "mod.gguf is a file; use --gpu-layers",
         ),
         (["numbers.gguf", "--text", "text.txt"], "numbers.gguf has no tokenizer"),
+        (["mod", "--text", "text.txt", "-ctk", "q8_0"], "mod is a directory, which has no types"),
+        (["mod.gguf", "--text", "text.txt", "-ctv", "q8_0"], "blocks of 32 values, but a head"),
     ],
 )
 def test_errors_are_one_line(bad, monkeypatch, args, told, capsys):

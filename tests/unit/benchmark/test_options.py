@@ -17,6 +17,7 @@ def test_bad_options(run_cli, tmp_path):
         ["--flash-attn", "maybe"],
         ["--variants", "all"],
         ["--threshold-shift", "nan"],
+        ["--kv-type", "f16", "-ctk", "q8_0"],
         ["--json", tmp_path / "rows.json"],
         ["--json", tmp_path / "none" / "rows.json"],
     ):
@@ -29,6 +30,7 @@ def test_bad_types():
     for options, words in (
         ({"kv_types": ("q9",)}, "q9"),
         ({"kv_types": ("f16/q8_0/f16",)}, "unknown"),
+        ({"kv_types": ("f16/q6_k",)}, "the cache cannot hold V in 'q6_k'"),
         ({"kv_types": ("q8_0",), "flash_attn": (False,)}, "needs flash attention"),
         ({"contexts": (1 << 40,)}, "use one below"),
     ):
