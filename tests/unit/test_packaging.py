@@ -20,6 +20,15 @@ def test_every_folder_with_code_is_a_package():
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
+def test_every_other_file_is_data_of_the_package():
+    package = ROOT / "mod_export"
+    patterns = project()["tool"]["setuptools"]["package-data"]["mod_export"]
+    data = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    files = {path for path in package.rglob("*") if path.is_file()}
+    compiled = {path for path in files if path.suffix in (".py", ".pyc")}
+    assert data == files - compiled
+
+
 def test_constraints_have_every_requirement():
     """The set-up installs versions that the tests have run with."""
     lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
