@@ -18,10 +18,12 @@ from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.model import architectures, loading
 from mod_export.model.mod_model import MoDModel
-from scripts.studies import calibration, drift, gemma3, train_speed, training, unit_value
+from scripts.studies import calibration, drift, gemma3, kv_types, train_speed, training, unit_value
+from scripts.studies.kv_types_report import kl_at_equal_bytes
 from scripts.studies.lengths import activation_by_length
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
+from tests.support.tiny_gguf import Tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +32,41 @@ def invoke(command, *args, code=0) -> str:
     result = CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.output
+
+
+def test_study_of_kv_types(tmp_path):
+    """Every file with every type beside the dense one in f16; what is there is not done again."""
+    mod = Tiny(vocab=True, kv_window=8).route([1, 2, 4], "kv")
+    files = [mod.dense().write(tmp_path / "dense.gguf"), mod.write(tmp_path / "mod.gguf")]
+    (tmp_path / "a.txt").write_text("Some words. " * 50)
+    options = ["--text", tmp_path / "a.txt", "--length", 128, "--out", tmp_path / "rows.jsonl"]
+    options += ["--count", 1, "--types", "f16", "--types", "q8_0", "--rounds", 1]
+    told = invoke(kv_types.main, *files, *options, "--plot", tmp_path / "plot.png")
+    found = {(row["file"], row["kv_type"]): row for row in rows(tmp_path / "rows.jsonl")}
+    exact, rounded = found["dense.gguf", "f16"], found["dense.gguf", "q8_0"]
+    assert exact["kl"] == 0 < rounded["kl"] < found["mod.gguf", "f16"]["kl"]
+    assert exact["kv_bytes"] == 128 * 5 * 2 * 2 * 2 * 32
+    assert (
+        rounded["kv_bytes"] == exact["kv_bytes"] * 34 / 64 > found["mod.gguf", "q8_0"]["kv_bytes"]
+    )
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert "128 tokens" in told and told.count("| mod.gguf") == 2
+    told = invoke(kv_types.main, files[0], *options, "--speed")
+    assert [row["context"] for row in rows(tmp_path / "rows.jsonl")[4:]] == [128, 128]
+    assert told.count("| dense.gguf") == 2
+
+
+def test_dense_kl_at_equal_bytes():
+    """On the line through the dense model's types where both axes are logarithms."""
+    dense = [
+        {"file": "d", "length": 8, "kv_bytes": b, "kl": k} for b, k in ((1e4, 0.1), (1e6, 1e-3))
+    ]
+    at = {
+        size: kl_at_equal_bytes({"file": "m", "length": 8, "kv_bytes": size}, dense, "d")
+        for size in (1e3, 1e5, 1e7)
+    }
+    assert at == {1e3: None, 1e5: pytest.approx(0.01), 1e7: None}
+    assert kl_at_equal_bytes(dense[0], dense, "d") is None
 
 
 def rows(path):
