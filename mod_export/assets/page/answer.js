@@ -1,8 +1,8 @@
 // One answer: what is sent, the chunks that come, and the trace at its end. No elements here.
 
 import * as api from "./api.js";
-import { align, pack } from "./depth.js";
 import { addPoint } from "./growth.js";
+import { align, pack } from "./trace.js";
 
 const TRACE_FOUND = 0.5; // A trace of which less is in the answer is another request's.
 
@@ -28,7 +28,7 @@ export async function receive(body, message, signal, { changed, say }) {
         if (content) message.content += content;
         if (chunk.timings) measure(chunk.timings, message);
         if (chunk.prompt_progress) say(progress(chunk.prompt_progress));
-        else if (message.tokens) say(`${message.tokens} tokens`);
+        else say("Writing");
         if (reason === "length") message.end = lengthReason(message, body);
         changed();
     }

@@ -1,57 +1,10 @@
 // The depth map of an answer: tokens across, units down, a mark where the unit was active.
 
 import { h } from "./dom.js";
+import { isActive } from "./trace.js";
 
-const LOOK_AHEAD = 16; // characters
+const MOST_PIXELS = 16000; // of a canvas, in every browser
 const WORDS = { kv: ["remembered", "not remembered"], default: ["active", "skipped"] };
-
-/**
- * What is kept of a trace: the answer's tokens, from `n_prompt` on. `active` is packed, four units
- * to a digit.
- */
-export function pack(trace) {
-    const from = trace.n_prompt;
-    return {
-        units: trace.units.map(({ layer, kind, head }) => [layer, kind, head ?? null]),
-        texts: trace.tokens.slice(from).map(({ text }) => text),
-        active: trace.active.slice(from).map((marks) => marks.replace(/.{1,4}/g, digit)),
-    };
-}
-
-const digit = (marks) => parseInt(marks.padEnd(4, "0"), 2).toString(16);
-
-/** Whether unit `unit` was active for a packed token. */
-export function isActive(packed, unit) {
-    return Boolean((parseInt(packed[unit >> 2], 16) >> (3 - (unit & 3))) & 1);
-}
-
-/**
- * The token of each character of `text`, -1 where there is none, and the share of characters found.
- *
- * The server may have taken special tokens and white space away, and a character may be several
- * tokens. So a token is looked for a little further on. What lies between two tokens belongs to the
- * one in between that was not found.
- */
-export function align(texts, text) {
-    const tokenAt = new Int32Array(text.length).fill(-1);
-    let place = 0;
-    let covered = 0;
-    let pending = -1; // a token without characters of its own so far
-    for (const [token, piece] of texts.entries()) {
-        const reach = piece.length + (piece.trim() ? LOOK_AHEAD : 0);
-        const gap = piece ? text.slice(place, place + reach).indexOf(piece) : -1;
-        if (gap < 0) {
-            pending = token;
-            continue;
-        }
-        if (gap && pending >= 0) tokenAt.fill(pending, place, place + gap);
-        tokenAt.fill(token, place + gap, place + gap + piece.length);
-        covered += piece.length;
-        place += gap + piece.length;
-        pending = -1;
-    }
-    return { tokenAt, share: text.length ? covered / text.length : 1 };
-}
 
 /** The map of a packed trace. `onSelect(token)` is told which column is pointed at, -1 for none. */
 export class DepthMap {
@@ -192,43 +145,58 @@ export class DepthMap {
         return [text, ` ${where}: `, h("strong", {}, word), `; ${total.trim()}`];
     }
 
+    /** Columns of 4 to 10 pixels; narrower ones where a canvas could not be so wide. */
     resize() {
         const columns = this.depth.active.length;
         const width = this.scroller.clientWidth;
         if (!width || !columns) return;
-        this.columnWidth = Math.min(10, Math.max(4, Math.floor(width / columns)));
-        const height = this.depth.units.length * this.rowHeight;
         const ratio = window.devicePixelRatio;
-        this.canvas.style.width = `${columns * this.columnWidth}px`;
-        this.canvas.style.height = `${height}px`;
-        this.canvas.width = Math.round(columns * this.columnWidth * ratio);
-        this.canvas.height = Math.round(height * ratio);
+        const fitting = Math.min(10, Math.max(4, Math.floor(width / columns)));
+        this.columnWidth = Math.min(fitting, MOST_PIXELS / (ratio * columns));
+        this.width = columns * this.columnWidth;
+        this.height = this.depth.units.length * this.rowHeight;
+        this.canvas.style.width = `${this.width}px`;
+        this.canvas.style.height = `${this.height}px`;
+        this.marks = document.createElement("canvas");
+        for (const canvas of [this.canvas, this.marks]) {
+            canvas.width = Math.round(this.width * ratio);
+            canvas.height = Math.round(this.height * ratio);
+            canvas.getContext("2d").scale(ratio, ratio);
+        }
+        this.paint();
+    }
+
+    color(name) {
+        return getComputedStyle(this.canvas).getPropertyValue(name).trim();
+    }
+
+    /** Draw the marks, in the colours of now. */
+    paint() {
+        if (!this.marks) return;
+        const context = this.marks.getContext("2d");
+        const [wide, high] = [this.columnWidth, this.rowHeight];
+        const inner = [wide, high].map((size) => (size > 2 ? size - 0.5 : size));
+        context.fillStyle = this.color("--map-paper");
+        context.fillRect(0, 0, this.width, this.height);
+        for (const [row, [, kind]] of this.depth.units.entries()) {
+            context.fillStyle = this.color(`--${kind}`) || this.color("--accent");
+            for (const [column, marks] of this.depth.active.entries()) {
+                if (isActive(marks, row)) context.fillRect(column * wide, row * high, ...inner);
+            }
+        }
         this.draw();
     }
 
+    /** Show the marks, and frames around the column and the row that are pointed at. */
     draw() {
-        if (!this.columnWidth) return;
+        if (!this.marks) return;
         const context = this.canvas.getContext("2d");
-        const style = getComputedStyle(this.canvas);
-        const color = (name) => style.getPropertyValue(name).trim();
-        const { active, units } = this.depth;
-        const [width, height] = [this.columnWidth, this.rowHeight];
-        const [wide, high] = [width, height].map((size) => (size > 2 ? size - 0.5 : size));
-        context.setTransform(window.devicePixelRatio, 0, 0, window.devicePixelRatio, 0, 0);
-        context.fillStyle = color("--map-paper");
-        context.fillRect(0, 0, active.length * width, units.length * height);
-        for (const [row, [, kind]] of units.entries()) {
-            context.fillStyle = color(`--${kind}`) || color("--accent");
-            for (const [column, marks] of active.entries()) {
-                if (isActive(marks, row))
-                    context.fillRect(column * width, row * height, wide, high);
-            }
-        }
-        context.strokeStyle = context.fillStyle = color("--mark");
-        if (this.token >= 0)
-            context.strokeRect(this.token * width - 0.5, 0, width + 0.5, units.length * height);
-        if (this.token >= 0 && this.unit >= 0) {
-            context.strokeRect(0, this.unit * height - 0.5, active.length * width, height + 0.5);
-        }
+        const [wide, high] = [this.columnWidth, this.rowHeight];
+        context.drawImage(this.marks, 0, 0, this.width, this.height);
+        context.strokeStyle = this.color("--mark");
+        if (this.token < 0) return;
+        context.strokeRect(this.token * wide - 0.5, 0.5, wide + 0.5, this.height - 1);
+        if (this.unit < 0) return;
+        context.strokeRect(0.5, this.unit * high - 0.5, this.width - 1, high + 0.5);
     }
 }

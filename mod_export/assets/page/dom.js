@@ -15,6 +15,7 @@ export function svg(name, properties = {}, ...children) {
 function fill(element, properties, children) {
     for (const [name, value] of Object.entries(properties)) {
         if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+        else if (name.startsWith("aria-")) element.setAttribute(name, value);
         else if (value === true) element.setAttribute(name, "");
         else if (value !== false && value != null) element.setAttribute(name, value);
     }

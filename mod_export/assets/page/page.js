@@ -92,7 +92,7 @@ async function open(other) {
     say("");
     if ($("side").matches(":popover-open")) $("side").hidePopover();
     toEnd();
-    $("question").focus();
+    focusQuestion();
 }
 
 async function forget(other) {
@@ -185,15 +185,25 @@ function toEnd() {
 
 // --- the page -----------------------------------------------------------------------------------
 
+/** Show a line about what goes on, or about what went wrong. The same line is not said again. */
 function say(text, wrong = false) {
-    $("error").textContent = wrong ? text : "";
-    $("status").textContent = wrong ? "" : text;
+    const lines = { error: wrong ? text : "", status: wrong ? "" : text };
+    for (const [id, line] of Object.entries(lines)) {
+        if ($(id).textContent !== line) $(id).textContent = line;
+    }
 }
 
 function working(on) {
     $("send").hidden = on;
     $("stop").hidden = !on;
+    // A button that was pressed may be gone, and the focus with it.
+    if (document.activeElement === document.body) focusQuestion();
     if (on) say("Waiting for the first token");
+}
+
+/** Let the reader type. On a phone that would open the keyboard, so there it takes a tap. */
+function focusQuestion() {
+    if (matchMedia("(hover: hover)").matches) $("question").focus({ preventScroll: true });
 }
 
 /** Ask for the API key; null where the reader cancels. */
@@ -242,8 +252,9 @@ function listen() {
     $("stop").addEventListener("click", () => writing?.controller.abort());
     for (const id of ["new", "new-small"])
         $(id).addEventListener("click", () => open(store.newChat()));
+    window.addEventListener("storage", refresh); // another tab has kept a chat
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-        for (const { map } of turns) map?.draw();
+        for (const { map } of turns) map?.paint();
     });
 }
 
@@ -280,7 +291,7 @@ async function start() {
     listen();
     show();
     await load();
-    if (matchMedia("(hover: hover)").matches) $("question").focus();
+    focusQuestion();
 }
 
 start();

@@ -1,10 +1,11 @@
 // Questions and answers as they stand in the conversation.
 
 import { note } from "./answer.js";
-import { align, DepthMap } from "./depth.js";
+import { DepthMap } from "./depth.js";
 import { fit, h } from "./dom.js";
 import { Growth } from "./growth.js";
 import { draw } from "./markdown.js";
+import { align } from "./trace.js";
 
 /** A message, and what the reader may do with it: `acts` has edit(text) and again(). */
 export class Turn {
@@ -12,7 +13,7 @@ export class Turn {
         this.message = message;
         this.acts = acts;
         this.answer = message.role === "assistant";
-        this.text = h("div", { class: "text" });
+        this.text = h("div", { class: "text", dir: "auto" });
         this.actions = h("div", { class: "actions" });
         this.aside = h("div", { class: "aside" });
         const name = this.answer ? "Answer" : "Question";
