@@ -117,8 +117,9 @@ export class DepthMap {
     pin(token, unit = this.unit) {
         this.pinned = token;
         this.point(token, unit);
+        const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
         const middle = (token + 0.5) * this.columnWidth - this.scroller.clientWidth / 2;
-        this.scroller.scrollTo({ left: middle, behavior: "smooth" });
+        this.scroller.scrollTo({ left: middle, behavior: calm ? "auto" : "smooth" });
     }
 
     /** Show what is known of a token, and of a unit where the pointer is on one. */

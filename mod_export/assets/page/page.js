@@ -155,6 +155,7 @@ async function finish(message, turn, failed, asked) {
     cancelAnimationFrame(frame);
     frame = null;
     say(failed?.message ?? "", Boolean(failed));
+    if (failed?.status === 0) properties = null; // What answers next may be another model.
     if (message.slot !== undefined) message.depth = await depthOf(message).catch(() => null);
     delete message.slot;
     if (failed && !message.content) {
@@ -289,6 +290,7 @@ async function load() {
 async function start() {
     api.onKeyNeeded(askForKey);
     listen();
+    settings.listen();
     show();
     await load();
     focusQuestion();

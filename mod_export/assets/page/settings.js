@@ -20,6 +20,11 @@ export function prepare(properties) {
         if (field.name && field.name in kept) field.value = kept[field.name];
     follow();
     fit(form.elements.system);
+}
+
+/** Follow what the reader changes. */
+export function listen() {
+    const form = $("settings");
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("input", (event) => changed(event.target));
     $("defaults").addEventListener("click", () => {
