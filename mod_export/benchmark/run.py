@@ -125,6 +125,7 @@ def bench(
         files = {"mod": mod_file, "dense": dense_file, "floor": floor}
         bencher = _Bench(files, options, text, stock, progress or Progress())
         rows = [row for step in todo for row in bencher.run(step, n_ctx_train)]
+        about["descriptions"] = bencher.descriptions
     return {"about": about, "rows": rows}
 
 
@@ -193,6 +194,7 @@ class _Bench:
         self.text = text
         self.stock = stock
         self.progress = progress
+        self.descriptions: dict[str, str] = {}  # of the variants' models, in llama.cpp's words
 
     def run(self, step: Step, n_ctx_train: int) -> list[dict]:
         """Two rows for each shift."""
@@ -221,6 +223,8 @@ class _Bench:
         """shift -> what `measure` says; the processes are started for it."""
         found = {}
         with Team({name: self._setup(name, step) for name in group}) as team:
+            for name, worker in team.workers.items():
+                self.descriptions[name] = worker.about["description"]
             for i, shift in enumerate(self.options.shifts):
                 names = group if i == 0 else self._that_shift(group)
                 if "mod" in names or i == 0:
@@ -335,6 +339,7 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, st
             name: {"file": str(f.path), "bytes": f.path.stat().st_size}
             for name, f in (("mod", mod_file), ("dense", dense_file))
         },
+        "stock_variants": list(STOCK_VARIANTS),
         "routed": routed(mod_file),
         "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",
     }

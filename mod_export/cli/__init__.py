@@ -17,8 +17,8 @@ import sys
 import click
 
 from mod_export import __version__
-from mod_export.cli.options import as_utf8
 from mod_export.cli.output import hide_messages, show_messages
+from mod_export.cli.values import as_utf8
 from mod_export.common import extras
 from mod_export.common.system import bound_spinning
 from mod_export.errors import UserError

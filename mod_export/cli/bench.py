@@ -1,28 +1,23 @@
 """The command `mod-export bench`."""
 
+import json
+
 import click
 
 from mod_export.cli.options import (
     SHIFT_HELP,
-    Finite,
-    ModelName,
-    RenamedOption,
-    comma_list,
+    dense_option,
     gpu_layers_option,
-    on_or_off,
+    text_option,
     threads_option,
 )
 from mod_export.cli.output import name_plots, result_options, write_result
+from mod_export.cli.values import Finite, RenamedOption, comma_list, model_argument, on_or_off
 
 
 @click.command()
-@click.argument("file", type=ModelName(gguf=True))
-@click.option(
-    "--dense",
-    required=True,
-    type=ModelName(gguf=True),
-    help="Dense GGUF of the same model and quantisation.",
-)
+@model_argument()
+@dense_option("Dense GGUF of the same model and quantisation.", required=True)
 @click.option(
     "--contexts",
     callback=comma_list(int, 16, example="512,2048"),
@@ -68,6 +63,7 @@ from mod_export.cli.output import name_plots, result_options, write_result
     help=f"{SHIFT_HELP} Several, with commas.",
 )
 @click.option(
+    "-ub",
     "--ubatch",
     "ubatches",
     default="512",
@@ -76,6 +72,7 @@ from mod_export.cli.output import name_plots, result_options, write_result
     help="Numbers of tokens in a graph of the prefill, with commas.",
 )
 @click.option(
+    "-fa",
     "--flash-attn",
     default="on",
     show_default=True,
@@ -111,12 +108,7 @@ from mod_export.cli.output import name_plots, result_options, write_result
 )
 @threads_option
 @gpu_layers_option
-@click.option(
-    "--text",
-    type=click.Path(),
-    show_default="the packaged text, repeated",
-    help="Text of the prompts.",
-)
+@text_option("Text of the prompts.", "the packaged text, repeated")
 @click.option(
     "--sweep-activation",
     "sweep",
@@ -130,8 +122,19 @@ from mod_export.cli.output import name_plots, result_options, write_result
     show_default="1 to 0.1; with --threshold-shift, these shifts",
     help="Activations that --sweep-activation aims at, with commas.",
 )
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(("text", "md", "jsonl")),
+    default="text",
+    show_default=True,
+    help="Form of what is printed; jsonl: rows of llama-bench on stdout, tables on stderr.",
+)
 @result_options(plots="Directory for PNG plots.")
-def command(file, dense, text, json_file, markdown, force, plots, sweep, activations, **options):
+def command(
+    file, dense, text, form, json_file, markdown, force, plots, sweep, activations, **options
+):
     """Measure speed and KV memory against the dense model.
 
     FILE is a MoD GGUF. The dense model runs on stock llama.cpp, which the first call builds in
@@ -141,6 +144,7 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
     from mod_export.benchmark import report as bench_report
     from mod_export.benchmark import run as bench_run
     from mod_export.benchmark import sweep as bench_sweep
+    from mod_export.benchmark.llama_bench import llama_bench_rows
     from mod_export.common.plots import check_folder
     from mod_export.errors import UserError
 
@@ -150,6 +154,8 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
             "--activations are targets of a sweep",
             "use --sweep-activation, without --threshold-shift",
         )
+    if form == "jsonl" and json_file == "-":
+        raise UserError("two results cannot go to stdout", "give --json a file, or leave out -o")
     if plots:
         check_folder(plots, force)
     options["kv_types"] = _kv_types(options)
@@ -159,7 +165,11 @@ def command(file, dense, text, json_file, markdown, force, plots, sweep, activat
 
     def run() -> dict:
         result = _measure(file, dense, options, text, targets if sweep else ())
-        click.echo(bench_report.tables(result, markdown), err=json_file == "-")
+        elsewhere = json_file == "-" or form == "jsonl"
+        click.echo(bench_report.tables(result, markdown or form == "md"), err=elsewhere)
+        if form == "jsonl":
+            for row in llama_bench_rows(result):
+                click.echo(json.dumps(row))
         return result
 
     result = write_result(run, json_file, force)

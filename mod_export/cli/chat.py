@@ -5,7 +5,6 @@ import sys
 import click
 
 from mod_export.cli.options import (
-    ModelName,
     model_options,
     open_model,
     prompt_options,
@@ -13,15 +12,20 @@ from mod_export.cli.options import (
     sampling_options,
     seed_option,
 )
+from mod_export.cli.values import model_argument
 from mod_export.common.text import decode_text
 
 
 @click.command()
-@click.argument("file", type=ModelName(gguf=True))
+@model_argument()
 @prompt_options
-@click.option("--system", default="", help="System prompt of the conversation.")
 @click.option(
+    "-sys", "--system", "--system-prompt", default="", help="System prompt of the conversation."
+)
+@click.option(
+    "-n",
     "--max-tokens",
+    "--predict",
     type=click.IntRange(min=-1),
     default=-1,
     show_default=True,

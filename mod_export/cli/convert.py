@@ -8,16 +8,14 @@ import click
 
 from mod_export.cli.export import QUANT_HELP
 from mod_export.cli.options import (
-    ModelName,
-    RenamedOption,
     force_option,
     layers_routed_option,
     output_option,
-    shares,
     sink_tokens_option,
     units_option,
 )
 from mod_export.cli.output import called, show_messages
+from mod_export.cli.values import ModelName, RenamedOption, shares
 from mod_export.common.files import check_file, folder_beside
 from mod_export.config import KV_GRANULARITIES, KV_GRANULARITY
 from mod_export.errors import UserError

@@ -3,14 +3,16 @@
 import click
 
 from mod_export.cli.options import (
-    ModelName,
     cache_type_options,
-    comma_list,
+    dense_option,
     gpu_layers_option,
+    length_option,
+    text_option,
     threads_option,
     threshold_shift_option,
 )
 from mod_export.cli.output import name_plots, result_options, write_result
+from mod_export.cli.values import comma_list, model_argument
 
 # Those of evaluation/ruler/tasks.py, which `--help` does not wait for.
 RULER_TASKS = (
@@ -32,27 +34,16 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 
 
 @click.command("eval")
-@click.argument("target", type=ModelName())
-@click.option(
-    "--dense",
-    type=ModelName(),
-    metavar="MODEL",
+@model_argument("target", gguf=False)
+@dense_option(
+    "Directory or GGUF to compare with, or the name of one on the Hugging Face hub.",
+    gguf=False,
     show_default="TARGET with every unit active",
-    help="Directory or GGUF to compare with, or the name of one on the Hugging Face hub.",
 )
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(),
-    metavar="FILE",
-    help="Text to measure perplexity and KL on; may be repeated.",
-)
-@click.option(
-    "--length",
-    type=click.IntRange(min=16),
+@text_option("Text to measure perplexity and KL on; may be repeated.", None)
+@length_option(
+    "; a text that is shorter gives one sequence",
     show_default="2048, or the context of the models where that is less",
-    help="Number of tokens in a sequence; a text that is shorter gives one sequence.",
 )
 @click.option(
     "--count",

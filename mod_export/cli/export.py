@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from mod_export.cli.options import ModelName, force_option
+from mod_export.cli.options import force_option
+from mod_export.cli.values import ModelName
 from mod_export.formats.ggml_types import EXPORT_FORMATS
 
 QUANT_HELP = f"Type of the base weights: {', '.join(EXPORT_FORMATS)}."

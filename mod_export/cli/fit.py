@@ -3,30 +3,27 @@
 import click
 
 from mod_export.cli.options import (
-    Finite,
-    ModelName,
     cache_type_options,
+    dense_option,
     json_flag,
+    text_option,
     threads_option,
 )
+from mod_export.cli.values import Finite, model_argument
 
 
 @click.command()
-@click.argument("file", type=ModelName(gguf=True))
+@model_argument()
 @click.option(
     "--memory",
     required=True,
     help="Memory that a run may take: 8G, 512M or a number of bytes; 1G is 1024M.",
 )
-@click.option(
-    "--dense",
-    type=ModelName(gguf=True),
-    show_default="FILE with all units active",
-    help="Dense GGUF to compare with.",
-)
+@dense_option("Dense GGUF to compare with.", show_default="FILE with all units active")
 @cache_type_options()
 @click.option("--kv-type", hidden=True, help="Type of both; the former spelling.")
 @click.option(
+    "-ub",
     "--ubatch",
     type=click.IntRange(1, 4096),
     default=512,
@@ -52,12 +49,7 @@ from mod_export.cli.options import (
     show_default=True,
     help="Longest context of --check in tokens.",
 )
-@click.option(
-    "--text",
-    type=click.Path(),
-    show_default="the packaged text, repeated",
-    help="Text for --check.",
-)
+@text_option("Text for --check.", "the packaged text, repeated")
 @threads_option
 @json_flag
 def command(

@@ -3,8 +3,6 @@
 import click
 
 from mod_export.cli.options import (
-    ModelName,
-    RenamedOption,
     force_option,
     gpu_layers_option,
     output_option,
@@ -12,10 +10,11 @@ from mod_export.cli.options import (
     seed_option,
     threads_option,
 )
+from mod_export.cli.values import RenamedOption, model_argument
 
 
 @click.command("generate-data")
-@click.argument("file", type=ModelName(gguf=True), metavar="MODEL")
+@model_argument(metavar="MODEL")
 @output_option("OUT", "File to write: .jsonl or .jsonl.gz.", cls=RenamedOption, former="--out")
 @click.option(
     "--prompts",
@@ -33,6 +32,7 @@ from mod_export.cli.options import (
     help="Number of texts to write.",
 )
 @click.option(
+    "-n",
     "--max-tokens",
     type=click.IntRange(min=1),
     default=512,
@@ -47,6 +47,7 @@ from mod_export.cli.options import (
     help="Number of tokens of a document that are its beginning.",
 )
 @click.option(
+    "-c",
     "--ctx",
     type=click.IntRange(min=1),
     default=2048,
@@ -56,6 +57,7 @@ from mod_export.cli.options import (
 @sampling_options
 @seed_option(default=0)
 @click.option(
+    "-np",
     "--parallel",
     type=click.IntRange(min=1, max=256),
     default=8,

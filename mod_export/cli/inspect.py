@@ -2,12 +2,13 @@
 
 import click
 
-from mod_export.cli.options import ModelName, json_flag
+from mod_export.cli.options import json_flag
+from mod_export.cli.values import model_argument
 from mod_export.common.text import json_text
 
 
 @click.command("inspect")
-@click.argument("file", metavar="FILE", type=ModelName(gguf=True))
+@model_argument()
 @json_flag
 def command(file: str, as_json: bool) -> None:
     """Show what a GGUF file routes or could route, and the KV it needs.

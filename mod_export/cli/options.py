@@ -1,4 +1,4 @@
-"""What the options of several commands share: kinds of values, and each common option once.
+"""Each option that several commands have, once.
 
 Example:
 
@@ -9,148 +9,19 @@ Example:
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
-from mod_export.common.text import check_name, decode_argument, decode_text
+from mod_export.cli.values import Finite, ModelName, RenamedOption, ThreadCount
+from mod_export.common.text import decode_text
 from mod_export.config import SINK_TOKENS
 from mod_export.errors import UserError
-from mod_export.formats import hub
 from mod_export.formats.ggml_types import KV_TYPES
 from mod_export.runtime.sampling import ANY_SEED, LARGEST_SEED, RANGES, Sampling
-from mod_export.units import parse_shares
 
 if TYPE_CHECKING:
     from mod_export.formats.kv_types import KVTypes
-
-
-class Finite(click.FloatRange):
-    """A number in a range; click's own type lets NaN and infinity pass."""
-
-    def convert(self, value, param, ctx):
-        """Return the number. Fails with a usage error for anything else."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-    def _describe_range(self) -> str:
-        # A range that has no limits needs no description.
-        return "" if self.min is self.max is None else super()._describe_range()
-
-
-class Text(click.types.StringParamType):
-    """Text whose bytes may be no UTF-8: it is read as stdin is."""
-
-    def convert(self, value, param, ctx):
-        """Return the text."""
-        return decode_argument(super().convert(value, param, ctx))
-
-
-class FileName(click.Path):
-    """The name of a file or directory, in UTF-8."""
-
-    def convert(self, value, param, ctx):
-        """Return the name. Raises UserError for a name that is no UTF-8."""
-        check_name(value)
-        return super().convert(value, param, ctx)
-
-
-class ModelName(FileName):
-    """A file or directory, or the name of a model on the Hugging Face hub, which is fetched.
-
-    gguf: a GGUF file is wanted. The value is the path.
-    """
-
-    def __init__(self, gguf: bool = False, path_type: type | None = None):
-        super().__init__(path_type=path_type)
-        self.gguf = gguf
-
-    def convert(self, value, param, ctx):
-        """Return the path. Raises UserError where the hub does not give the model."""
-        if not (ctx and ctx.resilient_parsing) and hub.is_name(value):
-            value = str(hub.locate(value, gguf=self.gguf))
-        return super().convert(value, param, ctx)
-
-
-def as_utf8(command: click.Command) -> click.Command:
-    """Let all texts and file names of a command be Text and FileName, and return the command."""
-    for parameter in command.params:
-        if type(parameter.type) is click.Path:
-            parameter.type = FileName(path_type=parameter.type.type)
-        elif parameter.type is click.STRING:
-            parameter.type = Text()
-    return command
-
-
-class RenamedOption(click.Option):
-    """An option that is accepted under its former spelling too, which the help does not show."""
-
-    def __init__(self, *args, former: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.former = former
-
-    def add_to_parser(self, parser, ctx):
-        """Add both spellings."""
-        super().add_to_parser(parser, ctx)
-        parser.add_option(self, [self.former], dest=self.name, nargs=self.nargs)
-
-
-def shares(_ctx, _param, value: str) -> float | dict[str, float]:
-    """Read `0.5` or `kv=0.5,attn=0.8`. Raises BadParameter for anything else."""
-    try:
-        found = parse_shares(value)
-    except UserError as exc:
-        raise click.BadParameter(str(exc)) from None
-    numbers = found.values() if isinstance(found, dict) else [found]
-    if not all(map(math.isfinite, numbers)):
-        raise click.BadParameter(f"{value!r} has a number that is not finite")
-    return found
-
-
-def comma_list(
-    kind: Callable, low: float | None = None, high: float | None = None, example: str = ""
-) -> Callable:
-    """Return a callback that reads values with commas between them, each once.
-
-    kind: makes a value of its text. low, high: limits of numbers. NaN and infinity are refused.
-    """
-
-    def read(_ctx, _param, value: str | None):
-        if value is None:
-            return None
-        try:
-            values = tuple(kind(part.strip()) for part in value.split(","))
-        except ValueError:
-            values = ()
-        if not values or not all(_allowed(item, low, high) for item in values):
-            raise click.BadParameter(f"{value!r} is no list{_limits(low, high)}, such as {example}")
-        return tuple(dict.fromkeys(values))
-
-    return read
-
-
-def _allowed(value, low: float | None, high: float | None) -> bool:
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return (low is None or value >= low) and (high is None or value <= high)
-
-
-def _limits(low: float | None, high: float | None) -> str:
-    if low is None:
-        return ""
-    return f" of numbers from {low} " + ("up" if high is None else f"to {high}")
-
-
-def on_or_off(text: str) -> bool:
-    """Read `on` or `off`. Raises ValueError for anything else."""
-    if text not in ("on", "off"):
-        raise ValueError(text)
-    return text == "on"
-
 
 SAMPLING_HELP = {
     "temperature": "Temperature of the sampling; 0 takes the likeliest token always.",
@@ -165,19 +36,25 @@ CACHE_TYPE_HELP = {
 }
 SHIFT_HELP = "Shift of all thresholds in logit space: above 0 fewer tokens are active."
 
+THREADS_HELP = "Number of CPU threads; -1 is all."
 threads_option = click.option(
+    "-t",
     "--threads",
-    type=click.IntRange(min=1),
+    type=ThreadCount(),
+    metavar="INTEGER",
     show_default="all that this process may use",
-    help="Number of CPU threads.",
+    help=THREADS_HELP,
 )
 adaptive_threads_option = click.option(
+    "-t",
     "--threads",
-    type=click.IntRange(min=1),
+    type=ThreadCount(),
+    metavar="INTEGER",
     show_default="all that this process may use, fewer while other processes need them",
-    help="Number of CPU threads.",
+    help=THREADS_HELP,
 )
 gpu_layers_option = click.option(
+    "-ngl",
     "--gpu-layers",
     type=click.IntRange(min=-1),
     default=0,
@@ -185,7 +62,9 @@ gpu_layers_option = click.option(
     help="Number of layers of a GGUF on the GPU; -1 puts all there. This needs a CUDA build.",
 )
 ctx_option = click.option(
+    "-c",
     "--ctx",
+    "--ctx-size",
     type=click.IntRange(min=0),
     default=4096,
     show_default=True,
@@ -208,6 +87,25 @@ units_option = click.option(
 )
 force_option = click.option("--force", is_flag=True, help="Replace existing outputs.")
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def dense_option(text: str, gguf: bool = True, **more):
+    """Return the option of the dense model to compare with."""
+    more = {"metavar": "FILE" if gguf else "MODEL"} | more
+    return click.option("--dense", type=ModelName(gguf=gguf), help=text, **more)
+
+
+def text_option(text: str, default: str | None = "the packaged text"):
+    """Return the option of the text that a command runs; default: what is taken without it."""
+    more = {"show_default": default} if default else {"multiple": True}
+    name = ("text",) if default else ("texts",)
+    return click.option("--text", *name, type=click.Path(), metavar="FILE", help=text, **more)
+
+
+def length_option(text: str = "", **more):
+    """Return the option of the length of sequences; text: what else the help says."""
+    more = {"type": click.IntRange(min=16), "show_default": True} | more
+    return click.option("--length", help=f"Number of tokens in a sequence{text}.", **more)
 
 
 def output_option(metavar: str, text: str, **more):
@@ -245,6 +143,7 @@ def sink_tokens_option(**more):
 def seed_option(default: int = ANY_SEED):
     """Return the option of the seed of sampling."""
     return click.option(
+        "-s",
         "--seed",
         type=click.IntRange(ANY_SEED, LARGEST_SEED),
         default=default,
@@ -271,8 +170,8 @@ def sampling_options(command):
 def prompt_options(command):
     """Add --prompt and --prompt-file, which read_prompt reads."""
     options = (
-        click.option("--prompt", help="The prompt; `-` reads it from stdin."),
-        click.option("--prompt-file", type=click.Path(), help="File with the prompt."),
+        click.option("-p", "--prompt", help="The prompt; `-` reads it from stdin."),
+        click.option("-f", "--prompt-file", type=click.Path(), help="File with the prompt."),
     )
     for option in reversed(options):
         command = option(command)

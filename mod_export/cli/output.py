@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from mod_export.cli.options import force_option
 from mod_export.errors import UserError
 from mod_export.formats.hub import by_name
 
@@ -112,7 +113,7 @@ def result_options(plots: str):
             help="Write all figures to this JSON file; `-` is stdout.",
         ),
         click.option("--markdown", is_flag=True, help="Print the tables as Markdown."),
-        click.option("--force", is_flag=True, help="Replace existing outputs."),
+        force_option,
     )
 
     def add(command):

@@ -6,9 +6,6 @@ from pathlib import Path
 import click
 
 from mod_export.cli.options import (
-    Finite,
-    ModelName,
-    RenamedOption,
     force_option,
     layers_routed_option,
     output_option,
@@ -16,6 +13,7 @@ from mod_export.cli.options import (
     units_option,
 )
 from mod_export.cli.output import show_messages
+from mod_export.cli.values import Finite, ModelName, RenamedOption
 from mod_export.config import HEAD, KV_GRANULARITIES, KV_WINDOW
 
 _NUMBER = click.IntRange(min=1)
@@ -59,6 +57,7 @@ _NUMBER = click.IntRange(min=1)
     help="What a decision of kv units is about: each K/V head, or a layer with all its heads.",
 )
 @click.option(
+    "-s",
     "--seed",
     type=click.IntRange(min=0),
     default=0,

@@ -3,7 +3,6 @@
 import click
 
 from mod_export.cli.options import (
-    ModelName,
     cache_type_options,
     ctx_option,
     force_option,
@@ -13,10 +12,11 @@ from mod_export.cli.options import (
     threads_option,
     threshold_shift_option,
 )
+from mod_export.cli.values import model_argument
 
 
 @click.command()
-@click.argument("file", type=ModelName(gguf=True))
+@model_argument()
 @prompt_options
 @click.option(
     "--chat",
@@ -25,6 +25,7 @@ from mod_export.cli.options import (
 )
 @output_option("FILE", "Picture to write: .png, .pdf or .svg.")
 @click.option(
+    "-n",
     "--generate",
     type=click.IntRange(min=0),
     default=0,

@@ -4,8 +4,9 @@ import os
 
 import click
 
-from mod_export.cli.options import Finite, ModelName, RenamedOption, output_option, shares
+from mod_export.cli.options import output_option
 from mod_export.cli.output import show_messages
+from mod_export.cli.values import Finite, ModelName, RenamedOption, shares
 from mod_export.training.config import (
     DTYPES,
     LOSS_ON,
@@ -92,7 +93,7 @@ def field(name: str, type=None, *spellings: str, **more):
 @field("held_out", COUNT)
 @field("eval_every", COUNT)
 @field("save_every", COUNT)
-@field("seed", click.IntRange(0, 2**32 - 1))
+@field("seed", click.IntRange(0, 2**32 - 1), "-s", "--seed")
 @click.option(
     "--save",
     "save_as",

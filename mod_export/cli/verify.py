@@ -3,28 +3,29 @@
 import click
 
 from mod_export.cli.options import (
-    ModelName,
     cache_type_options,
+    dense_option,
     json_flag,
+    length_option,
+    text_option,
     threads_option,
 )
+from mod_export.cli.values import ModelName, model_argument
 
 
 @click.command()
-@click.argument("file", type=ModelName(gguf=True))
+@model_argument()
 @click.option(
     "--reference",
     required=True,
     type=ModelName(),
     help="The MoD directory that FILE was exported from.",
 )
-@click.option(
-    "--dense",
+@dense_option(
+    "The GGUF file that the model came from. Compare both with it too, with all units active.",
     metavar="ORIGINAL.gguf",
-    type=ModelName(gguf=True),
-    help="The GGUF file that the model came from. Compare both with it too, with all units active.",
 )
-@click.option("--text", type=click.Path(), show_default="the packaged text", help="Text to run.")
+@text_option("Text to run.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=16),
@@ -32,13 +33,7 @@ from mod_export.cli.options import (
     show_default=True,
     help="Number of tokens in all.",
 )
-@click.option(
-    "--length",
-    type=click.IntRange(min=16),
-    default=512,
-    show_default=True,
-    help="Number of tokens in a sequence.",
-)
+@length_option(default=512)
 @cache_type_options(" of FILE", "f16; f32 for a file in f32")
 @threads_option
 @json_flag

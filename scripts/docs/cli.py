@@ -25,6 +25,11 @@ Where a command reads a model, its name on the Hugging Face hub may stand for th
 Each command prints errors as one line on stderr, `error: what; what to do`, and ends with exit code
 2. Ctrl-C ends with exit code 130. `MOD_EXPORT_DEBUG=1` adds the Python traceback.
 `MOD_EXPORT_CACHE` names the cache directory (default: `~/.cache/mod-export`).
+
+Options have llama.cpp's names beside ours where these are free: `-c`, `-t`, `-ngl`, `-np`, `-ctk`,
+`-ctv`, `-n`, `-s`, `-p`, `-f`. `-m FILE` or `-hf NAME` may stand for the model of a command that
+reads a GGUF file. -1 means what it means there: all threads, all layers on the GPU, an answer
+without a limit, another seed each time.
 """
 
 

@@ -27,8 +27,8 @@ from pathlib import Path
 import click
 import torch
 
-from mod_export.cli.options import shares
 from mod_export.cli.output import run_script, show_messages
+from mod_export.cli.values import shares
 from mod_export.common.tables import format_table
 from mod_export.config import UnitConfig
 from mod_export.convert import convert

@@ -130,6 +130,62 @@ def test_former_spellings_work_and_are_hidden(command, former):
     assert spelling in " ".join(words) and former not in words and f"{former}," not in words
 
 
+# llama.cpp's spelling of an option -> the commands that have it.
+ALIASES = {
+    "-c": ("chat", "trace", "generate-data"),
+    "-t": ("chat", "trace", "bench", "eval", "fit", "verify", "generate-data"),
+    "-ngl": ("chat", "bench", "eval", "generate-data"),
+    "-ctk": ("chat", "trace", "bench", "eval", "fit", "verify"),
+    "-ctv": ("chat", "trace", "bench", "eval", "fit", "verify"),
+    "-n": ("chat", "trace", "generate-data"),
+    "-s": ("chat", "generate-data", "synth", "train"),
+    "-np": ("generate-data",),
+    "-p": ("chat", "trace"),
+    "-f": ("chat", "trace"),
+    "-sys": ("chat",),
+    "-ub": ("bench", "fit"),
+    "-fa": ("bench",),
+}
+
+
+def parsed(command: str, *args: str) -> dict:
+    """The parameters of a command line."""
+    context = click.Context(cli, info_name="mod-export")
+    found = cli.get_command(context, command)
+    return found.make_context(command, list(args), parent=context, resilient_parsing=True).params
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_names_of_llama_cpp(alias):
+    for command in ALIASES[alias]:
+        assert len({str(value) for value in option(command, alias)["opts"]}) > 1
+
+
+def test_values_of_llama_cpp():
+    values = parsed("chat", "-m", "a.gguf", "-c0", "-t", "-1", "-ngl", "-1", "-n", "-1", "-s", "-1")
+    assert (values["file"], values["ctx"], values["threads"]) == ("a.gguf", 0, None)
+    assert (values["gpu_layers"], values["max_tokens"], values["seed"]) == (-1, -1, -1)
+    assert parsed("chat", "-ctk", "q8_0", "--hf-repo", "org/name", "-n8")["file"] == "org/name"
+    for command in ("inspect", "fit", "verify", "trace", "bench", "eval", "generate-data"):
+        values = parsed(command, "--model", "a.gguf")
+        assert "a.gguf" in (values.get("file"), values.get("target"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["inspect", "a.gguf", "-m", "b.gguf"], "given twice"),
+        (["inspect", "-m", "a.gguf", "-hf", "org/name"], "given twice"),
+        (["inspect", "-hf", "a.gguf"], "'a.gguf' is no name on the Hugging Face hub"),
+        (["inspect"], "Missing argument 'FILE'"),
+        (["chat", "a.gguf", "-t", "0"], "0 threads do nothing; -1 is all"),
+        (["chat", "a.gguf", "-ctk", "q6_k"], "'q6_k' is not one of 'f32', 'f16'"),
+    ],
+)
+def test_bad_values_of_such_options(run_cli, args, words):
+    assert words in one_error_line(run_cli(*args))
+
+
 def option(command: str, spelling: str) -> dict:
     """What a user sees of an option."""
     context = click.Context(cli, info_name="mod-export")

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from mod_export.cli import COMMANDS, cli
-from mod_export.cli.options import FileName, Text
+from mod_export.cli.values import FileName, Text
 from mod_export.common.files import atomic_file
 from mod_export.common.journal import Journal
 from mod_export.common.paths import cache_dir

@@ -3,6 +3,7 @@ machine.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from mod_export.benchmark import grouping, processes, sweep
 from mod_export.benchmark import report as bench_report
 from mod_export.benchmark import run as bench_run
 from mod_export.benchmark.floor import prune
+from mod_export.benchmark.llama_bench import llama_bench_rows
 from mod_export.common.text import result_as_json
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
+from mod_export.llamacpp import source
 from mod_export.runtime import bindings, devices
 from tests.support.c_api import Raw, stock_lib
 from tests.support.tiny_gguf import Tiny
@@ -84,11 +87,31 @@ def test_rows(files):
     assert [r["ttft_ms"]["mod"] > r["ms"]["mod"] for r in rows[::2]] == [True, True]
     assert rows[2]["ms"]["floor"] < rows[2]["ms"]["ceiling"]
     assert json.loads(result_as_json(result)) == result
+    check_rows_of_llama_bench(result, files)
     assert 0.5 < result["about"]["floor_prefill_work"] < 0.9  # the FFN is 3/4 of a layer, of two
     assert (
         result["about"]["routed"] == {"block": 6}
         and result["about"]["files"]["dense"]["bytes"] > 1e6
     )
+
+
+def check_rows_of_llama_bench(result: dict, files: tuple) -> None:
+    """They have what llama-bench writes and compare-llama-bench.py asks for."""
+    found = [json.loads(json.dumps(row)) for row in llama_bench_rows(result)]
+    assert len(found) == 2 * 2 * 6
+    row = next(r for r in found if (r["variant"], r["n_depth"]) == ("mod", 256))
+    assert (row["n_prompt"], row["n_gen"], row["type_k"], row["n_threads"]) == (0, 64, "f16", 1)
+    turns = result["rows"][3]["raw_ms"]["mod"][0]  # 8 turns of 8 tokens, of which 7 are timed
+    assert row["samples_ts"][0] == pytest.approx(1e3 * 56 / sum(turns))
+    assert (row["model_filename"], row["model_size"] > 1e6) == (str(files[0]), True)
+    names = {(r["build_commit"], r["model_filename"]) for r in found}
+    assert len(names) == 6 and {len(r["build_commit"]) for r in found} == {9}
+    tools = source.source_dir() / "vendor" / "llama.cpp"
+    fields = (tools / "tools/llama-bench/llama-bench.cpp").read_text().split("get_fields() {")[1]
+    assert set(re.findall(r'"(\w+)"', fields.split("};")[0])) <= set(row)
+    script = (tools / "scripts/compare-llama-bench.py").read_text()
+    keys = script.split("LLAMA_BENCH_KEY_PROPERTIES = [")[1].split("]")[0]
+    assert set(re.findall(r'"(\w+)"', keys)) | {"test_time", "avg_ts"} <= set(row)
 
 
 @patched
