@@ -47,6 +47,9 @@ except (FileNotFoundError, RuntimeError) as exc:
 
 logger = logging.getLogger(__name__)
 
+# LLAMA_MOD_API_VERSION: the interface that is bound here
+API_VERSION = 2
+
 # enum llama_mod_force
 FORCES = ("none", "active", "inactive")
 
@@ -96,6 +99,17 @@ class llama_mod_kv_stats(ctypes.Structure):  # noqa: N801
         ("bytes_reserved", ctypes.c_uint64),
         ("bytes_committed", ctypes.c_uint64),
         ("bytes_used", ctypes.c_uint64),
+    ]
+
+
+# struct llama_mod_kv_seq_stats { uint64_t n_tokens, bytes_used, bytes_dense; };
+class llama_mod_kv_seq_stats(ctypes.Structure):  # noqa: N801
+    """KV figures of a sequence."""
+
+    _fields_ = [
+        ("n_tokens", ctypes.c_uint64),
+        ("bytes_used", ctypes.c_uint64),
+        ("bytes_dense", ctypes.c_uint64),
     ]
 
 
@@ -225,6 +239,15 @@ def llama_mod_set_kv_rollback(ctx, n):
     """Sets it, n >= 0; 0 or an ERRORS key."""
 
 
+# LLAMA_API bool llama_mod_checkpoint_fits(
+#     struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id);
+@_symbol(
+    [_ctx_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t, _llama.llama_seq_id], ctypes.c_bool
+)
+def llama_mod_checkpoint_fits(ctx, src, size, seq_id):
+    """Whether restoring a checkpoint (a partial state) would bring the sequence back."""
+
+
 # LLAMA_API bool llama_mod_set_adaptive_threads(struct llama_context * ctx, bool enabled);
 @_symbol([_ctx_p, ctypes.c_bool], ctypes.c_bool)
 def llama_mod_set_adaptive_threads(ctx, enabled):
@@ -263,6 +286,13 @@ def llama_mod_get_kv_stats(ctx, il, stats):
     """Fills the KV figures of layer il, of all layers with il = -1."""
 
 
+# LLAMA_API bool llama_mod_get_kv_seq_stats(
+#     const struct llama_context * ctx, llama_seq_id seq_id, struct llama_mod_kv_seq_stats *);
+@_symbol([_ctx_p, _llama.llama_seq_id, ctypes.POINTER(llama_mod_kv_seq_stats)], ctypes.c_bool)
+def llama_mod_get_kv_seq_stats(ctx, seq_id, stats):
+    """Fills the KV figures of a sequence; False where there is none."""
+
+
 # LLAMA_API int32_t llama_mod_get_trace(
 #     const struct llama_context *, const uint8_t ** active, const float ** score);
 @_symbol(
@@ -277,6 +307,12 @@ def llama_mod_get_trace(ctx, active, score):
     """Points to the decisions of the last decode; the number of its tokens."""
 
 
+# LLAMA_API int32_t llama_mod_api_version(void);
+@_symbol([], ctypes.c_int32)
+def llama_mod_api_version():
+    """Version of llama-mod.h that the library was built from."""
+
+
 def patched() -> bool:
     """Whether the loaded library has all symbols of llama-mod.h."""
     return not _missing
@@ -288,6 +324,22 @@ def require() -> None:
         more = f" and {len(_missing) - 1} others of llama-mod.h" if len(_missing) > 1 else ""
         raise UserError(
             f"the installed llama.cpp is not the patched one: it lacks {_missing[0]}{more}",
+            patched_cure(),
+        )
+
+
+def check_version() -> None:
+    """Raise UserError for a patched library whose interface is another one than the package's.
+
+    A library without any of the symbols is a stock one, which opens dense files.
+    """
+    if not hasattr(_llama._lib, "llama_mod_n_units"):
+        return
+    version = getattr(_llama._lib, "llama_mod_api_version", lambda: 1)()
+    if version != API_VERSION:
+        raise UserError(
+            f"the loaded llama.cpp has version {version} of the MoD interface, and this package "
+            f"needs version {API_VERSION}",
             patched_cure(),
         )
 
@@ -320,6 +372,13 @@ def get_kv_stats(ctx, layer: int = -1) -> llama_mod_kv_stats | None:
     """
     stats = llama_mod_kv_stats()
     return stats if patched() and llama_mod_get_kv_stats(ctx, layer, ctypes.byref(stats)) else None
+
+
+def get_kv_seq_stats(ctx, sequence: int = 0) -> llama_mod_kv_seq_stats | None:
+    """KV figures of a sequence; None for a dense model, and for a sequence that does not exist."""
+    stats = llama_mod_kv_seq_stats()
+    done = patched() and llama_mod_get_kv_seq_stats(ctx, sequence, ctypes.byref(stats))
+    return stats if done else None
 
 
 def get_trace(model, ctx) -> tuple[np.ndarray, np.ndarray]:

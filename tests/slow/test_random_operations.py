@@ -60,8 +60,8 @@ class Machine:
         self.text = [
             [] for _ in range(N_SEQ)
         ]  # (token, shift, decisions) where a sequence is a plain text, else None
-        self.saved = {}
-        self.compared = self.refused = self.taken = 0
+        self.saved, self.marks = {}, {}
+        self.compared = self.refused = self.taken = self.gone_back = 0
 
     def _context(self, n_ctx: int) -> Raw:
         return Raw(self.path, start=self.tiny.start, n_ctx=n_ctx, n_ubatch=N_UBATCH, n_seq=N_SEQ)
@@ -72,8 +72,10 @@ class Machine:
         getattr(self, op[0])(*op[1:])
         assert oracle.cells(self.r) == self.ref.used()
         for s in range(N_SEQ):
-            assert self.r.seq_pos(s) == (self.ref.pos_min(s), self.ref.pos_max(s)), (
-                f"positions of sequence {s}"
+            fixed, last = self.r.seq_pos(s)
+            least, most = self.ref.fixed(s)
+            assert last == self.ref.pos_max(s) and least <= fixed <= most, (
+                f"positions of sequence {s}: {fixed} to {last}"
             )
 
     # --- decoding
@@ -103,7 +105,7 @@ class Machine:
             assert rc == 0, f"llama_decode returned {rc}"
             active = self.r.trace()[0].astype(bool)
             assert active.shape == (len(batch), len(self.tiny.units))
-            self.ref.decode(tokens, active, N_UBATCH)
+            self.ref.decode(tokens, active, N_UBATCH, args[0])
             self._remember(batch, tokens, active)
             if compare and any(flags):
                 self._compare(tokens, flags)
@@ -122,7 +124,7 @@ class Machine:
                 assert large.try_decode(*args, logits=[0] * len(tokens)) == 0
                 active = large.trace()[0].astype(bool)
         with pytest.raises(Full):
-            self.ref.decode(tokens, active, N_UBATCH)
+            self.ref.decode(tokens, active, N_UBATCH, args[0])
 
     def _remember(self, batch, tokens, active) -> None:
         force = self.ref.settings["force"]
@@ -169,7 +171,15 @@ class Machine:
 
     def remove(self, seq, p0, p1) -> None:
         ends = [self.ref.pos_max(s) for s in range(N_SEQ)]
+        fixed = [self.r.seq_pos(s)[0] for s in range(N_SEQ)]
         done = self.r.seq_rm(seq, p0, p1)
+        tails = [
+            s
+            for s in (range(N_SEQ) if seq < 0 else [seq])
+            if self.ref.pos_min(s) < p0 <= ends[s] and (p1 < 0 or p1 > ends[s])
+        ]
+        held = [max(p for p in self.ref.positions(s) if p < p0) + 1 for s in tails]
+        assert done == all(fixed[s] < p for s, p in zip(tails, held, strict=True)), "not as told"
         right = self.ref.remove(seq, p0, p1, done)
         assert right, (
             "K/V are gone that the next token sees" if done else "refused although nothing is gone"
@@ -241,6 +251,32 @@ class Machine:
             fits = self.ref.restore_sequence(ref, seq, dst)
             assert set_state(self.r, data, dst) == (len(data) if fits else 0)
             self.text[dst] = (texts[seq] and list(texts[seq])) if fits else []
+
+    def mark(self, slot, seq) -> None:
+        self.marks[slot] = seq, self.r.checkpoint(seq), self.ref.copy()
+
+    def go_back(self, slot, dst) -> None:
+        """A checkpoint is restored, perhaps to another sequence."""
+        if slot not in self.marks:
+            return
+        seq, data, ref = self.marks[slot]
+        dst = seq if dst < 0 else dst
+        ends, may_refuse = self.ref.checkpoint_ends(ref, seq, dst)
+        if not self.r.go_back(data, dst):
+            assert may_refuse, "a checkpoint was refused"
+            return
+        end = self.r.seq_pos(dst)[1]
+        assert end in ends, f"a checkpoint ends at {end}"
+        self.gone_back += end >= 0
+        self.ref.go_back(ref, seq, dst, end)
+        self.text[dst] = self.text[dst] and self.text[dst][: end + 1]
+        self.remove(dst, end + 1, -1)
+
+    def way(self, slot, seq, tokens) -> None:
+        """A checkpoint is made, tokens are read, and the checkpoint is restored."""
+        self.mark(slot, seq)
+        self.decode([(seq, token) for token in tokens], "last", False, None)
+        self.go_back(slot, -1)
 
     def _load_with(self, force, shift, slot, dst) -> None:
         """Load the state with the settings that made it."""
@@ -316,3 +352,4 @@ def test_random_operations(case, seed, tmp_path):
         why = replay(tiny, path, ops) or f"not again on a new context; {failed}"
         pytest.fail(f"{why}\nreplay(*make({case!r}, path), {ops})", pytrace=False)
     assert machine.compared >= 5 and machine.refused and machine.taken
+    assert machine.gone_back >= 3

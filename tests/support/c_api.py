@@ -20,6 +20,7 @@ F32, F16, Q8_0 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGM
 THREADS = int(
     os.environ.get("MOD_EXPORT_TEST_THREADS", "1")
 )  # more where races are looked for: scripts/sanitize.py
+PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 FORCE = {"none": 0, "active": 1, "inactive": 2}
 
 
@@ -149,10 +150,33 @@ class Raw:
         llama_cpp.llama_memory_seq_add(self.mem, seq, self._at(p0), self._at(p1), by)
 
     def seq_pos(self, seq) -> tuple[int, int]:
-        """Return the first and the last position of a sequence; -1 where it is empty."""
+        """Return where a sequence cannot end, and its last position; -1 where it is empty.
+
+        A sequence cannot end at the first number and before, which a stock library takes for that
+        of the first position.
+        """
         first = llama_cpp.llama_memory_seq_pos_min(self.mem, seq)
         last = llama_cpp.llama_memory_seq_pos_max(self.mem, seq)
         return (first - self.start, last - self.start) if last >= 0 else (-1, -1)
+
+    def checkpoint(self, seq=0) -> bytes:
+        """Return the partial state of a sequence."""
+        size = llama_cpp.llama_state_seq_get_size_ext(self.ctx, seq, PARTIAL)
+        buffer = (ctypes.c_uint8 * size)()
+        n = llama_cpp.llama_state_seq_get_data_ext(self.ctx, buffer, size, seq, PARTIAL)
+        assert 0 < n == size
+        return bytes(buffer)
+
+    def go_back(self, data: bytes, seq=0) -> bool:
+        """Restore a checkpoint; False where it is refused."""
+        from mod_export.runtime import bindings
+
+        buffer, size = (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
+        fits = bindings.llama_mod_checkpoint_fits(self.ctx, buffer, size, seq)
+        read = llama_cpp.llama_state_seq_set_data_ext(self.ctx, buffer, size, seq, PARTIAL)
+        assert read == (size if fits else 0)
+        self.pos[seq] = self.seq_pos(seq)[1] + 1
+        return fits
 
     def can_shift(self) -> bool:
         return llama_cpp.llama_memory_can_shift(self.mem)

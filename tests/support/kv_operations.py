@@ -106,6 +106,17 @@ def close_gap(rng, ref) -> tuple:
     return seq, *a_range(rng, ref, seq)
 
 
+def back(rng, ref) -> tuple:
+    """Return a slot of a checkpoint and a sequence, or -1 for the one that it was made of."""
+    return int(rng.integers(3)), pick(rng, {-1: 6, a_sequence(rng, ref): 1})
+
+
+def way(rng, ref) -> tuple:
+    """Return a slot of a checkpoint, a sequence and tokens to read before the way back."""
+    tokens = rng.integers(N_VOCAB, size=rng.integers(1, 48)).tolist()
+    return int(rng.integers(3)), a_sequence(rng, ref), tuple(tokens)
+
+
 def setting(rng, _ref) -> tuple:
     name = pick(rng, {"shift": 1, "kv_rollback": 1, "force": 1})
     values = {"shift": [-0.7, 0.0, 0.7], "kv_rollback": [0, 0, 2, 8, 24]}
@@ -127,6 +138,9 @@ OPERATIONS = {
         5,
         lambda rng, ref: (int(rng.integers(3)), a_sequence(rng, ref)),
     ),  # slot, to which sequence
+    "mark": (5, lambda rng, ref: (int(rng.integers(3)), a_sequence(rng, ref))),  # slot, sequence
+    "go_back": (6, back),
+    "way": (5, way),
     "set": (7, setting),
     "gap": (1, lambda rng, ref: (a_sequence(rng, ref),)),
     "keep": (1, lambda rng, ref: (a_sequence(rng, ref),)),

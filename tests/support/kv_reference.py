@@ -13,7 +13,9 @@ Sources: docs/explanation/semantics.md and docs/explanation/runtime-design.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 import numpy as np
 
@@ -34,14 +36,17 @@ class Cell:
     dropped: bool = False  # A kv unit dropped the token, which is visible in the window only.
     new: bool = True  # stored by the decode that runs
     gone: set[int] = field(default_factory=set)  # sequences that gave it back
+    token: int = -1  # its id, in the layers with complete K/V
+    made: int = 0  # another number for each token that was ever stored there
+    moves: int = 0  # how often it was moved since then
 
     def copy(self) -> Cell:
-        return Cell(self.pos, set(self.seqs), self.dropped, self.new, set(self.gone))
+        return replace(self, seqs=set(self.seqs), gone=set(self.gone))
 
     def moved(self, src: int, dst: int) -> Cell:
         """Return the cell for one sequence alone, under another number."""
         seqs, gone = ({dst} if src in old else set() for old in (self.seqs, self.gone))
-        return Cell(self.pos, seqs, self.dropped, False, gone)
+        return replace(self, seqs=seqs, new=False, gone=gone)
 
 
 @dataclass
@@ -50,14 +55,16 @@ class Sequence:
 
     lost: by name of window, an upper bound of the positions given back since it was last empty.
     origin: the settings that its tokens were decoded with; None for no tokens.
+    spliced: it got a part of another sequence that is not that one's beginning.
     """
 
     lost: dict[str, int]
     broken: str = "no"  # "must": a decode has to refuse it; "may": it can
     origin: tuple | None = None
+    spliced: bool = False
 
     def copy(self) -> Sequence:
-        return Sequence(dict(self.lost), self.broken, self.origin)
+        return replace(self, lost=dict(self.lost))
 
     def add(self, origin: tuple | None) -> None:
         """Add tokens of this origin."""
@@ -118,6 +125,7 @@ class Reference:
         self.cells: dict[object, list[Cell]] = {cache: [] for cache in caches}
         self.seqs = [self._no_tokens() for _ in range(n_seq)]
         self.settings = {"force": "none", "shift": 0.0}
+        self._made = count()
 
     def _kv_window(self, unit: Unit) -> str:
         """Return the name of a unit's window; windows of one size have one name."""
@@ -159,6 +167,21 @@ class Reference:
     def pos_min(self, seq: int) -> int:
         return min((c.pos for c in self.cells[COMPLETE] if seq in c.seqs), default=-1)
 
+    def fixed(self, seq: int) -> tuple[int, int]:
+        """Return the least and the most of the last position at which the sequence cannot end."""
+        queries = [p + 1 for p in self.positions(seq)]
+        if not queries:
+            return -1, -1
+        least = most = queries[0] - 1
+        for cache, name in self.drops.items():
+            for lost in {c.pos for c in self.cells[cache] if seq in c.gone}:
+                seen_by = queries[: bisect_right(queries, self.windows[name].last(lost))]
+                if seen_by and seen_by[-1] > lost:
+                    least = max(least, seen_by[-1])
+        for name, lost in self.seqs[seq].lost.items():
+            most = max(most, self.windows[name].last(lost)) if lost >= 0 else most
+        return least, most
+
     def needs_lost(self, seq: int, end: int) -> bool:
         """Return whether the next query would see something that has been given back.
 
@@ -181,10 +204,11 @@ class Reference:
 
     # --- decode
 
-    def decode(self, tokens, active, n_ubatch: int) -> None:
+    def decode(self, tokens, active, n_ubatch: int, ids) -> None:
         """Store a batch.
 
-        tokens: (seq, pos). active: [n_tokens, n_units]. Raises Full with nothing changed.
+        tokens: (seq, pos). active: [n_tokens, n_units]. ids: of the tokens. Raises Full with
+        nothing changed.
         """
         start = {s: self.pos_max(s) for s in range(len(self.seqs))}
         before = self.copy()
@@ -192,7 +216,8 @@ class Reference:
             if self.free(COMPLETE) < len(tokens):
                 raise Full("the layers with complete K/V")
             for i in range(0, len(tokens), n_ubatch):
-                self._ubatch(tokens[i : i + n_ubatch], active[i : i + n_ubatch])
+                part = slice(i, i + n_ubatch)
+                self._ubatch(tokens[part], active[part], ids[part])
                 self._expire(start, only_new=True)
         except Full:
             self.cells, self.seqs = before.cells, before.seqs
@@ -206,9 +231,12 @@ class Reference:
     def free(self, cache) -> int:
         return self.n_cells - sum(bool(c.seqs) for c in self.cells[cache])
 
-    def _ubatch(self, tokens, active) -> None:
+    def _ubatch(self, tokens, active, ids) -> None:
         for cache in self.cells.keys() & {COMPLETE, SLIDING}:
-            self.cells[cache] += [Cell(pos, {seq}, cache == SLIDING) for seq, pos in tokens]
+            self.cells[cache] += [
+                Cell(pos, {seq}, cache == SLIDING, token=token, made=next(self._made))
+                for (seq, pos), token in zip(tokens, ids, strict=True)
+            ]
         for layer, caches in self.own.items():
             runs = np.ones(len(tokens), bool)
             kept = np.ones((len(tokens), len(caches)), bool)
@@ -284,8 +312,10 @@ class Reference:
 
     def copy_sequence(self, src: int, dst: int, p0: int, p1: int) -> None:
         p1 = END if p1 < 0 else p1
+        whole = self.pos_max(dst) < 0 and p0 <= self.pos_min(src)
         if any(p0 <= p < p1 for p in self.positions(src)):
             self.seqs[dst].add(self.seqs[src].origin)
+            self.seqs[dst].spliced |= self.seqs[src].spliced or not whole
         for c in (c for cells in self.cells.values() for c in cells if p0 <= c.pos < p1):
             if src in c.seqs:
                 c.seqs.add(dst)
@@ -314,9 +344,17 @@ class Reference:
         """
         p1 = END if p1 < 0 else p1
         below = max((p for p in self.positions(seq) if p < p0), default=-1)
+        # A token has cells of its own in each sequence that went back to a checkpoint.
+        moving = {
+            (s, c.pos)
+            for c in self.cells[COMPLETE]
+            if p0 <= c.pos < p1 and seq in c.seqs
+            for s in c.seqs
+        }
         for c in (c for cells in self.cells.values() for c in cells):
-            if p0 <= c.pos < p1 and seq in c.seqs | c.gone:
+            if any((s, c.pos) in moving for s in c.seqs | c.gone):
                 c.pos += by
+                c.moves += 1
         for s, info in enumerate(self.seqs):
             for window, lost in info.lost.items():
                 if s == seq and p0 <= lost < p1:
@@ -390,4 +428,66 @@ class Reference:
         for cache, cells in new.items():
             self.cells[cache] += cells
         self.seqs[dst] = saved.seqs[src].copy() if self.pos_max(dst) >= 0 else self._no_tokens()
+        return True
+
+    # --- checkpoints
+
+    def go_back(self, saved: Reference, src: int, dst: int, end: int) -> None:
+        """Restore a checkpoint of one sequence, which then ends at `end`."""
+        self._forget(dst, end + 1, END)
+        if end < 0:
+            return
+        for cache in self.drops:
+            cells = self.cells[cache]
+            for c in cells:
+                if c.dropped:
+                    c.seqs.discard(dst)
+                    c.gone.discard(dst)
+            cells[:] = [c for c in cells if c.seqs or c.gone]
+            cells += [
+                c.moved(src, dst)
+                for c in saved.cells[cache]
+                if c.dropped and src in c.seqs | c.gone and c.pos <= end
+            ]
+        info = saved.seqs[src]
+        self.seqs[dst].lost, self.seqs[dst].broken = dict(info.lost), info.broken
+
+    def checkpoint_ends(self, saved: Reference, src: int, dst: int) -> tuple[set[int], bool]:
+        """Return where the sequence may end after a checkpoint, and whether it may be refused.
+
+        No ends: it must be refused. The last token of the checkpoint may be another one by now.
+        """
+        last = saved.pos_max(src)
+        if last < 0:
+            return {-1}, False
+        origins = {saved.seqs[src].origin, self.seqs[dst].origin} - {None}
+        if origins != {self.origin} or not self._has_room(saved, src, dst):
+            return set(), True
+        then, now = saved._tokens(src), self._tokens(dst)
+        spliced = saved.seqs[src].spliced or self.seqs[dst].spliced
+        ends: set[int] = set()
+        for end in (last, max((p for p in then if p < last), default=-1)):
+            a, b = ([x for p, x in sorted(found.items()) if p <= end] for found in (then, now))
+            if end < 0 or [x[:2] for x in a] != [x[:2] for x in b]:
+                continue
+            if a == b and not spliced:
+                return ends | {end}, False
+            ends.add(end)
+        return ends, True
+
+    def _tokens(self, seq: int) -> dict[int, tuple]:
+        """What a sequence holds, by position; the first two numbers are what anybody can see."""
+        return {
+            c.pos: (c.pos, c.token, c.made, c.moves) for c in self.cells[COMPLETE] if seq in c.seqs
+        }
+
+    def _has_room(self, saved: Reference, src: int, dst: int) -> bool:
+        last = saved.pos_max(src)
+        for cache in self.drops:
+            wanted = sum(c.dropped and src in c.seqs for c in saved.cells[cache])
+            leaving = sum(
+                c.seqs == {dst} and (c.dropped or c.pos > last) for c in self.cells[cache]
+            )
+            if self.free(cache) + leaving < wanted:
+                return False
         return True

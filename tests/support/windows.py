@@ -22,3 +22,8 @@ class Window:
             return query - self.size + 1
         at = query + self.start
         return at - at % self.size - self.start
+
+    def last(self, position: int) -> int:
+        """Return the last query that sees a position."""
+        first = self.first(position) if self.chunked else position
+        return first + self.size - 1

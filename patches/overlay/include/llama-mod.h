@@ -58,6 +58,12 @@ extern "C" {
         uint64_t bytes_used;      // K and V of the cells in use
     };
 
+    struct llama_mod_kv_seq_stats {
+        uint64_t n_tokens;    // of the sequence
+        uint64_t bytes_used;  // K and V of its cells; those that it shares count for each of their sequences
+        uint64_t bytes_dense; // what the dense model would hold for as many tokens
+    };
+
     struct llama_mod_perf {
         uint64_t n_decode;        // successful calls of llama_decode
         uint64_t n_tokens;
@@ -77,6 +83,10 @@ extern "C" {
         uint64_t us_compute; // running graphs
         uint64_t us_read;    // reading scores back
     };
+
+    // of this file: counted up with each change that a caller has to know of
+    LLAMA_API int32_t llama_mod_api_version(void);
+#define LLAMA_MOD_API_VERSION 2
 
     // the model's units
     LLAMA_API int32_t llama_mod_n_units  (const struct llama_model * model);
@@ -99,6 +109,15 @@ extern "C" {
     // types of K and V. It is refused, and nothing is changed, by a context that has others, and by every context where
     // some of a sequence's tokens were decoded with others than the rest
 
+    // K/V that no later token sees are given back, so a sequence cannot end anywhere: llama_memory_seq_rm() refuses to
+    // remove a tail from position p on exactly where llama_memory_seq_pos_min() >= p. To go back further there are
+    // checkpoints, worth making where llama_mod_kv_window() > 0, and where layers have windows: states of one sequence with
+    // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY. They hold what would be given back, and are small. Restoring one brings the
+    // sequence back to its last token, and removes what has come since. The sequence must still hold the checkpoint's
+    // tokens (the last one may be another one now, and is then removed too), made with what the context would make them
+    // with now. Else the checkpoint is refused and nothing is changed, which this tells beforehand:
+    LLAMA_API bool llama_mod_checkpoint_fits(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id);
+
     // how many positions of a sequence's tail can be taken back exactly (kv units; default 64)
     LLAMA_API int32_t llama_mod_get_kv_rollback(const struct llama_context * ctx);
     LLAMA_API int32_t llama_mod_set_kv_rollback(      struct llama_context * ctx, int32_t n);        // n >= 0
@@ -116,6 +135,9 @@ extern "C" {
 
     // KV memory of one layer, of all layers with il = -1; in a layer with complete K/V, its share of the common cache
     LLAMA_API bool llama_mod_get_kv_stats(const struct llama_context * ctx, int32_t il, struct llama_mod_kv_stats * stats);
+
+    // of one sequence; false where there is none
+    LLAMA_API bool llama_mod_get_kv_seq_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct llama_mod_kv_seq_stats * stats);
 
     // decisions of the last successful llama_decode, tokens in the order of its batch; returns the number of tokens
     //   active [n_tokens][n_units]: 1 or 0

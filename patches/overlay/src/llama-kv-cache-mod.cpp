@@ -29,7 +29,7 @@ static llama_hparams mod_one_head(llama_hparams hparams) {
 
 llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) :
     mod(*model.mod), hparams(model.hparams), hparams_part(mod_one_head(model.hparams)), n_seq_max(cparams.n_seq_max),
-    type_k(params.type_k), type_v(params.type_v), v_trans(!cparams.flash_attn) {
+    n_ubatch(cparams.n_ubatch), swa_full(params.swa_full), type_k(params.type_k), type_v(params.type_v), v_trans(!cparams.flash_attn) {
 
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         throw std::runtime_error("mod: a model with routers has no context for multi-token prediction");
@@ -143,6 +143,7 @@ void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, llama_mod_kv_mode m
 
     base_rows = make(mode, hparams, has_group(-1, 0));
     base      = base_rows->kv.get();
+    base->v_cells[0].keep_tokens(true); // a checkpoint goes with them
 
     for (size_t i = 0; i < groups.size(); ++i) {
         auto & c = groups[i];
@@ -287,6 +288,7 @@ void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos
     if (p_max < 0) {
         s = no_tokens();
     }
+    s.history.cut(p_max + 1);
     for (auto & left : s.left) {
         left.expired = std::min(left.expired, p_max);
     }
@@ -339,6 +341,12 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         return;
     }
 
+    const auto & sp    = base->get_cells(0).seq_pos_get(seq_id_src);
+    const auto   first = sp.lower_bound({ std::max(p0, 0), 0 });
+    if (first == sp.end() || (p1 >= 0 && first->first >= p1)) {
+        return; // there is nothing to copy
+    }
+
     touch_masks();
 
     const auto & src = seqs[seq_id_src];
@@ -348,19 +356,21 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     if (!had) {
         dst.origin.reset();
     }
-
-    const auto & sp    = base->get_cells(0).seq_pos_get(seq_id_src);
-    const auto   first = sp.lower_bound({ std::max(p0, 0), 0 });
-    if (first != sp.end() && (p1 < 0 || first->first < p1)) {
-        add_origin(seq_id_dst, src.origin);
-    }
+    add_origin(seq_id_dst, src.origin);
 
     for_each([&](llama_kv_cache & kv) { kv.seq_cp(seq_id_src, seq_id_dst, p0, p1); });
 
     const llama_pos p_max = base->seq_pos_max(seq_id_dst);
-    if (p_max < 0) {
-        dst = no_tokens();
-        return;
+
+    if (!had && base->seq_pos_min(seq_id_dst) == base->seq_pos_min(seq_id_src)) {
+        dst.history = src.history;
+        dst.history.cut(p_max + 1);
+    } else {
+        llama_mod_digest what;
+        what.add(src.history.digest(POS_MAX));
+        what.add(std::max(p0, 0));
+        what.add(p1);
+        dst.history.add(std::max(p0, 0), what.value);
     }
 
     for (size_t w = 0; w < windows.size(); ++w) {
@@ -436,6 +446,7 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     const llama_pos below = last_before(seq_id, p0);
 
     const auto moved = shared_cells(seq_id, p0, p1);
+    add_history(seq_id, p0, p1, std::min(p0, p0 + shift), shift);
 
     for_each([&](llama_kv_cache & kv) { kv.seq_add(seq_id, p0, p1, shift); });
 
@@ -468,8 +479,31 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     }
 }
 
+void llama_kv_cache_mod::add_history(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos from, int32_t by) {
+    llama_mod_digest what;
+    what.add(p0);
+    what.add(p1);
+    what.add(by);
+
+    const auto & cells = base->get_cells(0);
+    const auto   sp    = cells.seq_pos_get(seq_id);
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (base->seq_pos_max(s) < 0) {
+            continue;
+        }
+        // cells may be shared: they move for all their sequences
+        for (auto p = sp.lower_bound({ p0, 0 }); p != sp.end() && p->first < p1; ++p) {
+            if (cells.seq_has(p->second, s)) {
+                seqs[s].history.add(from, what.value);
+                break;
+            }
+        }
+    }
+}
+
 void llama_kv_cache_mod::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
     touch_masks();
+    add_history(seq_id, std::max(p0, 0), p1 < 0 ? POS_MAX : p1, std::max(p0, 0)/std::max(d, 1), d);
     for_each([&](llama_kv_cache & kv) { kv.seq_div(seq_id, p0, p1, d); });
 
     // what was freed stays the upper bound that it was; cells may be shared
@@ -486,6 +520,20 @@ llama_pos llama_kv_cache_mod::seq_pos_min(llama_seq_id seq_id) const {
 
 llama_pos llama_kv_cache_mod::seq_pos_max(llama_seq_id seq_id) const {
     return base->seq_pos_max(seq_id);
+}
+
+llama_pos llama_kv_cache_mod::seq_pos_fixed(llama_seq_id seq_id) const {
+    llama_pos res = seq_pos_min(seq_id);
+    for (size_t w = 0; w < windows.size(); ++w) {
+        if (const llama_pos freed = seqs[seq_id].left[w].freed; freed >= 0 && res >= 0) {
+            res = std::max(res, windows[w].last(freed));
+        }
+    }
+    return res;
+}
+
+bool llama_kv_cache_mod::has_shift() const {
+    return base->get_has_shift() || std::any_of(groups.begin(), groups.end(), [](const auto & c) { return c.kv->get_has_shift(); });
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mod::memory_breakdown() const {
@@ -675,6 +723,20 @@ void llama_kv_cache_mod::kv_stats(int32_t il, llama_mod_kv_stats & stats) const 
     base_rows->add_stats(il, stats);
     for (const auto & c : groups) {
         c.rows->add_stats(il, stats);
+    }
+}
+
+void llama_kv_cache_mod::kv_seq_stats(llama_seq_id seq_id, llama_mod_kv_seq_stats & stats) const {
+    const uint64_t n = base->get_cells(0).seq_pos_get(seq_id).size();
+
+    stats = { n, n*base_rows->bytes_per_cell(), n*base_rows->bytes_per_cell() };
+    for (const auto & c : groups) {
+        // as upstream sizes the cache of such layers, see llama_kv_cache_iswa
+        const auto & window = windows[WINDOW_LAYER];
+        const uint64_t n_dense = c.routed || swa_full ? n : std::min<uint64_t>(n, GGML_PAD(window.size + n_ubatch, 256));
+
+        stats.bytes_used  += c.kv->get_cells(0).seq_pos_get(seq_id).size()*c.rows->bytes_per_cell();
+        stats.bytes_dense += n_dense*c.rows->bytes_per_cell();
     }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-kv-cache.h"
+#include "llama-mod-history.h"
 #include "llama-mod-mask.h"
 #include "llama-mod-origin.h"
 #include "llama-mod.h"
@@ -60,6 +61,7 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
+    // of one sequence with LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: a checkpoint
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
@@ -115,6 +117,18 @@ public:
     // il < 0: all layers
     void kv_stats(int32_t il, llama_mod_kv_stats & stats) const;
 
+    void kv_seq_stats(llama_seq_id seq_id, llama_mod_kv_seq_stats & stats) const;
+
+    // the last position at which the sequence cannot end, because the next token would see K/V that are gone; at least
+    // seq_pos_min(). that is what llama_memory_seq_pos_min() tells
+    llama_pos seq_pos_fixed(llama_seq_id seq_id) const;
+
+    // K of tokens that were moved is to be rotated
+    bool has_shift() const;
+
+    // throws std::runtime_error saying why state_read() would refuse a checkpoint
+    void checkpoint_check(llama_io_read_i & io, llama_seq_id seq_id);
+
 private:
     friend class llama_kv_cache_mod_context;
 
@@ -147,6 +161,8 @@ private:
     const llama_hparams     hparams_part; // the same with one K/V head
 
     const uint32_t n_seq_max;
+    const uint32_t n_ubatch;
+    const bool     swa_full; // a dense model would keep all tokens in layers with a window
 
     uint32_t rollback   = 64;
     slack    slack_used = slack::none;
@@ -186,6 +202,8 @@ private:
         // what its K/V were computed with, null: it has no tokens
         std::shared_ptr<const llama_mod_origin> origin;
         std::shared_ptr<const llama_mod_origin> origin_before; // the running decode
+
+        llama_mod_history history;
     };
 
     std::vector<seq_info> seqs;
@@ -212,10 +230,16 @@ private:
     // per group: cells of tokens in [p0, p1) that seq_id shares with others, but has given back there already
     std::vector<std::set<uint32_t>> shared_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
+    // tokens of seq_id in [p0, p1), which other sequences may share, are moved `by` so much: from `from` on they are others
+    void add_history(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos from, int32_t by);
+
     // can the sequence go on, with its tail from position p0 on removed?
     bool can_end_at(llama_seq_id seq_id, llama_pos p0) const;
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // what remains of a sequence of which only a part was read
+    void forget(llama_seq_id seq_id);
 
     // take the sequence out of the cells with positions in [p0, p1), of all or of those dropped; returns the last position
     llama_pos free_cells(layer_group & c, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool only_dropped);
@@ -266,11 +290,69 @@ private:
     }
 
     // throws std::runtime_error where the context would not go on with K/V of the state's origin
-    void state_write_origins(llama_io_write_i & io, llama_seq_id seq_id) const;
-    void state_read_origins (llama_io_read_i  & io);
+    void state_write_origins(llama_io_write_i & io, llama_seq_id seq_id, uint32_t magic) const;
+    void state_read_origins (llama_io_read_i  & io,                      uint32_t magic);
+
+    // the tokens of the common cache, cells in the order of llama_kv_cache::state_write()
+    void state_write_tokens(llama_io_write_i & io, llama_seq_id seq_id) const;
+    void state_read_tokens (llama_io_read_i  & io, const std::vector<uint32_t> & idxs);
+
+    void state_write_info(llama_io_write_i & io, llama_seq_id seq_id) const;
+    void state_read_info (llama_io_read_i  & io, llama_seq_id seq_id);
 
     void state_write_group(llama_io_write_i & io, const layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags) const;
     void state_read_group (llama_io_read_i  & io,       layer_group & c, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+    //
+    // checkpoints
+    //
+
+    // the first bytes of a state. The second number counts the formats: a state of another one is refused
+    static constexpr uint32_t MOD_STATE_MAGIC      = 0x53446f4d; // "MoDS"
+    static constexpr uint32_t MOD_CHECKPOINT_MAGIC = 0x43446f4d; // "MoDC"
+    static constexpr uint32_t MOD_STATE_VERSION    = 5;
+
+    struct checkpoint {
+        struct cell {
+            llama_pos         pos;
+            llama_kv_cell_ext ext;
+        };
+
+        llama_pos pos_max = -1;
+        bool      broken  = false;
+        uint64_t  digests[2] = {}; // of the tokens without the last one, of all
+
+        std::vector<llama_pos>         freed; // by window
+        std::vector<std::vector<cell>> cells; // by group
+    };
+
+    // of the tokens below p1 and what was done to them
+    uint64_t digest_tokens(llama_seq_id seq_id, llama_pos p1) const;
+
+    // the sequence's cells that will be given back, by index
+    std::vector<uint32_t> dropped_cells(const layer_group & c, llama_seq_id seq_id) const;
+
+    // the cells that the sequence leaves before those of a checkpoint come
+    std::vector<uint32_t> leaving_cells(const layer_group & c, llama_seq_id seq_id, llama_pos end) const;
+
+    void checkpoint_write      (llama_io_write_i & io, llama_seq_id seq_id) const;
+    void checkpoint_write_cells(llama_io_write_i & io, const layer_group & c, const std::vector<uint32_t> & idxs) const;
+    void checkpoint_write_data (llama_io_write_i & io, const layer_group & c, const std::vector<uint32_t> & idxs) const;
+
+    // all throw std::runtime_error. until checkpoint_remove() nothing is changed
+
+    checkpoint checkpoint_parse(llama_io_read_i & io);
+    void checkpoint_parse_cells(llama_io_read_i & io, const layer_group & c, llama_pos p_max, std::vector<checkpoint::cell> & res) const;
+
+    // the last position that stays: that of the checkpoint's last token, or the one before where it is another token now
+    llama_pos checkpoint_end(const checkpoint & ckpt, llama_seq_id seq_id);
+
+    // n cells that are free, or will be
+    std::vector<uint32_t> checkpoint_room(const layer_group & c, llama_seq_id seq_id, llama_pos end, size_t n) const;
+
+    void checkpoint_read  (llama_io_read_i & io, llama_seq_id seq_id);
+    void checkpoint_remove(llama_seq_id seq_id, llama_pos end);
+    void checkpoint_place (llama_io_read_i & io, layer_group & c, llama_seq_id seq_id, const std::vector<checkpoint::cell> & cells_in, const std::vector<uint32_t> & idxs);
 };
 
 class llama_kv_cache_mod_context : public llama_memory_context_i {

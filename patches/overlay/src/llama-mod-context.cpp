@@ -386,6 +386,19 @@ void llama_mod_context::reset() {
     knows_adapters = false;
 }
 
+void llama_mod_context::before_state() {
+    if (get_memory()->has_shift()) {
+        lctx.synchronize();
+        restore_sched();
+        lctx.memory_update(false);
+    }
+}
+
+llama_pos llama_mod_seq_pos_min(const llama_memory_i & mem, llama_seq_id seq_id) {
+    const auto * kv = dynamic_cast<const llama_kv_cache_mod *>(&mem);
+    return kv ? kv->seq_pos_fixed(seq_id) : mem.seq_pos_min(seq_id);
+}
+
 llm_mod_segment * llama_mod_context::get_segment() {
     return cur ? cur : &whole;
 }

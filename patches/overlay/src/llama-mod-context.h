@@ -14,10 +14,14 @@
 #include <vector>
 
 struct llama_context;
+struct llama_memory_i;
 struct llama_mod_model;
 
 class llama_kv_cache_mod;
 class llama_kv_cache_mod_context;
+
+// what llama_memory_seq_pos_min() tells of any memory: in a MoD memory see llama_kv_cache_mod::seq_pos_fixed()
+llama_pos llama_mod_seq_pos_min(const llama_memory_i & mem, llama_seq_id seq_id);
 
 // Runs a MoD model so that nothing is computed where nothing is active, in one of two ways.
 //
@@ -44,6 +48,9 @@ struct llama_mod_context {
 
     // cached graphs are no longer valid (adapters, samplers, ...)
     void reset();
+
+    // a state of the memory is to be written, of whose tokens none may wait to be moved
+    void before_state();
 
     // the segment that the next graph covers; the whole model while compute buffers are reserved
     llm_mod_segment * get_segment();

@@ -26,6 +26,11 @@ struct llama_mod_window {
     llama_pos first(llama_pos p) const {
         return size == 0 ? 0 : kind == chunked ? p/size*size : p - size + 1;
     }
+
+    // the last position whose query sees position p
+    llama_pos last(llama_pos p) const {
+        return kind == chunked ? first(p) + size - 1 : p + size - 1;
+    }
 };
 
 // The KQ mask of one cache. From one query of a sequence to the next only a few cells change, so a row is kept for

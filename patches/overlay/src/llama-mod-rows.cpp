@@ -366,6 +366,16 @@ void llama_mod_rows::move_rows(const std::vector<std::pair<uint32_t, uint32_t>> 
 // statistics
 //
 
+size_t llama_mod_rows::bytes_per_cell() const {
+    size_t res = 0;
+    for (const auto & l : kv->layers) {
+        for (const auto * t : { l.k, l.v }) {
+            res += t ? t->nb[1] : 0;
+        }
+    }
+    return res;
+}
+
 void llama_mod_rows::add_stats(int32_t il, llama_mod_kv_stats & stats) const {
     const auto & c = cells();
 

@@ -68,6 +68,9 @@ public:
     // how often the tensors were replaced: graphs that were built on others are void
     uint32_t get_n_grown() const { return n_grown; }
 
+    // of K and V of one token
+    size_t bytes_per_cell() const;
+
     // adds those of layer il, of all with il < 0
     void add_stats(int32_t il, llama_mod_kv_stats & stats) const;
 

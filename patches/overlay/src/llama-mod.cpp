@@ -1,6 +1,7 @@
 #include "llama-mod.h"
 
 #include "llama-context.h"
+#include "llama-io.h"
 #include "llama-kv-cache-mod.h"
 #include "llama-mod-arch.h"
 #include "llama-mod-context.h"
@@ -8,6 +9,12 @@
 #include "llama-model.h"
 
 #include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+int32_t llama_mod_api_version(void) {
+    return LLAMA_MOD_API_VERSION;
+}
 
 //
 // model
@@ -119,6 +126,49 @@ int32_t llama_mod_set_kv_rollback(llama_context * ctx, int32_t n) {
     return LLAMA_MOD_OK;
 }
 
+// a state in memory of which only the head is read
+class mod_head_reader : public llama_io_read_i {
+public:
+    mod_head_reader(const uint8_t * src, size_t size) : src(src), size(size) {}
+
+    void read(void * dst, size_t n) override {
+        if (n > size - at) {
+            throw std::runtime_error("mod: the state is cut off");
+        }
+        memcpy(dst, src + at, n);
+        at += n;
+    }
+
+    void read_tensor(ggml_tensor *, size_t, size_t) override {
+        throw std::runtime_error("mod: the head of a state has no tensors");
+    }
+
+    size_t n_bytes() override { return at; }
+
+private:
+    const uint8_t * src;
+    const size_t    size;
+    size_t          at = 0;
+};
+
+bool llama_mod_checkpoint_fits(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id) {
+    const auto * mod = ctx->get_mod();
+    if (!mod || seq_id < 0 || seq_id >= (llama_seq_id) ctx->n_seq_max()) {
+        return false;
+    }
+    mod_head_reader io(src, size);
+    try {
+        uint32_t     magic;
+        llama_seq_id seq_id_src;
+        io.read(&magic,      sizeof(magic));
+        io.read(&seq_id_src, sizeof(seq_id_src));
+        mod->get_memory()->checkpoint_check(io, seq_id);
+        return true;
+    } catch (const std::exception &) {
+        return false;
+    }
+}
+
 bool llama_mod_set_adaptive_threads(llama_context * ctx, bool enabled) {
     if (enabled && !ctx->get_model().devices.empty()) {
         return false;
@@ -162,6 +212,15 @@ bool llama_mod_get_kv_stats(const llama_context * ctx, int32_t il, llama_mod_kv_
         return false;
     }
     mod->get_memory()->kv_stats(il, *stats);
+    return true;
+}
+
+bool llama_mod_get_kv_seq_stats(const llama_context * ctx, llama_seq_id seq_id, llama_mod_kv_seq_stats * stats) {
+    const auto * mod = ctx->get_mod();
+    if (!mod || seq_id < 0 || seq_id >= (llama_seq_id) ctx->n_seq_max()) {
+        return false;
+    }
+    mod->get_memory()->kv_seq_stats(seq_id, *stats);
     return true;
 }
 
