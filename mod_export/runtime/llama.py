@@ -28,6 +28,7 @@ from mod_export.formats.kv_size import LayerKV, kv_layers
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.checked_sampler import row_logits
+from mod_export.runtime.checkpoints import SEQUENCE, Checkpoints
 from mod_export.runtime.guard import InputError
 from mod_export.runtime.log import check_context, check_file, decode_error, load_error, reason
 from mod_export.runtime.safe_llama import SafeLlama, check_kv_types, check_options
@@ -39,6 +40,9 @@ from llama_cpp import _internals  # isort: skip
 
 # What llama_cpp raises for a file that llama.cpp refuses, and for arguments of a wrong type.
 OPENING_ERRORS = ValueError, RuntimeError, TypeError, AttributeError, ctypes.ArgumentError
+# The number is that of llama-server (--ctx-checkpoints), whose spacing is 8192 tokens because its
+# checkpoints may hold as much as a whole state.
+CHECKPOINTS, CHECKPOINT_TOKENS, CHECKPOINT_BYTES = 32, 512, 256 << 20
 # Words, blanks, digits and letters of one to four bytes.
 PROBE_TEXT = "  Two words,\n\n\t12 \u00e9 \u4e16 \U0001f600</s>"
 NO_FLASH_ATTENTION = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -69,6 +73,9 @@ class MoDLlama(SafeLlama):
     names, such as "q8_0". Copies (copy, pickle) open the file again, with the same arguments,
     thresholds, shift and force.
 
+    checkpoints: how many checkpoints are kept at most, see `eval`; 0 for none. checkpoint_step: the
+    tokens from one to the next. checkpoint_bytes: what all of them may take.
+
     Flash attention is on by default. Without it V is stored transposed, which touches every page of
     the KV cache, so that no KV memory is saved, and V cannot be quantised.
 
@@ -90,6 +97,9 @@ class MoDLlama(SafeLlama):
         n_threads_batch: int | None = None,
         flash_attn: bool = True,
         threshold_shift: float = 0.0,
+        checkpoints: int = CHECKPOINTS,
+        checkpoint_step: int = CHECKPOINT_TOKENS,
+        checkpoint_bytes: int = CHECKPOINT_BYTES,
         verbose: bool = False,
         **kwargs,
     ):
@@ -97,11 +107,13 @@ class MoDLlama(SafeLlama):
         if path is None:
             raise InputError("no file is named", "give its path")
         check_file(path)
+        bindings.check_version()
         if lora_path := kwargs.get("lora_path"):
             check_file(lora_path)
         check_context(path, n_ctx)
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
+        self._checkpoints = _checkpoints(checkpoints, checkpoint_step, checkpoint_bytes)
         self.stop = False
         self._recording: list | None = None
         self._thresholds_changed = False
@@ -279,6 +291,13 @@ class MoDLlama(SafeLlama):
     def kv_rollback(self, value: int) -> None:
         self._set("kv_rollback", f"kv_rollback {value}", value)
 
+    @functools.cached_property
+    def _gives_back(self) -> bool:
+        """Whether K/V are given back, so that a long tail cannot be taken back without more."""
+        layers = range(llama_cpp.llama_model_n_layer(self.model) if self.units else 0)
+        windows = (bindings.llama_mod_layer_window(self.model, layer) for layer in layers)
+        return self.kv_window > 0 or any(windows)
+
     def _settings(self) -> dict[str, Any]:
         """What `_set_all` gives to another context of the same file."""
         return {
@@ -422,11 +441,21 @@ class MoDLlama(SafeLlama):
 
     # --- llama_cpp.Llama, made safe
 
-    def _before_generation(self) -> None:
-        """Have the prompt read anew after a change of thresholds."""
+    def _before_generation(self, ids: list[int], reset: bool) -> None:
+        """Have the prompt read anew after a change of thresholds, else go back to where it differs.
+
+        llama_cpp.Llama would read all of it again where the memory refuses to go back.
+        """
         if self._thresholds_changed:
             self.reset()
             self._thresholds_changed = False
+        elif reset and self._gives_back:
+            # One token is read in any case, for its logits.
+            n = min(self.longest_token_prefix(self._input_ids, ids), len(ids) - 1)
+            fixed = llama_cpp.llama_memory_seq_pos_min(self._ctx.memory, SEQUENCE)
+            if 0 < n <= fixed and (held := self._checkpoints.go_back(self.ctx, n)):
+                self._changes += 1
+                self.n_tokens, self._requires_eval = held, True
 
     @functools.cached_property
     def _dense_digest(self) -> str:
@@ -478,6 +507,11 @@ class MoDLlama(SafeLlama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens like llama_cpp.Llama.eval.
 
+        Where more tokens were taken back than the K/V allow that are left, the context goes back to
+        the nearest checkpoint, and the tokens from there on are read again. Checkpoints are made
+        before and after each prompt, and every `checkpoint_step` tokens. One that was made with
+        other thresholds, shift or force is not used.
+
         Raises UserError where the context is too small, and StoppedError after `stop` was set.
         """
         self._changes += 1
@@ -489,14 +523,32 @@ class MoDLlama(SafeLlama):
             )
         with self.errors_kept() as log:
             if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-                # The K/V that earlier tokens need are gone, so these tokens have to be read again.
-                pending = self.input_ids[: self.n_tokens].tolist() + pending
-                self.n_tokens = 0
-                self._ctx.kv_cache_clear()
+                # The K/V that earlier tokens need are gone.
+                held = self._checkpoints.go_back(self.ctx, self.n_tokens)
+                if not held:
+                    self._ctx.kv_cache_clear()
+                pending = self.input_ids[held : self.n_tokens].tolist() + pending
+                self.n_tokens = held
+            self._checkpoints.cut(self.n_tokens)
+            is_prompt = len(pending) > 1 and self.draft_model is None
+            if is_prompt:
+                self._checkpoint(self.kv_rollback)
             for i in range(0, len(pending), self.n_batch):
                 if self.stop:
                     raise StoppedError
                 self._eval_batch(pending[i : i + self.n_batch], log)
+                self._checkpoint(self._checkpoints.step)
+            if is_prompt:
+                self._checkpoint(1)
+
+    def _checkpoint(self, gap: int) -> None:
+        """Make a checkpoint if the last one is so many tokens back.
+
+        From a checkpoint the context can go back by `kv_rollback` tokens, so it takes the place of
+        one that is nearer.
+        """
+        if self._gives_back and self.n_tokens - self._checkpoints.last >= max(gap, 1):
+            self._checkpoints.take(self.ctx, self.n_tokens, self.kv_rollback)
 
     def _eval_batch(self, tokens: list[int], log: list[str]) -> None:
         try:
@@ -520,6 +572,7 @@ class MoDLlama(SafeLlama):
         former parameters hold then, in an empty context.
         """
         settings = self._settings()
+        self._checkpoints.clear()
         wanted = _context_params(self.context_params, params)
         if {"type_k", "type_v", "flash_attn_type"} & params.keys():
             types = {"type_k": wanted.type_k, "type_v": wanted.type_v}
@@ -616,7 +669,13 @@ class MoDLlama(SafeLlama):
         if self._adaptive_threads:  # nobody has chosen a number
             state["n_threads"] = None
         tokenizer = None if self.tokenizer_ is self._vocab else self.tokenizer_
-        return state | {"tokenizer": tokenizer, "settings": self._settings(), "stop": self.stop}
+        checkpoints = {
+            "checkpoints": self._checkpoints.limit,
+            "checkpoint_step": self._checkpoints.step,
+            "checkpoint_bytes": self._checkpoints.max_bytes,
+        }
+        ours = {"tokenizer": tokenizer, "settings": self._settings(), "stop": self.stop}
+        return state | checkpoints | ours
 
     def __setstate__(self, state: dict) -> None:
         options = dict(state)
@@ -631,6 +690,18 @@ def _one(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None and value != other:
         raise InputError(f"{name} is {value} and {other_name} {other}", "give one of them")
     return other if value is None else value
+
+
+def _checkpoints(limit: int, step: int, max_bytes: int) -> Checkpoints:
+    """No checkpoints yet. Raises InputError for values that are no sizes."""
+    for name, value, least in (
+        ("checkpoints", limit, 0),
+        ("checkpoint_step", step, 1),
+        ("checkpoint_bytes", max_bytes, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} {value!r} is wrong", f"use a whole number from {least}")
+    return Checkpoints(limit, step, max_bytes)
 
 
 def _context_params(

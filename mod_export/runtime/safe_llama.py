@@ -243,7 +243,7 @@ class SafeLlama(llama_cpp.Llama):
         if not options["tokens"] and (options.get("reset", True) or not self.n_tokens):
             raise InputError("the prompt has no tokens", "give at least one token")
         options["stopping_criteria"] = self._criteria(options.get("stopping_criteria"))
-        self._before_generation()
+        self._before_generation(options["tokens"], options.get("reset", True))
         steps, sent = super().generate(**options), None
         read, known = np.zeros(self._n_ctx, np.intc), 0  # what the context holds for this stream
         try:
@@ -266,8 +266,11 @@ class SafeLlama(llama_cpp.Llama):
         finally:
             steps.close()
 
-    def _before_generation(self) -> None:
-        """What a subclass does before the first step of a generation."""
+    def _before_generation(self, ids: list[int], reset: bool) -> None:
+        """What a subclass does before the first step of a generation from tokens.
+
+        reset: they are the whole text, of which the context may hold the beginning.
+        """
 
     def _read_again(self, ids: np.ndarray) -> None:
         """Have the context hold these tokens, which it does where no other call has used it."""

@@ -62,6 +62,8 @@ class Chat:
         # The last prompt with its answer, as text and as the tokens that were read and written.
         self._text = ""
         self._tokens: list[int] = []
+        # The same before each turn, which undo() goes back to.
+        self._former: list[tuple[str, list[int]]] = []
 
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer's pieces.
@@ -77,6 +79,7 @@ class Chat:
             self.history.pop()
             raise
         answer = []
+        self._former.append((self._text, self._tokens))
         self._tokens = list(tokens)
         try:
             for piece in self._stream(tokens):
@@ -86,9 +89,27 @@ class Chat:
             self.history.append({"role": "assistant", "content": "".join(answer)})
             self._text = prompt + "".join(answer)
 
+    def undo(self) -> str:
+        """Take back the last question with its answer, and return the question.
+
+        What the model has read of them is left at the next question, at the nearest checkpoint.
+        Raises UserError where nothing was asked yet.
+        """
+        if len(self.history) < 2:
+            raise UserError("there is no question to take back", "ask one first")
+        question, _ = self.history[-2:]
+        del self.history[-2:]
+        self._text, self._tokens = self._former.pop() if self._former else ("", [])
+        return question["content"]
+
+    def ask_again(self) -> Iterator[str]:
+        """Yield the pieces of another answer to the last question."""
+        return self.ask(self.undo())
+
     def reset(self) -> None:
         """Forgets the conversation and the counters; the system prompt and the thresholds stay."""
         self.history.clear()
+        self._former.clear()
         self._text, self._tokens = "", []
         self.llm.reset()
         self.llm.eval([])  # frees the KV cells

@@ -27,6 +27,8 @@ from mod_export.serving.chat import Chat
 
 HELP = '''\
 /reset        forget the conversation
+/undo         take back the last question and its answer
+/regenerate   answer the last question anew
 /stats        activation of each unit, KV memory, graphs
 /threshold    show the shift of all thresholds
 /threshold X  shift all thresholds by X in logit space from the next token on. Above 0 fewer tokens
@@ -36,7 +38,8 @@ HELP = '''\
 """           begins a question of several lines, which ends with """; a pasted text is one question
 A line that begins with a space is no command.'''
 # name -> whether something may follow it
-COMMANDS = {"/reset": False, "/stats": False, "/threshold": True, "/help": False, "/quit": False}
+COMMANDS = dict.fromkeys(("/reset", "/undo", "/regenerate", "/stats", "/help", "/quit"), False)
+COMMANDS["/threshold"] = True
 QUOTES = '"""'
 # of xterm and all that follow it: switch the marks on and off, and the marks
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
@@ -77,8 +80,12 @@ def stop_on_interrupt(llm: MoDLlama) -> Iterator[None]:
 
 def answer_once(chat: Chat, prompt: str) -> bool:
     """Print one answer alone on stdout, and the status on stderr; False if Ctrl-C stopped it."""
+    return _print_answer(chat, chat.ask(prompt))
+
+
+def _print_answer(chat: Chat, pieces: Iterable[str]) -> bool:
     with stop_on_interrupt(chat.llm):
-        for piece in chat.ask(prompt):
+        for piece in pieces:
             print(piece, end="", flush=True)
     print(flush=True)
     chat.notice(chat.status())
@@ -177,6 +184,11 @@ def _turn(chat: Chat, entry: Entry) -> bool:
     elif name == "/reset":
         chat.reset()
         chat.notice("conversation forgotten")
+    elif name == "/undo":
+        chat.undo()
+        chat.notice("the last question is taken back")
+    elif name == "/regenerate":
+        _print_answer(chat, chat.ask_again())
     elif name == "/stats":
         chat.notice(chat.stats())
     elif name == "/threshold":

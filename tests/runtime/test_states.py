@@ -4,6 +4,8 @@ A state goes on only where its K/V are those that the context would compute. Els
 read again, and what comes out equals the result of a new object.
 """
 
+import copy
+
 import llama_cpp
 import numpy as np
 import pytest
@@ -341,3 +343,106 @@ def test_files_of_one_shape_differ_in_their_digest(mod, folder):
     assert path.stat().st_size == other.stat().st_size
     digests = [GGUFFile.open(file).digest() for file in (path, again, other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+# --- checkpoints
+
+
+EDITED = {"n_ctx": 2048, "n_batch": 256, "threads": 1, "flash_attn": False}
+EDITED |= {"type_k": F32, "type_v": F32, "checkpoint_step": 256}
+HISTORY = np.random.default_rng(3).integers(0, 96, 1500).tolist()
+CHANGED = [*HISTORY[:1000], *HISTORY[:30], *HISTORY[1040:]]  # 40 tokens became 30
+
+
+@pytest.fixture(scope="module", params=["heads", "sliding+kv"])
+def forgetful(request, folder):
+    tiny = make(request.param, 0.3, vocab=True, n_ctx=2048)
+    return tiny.write(folder / f"{request.param}.gguf")
+
+
+def answered(llm, ids) -> tuple[np.ndarray, int]:
+    """The logits after a prompt, and how many tokens were read for it."""
+    read = llm.perf().tokens
+    next(llm.generate(ids, temp=0.0))
+    return llm.last_logits().copy(), llm.perf().tokens - read
+
+
+def test_an_edited_history_costs_what_comes_after_the_edit(forgetful):
+    llm, new = (MoDLlama(forgetful, **EDITED) for _ in range(2))
+    first, read = answered(llm, HISTORY)
+    assert read == len(HISTORY)
+    llm.eval(HISTORY[:200])  # an answer
+    logits, read = answered(llm, CHANGED)
+    assert len(CHANGED) - 1000 <= read <= len(CHANGED) - 1000 + EDITED["checkpoint_step"]
+    expected, _ = answered(new, CHANGED)
+    close(logits, expected)
+    assert llm.kv().cells_used == new.kv().cells_used
+    for _ in range(2):  # the same again
+        llm.eval(HISTORY[:200])
+        logits, read = answered(llm, CHANGED)
+        assert read == 1
+        close(logits, expected)
+    logits, read = answered(llm, HISTORY)
+    assert read <= len(HISTORY) - 1000 + EDITED["checkpoint_step"]
+    close(logits, first)
+    llm.close()
+    new.close()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_of_other_thresholds_is_not_used(forgetful, change):
+    llm = MoDLlama(forgetful, **EDITED)
+    answered(llm, HISTORY)
+    CHANGES[change](llm)
+    llm._thresholds_changed = False  # as set_shift(x, reread=False) leaves it
+    logits, read = answered(llm, CHANGED)
+    assert read == len(CHANGED)
+    llm.reset()
+    expected, _ = answered(llm, CHANGED)
+    close(logits, expected)
+    llm.close()
+
+
+def test_checkpoints_are_few_and_small(forgetful):
+    options = EDITED | {"checkpoint_step": 64, "n_batch": 64}
+    one = MoDLlama(forgetful, **options)
+    answered(one, HISTORY)
+    assert len(one._checkpoints) == 24
+    size = one._checkpoints.bytes // len(one._checkpoints)
+    for limits in ({"checkpoints": 5}, {"checkpoint_bytes": 6 * size}):
+        llm = MoDLlama(forgetful, **options, **limits)
+        answered(llm, HISTORY)
+        assert 4 <= len(llm._checkpoints) <= 6
+        at = [0, *(checkpoint.n_tokens for checkpoint in llm._checkpoints._made)]
+        assert at[-1] == len(HISTORY)
+        assert max(np.diff(at)) < len(HISTORY) / 2
+        copied = copy.copy(llm)
+        assert copied._checkpoints.limit == llm._checkpoints.limit
+        assert len(copied._checkpoints) == 0
+        copied.close()
+        llm.close()
+    none = MoDLlama(forgetful, **options, checkpoints=0)
+    answered(none, HISTORY)
+    assert len(none._checkpoints) == 0
+    assert answered(none, CHANGED)[1] == len(CHANGED)
+    none.close()
+    one.close()
+
+
+def test_short_prompts_leave_checkpoints_a_step_apart(forgetful):
+    llm = MoDLlama(forgetful, **EDITED)
+    for i in range(0, 1500, 20):
+        llm.eval(HISTORY[i : i + 20])
+    at = [0, *(checkpoint.n_tokens for checkpoint in llm._checkpoints._made)]
+    assert at[-1] == 1500 and max(np.diff(at)) <= 256 + 20 and len(at) < 20
+    llm.close()
+
+
+def test_a_model_that_gives_nothing_back_needs_none(folder):
+    llm = MoDLlama(make("attn+ffn", vocab=True).write(folder / "attn.gguf"), **EXACT)
+    llm.eval(TOKENS[0].tolist())
+    read = llm.perf().tokens
+    llm.n_tokens = 3
+    llm.eval(TOKENS[1][:10].tolist())
+    assert (llm.perf().tokens - read, len(llm._checkpoints)) == (10, 0)
+    llm.close()

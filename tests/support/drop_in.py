@@ -412,6 +412,8 @@ WRONG: dict[str, list[Callable[[Objects], object]]] = {
         lambda o: o.open(tensor_split=["a"]),
         lambda o: o.open(vocab_only=True).eval([1]),
         lambda o: o.open(rope_freq_base=float("nan")).sample(),
+        lambda o: o.open(checkpoints=-1),
+        lambda o: o.open(checkpoint_step=0),
     ],
     "piece": [lambda o: o.llm.piece(MILLION), lambda o: o.llm.piece("a")],
     "is_end": [lambda o: o.llm.is_end(MILLION)],

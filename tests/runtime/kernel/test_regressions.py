@@ -173,7 +173,7 @@ def test_a_token_moves_in_all_layers_or_in_none(tmp_path):
         r.decode(TOKENS[30:80])  # sequence 0 gives back dropped tokens that 1 keeps
         llama_cpp.llama_memory_seq_add(r.mem, 0, 0, -1, 100)
         r.seq_rm(0, 0)
-        assert (llama_cpp.llama_memory_seq_pos_min(r.mem, 1), cells(r)[0]) == (100, 30)
+        assert (llama_cpp.llama_memory_seq_pos_max(r.mem, 1), cells(r)[0]) == (129, 30)
         held = cells(r)[1]
         assert llama_cpp.llama_memory_seq_rm(r.mem, 1, 0, 115)
         kept = oracle.active[:30, 0] | (30 - np.arange(30) < 8)

@@ -172,6 +172,33 @@ def test_a_turn_reads_only_what_is_new(model):
     assert llm.input_ids[: llm.n_tokens].tolist() != whole[: llm.n_tokens]
 
 
+def test_undo_and_another_answer_read_little_again(model):
+    """The K/V of a long conversation are given back, and a checkpoint brings them back."""
+    llm = Counting(model, n_ctx=2048, n_batch=256, threads=1, checkpoint_step=64)
+    chat = Chat(llm, "", LIKELIEST, max_tokens=100, notice=lambda line: None)
+    turns(chat, 4)
+    history, before = list(chat.history), llm.evaluated
+    assert llm.n_tokens > llm.kv_kept > 0
+    answer = "".join(chat.ask_again())
+    assert chat.history == history and answer == history[-1]["content"]
+    assert llm.evaluated - before <= 100 + 64
+    assert chat.undo() == history[-2]["content"] and chat.undo() == history[-4]["content"]
+    assert chat.history == history[:4]
+    before = llm.evaluated
+    answer = "".join(chat.ask("And the sea?"))
+    assert llm.evaluated - before <= 20 + 100 + 64
+    fresh = Chat(
+        MoDLlama(model, n_ctx=2048, n_batch=256, threads=1), "", LIKELIEST, 100, chat.notice
+    )
+    turns_before = [message["content"] for message in history[0:4:2]]
+    for question in turns_before:
+        "".join(fresh.ask(question))
+    assert "".join(fresh.ask("And the sea?")) == answer
+    chat.reset()
+    with pytest.raises(UserError, match="no question to take back"):
+        chat.undo()
+
+
 @pytest.fixture
 def talk(model):
     """(a chat with one question answered, that turn's activation, what it says)"""
