@@ -35,6 +35,7 @@ from mod_export.model import architectures
 from mod_export.model.directory import router_state
 from mod_export.model.lora import attach_lora, lora_of, merge_lora, read_lora, write_lora
 from mod_export.model.mod_model import MoDModel, check_routers
+from mod_export.model.streaming import at_hand, embedding_rows
 from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,15 @@ def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
     middle; formats/base_identity.py compares such records.
     """
     layers = architectures.decoder_layers(base)
-    embedding = base.get_input_embeddings().weight
-    weights = {"embedding": _sample(embedding)}
-    middle = layers[len(layers) // 2].ffn
-    if linears := [part for part in middle.modules() if isinstance(part, nn.Linear)]:
-        weights["ffn"] = _sample(linears[-1].weight)
+    embedding, middle = base.get_input_embeddings().weight, len(layers) // 2
+    shape = embedding.shape[0], embedding.shape[1]
+    weights = {"embedding": sample_matrix(shape, lambda i: _row(embedding_rows(base, [i])))}
+    modules = layers[middle].ffn.modules()
+    if linears := [part for part in modules if isinstance(part, nn.Linear)]:
+        with at_hand(base, middle):
+            matrix = linears[-1].weight
+            shape = matrix.shape[0], matrix.shape[1]
+            weights["ffn"] = sample_matrix(shape, lambda i: _row(matrix[i : i + 1]))
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     return {
         "name": name,
@@ -79,11 +84,9 @@ def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
     }
 
 
-def _sample(matrix: torch.Tensor) -> list[float]:
-    def row(i: int) -> np.ndarray:
-        return matrix[i].detach().float().cpu().numpy()
-
-    return sample_matrix((matrix.shape[0], matrix.shape[1]), row)
+def _row(rows: torch.Tensor) -> np.ndarray:
+    """Return the first of some rows."""
+    return rows[0].detach().float().cpu().numpy()
 
 
 def save(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir
 from mod_export.common.progress import stage
+from mod_export.common.system import available_memory
 from mod_export.config import KV_GRANULARITY, KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
 from mod_export.errors import UserError
@@ -35,6 +37,7 @@ CHECK_BATCH = 64  # tokens; logits of so many are held at once
 # which is an estimate, and so much more, because llama.cpp has GELU from a table of f16.
 CHECK_TIMES = 3.0
 CHECK_MARGIN = 1e-5
+BACKWARD = "the scores of its units take a backward pass through the whole model"
 # Is called with a model, its tokenizer and the kinds of units, before work goes into them.
 Check = Callable[[Any, Any, Collection[str]], None]
 
@@ -52,15 +55,21 @@ def convert(
     revision: str | None = None,
     check: Check | None = None,
     kv_granularity: str = KV_GRANULARITY,
+    calibration_tokens: int | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    with_base: bool = True,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
     model: a directory, a GGUF file, `smollm2` or a name on the Hugging Face hub; revision: of the
     last. target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an
     eighth of the model's context where that is less; "auto" gives each kv unit its own.
-    kv_granularity: kv units decide for each K/V `head`, or for each `layer`. check: what else the
-    model has to fit. Raises UserError for anything in the arguments, the model or the text that
-    does not fit.
+    kv_granularity: kv units decide for each K/V `head`, or for each `layer`. calibration_tokens: of
+    the text to use; None is all. device, dtype: to compute on and in, as model/devices.py names
+    them. with_base: the weights of the original are written too. check: what else the model has to
+    fit. One layer is in memory at a time unless a kind's score needs all. Raises UserError for
+    anything in the arguments, the model or the text that does not fit.
     """
     kinds = parse_kinds(units)
     parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
@@ -73,38 +82,81 @@ def convert(
     # An output in the way must fail before the minutes of work.
     with atomic_dir(out, force) as tmp:
         path = hub.locate(model, revision)
-        from mod_export.calibration.calibrate import CalibrationPlan, calibrate
-        from mod_export.model import architectures, loading
+        from mod_export.calibration.calibrate import calibrate
+        from mod_export.calibration.measuring import CalibrationPlan
+        from mod_export.model import devices, loading
         from mod_export.model.mod_model import MoDModel
-        from mod_export.model.role_check import check_roles
 
         refuse_mod(path)
-        logger.info(f"loading {model}")
-        with stage(f"loading {model}"):
-            base, tokenizer = loading.load(path)
-        check_against_runtime(loading.gguf_path(path), base, tokenizer)
-        check_roles(base)
+        place = devices.parse_device(device)
+        if with_base:
+            check_disk(path, out)
+        backward = CalibrationPlan(dict.fromkeys(kinds, ())).needs_gradients
+        base, tokenizer = open_base(model, path, dtype, place, BACKWARD if backward else "")
+        check_base(path, base, tokenizer)
         if check:
             check(base, tokenizer, kinds)
         note_for_export(type(base).__name__, kinds)
-        n_layer = len(architectures.decoder_layers(base))
-        chosen = parse_layers(layers, n_layer)
-        widest = max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
         plan = CalibrationPlan(
-            {kind: architectures.unit_layers(base, kind, chosen) for kind in kinds},
+            layers_of_kinds(base, kinds, layers),
             target,
-            None if kv_window == "auto" else kv_window or min(KV_WINDOW, widest),
+            None if kv_window == "auto" else kv_window or default_window(base),
             sink_tokens,
             text,
             kv_granularity=kv_granularity,
+            tokens=calibration_tokens,
         )
         config, routers = calibrate(base, tokenizer, plan)
         config = replace(config, calibration={"model": loading.name_of(path), **config.calibration})
         logger.info(f"writing {out}")
         # The empty directory `tmp` is there already.
         with stage(f"writing {out}"):
-            MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
+            made = MoDModel.from_base(base, tokenizer, config, routers)
+            made.save(tmp, force=True, with_base=with_base)
     logger.info(summary(config))
+
+
+def layers_of_kinds(base, kinds: Collection[str], layers: str) -> dict[str, list[int]]:
+    """Return kind -> the layers to give units of it; `layers` as parse_layers takes it."""
+    from mod_export.model import architectures
+
+    chosen = parse_layers(layers, len(architectures.decoder_layers(base)))
+    return {kind: architectures.unit_layers(base, kind, chosen) for kind in kinds}
+
+
+def default_window(base) -> int:
+    """Return KV_WINDOW, or an eighth of the model's context where that is less."""
+    from mod_export.model import architectures
+
+    widest = max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
+    return min(KV_WINDOW, widest)
+
+
+def check_base(path: Path, base, tokenizer) -> None:
+    """Raise UserError for a model that cannot have units, or that llama.cpp computes otherwise."""
+    from mod_export.model import devices, loading
+    from mod_export.model.role_check import check_roles
+
+    gguf = loading.gguf_path(path)
+    is_exact = base.dtype == devices.DTYPES["float32"] and base.device.type == "cpu"
+    reference = base if is_exact or gguf is None else loading.open_streamed(path)[0]
+    check_against_runtime(gguf, reference, tokenizer)
+    check_roles(base)
+
+
+def check_disk(path: Path, out: str | Path) -> None:
+    """Raise UserError where there is no room for the weights of a model."""
+    from mod_export.model import loading
+
+    need = loading.written_bytes(path)
+    parent = Path(out).absolute().parent
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise UserError(
+            f"{out} would have {need / 1e9:.1f} GB of weights, and {parent} has room for "
+            f"{free / 1e9:.1f} GB",
+            "free some, or write elsewhere",
+        )
 
 
 def convert_adapter(
@@ -113,11 +165,12 @@ def convert_adapter(
     adapter: str | Path,
     force: bool = False,
     revision: str | None = None,
+    with_base: bool = True,
 ) -> None:
     """Write `model` with an adapter, LoRA merged, to the directory `out`, whole or not at all.
 
-    model, revision: as `convert` takes them. adapter: a directory, or the name of a packaged one.
-    Raises UserError where it is damaged or for another model.
+    model, revision, with_base: as `convert` takes them. adapter: a directory, or the name of a
+    packaged one. Raises UserError where it is damaged or for another model.
     """
     from mod_export.formats import adapter_files
 
@@ -127,17 +180,48 @@ def convert_adapter(
     with atomic_dir(out, force) as tmp:
         path = hub.locate(model, revision)
         from mod_export.adapter import apply, load
-        from mod_export.model import loading
+        from mod_export.model import devices, loading
 
         found = load(found_at)
-        logger.info(f"loading {model}")
-        with stage(f"loading {model}"):
-            base, tokenizer = loading.load(path)
+        # LoRA is merged into the weights of all layers.
+        reason = "the adapter's LoRA goes into all layers" if found.lora is not None else ""
+        place = devices.parse_device("cpu")
+        base, tokenizer = open_base(model, path, "float32", place, reason)
         check_against_runtime(loading.gguf_path(path), base, tokenizer)
         mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
-            mod.save(tmp, force=True)  # `tmp` is there already, and empty
+            mod.save(tmp, force=True, with_base=with_base)  # `tmp` is there already, and empty
+
+
+def open_base(model: str, path: Path, dtype: str, device, whole: str = ""):
+    """Return a model, one layer of which is in memory at a time, and its tokenizer.
+
+    model: what messages call it. dtype: as model/devices.py names it. whole: why all layers are
+    needed at once. Then, and where a model cannot be read layer by layer, the log says how much
+    memory it takes. Raises UserError where that is more than there is.
+    """
+    from mod_export.model import devices, loading
+    from mod_export.model.safetensors_weights import CannotStream
+
+    logger.info(f"loading {model}")
+    chosen = devices.choose_dtype(dtype, loading.stored_type(path), device)
+    with stage(f"loading {model}"):
+        if not whole:
+            try:
+                return loading.open_streamed(path, chosen, device)
+            except CannotStream as exc:
+                whole = str(exc)
+        need, room = loading.weights_bytes(path, chosen), available_memory()
+        logger.info(f"all weights are in memory at once, {need / 1e9:.1f} GB: {whole}")
+        if need > room:
+            raise UserError(
+                f"{model} takes {need / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are "
+                f"available: {whole}",
+                "convert it with --units kv from safetensors files, or on a larger machine",
+            )
+        base, tokenizer = loading.load(path, chosen)
+        return base.to(device), tokenizer
 
 
 def check_against_runtime(path: Path | None, base, tokenizer) -> None:

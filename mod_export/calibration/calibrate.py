@@ -6,6 +6,9 @@
    a logit means the same cost in every layer and head, which share the budget as they need it.
 3. One quantile over all (token, unit) pairs of a kind gives the threshold (thresholds.py).
 
+The first two take one pass through the model, layer by layer (measuring.py). What the routers say
+there gives the first threshold. Each pass that skips checks a threshold, and gives the next one.
+
 docs/log.md has the comparison behind the defaults.
 
     config, routers = calibrate(base, tokenizer, CalibrationPlan(units={"kv": range(2, 30)}))
@@ -15,86 +18,27 @@ docs/log.md has the comparison behind the defaults.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from mod_export.calibration.costs import CostMeter
-from mod_export.calibration.drift import ChunkMeans, router_inputs
-from mod_export.calibration.ridge import Ridge
-from mod_export.calibration.routers import LayerFit, solve
-from mod_export.calibration.thresholds import routing_of, set_thresholds
-from mod_export.config import (
-    HEAD,
-    KV_GRANULARITY,
-    KV_WINDOW,
-    SINK_TOKENS,
-    MoDConfig,
-    UnitConfig,
-)
+from mod_export.calibration.measuring import CalibrationPlan, measure_layers, sample_numbers
+from mod_export.calibration.routers import PENALTIES, Candidate, Solution, candidates, choose_all
+from mod_export.calibration.thresholds import routing, settle
+from mod_export.config import MoDConfig, UnitConfig
 from mod_export.data.text import default_texts, pack, tokenize
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
-from mod_export.model.router import rms_norm
-from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, shares_by_kind, units_in
+from mod_export.units import KV, Unit, shares_by_kind, units_in
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SCORES = {KV: "max_relative", BLOCK: "size", ATTN: "gradient_keys", FFN: "gradient"}
-# The windows that a kv unit gets one of, where each has its own.
-OWN_WINDOWS = (16, 32, 64, 128, 256, 512)
 # Tokens of a sequence: fewer where the text is short, more for a wide window.
 SEQUENCE_TOKENS = 1024
-# Tokens of a sequence to see what drifts, as far as the model's context goes.
-LONG_TOKENS = 4096
 MIN_SEQUENCES = 4
-# Keys after this part of a sequence without its last window have too few later queries to judge
-# them by.
-JUDGED_SHARE = 0.75
-
-
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """What to calibrate.
-
-    units: kind -> layers. target: share of (token, unit) pairs that are to run, one number or kind
-    -> number. kv_window: None gives each kv unit one of OWN_WINDOWS. kv_granularity: kv units
-    decide for each K/V head, where layers have several, or for each layer. text: None
-    is the packaged text. scores: kind -> score (costs.SCORES).
-    """
-
-    units: Mapping[str, Sequence[int]]
-    target: float | Mapping[str, float] = 0.5
-    kv_window: int | None = KV_WINDOW
-    sink_tokens: int = SINK_TOKENS
-    text: str | None = None
-    scores: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_SCORES))
-    rounds: int = 4
-    kv_granularity: str = KV_GRANULARITY
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The windows that a kv unit can have."""
-        return OWN_WINDOWS if self.kv_window is None else (self.kv_window,)
-
-    def heads(self, base: nn.Module, kind: str) -> int:
-        """Return how many units of a kind a layer has."""
-        by_head = kind == KV and self.kv_granularity == HEAD
-        return architectures.kv_heads(base) if by_head else 1
-
-    def layer_units(self, base: nn.Module) -> dict[Unit, list[Unit]]:
-        """Return Unit(layer, kind) -> its units, in deciding order."""
-        places = [Unit(layer, kind) for kind, layers in self.units.items() for layer in layers]
-        found = {}
-        for place in sorted(places, key=deciding_order):
-            found[place] = units_in(*place, self.heads(base, place.kind))
-        return found
 
 
 @torch.no_grad()
@@ -104,27 +48,25 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
     Raises UserError for a text too short, an unknown score, or layers the model does not have.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
+    sequences, held_out = _first_of(sequences, plan.tokens), _first_of(held_out, plan.tokens)
     _first_config(base, plan)  # an error is raised before the minutes of work
-    fits = measure(base, sequences, plan)
-    logger.info("measuring what drifts from one part of a text to the next")
-    drifts = drift(base, tokenizer, sequences, plan)
     targets = shares_by_kind(plan.target, plan.units)
-    solution = solve(fits, targets, sequences.shape[1], drifts)
+    solution, logits = fit_routers(base, sequences, plan, targets)
     if plan.kv_window is None:
         counts = sorted(Counter(solution.windows.values()).items())
         named = ", ".join(f"{window} ({n})" for window, n in counts)
         logger.info(f"windows of the kv units, and how many have them: {named}")
     first = _first_config(base, plan, solution.windows)
+    groups = first.by_kind()
     model = MoDModel.from_base(base, tokenizer, first, solution.routers)
     try:
-        subset = sequences[:: math.ceil(len(sequences) / 6)]
-        groups = first.by_kind()
-        activation = set_thresholds(model, subset, groups, targets, plan.rounds)
+        sample = sequences[list(sample_numbers(len(sequences)))]
+        both = SampleAndHeldOut(model, sample, held_out)
+        activation = settle(model, both.route, groups, targets, plan.rounds, logits)
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
-        logger.info("measuring activation on held-out text")
-        _, held = routing_of(model, held_out)
     finally:
         model.detach()
+    held = both.held
     record = {
         "method": {kind: f"ridge on log {plan.scores[kind]}" for kind in plan.units},
         "target_activation": plan.target,
@@ -151,72 +93,51 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
     return config, solution.routers
 
 
-def measure(base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan) -> list[LayerFit]:
-    """Run the original model over sequences [n, T], and gather what each router is fitted to."""
-    meter = CostMeter(base, plan.windows)
-    n_embd, eps = architectures.n_embd(base), architectures.norm_eps(base)
-    fits, wanted = {}, {}
-    for place, units in plan.layer_units(base).items():
-        windows = plan.windows if place.kind == KV else (0,)
-        ridge = Ridge(n_embd, len(windows) * len(units))
-        fits[place] = LayerFit(units, windows, ridge)
-        wanted |= {unit: [plan.scores[unit.kind]] for unit in units}
-    for number, ids in enumerate(sequences):
-        logger.info(f"measuring costs: sequence {number + 1} of {len(sequences)}")
-        measured = groupby(meter.measure(ids, wanted), lambda pair: Unit(*pair[0][:2]))
-        for place, of_place in measured:
-            rows = judged_rows(place.kind, len(ids), plan.sink_tokens, max(plan.windows))
-            x, targets = None, []
-            for _, (h, costs) in of_place:
-                x = rms_norm(h, eps)[rows] if x is None else x
-                (cost,) = costs.values()
-                targets.append(torch.stack([log_cost(one[rows]) for one in torch.atleast_2d(cost)]))
-            fits[place].ridge.add(x, torch.stack(targets, 1).flatten(0, 1).T)
-    return list(fits.values())
+def fit_routers(
+    base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan, targets: Mapping[str, float]
+) -> tuple[Solution, dict[Unit, torch.Tensor]]:
+    """Return the routers, and their logits on the sample's tokens where nothing is skipped.
 
-
-def drift(
-    base: nn.Module, tokenizer, sequences: torch.Tensor, plan: CalibrationPlan
-) -> dict[Unit, torch.Tensor]:
-    """Return Unit(layer, kind) -> the drift of the inputs of its routers, [k, n_embd] (drift.py).
-
-    sequences: [n, T], consecutive parts of a text.
+    Of each layer only the candidates and what they predict are kept.
     """
-    nothing = torch.zeros(architectures.n_embd(base)), torch.zeros(1)
-    blank = {unit: nothing for units in plan.layer_units(base).values() for unit in units}
-    model = MoDModel.from_base(base, tokenizer, _first_config(base, plan), blank)
-    try:
-        n, length = sequences.shape
-        many = sequences_joined(base, length, n)
-        joined = sequences[: n // many * many].reshape(-1, many * length)
-        with model.forced("active"):
-            found = router_inputs(model, joined, ChunkMeans)
-        return {place: seen.drift() for place, seen in found.items()}
-    finally:
-        model.detach()
+    found: dict[Unit, dict[Unit, list[Candidate]]] = {}
+    predicted: dict[Unit, list[torch.Tensor]] = {}
+    for layer in measure_layers(base, sequences, plan):
+        place = layer.fit.place
+        drift = layer.means.drift()
+        found[place] = candidates(layer.fit, PENALTIES[place.kind], drift)
+        for unit, some in found[place].items():
+            weight = torch.stack([one.weight for one in some]).to(base.device)
+            bias = torch.stack([one.bias for one in some]).to(base.device)
+            logs = [(weight @ x.T + bias).cpu() for x in layer.sample]
+            predicted[unit] = torch.stack(logs, 1)  # [n_candidate, n_sequence, T]
+    solution = choose_all(found, targets, sequences.shape[1])
+    logits = {}
+    for unit, number in solution.chosen.items():
+        center, scale = solution.scales[unit.kind]
+        logit = (predicted[unit][number] - center) * scale
+        logit[:, : plan.sink_tokens] = float("inf")
+        logits[unit] = logit.flatten()
+    return solution, logits
 
 
-def sequences_joined(base: nn.Module, length: int, n: int) -> int:
-    """Return how many of n sequences of `length` tokens make one of LONG_TOKENS tokens."""
-    return min(n, max(1, min(LONG_TOKENS, architectures.context_length(base) or length) // length))
+class SampleAndHeldOut:
+    """Measures how a model routes a sample and held-out text [n, T], in one pass each time.
 
-
-def judged_rows(kind: str, n_token: int, sink_tokens: int, kv_window: int) -> slice:
-    """Return the tokens to fit to: no sinks, and no keys whose later queries are few.
-
-    Sinks are always active.
+    held: activation of each unit on the held-out text, the last time.
     """
-    late = int(JUDGED_SHARE * (n_token - kv_window)) if kind == KV else n_token
-    return slice(sink_tokens, late)
 
+    def __init__(self, model: MoDModel, sample: torch.Tensor, held_out: torch.Tensor):
+        self.model, self.sample, self.held_out = model, sample, held_out
+        self.held: dict[Unit, float] = {}
 
-def log_cost(cost: torch.Tensor) -> torch.Tensor:
-    """Return the natural logarithm of costs.
-
-    The lowest percent, which may be 0, is raised to the percentile first.
-    """
-    floor = cost.float().quantile(0.01).clamp(min=1e-20)
-    return cost.float().clamp(min=floor.item()).log()
+    def route(self) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
+        """Return logits and activation on the sample, as routing_of does."""
+        sequences = [*self.sample, *self.held_out]
+        traces = self.model.traces(sequences, "measuring activation")
+        n = len(self.sample)
+        _, self.held = routing(self.model, traces[n:])
+        return routing(self.model, traces[:n])
 
 
 def _mean(activation: dict[Unit, float], kind: str) -> float:
@@ -276,6 +197,17 @@ def _sequence_length(base: nn.Module, plan: CalibrationPlan) -> int:
             f"use --kv-window {limit // 4} or less",
         )
     return min(max(SEQUENCE_TOKENS, needed), limit)
+
+
+def _first_of(sequences: torch.Tensor, tokens: int | None) -> torch.Tensor:
+    """Return the first of sequences [n, T]: those that have at most so many tokens together."""
+    length = sequences.shape[1]
+    if tokens is not None and tokens < length:
+        raise UserError(
+            f"{tokens} tokens to calibrate on are less than a sequence, which has {length}",
+            f"use --calibration-tokens {length} or more, or a smaller --kv-window",
+        )
+    return sequences if tokens is None else sequences[: tokens // length]
 
 
 def _texts(tokenizer, plan: CalibrationPlan, length: int) -> tuple[torch.Tensor, torch.Tensor, str]:

@@ -32,7 +32,6 @@ scripts/studies/scores.py has the scores that these were chosen from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from mod_export.calibration.layer_hooks import LayerObserver, LayerRecord, first
 from mod_export.errors import UserError
 from mod_export.model import architectures
+from mod_export.model.layer_walk import LayerWalk
 from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
 
 SCORES = {
@@ -123,52 +123,46 @@ class CostMeter:
         after the other. ids: [T]. Raises UserError for a score that the kind does not have.
         """
         wanted = {Unit(*unit): names for unit, names in wanted.items()}
-        self._check_scores(wanted)
-        gradients = any(name.startswith("gradient") for names in wanted.values() for name in names)
+        self.check_scores(wanted)
+        gradients = needs_gradients(wanted.values())
         with self.observer.prepared(), torch.set_grad_enabled(gradients):
             if gradients:
                 yield from self._downwards(ids, wanted)
             else:
                 yield from self._upwards(ids, wanted)
 
-    def _check_scores(self, wanted: dict[Unit, list[str]]) -> None:
+    def check_scores(self, wanted: Mapping[Unit, Sequence[str]]) -> None:
+        """Raise UserError for a score that the kind of a unit does not have."""
         for unit, names in wanted.items():
             for name in names:
                 if name not in self.scores[unit.kind]:
                     known = ", ".join(self.scores[unit.kind])
                     raise UserError(f"unknown score {name!r} for {unit.kind}", f"known: {known}")
 
-    def _upwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> list:
+    def _upwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> Iterator:
         """Measure without gradients: all costs of a layer are known when the layer has run."""
-        found: list = []
-        with ExitStack() as hooks:
-            for layer in {unit.layer for unit in wanted}:
-                units = {unit: names for unit, names in wanted.items() if unit.layer == layer}
-                self._hook_layer(hooks, self.parts[layer], units, found)
-            kept = architectures.last_logits(1, ids[None])
-            self.base(input_ids=ids[None], use_cache=False, logits_to_keep=kept)
-        return found
+        walk = LayerWalk(self.base, [ids])
+        for layer in walk.layers(1 + max(unit.layer for unit in wanted)):
+            units = {unit: names for unit, names in wanted.items() if unit.layer == layer}
+            found, out = self.measure_layer(walk, 0, units)
+            walk.keep(0, out)
+            yield from found
 
-    def _hook_layer(
-        self, hooks: ExitStack, part: architectures.LayerParts, units: dict, found: list
-    ) -> None:
-        """Let the layer append the costs of its units to `found` when it runs."""
-        observed = hooks.enter_context(ExitStack())
-        records: list[LayerRecord] = []
+    @torch.no_grad()
+    def measure_layer(
+        self, walk: LayerWalk, number: int, units: dict[Unit, list[str]]
+    ) -> tuple[list, torch.Tensor]:
+        """Run a sequence through the layer where a walk is, within `observer.prepared()`.
 
-        def enter(_module, _args, _kwargs):
-            records.append(observed.enter_context(self.observer.layer(part)))
-
-        def leave(_module, args, kwargs, out):
-            observed.close()
-            record = records.pop()
-            record.note_layer(args[0] if args else kwargs["hidden_states"], first(out), part)
-            found.extend(self._costs(part, units, record, None))
-
-        before = part.layer.register_forward_pre_hook(enter, with_kwargs=True)
-        after = part.layer.register_forward_hook(leave, with_kwargs=True)
-        hooks.callback(before.remove)
-        hooks.callback(after.remove)
+        Returns (unit, (h, costs)) of the units, as `measure` yields them, and the layer's output.
+        """
+        if not units:
+            return [], walk.run(number)
+        part, h = self.parts[next(iter(units)).layer], walk.h(number)
+        with self.observer.layer(part) as record:
+            out = walk.run(number, h)
+        record.note_layer(h, out, part)
+        return self._costs(part, units, record, None), out
 
     def _downwards(self, ids: torch.Tensor, wanted: dict[Unit, list[str]]) -> Iterator:
         """Measure with gradients, from the last layer to the first wanted one."""
@@ -202,7 +196,7 @@ class CostMeter:
                 hook.remove()
         with torch.no_grad():  # d log p(drawn token) / d logits = one-hot - p
             p = logits[0].float().softmax(-1)
-            drawn = torch.multinomial(p, 1, generator=self.generator)
+            drawn = torch.multinomial(p.cpu(), 1, generator=self.generator).to(p.device)
             slope = p.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype))
         logits.backward(slope[None].to(logits.dtype))
         return inputs, last[0].grad
@@ -271,12 +265,12 @@ class CostMeter:
             h = record.mid if kind == FFN else record.h
             added = {ATTN: record.attn, FFN: record.whole_ffn}
             delta = record.out if kind == BLOCK else added[kind] * record.scale
-            return delta.norm(dim=-1) / h.norm(dim=-1).clamp(min=1e-12)
+            return delta.float().norm(dim=-1) / h.float().norm(dim=-1).clamp(min=1e-12)
         effect = 0.0
         if kind in (ATTN, BLOCK):
-            effect = effect + (grads[0] * record.attn).sum(-1)
+            effect = effect + (grads[0].float() * record.attn).sum(-1)
         if kind in (FFN, BLOCK):
-            effect = effect + (grads[1] * record.whole_ffn).sum(-1)
+            effect = effect + (grads[1].float() * record.whole_ffn).sum(-1)
         cost = effect.pow(2)
         if name == "gradient_keys":
             scores = {"gradient": self.key_scores["gradient"]}
@@ -310,6 +304,11 @@ class CostMeter:
         return output_weight(attn) if needed else None
 
 
+def needs_gradients(scores: Iterable[Sequence[str]]) -> bool:
+    """Return whether one of the names is that of a score that needs a backward pass."""
+    return any(name.startswith("gradient") for names in scores for name in names)
+
+
 def received(
     record: LayerRecord,
     scores: Mapping[str, KeyScore],
@@ -327,8 +326,9 @@ def received(
     """
     if not scores:
         return {}
-    n_token = record.key.shape[1]
-    costs = {name: torch.zeros(len(windows), n_unit, n_token) for name in scores}
+    n_token, device = record.key.shape[1], record.key.device
+    shape = len(windows), n_unit, n_token
+    costs = {name: torch.zeros(shape, device=device) for name in scores}
     norm = value_norm(record.value, weight) if weight is not None else None
     gradients = any(score.needs_gradients for score in scores.values())
     for start in range(first_query, n_token, QUERY_BLOCK):
@@ -336,7 +336,7 @@ def received(
         a = attention(record, rows)
         block = QueryBlock(
             a.unflatten(0, (n_unit, -1)),
-            record.h[rows].norm(dim=-1),
+            record.h[rows].float().norm(dim=-1),
             norm[:, : rows.stop].unflatten(0, (n_unit, -1)) if norm is not None else None,
             _lost(record, grads[2], a, rows, n_unit) if gradients else None,
         )
@@ -347,8 +347,9 @@ def received(
                 _add_far(so_far, cost, rows, window, score.takes_max)
     for name, score in scores.items():
         if not score.takes_max:
-            late = (torch.arange(n_token) + torch.tensor(windows)[:, None]).clamp(min=first_query)
-            costs[name] /= (n_token - late).clamp(min=1)[:, None]
+            late = torch.arange(n_token) + torch.tensor(windows)[:, None]
+            n_late = (n_token - late.clamp(min=first_query)).clamp(min=1)
+            costs[name] /= n_late[:, None].to(device)
     return costs
 
 
@@ -361,13 +362,14 @@ def _add_far(
     """
     n_key = max(0, rows.stop - window)  # no query is far from a later key
     near = max(0, rows.start - window + 1)  # the keys before are far from each query
-    query = torch.arange(rows.start, rows.stop)[:, None]
-    some = cost[:, :, near:n_key] * (query - torch.arange(near, n_key) >= window)
-    for part, keys in ((cost[:, :, :near], slice(0, near)), (some, slice(near, n_key))):
+    query = torch.arange(rows.start, rows.stop, device=cost.device)[:, None]
+    keys = torch.arange(near, n_key, device=cost.device)
+    some = cost[:, :, near:n_key] * (query - keys >= window)
+    for part, place in ((cost[:, :, :near], slice(0, near)), (some, slice(near, n_key))):
         if takes_max and part.shape[2]:
-            torch.maximum(so_far[:, keys], part.amax(1), out=so_far[:, keys])
+            torch.maximum(so_far[:, place], part.amax(1), out=so_far[:, place])
         else:
-            so_far[:, keys] += part.sum(1)
+            so_far[:, place] += part.sum(1)
 
 
 def _lost(
@@ -377,7 +379,7 @@ def _lost(
 
     The effect is that on the log-likelihood.
     """
-    g, mixed = grad[:, rows], record.mixed[:, rows]
+    g, mixed = grad[:, rows].float(), record.mixed[:, rows].float()
     gap = (g * mixed).sum(-1, keepdim=True) - g @ record.value[:, : rows.stop].transpose(1, 2)
     return (a / (1 - a).clamp(min=1e-3) * gap).unflatten(0, (n_unit, -1)).sum(1)
 
@@ -387,7 +389,8 @@ def attention(record: LayerRecord, rows: slice) -> torch.Tensor:
     score = record.query[:, rows] @ record.key[:, : rows.stop].transpose(1, 2) * record.scaling
     if record.softcap:
         score = record.softcap * torch.tanh(score / record.softcap)
-    future = torch.arange(rows.stop)[None] > torch.arange(rows.start, rows.stop)[:, None]
+    key = torch.arange(rows.stop, device=score.device)
+    future = key[None] > key[rows.start :, None]
     if record.mask is None:
         score = score.masked_fill(future, float("-inf"))
     elif record.mask.dtype == torch.bool:
@@ -396,7 +399,7 @@ def attention(record: LayerRecord, rows: slice) -> torch.Tensor:
         score = score + record.mask[rows, : rows.stop]
     if record.sinks is None:
         return score.float().softmax(-1)
-    sinks = record.sinks[:, None, None].expand(-1, score.shape[1], 1)
+    sinks = record.sinks[:, None, None].float().expand(-1, score.shape[1], 1)
     return torch.cat((score, sinks), dim=-1).float().softmax(-1)[..., :-1]
 
 

@@ -141,9 +141,10 @@ class LayerObserver:
             return out, weights
         record.n_head_kv = key.shape[1]
         n_rep = query.shape[1] // record.n_head_kv
-        record.query = query[0].detach()
-        record.key = key[0].detach().repeat_interleave(n_rep, 0)
-        record.value = value[0].detach().repeat_interleave(n_rep, 0)
+        # Scores of 16 bits would be coarser than the differences between keys.
+        record.query = query[0].detach().float()
+        record.key = key[0].detach().float().repeat_interleave(n_rep, 0)
+        record.value = value[0].detach().float().repeat_interleave(n_rep, 0)
         record.mixed = out[0].transpose(0, 1)  # [n_head, T, head_dim], part of the graph
         record.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         record.mask = None if attention_mask is None else attention_mask[0, 0]

@@ -16,19 +16,22 @@ import torch
 class Ridge:
     """Least squares with a penalty on standardised inputs.
 
-    Memory is one matrix [n_embd, n_embd], whatever N and n_target.
+    Memory is one matrix [n_embd, n_embd], whatever N and n_target. device: where the data are,
+    unless it lacks the type float64; solutions are on the CPU.
     """
 
-    def __init__(self, n_embd: int, n_target: int = 1):
+    def __init__(self, n_embd: int, n_target: int = 1, device: torch.device | str = "cpu"):
         self.n = 0
-        self.xx = torch.zeros(n_embd, n_embd, dtype=torch.float64)
-        self.x = torch.zeros(n_embd, dtype=torch.float64)
-        self.xy = torch.zeros(n_embd, n_target, dtype=torch.float64)
-        self.y, self.yy = torch.zeros(2, n_target, dtype=torch.float64)
+        self.device = "cpu" if torch.device(device).type == "mps" else device
+        of = {"dtype": torch.float64, "device": self.device}
+        self.xx = torch.zeros(n_embd, n_embd, **of)
+        self.x = torch.zeros(n_embd, **of)
+        self.xy = torch.zeros(n_embd, n_target, **of)
+        self.y, self.yy = torch.zeros(2, n_target, **of)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the rows x [N, n_embd] with the targets y [N, n_target]."""
-        x, y = x.double(), y.double()
+        x, y = x.to(self.device).double(), y.to(self.device).double()
         self.n += len(x)
         self.xx += x.T @ x
         self.x += x.sum(0)
@@ -43,9 +46,9 @@ class Ridge:
         """
         mean = self.x / self.n
         return (
-            mean,
-            self.xx / self.n - mean.outer(mean),
-            self.xy / self.n - mean.outer(self.y / self.n),
+            mean.cpu(),
+            (self.xx / self.n - mean.outer(mean)).cpu(),
+            (self.xy / self.n - mean.outer(self.y / self.n)).cpu(),
         )
 
     def solve(
@@ -60,11 +63,12 @@ class Ridge:
         mean, cov, cross = self.moments()
         scale = cov.diagonal().clamp(min=1e-12).sqrt()
         if drift is not None:
-            cov = cov + drift.double().T @ drift.double()
+            drift = drift.cpu().double()
+            cov = cov + drift.T @ drift
         gram = cov / scale.outer(scale)
         gram.diagonal().add_(penalty)
         weight = torch.linalg.solve(gram, cross / scale[:, None]) / scale[:, None]
-        bias = self.y / self.n - mean @ weight
+        bias = self.y.cpu() / self.n - mean @ weight
         return weight.T.float(), bias.float()
 
     def spread(
@@ -77,7 +81,7 @@ class Ridge:
         """
         mean, cov, cross = self.moments()
         weight = weight.T.double()
-        variance = (self.yy / self.n - (self.y / self.n) ** 2).clamp(min=1e-12)
+        variance = (self.yy / self.n - (self.y / self.n) ** 2).clamp(min=1e-12).cpu()
         predicted = (weight * (cov @ weight)).sum(0)
         explained = (2 * (weight * cross).sum(0) - predicted) / variance
         return mean @ weight + bias.double(), predicted, explained

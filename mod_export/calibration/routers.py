@@ -87,12 +87,16 @@ class Solution:
 
     windows: of each kv unit. explained: share of the variance of the log cost that each router
     explains. remembered: share of a sequence that each kv unit is expected to remember at its end.
+    chosen: the number of the candidate that each unit has. scales: center and factor of each kind,
+    with which a predicted log cost becomes a logit.
     """
 
     routers: dict[Unit, tuple[torch.Tensor, torch.Tensor]]
     windows: dict[Unit, int]
     explained: dict[Unit, float]
     remembered: dict[Unit, float]
+    chosen: dict[Unit, int]
+    scales: dict[str, tuple[float, float]]
 
 
 def solve(
@@ -109,16 +113,33 @@ def solve(
     windows counts. drift: Unit(layer, kind) -> drift of the inputs [k, n_embd], as drift.py gives
     it; None lets routers follow it. drift_penalty: how much it weighs. penalties: of each kind.
     """
-    solution = Solution({}, {}, {}, {})
+    found = {}
+    for fit in fits:
+        rows = drift[fit.place] if drift else None
+        found[fit.place] = candidates(fit, penalties[fit.place.kind], rows, drift_penalty)
+    return choose_all(found, targets, n_token)
+
+
+def choose_all(
+    found: Mapping[Unit, Mapping[Unit, Sequence[Candidate]]],
+    targets: Mapping[str, float],
+    n_token: int,
+) -> Solution:
+    """Return one of the candidates of each unit, on one scale. found: place -> unit -> some."""
+    solution = Solution({}, {}, {}, {}, {}, {})
     for kind, target in targets.items():
-        found: dict[Unit, list[Candidate]] = {}
-        for fit in fits:
-            if fit.place.kind == kind:
-                rows = drift[fit.place] * math.sqrt(drift_penalty) if drift else None
-                found |= candidates(fit, penalties[kind], rows)
-        chosen, cut = choose(found, target, n_token)
-        solution.routers.update(on_one_scale(chosen))
+        of_kind = {
+            unit: some
+            for place, units in found.items()
+            if place.kind == kind
+            for unit, some in units.items()
+        }
+        chosen, cut = choose(of_kind, target, n_token)
+        center, scale = solution.scales[kind] = common_scale(chosen)
         for unit, one in chosen.items():
+            solution.routers[unit] = one.weight * scale, (one.bias - center) * scale
+            numbers = [i for i, other in enumerate(of_kind[unit]) if other is one]
+            solution.chosen[unit] = numbers[0]
             solution.explained[unit] = one.explained
             if kind == KV:
                 solution.windows[unit] = one.window
@@ -127,10 +148,14 @@ def solve(
 
 
 def candidates(
-    fit: LayerFit, penalty: float, drift: torch.Tensor | None
+    fit: LayerFit,
+    penalty: float,
+    drift: torch.Tensor | None,
+    drift_penalty: float = DRIFT_PENALTY,
 ) -> dict[Unit, list[Candidate]]:
     """Return the routers of each unit of a layer, one for each window."""
-    weight, bias = fit.ridge.solve(penalty, drift)
+    rows = None if drift is None else drift * math.sqrt(drift_penalty)
+    weight, bias = fit.ridge.solve(penalty, rows)
     spread = zip(*(figures.tolist() for figures in fit.ridge.spread(weight, bias)), strict=True)
     found: dict[Unit, list[Candidate]] = {unit: [] for unit in fit.units}
     for number, (one, of_one, figures) in enumerate(zip(weight, bias, spread, strict=True)):
@@ -165,11 +190,8 @@ def choose(
     return best(cut), cut
 
 
-def on_one_scale(
-    chosen: Mapping[Unit, Candidate],
-) -> dict[Unit, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the routers after one affine map for all of them, from log cost to logits."""
+def common_scale(chosen: Mapping[Unit, Candidate]) -> tuple[float, float]:
+    """Return center and factor of the affine map of all routers, from log cost to logits."""
     center = sum(one.mean for one in chosen.values()) / len(chosen)
     variance = sum(one.variance + (one.mean - center) ** 2 for one in chosen.values()) / len(chosen)
-    scale = LOGIT_SPREAD / math.sqrt(max(variance, 1e-12))
-    return {unit: (one.weight * scale, (one.bias - center) * scale) for unit, one in chosen.items()}
+    return center, LOGIT_SPREAD / math.sqrt(max(variance, 1e-12))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from mod_export.common.progress import Progress
 from mod_export.data.repeats import counted
-from mod_export.model.mod_model import MoDModel
+from mod_export.model.mod_model import MoDModel, RoutingTrace
 from mod_export.model.router import logit_threshold
 from mod_export.units import Unit
 
@@ -36,12 +36,31 @@ def set_thresholds(
 ) -> dict[Unit, float]:
     """Set one p for each group of units such that the model, as it skips, meets the group's target.
 
-    groups: name -> units. targets: name -> activation. forward: the model's own, or what gives its
-    trace last. novel: bool [n, T], the tokens whose activation counts; None is all. Returns the
-    activation of each unit.
+    groups: name -> units. targets: name -> activation. forward: what gives the model's trace last;
+    None runs the model's layers one after the other. novel: bool [n, T], the tokens whose
+    activation counts; None is all. Returns the activation of each unit.
     """
+    route = functools.partial(routing_of, model, sequences, forward, novel)
+    return settle(model, route, groups, targets, rounds)
+
+
+def settle(
+    model: MoDModel,
+    route: Callable[[], tuple[dict[Unit, torch.Tensor], dict[Unit, float]]],
+    groups: Mapping[str, Sequence[Unit]],
+    targets: Mapping[str, float],
+    rounds: int = 4,
+    logits: Mapping[Unit, torch.Tensor] | None = None,
+) -> dict[Unit, float]:
+    """Do what set_thresholds does, with logits and activation as `route` returns them.
+
+    logits: of the units where nothing is skipped, from which the first thresholds are taken; None
+    begins with those that the model has.
+    """
+    if logits is not None:
+        _take_quantiles(model, logits, groups, targets)
     for number in range(rounds + 1):
-        logits, activation = routing_of(model, sequences, forward, novel)
+        found, activation = route()
         means = {
             name: sum(activation[unit] for unit in units) / len(units)
             for name, units in groups.items()
@@ -51,13 +70,22 @@ def set_thresholds(
             + ", ".join(f"{name} {mean:.3f}" for name, mean in list(means.items())[:4])
         )
         met = all(abs(mean - targets[name]) < ACTIVATION_TOLERANCE for name, mean in means.items())
-        if number == rounds or number and met:
+        if number == rounds or met and (number or logits is not None):
             break
-        for name, units in groups.items():
-            p = quantile_threshold(torch.stack([logits[unit] for unit in units]), targets[name])
-            for unit in units:
-                model.router(unit).threshold = p
+        _take_quantiles(model, found, groups, targets)
     return activation
+
+
+def _take_quantiles(
+    model: MoDModel,
+    logits: Mapping[Unit, torch.Tensor],
+    groups: Mapping[str, Sequence[Unit]],
+    targets: Mapping[str, float],
+) -> None:
+    for name, units in groups.items():
+        p = quantile_threshold(torch.stack([logits[unit] for unit in units]), targets[name])
+        for unit in units:
+            model.router(unit).threshold = p
 
 
 def quantile_threshold(logits: torch.Tensor, target: float) -> float:
@@ -85,15 +113,35 @@ def routing_of(
 
     The logits are infinite at sinks, which always run. The arguments are those of set_thresholds.
     """
-    units, parts, active = model.config.routed(), [], []
-    forward = forward or functools.partial(model, trace=True)
     novel = torch.ones_like(sequences, dtype=torch.bool) if novel is None else novel
-    pairs = zip(sequences, counted(novel).cpu(), strict=True)
-    for ids, counts in Progress().count("measuring activation", pairs):
-        ids = ids[None].to(model.base.device)
-        *_, trace = forward(ids, logits_to_keep=1)
+    return routing(model, _traces(model, sequences, forward), counted(novel).cpu())
+
+
+def routing(
+    model: MoDModel, traces: Iterable[RoutingTrace], counts: Sequence[torch.Tensor] | None = None
+) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
+    """Return what routing_of does, from the traces of sequences.
+
+    counts: bool [T] of each sequence, the tokens that count; None is all.
+    """
+    units, parts, active = model.config.routed(), [], []
+    for number, trace in enumerate(traces):
+        some = slice(None) if counts is None else counts[number]
         trace.logit[0, : model.config.sink_tokens] = float("inf")
-        active.append(trace.active[0].cpu()[counts])
-        parts.append(trace.logit[0].cpu()[counts])
+        active.append(trace.active[0].cpu()[some])
+        parts.append(trace.logit[0].cpu()[some])
     logits, shares = torch.cat(parts).unbind(-1), torch.cat(active).float().mean(0).tolist()
     return dict(zip(units, logits, strict=True)), dict(zip(units, shares, strict=True))
+
+
+def _traces(
+    model: MoDModel, sequences: torch.Tensor, forward: Callable | None
+) -> Iterator[RoutingTrace]:
+    """Yield the trace of each sequence."""
+    label = "measuring activation"
+    if forward is None:
+        yield from model.traces(list(sequences), label)
+        return
+    for ids in Progress().count(label, sequences):
+        *_, trace = forward(ids[None].to(model.base.device), logits_to_keep=1)
+        yield trace

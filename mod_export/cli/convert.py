@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mod_export.cli.device_options import device_option, dtype_option
 from mod_export.cli.export import QUANT_HELP
 from mod_export.cli.options import (
     force_option,
@@ -72,6 +73,13 @@ class Window(click.IntRange):
     show_default="the packaged text",
     help="UTF-8 text to calibrate on; may be repeated.",
 )
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="all",
+    help="Tokens of the text to use. Fewer take less time: routers of 2000 are poor, 10000 do.",
+)
 @sink_tokens_option()
 @click.option(
     "--revision",
@@ -99,6 +107,8 @@ class Window(click.IntRange):
     type=ModelName(gguf=True, path_type=Path),
     help="Of a GGUF file to write: put the routers on the weights of this file.",
 )
+@device_option
+@dtype_option
 @force_option
 @click.pass_context
 def command(ctx, model, output, adapter, revision, quant, base, force, **options):
@@ -108,6 +118,7 @@ def command(ctx, model, output, adapter, revision, quant, base, force, **options
     GGUF file, or `smollm2`. What runs is in docs/reference/architectures.md, and which GGUF files
     can be read in docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
     calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that works.
+    Units of kv and block are calibrated with one layer in memory at a time.
     With --adapter the routers come from an adapter that was trained for MODEL. An OUT that ends in
     .gguf is what `mod-export export` would write of the directory, which does not stay.
     """
@@ -177,7 +188,8 @@ def write_gguf(
     with folder_beside(output) as folder:
         directory, probe = folder / "mod", folder / "probe"
         with called(directory, name), called(probe, name):
-            make(directory, **({"check": check} if long else {}))
+            # Routers that go on a file need no weights beside them.
+            make(directory, with_base=weights() is None, **({"check": check} if long else {}))
             export(directory, output, quant=quant, base=weights(), force=force)
 
 

@@ -135,11 +135,11 @@ def write_vocabulary(source: GGUFFile, path: Path) -> None:
 
 
 def stored_type(directory: Path) -> str:
-    """The widest float type among the directory's matrices: f32, bf16 or f16."""
+    """The widest float type among the matrices of the directory's model: f32, bf16 or f16."""
     types = set()
     for path in tensor_files(directory):
-        for tensor in safetensors_header(path).values():
-            if len(tensor["shape"]) > 1:
+        for name, tensor in safetensors_header(path).items():
+            if len(tensor["shape"]) > 1 and not schema.HF_ROUTER_TENSOR.fullmatch(name):
                 types.add(tensor["dtype"])
     for name in ("f32", "bf16", "f16"):
         if name.upper() in types:
@@ -192,3 +192,10 @@ def safetensors_header(path: Path) -> dict[str, dict]:
     except (ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as exc:
         raise UserError(f"{path} is damaged or truncated", CONVERT_AGAIN) from exc
     return header
+
+
+def data_start(path: Path) -> int:
+    """Where the values begin in a safetensors file, whose header has been read before."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+    return 8 + size

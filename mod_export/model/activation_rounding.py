@@ -20,6 +20,7 @@ from torch import nn
 from mod_export.formats.ggml_types import block_size, enum_name
 from mod_export.formats.gguf import GGUFFile
 from mod_export.model.gguf_reading import tensor_sources
+from mod_export.model.layer_walk import LayerWalk
 
 _ROUNDED_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -32,16 +33,20 @@ def batch_logits(
 
     ids: one sequence, which is read n_batch tokens at a time. The logits are float32 [n, n_vocab].
     """
-    from transformers import DynamicCache
-
-    plain, other = (DynamicCache(config=model.config) for _ in range(2))
-    for start in range(0, len(ids), n_batch):
-        tokens = ids[start : start + n_batch]
-        batch = torch.tensor([tokens])
-        logits = model(batch, past_key_values=plain).logits[0].float()
+    sequence = torch.tensor(ids)
+    plain = LayerWalk(model, [sequence])
+    with rounded_activations(model, file):
+        rounding = LayerWalk(model, [sequence])
+    for _ in zip(plain.layers(), rounding.layers(), strict=True):  # both in one layer at a time
+        plain.pass_layer(0)
         with rounded_activations(model, file):
-            rounded_logits = model(batch, past_key_values=other).logits[0].float()
-        yield tokens, logits, rounded_logits
+            rounding.pass_layer(0)
+    for start in range(0, len(ids), n_batch):
+        rows = slice(start, start + n_batch)
+        logits = plain.logits(0, rows).float()
+        with rounded_activations(model, file):
+            rounded_logits = rounding.logits(0, rows).float()
+        yield ids[rows], logits, rounded_logits
 
 
 @contextlib.contextmanager

@@ -19,10 +19,11 @@ import torch
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, hub, model_card, schema
+from mod_export.formats import hf_directory, hub, model_card, safetensors_writing, schema
 from mod_export.formats.adapter_files import is_adapter
 from mod_export.formats.gguf import GGUFFile
-from mod_export.model import loading
+from mod_export.formats.safetensors_writing import StoredTensor
+from mod_export.model import devices, loading, streaming
 from mod_export.model.lora import lora_of
 
 
@@ -33,20 +34,27 @@ def save(
     config: MoDConfig,
     routers: dict,
     force: bool = False,
+    with_base: bool = True,
     **kwargs,
 ) -> None:
     """Write the directory, whole or not at all; kwargs go to save_pretrained (max_shard_size).
 
-    routers: {Unit: (w [n_embd], b [1])}. Raises UserError if `path` exists and `force` is
+    routers: {Unit: (w [n_embd], b [1])}. with_base: without the weights of the base it is enough to
+    export the routers onto a GGUF file. Raises UserError if `path` exists and `force` is
     not set, and where `base` has LoRA.
     """
     if lora_of(base) is not None:
         raise UserError("the model has LoRA that is not merged", "merge it, or save an adapter")
-    state = base.state_dict() | router_state(config, routers)
     with atomic_dir(path, force) as directory, safetensors_errors(), loading.quiet():
         base.config.mod = config.to_dict()
+        added = router_state(config, routers)
+        weights = streaming.source_of(base)
         try:
-            base.save_pretrained(directory, state_dict=state, **kwargs)
+            if weights is not None or not with_base:
+                shards = weights.stored() if with_base else [[]]
+                _save_stored(directory, base, shards, added)
+            else:
+                base.save_pretrained(directory, state_dict=base.state_dict() | added, **kwargs)
         finally:
             del base.config.mod
         source = str(base.config.name_or_path or "")
@@ -55,6 +63,22 @@ def save(
             _save_tokenizer(tokenizer, source, directory)
         card = model_card.origin(source)
         model_card.write(directory, card, model_card.model_text(card, config))
+
+
+def _save_stored(
+    directory: Path, base, shards: list[list[StoredTensor]], added: dict[str, torch.Tensor]
+) -> None:
+    """Write what `save_pretrained` would, tensor by tensor, in the types that the files have."""
+    for name, tensor in added.items():
+        values = tensor.numpy().tobytes()
+        shards[-1].append(StoredTensor(name, "F32", tuple(tensor.shape), lambda v=values: [v]))
+    safetensors_writing.write(shards, directory)
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    config.dtype = devices.OF_WEIGHTS[hf_directory.stored_type(directory)]
+    config.save_pretrained(directory)
+    if base.can_generate():
+        base.generation_config.save_pretrained(directory)
 
 
 def router_state(config: MoDConfig, routers: dict) -> dict[str, torch.Tensor]:

@@ -10,7 +10,10 @@ name; so is every tensor. Names of tensors are those that llama.cpp's own conver
 
 from __future__ import annotations
 
+import functools
 import re
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,10 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
+from mod_export.formats.ggml_types import enum_name
 from mod_export.formats.gguf import GGUFFile, Tensor
 from mod_export.formats.rotary import FREQS, LONG, SHORT
+from mod_export.formats.safetensors_writing import StoredTensor, in_shards
 from mod_export.model.gguf_architectures import (
     FULL,
     LAYER_NORM,
@@ -31,6 +36,7 @@ from mod_export.model.gguf_architectures import (
 )
 from mod_export.model.gguf_rope import RopeFactors, rope_parameters
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
+from mod_export.model.streaming import without_weights
 
 ROPE_TENSORS = {"freqs": FREQS, "short": SHORT, "long": LONG}
 # Keys that change no logits, and keys whose only value here is the one given.
@@ -50,6 +56,10 @@ NO_EFFECT = (
     "rope.scaling.yarn_log_multiplier",
 )
 ONE_VALUE = {"attention.causal": True, "nextn_predict_layers": 0, "expert_group_count": 0}
+WRITTEN_ROWS = 4096  # of a matrix outside of the layers, in memory at once
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Types of tensors whose values torch has a type for.
+PLAIN_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _REQUIRED = object()
 
 
@@ -61,29 +71,140 @@ def read_model(file: GGUFFile, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    row = row_of(file)
     config = read_config(file)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    sources = tensor_sources(model, file)
-    taken = {name for names in sources.values() for name in names}
-    taken |= {ROPE_TENSORS[part] for part in row.rope_factors}
-    if row.model_type == "gemma4_text":
-        taken.add(FREQS)  # its configuration says them in another way
-    taken |= {name for name in file.tensors if _is_shared(name, config)}
-    if rest := sorted(set(file.tensors) - taken):
-        raise UserError(
-            f"{file.path}: transformers' {row.model_type} has no place for the tensor {rest[0]}",
-            USE_DIRECTORY,
-        )
+    weights = GGUFWeights(file, model)
     with torch.no_grad():
-        for name, values in _values_of(model, row).items():
-            if sources[name]:
-                values.copy_(_value(file, row, config, name, values, sources[name]))
-            else:
-                values.zero_()  # a bias that the file lacks
+        for name, values in _values_of(model, weights.row).items():
+            values.copy_(weights.value(name))
     return model.eval()
+
+
+def open_model(file: GGUFFile, dtype: torch.dtype) -> tuple[nn.Module, GGUFWeights]:
+    """Return the model of a file without its weights, in eval mode, and what reads them.
+
+    Raises UserError as read_model does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(file)
+    with without_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model.eval(), GGUFWeights(file, model)
+
+
+class GGUFWeights:
+    """Reads the parameters of a model from a file, dequantised (model/streaming.py).
+
+    Raises UserError for a tensor that the file lacks, and for one that the model has no place for.
+    """
+
+    def __init__(self, file: GGUFFile, model: nn.Module):
+        self.file, self.row, self.config = file, row_of(file), model.config
+        self._model = weakref.ref(model)
+        self._layer: tuple[str, dict[str, torch.Tensor]] = "", {}
+        self._sources = tensor_sources(model, file)
+        taken = {name for names in self._sources.values() for name in names}
+        taken |= {ROPE_TENSORS[part] for part in self.row.rope_factors}
+        if self.row.model_type == "gemma4_text":
+            taken.add(FREQS)  # its configuration says them in another way
+        taken |= {name for name in file.tensors if _is_shared(name, self.config)}
+        if rest := sorted(set(file.tensors) - taken):
+            raise UserError(
+                f"{file.path}: transformers' {self.row.model_type} has no place for the tensor "
+                f"{rest[0]}",
+                USE_DIRECTORY,
+            )
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return a parameter, in float32 where the file has it."""
+        place = self._places()[name]
+        if sources := self._sources.get(name):
+            return _value(self.file, self.row, self.config, name, place, sources)
+        if name in self._sources:
+            return torch.zeros(place.shape, dtype=place.dtype)  # a bias that the file lacks
+        return place  # a buffer that the configuration determines
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return parameters and buffers, in the type that the model has them in."""
+        places = self._places()
+        return {name: self.value(name).to(places[name].dtype) for name in names}
+
+    def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return some rows of a matrix."""
+        return self._rows(name, rows).to(self._places()[name].dtype)
+
+    def _rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        (source,) = self._sources[name]
+        if _layout(name, self.row)[1] is not None:
+            return self.value(name)[rows]
+        return torch.from_numpy(_dequantized(self.file.tensors[source], rows.numpy()))
+
+    def stored(self) -> list[list[StoredTensor]]:
+        """Return what transformers would write of the model, for files of a moderate size.
+
+        What the file has quantised is in float32, as torch has no type for it.
+        """
+        places = self._places()
+        of_layers: dict[str, list[str]] = {}
+        tensors, seen = [], set()
+        for name, value in places.items():
+            if id(value) in seen:  # the second of two tied matrices is not written
+                continue
+            seen.add(id(value))
+            if layer := _layout(name, self.row)[0]:
+                of_layers.setdefault(layer, []).append(name)
+            else:
+                dtype = SAFETENSORS_TYPES[self.stored_type(name)]
+                values = functools.partial(self._pieces, name)
+                tensors.append(StoredTensor(name, dtype, tuple(value.shape), values))
+        for layer, group in of_layers.items():
+            shapes = {name: torch.empty_like(places[name], device="meta") for name in group}
+            for name, value in self._as_transformers(shapes).items():
+                dtype = SAFETENSORS_TYPES[value.dtype]
+                values = functools.partial(self._of_layer, layer, group, name)
+                tensors.append(StoredTensor(name, dtype, tuple(value.shape), values))
+        return in_shards(tensors)
+
+    def _as_transformers(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return tensors under the names, and in the form, of transformers' files."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        typed = {name: value.to(self.stored_type(name)) for name, value in values.items()}
+        return revert_weight_conversion(self._model(), typed)
+
+    def _of_layer(self, layer: str, group: list[str], name: str) -> list[memoryview]:
+        """Return the bytes of a tensor; the layer that it is of stays in memory for the next."""
+        if self._layer[0] != layer:
+            self._layer = "", {}  # of the last layer nothing stays meanwhile
+            self._layer = layer, self._as_transformers({name: self.value(name) for name in group})
+        return [_bytes(self._layer[1][name])]
+
+    def _pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor outside of the layers, a few rows at a time."""
+        place, dtype = self._places()[name], self.stored_type(name)
+        if place.dim() < 2:
+            yield _bytes(self.value(name).to(dtype))
+            return
+        for rows in torch.arange(len(place)).split(WRITTEN_ROWS):
+            yield _bytes(self._rows(name, rows).to(dtype))
+
+    def stored_type(self, name: str) -> torch.dtype:
+        """Return the smallest float type that holds a parameter as the file has it."""
+        types = {
+            enum_name(self.file.tensors[source].type) for source in self._sources.get(name, ())
+        }
+        return PLAIN_TYPES.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+
+    def _places(self) -> dict[str, torch.Tensor]:
+        return self._model().state_dict(keep_vars=True)
+
+
+def _bytes(value: torch.Tensor) -> memoryview:
+    return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _is_shared(tensor: str, config) -> bool:
@@ -285,7 +406,7 @@ def _sources(parameter: str, names, row: Architecture, file: GGUFFile) -> tuple[
 
 
 def _value(
-    file: GGUFFile, row: Architecture, config, name: str, parameter: nn.Parameter, sources
+    file: GGUFFile, row: Architecture, config, name: str, parameter: torch.Tensor, sources
 ) -> torch.Tensor:
     """Return the values of a parameter in transformers' order."""
     arrays = [_dequantized(file.tensors[source]) for source in sources]
@@ -318,9 +439,12 @@ def _tensor(file: GGUFFile, name: str) -> Tensor:
     return file.tensors[name]
 
 
-def _dequantized(tensor: Tensor) -> np.ndarray:
-    """Return the values of a tensor in float32, in numpy's order of dimensions."""
+def _dequantized(tensor: Tensor, some: np.ndarray | None = None) -> np.ndarray:
+    """Return the values of a tensor in float32, in numpy's order of dimensions.
+
+    some: of the first of these dimensions; None is all.
+    """
     from gguf import GGMLQuantizationType, dequantize
 
     rows = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:0:-1], -1)
-    return dequantize(rows, GGMLQuantizationType(tensor.type))
+    return dequantize(rows if some is None else rows[some], GGMLQuantizationType(tensor.type))

@@ -6,6 +6,7 @@ architecture in gguf_reading.py, a name on the Hugging Face hub (formats/hub.py)
 are dequantised.
 
     model, tokenizer = load("smollm2")
+    model, tokenizer = open_streamed("smollm2")    # one layer in memory at a time (streaming.py)
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import importlib.util
 import io
 import json
 import logging
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from mod_export.errors import UserError
 from mod_export.formats import hf_directory, hub, schema
+from mod_export.formats.ggml_types import enum_name
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.model_checks import check_model
-from mod_export.model import gguf_tokenizer, text_model
+from mod_export.model import gguf_tokenizer, streaming, text_model
+from mod_export.model.safetensors_weights import CannotStream, SafetensorsWeights
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,62 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32):
         return _load_directory(directory, dtype)
 
 
+def open_streamed(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+):
+    """Return what `load` returns, with weights that are read layer by layer as they are needed.
+
+    The layers compute on the device. Raises UserError as `load` does, and CannotStream where only
+    the whole model can be loaded.
+    """
+    directory, gguf_name = _locate(model)
+    device = torch.device(device)
+    with quiet():
+        if gguf_name:
+            from mod_export.model import gguf_reading
+
+            file = GGUFFile.open(directory / gguf_name)
+            check_model(file)
+            with _readable(directory / gguf_name, GET_AGAIN):
+                base, source = gguf_reading.open_model(file, dtype)
+                streaming.stream(base, source, device)
+                return base, gguf_tokenizer.read_tokenizer(file)
+        return _open_directory(directory, dtype, device)
+
+
+def _open_directory(directory: Path, dtype: torch.dtype, device: torch.device):
+    names = _check_directory(directory)
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    if text_model.is_conditional(names):
+        raise CannotStream(f"{names[0]} takes more than text")
+    if not any(directory.glob("*.safetensors")):
+        raise CannotStream("it has no safetensors file")
+    with _readable(directory):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if getattr(config, "quantization_config", None):
+            raise CannotStream("its weights are quantised")
+        with streaming.without_weights():
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        base.tie_weights()
+        _keep_types(base, dtype)
+        if (directory / "generation_config.json").is_file():
+            base.generation_config = GenerationConfig.from_pretrained(directory)
+        source = SafetensorsWeights(directory, base)
+        streaming.stream(base.eval(), source, device)
+        tokenizer = _tokenizer(directory)
+    _warn_of_ignored(directory, source.ignored)
+    return base, tokenizer
+
+
+def _keep_types(base, dtype: torch.dtype) -> None:
+    """Keep the parameters in float32 that transformers does not load in 16 bits."""
+    for part, kept in base._get_dtype_plan(dtype).items():
+        for name, value in base.named_parameters():
+            if re.search(rf"(^|\.){re.escape(part)}(\.|$)", name):
+                value.data = value.data.to(kept)
+
+
 def _load_gguf(path: Path, dtype: torch.dtype):
     from mod_export.model import gguf_reading
 
@@ -57,7 +118,7 @@ def _load_gguf(path: Path, dtype: torch.dtype):
 
 def _load_directory(directory: Path, dtype: torch.dtype):
     names = _check_directory(directory)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     conditional = text_model.is_conditional(names)
     with _readable(directory):
@@ -68,19 +129,13 @@ def _load_directory(directory: Path, dtype: torch.dtype):
         base, info = loader.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        tokenizer(PROBE_TEXT)
+        tokenizer = _tokenizer(directory)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{directory} lacks the weights {missing[0]}",
             "it is incomplete, or of another architecture",
         )
-    ignored = sorted(x for x in info["unexpected_keys"] if not schema.HF_ROUTER_TENSOR.fullmatch(x))
-    if ignored:
-        logger.warning(
-            f"transformers ignores {len(ignored)} of the weights in {directory}: {ignored[0]}"
-            + (", ..." if len(ignored) > 1 else "")
-        )
+    _warn_of_ignored(directory, info["unexpected_keys"])
     if conditional:
         logger.info(f"taking the text model of {names[0]}")
         text_model.keep_chat_template(tokenizer, directory)
@@ -88,12 +143,29 @@ def _load_directory(directory: Path, dtype: torch.dtype):
     return base.eval(), tokenizer
 
 
+def _tokenizer(directory: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer(PROBE_TEXT)
+    return tokenizer
+
+
+def _warn_of_ignored(directory: Path, names: Iterable[str]) -> None:
+    ignored = sorted(name for name in names if not schema.HF_ROUTER_TENSOR.fullmatch(name))
+    if ignored:
+        logger.warning(
+            f"transformers ignores {len(ignored)} of the weights in {directory}: {ignored[0]}"
+            + (", ..." if len(ignored) > 1 else "")
+        )
+
+
 @contextlib.contextmanager
 def _readable(model: Path, cure: str = "") -> Iterator[None]:
     """Make one line of what libraries raise: many kinds, all about the directory or file."""
     try:
         yield
-    except (MemoryError, UserError):
+    except (MemoryError, UserError, CannotStream):
         raise
     except Exception as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error):
@@ -130,6 +202,45 @@ def gguf_path(model: str | Path) -> Path | None:
     """
     directory, gguf_name = _locate(model)
     return directory / gguf_name if gguf_name else None
+
+
+def stored_type(model: str | Path) -> str:
+    """Return f32, bf16 or f16: what the widest of MODEL's matrices have; `quantised` for others.
+
+    Raises UserError where there is no such model, or a file is damaged.
+    """
+    directory, gguf_name = _locate(model)
+    if not gguf_name:
+        files = any(directory.glob("*.safetensors"))
+        return hf_directory.stored_type(directory) if files else "f32"
+    tensors = GGUFFile.open(directory / gguf_name).tensors.values()
+    types = {enum_name(tensor.type).lower() for tensor in tensors if len(tensor.shape) > 1}
+    return next((name for name in ("f32", "bf16", "f16") if types == {name}), "quantised")
+
+
+def weights_bytes(model: str | Path, dtype: torch.dtype) -> int:
+    """Return the bytes of MODEL's weights in a type; 0 where its files do not tell."""
+    directory, gguf_name = _locate(model)
+    if gguf_name:
+        shapes = [tensor.shape for tensor in GGUFFile.open(directory / gguf_name).tensors.values()]
+    else:
+        headers = map(hf_directory.safetensors_header, sorted(directory.glob("*.safetensors")))
+        shapes = [tensor["shape"] for header in headers for tensor in header.values()]
+    return sum(map(math.prod, shapes)) * dtype.itemsize
+
+
+def written_bytes(model: str | Path) -> int:
+    """Return the bytes that MODEL's weights take as a directory, about; 0 where files do not tell.
+
+    Quantised matrices are written in float32.
+    """
+    directory, gguf_name = _locate(model)
+    if not gguf_name:
+        return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    tensors = GGUFFile.open(directory / gguf_name).tensors.values()
+    plain = [tensor.nbytes for tensor in tensors if enum_name(tensor.type) in ("F16", "BF16")]
+    others = [math.prod(t.shape) for t in tensors if enum_name(t.type) not in ("F16", "BF16")]
+    return sum(plain) + 4 * sum(others)
 
 
 def load_tokenizer(directory: Path):

@@ -24,7 +24,7 @@ time: to wrap it again, or `detach`, ends the former.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from mod_export.errors import UserError
 from mod_export.formats import schema
 from mod_export.model import architectures, directory, generation
 from mod_export.model.cache import MoDCache
+from mod_export.model.layer_walk import LayerWalk
 from mod_export.model.layers import unwrap_layers, wrap_layers
 from mod_export.model.router import Router
 from mod_export.model.routing import DecisionStrategy, RoutingState, TopK
@@ -180,6 +181,48 @@ class MoDModel(nn.Module):
             if trace
             else out.logits
         )
+
+    @torch.no_grad()
+    def traces(
+        self, sequences: Sequence[torch.Tensor], label: str | None = None
+    ) -> list[RoutingTrace]:
+        """Return the traces [1, T, n_units] of sequences [T] in the dense form.
+
+        All sequences pass a layer before any goes on, so that the weights are read once
+        (layer_walk.py). label: of the progress that is shown.
+        """
+        walk = LayerWalk(self.base, sequences)
+        states: list[RoutingState] = []
+        for ids in sequences:
+            position = torch.arange(len(ids), device=self.base.device)[None]
+            state = self._state(position, self.strategy)
+            for other in states:
+                if other.position.shape == position.shape:
+                    state.masks = other.masks  # they take a number for each pair of tokens
+            states.append(state)
+        last = max((unit.layer for unit in self.config.routed()), default=-1)
+        for layer in walk.layers(last + 1, label):
+            for number, state in enumerate(states):
+                with self._deciding(layer, state):
+                    walk.pass_layer(number)
+        return [self._trace(state) for state in states]
+
+    @contextmanager
+    def deciding(
+        self, input_ids: torch.Tensor, layer: int, decisions: dict, strategy: DecisionStrategy
+    ) -> Iterator[None]:
+        """Let a layer that is called by itself obey given decisions on input_ids [B, T]."""
+        position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        with self._deciding(layer, self._state(position, strategy, given=decisions)):
+            yield
+
+    @contextmanager
+    def _deciding(self, layer: int, state: RoutingState) -> Iterator[None]:
+        self.layers[layer].state = state
+        try:
+            yield
+        finally:
+            self.layers[layer].state = None
 
     def new_cache(self) -> MoDCache:
         """An empty cache for `step`."""

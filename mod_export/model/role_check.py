@@ -9,10 +9,13 @@ layers are otherwise built.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from mod_export.model import architectures
+from mod_export.model.layer_walk import LayerWalk
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.routing import DecisionStrategy
 from mod_export.units import ATTN, FFN, Unit
@@ -28,38 +31,30 @@ def check_roles(base: nn.Module) -> None:
     The FFN has to read what the attention leaves, or the layer's input, and the output has to be
     the input and what both add. Nothing is checked where a layer cannot have units of both.
     """
-    parts = architectures.decoder_layers(base)
-    seen: dict[Unit, tuple[torch.Tensor, torch.Tensor]] = {}
-    outputs: list[torch.Tensor] = []
-
-    def keep_output(_module, _args, out):
-        outputs.append(out[0] if isinstance(out, tuple) else out)
-
-    hooks = [part.layer.register_forward_hook(keep_output) for part in parts]
     model = MoDModel.from_base(base, None)
-    ids = torch.arange(N_TOKENS, device=base.device)[None]
-    units = [
-        Unit(layer, kind)
-        for layer, part in enumerate(parts)
-        for kind in (ATTN, FFN)
-        if kind not in part.refused
-    ]
+    ids = torch.arange(N_TOKENS, device=base.device)
+    walk = LayerWalk(base, [ids])
+    every = torch.ones_like(ids[None], dtype=torch.bool)
     try:
-        model(
-            ids,
-            decisions=dict.fromkeys(units, torch.ones_like(ids, dtype=torch.bool)),
-            strategy=DecisionStrategy(lambda unit, h, delta: seen.update({unit: (h, delta)})),
-        )
+        for layer in walk.layers():
+            part = walk.parts[layer]
+            seen: dict[Unit, tuple[torch.Tensor, torch.Tensor]] = {}
+            units = [Unit(layer, kind) for kind in (ATTN, FFN) if kind not in part.refused]
+            strategy = DecisionStrategy(_noting(seen))
+            with model.deciding(ids[None], layer, dict.fromkeys(units, every), strategy):
+                out = walk.run(0)
+            if not _adds_up(part, out, seen.get(Unit(layer, ATTN)), seen.get(Unit(layer, FFN))):
+                raise architectures.unsupported(
+                    base,
+                    f"what attention and FFN of layer {layer} add is not what the layer does",
+                )
+            walk.keep(0, out)
     finally:
         model.detach()
-        for hook in hooks:
-            hook.remove()
-    for layer, (part, out) in enumerate(zip(parts, outputs, strict=True)):
-        if not _adds_up(part, out, seen.get(Unit(layer, ATTN)), seen.get(Unit(layer, FFN))):
-            raise architectures.unsupported(
-                base,
-                f"what attention and FFN of layer {layer} add is not what the layer does",
-            )
+
+
+def _noting(seen: dict) -> Callable:
+    return lambda unit, h, delta: seen.update({unit: (h, delta)})
 
 
 def _adds_up(part: architectures.LayerParts, out: torch.Tensor, attn, ffn) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from mod_export.calibration.calibrate import sequences_joined
+from mod_export.calibration.measuring import sequences_joined
 from mod_export.calibration.thresholds import set_thresholds
 from mod_export.data.packing import PackedData
 from mod_export.model.mod_model import MoDModel

@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import torch
 
-from mod_export.calibration.calibrate import DEFAULT_SCORES
+from mod_export.calibration.measuring import DEFAULT_SCORES
 from mod_export.cli.output import show_messages
 from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data import text as data_text

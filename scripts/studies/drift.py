@@ -14,11 +14,7 @@ from pathlib import Path
 import click
 import torch
 
-from mod_export.calibration.calibrate import (
-    CalibrationPlan,
-    drift,
-    measure,
-)
+from mod_export.calibration.measuring import CalibrationPlan, measure_layers
 from mod_export.calibration.routers import Solution, solve
 from mod_export.calibration.thresholds import set_thresholds
 from mod_export.cli.convert import Window
@@ -77,7 +73,7 @@ def main(model, texts, calibration_text, layers, penalties, out, **given):
     sequences = data_text.pack(tokenizer, text, LENGTH)
     sets = [parse_layers(part) for part in layers.split(",")]
     every = sorted({layer for some in sets for layer in some})
-    fits, drifts = measured(base, tokenizer, sequences, every, out, **given)
+    fits, drifts = measured(base, sequences, every, out, **given)
     path = out / "rows.jsonl"
     done = [[row[name] for name in KEY] for row in rows.read(path)]
     for number, some in enumerate(sets):
@@ -100,13 +96,15 @@ def main(model, texts, calibration_text, layers, penalties, out, **given):
             rows.append(path, row)
 
 
-def measured(base, tokenizer, sequences, layers, out: Path, window, kv_granularity, **_) -> tuple:
+def measured(base, sequences, layers, out: Path, window, kv_granularity, **_) -> tuple:
     """Return the fits of all layers and the drift of their inputs, measured once for a folder."""
     saved = out / f"fits-{kv_granularity}-{window}.pt"
     if not saved.exists():
         own = None if window == "auto" else window
         plan = CalibrationPlan({"kv": layers}, kv_window=own, kv_granularity=kv_granularity)
-        torch.save((measure(base, sequences, plan), drift(base, tokenizer, sequences, plan)), saved)
+        every = list(measure_layers(base, sequences, plan))
+        drifts = {one.fit.place: one.means.drift() for one in every}
+        torch.save(([one.fit for one in every], drifts), saved)
     return torch.load(saved, weights_only=False)
 
 

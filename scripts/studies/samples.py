@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mod_export.calibration.calibrate import judged_rows, log_cost
+from mod_export.calibration.measuring import judged_rows, log_cost
 from mod_export.calibration.ridge import Ridge
 from mod_export.calibration.routers import PENALTIES, LayerFit, solve
 from mod_export.model import architectures

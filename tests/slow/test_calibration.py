@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mod_export.calibration.calibrate import CalibrationPlan, calibrate
+from mod_export.calibration.calibrate import calibrate
+from mod_export.calibration.measuring import CalibrationPlan
 from mod_export.data.text import default_texts, pack
 from mod_export.evaluation import run as eval_run
 from mod_export.metrics import divergence

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mod_export.calibration.calibrate import CalibrationPlan, calibrate, measure
+from mod_export.calibration.calibrate import calibrate
+from mod_export.calibration.measuring import CalibrationPlan, measure
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from tests.support import tiny_torch as tiny
@@ -75,7 +76,7 @@ def test_one_decision_for_each_layer(tokenizer):
 
 def test_each_unit_has_a_window_of_its_own(tokenizer, monkeypatch):
     """Of those that there are; the target is met with them."""
-    monkeypatch.setattr("mod_export.calibration.calibrate.OWN_WINDOWS", (4, 16))
+    monkeypatch.setattr("mod_export.calibration.measuring.OWN_WINDOWS", (4, 16))
     plan = CalibrationPlan({"kv": [2, 3, 4, 5]}, 0.4, None, text=TEXT, kv_granularity="head")
     config, _ = calibrate(tiny.base(), tokenizer, plan)
     own = {config.window(unit) for unit in config.routed()}

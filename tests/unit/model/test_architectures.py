@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mod_export.calibration.calibrate import DEFAULT_SCORES
 from mod_export.calibration.costs import CostMeter
+from mod_export.calibration.measuring import DEFAULT_SCORES
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.lora import inject_lora, merge_lora

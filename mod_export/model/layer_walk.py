@@ -1,0 +1,190 @@
+"""Take sequences through a model layer by layer: all of them pass a layer before any goes on.
+
+So the weights of one layer are needed at a time, and are read once for all sequences
+(model/streaming.py). What the model computes before its first layer, and the masks and position
+embeddings that it hands to its layers, come from its own forward. The residual stream of the
+sequences is kept in memory, or in a file that has no name where it is large.
+
+    walk = LayerWalk(base, sequences)             # sequences: [T] each
+    for layer in walk.layers():
+        for number in range(len(sequences)):
+            walk.pass_layer(number)               # or walk.run and walk.keep
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mod_export.common.progress import Progress
+from mod_export.errors import UserError
+from mod_export.model import architectures, streaming
+
+KEPT_BYTES = 1 << 30  # residual streams of more bytes lie in a file
+
+
+class LayerWalk:
+    """The way of some sequences through the decoder layers of a model."""
+
+    def __init__(self, base: nn.Module, sequences: Sequence[torch.Tensor]):
+        self.base = base
+        self.parts = architectures.decoder_layers(base)
+        self._layer = 0
+        self._arguments: list[list[tuple[tuple, dict]]] = []
+        self._streams: list[torch.Tensor] = []
+        for number, ids in enumerate(sequences):
+            start, arguments = _collect(base, self.parts, ids[None].to(base.device))
+            if not number:
+                lengths = [len(other) for other in sequences]
+                self._streams = _room(lengths, start.shape[-1], start.dtype)
+            for own, other in zip(arguments, (self._arguments or [arguments])[0], strict=True):
+                _share(own[1], other[1])
+            self._arguments.append(arguments)
+            self.keep(number, start)
+
+    def layers(self, stop: int | None = None, label: str | None = None) -> Iterator[int]:
+        """Yield the layers before `stop`, one after the other, with their weights at hand.
+
+        label: of the progress that is shown.
+        """
+        numbers = range(len(self.parts) if stop is None else stop)
+        for layer in Progress().count(label, numbers) if label else numbers:
+            self._layer = layer
+            with streaming.at_hand(self.base, layer):
+                yield layer
+
+    def h(self, number: int) -> torch.Tensor:
+        """Return the residual stream [1, T, n_embd] of a sequence where the layer reads it.
+
+        It holds until `keep` is called for the sequence.
+        """
+        return self._streams[number].to(self.base.device)
+
+    def run(self, number: int, h: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the layer makes of a sequence, or of another residual stream in its place."""
+        args, kwargs = self._arguments[number][self._layer]
+        out = self.parts[self._layer].layer(self.h(number) if h is None else h, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def keep(self, number: int, out: torch.Tensor) -> None:
+        """Keep what the layer made of a sequence, for the next layer."""
+        self._streams[number].copy_(out)
+
+    def pass_layer(self, number: int) -> None:
+        """Run the layer on a sequence, and keep what it makes."""
+        self.keep(number, self.run(number))
+
+    @torch.no_grad()
+    def logits(self, number: int, rows: slice) -> torch.Tensor:
+        """Return the logits [n, n_vocab] of some tokens of a sequence behind the last layer."""
+        last = self.h(number)[:, rows]
+
+        def forward_of(part):
+            return lambda *_, **__: (last, None) if part.returns_weights else last
+
+        ids = torch.zeros(1, last.shape[1], dtype=torch.long, device=last.device)
+        with _replaced(self.base, self.parts, forward_of):
+            return self.base(input_ids=ids, use_cache=False).logits[0]
+
+
+class _AllSeen(Exception):
+    """Ends a forward when the arguments of the last layer are known."""
+
+
+def _collect(base: nn.Module, parts: list, ids: torch.Tensor) -> tuple[torch.Tensor, list]:
+    """Return the residual stream before the first layer, and what else each layer is called with.
+
+    ids: [1, T]. Raises UserError where the model does something between its layers.
+    """
+    arguments: list[tuple[tuple, dict]] = []
+    start: list[torch.Tensor] = []
+
+    def forward_of(part):
+        def forward(*args, **kwargs):
+            h, *rest = args if args else (kwargs.pop("hidden_states"),)
+            if not start:
+                start.append(h)
+            elif h is not start[0]:
+                raise architectures.unsupported(base, "it computes something between its layers")
+            arguments.append((tuple(rest), kwargs))
+            if len(arguments) == len(parts):
+                raise _AllSeen
+            return (h, None) if part.returns_weights else h
+
+        return forward
+
+    try:
+        with _replaced(base, parts, forward_of):
+            kept = architectures.last_logits(1, ids)
+            base(input_ids=ids, use_cache=False, logits_to_keep=kept)
+    except _AllSeen:
+        return start[0], arguments
+    raise architectures.unsupported(base, "its forward does not call each layer once")
+
+
+@contextlib.contextmanager
+def _replaced(base: nn.Module, parts: list, forward_of: Callable) -> Iterator[None]:
+    """Replace the forwards of all layers, whose weights are not read meanwhile."""
+    before = [vars(part.layer).get("forward") for part in parts]
+    for part in parts:
+        part.layer.forward = forward_of(part)
+    try:
+        with streaming.layers_untouched(base):
+            yield
+    finally:
+        for part, forward in zip(parts, before, strict=True):
+            if forward is None:
+                del part.layer.forward
+            else:
+                part.layer.forward = forward
+
+
+def _share(own: dict[str, Any], other: dict[str, Any]) -> None:
+    """Take the tensors of another sequence where they are equal: masks are as large as [T, T]."""
+    for name, value in own.items():
+        own[name] = _equal(value, other.get(name))
+
+
+def _equal(own, other):
+    if own is other:
+        return own
+    if isinstance(own, tuple) and isinstance(other, tuple) and len(own) == len(other):
+        return tuple(_equal(a, b) for a, b in zip(own, other, strict=True))
+    if not (isinstance(own, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return own
+    same = own.shape == other.shape and own.dtype == other.dtype and torch.equal(own, other)
+    return other if same else own
+
+
+def _room(lengths: Sequence[int], n_embd: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return room for residual streams [1, T, n_embd], in a file where they are large."""
+    sizes = [length * n_embd for length in lengths]
+    n_bytes = sum(sizes) * dtype.itemsize
+    if n_bytes <= KEPT_BYTES:
+        memory = torch.empty(sum(sizes), dtype=dtype)
+    else:
+        memory = _unnamed_file(n_bytes, dtype)
+    return [part.view(1, -1, n_embd) for part in memory.split(sizes)]
+
+
+def _unnamed_file(n_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in a file that goes when the tensor does, however the process ends."""
+    handle, path = tempfile.mkstemp(prefix="mod-export-", suffix=".tmp")
+    try:
+        os.posix_fallocate(handle, 0, n_bytes)
+        return torch.from_file(path, shared=True, size=n_bytes // dtype.itemsize, dtype=dtype)
+    except OSError as exc:
+        raise UserError(
+            f"no room for {n_bytes / 1e9:.1f} GB of hidden states in {os.path.dirname(path)} "
+            f"({exc.strerror})",
+            "free some, set TMPDIR to another directory, or take fewer --calibration-tokens",
+        ) from exc
+    finally:
+        os.close(handle)
+        os.unlink(path)

@@ -1,0 +1,131 @@
+"""How much memory a conversion takes, by the size of the model: SmolLM2, and random models.
+
+    python -m scripts.studies.convert_memory --out convert-memory smollm2
+    python -m scripts.studies.convert_memory --out convert-memory --tokens 2048 1b 3b 1b:12 1b:24
+
+`1b` and `3b` have the shapes of Llama 3.2, with random weights in bfloat16 in files of 1 GB, and
+`1b:24` has 24 layers. A conversion runs in a process of its own. Two figures of it are sampled: the
+resident memory, which counts the parts of the mapped files that were read, and the anonymous part
+of it, which is what the process itself takes. Rows go to OUT/rows.jsonl.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from transformers import LlamaConfig
+
+from mod_export.common.tables import format_table
+from mod_export.errors import UserError
+from mod_export.formats import safetensors_writing
+from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.safetensors_writing import StoredTensor
+from mod_export.model import gguf_tokenizer, loading, streaming
+from scripts.studies import rows
+
+SHAPES = {
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "3b": {
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "head_dim": 128,
+    },
+}
+COMMON = {"intermediate_size": 8192, "num_key_value_heads": 8, "vocab_size": 128256}
+FILE_BYTES = 1 << 30
+SAMPLE_SECONDS = 0.05
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write in.")
+@click.option("--tokens", type=int, help="To calibrate on.  [default: all of the packaged text]")
+@click.option("--dtype", default="auto", show_default=True)
+def main(models, out, tokens, dtype):
+    out.mkdir(parents=True, exist_ok=True)
+    for name in models:
+        model = name if name == loading.EMBEDDED else random_model(name, out)
+        row = {"model": name, "tokens": tokens, "dtype": dtype}
+        row |= converted(model, out / "mod", tokens, dtype)
+        rows.append(out / "rows.jsonl", row)
+    found = rows.read(out / "rows.jsonl")
+    click.echo(format_table(list(found[-1]), [list(row.values()) for row in found]))
+
+
+def converted(model: str | Path, target: Path, tokens: int | None, dtype: str) -> dict:
+    """Return time and peaks of memory of a conversion for kv units."""
+    command = [sys.executable, "-m", "mod_export", "convert", str(model), "-o", str(target)]
+    command += ["--force", "--dtype", dtype]
+    command += ["--calibration-tokens", str(tokens)] if tokens else []
+    start, peaks = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        for name, size in memory_of(process.pid):
+            if name in peaks:
+                peaks[name] = max(peaks[name], size)
+        time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        raise UserError(f"the conversion of {model} failed", "see its message")
+    written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return {
+        "seconds": round(time.monotonic() - start),
+        "resident MB": peaks["VmHWM"] // 10**6,
+        "anonymous MB": peaks["RssAnon"] // 10**6,
+        "written MB": written // 10**6,
+    }
+
+
+def memory_of(pid: int) -> Iterator[tuple[str, int]]:
+    """Yield the figures of memory of a process in bytes; none when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        if line.endswith("kB"):
+            name, size, _ = line.split()
+            yield name.rstrip(":"), int(size) * 1024
+
+
+def random_model(name: str, out: Path) -> Path:
+    """Write a random model as a directory, unless it is there, and return its path."""
+    shape, _, n_layer = name.partition(":")
+    fields = COMMON | SHAPES[shape] | ({"num_hidden_layers": int(n_layer)} if n_layer else {})
+    directory = out / name.replace(":", "-")
+    if directory.is_dir():
+        return directory
+    from transformers import AutoModelForCausalLM
+
+    config = LlamaConfig(**fields, tie_word_embeddings=True, max_position_embeddings=8192)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    with streaming.without_weights():
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    directory.mkdir()
+    config.save_pretrained(directory)
+    gguf_tokenizer.read_tokenizer(GGUFFile.open(loading.embedded_gguf())).save_pretrained(directory)
+    tensors = [
+        StoredTensor(key, "BF16", tuple(value.shape), lambda k=key, v=value: random_bytes(k, v))
+        for key, value in base.named_parameters()
+    ]
+    safetensors_writing.write(safetensors_writing.in_shards(tensors, FILE_BYTES), directory)
+    return directory
+
+
+def random_bytes(name: str, like: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the values of a matrix, or ones where it is a norm, some rows at a time."""
+    generator = torch.Generator().manual_seed(len(name))
+    for rows_here in torch.empty(like.shape[0], 0).split(4096):
+        shape = len(rows_here), *like.shape[1:]
+        values = torch.ones(shape)
+        if len(shape) > 1:
+            values = torch.randn(shape, generator=generator) * 0.02
+        yield memoryview(values.bfloat16().flatten().view(torch.uint8).numpy())
+
+
+if __name__ == "__main__":
+    main()
