@@ -41,10 +41,9 @@ async function request(path, options = {}) {
 
 function failure({ message, type, n_prompt_tokens, n_ctx }, status) {
     if (type === "exceed_context_size_error") {
-        const size = n_prompt_tokens ? `has ${n_prompt_tokens} tokens and` : "";
         return new ServerError(
-            `The chat ${size} does not fit into the context of ${n_ctx} tokens. ` +
-                "Shorten an earlier question or begin a new chat.",
+            `The chat has ${n_prompt_tokens} tokens, and the context holds ${n_ctx}: ` +
+                "shorten it or begin a new one.",
             status,
         );
     }

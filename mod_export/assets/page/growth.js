@@ -6,13 +6,23 @@ const WIDTH = 150;
 const HEIGHT = 44;
 const MOST_POINTS = 120;
 
-/** Add a chunk's figures to `points`, which stay few: every second goes where they are too many. */
+/** Add a chunk's figures to `points`, which stay few and spread over all tokens. */
 export function addPoint(points, tokens, { activation, kv_used_bytes, kv_dense_bytes }) {
     if (!Object.keys(activation).length) return; // Nothing has been read yet.
     if (points.length && points.at(-1).tokens === tokens) points.pop();
     points.push({ tokens, activation, used: kv_used_bytes, dense: kv_dense_bytes });
-    if (points.length > MOST_POINTS)
-        points.splice(0, points.length, ...points.filter((_, i) => i % 2));
+    if (points.length > MOST_POINTS) points.splice(0, points.length, ...thinned(points));
+}
+
+/** About half of the points: the first, the last, and those far enough from the one before. */
+function thinned(points) {
+    const [first, last] = [points[0], points.at(-1)];
+    const least = (last.tokens - first.tokens) / (MOST_POINTS / 2);
+    const kept = [first];
+    for (const point of points.slice(1, -1)) {
+        if (point.tokens - kept.at(-1).tokens >= least) kept.push(point);
+    }
+    return [...kept, last];
 }
 
 export class Growth {
