@@ -3,6 +3,7 @@
     python scripts/sanitize.py                      # ThreadSanitizer, then AddressSanitizer
     python scripts/sanitize.py thread -k abort      # one sanitizer, some of the tests
     python scripts/sanitize.py address -- -x        # what follows -- goes to pytest
+    python scripts/sanitize.py address --tools      # llama-server and the other tools; no tests
 
 UndefinedBehaviorSanitizer runs together with AddressSanitizer. The builds are cached like any other
 build (mod_export/llamacpp/build.py). The interpreter is not instrumented: the sanitizer's runtime
@@ -70,11 +71,11 @@ SANITIZERS = {
 }
 
 
-def build(which: Sanitizer, jobs: int | None) -> Path:
-    """The library built with the sanitizer, from the cache where it is there."""
+def build(which: Sanitizer, jobs: int | None, tools: bool = False) -> Path:
+    """The library (or the tools) built with the sanitizer, from the cache where it is there."""
     flags = {f"CMAKE_{lang}_FLAGS": which.flags for lang in ("C", "CXX")}
     show_messages(stdout=True)
-    return llama_build.build(jobs=jobs, extra=FLAGS | flags | which.cmake)
+    return llama_build.build(jobs=jobs, extra=FLAGS | flags | which.cmake, tools=tools)
 
 
 def preload(which: Sanitizer) -> str:
@@ -183,6 +184,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="compilers at once")
     parser.add_argument("--threads", type=int, default=2, help="of each decode (default: 2)")
     parser.add_argument("-k", metavar="EXPRESSION", help="which tests, as in pytest")
+    parser.add_argument("--tools", action="store_true", help="build the tools, and run no tests")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:cut])
     rest = [
@@ -192,6 +194,10 @@ def main() -> int:
     ]
     names = list(SANITIZERS) if args.sanitizer == "all" else [args.sanitizer]
     try:
+        if args.tools:
+            for name in names:
+                print(build(SANITIZERS[name], args.jobs, tools=True))
+            return 0
         good = [run(name, args.jobs, args.threads, rest) for name in names]
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)

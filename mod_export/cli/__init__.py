@@ -27,6 +27,7 @@ from mod_export.formats.hub import by_name
 # The help has this order. `generate-data` is in mod_export/cli/generate_data.py, and so on.
 COMMANDS = (
     "build",
+    "tools",
     "convert",
     "train",
     "export",

@@ -27,6 +27,12 @@ from mod_export.cli.output import show_messages
     is_flag=True,
     help="Build the unpatched library beside it, which bench compares with.",
 )
+@click.option(
+    "--tools",
+    is_flag=True,
+    help="Build the tools too: llama-server, llama-cli, llama-bench, llama-perplexity and "
+    "llama-quantize. `mod-export tools` prints their folder.",
+)
 @click.option("--force", is_flag=True, help="Build again what is built already.")
 @click.option(
     "--sdist",
@@ -38,6 +44,7 @@ def command(
     cuda: bool,
     cuda_arch: str | None,
     stock: bool,
+    tools: bool,
     force: bool,
     sdist: Path | None,
 ) -> None:
@@ -57,6 +64,10 @@ def command(
         "stock": stock,
         "force": force,
     }
+    if stock and tools:
+        raise click.UsageError("--tools are patched; leave out --stock")
     lib = llama_build.build(**options, sdist=sdist)
     if not stock:
         llama_build.install(lib, force=force)
+    if tools:
+        llama_build.build(**options, tools=True)

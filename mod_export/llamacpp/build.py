@@ -3,9 +3,11 @@
     lib = build(jobs=2)      # Path of a directory with libllama.so; at once if it was built before
     install(lib)             # llama-cpp-python x.y.z+mod into the running Python's environment
     stock_lib()              # the unpatched library beside it, or None; see build(stock=True)
+    build(tools=True)        # Path of a directory with llama-server and other tools
 
 A build is found again under a key that is made from the hash of the source, the patches, the flags,
-the compiler and the CPU.
+the compiler and the CPU. The tools are a build of their own: most people need the library alone,
+and a change to the server does not build the library again.
 """
 
 import contextlib
@@ -53,6 +55,15 @@ FLAGS = {
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
 }
+TOOLS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "llama-quantize")
+# These options build the tools. Their web page needs npm or a download, so it is left out.
+TOOL_FLAGS = FLAGS | {
+    "LLAMA_BUILD_COMMON": "ON",
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+}
 C_COMPILERS = ("cc", "gcc", "clang")
 CXX_COMPILERS = ("c++", "g++", "clang++")
 # cmake takes these beside CXXFLAGS.
@@ -70,9 +81,11 @@ def build(
     cuda_arch: str | None = None,
     sdist: Path | None = None,
     extra: dict[str, str] | None = None,
+    tools: bool = False,
 ) -> Path:
     """Return the directory of the built libraries; build them where the cache has none.
 
+    tools: the directory of the TOOLS instead, which have patched libraries of their own beside them
     cuda_arch: GPU architectures to compile for ("75,86"); by default those of this machine's GPUs
     sdist: the source distribution; by default the cached one, or pip fetches it
     force: build in any case
@@ -87,7 +100,9 @@ def build(
         raise UserError(
             f"missing: {', '.join(missing)}", f"install them (Debian: apt-get install {packages})"
         )
-    flags = FLAGS | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]}
+    assert not (stock and tools)
+    flags = TOOL_FLAGS if tools else FLAGS
+    flags = flags | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]}
     if cuda:
         toolkit = llama_cuda.find()
         flags |= toolkit.flags(toolkit.architectures(cuda_arch))
@@ -95,18 +110,23 @@ def build(
     if sdist is not None:
         # a wrong file is refused even where nothing has to be built
         llama_source.fetch_sdist(sdist)
-    name = f"{'stock' if stock else 'patched'}-{_key(flags, stock)}"
+    kind = "tools" if tools else "stock" if stock else "patched"
+    patches = None if stock else llama_source.patches_digest(tools)
+    name = f"{kind}-{_key(flags, patches)}"
     lib = cache_dir() / "lib" / name
     with _lock(name):
         if not force and (lib / MARKER).is_file():
-            logger.info(f"llama.cpp is built already: {lib}")
-            return lib
-        source = llama_source.source_dir(stock, sdist) / llama_source.LLAMA_CPP
-        patches = None if stock else llama_source.patches_digest()
-        _compile(source, lib, flags, jobs or default_jobs(), patches)
+            logger.info(f"{_title(kind)} built already: {lib}")
+        else:
+            source = llama_source.source_dir(stock, sdist) / llama_source.LLAMA_CPP
+            _compile(source, lib, flags, jobs or default_jobs(), patches)
     if not extra:
-        _last_build_note(cuda, stock).write_text(name)
+        _last_build_note(kind, cuda).write_text(name)
     return lib
+
+
+def _title(kind: str) -> str:
+    return "the tools of llama.cpp are" if kind == "tools" else "llama.cpp is"
 
 
 def missing_tools(patching: bool = True) -> dict[str, str]:
@@ -132,12 +152,25 @@ def default_jobs() -> int:
 
 def stock_lib(cuda: bool = False) -> Path | None:
     """The directory of the stock libraries last built, else None. Needs no compiler."""
-    return _last_build(cuda, stock=True)
+    return _last_build("stock", cuda)
 
 
 def patched_lib(cuda: bool = False) -> Path | None:
     """The directory of the patched libraries last built, else None. Needs no compiler."""
-    return _last_build(cuda, stock=False)
+    return _last_build("patched", cuda)
+
+
+def tools_dir(cuda: bool = False) -> Path | None:
+    """The directory of the tools last built, None where the patches are others now."""
+    folder = _last_build("tools", cuda)
+    if folder and built_with(folder)["patches"] == llama_source.patches_digest(tools=True):
+        return folder
+    return None
+
+
+def built_with(lib: Path) -> dict:
+    """What the marker of a build says: name, flags, and the digest of the patches."""
+    return json.loads((lib / MARKER).read_text())
 
 
 def install(lib: Path, force: bool = False) -> str:
@@ -177,6 +210,13 @@ def installed_build() -> str | None:
     return json.loads(marker.read_text())["name"] if marker.is_file() else None
 
 
+def installed_for_cuda() -> bool:
+    """Whether the environment's llama_cpp was built for GPUs. A stock llama_cpp was not."""
+    spec = util.find_spec("llama_cpp")
+    lib = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
+    return (lib / MARKER).is_file() and built_with(lib)["flags"].get("GGML_CUDA") == "ON"
+
+
 def _which(tool: str) -> str | None:
     """Path of a tool. cmake and ninja may be Python packages, whose commands lie beside Python."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
@@ -193,9 +233,12 @@ def compiler(variable: str, *names: str) -> str | None:
     return next((path for name in names if (path := _which(name))), None)
 
 
-def _key(flags: dict[str, str], stock: bool) -> str:
-    """Key of a build in the cache: twelve hexadecimal digits."""
-    source = llama_source.read_pin().sha256 if stock else llama_source.patches_digest()
+def _key(flags: dict[str, str], patches: str | None) -> str:
+    """Key of a build in the cache: twelve hexadecimal digits.
+
+    patches: their digest, None for the stock source.
+    """
+    source = patches or llama_source.read_pin().sha256
     compilers = [compiler("CC", *C_COMPILERS), compiler("CXX", *CXX_COMPILERS)]
     if "CMAKE_CUDA_COMPILER" in flags:
         compilers.append(flags["CMAKE_CUDA_COMPILER"])
@@ -229,7 +272,7 @@ def _lock(name: str) -> Iterator[None]:
 def _compile(
     source: Path, lib: Path, flags: dict[str, str], jobs: int, patches: str | None
 ) -> None:
-    """Configure and build in the cache, and copy the libraries to `lib`.
+    """Configure and build in the cache, and copy the libraries and tools to `lib`.
 
     patches: digest of the patches of the source, None for the stock one.
 
@@ -238,8 +281,10 @@ def _compile(
     tree = cache_dir("tree") / lib.name
     tree.mkdir(exist_ok=True)
     log = cache_dir("log") / f"{lib.name}.log"
+    tools = TOOLS if flags["LLAMA_BUILD_TOOLS"] == "ON" else ()
+    what = "llama.cpp and its tools" if tools else "llama.cpp"
     logger.info(
-        f"building llama.cpp with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}"
+        f"building {what} with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}"
     )
     start = time.monotonic()
     cmake = _which("cmake") or "cmake"
@@ -249,10 +294,10 @@ def _compile(
     configure += [f"-D{name}={value}" for name, value in flags.items()]
     with open(log, "w", encoding="utf-8") as file:
         _run(configure, file)
-        _run([ninja, "-C", str(tree), "-j", str(jobs), "llama", "ggml"], file)
+        _run([ninja, "-C", str(tree), "-j", str(jobs), "llama", "ggml", *tools], file)
     with atomic_dir(cache_dir("lib") / lib.name, force=True, marker=MARKER, cure=SET_CACHE) as tmp:
-        for library in sorted((tree / "bin").glob("lib*")):
-            shutil.copy2(library, tmp)
+        for built in [*sorted((tree / "bin").glob("lib*")), *(tree / "bin" / t for t in tools)]:
+            shutil.copy2(built, tmp)
         about = {"name": lib.name, "flags": flags, "patches": patches}
         (tmp / MARKER).write_text(json.dumps(about, indent=1))
     shutil.rmtree(tree, ignore_errors=True)
@@ -330,16 +375,15 @@ def _last_error(log: Path) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-def _last_build(cuda: bool, stock: bool) -> Path | None:
-    """The last build of a sort. It is found without a compiler, from which a key could be made."""
-    note = _last_build_note(cuda, stock)
+def _last_build(kind: str, cuda: bool) -> Path | None:
+    """The last build of a kind. It is found without a compiler, from which a key could be made."""
+    note = _last_build_note(kind, cuda)
     if not note.is_file():
         return None
     lib = cache_dir() / "lib" / note.read_text()
     return lib if (lib / MARKER).is_file() else None
 
 
-def _last_build_note(cuda: bool, stock: bool) -> Path:
-    """The file that holds the name of the last build of a sort."""
-    kind = f"{'stock' if stock else 'patched'}{'-cuda' if cuda else ''}"
-    return cache_dir() / "log" / f"last-{kind}"
+def _last_build_note(kind: str, cuda: bool) -> Path:
+    """The file that holds the name of the last build of a kind: patched, stock or tools."""
+    return cache_dir() / "log" / f"last-{kind}{'-cuda' if cuda else ''}"

@@ -30,6 +30,10 @@ UNUSED_PATHS = (
     "vendor/llama.cpp/benches",
     "vendor/llama.cpp/tools/ui",
 )
+# But cmake reads these: they make an empty list of the files of a page.
+USED_FILES = {
+    f"vendor/llama.cpp/tools/ui/{name}" for name in ("CMakeLists.txt", "ui.cpp.in", "ui.h.in")
+}
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,25 @@ def overlay_files(patches: Path | None = None) -> list[Path]:
     return sorted(path.relative_to(overlay) for path in overlay.rglob("*") if path.is_file())
 
 
-def patches_digest() -> str:
-    """SHA-256 of what makes the patched source: the pin, the overlay, the patches in order."""
+def patches_digest(tools: bool = False) -> str:
+    """SHA-256 of what makes the patched source: the pin, the overlay, the patches in order.
+
+    tools: with what changes the tools alone. The library is the same without it.
+    """
     patches = patches_dir()
     digest = hashlib.sha256(repr(read_pin()).encode())
-    overlay = [patches / "overlay" / name for name in overlay_files()]
-    for path in [*overlay, *read_series()]:
+    overlay = [
+        patches / "overlay" / name for name in overlay_files() if tools or name.parts[0] != "tools"
+    ]
+    series = [path for path in read_series() if tools or not _changes_tools_alone(path)]
+    for path in [*overlay, *series]:
         digest.update(f"\n{path.relative_to(patches)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _changes_tools_alone(patch: Path) -> bool:
+    changed = re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE)
+    return all(name.startswith("tools/") for name in changed)
 
 
 def fetch_sdist(given: Path | None = None) -> Path:
@@ -160,7 +175,9 @@ def is_unpacked(stock: bool = False) -> bool:
 
 
 def _source_path(stock: bool) -> Path:
-    name = f"stock-{read_pin().sha256[:12]}" if stock else f"patched-{patches_digest()[:12]}"
+    name = (
+        f"stock-{read_pin().sha256[:12]}" if stock else f"patched-{patches_digest(tools=True)[:12]}"
+    )
     return cache_dir() / "source" / name
 
 
@@ -178,7 +195,8 @@ def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:
             # The name loses the leading llama_cpp_python-x.y.z/.
             member.name = member.name.partition("/")[2]
             unused = any(f"{member.name}/".startswith(f"{path}/") for path in UNUSED_PATHS)
-            if member.name and not unused and (only is None or member.name in only):
+            used = member.name in USED_FILES or (member.name and not unused)
+            if used and (only is None or member.name in only):
                 members.append(member)
         archive.extractall(target, members)
 

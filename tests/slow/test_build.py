@@ -131,17 +131,20 @@ def test_a_failed_build_tells_its_error_and_keeps_the_log(cache, patches):
 
 def test_key_follows_patches_flags_and_compiler(patches, monkeypatch):
     flags = dict(llama_build.FLAGS)
-    key, stock = llama_build._key(flags, stock=False), llama_build._key(flags, stock=True)
-    assert key == llama_build._key(flags, stock=False) != stock
-    assert llama_build._key(flags | {"GGML_CUDA": "ON"}, stock=False) != key
+    key, stock = (
+        llama_build._key(flags, llama_source.patches_digest()),
+        llama_build._key(flags, None),
+    )
+    assert key == llama_build._key(flags, llama_source.patches_digest()) != stock
+    assert llama_build._key(flags | {"GGML_CUDA": "ON"}, llama_source.patches_digest()) != key
     header = patches / "overlay/include/llama-mod.h"
     header.write_text(header.read_text() + "\n")
-    assert llama_build._key(flags, stock=False) != key
-    assert llama_build._key(flags, stock=True) == stock
+    assert llama_build._key(flags, llama_source.patches_digest()) != key
+    assert llama_build._key(flags, None) == stock
     for variable in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS", "CXX"):
         with monkeypatch.context() as environment:
             environment.setenv(variable, "clang++-of-another-day")
-            assert llama_build._key(flags, stock=True) != stock, variable
+            assert llama_build._key(flags, None) != stock, variable
 
 
 def test_a_library_of_other_patches_says_so(tmp_path):

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
 HEADER = (
     "Description: build : a line\nAuthor: test\nForwarded: not-needed\nLast-Update: 2026-11-22\n"
 )
-MOST_ADDED_LINES = 230  # of all patches together
+# of all patches together, by what they change
+MOST_ADDED_LINES = {"library": 230, "tools": 80}
 
 
 @pytest.fixture
@@ -55,9 +56,29 @@ def test_overlay_replaces_nothing():
 
 def test_upstreams_files_gain_few_lines():
     """What is ours lies in files of our own: upstream's change with every bump."""
-    patches = [path.read_text(encoding="utf-8") for path in llama_source.read_series()]
-    added = re.findall(r"^\+(?!\+\+ b/)", "\n".join(patches), flags=re.MULTILINE)
-    assert len(added) <= MOST_ADDED_LINES
+    added = {"library": 0, "tools": 0}
+    for path in llama_source.read_series():
+        text = path.read_text(encoding="utf-8")
+        part = "tools" if "\n+++ b/tools/" in text else "library"
+        added[part] += len(re.findall(r"^\+(?!\+\+ b/)", text, flags=re.MULTILINE))
+    assert all(added[part] <= most for part, most in MOST_ADDED_LINES.items()), added
+
+
+def test_the_library_does_not_depend_on_the_tools(monkeypatch, tmp_path):
+    """A change to the server alone must build the server alone."""
+    patches = shutil.copytree(ROOT / "patches", tmp_path / "patches")
+    monkeypatch.setattr(llama_source, "patches_dir", lambda: patches)
+    library, tools = (llama_source.patches_digest(tools=with_) for with_ in (False, True))
+    assert library != tools
+    [server] = patches.glob("*-server-mod.patch")
+    for path in (server, patches / "overlay/tools/server/server-mod.cpp"):
+        path.write_text(path.read_text() + "\n")
+        assert llama_source.patches_digest() == library
+        assert llama_source.patches_digest(tools=True) != tools
+        tools = llama_source.patches_digest(tools=True)
+    header = patches / "overlay/include/llama-mod.h"
+    header.write_text(header.read_text() + "\n")
+    assert llama_source.patches_digest() != library
 
 
 def test_check_finds_other_bytes(refresh):

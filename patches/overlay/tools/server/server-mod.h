@@ -1,0 +1,126 @@
+#pragma once
+
+// Mixture-of-Depths in the server: the shift of each request, what its slot decided and remembers, the trace.
+//
+// Upstream's files hold hooks only. A dense model has no units; then every function here does nothing.
+
+#include "llama-mod.h"
+
+#include "json.h"
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <string>
+#include <vector>
+
+struct common_prompt_checkpoint;
+
+using json = common_json;
+
+// the shift of requests that name none: LLAMA_MOD_SHIFT, else 0
+float server_mod_default_shift();
+
+// the shift that a request names; throws where it is no finite number
+float server_mod_read_shift(const json & body);
+
+// for the tokens decoded from now on, and for the states read from now on
+void server_mod_set_shift(llama_context * ctx, float shift);
+
+// how many drafted tokens can be taken back
+int32_t server_mod_limit_draft(const llama_context * ctx, int32_t n);
+
+// puts the dropping caches of a slot back; false where the state does not fit, and the prompt must be read again
+bool server_mod_restore(llama_context * ctx, int32_t id_slot, float shift, const common_prompt_checkpoint & checkpoint);
+
+// checkpoints from position p0 on, whose tokens are about to move
+void server_mod_forget(std::list<common_prompt_checkpoint> & checkpoints, llama_pos p0);
+
+// the slot that /mod/trace asks for; throws where it is no number
+int32_t server_mod_read_slot(const std::string & text);
+
+// the trace in the answer to it, null where there is none
+json server_mod_find_trace(const json & slots);
+
+// whether a path names a file of the page, which needs no key: the page asks for the key
+bool server_mod_is_page(const std::string & folder, const std::string & path);
+
+// counts of decisions, by kind
+struct server_mod_counts {
+    std::array<uint64_t, 4> seen   = {};
+    std::array<uint64_t, 4> active = {};
+
+    json to_json() const; // shares, of the kinds that were met
+};
+
+// what a slot decided for the tokens of its last request, and its K/V
+struct server_mod_slot {
+    struct entry {
+        llama_token id;
+        llama_pos   pos;
+        bool        is_prompt;
+    };
+
+    float shift = server_mod_default_shift();
+
+    std::vector<entry>   tokens;
+    std::vector<bool>    active; // [tokens][units]
+    server_mod_counts    counts;
+
+    uint64_t kv_used  = 0; // bytes
+    uint64_t kv_dense = 0;
+
+    void begin(float shift);
+    void moved(llama_pos p0, llama_pos delta); // after a context shift
+};
+
+struct server_mod_token {
+    server_mod_slot * slot;
+    int32_t           id_slot;
+    llama_token       id;
+    llama_pos         pos;
+    bool              is_prompt;
+};
+
+// the figures for /metrics
+struct server_mod_metrics {
+    bool              is_mod = false;
+    server_mod_counts counts;           // since the start
+    uint64_t          kv_used      = 0; // bytes
+    uint64_t          kv_committed = 0;
+    uint64_t          kv_dense     = 0;
+    int64_t           t_kv         = 0; // when the K/V figures were read, in milliseconds
+
+    std::string to_prometheus() const;
+};
+
+class server_mod {
+public:
+    void init(llama_context * ctx);
+
+    bool is_mod() const { return !units.empty(); }
+
+    // whether the memory drops K/V, so that going back far needs checkpoints
+    bool drops_kv() const { return kv_drops; }
+
+    // after a successful decode of n_tokens, which get(i) tells
+    void decoded(int32_t n_tokens, const std::function<server_mod_token(int32_t)> & get, server_mod_metrics & metrics) const;
+
+    // the K/V figures, where those that are there are older; not while a decode runs
+    void measure(server_mod_slot & slot, int32_t id_slot) const;
+    void measure(server_mod_metrics & metrics, int32_t n_slots, int64_t age_ms) const;
+
+    json props() const;                                                // of /props; null for a dense model
+    json figures(const server_mod_slot & slot, int32_t id_slot) const; // of /slots and timings; null for a dense model
+    json trace  (const server_mod_slot & slot, int32_t id_slot) const; // of /mod/trace; null where nothing was decoded
+
+private:
+    json unit_json(const llama_mod_unit & unit) const;
+
+    llama_context * ctx = nullptr;
+
+    std::vector<llama_mod_unit> units;
+
+    bool kv_drops = false;
+};
