@@ -1,11 +1,12 @@
-"""Three tiers of tests, one folder each, and what several tests share.
+"""Four tiers of tests, one folder each, and what several tests share.
 
     unit     seconds, without llama.cpp; `pytest` alone runs these
     runtime  minutes, on the patched library; `pytest tests/runtime` or `pytest -m runtime`
     slow     builds, several processes, random operations; `pytest tests/slow` or `pytest -m slow`
+    server   minutes, on llama-server; `pytest tests/server`, after `mod-export build --tools`
 
-`pytest tests` runs all of them, as scripts/test does. A folder is run by as many processes as there
-are CPUs, a file by one.
+`pytest tests` runs all of them. scripts/test leaves `server` to `scripts/test server`. A folder is
+run by as many processes as there are CPUs, a file by one.
 """
 
 import os
@@ -31,7 +32,7 @@ from mod_export.cli.output import hide_messages
 from tests.support import command_line
 
 TESTS = Path(__file__).resolve().parent
-TIERS = ("slow", "runtime", "unit")  # the order in which all of them run
+TIERS = ("slow", "server", "runtime", "unit")  # the order in which all of them run
 # Files that take longest begin, so that all processes end at about the same time.
 LONG_FILES = (
     "test_architectures.py",
@@ -70,12 +71,22 @@ def pytest_collection_modifyitems(items):
     for item, tier in tiers.items():
         item.add_marker(tier)
     items.sort(key=lambda item: (TIERS.index(tiers[item]), item.path.name not in LONG_FILES))
-    runtime = [item for item, tier in tiers.items() if tier == "runtime"]
-    if runtime and not _patched():
-        for item in runtime:
-            item.add_marker(
-                pytest.mark.skip(reason="needs the patched llama.cpp: run `mod-export build`")
-            )
+    _skip(items, tiers, "runtime", _patched, "the patched llama.cpp: run `mod-export build`")
+    _skip(items, tiers, "server", _tools, "llama-server: run `mod-export build --tools`")
+
+
+def _skip(items, tiers, tier: str, is_there, need: str) -> None:
+    here = [item for item in items if tiers[item] == tier]
+    if here and not is_there():
+        for item in here:
+            item.add_marker(pytest.mark.skip(reason=f"needs {need}"))
+
+
+def _tools() -> bool:
+    from mod_export.llamacpp import build
+
+    given = os.environ.get("LLAMA_CPP_LIB_PATH")
+    return build.tools_dir() is not None or bool(given and Path(given, "llama-server").is_file())
 
 
 def _patched() -> bool:

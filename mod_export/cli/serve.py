@@ -4,11 +4,29 @@ from pathlib import Path
 
 import click
 
-from mod_export.cli.options import ModelName, model_options, open_model
+from mod_export.cli.options import model_options
+from mod_export.cli.output import show_messages
+from mod_export.cli.values import model_argument
+
+MORE = "mod_export.serve.more"  # what follows -- , in the context's meta
 
 
-@click.command()
-@click.argument("file", type=ModelName(gguf=True))
+class ServeCommand(click.Command):
+    """A command that keeps what follows -- apart."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what comes before --."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta[MORE] = tuple(args[end + 1 :])
+        return super().parse_args(ctx, args[:end])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Name what follows -- in the usage."""
+        return [*super().collect_usage_pieces(ctx), "[-- OPTIONS]"]
+
+
+@click.command(cls=ServeCommand)
+@model_argument()
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -29,23 +47,30 @@ from mod_export.cli.options import ModelName, model_options, open_model
     show_default="no key",
     help="Key that clients have to send.",
 )
-@click.option("--name", show_default="the name of the file", help="Name of the model in answers.")
+@click.option(
+    "-a",
+    "--name",
+    "--alias",
+    show_default="the name of the file",
+    help="Name of the model in answers.",
+)
 @model_options
-def command(file, host, port, api_key, name, **model):
-    """Serve a model over HTTP, with OpenAI's API.
+def command(file, name, **options):
+    """Serve a model over HTTP, with OpenAI's API and a page to chat.
 
-    FILE is a GGUF file. The base URL of clients is http://localhost:8000/v1. The server answers
-    chats and completions, whole or streamed, one at a time. GET /mod tells the activation and the
-    KV memory.
+    FILE is a GGUF file. The command becomes the patched llama-server, which it builds the first
+    time. What follows -- are llama-server's own options, such as: mod-export serve model.gguf --
+    -np 8 --metrics. The page is at http://localhost:8000, the base URL of clients is
+    http://localhost:8000/v1. GET /props tells the units of the model, GET /slots the activation and
+    the KV memory.
     """
-    from mod_export.serving.server import listen, serve
+    from mod_export.serving import llama_server
 
-    with listen(host, port) as sock:
-        llm, name = open_model(file, **model), name or Path(file).stem
-        llm.require_vocab()
-        where = f"[{host}]" if ":" in host else host
-        address = f"http://{where}:{sock.getsockname()[1]}/v1"
-        click.echo(f"{name} at {address}; Ctrl-C ends it", err=True)
-        if "tokenizer.chat_template" not in llm.metadata:
-            click.echo("the model has no chat template: only /v1/completions", err=True)
-        serve(llm, name, sock, api_key)
+    show_messages()
+    start = llama_server.ServerStart(file=str(file), name=name or Path(file).stem, **options)
+    llama_server.check(start)
+    tools = llama_server.tools_folder()
+    where = f"[{start.host}]" if ":" in start.host else start.host
+    port = f"port {start.port}" if start.port else "a free port"
+    click.echo(f"{start.name} at {where}, {port}; Ctrl-C ends it", err=True)
+    llama_server.execute(start, tools, click.get_current_context().meta[MORE])

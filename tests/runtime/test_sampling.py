@@ -1,4 +1,4 @@
-"""Sampling is one thing at every door: chat, completions, generated data, and llama_cpp.Llama."""
+"""Sampling is one thing at every door: chat, generated data, and llama_cpp.Llama."""
 
 import inspect
 import json
@@ -8,12 +8,10 @@ import pytest
 
 from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.sampling import Sampling
-from mod_export.serving import completions
 from mod_export.serving.chat import Chat
 from tests.support.tiny_gguf import Tiny
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
-QUESTION = [{"role": "user", "content": "ab"}]
 TOKENS = 24
 
 
@@ -32,14 +30,6 @@ def chat(llm: MoDLlama, **chosen) -> str:
     return "".join(Chat(llm, "", sampling, TOKENS, notice=lambda line: None).ask("ab"))
 
 
-def complete(llm: MoDLlama, **chosen) -> str:
-    body = {"messages": QUESTION, "max_tokens": TOKENS, **chosen}
-    return "".join(completions.Answer(llm, completions.parse(body, llm, chat=True)))
-
-
-DOORS = pytest.mark.parametrize("ask", [chat, complete])
-
-
 def test_the_defaults_are_those_of_llama_cpp():
     theirs = inspect.signature(llama_cpp.Llama.generate).parameters
     for name in ("top_p", "top_k", "min_p", "repeat_penalty", "frequency_penalty"):
@@ -56,12 +46,11 @@ def test_what_a_file_recommends_comes_after_what_is_chosen(tmp_path, caplog):
         assert sum(word in record.message for record in caplog.records) == 1  # not each time
 
 
-@DOORS
-def test_seeds(plain, ask):
+def test_seeds(plain):
     llm = MoDLlama(plain, n_ctx=256, threads=1)
     hot = {"temperature": 1.5}
-    assert ask(llm, **hot, seed=1) == ask(llm, **hot, seed=1) != ask(llm, **hot, seed=2)
-    assert len({ask(llm, **hot, seed=-1) for _ in range(3)} | {ask(llm, **hot)}) == 4
+    assert chat(llm, **hot, seed=1) == chat(llm, **hot, seed=1) != chat(llm, **hot, seed=2)
+    assert len({chat(llm, **hot, seed=-1) for _ in range(3)} | {chat(llm, **hot)}) == 4
 
 
 def test_seeds_of_llama_cpp_hold(plain):
@@ -74,13 +63,12 @@ def test_seeds_of_llama_cpp_hold(plain):
     assert text() == text()  # as docs/how-to/chat-and-serve.md says
 
 
-@DOORS
-def test_every_door_follows_the_file(plain, tmp_path, ask):
-    likeliest = ask(MoDLlama(plain, n_ctx=256, threads=1), temperature=0)
+def test_the_chat_follows_the_file(plain, tmp_path):
+    likeliest = chat(MoDLlama(plain, n_ctx=256, threads=1), temperature=0)
     llm = MoDLlama(tiny(tmp_path / "own.gguf", temp=0), n_ctx=256, threads=1)
-    assert ask(llm) == likeliest != ask(llm, temperature=1.5)
+    assert chat(llm) == likeliest != chat(llm, temperature=1.5)
     # Logits over so small a temperature overflow.
-    assert ask(llm, temperature=1e-38, top_p=1, min_p=0) == likeliest
+    assert chat(llm, temperature=1e-38, top_p=1, min_p=0) == likeliest
 
 
 def test_the_commands_draw_as_they_are_told(plain, tmp_path, run_cli):

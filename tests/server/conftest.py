@@ -1,0 +1,38 @@
+"""Files for llama-server: the embedded SmolLM2, and the same with the packaged adapter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+WINDOW = 32  # A token is dropped soon, so that short conversations meet what long ones meet.
+
+
+@pytest.fixture(scope="session")
+def dense() -> Path:
+    from mod_export.model import loading
+
+    return loading.embedded_gguf()
+
+
+@pytest.fixture(scope="session")
+def shipped(dense, tmp_path_factory) -> Path:
+    """SmolLM2 with the packaged adapter as it is."""
+    return _with_adapter(dense, tmp_path_factory.mktemp("server") / "shipped.gguf")
+
+
+@pytest.fixture(scope="session")
+def mod(dense, tmp_path_factory) -> Path:
+    """The same with a short window: half of the keys and values are soon forgotten."""
+    return _with_adapter(dense, tmp_path_factory.mktemp("server") / "mod.gguf", kv_window=WINDOW)
+
+
+def _with_adapter(dense: Path, path: Path, **changes) -> Path:
+    from mod_export.export import write_routers
+    from mod_export.formats import adapter_files
+    from mod_export.formats.gguf import GGUFFile
+
+    adapter = adapter_files.read(adapter_files.resolve("smollm2-kv"))
+    config = replace(adapter.config, **changes)
+    write_routers(GGUFFile.open(dense), path, config, adapter.routers)
+    return path
