@@ -23,6 +23,7 @@ from tests.support import tiny_torch as tiny
 from tests.support import tiny_types
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 from tests.support.tiny_gguf import Tiny
+from tests.unit.model.test_architectures import SUPPORTED, build
 
 IDS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(3))
 # Llama's layers, tied embeddings, windows, K/V that later layers read, joined experts
@@ -66,9 +67,21 @@ def test_a_streamed_model_is_the_whole_one(directories, name):
     assert torch.equal(streaming.embedding_rows(base, [5, 3]), rows)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "dbrx", "gpt_oss", "deepseek_v3", "phi3"])
+@torch.no_grad()
+def test_weights_that_files_have_otherwise(tmp_path, name):
+    """Transposed, joined from several tensors, or under other names."""
+    base = build(name, SUPPORTED[name][0])
+    base.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    streamed, _ = loading.open_streamed(tmp_path)
+    ids = IDS % base.config.vocab_size
+    torch.testing.assert_close(streamed(ids).logits, base(ids).logits, atol=1e-5, rtol=0)
+
+
 def routers_of(base, tokenizer) -> tuple:
     layers = architectures.unit_layers(base, "kv", None)
-    plan = CalibrationPlan({"kv": layers}, 0.4, 16, text=TEXT, tokens=2048)
+    plan = CalibrationPlan({"kv": layers}, 0.4, 16, text=TEXT, tokens=2048, rounds=2)
     return calibrate(base, tokenizer, plan)
 
 
