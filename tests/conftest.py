@@ -30,6 +30,7 @@ import pytest
 
 from mod_export.cli.output import hide_messages
 from tests.support import command_line
+from tests.support.warm_python import WarmPython
 
 TESTS = Path(__file__).resolve().parent
 TIERS = ("slow", "server", "runtime", "unit")  # the order in which all of them run
@@ -100,6 +101,26 @@ def _messages_hidden():
     """A command or study that a test runs in this process prints no messages of later tests."""
     yield
     hide_messages()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_converter():
+    """Conversions of this process start from one that has imported torch and transformers.
+
+    tests/slow/test_wheel.py runs the converter as users do.
+    """
+    from mod_export.llamacpp import converter
+
+    python, cold = WarmPython(), converter._python
+
+    def run(code, arguments, cwd=None):
+        start = python.run if code == converter.CONVERTER_SCRIPT else cold
+        return start(code, arguments, cwd)
+
+    converter._python = run
+    yield
+    converter._python = cold
+    python.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from mod_export.convert import refuse_mod
 from mod_export.model import loading
 from tests.support import mutated_gguf, tiny_vocab
-from tests.support.mutation_run import FAULT, FINE, REFUSED, Outcome, outcome
+from tests.support.mutation_run import FAULT, FINE, REFUSED, outcome
 
 COUNT, SEED = 84, 9000
 
@@ -30,7 +30,7 @@ def test_mutations_are_accepted_or_refused(tmp_path):
         model.routers = {}
         path = model.write(tmp_path / f"{name}.gguf")
         originals[name] = path.read_bytes()
-        assert outcome(partial(use, path)) == Outcome(FINE), name
+        use(path)  # in this process, which has imported everything when it forks
     counts, faults = Counter(), []
     kinds, names = list(mutated_gguf.KINDS), list(originals)
     path = tmp_path / "mutated.gguf"

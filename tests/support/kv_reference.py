@@ -41,7 +41,10 @@ class Cell:
     moves: int = 0  # how often it was moved since then
 
     def copy(self) -> Cell:
-        return replace(self, seqs=set(self.seqs), gone=set(self.gone))
+        # dataclasses.replace takes three times as long, and states have many cells
+        seqs, gone = set(self.seqs), set(self.gone)
+        rest = (self.token, self.made, self.moves)
+        return Cell(self.pos, seqs, self.dropped, self.new, gone, *rest)
 
     def moved(self, src: int, dst: int) -> Cell:
         """Return the cell for one sequence alone, under another number."""

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import gguf  # noqa: F401  each child would import it anew, which takes most of its time
 import numpy as np
 
 from mod_export.llamacpp import build as llama_build
