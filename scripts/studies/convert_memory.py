@@ -46,22 +46,25 @@ SAMPLE_SECONDS = 0.05
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write in.")
 @click.option("--tokens", type=int, help="To calibrate on.  [default: all of the packaged text]")
 @click.option("--dtype", default="auto", show_default=True)
-def main(models, out, tokens, dtype):
+@click.option("--calibration-text", type=click.Path(exists=True), help="Where time is short.")
+@click.option("--kv-window", default=256, show_default=True)
+def main(models, out, tokens, **options):
     out.mkdir(parents=True, exist_ok=True)
     for name in models:
         model = name if name == loading.EMBEDDED else random_model(name, out)
-        row = {"model": name, "tokens": tokens, "dtype": dtype}
-        row |= converted(model, out / "mod", tokens, dtype)
+        row = {"model": name, "tokens": tokens, **options}
+        row |= converted(model, out / "mod", options | {"calibration_tokens": tokens})
         rows.append(out / "rows.jsonl", row)
     found = rows.read(out / "rows.jsonl")
     click.echo(format_table(list(found[-1]), [list(row.values()) for row in found]))
 
 
-def converted(model: str | Path, target: Path, tokens: int | None, dtype: str) -> dict:
+def converted(model: str | Path, target: Path, options: dict) -> dict:
     """Return time and peaks of memory of a conversion for kv units."""
     command = [sys.executable, "-m", "mod_export", "convert", str(model), "-o", str(target)]
-    command += ["--force", "--dtype", dtype]
-    command += ["--calibration-tokens", str(tokens)] if tokens else []
+    command += ["--force"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)] if value else []
     start, peaks = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
     process = subprocess.Popen(command)
     while process.poll() is None:
