@@ -223,10 +223,10 @@ def client(soak: Soak, kind: Callable, seed: int) -> None:
 
 
 def make_prompts() -> list[str]:
-    """Pieces of the packaged texts, of 100 to 1500 words; half begin alike."""
+    """Pieces of the packaged texts, of 50 to 820 words; half begin alike."""
     words = " ".join(default_texts()).split()
     starts = [0 if i % 2 else 997 * i for i in range(PROMPTS)]
-    lengths = [100 + 127 * i for i in range(PROMPTS)]
+    lengths = [50 + 70 * i for i in range(PROMPTS)]
     return [" ".join(words[a : a + n]) for a, n in zip(starts, lengths, strict=True)]
 
 

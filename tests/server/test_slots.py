@@ -55,8 +55,9 @@ def test_prompts_that_part_anywhere(server):
     for _ in range(8):
         cut = rng.randrange(1, 400)
         prompt = words[:cut] + rng.sample(words, rng.randrange(1, 60))
-        answer = ask(server, prompt, id_slot=0)
-        assert same_answer(answer, anew(server, prompt, id_slot=1)), cut
+        # Other batches round otherwise, which tells after some tokens where decisions are close.
+        answer = ask(server, prompt, id_slot=0, n_predict=6)
+        assert same_answer(answer, anew(server, prompt, id_slot=1, n_predict=6)), cut
         saved += answer["timings"]["cache_n"] > 0
         if rng.random() < 0.3:
             ask(server, words, id_slot=0)
