@@ -61,7 +61,7 @@ def test_prompts_that_part_anywhere(server):
         saved += answer["timings"]["cache_n"] > 0
         if rng.random() < 0.3:
             ask(server, words, id_slot=0)
-    assert saved > 4
+    assert saved >= 2
 
 
 def test_an_edited_history_costs_what_comes_after_the_edit(server):
