@@ -151,13 +151,13 @@ public:
         n_max = std::max(n_max, dst + 1);
 
         pos    .set(dst, p);
-        seq    .set(dst, seq    .get(src));
+        set_seq(dst, seq_id_of(src));
         tok    .set(dst, tok    .get(src));
         xy     .set(dst, xy     .get(src));
         shift  .set(dst, shift  .get(src));
         dropped.set(dst, dropped.get(src));
 
-        seq.set(src, 0);
+        set_seq(src, 0);
         forget(src);
     }
 
@@ -177,7 +177,7 @@ public:
 
         seqs_set(i, seq_set_t(seq_get_all(i)).reset(seq_id));
 
-        if (seq.get(i) == 0) {
+        if (seq_id_of(i) == 0) {
             forget(i);
 
             return true;
@@ -196,7 +196,7 @@ public:
             return false;
         }
 
-        if (seq.get(i) != 0) {
+        if (seq_id_of(i) != 0) {
             rm(i);
 
             return true;
@@ -211,14 +211,14 @@ public:
     int seq_count(uint32_t i) const {
         assert(!is_empty(i));
 
-        return sets[seq.get(i)].n_seq;
+        return sets[seq_id_of(i)].n_seq;
     }
 
     // the full set of sequences this cell is visible to, valid until the next change
     const seq_set_t & seq_get_all(uint32_t i) const {
         assert(i < n_cells);
 
-        return sets[seq.get(i)].bits;
+        return sets[seq_id_of(i)].bits;
     }
 
     // check if the cell contains seq_id
@@ -317,7 +317,7 @@ public:
     llama_seq_id seq_get(uint32_t i) const {
         assert(seq_count(i) == 1);
 
-        return sets[seq.get(i)].first;
+        return sets[seq_id_of(i)].first;
     }
 
     // the minimum position of sequence seq_id currently present in any of the cells
@@ -373,7 +373,7 @@ public:
     // note: call only if the cell is empty
     void pos_set(uint32_t i, llama_pos p) {
         assert(is_empty(i));
-        assert(seq.get(i) == 0);
+        assert(seq_id_of(i) == 0);
 
         pos.set(i, p);
 
@@ -459,14 +459,15 @@ private:
 
     llama_mod_column<llama_pos>                pos     { -1 };
     llama_mod_column<uint16_t>                 seq     { 0 }; // -> sets
+    llama_mod_column<uint16_t>                 seq_hi  { 0 }; // the upper bits, where there are more sets
     llama_mod_column<llama_token>              tok     { LLAMA_TOKEN_NULL };
     llama_mod_column<std::array<llama_pos, 2>> xy      { { 0, 0 } };
     llama_mod_column<llama_pos>                shift   { 0 };
     llama_mod_column<uint8_t>                  dropped { 0 };
 
     std::vector<seq_set>                    sets { 1 }; // the first one is empty
-    std::unordered_map<seq_set_t, uint16_t> set_ids;
-    std::vector<uint16_t>                   free_ids;
+    std::unordered_map<seq_set_t, uint32_t> set_ids;
+    std::vector<uint32_t>                   free_ids;
 
     // the cells of each sequence that has any, by position and then by index
     std::map<llama_seq_id, list> order;
@@ -474,6 +475,7 @@ private:
     void truncate(uint32_t n) {
         pos    .truncate(n);
         seq    .truncate(n);
+        seq_hi .truncate(n);
         tok    .truncate(n);
         xy     .truncate(n);
         shift  .truncate(n);
@@ -482,7 +484,7 @@ private:
 
     // the cell of no sequence becomes empty
     void forget(uint32_t i) {
-        assert(seq.get(i) == 0);
+        assert(seq_id_of(i) == 0);
 
         pos    .set(i, -1);
         tok    .set(i, LLAMA_TOKEN_NULL);
@@ -516,18 +518,26 @@ private:
     // sets of sequences
     //
 
-    uint16_t set_id(const seq_set_t & bits) {
+    // the number of the cell's set
+    uint32_t seq_id_of(uint32_t i) const {
+        return seq.get(i) | (uint32_t) seq_hi.get(i) << 16;
+    }
+
+    void set_seq(uint32_t i, uint32_t id) {
+        seq   .set(i, id & UINT16_MAX);
+        seq_hi.set(i, id >> 16);
+    }
+
+    uint32_t set_id(const seq_set_t & bits) {
         if (const auto it = set_ids.find(bits); it != set_ids.end()) {
             return it->second;
         }
 
-        uint16_t id = sets.size();
+        uint32_t id = sets.size();
         if (!free_ids.empty()) {
             id = free_ids.back();
             free_ids.pop_back();
         } else {
-            // so many take as many calls that copy or remove a part of a sequence
-            GGML_ASSERT(sets.size() <= UINT16_MAX && "too many different sets of sequences");
             sets.emplace_back();
         }
 
@@ -542,8 +552,8 @@ private:
 
     // the sequences of a cell whose position is set, and with them the lists
     void seqs_set(uint32_t i, const seq_set_t & bits) {
-        const uint16_t id_old = seq.get(i);
-        const uint16_t id     = bits.none() ? 0 : set_id(bits);
+        const uint32_t id_old = seq_id_of(i);
+        const uint32_t id     = bits.none() ? 0 : set_id(bits);
         if (id == id_old) {
             return;
         }
@@ -551,7 +561,7 @@ private:
         for_bits(sets[id_old].bits & ~bits, [&](llama_seq_id s) { list_rm (s, i); });
         for_bits(bits & ~sets[id_old].bits, [&](llama_seq_id s) { list_add(s, i); });
 
-        seq.set(i, id);
+        set_seq(i, id);
         sets[id].n_cells++;
         if (--sets[id_old].n_cells == 0 && id_old != 0) {
             set_ids.erase(sets[id_old].bits);

@@ -29,23 +29,11 @@ bool llama_mod_model::has_cells(int32_t il) const {
 }
 
 int32_t llama_mod_model::n_kv(int32_t il) const {
-    const int32_t u0 = find(il, LLAMA_MOD_KIND_KV);
-
-    int32_t n = 0;
-    while (u0 >= 0 && u0 + n < (int32_t) units.size() && units[u0 + n].layer == il && units[u0 + n].kind == LLAMA_MOD_KIND_KV) {
-        ++n;
+    if (il < 0 || il >= (int32_t) kv_by_head.size()) {
+        return 0;
     }
-    return n;
-}
-
-int32_t llama_mod_model::find_kv(int32_t il, int32_t head) const {
-    const int32_t u0 = find(il, LLAMA_MOD_KIND_KV);
-    for (int32_t u = u0; u < u0 + n_kv(il); ++u) {
-        if (units[u].head < 0 || units[u].head == head) {
-            return u;
-        }
-    }
-    return -1;
+    const auto & heads = kv_by_head[il];
+    return heads.size() - std::count(heads.begin(), heads.end(), -1);
 }
 
 uint32_t llama_mod_model::n_nodes() const {
@@ -191,6 +179,7 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, const l
     }
 
     mod.by_layer.assign(n_layer, { -1, -1, -1, -1 });
+    mod.kv_by_head.resize(n_layer);
 
     for (int32_t il = 0; il < n_layer; ++il) {
         for (const llama_mod_kind kind : MOD_KIND_ORDER) {
@@ -202,6 +191,10 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, const l
                 }
                 if (mod.by_layer[il][kind] < 0) {
                     mod.by_layer[il][kind] = mod.units.size();
+                }
+                if (is_kv) {
+                    mod.kv_by_head[il].resize(n, -1);
+                    mod.kv_by_head[il][i - il*n] = mod.units.size();
                 }
                 const int32_t window = is_kv ? windows[i] : 0;
                 mod.units.push_back({ il, kind, n > 1 ? i - il*n : -1, threshold[kind][i], activation[kind][i], window });

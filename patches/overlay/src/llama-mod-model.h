@@ -40,8 +40,14 @@ struct llama_mod_model {
         return il >= 0 && il < (int32_t) by_layer.size() ? by_layer[il][kind] : -1;
     }
 
+    // [n_layer][n_heads]: the number of the kv unit, -1: none; empty where the layer has none
+    std::vector<std::vector<int32_t>> kv_by_head;
+
     // the unit that decides about a K/V head, -1: all is remembered
-    int32_t find_kv(int32_t il, int32_t head) const;
+    int32_t find_kv(int32_t il, int32_t head) const {
+        const bool has = il >= 0 && il < (int32_t) kv_by_head.size() && head >= 0 && head < (int32_t) kv_by_head[il].size();
+        return has ? kv_by_head[il][head] : -1;
+    }
 
     // how many kv units the layer has
     int32_t n_kv(int32_t il) const;

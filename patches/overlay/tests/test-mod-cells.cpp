@@ -312,6 +312,22 @@ int main(int argc, char ** argv) {
     cells_own.ext_set(3, ext);
     assert(cells_own.ext_get(3).tok == LLAMA_TOKEN_NULL && cells_own.ext_get(3).x == 2);
 
+    // each of many cells has another set of sequences: they have numbers of more than 16 bits
+    const uint32_t n_sets = 70000;
+    llama_mod_cells cells_many;
+    cells_many.resize(n_sets);
+    for (uint32_t i = 0; i < n_sets; ++i) {
+        cells_many.pos_set(i, i);
+        for (llama_seq_id s = 0; s < 17; ++s) {
+            if ((i + 1) >> s & 1) {
+                cells_many.seq_add(i, s);
+            }
+        }
+    }
+    for (uint32_t i = 0; i < n_sets; ++i) {
+        assert(cells_many.seq_get_all(i) == llama_mod_cells::seq_set_t(i + 1));
+    }
+
     printf("%d operations: OK\n", n);
     return 0;
 }
