@@ -24,15 +24,18 @@ def shipped(dense, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def mod(dense, tmp_path_factory) -> Path:
     """The same with a short window: half of the keys and values are soon forgotten."""
-    return _with_adapter(dense, tmp_path_factory.mktemp("server") / "mod.gguf", kv_window=WINDOW)
+    return _with_adapter(dense, tmp_path_factory.mktemp("server") / "mod.gguf", WINDOW)
 
 
-def _with_adapter(dense: Path, path: Path, **changes) -> Path:
+def _with_adapter(dense: Path, path: Path, window: int | None = None) -> Path:
     from mod_export.export import write_routers
     from mod_export.formats import adapter_files
     from mod_export.formats.gguf import GGUFFile
 
     adapter = adapter_files.read(adapter_files.resolve("smollm2-kv"))
-    config = replace(adapter.config, **changes)
+    config = adapter.config
+    if window:
+        units = {"kv": replace(config.units["kv"], window=())}
+        config = replace(config, kv_window=window, units=units)
     write_routers(GGUFFile.open(dense), path, config, adapter.routers)
     return path
