@@ -20,7 +20,7 @@ from mod_export import __version__
 from mod_export.cli.output import hide_messages, show_messages
 from mod_export.cli.values import as_utf8
 from mod_export.common import extras
-from mod_export.common.system import bound_spinning
+from mod_export.common.system import bound_spinning, use_large_pages
 from mod_export.errors import UserError
 from mod_export.formats.hub import by_name
 
@@ -123,6 +123,7 @@ def cli(ctx: click.Context) -> None:
     ctx.call_on_close(hide_messages)
     if ctx.invoked_subcommand in TORCH_COMMANDS:
         bound_spinning()
+        use_large_pages()
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

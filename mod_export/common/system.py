@@ -36,6 +36,16 @@ def bound_spinning() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 
+def use_large_pages() -> None:
+    """Let torch ask for pages of 2 MB for large tensors on the CPU, where the system has them.
+
+    Call it before torch is imported. torch gives the memory of a tensor back after use, and pages
+    of 4 kB then cost a quarter of the time of a training step. What the user has set stays.
+    Source: c10/core/impl/alloc_cpu.cpp of torch, THP_MEM_ALLOC_ENABLE.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def busy_cpus(seconds: float = 0.5) -> float:
     """Return how many processors were at work on average while this function waited."""
     import psutil
