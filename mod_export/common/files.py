@@ -184,8 +184,12 @@ def _unwritable(exc: OSError, tmp: Path, path: str | os.PathLike, cure: str = AN
 
 
 def _share(directory: Path) -> None:
-    """Let all who may read the directory read its files: safetensors lets the owner alone."""
-    mode = directory.stat().st_mode & 0o666
+    """Let all who may read the directory read its files: safetensors lets the owner alone.
+
+    Who may search the directory may run its programs.
+    """
+    shared = directory.stat().st_mode & 0o777
     for path in directory.rglob("*"):
         if path.is_file():
-            path.chmod(mode)
+            program = path.stat().st_mode & 0o100
+            path.chmod(shared if program else shared & 0o666)

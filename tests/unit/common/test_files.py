@@ -35,8 +35,11 @@ def test_atomic_dir(tmp_path):
         with atomic_dir(target, force=True) as tmp:
             (tmp / "config.json").write_text(text)
             (tmp / "config.json").chmod(0o600)
+            (tmp / "program").write_text("#!/bin/sh\nexit 7\n")
+            (tmp / "program").chmod(0o700)
     assert (target / "config.json").read_text() == "second"
     assert target.stat().st_mode & 0o666 == (target / "config.json").stat().st_mode & 0o777
+    assert subprocess.run([target / "program"]).returncode == 7  # llama-server could not be run
     with pytest.raises(RuntimeError), atomic_dir(target, force=True) as tmp:
         raise RuntimeError
     assert (target / "config.json").read_text() == "second" and list(tmp_path.iterdir()) == [target]
