@@ -1,5 +1,6 @@
 """Large pages for torch's tensors: the effect itself, in page faults."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
 
 def faults(call: str) -> int:
     code = TENSORS.format(call=call)
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     return int(done.stdout)
 
