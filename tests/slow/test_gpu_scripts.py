@@ -5,6 +5,7 @@ built library.
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mod_export.data.text import default_texts
+from mod_export.formats import adapter_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +67,18 @@ def test_pieces_and_back(tmp_path):
     assert not (tmp_path / "v").exists()
 
 
+def short_windows(folder):
+    """Make `start` of the packaged adapter, with windows that short sequences leave."""
+    adapter = folder / "adapter"
+    shutil.copytree(adapter_files.resolve("smollm2-kv"), adapter)
+    about = json.loads((adapter / "mod.json").read_text())
+    about["mod"]["kv_window"] = 200
+    del about["mod"]["kv"]["window"]
+    (adapter / "mod.json").write_text(json.dumps(about))
+    command = [sys.executable, "-m", "mod_export", "convert", "smollm2", "-o", folder / "start"]
+    subprocess.run([*command, "--adapter", adapter], cwd=ROOT, check=True, capture_output=True)
+
+
 def test_gpu_train(tmp_path):
     """The packaged adapter trained on for two steps, and judged."""
     text = "\n\n".join(default_texts())
@@ -72,6 +86,7 @@ def test_gpu_train(tmp_path):
     (tmp_path / "data/train.txt").write_text(text[:18000])
     (tmp_path / "data/dev/a.txt").write_text(text[-15000:])
     (tmp_path / "unpacked-pieces").touch()
+    short_windows(tmp_path)
     command = f"{ROOT}/scripts/gpu/train.sh {tmp_path}/pieces {tmp_path} 528"
     env = {"PYTHON": sys.executable, "LENGTH": "264", "BATCH": "1", "COUNT": "1"}
     one_line(shell(command, PYTHON="/none"), "/none lacks torch")
