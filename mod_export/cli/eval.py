@@ -2,6 +2,7 @@
 
 import click
 
+from mod_export.cli.device_options import device_option
 from mod_export.cli.options import (
     cache_type_options,
     dense_option,
@@ -157,12 +158,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 @cache_type_options(" of TARGET, a GGUF file", "f16; f32 for a file in f32")
 @threads_option
 @gpu_layers_option
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="Device that torch models run on, such as cuda.",
-)
+@device_option
 @result_options(plots="Directory for PNG plots: passkeys as a heat map, accuracies.")
 def command(
     target,
