@@ -11,11 +11,18 @@ device_option = click.option(
     metavar="cpu|cuda|cuda:N|mps",
     help="Where torch computes.",
 )
-dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="auto",
-    show_default=True,
-    help="Type to compute in. auto: that of the weights where the device is fast in it, else "
-    "float32.",
-)
+
+
+def _dtype(default: str, more: str = ""):
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default=default,
+        show_default=True,
+        help="Type to compute in. auto: that of the weights where the device is fast in it, else "
+        f"float32.{more}",
+    )
+
+
+dtype_option = _dtype("auto")
+reference_dtype_option = _dtype("float32", " What may differ is wider in 16 bits.")

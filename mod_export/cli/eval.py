@@ -2,7 +2,7 @@
 
 import click
 
-from mod_export.cli.device_options import device_option
+from mod_export.cli.device_options import device_option, dtype_option
 from mod_export.cli.options import (
     cache_type_options,
     dense_option,
@@ -159,6 +159,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 @threads_option
 @gpu_layers_option
 @device_option
+@dtype_option
 @result_options(plots="Directory for PNG plots: passkeys as a heat map, accuracies.")
 def command(
     target,
@@ -168,6 +169,7 @@ def command(
     threads,
     gpu_layers,
     device,
+    dtype,
     plots,
     json_file,
     markdown,
@@ -206,6 +208,7 @@ def command(
             done=show,
             keep=keep,
             types=types,
+            dtype=dtype,
         )
 
     result = write_result(run, json_file, force)

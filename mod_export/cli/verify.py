@@ -2,6 +2,7 @@
 
 import click
 
+from mod_export.cli.device_options import device_option, reference_dtype_option
 from mod_export.cli.options import (
     cache_type_options,
     dense_option,
@@ -36,8 +37,10 @@ from mod_export.cli.values import ModelName, model_argument
 @length_option(default=512)
 @cache_type_options(" of FILE", "f16; f32 for a file in f32")
 @threads_option
+@device_option
+@reference_dtype_option
 @json_flag
-def command(file, reference, dense, text, tokens, length, types, threads, as_json):
+def command(file, reference, dense, text, tokens, length, types, threads, device, dtype, as_json):
     """Compare a GGUF in the runtime with its torch model.
 
     The exit code is 1 where the GGUF FILE and the torch model differ too much. With --dense it is 1
@@ -57,6 +60,8 @@ def command(file, reference, dense, text, tokens, length, types, threads, as_jso
         threads,
         dense,
         types,
+        device,
+        dtype,
     )
     click.echo(json_text(result, 1, float) if as_json else parity.report(result))
     return 0 if result["passed"] else 1

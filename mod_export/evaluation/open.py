@@ -19,7 +19,7 @@ from mod_export.evaluation.readers import Pair, Reader, TorchReader
 from mod_export.formats import hub
 from mod_export.formats.hf_directory import is_mod
 from mod_export.formats.kv_types import KVTypes
-from mod_export.model import loading
+from mod_export.model import devices, loading
 from mod_export.model.mod_model import MoDModel
 
 
@@ -31,18 +31,20 @@ def open_pair(
     device: str = "cpu",
     gpu_layers: int = 0,
     types: KVTypes | None = None,
+    dtype: str = "auto",
 ) -> Pair:
     """Open the model that is to be measured, and the one that it is compared with.
 
     target: a MoD directory, a plain Hugging Face directory, `smollm2`, or a GGUF file, MoD or
     dense. dense: any of these, by default target with every unit active. shift: of all thresholds
-    of target, in logit space. device: of models in torch. gpu_layers: of GGUF files, -1 for all.
-    types: of K and V of target, a GGUF file; the other model keeps the usual ones. Raises UserError
-    for a model that cannot be opened, and for two that do not have the same tokens.
+    of target, in logit space. device, dtype: of models in torch, as model/devices.py names them.
+    gpu_layers: of GGUF files, -1 for all. types: of K and V of target, a GGUF file; the other model
+    keeps the usual ones. Raises UserError for a model that cannot be opened, and for two that do
+    not have the same tokens.
     """
     if not math.isfinite(shift):
         raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(target, shift, threads, device, gpu_layers, types)
+    reader = _open(target, shift, threads, device, dtype, gpu_layers, types)
     if shift and not reader.units:
         raise UserError(
             f"{target} is a dense model, so it has no thresholds to shift",
@@ -50,7 +52,7 @@ def open_pair(
         )
     if dense is None:
         return Pair(reader.dense(), reader) if reader.units else Pair(reader, None)
-    other = _open(dense, 0.0, threads, device, gpu_layers)
+    other = _open(dense, 0.0, threads, device, dtype, gpu_layers)
     if other.units:
         other = other.dense()
     _check_same_tokens(other, reader)
@@ -62,6 +64,7 @@ def _open(
     shift: float,
     threads: int | None,
     device: str,
+    dtype: str,
     gpu_layers: int,
     types: KVTypes | None = None,
 ) -> Reader:
@@ -73,6 +76,10 @@ def _open(
         if device != "cpu":
             raise UserError(
                 f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers"
+            )
+        if dtype != "auto":
+            raise UserError(
+                f"--dtype {dtype} is of models in torch, and {path} is a file", "leave it out"
             )
         with stage(f"loading {path}"):
             return RuntimeReader(
@@ -89,16 +96,16 @@ def _open(
         )
     if threads:
         torch.set_num_threads(threads)
+    place = devices.parse_device(device)
+    chosen = devices.choose_dtype(dtype, loading.stored_type(path), place)
     with stage(f"loading {path}"):
-        model = MoDModel.load(path) if is_mod(path) else MoDModel.from_base(*loading.load(path))
+        model = (
+            MoDModel.load(path, chosen)
+            if is_mod(path)
+            else MoDModel.from_base(*loading.load(path, chosen))
+        )
     model.shift = shift
-    try:
-        return TorchReader(model.to(device), path)
-    except (RuntimeError, AssertionError) as exc:
-        # torch raises one of them for a device that is unknown, missing or full.
-        raise UserError(
-            f"cannot use --device {device}: {str(exc).splitlines()[0]}", "leave it out"
-        ) from exc
+    return TorchReader(model.to(place), path)
 
 
 def _check_same_tokens(a: Reader, b: Reader) -> None:

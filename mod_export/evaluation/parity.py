@@ -53,6 +53,9 @@ BOUNDS = {
     "lower": Bounds(0.85, 0.7, 0.5),
 }
 
+# What the torch model computes in -> the key of BOUNDS
+COMPUTED = {"float32": "f32", "float16": "f16", "bfloat16": "q8_0"}
+
 # Mean KL to the original GGUF with all units active, by the type of its weights. File and
 # torch model were made from these weights; llama.cpp rounds the activations for a quantised matrix.
 # The file's own rounding of the weights, by its type, comes on top.
@@ -70,13 +73,16 @@ def verify(
     threads: int | None = None,
     dense=None,
     types: KVTypes | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> dict:
     """Compare on sequences of `length` tokens of the text, n_tokens in all.
 
     docs/reference/result-files.md has the keys of the result. f32 files run with KV in f32 and
     without flash attention, so that the code is compared and not its rounding. Others run as they
     are used, with KV in f16 and flash attention. A text that is shorter is taken whole. types: of K
-    and V in any file; the bounds are those of the coarsest rounding, of weights or of K and V.
+    and V in any file. device, dtype: of the torch model, as model/devices.py names them. The bounds
+    are those of the coarsest rounding: of weights, of K and V, or of the torch model.
 
     dense: the GGUF file that the model came from. File and torch model, with all units active, are
     compared with it too, so that both cannot be wrong in the same way.
@@ -98,12 +104,13 @@ def verify(
     if not llm.units:
         raise UserError(f"{file} is a dense model", "give a MoD file")
     weights = precision(llm.metadata.get("general.file_type", ""))
-    bounds = _coarsest(weights, types)
     if weights == "f32" and not types:
         llm.close()
         llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
     with stage(f"loading {reference}"):
-        model = _load_reference(reference, threads)
+        model = _load_reference(reference, threads, device, dtype)
+    computed = str(model.base.dtype).removeprefix("torch.")
+    bounds = _coarsest(weights, types, computed)
     _check_same_units(llm, model, file, reference)
     _tell_known_differences(file, reference)
     tokens = llm.tokenize((text or default_texts()[0]).encode())
@@ -125,7 +132,7 @@ def verify(
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
     result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
-    result["kv_type"] = str(types) if types else None
+    result |= {"kv_type": str(types) if types else None, "dtype": computed}
     failures = judge(result, BOUNDS[bounds])
     if original is not None:
         parts = [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]
@@ -139,10 +146,13 @@ def verify(
     }
 
 
-def _coarsest(weights: str, types: KVTypes | None) -> str:
-    """The key of BOUNDS for a file with weights of this precision, and K and V of these types."""
+def _coarsest(weights: str, types: KVTypes | None, computed: str) -> str:
+    """The key of BOUNDS.
+
+    weights: precision of the file's. types: of its K and V. computed: the torch model's type.
+    """
     kinds = types.numbers if types else ()
-    found = [weights, *(precision(file_type(kind)) for kind in kinds)]
+    found = [weights, COMPUTED[computed], *(precision(file_type(kind)) for kind in kinds)]
     return max(found, key=list(BOUNDS).index)
 
 
@@ -200,14 +210,17 @@ def _judge_dense(result: dict, model) -> list[str]:
     ]
 
 
-def _load_reference(reference, threads: int | None):
+def _load_reference(reference, threads: int | None, device: str, dtype: str):
     import torch
 
+    from mod_export.model import devices, loading
     from mod_export.model.mod_model import MoDModel
 
     if threads:
         torch.set_num_threads(threads)
-    return MoDModel.load(reference)
+    place = devices.parse_device(device)
+    chosen = devices.choose_dtype(dtype, loading.stored_type(reference), place)
+    return MoDModel.load(reference, chosen).to(place)
 
 
 def _check_same_units(llm, model, file, reference) -> None:
@@ -241,11 +254,11 @@ def _reference_run(model, tokens: list[int]):
     import torch
 
     with torch.inference_mode():
-        logits, trace = model(torch.tensor([tokens]), trace=True)
+        logits, trace = model(torch.tensor([tokens], device=model.base.device), trace=True)
     return (
-        logits[0].float().numpy(),
-        trace.active[0].numpy().astype(bool),
-        trace.logit[0].float().numpy(),
+        logits[0].float().cpu().numpy(),
+        trace.active[0].cpu().numpy().astype(bool),
+        trace.logit[0].float().cpu().numpy(),
     )
 
 
@@ -363,11 +376,12 @@ def report(result: dict) -> str:
             name = f"mean_kl of {side} to the original"
             rows.append([name, dense[f"{side}_kl"], dense[f"{side}_bound"]])
     kv = f", K/V {result['kv_type']}" if result.get("kv_type") else ""
+    torch_type = "" if result["dtype"] == "float32" else f" in {result['dtype']}"
     margins = [d["margin"] for d in result["first_disagreements"]]
     if margins:
         rows.append(["margin of first differing decisions", max(margins), bounds["margin"]])
     lines = [
-        f"{result['file']} ({result['weights']}{kv}) against {result['reference']}: "
+        f"{result['file']} ({result['weights']}{kv}) against {result['reference']}{torch_type}: "
         f"{result['tokens']} tokens, "
         f"{result['units']} units, activation {result['activation']:.3f}; "
         f"{result['tokens_agreed']} tokens before any differing decision",

@@ -140,6 +140,11 @@ class TorchReader(Reader):
         self.n_vocab = model.base.get_output_embeddings().weight.shape[0]
         self._cache = self._kept = model.new_cache()
 
+    @property
+    def dtype(self) -> str:
+        """Name of the type that it computes in."""
+        return str(self.model.base.dtype).removeprefix("torch.")
+
     def dense(self) -> TorchReader:
         return TorchReader(self.model, self.name, "active", self.whole)
 

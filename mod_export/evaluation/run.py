@@ -35,7 +35,7 @@ from mod_export.evaluation import tasks as task_files
 from mod_export.evaluation.open import open_pair
 from mod_export.evaluation.passkey import DEPTHS, LENGTHS
 from mod_export.evaluation.perplexity import Loss
-from mod_export.evaluation.readers import Pair, torch_pair
+from mod_export.evaluation.readers import Pair, TorchReader, torch_pair
 from mod_export.evaluation.ruler import answers as ruler_answers
 from mod_export.evaluation.ruler import sources as ruler_sources
 from mod_export.evaluation.ruler import tasks as ruler_tasks
@@ -123,12 +123,13 @@ def evaluate(
     done: Callable = lambda name, rows: None,
     keep: str | Path | None = None,
     types: KVTypes | None = None,
+    dtype: str = "auto",
 ) -> dict:
     """Measure target beside dense; {"about", "texts", "tasks", "passkey", "ruler"} with rows each.
 
-    The arguments up to gpu_layers, and types, are those of open_pair. done: is called with the name
-    and the rows of each part as soon as the part is measured. keep: a file beside which the answers
-    to RULER are kept, so that a stopped run goes on; ruler.answers.forget removes them.
+    The arguments up to gpu_layers, types and dtype are those of open_pair. done: is called with the
+    name and the rows of each part as soon as the part is measured. keep: a file beside which the
+    answers to RULER are kept, so that a stopped run goes on; ruler.answers.forget removes them.
     docs/reference/result-files.md has the keys of a row. Raises UserError, before anything is
     measured, for what cannot be read or measured.
     """
@@ -136,7 +137,7 @@ def evaluate(
     items, skipped = task_files.read_tasks(plan.tasks, plan.task_limit)
     haystack = read_texts([plan.haystack]) if plan.haystack else None
     sources = ruler_sources.read(plan.ruler_essays, plan.ruler_squad, plan.ruler_hotpotqa)
-    pair = open_pair(target, dense, shift, threads, device, gpu_layers, types)
+    pair = open_pair(target, dense, shift, threads, device, gpu_layers, types, dtype)
     stand_ins = ruler_tasks.stand_ins(sources, plan.ruler)
     about = _about(target, dense, shift, threads, plan, pair)
     about |= {"kv_type": str(types) if types else None}
@@ -276,6 +277,11 @@ def _about(
         "in": {
             name: type(reader).__name__.removesuffix("Reader").lower()
             for name, reader in pair.readers().items()
+        },
+        "dtype": {
+            name: reader.dtype
+            for name, reader in pair.readers().items()
+            if isinstance(reader, TorchReader)
         },
         "threads": threads or usable_cpus(),
         "plan": asdict(plan),

@@ -76,6 +76,11 @@ def test_rounded_weights_stay_within_their_bounds(tmp_path, dense):
     assert (result["weights"], result["kv_type"]) == ("f32", "bf16/f16")
     assert result["bounds"]["mean_kl"] == BOUNDS["f16"].mean_kl and result["max_logit_diff"] > 0.01
     assert "(f32, K/V bf16/f16) against" in report(result)
+    options = {"n_tokens": 200, "threads": 1, "dtype": "bfloat16"}
+    result = verify(tmp_path / "f32.gguf", tmp_path / "mod", **options)
+    assert result["dtype"] == "bfloat16" and result["max_logit_diff"] > 0.01
+    assert result["bounds"]["mean_kl"] == BOUNDS["q8_0"].mean_kl
+    assert "in bfloat16: " in report(result)
 
 
 @pytest.mark.parametrize("shape", [{"n_head_kv": 4}, {"n_head_kv": 1, "tied": True}], ids=str)

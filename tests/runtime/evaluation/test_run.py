@@ -121,6 +121,18 @@ def test_torch_and_the_runtime_give_the_same_figures(folder):
     ]
 
 
+def test_torch_in_another_type(folder):
+    plan = EvaluationPlan(texts=[folder / "text.txt"], length=LENGTH, count=1)
+    found = {
+        dtype: eval_run.evaluate(folder / "mod", plan, threads=1, dtype=dtype)
+        for dtype in ("auto", "bfloat16")
+    }
+    assert found["auto"]["about"]["dtype"] == {"dense": "float32", "mod": "float32"}
+    assert found["bfloat16"]["about"]["dtype"] == {"dense": "bfloat16", "mod": "bfloat16"}
+    exact, rounded = (found[dtype]["texts"][0]["perplexity"] for dtype in found)
+    assert exact != rounded == pytest.approx(exact, rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["dense", "mod"])
 def test_choices_and_answers_are_the_same_in_both(pairs, items, name):
     """Choices longer than kv_rollback too: after each of them the sequence is what it was."""
@@ -327,10 +339,14 @@ def test_the_command(folder, tmp_path, run_cli):
         (["bare", "--text", "text.txt"], "bare has no tokenizer"),
         (["mod", "--dense", "other", "--text", "text.txt"], "have different tokenizers"),
         (["other", "--text", "text.txt", "--threshold-shift", "1"], "no thresholds to shift"),
-        (["mod", "--text", "text.txt", "--device", "abacus"], "cannot use --device abacus"),
+        (["mod", "--text", "text.txt", "--device", "abacus"], "unknown device 'abacus'"),
         (
             ["mod.gguf", "--text", "text.txt", "--device", "cuda"],
             "mod.gguf is a file; use --gpu-layers",
+        ),
+        (
+            ["mod.gguf", "--text", "text.txt", "--dtype", "bfloat16"],
+            "--dtype bfloat16 is of models in torch, and mod.gguf is a file",
         ),
         (["numbers.gguf", "--text", "text.txt"], "numbers.gguf has no tokenizer"),
         (["mod", "--text", "text.txt", "-ctk", "q8_0"], "mod is a directory, which has no types"),
