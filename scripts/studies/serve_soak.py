@@ -16,8 +16,6 @@ import http.client
 import json
 import os
 import random
-import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +28,7 @@ from pathlib import Path
 import click
 
 from mod_export.data.text import default_texts
+from scripts.studies.server_process import ServerProcess
 
 SLOTS = 8
 CONTEXT = 16384  # of all slots together
@@ -55,55 +54,11 @@ WRONG = (
 )
 
 
-class Server:
-    """A server in a process of its own."""
-
-    def __init__(self, file: Path, folder: Path):
-        more = ["-np", str(SLOTS), "--slot-save-path", str(folder), "--cache-ram", str(CACHE_MIB)]
-        more += ["--embeddings", "--pooling", "mean", "--metrics"]
-        command = [sys.executable, "-m", "mod_export", "serve", str(file), "--port", "0"]
-        self.process = subprocess.Popen(
-            [*command, "--ctx", str(CONTEXT), "--", *more],
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        for line in self.process.stderr:
-            if found := re.search(r"listening on http://([\d.]+):(\d+)", line):
-                self.address = found[1], int(found[2])
-                break
-        else:
-            raise SystemExit("the server did not start")
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
-
-    def request(self, path: str, body: dict | None) -> http.client.HTTPResponse:
-        """Send a request; its answer is not read."""
-        connection = http.client.HTTPConnection(*self.address, timeout=600)
-        data = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", path, data)
-        return connection.getresponse()
-
-    def ask(self, path: str, body: dict | None = None) -> tuple[int, dict]:
-        """Status and JSON of an answer."""
-        answer = self.request(path, body)
-        return answer.status, json.loads(answer.read())
-
-    def resident(self) -> int:
-        """Bytes of memory of the process."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10
-
-    def end(self) -> int:
-        """End it; return its exit code."""
-        self.process.terminate()
-        return self.process.wait(120)
-
-
 @dataclass
 class Soak:
     """What is shared by the clients, and what they found."""
 
-    server: Server
+    server: ServerProcess
     prompts: list[str]
     answers: dict[str, dict]
     until: float
@@ -234,11 +189,13 @@ def run(file: Path, minutes: float) -> dict:
     """Return what the clients counted, the faults, and resident memory in bytes over time."""
     prompts = make_prompts()
     with tempfile.TemporaryDirectory() as folder:
-        fresh = Server(file, Path(folder))
+        more = ["-np", str(SLOTS), "--slot-save-path", folder, "--cache-ram", str(CACHE_MIB)]
+        more += ["--embeddings", "--pooling", "mean", "--metrics"]
+        fresh = ServerProcess(file, CONTEXT, *more)
         asked = [fresh.ask("/completion", completion(p, cache_prompt=False)) for p in prompts]
         fresh.end()
         answers = {p: answer for p, (_, answer) in zip(prompts, asked, strict=True)}
-        server = Server(file, Path(folder))
+        server = ServerProcess(file, CONTEXT, *more)
         soak = Soak(server, prompts, answers, time.monotonic() + 60 * minutes)
         threads = [
             threading.Thread(target=client, args=(soak, kind, seed))
