@@ -168,6 +168,12 @@ def test_the_depth_map_is_the_trace(page, browser, server):
         browser.press("ArrowDown")
         word = "remembered" if columns[2][unit] == "1" else "not remembered"
         assert page.text(".readout strong") == word
+    corner = f"const r = {canvas}.getBoundingClientRect()"
+    corner += f"; {canvas}.dispatchEvent(new PointerEvent('pointermove',"
+    corner += " { clientX: r.left + 1, clientY: r.bottom - 1 }))"
+    browser.run(f"{{ {corner} }}")  # heads of a layer touch, and layers are a little apart
+    unit = trace["units"][-1]
+    assert f"layer {unit['layer']}, head {unit['head']}, kv" in page.text(".readout")
     browser.run("document.querySelectorAll('.t')[9].click()")
     assert page.text(".readout q").strip() == page.text(".t.on")
 

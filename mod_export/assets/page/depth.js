@@ -4,6 +4,8 @@ import { h } from "./dom.js";
 import { isActive } from "./trace.js";
 
 const MOST_PIXELS = 16000; // of a canvas, in every browser
+const HEIGHT = 270; // pixels that the rows of many units share
+const GAP = 1; // pixels between two layers, where layers have several units
 const WORDS = { kv: ["remembered", "not remembered"], default: ["active", "skipped"] };
 
 /** The map of a packed trace. `onSelect(token)` is told which column is pointed at, -1 for none. */
@@ -13,7 +15,8 @@ export class DepthMap {
         this.onSelect = onSelect;
         this.token = this.unit = -1;
         this.pinned = -1;
-        this.rowHeight = Math.min(6, Math.max(1, Math.floor(180 / depth.units.length)));
+        this.rowHeight = Math.min(6, Math.max(1, Math.floor(HEIGHT / depth.units.length)));
+        this.placeRows();
         this.canvas = h("canvas", {
             tabindex: 0,
             role: "img",
@@ -27,6 +30,19 @@ export class DepthMap {
         this.element = h("div", { class: "map" }, this.legend(), axis, this.scroller, this.readout);
         this.listen();
         new ResizeObserver(() => this.resize()).observe(this.scroller);
+    }
+
+    /** `tops`: where each row begins, in pixels. The units of a layer touch each other. */
+    placeRows() {
+        const layers = this.depth.units.map(([layer]) => layer);
+        const gap = new Set(layers).size < layers.length ? GAP : 0;
+        let top = 0;
+        this.tops = layers.map((layer, row) => {
+            if (row && layer !== layers[row - 1]) top += gap;
+            top += this.rowHeight;
+            return top - this.rowHeight;
+        });
+        this.height = top;
     }
 
     summary() {
@@ -70,7 +86,7 @@ export class DepthMap {
         const rows = [];
         let below = -Infinity;
         for (const [row, [layer]] of units.entries()) {
-            const top = row * this.rowHeight;
+            const top = this.tops[row];
             if ((row && units[row - 1][0] === layer) || top - below < 22) continue;
             below = top;
             const label = h("span", {}, String(layer));
@@ -85,7 +101,7 @@ export class DepthMap {
         const at = ({ offsetX, offsetY }) =>
             this.point(
                 Math.floor(offsetX / this.columnWidth),
-                Math.floor(offsetY / this.rowHeight),
+                this.tops.findLastIndex((top) => top <= offsetY),
             );
         canvas.addEventListener("pointermove", at);
         canvas.addEventListener("pointerdown", (event) => {
@@ -155,7 +171,6 @@ export class DepthMap {
         const fitting = Math.min(10, Math.max(4, Math.floor(width / columns)));
         this.columnWidth = Math.min(fitting, MOST_PIXELS / (ratio * columns));
         this.width = columns * this.columnWidth;
-        this.height = this.depth.units.length * this.rowHeight;
         this.canvas.style.width = `${this.width}px`;
         this.canvas.style.height = `${this.height}px`;
         this.marks = document.createElement("canvas");
@@ -177,12 +192,14 @@ export class DepthMap {
         const context = this.marks.getContext("2d");
         const [wide, high] = [this.columnWidth, this.rowHeight];
         const inner = [wide, high].map((size) => (size > 2 ? size - 0.5 : size));
-        context.fillStyle = this.color("--map-paper");
-        context.fillRect(0, 0, this.width, this.height);
+        context.clearRect(0, 0, this.width, this.height);
         for (const [row, [, kind]] of this.depth.units.entries()) {
+            const top = this.tops[row];
+            context.fillStyle = this.color("--map-paper");
+            context.fillRect(0, top, this.width, high);
             context.fillStyle = this.color(`--${kind}`) || this.color("--accent");
             for (const [column, marks] of this.depth.active.entries()) {
-                if (isActive(marks, row)) context.fillRect(column * wide, row * high, ...inner);
+                if (isActive(marks, row)) context.fillRect(column * wide, top, ...inner);
             }
         }
         this.draw();
@@ -193,11 +210,12 @@ export class DepthMap {
         if (!this.marks) return;
         const context = this.canvas.getContext("2d");
         const [wide, high] = [this.columnWidth, this.rowHeight];
+        context.clearRect(0, 0, this.width, this.height);
         context.drawImage(this.marks, 0, 0, this.width, this.height);
         context.strokeStyle = this.color("--mark");
         if (this.token < 0) return;
         context.strokeRect(this.token * wide - 0.5, 0.5, wide + 0.5, this.height - 1);
         if (this.unit < 0) return;
-        context.strokeRect(0.5, this.unit * high - 0.5, this.width - 1, high + 0.5);
+        context.strokeRect(0.5, this.tops[this.unit] - 0.5, this.width - 1, high + 0.5);
     }
 }
