@@ -25,7 +25,8 @@ from mod_export.cli.output import show_messages
 @click.option(
     "--stock",
     is_flag=True,
-    help="Build the unpatched library beside it, which bench compares with.",
+    help="Build the unpatched library beside it, which bench compares with; with --tools, the "
+    "unpatched tools.",
 )
 @click.option(
     "--tools",
@@ -64,10 +65,9 @@ def command(
         "stock": stock,
         "force": force,
     }
-    if stock and tools:
-        raise click.UsageError("--tools are patched; leave out --stock")
-    lib = llama_build.build(**options, sdist=sdist)
+    if not (stock and tools):
+        lib = llama_build.build(**options, sdist=sdist)
     if not stock:
         llama_build.install(lib, force=force)
     if tools:
-        llama_build.build(**options, tools=True)
+        llama_build.build(**options, sdist=sdist, tools=True)

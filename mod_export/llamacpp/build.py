@@ -4,6 +4,7 @@
     install(lib)             # llama-cpp-python x.y.z+mod into the running Python's environment
     stock_lib()              # the unpatched library beside it, or None; see build(stock=True)
     build(tools=True)        # Path of a directory with llama-server and other tools
+    build(stock=True, tools=True)                # the same of the unpatched source
 
 A build is found again under a key that is made from the hash of the source, the patches, the flags,
 the compiler and the CPU. The tools are a build of their own: most people need the library alone,
@@ -85,7 +86,7 @@ def build(
 ) -> Path:
     """Return the directory of the built libraries; build them where the cache has none.
 
-    tools: the directory of the TOOLS instead, which have patched libraries of their own beside them
+    tools: the directory of the TOOLS instead, which have libraries of their own beside them
     cuda_arch: GPU architectures to compile for ("75,86"); by default those of this machine's GPUs
     sdist: the source distribution; by default the cached one, or pip fetches it
     force: build in any case
@@ -100,7 +101,6 @@ def build(
         raise UserError(
             f"missing: {', '.join(missing)}", f"install them (Debian: apt-get install {packages})"
         )
-    assert not (stock and tools)
     flags = TOOL_FLAGS if tools else FLAGS
     flags = flags | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]}
     if cuda:
@@ -110,7 +110,7 @@ def build(
     if sdist is not None:
         # a wrong file is refused even where nothing has to be built
         llama_source.fetch_sdist(sdist)
-    kind = "tools" if tools else "stock" if stock else "patched"
+    kind = _kind(stock, tools)
     patches = None if stock else llama_source.patches_digest(tools)
     name = f"{kind}-{_key(flags, patches)}"
     lib = cache_dir() / "lib" / name
@@ -125,8 +125,15 @@ def build(
     return lib
 
 
+def _kind(stock: bool, tools: bool) -> str:
+    """What the names of builds begin with."""
+    if tools:
+        return "stock-tools" if stock else "tools"
+    return "stock" if stock else "patched"
+
+
 def _title(kind: str) -> str:
-    return "the tools of llama.cpp are" if kind == "tools" else "llama.cpp is"
+    return "the tools of llama.cpp are" if "tools" in kind else "llama.cpp is"
 
 
 def missing_tools(patching: bool = True) -> dict[str, str]:
@@ -160,12 +167,11 @@ def patched_lib(cuda: bool = False) -> Path | None:
     return _last_build("patched", cuda)
 
 
-def tools_dir(cuda: bool = False) -> Path | None:
+def tools_dir(cuda: bool = False, stock: bool = False) -> Path | None:
     """The directory of the tools last built, None where the patches are others now."""
-    folder = _last_build("tools", cuda)
-    if folder and built_with(folder)["patches"] == llama_source.patches_digest(tools=True):
-        return folder
-    return None
+    folder = _last_build(_kind(stock, tools=True), cuda)
+    patches = None if stock else llama_source.patches_digest(tools=True)
+    return folder if folder and built_with(folder)["patches"] == patches else None
 
 
 def built_with(lib: Path) -> dict:
@@ -385,5 +391,5 @@ def _last_build(kind: str, cuda: bool) -> Path | None:
 
 
 def _last_build_note(kind: str, cuda: bool) -> Path:
-    """The file that holds the name of the last build of a kind: patched, stock or tools."""
+    """The file that holds the name of the last build of a kind, see _kind."""
     return cache_dir() / "log" / f"last-{kind}{'-cuda' if cuda else ''}"

@@ -175,10 +175,11 @@ def is_unpacked(stock: bool = False) -> bool:
 
 
 def _source_path(stock: bool) -> Path:
-    name = (
-        f"stock-{read_pin().sha256[:12]}" if stock else f"patched-{patches_digest(tools=True)[:12]}"
-    )
-    return cache_dir() / "source" / name
+    """Where the source lies; another place where other parts of the distribution are unpacked."""
+    source = read_pin().sha256 if stock else patches_digest(tools=True)
+    parts = repr((source, UNUSED_PATHS, sorted(USED_FILES)))
+    digest = hashlib.sha256(parts.encode()).hexdigest()
+    return cache_dir() / "source" / f"{'stock' if stock else 'patched'}-{digest[:12]}"
 
 
 def unpack(sdist: Path, target: Path, only: set[str] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""Files for llama-server: the embedded SmolLM2, and the same with the packaged adapter."""
+"""Files for llama-server: the embedded SmolLM2, and the same with the packaged adapter.
+
+`scripts/test server` also builds the stock llama-server, which the patched one is compared with.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,16 @@ def shipped(dense, tmp_path_factory) -> Path:
 def mod(dense, tmp_path_factory) -> Path:
     """The same with a short window: half of the keys and values are soon forgotten."""
     return _with_adapter(dense, tmp_path_factory.mktemp("server") / "mod.gguf", WINDOW)
+
+
+@pytest.fixture(scope="session")
+def stock_tools() -> Path:
+    """The folder of the stock llama-server."""
+    from mod_export.llamacpp import build
+
+    return build.tools_dir(stock=True) or pytest.skip(
+        "needs the stock llama-server: run `mod-export build --stock --tools`"
+    )
 
 
 def _with_adapter(dense: Path, path: Path, window: int | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""OpenAI's client meets the same features on a MoD file as on the dense one."""
+"""OpenAI's client meets the same on a MoD file as with stock llama-server on the dense one."""
 
 import json
 import tarfile
@@ -36,16 +36,25 @@ TOOL = {
 TEMPLATE = "vendor/llama.cpp/models/templates/Qwen-Qwen2.5-7B-Instruct.jinja"
 
 
-@pytest.fixture(scope="module", params=["shipped", "dense"])
-def client(request, tmp_path_factory):
-    file = request.getfixturevalue(request.param)
+@pytest.fixture(scope="module")
+def servers(shipped, dense, stock_tools, tmp_path_factory):
+    """The patched server with a MoD file, and the stock one with the dense file."""
     template = tmp_path_factory.mktemp("template") / "tools.jinja"
     with tarfile.open(llama_source.fetch_sdist()) as archive:
         [name] = [name for name in archive.getnames() if name.endswith(TEMPLATE)]
         template.write_bytes(archive.extractfile(name).read())
-    more = ("-np", "4", "--embeddings", "--pooling", "mean", "--chat-template-file", str(template))
-    with started(file, "--ctx", "2048", "--name", "small", more=more) as server:
-        yield server.client()
+    options = ("--ctx-size", "2048", "--alias", "small")
+    more = ("-np", "4", "--embeddings", "--pooling", "mean", "--chat-template-file", template)
+    with (
+        started(shipped, *options, more=more) as ours,
+        started(dense, *options, more=(*more, "--kv-unified"), tools=stock_tools) as stock,
+    ):
+        yield {"MoD": ours, "stock": stock}
+
+
+@pytest.fixture(params=["MoD", "stock"])
+def client(request, servers):
+    return servers[request.param].client()
 
 
 def chat(client, **changes):
@@ -143,3 +152,39 @@ def test_errors_are_openais(client):
     with pytest.raises(openai.NotFoundError):
         client.get("/nothing", cast_to=object)
     assert [model.id for model in client.models.list()] == ["small"]
+
+
+def test_answers_have_the_fields_of_the_stock_server(servers):
+    """Beside them there is `mod`, and nothing is missing."""
+    text = {"prompt": "One, two,", "max_tokens": 3, "temperature": 0, "logprobs": 2}
+    talk = {"messages": QUESTION, "max_tokens": 3, "temperature": 0}
+    asked = {
+        "/v1/completions": text,
+        "/completion": text | {"n_probs": 2},
+        "/v1/chat/completions": talk | {"logprobs": True, "top_logprobs": 2},
+        "/v1/messages": talk | {"messages": QUESTION[1:]},
+        "/v1/embeddings": {"input": "a red apple"},
+        "/tokenize": {"content": "a red apple", "with_pieces": True},
+        "/apply-template": {"messages": QUESTION},
+        "/props": None,
+        "/slots": None,
+        "/v1/models": None,
+    }
+    for path, body in asked.items():
+        ours, stock = (fields(servers[name].post(path, body)) for name in ("MoD", "stock"))
+        more = {name for name in ours if "mod" not in name.split(".")}
+        assert more == stock, (path, more ^ stock)
+    for path, body in (("/v1/completions", text), ("/v1/chat/completions", talk)):
+        ours, stock = (
+            set.union(*map(fields, servers[name].stream(path, body))) for name in ("MoD", "stock")
+        )
+        assert {name for name in ours if "mod" not in name.split(".")} == stock
+
+
+def fields(answer, path: str = "") -> set[str]:
+    """The paths of all fields, whatever the index in a list."""
+    if isinstance(answer, list):
+        return set().union(*(fields(item, path) for item in answer))
+    if not isinstance(answer, dict):
+        return {path}
+    return set().union({path}, *(fields(item, f"{path}.{key}") for key, item in answer.items()))

@@ -17,6 +17,7 @@ from mod_export.errors import UserError
 from mod_export.llamacpp import build as llama_build
 from mod_export.llamacpp import source as llama_source
 from mod_export.llamacpp import wheel as llama_wheel
+from mod_export.model import loading
 from tests.support.oracle import make
 
 SYMBOL = b"llama_mod_n_units"
@@ -47,20 +48,25 @@ def test_the_runtime_is_the_patched_one():
     assert llama_build.installed_build() == llama_build.patched_lib().name, "run `mod-export build`"
 
 
-def test_missing_tools_are_named_at_once(run_cli, tmp_path):
+@pytest.mark.parametrize("command", ["build", "serve"])
+def test_missing_tools_are_named_at_once(tmp_path, command):
+    """`serve` builds the tools where they are missing."""
+    file = [loading.embedded_gguf()] if command == "serve" else []
     for name in ("git", "ninja"):
         (tmp_path / name).symlink_to(shutil.which("true"))
     (tmp_path / "python").symlink_to(sys.executable)
     # a Python whose folder holds no cmake either
-    command = [tmp_path / "python", "-m", "mod_export", "build"]
+    words = [tmp_path / "python", "-m", "mod_export", command, *file]
     env = os.environ | {
         "PATH": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(sys.path),
         "CC": "",
         "CXX": "",
+        "LLAMA_CPP_LIB_PATH": "",
+        "MOD_EXPORT_CACHE": str(tmp_path / "cache"),
     }
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    result = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert (
         "cmake" in result.stderr
         and "a C++ compiler" in result.stderr

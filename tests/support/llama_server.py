@@ -1,4 +1,4 @@
-"""A llama-server in a process of its own, started by `mod-export serve`, and requests to it.
+"""A llama-server in a process of its own, and requests to it. `mod-export serve` starts it.
 
 with started(file, "--ctx", "1024", more=("-np", "4")) as server:
     answer = server.post("/completion", {"prompt": "Once", "n_predict": 8})
@@ -33,12 +33,22 @@ class Refused(Exception):
 
 
 class LlamaServer:
-    """The process, its address and its log."""
+    """The process, its address and its log.
 
-    def __init__(self, file, *options, more=(), key: str | None = None, **env):
+    more: options of llama-server itself. tools: the folder of another llama-server, which is
+    started as it is; then `options` have the names that both know.
+    """
+
+    def __init__(
+        self, file, *options, more=(), key: str | None = None, tools: Path | None = None, **env
+    ):
         self.key, self.log = key, []
-        command = [sys.executable, "-m", "mod_export", "serve", str(file), "--port", "0"]
-        command += ["--threads", "1", *map(str, options), "--", *map(str, more)]
+        more = list(map(str, more))
+        if tools:
+            command, env["LD_LIBRARY_PATH"] = [str(tools / "llama-server"), "-m"], str(tools)
+        else:
+            command, more = [sys.executable, "-m", "mod_export", "serve"], ["--", *more]
+        command += [str(file), "--port", "0", "--threads", "1", *map(str, options), *more]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = os.environ | {"PYTHONPATH": path} | env | ({"MOD_EXPORT_API_KEY": key} if key else {})
         self.process = subprocess.Popen(
@@ -62,11 +72,14 @@ class LlamaServer:
         """What the process has said so far."""
         return "".join(self.log)
 
-    def open(self, path: str, body=None, key: str | None = None) -> http.client.HTTPConnection:
-        """Send a request; its answer is not read."""
+    def open(
+        self, path: str, body=None, key: str | None = None, host: str | None = None
+    ) -> http.client.HTTPConnection:
+        """Send a request, with another header Host where one is given; its answer is not read."""
         connection = http.client.HTTPConnection(*self.address, timeout=SECONDS)
         key = self.key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= {"Host": host} if host else {}
         data = body if isinstance(body, bytes | None) else json.dumps(body)
         connection.request("GET" if body is None else "POST", path, data, headers)
         return connection

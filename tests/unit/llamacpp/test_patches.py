@@ -81,6 +81,15 @@ def test_the_library_does_not_depend_on_the_tools(monkeypatch, tmp_path):
     assert llama_source.patches_digest() != library
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_source_that_lacks_files_is_unpacked_again(monkeypatch, stock):
+    """The tools need files that older versions did not unpack: cmake failed on their source."""
+    before = llama_source._source_path(stock)
+    assert before == llama_source._source_path(stock)
+    monkeypatch.setattr(llama_source, "USED_FILES", llama_source.USED_FILES | {"vendor/x"})
+    assert llama_source._source_path(stock) != before
+
+
 def test_check_finds_other_bytes(refresh):
     """A file that the round trip would lose must not pass."""
     (refresh.PATCHES / "9999-not-in-series.patch").write_text(HEADER + "---\n")
