@@ -39,12 +39,13 @@ COMMANDS = (
     "trace",
     "bench",
     "eval",
+    "lm-eval",
     "generate-data",
     "synth",
 )
 
 # These compute with torch.
-TORCH_COMMANDS = {"convert", "train", "verify", "eval"}
+TORCH_COMMANDS = {"convert", "train", "verify", "eval", "lm-eval"}
 
 OS_CURES = {
     errno.ENOSPC: "make room on the disk",

@@ -6,26 +6,11 @@ import click
 
 from mod_export.cli.options import model_options
 from mod_export.cli.output import show_messages
+from mod_export.cli.passed_on import PassingCommand, passed_on
 from mod_export.cli.values import model_argument
 
-MORE = "mod_export.serve.more"  # what follows -- , in the context's meta
 
-
-class ServeCommand(click.Command):
-    """A command that keeps what follows -- apart."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse what comes before --."""
-        end = args.index("--") if "--" in args else len(args)
-        ctx.meta[MORE] = tuple(args[end + 1 :])
-        return super().parse_args(ctx, args[:end])
-
-    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """Name what follows -- in the usage."""
-        return [*super().collect_usage_pieces(ctx), "[-- OPTIONS]"]
-
-
-@click.command(cls=ServeCommand)
+@click.command(cls=PassingCommand)
 @model_argument()
 @click.option(
     "--host",
@@ -73,4 +58,4 @@ def command(file, name, **options):
     where = f"[{start.host}]" if ":" in start.host else start.host
     port = f"port {start.port}" if start.port else "a free port"
     click.echo(f"{start.name} at {where}, {port}; Ctrl-C ends it", err=True)
-    llama_server.execute(start, tools, click.get_current_context().meta[MORE])
+    llama_server.execute(start, tools, passed_on())

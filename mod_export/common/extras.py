@@ -4,7 +4,12 @@ import importlib.util
 
 from mod_export.errors import UserError
 
-EXTRA_OF_MODULE = {"accelerate": "train", "peft": "train", "matplotlib": "plots"}
+EXTRA_OF_MODULE = {
+    "accelerate": "train",
+    "peft": "train",
+    "matplotlib": "plots",
+    "lm_eval": "lm-eval",
+}
 
 
 def cure(module: str) -> str:

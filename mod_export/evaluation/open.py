@@ -42,21 +42,35 @@ def open_pair(
     keeps the usual ones. Raises UserError for a model that cannot be opened, and for two that do
     not have the same tokens.
     """
-    if not math.isfinite(shift):
-        raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(target, shift, threads, device, dtype, gpu_layers, types)
-    if shift and not reader.units:
-        raise UserError(
-            f"{target} is a dense model, so it has no thresholds to shift",
-            "leave out --threshold-shift",
-        )
+    reader = open_reader(target, shift, threads, device, gpu_layers, types, dtype)
     if dense is None:
         return Pair(reader.dense(), reader) if reader.units else Pair(reader, None)
-    other = _open(dense, 0.0, threads, device, dtype, gpu_layers)
+    other = open_reader(dense, 0.0, threads, device, gpu_layers, dtype=dtype)
     if other.units:
         other = other.dense()
     _check_same_tokens(other, reader)
     return Pair(other, reader)
+
+
+def open_reader(
+    path,
+    shift: float = 0.0,
+    threads: int | None = None,
+    device: str = "cpu",
+    gpu_layers: int = 0,
+    types: KVTypes | None = None,
+    dtype: str = "auto",
+) -> Reader:
+    """Open one model; the arguments are those of `open_pair`. Raises UserError likewise."""
+    if not math.isfinite(shift):
+        raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
+    reader = _open(path, shift, threads, device, gpu_layers, types, dtype)
+    if shift and not reader.units:
+        raise UserError(
+            f"{path} is a dense model, so it has no thresholds to shift",
+            "leave out --threshold-shift",
+        )
+    return reader
 
 
 def _open(
@@ -64,9 +78,9 @@ def _open(
     shift: float,
     threads: int | None,
     device: str,
-    dtype: str,
     gpu_layers: int,
-    types: KVTypes | None = None,
+    types: KVTypes | None,
+    dtype: str,
 ) -> Reader:
     path = hub.locate(path)
     if path.is_file():

@@ -15,12 +15,12 @@ from itertools import chain
 import torch
 
 from mod_export.evaluation.readers import Pair, Reader, Usage
-from mod_export.evaluation.tasks import Encoded, Item
+from mod_export.evaluation.tasks import Choices, Encoded, Item
 
 
 @torch.no_grad()
 def likelihoods(
-    reader: Reader, encoded: Encoded, usage: Usage | None = None
+    reader: Reader, encoded: Choices, usage: Usage | None = None
 ) -> list[tuple[float, bool]]:
     """Return each choice's log likelihood, and whether all its scored tokens were the best ones.
 

@@ -64,10 +64,9 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """An item as tokens; given: how many of a choice's ids are given, not scored."""
+class Choices:
+    """Texts as tokens; given: how many ids of each are given, not scored."""
 
-    item: Item
     ids: list[list[int]]
     given: list[int]
 
@@ -82,6 +81,13 @@ class Encoded:
         shortest = min(self.given)
         columns = zip(*(ids[:shortest] for ids in self.ids), strict=True)
         return next((i for i, column in enumerate(columns) if len(set(column)) > 1), shortest)
+
+
+@dataclass(frozen=True)
+class Encoded(Choices):
+    """The choices of an item."""
+
+    item: Item
 
 
 def read_tasks(
@@ -212,4 +218,4 @@ def encode(tokenizer, item: Item) -> Encoded:
             raise _bad(item.where, "has too few tokens to score", "give it a longer question")
         ids_all.append(both)
         n_given.append(same)
-    return Encoded(item, ids_all, n_given)
+    return Encoded(ids_all, n_given, item)

@@ -239,7 +239,8 @@ def test_the_version_names_the_library(run_cli):
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("accelerate", "train"), ("peft", "train"), ("matplotlib", "plots")]
+    ("module", "extra"),
+    [("accelerate", "train"), ("peft", "train"), ("matplotlib", "plots"), ("lm_eval", "lm-eval")],
 )
 def test_a_missing_extra_is_named_with_its_pip_line(monkeypatch, capsys, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
@@ -247,6 +248,7 @@ def test_a_missing_extra_is_named_with_its_pip_line(monkeypatch, capsys, module,
         "accelerate": ["train", "none", "-o", "out", "-d", "none"],
         "peft": ["train", "none", "-o", "out", "-d", "none", "--train", "lora"],
         "matplotlib": ["trace", "none", "-o", "x.png", "--prompt", "x"],
+        "lm_eval": ["lm-eval", "none"],
     }
     with pytest.raises(SystemExit) as caught:
         main(arguments[module])

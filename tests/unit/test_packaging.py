@@ -36,7 +36,7 @@ def test_constraints_have_every_requirement():
     data = project()["project"]
     extras = data["optional-dependencies"]
     wanted = [*data["dependencies"], *extras["test"], *extras["train"], *extras["plots"]]
-    wanted += extras["dev"]
+    wanted += [*extras["dev"], *extras["lm-eval"]]
     names = {name.partition(">=")[0].partition("==")[0].partition("[")[0] for name in wanted}
     # `mod-export build` makes llama-cpp-python; mod_export names its own extras
     assert names - {"llama-cpp-python", "mod_export"} <= pinned
