@@ -3,7 +3,7 @@
 #
 #   scripts/dev.sh                 # all of them
 #   scripts/dev.sh lint types      # some of them
-#   scripts/dev.sh fix             # format the files, repair what ruff can repair, write docs/reference/cli.md
+#   scripts/dev.sh fix             # format the files, repair what ruff can repair, write generated pages
 #
 # PYTHON (.venv/bin/python): an interpreter with the extra `dev`. The exit code is 1 where a check fails.
 set -euo pipefail
@@ -25,6 +25,7 @@ check() {
             "$python" -m ruff check --fix --quiet . || true
             run format "$python" -m ruff format .
             run docs "$python" -m scripts.docs.cli
+            "$python" -m scripts.docs.training_memory
             ;;
         *) echo "usage: scripts/dev.sh [format] [lint] [types] [docs] [fix]" >&2; exit 2 ;;
     esac

@@ -62,7 +62,10 @@ class ChunkMeans:
 
 
 class ChunkMoments(ChunkMeans):
-    """The means over chunks, and the covariance within chunks."""
+    """The means over chunks, and the covariance within chunks, which lies on the CPU.
+
+    The covariances of all layers together are larger than some GPUs.
+    """
 
     def __init__(self):
         super().__init__()
@@ -71,10 +74,10 @@ class ChunkMoments(ChunkMeans):
 
     def add(self, x: torch.Tensor) -> None:
         super().add(x)
-        for chunk in x.split(CHUNK_TOKENS):
-            chunk = chunk - chunk.mean(0)
-            self.squares = self.squares + chunk.T @ chunk
-            self.n += len(chunk)
+        chunks = [chunk - chunk.mean(0) for chunk in x.split(CHUNK_TOKENS)]
+        centered = torch.cat(chunks)
+        self.squares = self.squares + (centered.T @ centered).cpu()
+        self.n += len(centered)
 
     def within(self) -> torch.Tensor:
         """Return the covariance within chunks, [n_embd, n_embd]."""

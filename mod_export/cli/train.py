@@ -88,7 +88,9 @@ def field(name: str, type=None, *spellings: str, **more):
 @field("lora_rank", COUNT)
 @field("lora_alpha", POSITIVE)
 @field("precision", click.Choice(PRECISIONS))
+@field("device", metavar="cpu|cuda|cuda:N|mps")
 @field("dtype", click.Choice(DTYPES))
+@field("four_bit")
 @field("recompute")
 @field("held_out", COUNT)
 @field("eval_every", COUNT)
@@ -119,6 +121,8 @@ def command(directory, output, data, save_as, resume, force, **options):
     extras.require("accelerate")
     if options["parameters"] == "lora":
         extras.require("peft")
+    if options["four_bit"]:
+        extras.require("bitsandbytes")
     show_messages(clock=True)
     if not extras.is_installed("matplotlib") and os.environ.get("RANK", "0") == "0":
         click.echo(f"note: there will be no plots; {extras.cure('matplotlib')}", err=True)

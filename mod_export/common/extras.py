@@ -7,6 +7,7 @@ from mod_export.errors import UserError
 EXTRA_OF_MODULE = {
     "accelerate": "train",
     "peft": "train",
+    "bitsandbytes": "four-bit",
     "matplotlib": "plots",
     "lm_eval": "lm-eval",
 }

@@ -101,13 +101,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
 
     Raises UserError naming what is missing or wrong.
     """
-    path = hub.locate(path)
-    if is_adapter(path) and not (path / hf_directory.CONFIG_JSON).is_file():
-        raise UserError(
-            f"{path} is an adapter, without the weights of the model",
-            f"run mod-export convert MODEL --adapter {path}",
-        )
-    config = hf_directory.read_config(path)
+    path, config = _read_config(path)
     found = hf_directory.read_routers(hf_directory.tensor_files(path), config)
     routers = {
         unit: (torch.from_numpy(weight), torch.from_numpy(bias))
@@ -116,6 +110,25 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
     base, tokenizer = loading.load(path, dtype)
     del base.config.mod
     return base, tokenizer, config, routers
+
+
+def open_streamed(path: str | Path, dtype: torch.dtype):
+    """Return base and config as `load` does; the weights of layers are read when they run.
+
+    Raises UserError as `load` does, and CannotStream where only the whole model can be loaded.
+    """
+    path, config = _read_config(path)
+    return loading.open_streamed(path, dtype)[0], config
+
+
+def _read_config(path: str | Path) -> tuple[Path, MoDConfig]:
+    path = hub.locate(path)
+    if is_adapter(path) and not (path / hf_directory.CONFIG_JSON).is_file():
+        raise UserError(
+            f"{path} is an adapter, without the weights of the model",
+            f"run mod-export convert MODEL --adapter {path}",
+        )
+    return path, hf_directory.read_config(path)
 
 
 def save_without_weights(path: Path, base, tokenizer) -> None:

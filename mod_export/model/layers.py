@@ -98,15 +98,16 @@ class LayerRouting:
         self._patched.append(module)
 
     def _layer(self, inner: Callable, h: torch.Tensor, kwargs: dict):
-        state = self.state
+        state, states = self.state, iter([self.state])
 
         def compute(h: torch.Tensor):
-            # A backward pass may compute the layer again, when the forward's state is gone.
-            before, self.state = self.state, state
+            # A backward pass may compute the layer again, when the forward's state is gone. What is
+            # decided then is the same, and must not outlive the layer: all that led to it would.
+            before, self.state = self.state, next(states, None) or state.again()
             try:
                 return self._compute_layer(inner, h, dict(kwargs))
             finally:
-                self.state = before
+                self.state, self._h = before, None
 
         return state.strategy.run_layer(compute, h)
 

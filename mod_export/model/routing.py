@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -102,6 +102,7 @@ class RoutingState:
     additive_masks: see MaskBuilder
     active, logit: [B, T] of each unit that has decided
     gate: [B, T] factor of what a unit adds, only for units where the factor is not 1
+    key_bias: [B, T] that relaxed decisions add to the attention scores of keys
     """
 
     position: torch.Tensor
@@ -121,6 +122,7 @@ class RoutingState:
     active: dict[Unit, torch.Tensor] = field(default_factory=dict)
     logit: dict[Unit, torch.Tensor] = field(default_factory=dict)
     gate: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    key_bias: dict[Unit, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def masks(self) -> MaskBuilder:
@@ -147,6 +149,10 @@ class RoutingState:
             tuple(self.windows.get(unit, self.kv_window) for unit in units),
         )
 
+    def again(self) -> RoutingState:
+        """Return a state in which nothing is decided yet, for the same forward."""
+        return replace(self, active={}, logit={}, gate={}, key_bias={})
+
     def _is_routed(self, unit: Unit) -> bool:
         return unit in self.routers or unit in self.given
 
@@ -161,7 +167,6 @@ class RoutingState:
         router = self.routers.get(unit)
         if not self._is_routed(unit):
             return None
-        self.gate.pop(unit, None)  # training may compute a layer again
         if router is None:
             self.active[unit] = self._choose(unit, None)
             return self.active[unit]

@@ -18,7 +18,7 @@ METHODS = ("threshold", "topk", "static")
 PARAMETERS = ("routers", "lora", "full")
 LOSS_ON = ("all", "answers")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Activation at the first step of the kinds that have to grow into skipping.
 START_ACTIVATION = 0.95
@@ -35,6 +35,7 @@ RESUMABLE_CHANGES = (
     "lora_lr",
     "full_lr",
     "clip",
+    "device",
     "precision",
     "recompute",
     "eval_every",
@@ -123,10 +124,16 @@ class TrainConfig:
         "auto",
         "Type of autocast. auto is bf16 on GPUs that have it, and no elsewhere. fp16 is for GPUs.",
     )
+    device: str | None = option(None, "Where torch computes.", "the GPU where torch finds one")
     dtype: str = option(
-        "float32",
-        "Type of the weights that are not trained, and of a merged model. bfloat16 takes half the "
-        "memory.",
+        "auto",
+        "Type of the weights that are not trained, and of a merged model. auto: that of the files "
+        "where the device is fast in it, else float32. bfloat16 takes half of its memory.",
+    )
+    four_bit: bool = option(
+        False,
+        "Keep the matrices of the layers, which are not trained, in 4 bits (NF4), on CUDA. They "
+        "take a quarter of the memory of bfloat16.",
     )
     recompute: bool = option(
         False, "Compute layers again in the backward pass, which saves memory."
@@ -189,10 +196,13 @@ class TrainConfig:
                     )
         if self.method == "static" and self.parameters == "routers":
             raise UserError("static dropping has no routers to train", "train lora or full")
-        if self.dtype != "float32" and self.parameters == "full":
+        if self.parameters == "full" and (self.four_bit or self.dtype not in ("auto", "float32")):
+            coarse, option = (
+                ("a type of 4 bits", "--four-bit") if self.four_bit else (self.dtype, "--dtype")
+            )
             raise UserError(
-                f"all weights are to be trained, which {self.dtype} is too coarse for",
-                "leave out --dtype",
+                f"all weights are to be trained, which {coarse} is too coarse for",
+                f"leave out {option}",
             )
         if not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise UserError(

@@ -1,6 +1,7 @@
-"""The devices of a training run: the precision of products, and parameters in pieces.
+"""The devices of a training run: where it runs, its types, and parameters in pieces.
 
-    name = autocast("auto")                  # one of Accelerate's names: no, bf16, fp16
+    device = choose("cuda:1", processes=1)
+    name = autocast("auto", device)          # one of Accelerate's names: no, bf16, fp16
     bf16_slowdown()                          # 7.3 on a CPU that has no instructions for bf16
 
 Parameters can lie in pieces over the devices: FSDP2, which Accelerate applies to each decoder
@@ -20,19 +21,75 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
+from mod_export.model.devices import choose_dtype, parse_device
+from mod_export.training.config import TrainConfig
 
 
-def autocast(name: str) -> str:
+def choose(name: str | None, processes: int) -> torch.device:
+    """Return the device of that name; None is the GPU where torch finds one, else the CPU.
+
+    Raises UserError for a device that is not there, and for one GPU with several processes.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parse_device(name)
+    if device.index is not None:
+        if processes > 1:
+            raise UserError(
+                f"{processes} processes cannot share {name}",
+                f"use --device {device.type}: each process takes a GPU of its own",
+            )
+        torch.cuda.set_device(device)  # the one that Accelerate takes
+    return device
+
+
+def autocast(name: str, device: torch.device) -> str:
     """Return Accelerate's name of a precision; `auto` is bf16 where a CUDA device has it, else no.
 
     Raises UserError for fp16 on a CPU, where Accelerate would say nothing and train in float32.
     """
     if name == "auto":
-        has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if has else "no"
-    if name == "fp16" and not torch.cuda.is_available():
+        is_cuda = device.type == "cuda"
+        return (
+            "bf16" if is_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        )
+    if name == "fp16" and device.type == "cpu":
         raise UserError("fp16 needs a GPU", "use --precision no")
     return name
+
+
+def weights_type(
+    config: TrainConfig, stored: str, device: torch.device, precision: str
+) -> torch.dtype:
+    """Return the type of the weights that are not trained.
+
+    stored: what the files have, as loading.stored_type names it. precision: of autocast. Raises
+    UserError where gradients would be lost in float16.
+    """
+    if config.parameters == "full":
+        return torch.float32
+    dtype = choose_dtype(config.dtype, "quantised" if config.four_bit else stored, device)
+    if dtype == torch.float16 and precision == "no":
+        if config.dtype == "auto":
+            return torch.float32
+        raise UserError(
+            "gradients of float16 are lost without a scale",
+            "use --precision fp16" if device.type == "cuda" else "use --dtype bfloat16",
+        )
+    return dtype
+
+
+def check_four_bit(config: TrainConfig, accelerator) -> None:
+    """Raise UserError where weights in 4 bits cannot be."""
+    if not config.four_bit:
+        return
+    if accelerator.device.type != "cuda":
+        raise UserError(
+            f"--four-bit needs a GPU with CUDA, and the device is {accelerator.device}",
+            "use --dtype bfloat16",
+        )
+    if is_sharded(accelerator):
+        raise UserError("weights of 4 bits cannot lie in pieces", "leave out --four-bit")
 
 
 def bf16_slowdown() -> float:

@@ -22,7 +22,7 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "launch with --use_fsdp --fsdp_version 2"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("tensor or context parallelism", UNSET),
     "ACCELERATE_USE_SAGEMAKER": ("SageMaker's launcher", UNSET),
-    "ACCELERATE_TORCH_DEVICE": ("a device by name", "choose GPUs with CUDA_VISIBLE_DEVICES"),
+    "ACCELERATE_TORCH_DEVICE": ("a device by name", "choose with --device"),
 }
 # The same for runs whose parameters are to lie in pieces (ACCELERATE_USE_FSDP).
 REFUSED_OF_FSDP = {
@@ -71,6 +71,12 @@ def check(variables: MutableMapping[str, str], precision: str) -> None:
 def is_on(variables: Mapping[str, str], name: str) -> bool:
     """Return whether a variable is set, to something else than no."""
     return variables.get(name, "").strip().lower() not in OFF
+
+
+def processes(variables: Mapping[str, str]) -> int:
+    """Return how many processes a launcher has started, 1 without a launcher."""
+    sizes = (variables.get(size, "") for size in RANKS)
+    return next((int(size) for size in sizes if size.isdecimal()), 1)
 
 
 def _check_ranks(variables: Mapping[str, str]) -> None:

@@ -34,7 +34,6 @@ from mod_export.training.controller import Controller
 from mod_export.training.devices import number
 from mod_export.training.log import Log
 from mod_export.training.passages import ask_for_passages
-from mod_export.training.relaxation import relaxed_attention
 from mod_export.training.student import Student
 from mod_export.units import Unit
 
@@ -110,7 +109,7 @@ class Loop:
         """
         log = Log(self.run, self.steps, first, self.control.names) if self.main else None
         try:
-            with relaxed_attention(self.model.base), stopping() as stop:
+            with stopping() as stop:
                 self._steps(first, callback, log, stop)
         finally:
             if log:

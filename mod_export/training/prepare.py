@@ -101,7 +101,7 @@ def load_teacher(source: Source, config: TrainConfig):
     name = config.teacher or source.directory
     logger.info(f"loading the teacher {name}")
     with stage("loading the teacher"):
-        teacher, tokenizer = loading.load(name, getattr(torch, config.dtype))
+        teacher, tokenizer = loading.load(name, source.model.base.dtype)
     teacher.requires_grad_(False)
     check_teacher(teacher, tokenizer, source.model, config)
     return teacher

@@ -65,6 +65,42 @@ class Relaxation:
         return weight.clamp(min=MIN_LOG_WEIGHT).masked_fill(sink, 0.0)
 
 
+class HardDecisions(DecisionStrategy):
+    """The decisions of another strategy, whose masks are made some queries at a time.
+
+    The masks of a whole sequence are what takes most memory where nothing is kept for a backward
+    pass: a number for each head and each pair of tokens.
+    """
+
+    def __init__(self, strategy: DecisionStrategy):
+        super().__init__()
+        self.strategy = strategy
+
+    def check(self, base: nn.Module) -> None:
+        _check_attention(base)
+
+    def divide(
+        self, unit: Unit, router: Router, logit: torch.Tensor, shift: float
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+        return self.strategy.divide(unit, router, logit, shift)
+
+    def mask(self, state: RoutingState, layer: int, mask, stored, kept: Kept | None):
+        if stored is not None and bool(stored.all()):
+            stored = None
+        if kept is not None and bool(kept.keep.all()):
+            kept = None
+        if stored is None and kept is None:
+            return mask
+        keys = None if kept is None else _hidden(kept.keep)
+        attn = None if stored is None else _hidden(stored)
+        return RelaxedMask(mask, KeyBias(attn, keys, kept.windows if kept else ()))
+
+
+def _hidden(seen: torch.Tensor) -> torch.Tensor:
+    """Return what hides the keys that are not seen when it is added to their scores."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))
+
+
 class RelaxedDecisions(DecisionStrategy):
     """The decisions of another strategy, with a gradient. Use one object for one forward.
 
@@ -86,13 +122,9 @@ class RelaxedDecisions(DecisionStrategy):
         self.hard = hard or DecisionStrategy()
         self.group_offset = group_offset or {}
         self.recompute = recompute
-        self._keys: dict[Unit, torch.Tensor] = {}  # [B, T], what is added to the scores of keys
 
     def check(self, base: nn.Module) -> None:
-        if not has_attention(base, _NAME):
-            raise ValueError(
-                "relaxed decisions need the attention of `with relaxed_attention(base)`"
-            )
+        _check_attention(base)
 
     def divide(
         self, unit: Unit, router: Router, logit: torch.Tensor, shift: float
@@ -108,28 +140,14 @@ class RelaxedDecisions(DecisionStrategy):
             scale = state.gate.get(unit, 1.0)
             state.gate[unit] = scale * self.relaxation.gate(z, state.active[unit])
         if kind.frees_kv:
-            self._keys[unit] = self.relaxation.key(z, state.position < state.sink_tokens)
+            state.key_bias[unit] = self.relaxation.key(z, state.position < state.sink_tokens)
 
     def mask(self, state: RoutingState, layer: int, mask, stored, kept: Kept | None):
-        attn = self._keys.get((layer, ATTN), self._keys.get((layer, BLOCK)))
-        keys = None if kept is None else self._of_heads(layer, kept.keep.shape[1])
+        attn = state.key_bias.get((layer, ATTN), state.key_bias.get((layer, BLOCK)))
+        keys = None if kept is None else _of_heads(state, layer, kept.keep.shape[1])
         if attn is None and keys is None:
             return mask
         return RelaxedMask(mask, KeyBias(attn, keys, kept.windows if kept else ()))
-
-    def _of_heads(self, layer: int, n_head: int) -> torch.Tensor | None:
-        """Return what is added to the scores of keys beyond the window, [B, n_head, T].
-
-        n_head: 1, or the K/V heads where they decide apart. A head that is not routed keeps every
-        key. None: no router has decided here.
-        """
-        heads = [Unit(layer, KV, head) for head in range(n_head)]
-        found = [self._keys.get(unit) for unit in (heads if n_head > 1 else [Unit(layer, KV)])]
-        some = next((keys for keys in found if keys is not None), None)
-        if some is None:
-            return None
-        every = torch.zeros_like(some)
-        return torch.stack([every if keys is None else keys for keys in found], dim=1)
 
     def select(self, active: torch.Tensor, new: torch.Tensor, old) -> torch.Tensor:
         return new  # the gate is 0 for inactive tokens, and has a gradient there
@@ -138,6 +156,26 @@ class RelaxedDecisions(DecisionStrategy):
         if not self.recompute or not torch.is_grad_enabled():
             return compute(h)
         return checkpoint(compute, h, use_reentrant=False)
+
+
+def _of_heads(state: RoutingState, layer: int, n_head: int) -> torch.Tensor | None:
+    """Return what is added to the scores of keys beyond the window, [B, n_head, T].
+
+    n_head: 1, or the K/V heads where they decide apart. A head that is not routed keeps every
+    key. None: no router has decided here.
+    """
+    heads = [Unit(layer, KV, head) for head in range(n_head)]
+    found = [state.key_bias.get(unit) for unit in (heads if n_head > 1 else [Unit(layer, KV)])]
+    some = next((keys for keys in found if keys is not None), None)
+    if some is None:
+        return None
+    every = torch.zeros_like(some)
+    return torch.stack([every if keys is None else keys for keys in found], dim=1)
+
+
+def _check_attention(base: nn.Module) -> None:
+    if not has_attention(base, _NAME):
+        raise ValueError("relaxed decisions need the attention of `with relaxed_attention(base)`")
 
 
 @dataclass(frozen=True)

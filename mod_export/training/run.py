@@ -28,15 +28,17 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.data.packing import PackedData, open_data, split
 from mod_export.errors import UserError
-from mod_export.model import architectures
+from mod_export.model import architectures, loading
+from mod_export.model import directory as mod_directory
 from mod_export.model.lora import merge_lora
 from mod_export.model.mod_model import MoDModel
-from mod_export.training import checkpoints, devices, environment, steady_router
+from mod_export.training import checkpoints, devices, environment, four_bit, room, steady_router
 from mod_export.training.callbacks import MIN_SEQUENCES, RouterCallback
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import plot
 from mod_export.training.loop import Loop
 from mod_export.training.prepare import Source, prepare
+from mod_export.training.relaxation import relaxed_attention
 from mod_export.units import KV
 
 logger = logging.getLogger(__name__)
@@ -77,25 +79,39 @@ def train(
 
     output = Output(Path(out), save_as, resume, force)
     _check(config, output)
-    precision = devices.autocast(config.precision)
+    device = devices.choose(config.device, environment.processes(os.environ))
+    precision = devices.autocast(config.precision, device)
     environment.check(os.environ, precision)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     environment.check_made(accelerator)
+    devices.check_four_bit(config, accelerator)
     with _one_voice(accelerator.is_main_process):
         _warn_of_slow_precision(accelerator)
-        logger.info(f"loading {directory}")
-        with stage(f"loading {directory}"):
-            model = MoDModel.load(directory, getattr(torch, config.dtype))
+        dtype = devices.weights_type(config, loading.stored_type(directory), device, precision)
+        room.check(directory, config, dtype, accelerator)
+        model, identity = _load(directory, config, dtype, device)
         _check_model(directory, model, config)
         with accelerator.main_process_first():  # the others find the tokens in the cache
             data, held_out = _data(model, config)
             output.run.mkdir(exist_ok=True)
-        name = str(model.config.calibration.get("model") or Path(directory).resolve().name)
         with alone(output.run) if accelerator.is_main_process else contextlib.nullcontext():
-            with stage("identifying the base model"):
-                identity = adapter.base_identity(model.base, model.tokenizer, name)
             source = Source(directory, model, identity, data, held_out)
             return _run(source, config, accelerator, output)
+
+
+def _load(
+    name: str, config: TrainConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[MoDModel, dict]:
+    """Return the MoD model of a directory, and the identity of its base."""
+    logger.info(f"loading {name}")
+    with stage(f"loading {name}"):
+        base, tokenizer, mod, routers = mod_directory.load(name, dtype)
+    called = str(mod.calibration.get("model") or Path(name).resolve().name)
+    with stage("identifying the base model"):
+        identity = adapter.base_identity(base, tokenizer, called)
+    if config.four_bit:
+        four_bit.to_four_bit(base, device)
+    return MoDModel.from_base(base, tokenizer, mod, routers), identity
 
 
 @contextlib.contextmanager
@@ -127,6 +143,19 @@ def alone(run: Path) -> Iterator[None]:
 
 def _run(source: Source, config: TrainConfig, accelerator: Any, output: Output) -> dict:
     loop = Loop(prepare(source, config, accelerator, output.run))
+    with relaxed_attention(source.model.base):
+        figures = _go(loop, accelerator, output)
+    _log_figures(figures)
+    source.model.config = _config(source.model, loop, config, figures)
+    devices.gather(loop.student, keep=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        _finish(source, loop, output, figures)
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def _go(loop: Loop, accelerator: Any, output: Output) -> dict:
+    """Prepare the routers, or go back to a checkpoint, and run the steps."""
     callback, first = RouterCallback(), 0
     if output.resume:
         first = loop.restore()
@@ -140,14 +169,7 @@ def _run(source: Source, config: TrainConfig, accelerator: Any, output: Output) 
     if not output.resume and accelerator.is_main_process:
         clear(output.run)
     accelerator.wait_for_everyone()
-    figures = loop.go(callback, first)
-    _log_figures(figures)
-    source.model.config = _config(source.model, loop, config, figures)
-    devices.gather(loop.student, keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        _finish(source, loop, output, figures)
-    accelerator.wait_for_everyone()
-    return figures
+    return loop.go(callback, first)
 
 
 def _finish(source: Source, loop: Loop, output: Output, figures: dict) -> None:
@@ -238,6 +260,10 @@ def _check(config: TrainConfig, output: Output) -> None:
         raise UserError(
             "all weights are trained, which no adapter holds",
             "train routers or lora, or save it merged",
+        )
+    if output.save_as != "adapter" and config.four_bit:
+        raise UserError(
+            "weights of 4 bits are no model to save", "use --save adapter, or leave out --four-bit"
         )
     markers = [adapter.MOD_JSON] if output.save_as == "adapter" else []
     check_dir(output.path, output.force, *markers)

@@ -143,7 +143,10 @@ def penalise_drift(
         from_start = place.kind in KINDS_STEADY_FROM_START
         if trained and from_start:
             continue
-        drift, correction = drift_correction(seen.within(), seen.drift(), penalty)
+        drift, correction = (
+            rows.to(model.base.device)
+            for rows in drift_correction(seen.within(), seen.drift().cpu(), penalty)
+        )
         for unit in by_layer[place]:
             model.router(unit).reparametrise(
                 parameters[unit], seen.mean(), drift, correction, trained or from_start

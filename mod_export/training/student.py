@@ -22,7 +22,7 @@ from mod_export.model.lora import without_lora
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import threshold_logit
 from mod_export.training.losses import hidden_loss, logit_loss
-from mod_export.training.relaxation import Relaxation, RelaxedDecisions
+from mod_export.training.relaxation import HardDecisions, Relaxation, RelaxedDecisions
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Student(nn.Module):
         """
         if prices is None:
             dense = self._dense(ids, kwargs)[0] if teach else None
-            return dense, *self.model(ids, trace=True, **kwargs)
+            strategy = HardDecisions(self.model.strategy)
+            return dense, *self.model(ids, trace=True, strategy=strategy, **kwargs)
         states = {"output_hidden_states": True} if self.weights.hidden else {}
         with torch.no_grad():
             dense, dense_states = self._dense(ids, states) if self.weights.teacher else (None, None)

@@ -13,6 +13,7 @@ from mod_export.cli import cli
 from mod_export.config import MoDConfig
 from mod_export.formats import schema
 from scripts.docs import cli as cli_page
+from scripts.docs import training_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -127,6 +128,8 @@ def test_options_of_the_scripts_exist(page):
 def test_page_of_the_commands_is_up_to_date():
     text = cli_page.PAGE.read_text(encoding="utf-8")
     assert text == cli_page.page(), "run python -m scripts.docs.cli"
+    text = training_memory.PAGE.read_text(encoding="utf-8")
+    assert text == training_memory.page(), "run python -m scripts.docs.training_memory"
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=name)

@@ -17,7 +17,7 @@ from tests.support import training_runs
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "USE_DEEPSPEED=true: .* DeepSpeed; launch with"),
         ({"ACCELERATE_USE_MEGATRON_LM": "1"}, "Megatron"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "True"}, "tensor or context parallelism"),
-        ({"ACCELERATE_TORCH_DEVICE": "cuda:1"}, "choose GPUs with CUDA_VISIBLE_DEVICES"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:1"}, "choose with --device"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "use --accumulate 4"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "the run has bf16; .* --precision"),
         (

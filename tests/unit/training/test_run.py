@@ -300,8 +300,8 @@ def test_every_stage_tells_its_time(files, tmp_path, monkeypatch, caplog, capsys
     told = [message.split(":")[0] for message in caplog.messages if message.endswith("so far")]
     assert told == [
         f"loading {files / 'mod'}",
-        "reading the texts",
         "identifying the base model",
+        "reading the texts",
         "loading the teacher",
         "the first step",
     ]

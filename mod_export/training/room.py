@@ -1,0 +1,138 @@
+"""Whether a training run fits in the memory of its device, told before it begins.
+
+check("mod", config, torch.bfloat16, accelerator)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mod_export.calibration.measuring import LONG_TOKENS
+from mod_export.common.system import available_memory
+from mod_export.config import MoDConfig
+from mod_export.errors import UserError
+from mod_export.model import architectures, directory, loading
+from mod_export.model.safetensors_weights import CannotStream
+from mod_export.training import devices
+from mod_export.training.config import TrainConfig
+from mod_export.training.memory import TOLERANCE, Memory, MemoryPlan, ModelShape, needed
+
+logger = logging.getLogger(__name__)
+
+SHORTEST = 256  # tokens of a sequence that a cure proposes
+
+
+def check(name: str, config: TrainConfig, dtype: torch.dtype, accelerator: Any) -> None:
+    """Log what training takes of the device's memory.
+
+    name: of the MoD directory. dtype: of the weights that are not trained. Raises UserError where
+    the device has less, with the options that make the run fit.
+    """
+    try:
+        base, mod = directory.open_streamed(name, dtype)
+    except CannotStream:
+        return  # its layers are not known before it is loaded
+    shape, room = ModelShape.of(base), room_of(accelerator)
+    plan = plan_of(base, mod, config, dtype, accelerator)
+    need = needed(shape, plan)
+    says = f"training takes about {_gb(need.total)} of memory ({_parts(need)}), and "
+    says += f"{accelerator.device} has {_gb(room)} left"
+    if need.total * (1 - TOLERANCE) > room:
+        raise UserError(says, cure(shape, plan, room))
+    logger.info(says)
+    if need.total > room:
+        logger.warning(f"note: it may not fit; {cure(shape, plan, room)}")
+
+
+def plan_of(
+    base: nn.Module, mod: MoDConfig, config: TrainConfig, dtype: torch.dtype, accelerator: Any
+) -> MemoryPlan:
+    """Return what the memory of a run depends on; base: a model, without weights too."""
+    units = mod.routed()
+    context = architectures.context_length(base) or LONG_TOKENS
+    teacher = ModelShape.of(base).parameters if config.parameters == "full" else 0
+    if config.teacher:
+        teacher = loading.weights_bytes(config.teacher, dtype) // dtype.itemsize
+    return MemoryPlan(
+        batch=config.batch,
+        length=config.length,
+        longest=max(config.length, min(LONG_TOKENS, context)),
+        weight_bytes=dtype.itemsize,
+        four_bit=config.four_bit,
+        autocast=accelerator.mixed_precision != "no",
+        recompute=config.recompute,
+        parameters=config.parameters,
+        lora_rank=config.lora_rank,
+        units=len(units),
+        first=min((unit.layer for unit in units), default=0),
+        teacher=teacher,
+        pieces=accelerator.num_processes if devices.is_sharded(accelerator) else 1,
+        on_cpu=accelerator.device.type == "cpu",
+    )
+
+
+def room_of(accelerator: Any) -> int:
+    """Return the bytes that each process can take of its device."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.mem_get_info(accelerator.device)[0]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    return available_memory() // here
+
+
+def cure(shape: ModelShape, plan: MemoryPlan, room: int) -> str:
+    """Return the options with which a run fits, or else what more it takes."""
+    for options, smaller in _smaller(plan):
+        if needed(shape, smaller).total <= room:
+            return f"use {options}"
+    least = _gb(needed(shape, smaller).total)
+    more = "" if plan.on_cpu else ", or share the weights out among more GPUs (FSDP)"
+    return f"{options} would take {least}: use a larger machine{more}"
+
+
+def _smaller(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """Yield options that save memory, and the plan with them, those that cost least first."""
+    options: list[str] = []
+
+    def add(text: str, **changes) -> tuple[str, MemoryPlan]:
+        nonlocal plan
+        options.append(text)
+        plan = replace(plan, **changes)
+        return " ".join(options), plan
+
+    if not plan.recompute:
+        yield add("--recompute", recompute=True)
+    if plan.weight_bytes > 2 and plan.parameters != "full":
+        yield add("--dtype bfloat16", weight_bytes=2)
+    if plan.batch > 1:
+        yield add(f"--batch 1 --accumulate {plan.batch}", batch=1)
+    if not (plan.four_bit or plan.on_cpu or plan.pieces > 1 or plan.parameters == "full"):
+        yield add("--four-bit --save adapter", four_bit=True)
+    length = plan.length
+    while length // 2 >= SHORTEST:
+        length //= 2
+        kept = [text for text in options if not text.startswith("--length")]
+        options[:] = kept
+        yield add(f"--length {length}", length=length)
+    if not options:
+        yield "the same", plan
+
+
+def _parts(need: Memory) -> str:
+    names = {
+        "weights": "weights",
+        "trained": "what is trained",
+        "activations": "activations",
+        "logits": "logits",
+    }
+    return ", ".join(f"{text} {getattr(need, name) / 1e9:.1f}" for name, text in names.items())
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
