@@ -3,6 +3,7 @@
     export(Path("mod"), Path("mod.gguf"), quant="q8_0")
     export(Path("mod"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # routers onto a file
     export(Path("adapter"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # of an adapter
+    export(Path("adapter"), Path("routers.gguf"))   # the routers alone, to be put beside a file
     export(Path("mod"), Path("dense.gguf"), dense=True)                     # the base alone
     export(Path("mod"), "out/")                                  # out/Qwen3-0.6B-MoD-kv-Q8_0.gguf
 
@@ -28,6 +29,7 @@ from mod_export.formats import (
     adapter_files,
     architectures,
     base_identity,
+    gguf_adapter,
     hf_directory,
     hub,
     kv_size,
@@ -60,7 +62,8 @@ def export(
 
     output: a text that ends with / is a folder, in which the file gets its name by the convention
         of GGUF files
-    directory: a MoD model, or with `base` an adapter without LoRA (also the name of a packaged one)
+    directory: a MoD model, or an adapter without LoRA (also the name of a packaged one), of which
+        the routers alone are written where there is no `base`
     quant: one of EXPORT_FORMATS; by default q8_0, and with `base` as the base is
     base: a GGUF of the same model, whose weights are taken instead of those in `directory`
     dense: leave the routers out
@@ -74,7 +77,12 @@ def export(
     directory = hub.locate(directory)
     base = None if base is None else hub.locate(base, gguf=True)
     adapter = adapter_files.find(directory)
-    config, routers = read_directory(directory) if adapter is None else read_adapter(adapter, base)
+    if adapter is None:
+        config, routers = read_directory(directory)
+    elif base is None:
+        return _export_routers(adapter, output, quant, dense, force)
+    else:
+        config, routers = read_adapter(adapter, base)
     if config.top_k:
         raise UserError(
             f"{directory} chooses by top-k, which looks at later tokens",
@@ -113,6 +121,24 @@ def export(
                 _copy(plain, target, about)
             else:
                 plain.replace(target)
+    return Path(output)
+
+
+def _export_routers(
+    adapter: Path, output: str | Path, quant: str | None, dense: bool, force: bool
+) -> Path:
+    """Write the routers of an adapter to a file of their own, which the runtime takes as `mod`."""
+    if quant is not None or dense:
+        raise UserError(
+            f"{adapter} is an adapter, without weights for {'--dense' if dense else '--quant'}",
+            "give a GGUF of the model as --base",
+        )
+    found = adapter_files.read(adapter)
+    if str(output).endswith(os.sep):
+        about = metadata.describe(adapter, found.config)
+        output = Path(output, metadata.file_name(about, None, "-routers.gguf"))
+    with atomic_file(output, force) as target:
+        gguf_adapter.write(target, found, adapter)
     return Path(output)
 
 
@@ -276,7 +302,7 @@ def read_directory(directory: Path) -> tuple[MoDConfig, Routers]:
     return config, hf_directory.read_routers(hf_directory.tensor_files(directory), config)
 
 
-def read_adapter(directory: Path, base: Path | None) -> tuple[MoDConfig, Routers]:
+def read_adapter(directory: Path, base: Path) -> tuple[MoDConfig, Routers]:
     """Configuration and routers of an adapter.
 
     The adapter must fit the GGUF `base`, whose quantisation does not matter.
@@ -286,11 +312,6 @@ def read_adapter(directory: Path, base: Path | None) -> tuple[MoDConfig, Routers
         raise UserError(
             f"{directory} holds LoRA weights, which a GGUF cannot take as they are",
             f"run `mod-export convert MODEL --adapter {directory}` and export what that writes",
-        )
-    if base is None:
-        raise UserError(
-            f"{directory} is an adapter, without the weights of the model",
-            "give a GGUF of it as --base",
         )
     base_identity.compare(found.base, base_identity.gguf_identity(GGUFFile.open(base)))
     return found.config, found.routers

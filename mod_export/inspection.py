@@ -4,6 +4,7 @@ Needs neither llama_cpp nor torch. The rules are those of docs/reference/gguf-sc
 patched llama.cpp enforces too.
 
     report = inspect("mod.gguf")      # a dict, as `mod-export inspect --json` prints it
+    report = inspect("routers.gguf")  # of routers alone; the model is unknown, and so is its KV
     print(render(report))
 """
 
@@ -16,8 +17,9 @@ from mod_export.common.tables import format_table
 from mod_export.common.text import megabytes
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import architectures, ggml_types, kv_size, schema
+from mod_export.formats import architectures, ggml_types, gguf_adapter, kv_size, schema
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.gguf_adapter import GGUFAdapter
 from mod_export.formats.model_checks import check_model
 from mod_export.units import KV
 
@@ -25,27 +27,45 @@ MOST_HEADS_SHOWN = 8  # in a line; of more heads the lowest and the highest valu
 CONTEXTS_TOKENS = (1000, 4000, 16000)
 
 
-def inspect(path: str | Path) -> dict:
-    """Read and check a file. Raises UserError naming what is wrong with it."""
+def inspect(path: str | Path, mod: str | None = None) -> dict:
+    """Read and check a file. Raises UserError naming what is wrong with it.
+
+    mod: routers that are put beside it, as gguf_adapter.locate takes them.
+    """
     file = GGUFFile.open(path)
+    if gguf_adapter.is_adapter(file) and mod is None:
+        return _inspect_adapter(gguf_adapter.read(path))
     file.refuse_split()
     check_model(file)
+    file = gguf_adapter.with_routers(path, mod)
     config, _ = schema.read_routers(file)
-    report = {
-        "file": str(path),
-        "architecture": file.architecture,
-        "n_layer": file.model_number("block_count"),
-        "n_embd": file.model_number("embedding_length"),
-        "bytes": Path(path).stat().st_size,
-        "tensor_types": _tensor_types(file),
-        "mod": _mod_report(file, config) if config else None,
-    }
+    report = _head(file)
+    report["mod"] = _mod_report(config) | {"kv": _kv_report(file, config)} if config else None
     if config and (refused := _refused(file, config)):
         report["mod"]["refused"] = refused
     if not config:
         report["possible_units"] = list(architectures.kinds(file.architecture))
         report["not_all_units"] = architectures.reason(file.architecture)
     return report
+
+
+def _inspect_adapter(adapter: GGUFAdapter) -> dict:
+    """The report of a file of routers, without K/V, whose size only the model's file tells."""
+    return _head(adapter.file) | {
+        "routers_for": adapter.base["name"],
+        "mod": _mod_report(adapter.config),
+    }
+
+
+def _head(file: GGUFFile) -> dict:
+    return {
+        "file": str(file.path),
+        "architecture": file.architecture,
+        "n_layer": file.model_number("block_count"),
+        "n_embd": file.model_number("embedding_length"),
+        "bytes": file.path.stat().st_size,
+        "tensor_types": _tensor_types(file),
+    }
 
 
 def _refused(file: GGUFFile, config: MoDConfig) -> str:
@@ -63,7 +83,7 @@ def _tensor_types(file: GGUFFile) -> dict[str, int]:
     return dict(names.most_common())
 
 
-def _mod_report(file: GGUFFile, config: MoDConfig) -> dict:
+def _mod_report(config: MoDConfig) -> dict:
     report = {name: getattr(config, name) for name in schema.SCALARS}
     own_windows = KV in config.units and bool(config.units[KV].window)
     report["units"] = [
@@ -76,7 +96,6 @@ def _mod_report(file: GGUFFile, config: MoDConfig) -> dict:
         for unit in config.routed()
     ]
     report["activation"] = kv_size.mean_activation(config)
-    report["kv"] = _kv_report(file, config)
     return report
 
 
@@ -117,6 +136,8 @@ def render(report: dict) -> str:
     )
     if report["mod"] is None:
         return f"{head}\nno routed units: an ordinary dense model\n{_possible(report)}"
+    if "routers_for" in report:
+        head += f"\nrouters alone, to be put beside a file of {report['routers_for']}"
     return "\n".join([head, *_render_mod(report["mod"])])
 
 
@@ -130,7 +151,20 @@ def _possible(report: dict) -> str:
 
 def _render_mod(mod: dict) -> list[str]:
     means = ", ".join(f"{kind} {value:.3f}" for kind, value in mod["activation"].items())
-    kv = mod["kv"]
+    return [
+        f"Mixture-of-Depths schema {mod['version']}: {len(mod['units'])} routed units, "
+        f"{mod['gating_func']} scores, {'scaled' if mod['scale_output'] else 'hard'} gate, "
+        f"first {mod['sink_tokens']} tokens always active, kv window {mod['kv_window']}",
+        "",
+        _render_units(mod["units"]),
+        "",
+        f"mean activation on calibration text: {means}",
+        *(_render_kv(mod["kv"]) if "kv" in mod else []),
+        *([f"the runtime refuses this file: {mod['refused']}"] if "refused" in mod else []),
+    ]
+
+
+def _render_kv(kv: dict) -> list[str]:
     sizes = [
         [
             row["tokens"],
@@ -141,13 +175,6 @@ def _render_mod(mod: dict) -> list[str]:
         for row in kv["expected"]
     ]
     return [
-        f"Mixture-of-Depths schema {mod['version']}: {len(mod['units'])} routed units, "
-        f"{mod['gating_func']} scores, {'scaled' if mod['scale_output'] else 'hard'} gate, "
-        f"first {mod['sink_tokens']} tokens always active, kv window {mod['kv_window']}",
-        "",
-        _render_units(mod["units"]),
-        "",
-        f"mean activation on calibration text: {means}",
         "",
         f"expected K/V ({kv['type']}), {kv['bytes_per_token_dense']} bytes per token when dense"
         f"{_render_windows(kv['windows'])}:",
@@ -155,7 +182,6 @@ def _render_mod(mod: dict) -> list[str]:
         "",
         kv["formula"],
         *([kv["note"]] if kv["note"] else []),
-        *([f"the runtime refuses this file: {mod['refused']}"] if "refused" in mod else []),
     ]
 
 

@@ -25,7 +25,7 @@ from mod_export.common.progress import Progress
 from mod_export.common.tables import format_table
 from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats import gguf_adapter
 from mod_export.formats.kv_size import expected_cells, kv_layers, lists_of_cells, mean_activation
 from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.schema import read_routers
@@ -85,10 +85,11 @@ class MemoryOptions:
 
 
 class MemoryModel:
-    """A GGUF file whose needs can be told."""
+    """A GGUF file whose needs can be told; mod: routers that are put beside it."""
 
-    def __init__(self, path: str | Path, options: MemoryOptions):
-        file = GGUFFile.open(path)
+    def __init__(self, path: str | Path, options: MemoryOptions, mod: str | None = None):
+        file = gguf_adapter.with_routers(path, mod)
+        self.mod = mod
         self.path = Path(path)
         self.options = options
         self.weights = self.path.stat().st_size
@@ -110,6 +111,7 @@ class MemoryModel:
             return worker.ask(
                 do="probe",
                 file=str(self.path),
+                mod=self.mod,
                 contexts=PROBED_CONTEXTS,
                 ubatch=self.options.ubatch,
                 types=self.options.types.numbers,
@@ -222,14 +224,19 @@ class MemoryPlan:
 
 
 def fit(
-    file: str | Path, memory: int, options: MemoryOptions, dense: str | Path | None = None
+    file: str | Path,
+    memory: int,
+    options: MemoryOptions,
+    dense: str | Path | None = None,
+    mod: str | None = None,
 ) -> MemoryPlan:
     """The largest contexts of a MoD or dense file within `memory` bytes.
 
-    dense: the dense file to compare with, by default the MoD file with all units active. Raises
-    UserError for files that are damaged or refused, and where not even the shortest context fits.
+    dense: the dense file to compare with, by default the MoD file with all units active. mod:
+    routers that are put beside a dense `file`. Raises UserError for files that are damaged or
+    refused, and where not even the shortest context fits.
     """
-    model = MemoryModel(file, options)
+    model = MemoryModel(file, options, mod)
     if model.dense and dense:
         raise UserError(f"{file} is a dense model", "give a MoD file to compare with --dense")
     model.probe  # noqa: B018  measured once, for both models
@@ -323,6 +330,7 @@ def _run(name: str, model: MemoryModel, n_ctx: int, text: str) -> dict:
             on_progress=lambda _: next(steps, None),
             do="run",
             file=str(model.path),
+            mod=model.mod,
             n_ctx=n_ctx,
             ubatch=options.ubatch,
             types=options.types.numbers,

@@ -13,6 +13,7 @@ from pathlib import Path
 from mod_export.benchmark.processes import prompt_tokens, serve
 from mod_export.common.system import forget_peak, resident
 from mod_export.errors import UserError
+from mod_export.formats import gguf_adapter
 
 MADV_DONTNEED = 4  # Linux defines this value.
 DECODE_TOKENS = 8  # The tokens follow the prompt, so that the graphs of decode exist too.
@@ -22,12 +23,16 @@ KV_PATTERN = r"_cache\w*: size = +([\d.]+) MiB"
 
 
 class ContextProbe:
-    """A model whose contexts are only measured; its log is where llama.cpp tells the sizes."""
+    """A model whose contexts are only measured; its log is where llama.cpp tells the sizes.
 
-    def __init__(self, file: str):
+    mod: routers that are put beside the file.
+    """
+
+    def __init__(self, file: str, mod: str | None = None):
         import llama_cpp as llama
 
         import mod_export.runtime.llama  # noqa: F401  (what a run imports is resident too)
+        from mod_export.runtime import bindings
         from mod_export.runtime.assertions import AssertionFailure, guarded
         from mod_export.runtime.log import check_file, load_error
 
@@ -54,6 +59,10 @@ class ContextProbe:
             raise load_error(file, 0, exc, []) from exc
         if not self.model:
             raise self.failed(f"cannot load {file}")
+        if mod is not None:
+            routers = os.fsencode(gguf_adapter.locate(mod))
+            if bindings.llama_mod_adapter_load(self.model, routers):
+                raise self.failed(f"cannot put the routers of {mod} beside {file}")
         self.repacks = "CPU_REPACK model buffer" in self.log
 
     def context(self, n_ctx: int, ubatch: int, types: Sequence[int]) -> dict:
@@ -99,14 +108,16 @@ class MemoryWorker:
     def describe(self) -> dict:
         return {}
 
-    def probe(self, file: str, contexts: list[int], ubatch: int, types: Sequence[int]) -> dict:
+    def probe(
+        self, file: str, mod: str | None, contexts: list[int], ubatch: int, types: Sequence[int]
+    ) -> dict:
         """What contexts would take, from llama.cpp itself.
 
         It makes contexts without memory for weights, K/V and compute buffers (`no_alloc`), and says
         how much it would have taken. What is resident then is the process itself. sizes: in the
         order of `contexts`. repacks: whether weights are copied into another layout.
         """
-        model = ContextProbe(file)
+        model = ContextProbe(file, mod)
         # The first context leaves some memory with the allocator.
         model.context(contexts[0], ubatch, types)
         sizes = [model.context(n, ubatch, types) for n in contexts]
@@ -117,7 +128,14 @@ class MemoryWorker:
         }
 
     def run(
-        self, file: str, n_ctx: int, ubatch: int, types: Sequence[int], threads: int, text: str
+        self,
+        file: str,
+        mod: str | None,
+        n_ctx: int,
+        ubatch: int,
+        types: Sequence[int],
+        threads: int,
+        text: str,
     ) -> Iterator[int]:
         """Fill the context with the text's tokens, the last ones one by one.
 
@@ -133,6 +151,7 @@ class MemoryWorker:
 
         llm = MoDLlama(
             file,
+            mod=mod,
             n_ctx=n_ctx,
             threads=threads,
             n_batch=ubatch,

@@ -26,10 +26,13 @@ class Quality:
         length: int = 512,
         sequences: int = 2,
         threads: int | None = None,
+        mod: str | None = None,
     ):
         from mod_export.runtime.llama import MoDLlama
 
-        self.llm = MoDLlama(file, n_ctx=length, n_batch=length, threads=threads, logits_all=True)
+        self.llm = MoDLlama(
+            file, mod=mod, n_ctx=length, n_batch=length, threads=threads, logits_all=True
+        )
         self.compare = self.llm.has_vocab
         if self.compare:
             sequences = max(

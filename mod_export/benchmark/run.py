@@ -33,6 +33,7 @@ from mod_export.benchmark.worker import VariantSetup
 from mod_export.common.progress import Progress
 from mod_export.common.system import busy_cpus, cpu_name, total_memory, usable_cpus
 from mod_export.errors import UserError
+from mod_export.formats import gguf_adapter
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_types import KVTypes, is_quantised
 
@@ -62,7 +63,7 @@ class BenchOptions:
     type of K and V, or `K/V`. shifts: of the thresholds, in logit space. rounds, seconds: least
     number of turns, and time for a phase, see measure.measure. starts: how often the processes are
     started anew, each time for all of it. gpu_layers: how many layers lie on the GPU, -1 for all;
-    needs a CUDA build.
+    needs a CUDA build. mod: routers that are put beside the MoD file, which is then a dense one.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -77,6 +78,7 @@ class BenchOptions:
     starts: int = 1
     threads: int | None = None
     gpu_layers: int = 0
+    mod: str | None = None
 
     def __post_init__(self):
         if unknown := set(self.variants) - set(VARIANTS):
@@ -105,7 +107,7 @@ def bench(
     bindings.require()
     options = options or BenchOptions()
     devices.check(options.gpu_layers)
-    mod_file, dense_file = check_files(file, dense)
+    mod_file, dense_file = check_files(file, dense, options.mod)
     n_ctx_train = dense_file.get(f"{dense_file.architecture}.context_length", 0)
     options = replace(
         options,
@@ -129,15 +131,15 @@ def bench(
     return {"about": about, "rows": rows}
 
 
-def check_files(file, dense) -> tuple[GGUFFile, GGUFFile]:
-    """The two files, opened.
+def check_files(file, dense, mod: str | None = None) -> tuple[GGUFFile, GGUFFile]:
+    """The two files, opened; mod: routers that are put beside the first.
 
     Raises UserError where they are not a MoD and a dense file of one model.
     """
-    mod_file, dense_file = GGUFFile.open(file), GGUFFile.open(dense)
+    mod_file, dense_file = gguf_adapter.with_routers(file, mod), GGUFFile.open(dense)
     arch = mod_file.architecture
     if f"{arch}.mod.version" not in mod_file.keys:
-        raise UserError(f"{file} is a dense model", "give a MoD file")
+        raise UserError(f"{file} is a dense model", "give a MoD file, or routers with --mod")
     if f"{dense_file.architecture}.mod.version" in dense_file.keys:
         raise UserError(
             f"{dense} is a MoD file", "give the dense file of the same model with --dense"
@@ -264,8 +266,11 @@ class _Bench:
         """The file that a variant runs."""
         if name == "floor":
             return self.files["floor"]
-        dense = "ceiling" in name or name == "dense_patched"
-        return self.files["dense" if dense else "mod"]
+        return self.files["dense" if self._is_dense(name) else "mod"]
+
+    @staticmethod
+    def _is_dense(name: str) -> bool:
+        return name in STOCK_VARIANTS or name == "dense_patched"
 
     def _setup(self, name: str, step: Step) -> tuple[dict, Path | None]:
         """What a variant's process is opened with, and the directory of its library."""
@@ -284,6 +289,7 @@ class _Bench:
             unified=name != "ceiling_split",
             force=FORCE_OF_VARIANT.get(name, "none"),
             gpu_layers=self.options.gpu_layers,
+            mod=None if self._is_dense(name) else self.options.mod,
         )
         return asdict(setup), self.stock if name in STOCK_VARIANTS else None
 
@@ -339,6 +345,7 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, st
             name: {"file": str(f.path), "bytes": f.path.stat().st_size}
             for name, f in (("mod", mod_file), ("dense", dense_file))
         },
+        "mod": options.mod,
         "stock_variants": list(STOCK_VARIANTS),
         "routed": routed(mod_file),
         "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",

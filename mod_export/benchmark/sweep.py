@@ -45,13 +45,14 @@ def sweep(
     from mod_export.runtime import bindings
 
     bindings.require()
-    check_files(file, dense)
+    check_files(file, dense, options.mod)
     options = _sweep_options(options, targets)
     progress = progress or Progress()
     setup = {
         "file": str(file),
         "text": text or default_texts()[1],
         "threads": options.threads,
+        "mod": options.mod,
         "length": length,
         "sequences": sequences,
     }

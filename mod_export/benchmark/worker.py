@@ -27,7 +27,7 @@ class VariantSetup:
 
     context: tokens of each prompt. tail: tokens that are decoded after it. batch: sequences.
     chunk: tokens of a prefill's turn. type_k, type_v: ggml types of K and V. unified: whether the
-    sequences share one KV stream. force: as MoDLlama.force.
+    sequences share one KV stream. force, mod: as those of MoDLlama.
     """
 
     file: str
@@ -44,6 +44,7 @@ class VariantSetup:
     unified: bool = True
     force: str = "none"
     gpu_layers: int = 0
+    mod: str | None = None
 
 
 class Variant:
@@ -55,6 +56,7 @@ class Variant:
         # llama_cpp.Llama knows one sequence only: this small context gives way to one for several.
         self.llm = MoDLlama(
             setup.file,
+            mod=setup.mod,
             n_ctx=256,
             threads=setup.threads,
             n_batch=256,

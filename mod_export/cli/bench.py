@@ -8,6 +8,7 @@ from mod_export.cli.options import (
     SHIFT_HELP,
     dense_option,
     gpu_layers_option,
+    mod_option,
     text_option,
     threads_option,
 )
@@ -17,7 +18,11 @@ from mod_export.cli.values import Finite, RenamedOption, comma_list, model_argum
 
 @click.command()
 @model_argument()
-@dense_option("Dense GGUF of the same model and quantisation.", required=True)
+@mod_option()
+@dense_option(
+    "Dense GGUF of the same model and quantisation.",
+    show_default="FILE with --mod, else it is needed",
+)
 @click.option(
     "--contexts",
     callback=comma_list(int, 16, example="512,2048"),
@@ -137,8 +142,8 @@ def command(
 ):
     """Measure speed and KV memory against the dense model.
 
-    FILE is a MoD GGUF. The dense model runs on stock llama.cpp, which the first call builds in
-    minutes, unless `mod-export build --stock` has built it.
+    FILE is a MoD GGUF, or a dense one with --mod. The dense model runs on stock llama.cpp, which
+    the first call builds in minutes, unless `mod-export build --stock` has built it.
     """
     from mod_export.benchmark import plots as bench_plots
     from mod_export.benchmark import report as bench_report
@@ -148,6 +153,10 @@ def command(
     from mod_export.common.plots import check_folder
     from mod_export.errors import UserError
 
+    if dense is None:
+        if not options["mod"]:
+            raise UserError("the dense model is missing", "give it with --dense")
+        dense = file
     targets = activations or (None if options["shifts"] else bench_sweep.TARGETS)
     if activations and (not sweep or options["shifts"]):
         raise UserError(

@@ -8,6 +8,7 @@ from mod_export.cli.options import (
     dense_option,
     gpu_layers_option,
     length_option,
+    mod_option,
     text_option,
     threads_option,
     threshold_shift_option,
@@ -36,6 +37,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 
 @click.command("eval")
 @model_argument("target", gguf=False)
+@mod_option("TARGET, a GGUF file")
 @dense_option(
     "Directory or GGUF to compare with, or the name of one on the Hugging Face hub.",
     gguf=False,
@@ -163,6 +165,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 @result_options(plots="Directory for PNG plots: passkeys as a heat map, accuracies.")
 def command(
     target,
+    mod,
     dense,
     threshold_shift,
     types,
@@ -209,6 +212,7 @@ def command(
             keep=keep,
             types=types,
             dtype=dtype,
+            mod=mod,
         )
 
     result = write_result(run, json_file, force)

@@ -51,7 +51,8 @@ def command(
     The patched llama.cpp runs the file. Routers are stored as f32, whatever the type of the base
     weights. With --base, the weights come from an existing GGUF of the same model instead of from
     DIR. DIR may then be an adapter too, if the adapter holds routers only: a directory, or the name
-    of a packaged adapter.
+    of a packaged adapter. An adapter without --base gives a file of routers alone, for the option
+    --mod of other commands: they open a GGUF of the model with it.
     """
     from mod_export.common.text import megabytes
     from mod_export.export import export

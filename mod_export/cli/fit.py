@@ -6,6 +6,7 @@ from mod_export.cli.options import (
     cache_type_options,
     dense_option,
     json_flag,
+    mod_option,
     text_option,
     threads_option,
 )
@@ -19,6 +20,7 @@ from mod_export.cli.values import Finite, model_argument
     required=True,
     help="Memory that a run may take: 8G, 512M or a number of bytes; 1G is 1024M.",
 )
+@mod_option()
 @dense_option("Dense GGUF to compare with.", show_default="FILE with all units active")
 @cache_type_options()
 @click.option("--kv-type", hidden=True, help="Type of both; the former spelling.")
@@ -55,6 +57,7 @@ from mod_export.cli.values import Finite, model_argument
 def command(
     file,
     memory,
+    mod,
     dense,
     check,
     check_context,
@@ -83,6 +86,7 @@ def command(
         size,
         m.MemoryOptions(threads=threads or usable_cpus(), **options),
         dense,
+        mod,
     )
     if not as_json:
         click.echo(m.report(plan))

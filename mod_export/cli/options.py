@@ -220,11 +220,23 @@ def cache_type_options(of: str = "", default: str = "f16"):
     return add
 
 
+def mod_option(text: str = "FILE"):
+    """Return the option of routers beside a model's file; text: what the help calls that file."""
+    return click.option(
+        "--mod",
+        metavar="ROUTERS",
+        envvar="LLAMA_MOD_ADAPTER",
+        show_envvar=True,
+        help=f"Routers to put beside {text}, which has none: a file that `export ADAPTER` writes, "
+        "or an adapter.",
+    )
+
+
 def model_options(command):
     """Add the options that open_model takes: those of commands that hold a model open."""
     options = (
-        *(ctx_option, cache_type_options(), adaptive_threads_option, gpu_layers_option),
-        threshold_shift_option,
+        *(mod_option(), ctx_option, cache_type_options(), adaptive_threads_option),
+        *(gpu_layers_option, threshold_shift_option),
     )
     for option in reversed(options):
         command = option(command)
@@ -238,6 +250,7 @@ def open_model(
     gpu_layers: int,
     threshold_shift: float,
     types: "KVTypes | None" = None,
+    mod: str | None = None,
 ):
     """Return the MoDLlama of the options.
 
@@ -255,5 +268,6 @@ def open_model(
         n_batch=256,
         n_gpu_layers=gpu_layers,
         threshold_shift=threshold_shift,
+        mod=mod,
         **(types.options() if types else {}),
     )

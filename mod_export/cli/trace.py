@@ -6,6 +6,7 @@ from mod_export.cli.options import (
     cache_type_options,
     ctx_option,
     force_option,
+    mod_option,
     output_option,
     prompt_options,
     read_prompt,
@@ -32,6 +33,7 @@ from mod_export.cli.values import model_argument
     show_default=True,
     help="Number of tokens to generate after the text, which are drawn too.",
 )
+@mod_option()
 @ctx_option
 @cache_type_options()
 @threads_option
@@ -44,6 +46,7 @@ def command(
     prompt_file,
     output,
     generate,
+    mod,
     ctx,
     types,
     threads,
@@ -68,7 +71,8 @@ def command(
 
     trace.check_output(output, force)
     options = types.options() if types else {}
-    llm = MoDLlama(file, n_ctx=ctx, threads=threads, threshold_shift=threshold_shift, **options)
+    options |= {"mod": mod, "threads": threads, "threshold_shift": threshold_shift}
+    llm = MoDLlama(file, n_ctx=ctx, **options)
     decisions = trace.read_decisions(llm, text, generate, chat)
     trace.draw(decisions, output, force)
     click.echo(

@@ -32,6 +32,7 @@ def open_pair(
     gpu_layers: int = 0,
     types: KVTypes | None = None,
     dtype: str = "auto",
+    mod: str | None = None,
 ) -> Pair:
     """Open the model that is to be measured, and the one that it is compared with.
 
@@ -39,10 +40,10 @@ def open_pair(
     dense. dense: any of these, by default target with every unit active. shift: of all thresholds
     of target, in logit space. device, dtype: of models in torch, as model/devices.py names them.
     gpu_layers: of GGUF files, -1 for all. types: of K and V of target, a GGUF file; the other model
-    keeps the usual ones. Raises UserError for a model that cannot be opened, and for two that do
-    not have the same tokens.
+    keeps the usual ones. mod: routers that are put beside target, a dense GGUF file. Raises
+    UserError for a model that cannot be opened, and for two that do not have the same tokens.
     """
-    reader = open_reader(target, shift, threads, device, gpu_layers, types, dtype)
+    reader = open_reader(target, shift, threads, device, gpu_layers, types, dtype, mod)
     if dense is None:
         return Pair(reader.dense(), reader) if reader.units else Pair(reader, None)
     other = open_reader(dense, 0.0, threads, device, gpu_layers, dtype=dtype)
@@ -60,11 +61,12 @@ def open_reader(
     gpu_layers: int = 0,
     types: KVTypes | None = None,
     dtype: str = "auto",
+    mod: str | None = None,
 ) -> Reader:
     """Open one model; the arguments are those of `open_pair`. Raises UserError likewise."""
     if not math.isfinite(shift):
         raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(path, shift, threads, device, gpu_layers, types, dtype)
+    reader = _open(path, shift, threads, device, gpu_layers, types, dtype, mod)
     if shift and not reader.units:
         raise UserError(
             f"{path} is a dense model, so it has no thresholds to shift",
@@ -81,6 +83,7 @@ def _open(
     gpu_layers: int,
     types: KVTypes | None,
     dtype: str,
+    mod: str | None,
 ) -> Reader:
     path = hub.locate(path)
     if path.is_file():
@@ -97,11 +100,16 @@ def _open(
             )
         with stage(f"loading {path}"):
             return RuntimeReader(
-                path, shift=shift, threads=threads, gpu_layers=gpu_layers, types=types
+                path, shift=shift, threads=threads, gpu_layers=gpu_layers, types=types, mod=mod
             )
     if not path.exists() and str(path) != loading.EMBEDDED:
         raise UserError(
             f"no such model: {path}", "give a directory, a GGUF file or a name on the hub"
+        )
+    if mod:
+        raise UserError(
+            f"{path} is a directory, and routers of --mod go beside a GGUF file",
+            f"run `mod-export convert {path} --adapter {mod}`",
         )
     if types:
         raise UserError(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,7 +39,8 @@ class Reader(abc.ABC):
     name: where the model was opened from. tokenizer: is called as those of transformers are.
     config: which units it has. windows: of the layers, see metrics.visible_share. n_ctx: tokens
     that the model was made for. n_vocab: width of the logits. whole: whether it reads a sequence at
-    once. force: "active" where all units are. shift: of the thresholds.
+    once. force: "active" where all units are. shift: of the thresholds. routers: a file of routers
+    that are put beside it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Reader(abc.ABC):
     whole: bool = False
     force: str | None
     shift: float
+    routers: Path | None = None
 
     def __init__(self):
         self._decisions: list[torch.Tensor] = []

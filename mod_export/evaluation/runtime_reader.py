@@ -11,7 +11,7 @@ import torch
 
 from mod_export.config import MoDConfig
 from mod_export.evaluation.readers import CHUNK_TOKENS, UNLIMITED_TOKENS, Reader
-from mod_export.formats.gguf import GGUFFile
+from mod_export.formats import gguf_adapter
 from mod_export.formats.kv_size import kv_layers
 from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.schema import from_keys
@@ -25,7 +25,7 @@ class RuntimeReader(Reader):
 
     force and shift: as those of MoDLlama; dense files have neither. types: of K and V. Without them
     F32 files run with K/V in F32 and without flash attention, as in parity.py, so that they give
-    torch's figures; other files run as they are used.
+    torch's figures; other files run as they are used. mod: routers that are put beside the file.
     """
 
     def __init__(
@@ -36,17 +36,20 @@ class RuntimeReader(Reader):
         threads: int | None = None,
         gpu_layers: int = 0,
         types: KVTypes | None = None,
+        mod: str | None = None,
     ):
         super().__init__()
         devices.check(gpu_layers)
-        file = GGUFFile.open(path)
+        file = gguf_adapter.with_routers(path, mod)
         self.name = str(path)
         self.force, self.shift = force, shift
+        self.routers = None if mod is None else gguf_adapter.locate(mod)
         self._options = {
             "n_batch": CHUNK_TOKENS,
             "threads": threads,
             "n_gpu_layers": gpu_layers,
             "threshold_shift": shift,
+            "mod": self.routers,
         }
         if types:
             self._options |= types.options()
@@ -71,7 +74,11 @@ class RuntimeReader(Reader):
 
     def dense(self) -> RuntimeReader:
         return RuntimeReader(
-            self.name, "active", 0.0, self._options["threads"], self._options["n_gpu_layers"]
+            self.name,
+            "active",
+            threads=self._options["threads"],
+            gpu_layers=self._options["n_gpu_layers"],
+            mod=self._options["mod"],
         )
 
     def read(self, tokens: list[int], all_rows: bool) -> torch.Tensor:

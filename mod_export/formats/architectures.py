@@ -4,6 +4,7 @@
     reason("mpt")             # "attention biases by distance (ALiBi)"; None: it has all kinds
     check("mpt", {"kv"})      # raises UserError
     of_class("Qwen3ForCausalLM")   # "qwen3"
+    of_model_type("gemma3_text")   # "gemma3"
 
 An architecture is what a GGUF file's `general.architecture` names. `python -m
 scripts.docs.architectures` runs each one in the patched llama.cpp and writes architectures.json.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,3 +140,20 @@ def of_class(name: str) -> str | None:
     None for a class that llama.cpp's converter does not know.
     """
     return next((arch for arch, row in table().items() if name in row.classes), None)
+
+
+def of_model_type(model_type: str) -> str | None:
+    """Return the architecture of a `model_type` of transformers, such as gemma3_text.
+
+    A class of transformers has the name of its model's type: Gemma3ForCausalLM. The name of an
+    architecture stands for itself. None for a model that llama.cpp's converter does not know.
+    """
+    wanted = _plain(model_type.removesuffix("_text"))
+    for architecture, row in table().items():
+        if wanted in (_plain(name.partition("For")[0]) for name in row.classes):
+            return architecture
+    return model_type if model_type in table() else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -8,6 +8,7 @@ little-endian, versions 2 and 3.
     file.get("general.architecture")                   # "llama"
     file.tensors["output_norm.weight"].array()         # numpy, where the type is a plain one
     rewrite(file, output, added_keys=[("llama.mod.version", "u32", 1)])
+    write(output, [("general.type", "string", "adapter")], {"blk.0.mod_kv.bias": array})
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ GIVE_FILE = (
 )
 # What the keys that we read are, in any file. Another kind is damage.
 KINDS_OF_KEYS = {
-    "text": r"general\.(architecture|name|type)|tokenizer\.(chat_template|ggml\.(model|pre))",
+    "text": r"general\.(architecture|name|type)|tokenizer\.(chat_template|ggml\.(model|pre))|"
+    r"adapter\.type|adapter\.mod\.base\.(name|tokenizer)",
     "a number": r"general\.(alignment|file_type)|split\.(no|count)|tokenizer\.ggml\.\w+_token_id|"
     r"[^.]+\.(block_count|context_length|embedding_length|vocab_size)",
     "a list of texts": r"tokenizer\.ggml\.(tokens|merges)",
-    "a list of numbers": r"tokenizer\.ggml\.(token_type|scores)",
+    "a list of numbers": r"tokenizer\.ggml\.(token_type|scores)|"
+    r"adapter\.mod\.base\.(embedding|ffn)",
 }
 
 
@@ -451,6 +454,16 @@ def rewrite(
     fill(target, start + pad(end, source.alignment))
 
 
+def write(
+    target: BinaryIO, keys: Iterable[tuple[str, str, object]], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Write a file of these keys and float32 tensors, as `rewrite` adds them, to its start."""
+    nothing = GGUFFile(
+        Path(), KNOWN_VERSIONS[-1], DEFAULT_ALIGNMENT, {}, {}, {}, memoryview(b""), 0
+    )
+    rewrite(nothing, target, added_keys=keys, added_tensors=tensors)
+
+
 def _key_section(
     source: GGUFFile,
     added: Iterable[tuple[str, str, Any]],
@@ -474,8 +487,10 @@ def _key_section(
 
 def _whole_data(source: GGUFFile) -> list[_Copy]:
     """All tensors with the gaps between them; what follows the last tensor is left out."""
-    ends = [tensor.start + tensor.nbytes for tensor in source.tensors.values()]
-    return [_Copy(source.data_start, max(ends, default=source.data_start) - source.data_start, 0)]
+    if not source.tensors:
+        return []
+    end = max(tensor.start + tensor.nbytes for tensor in source.tensors.values())
+    return [_Copy(source.data_start, end - source.data_start, 0)]
 
 
 def _selected_data(source: GGUFFile, names: Mapping[str, str]) -> tuple[bytes, list[_Copy]]:
@@ -492,6 +507,8 @@ def _selected_data(source: GGUFFile, names: Mapping[str, str]) -> tuple[bytes, l
 
 
 def _copy_data(source: GGUFFile, target: BinaryIO, start: int, copies: list[_Copy]) -> None:
+    if not copies:
+        return
     # the file is read again, because the pages of the map would count as our memory
     with source.path.open("rb") as file:
         for copy in copies:

@@ -143,8 +143,10 @@ def kv_heads(file: GGUFFile) -> int:
 
 
 def _kv_heads_of_layer(file: GGUFFile, layer: int) -> int:
-    heads = _number_of_layer(file, "attention.head_count", layer)
-    return _number_of_layer(file, "attention.head_count_kv", layer, default=heads)
+    name = "attention.head_count_kv"
+    if f"{file.architecture}.{name}" not in file.keys:
+        name = "attention.head_count"
+    return _number_of_layer(file, name, layer)
 
 
 def expected_cells(

@@ -79,36 +79,40 @@ def keys(about: gguf.Metadata, file: GGUFFile) -> tuple[list[tuple[str, str, obj
     It keeps what it says already, but for the model that it was made from where its repository is
     known, the fine-tuning, and who has quantised it where that was done here.
     """
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(None, file.architecture)
     known = any("repo_url" in model for model in about.base_models or [])
     if not known and BASE_MODEL + "count" in file.keys:
         about = replace(about, base_models=None)
     size_label = about.size_label or _size_label(file)
-    replace(about, name=about.name or "", size_label=size_label).set_gguf_meta_model(writer)
+    found = about_keys(replace(about, size_label=size_label), file.architecture)
     if (number := _file_type(file)) is not None:
-        writer.add_file_type(number)
-    found = {name: entry for part in writer.kv_data for name, entry in part.items()}
+        found.append(("general.file_type", "u32", number))
     changed = [BASE_MODEL] if known else []
     changed += [f"general.{name}" for name in ("finetune", "quantized_by") if getattr(about, name)]
     dropped = [name for name in file.keys if name.startswith(tuple(changed))]
-    added: list[tuple[str, str, object]] = [
-        (name, "string" if isinstance(entry.value, str) else "u32", entry.value)
-        for name, entry in found.items()
-        if (name not in file.keys or name in dropped)
-        and isinstance(entry.value, (str, int))
-        and entry.value != ""
-    ]
+    added = [key for key in found if key[0] not in file.keys or key[0] in dropped]
     return added, dropped
 
 
-def file_name(about: gguf.Metadata, encoding: str | None) -> str:
+def about_keys(about: gguf.Metadata, architecture: str) -> list[tuple[str, str, object]]:
+    """Return the keys that say all of `about`, as (name, type, value), without lists."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, architecture)
+    replace(about, name=about.name or "").set_gguf_meta_model(writer)
+    found = {name: entry.value for part in writer.kv_data for name, entry in part.items()}
+    return [
+        (name, "string" if isinstance(value, str) else "u32", value)
+        for name, value in found.items()
+        if isinstance(value, (str, int)) and value != ""
+    ]
+
+
+def file_name(about: gguf.Metadata, encoding: str | None, end: str = ".gguf") -> str:
     """Return the name of a file by the convention of GGUF: Qwen3-0.6B-MoD-kv-Q8_0.gguf."""
     from gguf import naming_convention
 
     parts = (about.name, about.basename, about.finetune, about.version, about.size_label)
-    return naming_convention(*parts, encoding) + ".gguf"
+    return naming_convention(*parts, encoding) + end
 
 
 def encoding(file: GGUFFile) -> str | None:

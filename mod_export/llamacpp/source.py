@@ -102,7 +102,7 @@ def patches_digest(tools: bool = False) -> str:
 
 def _changes_tools_alone(patch: Path) -> bool:
     changed = re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE)
-    return all(name.startswith("tools/") for name in changed)
+    return all(name.startswith(("tools/", "common/")) for name in changed)
 
 
 def fetch_sdist(given: Path | None = None) -> Path:

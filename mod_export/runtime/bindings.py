@@ -58,6 +58,7 @@ ERRORS = {
     -1: "the model has no routers",
     -2: "no unit with this number",
     -3: "the value is out of its range",
+    -4: "the routers cannot be put beside the model",
 }
 
 _model_p, _ctx_p = _llama.llama_model_p_ctypes, _llama.llama_context_p_ctypes
@@ -136,21 +137,24 @@ class llama_mod_perf(ctypes.Structure):  # noqa: N801
     ]
 
 
-def _symbol(argtypes: list, restype: Any) -> Callable:
+def _symbol(argtypes: list, restype: Any, since: str = "") -> Callable:
     """Replace a function by the C symbol of its name.
 
-    Where the library lacks the symbol, the function becomes one that raises UserError.
+    Where the library lacks the symbol, the function becomes one that raises UserError. since: what
+    the symbol is for, where older patched libraries lack it and are of use all the same.
     """
 
     def bind(f: Callable) -> Callable:
         try:
             func = getattr(_llama._lib, f.__name__)
         except AttributeError:
-            _missing.append(f.__name__)
+            if not since:
+                _missing.append(f.__name__)
 
             @functools.wraps(f)
             def absent(*_args):
                 require()
+                raise UserError(f"the loaded llama.cpp is too old for {since}", patched_cure())
 
             return absent
         func.argtypes, func.restype = argtypes, restype
@@ -158,6 +162,12 @@ def _symbol(argtypes: list, restype: Any) -> Callable:
         return func
 
     return bind
+
+
+# LLAMA_API int32_t llama_mod_adapter_load(struct llama_model * model, const char * path);
+@_symbol([_model_p, ctypes.c_char_p], ctypes.c_int32, since="routers beside a model's file")
+def llama_mod_adapter_load(model, path):
+    """Puts the routers of a file beside a model without context; 0 or an ERRORS key."""
 
 
 # LLAMA_API int32_t llama_mod_n_units(const struct llama_model * model);

@@ -6,6 +6,7 @@ dense file has no units.
     llm = MoDLlama("mod.gguf")
     llm("Once upon a time", max_tokens=32)
     print(llm.activation(), llm.kv())
+    llm = MoDLlama("base.gguf", mod="routers.gguf")      # routers beside the file of a dense model
 """
 
 import ctypes
@@ -22,6 +23,7 @@ from jinja2 import TemplateError
 
 from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
+from mod_export.formats import gguf_adapter
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import LayerKV, kv_layers
@@ -30,7 +32,15 @@ from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.checked_sampler import row_logits
 from mod_export.runtime.checkpoints import SEQUENCE, Checkpoints
 from mod_export.runtime.guard import InputError
-from mod_export.runtime.log import check_context, check_file, decode_error, load_error, reason
+from mod_export.runtime.log import (
+    check_context,
+    check_file,
+    decode_error,
+    load_error,
+    reason,
+    routers_error,
+)
+from mod_export.runtime.opening import RoutersRefusedError, put_routers
 from mod_export.runtime.safe_llama import SafeLlama, check_kv_types, check_options
 from mod_export.runtime.statistics import KVMemory, PerfCounters, RoutedUnit, UnitStats
 from mod_export.units import UNIT_KINDS, kind_of_c_value
@@ -73,6 +83,10 @@ class MoDLlama(SafeLlama):
     names, such as "q8_0". Copies (copy, pickle) open the file again, with the same arguments,
     thresholds, shift and force.
 
+    mod: routers that are put beside the file of a dense model, as formats.gguf_adapter.locate takes
+    them: a file that `export ADAPTER` writes, or an adapter. The model is then the one that has
+    them in its file, to the bit.
+
     checkpoints: how many checkpoints are kept at most, see `eval`; 0 for none. checkpoint_step: the
     tokens from one to the next. checkpoint_bytes: what all of them may take.
 
@@ -80,7 +94,8 @@ class MoDLlama(SafeLlama):
     the KV cache, so that no KV memory is saved, and V cannot be quantised.
 
     Raises UserError for a file that is missing, no GGUF or refused by llama.cpp, telling the reason
-    it logged, and for a shift that is not finite, or not 0 for a dense model.
+    it logged, for routers of another model, and for a shift that is not finite, or not 0 for a
+    dense model.
     """
 
     context_params: llama_cpp.llama_context_params
@@ -91,6 +106,7 @@ class MoDLlama(SafeLlama):
         path: str | os.PathLike | None = None,
         *,
         model_path: str | os.PathLike | None = None,
+        mod: str | os.PathLike | None = None,
         n_ctx: int = 4096,
         threads: int | None = None,
         n_threads: int | None = None,
@@ -110,7 +126,9 @@ class MoDLlama(SafeLlama):
         bindings.check_version()
         if lora_path := kwargs.get("lora_path"):
             check_file(lora_path)
-        check_context(path, n_ctx)
+        self.mod = None if mod is None else os.fspath(mod)
+        self._routers = None if mod is None else gguf_adapter.locate(mod)
+        check_context(path, n_ctx, mod is not None)
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
         self._checkpoints = _checkpoints(checkpoints, checkpoint_step, checkpoint_bytes)
@@ -143,6 +161,8 @@ class MoDLlama(SafeLlama):
                 guarded(open_file)
             except UserError:
                 raise
+            except RoutersRefusedError as exc:
+                raise routers_error(self.mod or "", path, log) from exc
             except (*OPENING_ERRORS, AssertionFailure, TemplateError) as exc:
                 raise load_error(path, n_ctx, exc, log) from exc
         self._adapt_threads()
@@ -155,6 +175,17 @@ class MoDLlama(SafeLlama):
             except UserError:
                 self.close()
                 raise
+
+    @property
+    def _model(self) -> _internals.LlamaModel:
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: _internals.LlamaModel) -> None:
+        """Put the routers beside the model; llama_cpp.Llama makes the context right after this."""
+        self.__dict__["_model"] = model
+        if self._routers is not None:
+            put_routers(model, self._routers)
 
     @property
     def running_threads(self) -> int:
@@ -675,7 +706,7 @@ class MoDLlama(SafeLlama):
             "checkpoint_bytes": self._checkpoints.max_bytes,
         }
         ours = {"tokenizer": tokenizer, "settings": self._settings(), "stop": self.stop}
-        return state | checkpoints | ours
+        return state | checkpoints | ours | {"mod": self.mod}
 
     def __setstate__(self, state: dict) -> None:
         options = dict(state)

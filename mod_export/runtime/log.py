@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from mod_export.common.system import available_memory
 from mod_export.common.text import check_name
 from mod_export.errors import UserError
+from mod_export.formats.base_identity import RIGHT_MODEL
 from mod_export.formats.gguf import GIVE_FILE, GGUFFile
 from mod_export.formats.model_checks import check_model
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
@@ -56,6 +57,7 @@ REASON_PREFIXES = (
     "error loading model hyperparameters: ",
     "error loading model vocabulary: ",
     "error loading state: ",
+    "error loading routers: ",
 )
 
 
@@ -107,6 +109,18 @@ def load_error(path: str | os.PathLike, n_ctx: int, exc: Exception, log: list[st
     return UserError(f"cannot load {path}: {why}", _cure_of_load(why))
 
 
+def routers_error(mod: str | os.PathLike, path: str | os.PathLike, log: list[str]) -> UserError:
+    """The error for routers that llama.cpp does not put beside the file of a model."""
+    why = reason(log) or "llama.cpp refuses them"
+    if "the routers are for" in why:
+        cure = RIGHT_MODEL
+    elif "routers already" in why:
+        cure = "leave out the routers beside it, or give the model without routers"
+    else:
+        cure = _cure_of_load(why)
+    return UserError(f"cannot put the routers of {mod} beside {path}: {why}", cure)
+
+
 def _cure_of_load(why: str) -> str:
     """What helps where llama.cpp does not open a file, by the reason that it logged."""
     if not bindings.patched() and "wrong number of tensors" in why:
@@ -141,8 +155,10 @@ def check_file(path: str | os.PathLike) -> None:
     found.check_parts()
 
 
-def check_context(path: str | os.PathLike, n_ctx: int) -> None:
+def check_context(path: str | os.PathLike, n_ctx: int, has_mod: bool = False) -> None:
     """Raise UserError for a context whose lists of KV cells alone exceed the free memory.
+
+    has_mod: routers are put beside the file.
 
     The lists are as long as the context, however little of the context is used. llama.cpp does not
     report a lack of memory for them.
@@ -154,7 +170,7 @@ def check_context(path: str | os.PathLike, n_ctx: int) -> None:
     if not isinstance(n_ctx, int) or n_ctx <= UNCHECKED_CONTEXT_TOKENS:
         return
     layers = file.get(f"{file.architecture}.block_count", 0)
-    is_mod = f"{file.architecture}.mod.version" in file.keys
+    is_mod = has_mod or f"{file.architecture}.mod.version" in file.keys
     caches = 1 + layers if is_mod and isinstance(layers, int) else 1
     need = n_ctx * caches * CELL_LIST_BYTES
     free = available_memory()

@@ -1,15 +1,18 @@
-"""Whether llama.cpp opens a GGUF file, without reading its weights.
+"""Routers beside a model, and whether llama.cpp opens a file without reading its weights.
 
-check_opens(Path("base.gguf"))
+check_opens(Path("base.gguf"), "get it again")
+put_routers(model, Path("routers.gguf"))
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.runtime import bindings
 from mod_export.runtime.assertions import AssertionFailure, guarded
-from mod_export.runtime.log import kept_log, reason
+from mod_export.runtime.log import kept_log, reason, routers_error
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
@@ -17,18 +20,38 @@ from llama_cpp import _internals  # isort: skip
 NO_MAPPING = 0  # LLAMA_LOAD_MODE_NONE
 
 
-def check_opens(path: Path, cure: str) -> None:
-    """Raise UserError with llama.cpp's reason where it refuses the file."""
+class RoutersRefusedError(Exception):
+    """llama.cpp does not put the routers beside the model; its log says why (log.routers_error)."""
+
+
+def put_routers(model: _internals.LlamaModel, file: Path) -> None:
+    """Put the routers of a file beside a model that has no context yet.
+
+    Raises RoutersRefusedError, and UserError where the library is too old or not the patched one.
+    """
+    if bindings.llama_mod_adapter_load(model.model, os.fsencode(file)):
+        raise RoutersRefusedError
+
+
+def check_opens(path: Path, cure: str, mod: Path | None = None) -> None:
+    """Raise UserError with llama.cpp's reason where it refuses the file, or routers beside it."""
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = NO_MAPPING
     with kept_log() as log:
         try:
-            guarded(lambda: _open(path, params))
+            guarded(lambda: _open(path, params, mod))
+        except RoutersRefusedError as exc:
+            raise routers_error(mod or "", path, log) from exc
         except (AssertionFailure, ValueError) as exc:
             why = str(exc) if isinstance(exc, AssertionFailure) else reason(log) or str(exc)
             raise UserError(f"llama.cpp does not open {path.name}: {why}", cure) from exc
 
 
-def _open(path: Path, params: llama_cpp.llama_model_params) -> None:
-    _internals.LlamaModel(path_model=str(path), params=params, verbose=False).close()
+def _open(path: Path, params: llama_cpp.llama_model_params, mod: Path | None) -> None:
+    model = _internals.LlamaModel(path_model=str(path), params=params, verbose=False)
+    try:
+        if mod is not None:
+            put_routers(model, mod)
+    finally:
+        model.close()

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from mod_export.common.system import usable_cpus
 from mod_export.errors import UserError
+from mod_export.formats import gguf_adapter
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.model_checks import check_model
@@ -33,7 +34,8 @@ class ServerStart:
     """What the server is started with.
 
     name: of the model in answers. ctx: tokens, 0 for what the model was trained for. threads: None
-    for all that this process may use, and fewer while others need them.
+    for all that this process may use, and fewer while others need them. mod: routers that are put
+    beside the file, as gguf_adapter.locate takes them.
     """
 
     file: str
@@ -46,6 +48,7 @@ class ServerStart:
     gpu_layers: int = 0
     types: KVTypes | None = None
     threshold_shift: float = 0.0
+    mod: str | None = None
 
 
 def check(start: ServerStart) -> None:
@@ -55,7 +58,8 @@ def check(start: ServerStart) -> None:
     check_model(file)
     if file.get("tokenizer.ggml.model") in NO_VOCABULARY:
         raise UserError(f"{start.file} has no tokenizer", "serve a file that has one")
-    check_opens(Path(start.file), GET_AGAIN)
+    mod = None if start.mod is None else gguf_adapter.locate(start.mod)
+    check_opens(Path(start.file), GET_AGAIN, mod)
     devices.check(start.gpu_layers)
 
 
@@ -114,6 +118,8 @@ def environment(start: ServerStart, tools: Path) -> dict[str, str]:
     env = os.environ | {"LLAMA_MOD_SHIFT": repr(start.threshold_shift)}
     folders = [str(tools), os.environ.get("LD_LIBRARY_PATH", "")]
     env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    if start.mod is not None:
+        env["LLAMA_MOD_ADAPTER"] = str(gguf_adapter.locate(start.mod).absolute())
     if start.api_key:
         env["LLAMA_API_KEY"] = start.api_key
     if start.threads is None:

@@ -179,7 +179,6 @@ def test_refusals(folder, tmp_path):
     tokens = GGUFFile.open(folder / "f32.gguf").get("tokenizer.ggml.tokens")
     f32, routers, out = folder / "f32.gguf", folder / "routers", tmp_path / "out.gguf"
     for base, words in (
-        (None, "is an adapter, without the weights of the model; give a GGUF of it as --base"),
         (changed(f32, tmp_path / "1", block_count=5), "with n_layer 6, .* has 5"),
         (changed(f32, tmp_path / "2", embedding_length=32), "with n_embd 64, .* has 32"),
         (changed(f32, tmp_path / "3", n_vocab=1000), "with n_vocab 49152, .* has 1000"),

@@ -82,7 +82,8 @@ def _model(reader: Reader) -> list:
         if path.is_file()
         else max((file.stat().st_mtime_ns for file in path.glob("*")), default=0)
     )
-    return [reader.name, reader.force, reader.shift, state]
+    beside = [GGUFFile.open(reader.routers).digest()] if reader.routers else []
+    return [reader.name, reader.force, reader.shift, state, *beside]
 
 
 def answer(pair: Pair, sample: Sample) -> dict:

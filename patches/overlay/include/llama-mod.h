@@ -33,6 +33,7 @@ extern "C" {
         LLAMA_MOD_ERR_NOT_MOD = -1, // the model has no routers
         LLAMA_MOD_ERR_UNIT    = -2, // no unit with this number
         LLAMA_MOD_ERR_VALUE   = -3, // the value is out of its range
+        LLAMA_MOD_ERR_ADAPTER = -4, // the routers cannot be put beside the model; the log says why
     };
 
     struct llama_mod_unit {
@@ -87,6 +88,11 @@ extern "C" {
     // of this file: counted up with each change that a caller has to know of
     LLAMA_API int32_t llama_mod_api_version(void);
 #define LLAMA_MOD_API_VERSION 2
+
+    // routers of a GGUF file beside the model's (adapter.type "mod"), for a model that has none and no context yet. They are
+    // checked as those in a model's file are, and must have been made for this model. path NULL: the file that the
+    // environment variable LLAMA_MOD_ADAPTER names, if any. The model is as before where they are refused
+    LLAMA_API int32_t llama_mod_adapter_load(struct llama_model * model, const char * path);
 
     // the model's units
     LLAMA_API int32_t llama_mod_n_units  (const struct llama_model * model);

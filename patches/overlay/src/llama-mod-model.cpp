@@ -2,14 +2,14 @@
 
 #include "llama-impl.h"
 #include "llama-mod-arch.h"
+#include "llama-mod-base.h"
+#include "llama-mod-keys.h"
 #include "llama-mod-origin.h"
 #include "llama-model.h"
 #include "llama-model-loader.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -60,60 +60,6 @@ int32_t llama_mod_model::first(int32_t t) const {
 
 namespace {
 
-// typed access to the keys {arch}.mod.*
-struct mod_keys {
-    const gguf_context * ctx;
-    const std::string prefix;
-
-    int64_t find(const std::string & name, gguf_type type, gguf_type arr_type = GGUF_TYPE_COUNT) const {
-        const std::string key = prefix + name;
-        const int64_t id = gguf_find_key(ctx, key.c_str());
-        if (id < 0) {
-            throw std::runtime_error(format("mod: key '%s' is missing", key.c_str()));
-        }
-        if (gguf_get_kv_type(ctx, id) != type || (type == GGUF_TYPE_ARRAY && gguf_get_arr_type(ctx, id) != arr_type)) {
-            throw std::runtime_error(format("mod: key '%s' has the wrong type, expected %s", key.c_str(),
-                    gguf_type_name(type == GGUF_TYPE_ARRAY ? arr_type : type)));
-        }
-        return id;
-    }
-
-    bool has(const std::string & name) const {
-        return gguf_find_key(ctx, (prefix + name).c_str()) >= 0;
-    }
-
-    uint32_t    u32(const std::string & name) const { return gguf_get_val_u32 (ctx, find(name, GGUF_TYPE_UINT32)); }
-    bool       flag(const std::string & name) const { return gguf_get_val_bool(ctx, find(name, GGUF_TYPE_BOOL)); }
-    std::string str(const std::string & name) const { return gguf_get_val_str (ctx, find(name, GGUF_TYPE_STRING)); }
-
-    size_t count(const std::string & name, gguf_type arr_type = GGUF_TYPE_FLOAT32) const {
-        return gguf_get_arr_n(ctx, find(name, GGUF_TYPE_ARRAY, arr_type));
-    }
-
-    // n values for each layer
-    template <typename T> std::vector<T> array(const std::string & name, gguf_type type, size_t n_layer, size_t n) const {
-        if (const size_t found = count(name, type); found != n_layer*n) {
-            throw std::runtime_error(format("mod: key '%s%s' has %zu values, expected %s of the %zu layers",
-                    prefix.c_str(), name.c_str(), found, n == 1 ? "one for each" : format("%zu for each", n).c_str(), n_layer));
-        }
-        const T * data = (const T *) gguf_get_arr_data(ctx, find(name, GGUF_TYPE_ARRAY, type));
-
-        return { data, data + n_layer*n };
-    }
-
-    // n values for each layer, each in [0, 1), or in [0, 1] with closed
-    std::vector<float> shares(const std::string & name, size_t n_layer, size_t n, bool closed) const {
-        const auto res = array<float>(name, GGUF_TYPE_FLOAT32, n_layer, n);
-        for (size_t i = 0; i < res.size(); ++i) {
-            if (!(res[i] >= 0.0f && (closed ? res[i] <= 1.0f : res[i] < 1.0f))) {
-                throw std::runtime_error(format("mod: key '%s%s' has the value %g at layer %zu, outside [0, 1%s",
-                        prefix.c_str(), name.c_str(), res[i], i/n, closed ? "]" : ")"));
-            }
-        }
-        return res;
-    }
-};
-
 static constexpr uint32_t MOD_MAX_WINDOW = INT32_MAX/4;
 
 // K/V heads that all layers have, 0: layers differ
@@ -130,7 +76,7 @@ static int32_t mod_n_head_kv(const llama_hparams & hparams) {
 } // namespace
 
 // how many K/V heads decide apart, by the length of the keys' arrays
-static int32_t mod_load_heads(const mod_keys & keys, const llama_hparams & hparams, uint32_t version) {
+static int32_t mod_load_heads(const llama_mod_keys & keys, const llama_hparams & hparams, uint32_t version) {
     const size_t n_layer = hparams.n_layer();
     if (version < 2 || !keys.has("kv.threshold") || keys.count("kv.threshold") == n_layer) {
         return 1;
@@ -143,7 +89,7 @@ static int32_t mod_load_heads(const mod_keys & keys, const llama_hparams & hpara
 }
 
 // the window of each kv unit; also finds the largest one
-static std::vector<uint32_t> mod_load_windows(llama_mod_model & mod, const mod_keys & keys, size_t n_layer, uint32_t version) {
+static std::vector<uint32_t> mod_load_windows(llama_mod_model & mod, const llama_mod_keys & keys, size_t n_layer, uint32_t version) {
     std::vector<uint32_t> res(n_layer*mod.n_heads, keys.u32("kv_window"));
     if (version >= 2 && keys.has("kv.window")) {
         res = keys.array<uint32_t>("kv.window", GGUF_TYPE_UINT32, n_layer, mod.n_heads);
@@ -157,7 +103,7 @@ static std::vector<uint32_t> mod_load_windows(llama_mod_model & mod, const mod_k
     return res;
 }
 
-static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, const llama_hparams & hparams, uint32_t version) {
+static void mod_load_units(llama_mod_model & mod, const llama_mod_keys & keys, const llama_hparams & hparams, uint32_t version) {
     const int32_t n_layer = hparams.n_layer();
 
     std::vector<float> threshold [4];
@@ -232,39 +178,26 @@ static void mod_load_units(llama_mod_model & mod, const mod_keys & keys, const l
 }
 
 // n rows of ne values, one row: without the axis
-static const ggml_tensor * mod_tensor(const llama_model_loader & ml, const std::string & name, int64_t ne, int64_t n) {
-    const auto * w = ml.get_weight(name.c_str());
-    if (!w) {
+static const ggml_tensor * mod_tensor(const llama_mod_source & source, const std::string & name, int64_t ne, int64_t n) {
+    const auto * t = source.find(name);
+    if (!t) {
         throw std::runtime_error(format("mod: tensor '%s' is missing", name.c_str()));
     }
-    const auto * t = w->tensor;
     if (t->type != GGML_TYPE_F32 || t->ne[0] != ne || t->ne[1] != n || ggml_nelements(t) != ne*n) {
         throw std::runtime_error(format("mod: tensor '%s' has the wrong shape or type: %s %s, expected F32 [%lld%s]", name.c_str(),
                 ggml_type_name(t->type), llama_format_tensor_shape(t).c_str(), (long long) ne,
                 n > 1 ? format(", %lld", (long long) n).c_str() : ""));
     }
-    return w->tensor;
+    return t;
 }
 
 // what mod_tensor() finds
-static std::vector<float> mod_load_router(llama_model_loader & ml, const std::string & name, int64_t ne, int64_t n) {
-    const ggml_tensor * t = mod_tensor(ml, name, ne, n);
+static std::vector<float> mod_load_router(llama_mod_source & source, const std::string & name, int64_t ne, int64_t n) {
+    const ggml_tensor * t = mod_tensor(source, name, ne, n);
 
     std::vector<float> res(ne*n);
 
-    ml.n_created++;
-    ml.size_done += ggml_nbytes(t);
-
-    if (ml.no_alloc) {
-        return res;
-    }
-
-    const auto & w = ml.require_weight(name.c_str());
-    if (w.idx >= ml.files.size()) {
-        throw std::runtime_error("mod: routers can only be read from a file");
-    }
-    ml.files[w.idx]->seek(w.offs, SEEK_SET);
-    ml.files[w.idx]->read_raw(res.data(), ggml_nbytes(t));
+    source.read(t, res.data());
 
     for (const float x : res) {
         if (!std::isfinite(x)) {
@@ -275,88 +208,42 @@ static std::vector<float> mod_load_router(llama_model_loader & ml, const std::st
 }
 
 // every router tensor of the file must belong to a unit
-static void mod_check_tensors(const llama_mod_model * mod, const llama_model_loader & ml, const std::string & prefix) {
-    for (const auto & [name, w] : ml.weights_map) {
-        int  il = -1;
-        char kind[16] = { 0 };
-        if (sscanf(name.c_str(), "blk.%d.mod_%15[a-z].", &il, kind) != 2) {
+static void mod_check_tensors(const llama_mod_model * mod, const llama_mod_source & source) {
+    for (const auto & name : source.names()) {
+        int32_t il;
+        std::string kind;
+        if (!llama_mod_parse_name(name, il, kind)) {
             continue;
         }
         bool routed = false;
         for (int k = 0; mod && k < 4; ++k) {
-            routed = routed || (kind == std::string(MOD_KIND_NAMES[k]) && mod->find(il, (llama_mod_kind) k) >= 0);
+            routed = routed || (kind == MOD_KIND_NAMES[k] && mod->find(il, (llama_mod_kind) k) >= 0);
         }
         if (!routed) {
-            throw std::runtime_error(format("mod: tensor '%s' has no threshold in the keys '%s*'", name.c_str(), prefix.c_str()));
+            throw std::runtime_error(format("mod: tensor '%s' has no threshold in the keys '%s.mod.*'", name.c_str(), source.arch.c_str()));
         }
     }
 }
 
-// bytes in the middle of each tensor that tell models of the same shape apart
-static constexpr size_t MOD_N_SAMPLE = 256;
-
-static void mod_add_keys(llama_mod_digest & digest, const llama_model_loader & ml) {
-    const std::string prefix = ml.get_arch_name() + ".";
-
-    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
-        const std::string key = gguf_get_key(ml.metadata, id);
-        if (key.compare(0, prefix.size(), prefix) != 0) {
-            continue;
-        }
-        digest.add(key);
-        if (gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_FLOAT32) {
-            digest.add(gguf_get_val_f32(ml.metadata, id)); // as text it would be rounded
-        } else {
-            digest.add(gguf_kv_to_str(ml.metadata, id));
-        }
-    }
-
-    const std::map<std::string, llama_model_kv_override> overrides(ml.kv_overrides.begin(), ml.kv_overrides.end());
-    for (const auto & [key, value] : overrides) {
-        digest.add(key);
-        switch (value.tag) {
-            case LLAMA_KV_OVERRIDE_TYPE_INT:   digest.add(value.val_i64);              break;
-            case LLAMA_KV_OVERRIDE_TYPE_FLOAT: digest.add(value.val_f64);              break;
-            case LLAMA_KV_OVERRIDE_TYPE_BOOL:  digest.add(value.val_bool);             break;
-            case LLAMA_KV_OVERRIDE_TYPE_STR:   digest.add(std::string(value.val_str)); break;
-        }
-    }
-}
-
-static uint64_t mod_get_digest(const llama_mod_model & mod, llama_model_loader & ml) {
+// what decides the K/V of a token: the model's part, and that of the routers, wherever they were read from
+static uint64_t mod_get_digest(const llama_mod_model & mod, const llama_mod_base & base) {
     llama_mod_digest digest;
 
-    mod_add_keys(digest, ml);
-
-    for (const auto & [name, w] : ml.weights_map) {
-        digest.add(name);
-        digest.add((int32_t) w.tensor->type);
-        digest.add(w.tensor->ne, sizeof(w.tensor->ne));
-
-        if (ml.no_alloc || w.idx >= ml.files.size()) {
-            continue;
-        }
-        const size_t size = ggml_nbytes(w.tensor);
-        uint8_t sample[MOD_N_SAMPLE];
-        const size_t n = std::min(size, MOD_N_SAMPLE);
-        ml.files[w.idx]->seek(w.offs + (size - n)/2, SEEK_SET);
-        ml.files[w.idx]->read_raw(sample, n);
-        digest.add(sample, n);
+    digest.add(base.digest);
+    digest.add(mod.scale_output);
+    digest.add(mod.n_sink);
+    for (const auto & u : mod.units) {
+        const int32_t unit[] = { u.layer, u.kind, u.head, u.window };
+        digest.add(unit, sizeof(unit));
     }
-
     digest.add(mod.w.data(), mod.w.size()*sizeof(float));
     digest.add(mod.b.data(), mod.b.size()*sizeof(float));
 
     return digest.value;
 }
 
-std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model, llama_model_loader & ml) {
-    const mod_keys keys = { ml.metadata, ml.get_arch_name() + ".mod." };
-
-    if (!keys.has("version")) {
-        mod_check_tensors(nullptr, ml, keys.prefix);
-        return nullptr;
-    }
+std::unique_ptr<llama_mod_model> llama_mod_model_read(const llama_model & model, llama_mod_source & source) {
+    const llama_mod_keys keys = { source.metadata, source.arch + ".mod." };
 
     const uint32_t version = keys.u32("version");
     if (version != 1 && version != 2) {
@@ -366,7 +253,7 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
         throw std::runtime_error(format("mod: key '%sgating_func' is '%s', this build knows 'sigmoid'", keys.prefix.c_str(), func.c_str()));
     }
     if (const std::string why = llama_mod_arch_refuses(model); !why.empty()) {
-        throw std::runtime_error(format("mod: architecture '%s' cannot have routers: %s", ml.get_arch_name().c_str(), why.c_str()));
+        throw std::runtime_error(format("mod: architecture '%s' cannot have routers: %s", source.arch.c_str(), why.c_str()));
     }
 
     auto mod = std::make_unique<llama_mod_model>();
@@ -379,11 +266,11 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
     for (const auto & u : mod->units) {
         if (const std::string why = llama_mod_arch_refuses(model, u.layer, u.kind); !why.empty()) {
             throw std::runtime_error(format("mod: layer %d of architecture '%s' cannot have a router for '%s': %s", u.layer,
-                    ml.get_arch_name().c_str(), MOD_KIND_NAMES[u.kind], why.c_str()));
+                    source.arch.c_str(), MOD_KIND_NAMES[u.kind], why.c_str()));
         }
     }
 
-    mod_check_tensors(mod.get(), ml, keys.prefix);
+    mod_check_tensors(mod.get(), source);
 
     const int64_t n_embd = model.hparams.n_embd;
     mod->w.resize(mod->units.size()*n_embd);
@@ -398,8 +285,8 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
 
         // a bias of each row: no axis of rows
         const std::string name = format("blk.%d.mod_%s.", unit.layer, MOD_KIND_NAMES[unit.kind]);
-        const auto w = mod_load_router(ml, name + "weight", n_embd, n);
-        const auto b = mod_load_router(ml, name + "bias",   n,      1);
+        const auto w = mod_load_router(source, name + "weight", n_embd, n);
+        const auto b = mod_load_router(source, name + "bias",   n,      1);
 
         for (int32_t row = 0; row < n; ++row) {
             const bool routed = !is_kv || mod->find_kv(unit.layer, row) >= 0;
@@ -414,10 +301,61 @@ std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model,
         }
     }
 
-    mod->digest = mod_get_digest(*mod, ml);
+    mod->digest = mod_get_digest(*mod, *model.mod_base);
 
     LLAMA_LOG_INFO("%s: %zu routed units, kv_window = %u, sink tokens = %u, scale_output = %d\n", __func__,
             mod->units.size(), mod->kv_window, mod->n_sink, mod->scale_output);
 
     return mod;
+}
+
+namespace {
+
+// routers in the model's own file
+struct mod_model_source : llama_mod_source {
+    llama_model_loader & ml;
+
+    explicit mod_model_source(llama_model_loader & ml) : llama_mod_source { ml.metadata, ml.get_arch_name() }, ml(ml) {}
+
+    std::vector<std::string> names() const override {
+        std::vector<std::string> res;
+        for (const auto & it : ml.weights_map) {
+            res.push_back(it.first);
+        }
+        return res;
+    }
+
+    const ggml_tensor * find(const std::string & name) const override {
+        const auto * w = ml.get_weight(name.c_str());
+        return w ? w->tensor : nullptr;
+    }
+
+    void read(const ggml_tensor * t, void * dst) override {
+        ml.n_created++;
+        ml.size_done += ggml_nbytes(t);
+
+        if (ml.no_alloc) {
+            return;
+        }
+        const auto & w = ml.require_weight(t->name);
+        if (w.idx >= ml.files.size()) {
+            throw std::runtime_error("mod: routers can only be read from a file");
+        }
+        ml.files[w.idx]->seek(w.offs, SEEK_SET);
+        ml.files[w.idx]->read_raw(dst, ggml_nbytes(t));
+    }
+};
+
+} // namespace
+
+void llama_mod_model_load(llama_model & model, llama_model_loader & ml) {
+    mod_model_source source(ml);
+
+    model.mod_base = llama_mod_base_load(ml);
+
+    if (llama_mod_keys { ml.metadata, source.arch + ".mod." }.has("version")) {
+        model.mod = llama_mod_model_read(model, source);
+    } else {
+        mod_check_tensors(nullptr, source);
+    }
 }

@@ -5,14 +5,17 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
+struct ggml_tensor;
+struct gguf_context;
 struct llama_model;
 struct llama_model_loader;
 
 const char * llama_mod_kind_name(llama_mod_kind kind);
 
-// the routed units of a model, as read from its file (schema versions 1 and 2)
+// the routed units of a model, as read from its file or one beside it (schema versions 1 and 2)
 struct llama_mod_model {
     bool     scale_output = false;
     uint32_t n_sink       = 0;
@@ -21,8 +24,7 @@ struct llama_mod_model {
     // K/V heads that decide apart, each with cells of its own, in layers with kv units; 1: they decide together
     int32_t n_heads = 1;
 
-    // of what decides the K/V of a token: hyperparameters, routers, samples of the weights. All weights would have to be
-    // read for more
+    // of what decides the K/V of a token: the routers, and llama_mod_base::digest
     uint64_t digest = 0;
 
     // in the order in which they decide: by layer, within a layer kv (by head), block, attn, ffn
@@ -68,6 +70,22 @@ struct llama_mod_model {
     int32_t first(int32_t t) const;
 };
 
-// reads and checks the routers; null for a dense file
+// the file that routers are read from
+struct llama_mod_source {
+    const gguf_context * metadata;
+    const std::string    arch; // general.architecture
+
+    llama_mod_source(const gguf_context * metadata, const std::string & arch) : metadata(metadata), arch(arch) {}
+    virtual ~llama_mod_source() = default;
+
+    virtual std::vector<std::string> names() const = 0; // of all tensors
+    virtual const ggml_tensor * find(const std::string & name) const = 0; // null: there is none
+    virtual void read(const ggml_tensor * t, void * dst) = 0; // the bytes of a tensor that find() returned
+};
+
+// reads and checks the routers for a model whose weights are loaded; it needs model.mod_base
 // throws std::runtime_error naming the key or tensor that is wrong
-std::unique_ptr<llama_mod_model> llama_mod_model_load(const llama_model & model, llama_model_loader & ml);
+std::unique_ptr<llama_mod_model> llama_mod_model_read(const llama_model & model, llama_mod_source & source);
+
+// sets mod_base of a model, and mod where its own file has routers
+void llama_mod_model_load(llama_model & model, llama_model_loader & ml);
