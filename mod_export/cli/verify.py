@@ -8,6 +8,7 @@ from mod_export.cli.options import (
     dense_option,
     json_flag,
     length_option,
+    mod_option,
     text_option,
     threads_option,
 )
@@ -22,6 +23,7 @@ from mod_export.cli.values import ModelName, model_argument
     type=ModelName(),
     help="The MoD directory that FILE was exported from.",
 )
+@mod_option()
 @dense_option(
     "The GGUF file that the model came from. Compare both with it too, with all units active.",
     metavar="ORIGINAL.gguf",
@@ -40,7 +42,9 @@ from mod_export.cli.values import ModelName, model_argument
 @device_option
 @reference_dtype_option
 @json_flag
-def command(file, reference, dense, text, tokens, length, types, threads, device, dtype, as_json):
+def command(
+    file, reference, mod, dense, text, tokens, length, types, threads, device, dtype, as_json
+):
     """Compare a GGUF in the runtime with its torch model.
 
     The exit code is 1 where the GGUF FILE and the torch model differ too much. With --dense it is 1
@@ -62,6 +66,7 @@ def command(file, reference, dense, text, tokens, length, types, threads, device
         types,
         device,
         dtype,
+        mod,
     )
     click.echo(json_text(result, 1, float) if as_json else parity.report(result))
     return 0 if result["passed"] else 1

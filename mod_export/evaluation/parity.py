@@ -75,6 +75,7 @@ def verify(
     types: KVTypes | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    mod: str | None = None,
 ) -> dict:
     """Compare on sequences of `length` tokens of the text, n_tokens in all.
 
@@ -85,7 +86,8 @@ def verify(
     are those of the coarsest rounding: of weights, of K and V, or of the torch model.
 
     dense: the GGUF file that the model came from. File and torch model, with all units active, are
-    compared with it too, so that both cannot be wrong in the same way.
+    compared with it too, so that both cannot be wrong in the same way. mod: routers that are put
+    beside `file`, as MoDLlama takes them.
 
     Raises UserError where file and directory do not hold the same units and thresholds, where
     `dense` is a file of another model, or where the text is too short to say anything.
@@ -100,6 +102,7 @@ def verify(
         )
     length = min(length, n_tokens)
     options = {"n_ctx": length, "n_batch": length, "threads": threads, "logits_all": True}
+    options["mod"] = mod
     llm = MoDLlama(file, **options, **(types.options() if types else {}))
     if not llm.units:
         raise UserError(f"{file} is a dense model", "give a MoD file")
@@ -132,7 +135,7 @@ def verify(
         part = tokens[start : start + length]
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
     result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
-    result |= {"kv_type": str(types) if types else None, "dtype": computed}
+    result |= {"kv_type": str(types) if types else None, "dtype": computed, "mod": mod}
     failures = judge(result, BOUNDS[bounds])
     if original is not None:
         parts = [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]

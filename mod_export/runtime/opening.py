@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from mod_export.errors import UserError
+from mod_export.formats import gguf_adapter
 from mod_export.runtime import bindings
 from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.log import kept_log, reason, routers_error
@@ -33,14 +34,18 @@ def put_routers(model: _internals.LlamaModel, file: Path) -> None:
         raise RoutersRefusedError
 
 
-def check_opens(path: Path, cure: str, mod: Path | None = None) -> None:
-    """Raise UserError with llama.cpp's reason where it refuses the file, or routers beside it."""
+def check_opens(path: Path, cure: str, mod: str | os.PathLike | None = None) -> None:
+    """Raise UserError with llama.cpp's reason where it refuses the file, or routers beside it.
+
+    mod: the routers, as gguf_adapter.locate takes them.
+    """
+    routers = None if mod is None else gguf_adapter.locate(mod)
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = NO_MAPPING
     with kept_log() as log:
         try:
-            guarded(lambda: _open(path, params, mod))
+            guarded(lambda: _open(path, params, routers))
         except RoutersRefusedError as exc:
             raise routers_error(mod or "", path, log) from exc
         except (AssertionFailure, ValueError) as exc:
@@ -48,10 +53,10 @@ def check_opens(path: Path, cure: str, mod: Path | None = None) -> None:
             raise UserError(f"llama.cpp does not open {path.name}: {why}", cure) from exc
 
 
-def _open(path: Path, params: llama_cpp.llama_model_params, mod: Path | None) -> None:
+def _open(path: Path, params: llama_cpp.llama_model_params, routers: Path | None) -> None:
     model = _internals.LlamaModel(path_model=str(path), params=params, verbose=False)
     try:
-        if mod is not None:
-            put_routers(model, mod)
+        if routers is not None:
+            put_routers(model, routers)
     finally:
         model.close()

@@ -58,8 +58,7 @@ def check(start: ServerStart) -> None:
     check_model(file)
     if file.get("tokenizer.ggml.model") in NO_VOCABULARY:
         raise UserError(f"{start.file} has no tokenizer", "serve a file that has one")
-    mod = None if start.mod is None else gguf_adapter.locate(start.mod)
-    check_opens(Path(start.file), GET_AGAIN, mod)
+    check_opens(Path(start.file), GET_AGAIN, start.mod)
     devices.check(start.gpu_layers)
 
 

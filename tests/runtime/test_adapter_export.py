@@ -23,6 +23,7 @@ from mod_export.inspection import inspect
 from mod_export.model.lora import inject_lora
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
+from tests.support.routers_beside import needs_routers_beside
 from tests.support.tiny_adapter import fill_lora
 
 patched = pytest.mark.skipif(
@@ -82,6 +83,15 @@ def test_routers_on_a_gguf_agree_with_torch(folder, tmp_path):
     export(folder / "routers", tmp_path / "mod.gguf", base=folder / "f32.gguf")
     result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
     assert result["passed"] and result["weights"] == "f32", report(result)
+
+
+@needs_routers_beside
+def test_routers_beside_a_gguf_agree_with_torch(folder, tmp_path):
+    convert_adapter(folder / "base", tmp_path / "mod", folder / "routers")
+    routers = str(export(folder / "routers", tmp_path / "routers.gguf"))
+    args = {"n_tokens": 400, "length": 200, "threads": 1}
+    result = verify(folder / "f32.gguf", tmp_path / "mod", **args, mod=routers)
+    assert result["passed"] and 0.1 < result["activation"] < 0.9, report(result)
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])

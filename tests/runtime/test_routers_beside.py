@@ -22,20 +22,14 @@ from mod_export.runtime.llama import MoDLlama, StateMismatchError
 from mod_export.runtime.opening import check_opens
 from mod_export.units import units_of
 from tests.support.mutated_gguf import KINDS, OF_VOCABULARY, mutate
-from tests.support.oracle import TOKENS, make, needs_patched
-from tests.support.routers_beside import write_adapter
+from tests.support.oracle import TOKENS, make
+from tests.support.routers_beside import needs_routers_beside, write_adapter
 from tests.support.tiny_gguf import Tiny
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
 
-pytestmark = [
-    needs_patched,
-    pytest.mark.skipif(
-        not hasattr(bindings._llama._lib, "llama_mod_adapter_load"),
-        reason="the patched llama.cpp is older: run `mod-export build`",
-    ),
-]
+pytestmark = needs_routers_beside
 
 OPTIONS = {"n_ctx": 256, "threads": 1, "logits_all": True}
 

@@ -8,11 +8,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import save_file
 
 from mod_export.formats import adapter_files, schema
 from mod_export.formats.base_identity import gguf_identity
 from mod_export.formats.gguf import GGUFFile
+from mod_export.runtime import bindings
+
+needs_routers_beside = pytest.mark.skipif(
+    not hasattr(bindings._llama._lib, "llama_mod_adapter_load"),
+    reason="the patched llama.cpp is missing or older: run `mod-export build`",
+)
 
 
 def write_adapter(directory: Path, mod: Path, base: Path, **changes) -> Path:
