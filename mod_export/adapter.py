@@ -3,6 +3,7 @@
     identity = base_identity(base, tokenizer, "SmolLM2-135M-Instruct")    # before training
     save("adapter", config, routers, base, identity, figures={"perplexity": 27.5})
     model = apply(load("adapter"), base, tokenizer)
+    model = open_model("adapter")                          # on the model that it names
 
 formats/adapter_files.py describes the files, docs/how-to/use-adapters.md the use. LoRA itself is in
 model/lora.py.
@@ -23,7 +24,7 @@ from torch import nn
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
-from mod_export.formats import adapter_files, model_card
+from mod_export.formats import adapter_files, hub, model_card
 from mod_export.formats.adapter_files import MOD_JSON, ROUTERS
 from mod_export.formats.base_identity import (
     ROUNDING_DISTANCE,
@@ -31,7 +32,7 @@ from mod_export.formats.base_identity import (
     sample_matrix,
     vocabulary_hash,
 )
-from mod_export.model import architectures
+from mod_export.model import architectures, devices, directory, loading
 from mod_export.model.directory import router_state
 from mod_export.model.lora import attach_lora, lora_of, merge_lora, read_lora, write_lora
 from mod_export.model.mod_model import MoDModel, check_routers
@@ -97,29 +98,50 @@ def save(
     identity: dict,
     figures: dict | None = None,
     force: bool = False,
+    model: str = "",
 ) -> None:
     """Write the directory, whole or not at all: routers, and the LoRA on `base` where there is one.
 
+    The rest is as `write` takes it. Raises UserError if `path` exists and `force` is not set, and
+    as `write` does.
+    """
+    with atomic_dir(path, force) as directory:
+        write(directory, Path(path).name, config, routers, base, identity, figures, model)
+
+
+def write(
+    directory: Path,
+    name: str,
+    config: MoDConfig,
+    routers: dict,
+    base: nn.Module,
+    identity: dict,
+    figures: dict | None = None,
+    model: str = "",
+) -> None:
+    """Write an adapter into an empty directory.
+
+    name: of the adapter, for the model card
     identity: of the model before training
     figures: {what: number}, for the model card
+    model: where the model before training was found, as hub.locate takes it
 
-    Raises UserError if `path` exists and `force` is not set, and for routers that do not fit or are
-    not finite.
+    Raises UserError for routers that do not fit or are not finite.
     """
     check_routers(config.validate(identity["n_layer"]), routers, identity["n_embd"])
     tensors = router_state(config, routers)
-    with atomic_dir(path, force, marker=MOD_JSON) as directory, safetensors_errors():
+    with safetensors_errors():
         if lora_of(base) is not None:
             write_lora(base, directory, identity["name"])
         save_file(tensors, directory / ROUTERS, metadata={"format": "pt"})
-        data = {"mod": config.to_dict(), "base": identity}
-        (directory / MOD_JSON).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        card = model_card.origin(str(base.config.name_or_path or ""))
-        text = _card_text(Path(path).name, config, identity, figures or {}, lora_of(base), card)
-        # PEFT writes a README of its own, which is replaced
-        if card.base_model:
-            card.base_model_relation = "adapter"
-        model_card.write(directory, card, text)
+    data = {"mod": config.to_dict(), "base": identity} | ({"model": model} if model else {})
+    (directory / MOD_JSON).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    card = model_card.origin(str(base.config.name_or_path or ""))
+    text = _card_text(name, config, identity, figures or {}, lora_of(base), card)
+    # PEFT writes a README of its own, which is replaced
+    if card.base_model:
+        card.base_model_relation = "adapter"
+    model_card.write(directory, card, text)
 
 
 def load(path: str | Path) -> Adapter:
@@ -136,19 +158,70 @@ def load(path: str | Path) -> Adapter:
     return Adapter(found.config, routers, found.base, lora)
 
 
+def open_model(
+    path: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> MoDModel:
+    """Return the model of a MoD directory, or of an adapter on its base, LoRA merged.
+
+    base: as hub.locate takes it, where the adapter is not to be put on the model that it names. A
+    directory has its weights, and takes none. Raises UserError as load, apply and the loading do.
+    """
+    return MoDModel.from_base(*load_parts(path, base, dtype))
+
+
+def load_parts(path: str | Path, base: str | Path | None, dtype: torch.dtype):
+    """Return what MoDModel.from_base takes of what `open_model` opens."""
+    path = hub.locate(path)
+    weights, found = adapter_files.weights_of(path, base), adapter_files.find(path)
+    if found is None:
+        return directory.load(path, dtype)
+    adapter = load(found)
+    # What LoRA makes of weights is rounded as `convert --adapter` rounds it.
+    held = devices.DTYPES[loaded_type(adapter, weights)] if dtype == torch.float32 else dtype
+    model, tokenizer = loading.load(weights, held)
+    merge(adapter, model, tokenizer)
+    if held != dtype:
+        model.to(dtype)
+    return model, tokenizer, adapter.config, adapter.routers
+
+
+def open_streamed(path: str | Path, base: str | Path | None, dtype: torch.dtype):
+    """Return the base, without LoRA, and the configuration of what `open_model` opens.
+
+    The weights of layers are read when they run. Raises CannotStream where only the whole model can
+    be loaded.
+    """
+    path = hub.locate(path)
+    weights, found = adapter_files.weights_of(path, base), adapter_files.find(path)
+    if found is None:
+        return directory.open_streamed(path, dtype)
+    return loading.open_streamed(weights, dtype)[0], adapter_files.read(found).config
+
+
+def loaded_type(adapter: Adapter, model: Path) -> str:
+    """Return the type to load a model in for an adapter: LoRA goes into weights as they are."""
+    own = devices.OF_WEIGHTS.get(loading.stored_type(model), "float32")
+    return own if adapter.lora is not None else "float32"
+
+
 def apply(adapter: Adapter, base: nn.Module, tokenizer) -> MoDModel:
     """Make `base` the adapter's MoD model, in place, LoRA merged into the weights.
 
     Weights in another quantisation are accepted, with a warning. Raises UserError naming what
     differs where `base` is another model.
     """
+    merge(adapter, base, tokenizer)
+    return MoDModel.from_base(base, tokenizer, adapter.config, adapter.routers)
+
+
+def merge(adapter: Adapter, base: nn.Module, tokenizer) -> None:
+    """Check that `base` is the adapter's, and merge LoRA into its weights; see `apply`."""
     distance = compare(adapter.base, base_identity(base, tokenizer, "the model given"))
     if distance > ROUNDING_DISTANCE:
         logger.warning(_differs(adapter, distance))
     if adapter.lora is not None:
         attach_lora(base, *adapter.lora)
         merge_lora(base)
-    return MoDModel.from_base(base, tokenizer, adapter.config, adapter.routers)
 
 
 def _differs(adapter: Adapter, distance: float) -> str:
@@ -178,16 +251,7 @@ def _card_text(name: str, config: MoDConfig, identity: dict, figures: dict, lora
     if figures:
         rows = [[what, number] for what, number in figures.items()]
         lines += [format_table(["figure", "value"], rows, True), ""]
-    lines += [
-        f"    mod-export convert {base} --adapter {name} -o mod",
-        "    mod-export export mod -o mod.gguf",
-        "",
-    ]
+    lines += [f"    mod-export export {name} --base {base} -o mod.gguf", ""]
     if lora is None:
-        lines += [
-            "or, onto any GGUF of the model, whatever its quantisation,",
-            "",
-            f"    mod-export export {name} --base MODEL.gguf -o mod.gguf",
-            "",
-        ]
+        lines += ["or with any GGUF of the model as --base, whatever its quantisation.", ""]
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""MODEL -> MoD directory: load, calibrate or apply an adapter, save.
+"""MODEL -> adapter or MoD directory: load, calibrate or apply an adapter, save.
 
-    convert("smollm2", "mod", units="kv", target=0.5)
-    convert("Qwen/Qwen3-0.6B", "mod")  # from the Hugging Face hub
+    convert("smollm2", "adapter", units="kv", target=0.5)
+    convert("Qwen/Qwen3-0.6B", "mod", save="full")  # from the Hugging Face hub
     convert_adapter("smollm2", "mod", "adapter")  # trained routers and LoRA, no calibration
 
-Knows nothing of GGUF outputs; export.py turns the directory into one.
+Knows nothing of GGUF outputs; export.py turns either into one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir
 from mod_export.common.progress import stage
-from mod_export.common.system import available_memory
 from mod_export.config import KV_GRANULARITY, KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
 from mod_export.errors import UserError
@@ -37,6 +36,7 @@ CHECK_BATCH = 64  # tokens; logits of so many are held at once
 # which is an estimate, and so much more, because llama.cpp has GELU from a table of f16.
 CHECK_TIMES = 3.0
 CHECK_MARGIN = 1e-5
+ADAPTER, FULL = "adapter", "full"  # what is written: the routers alone, or the weights too
 BACKWARD = "the scores of its units take a backward pass through the whole model"
 # Is called with a model, its tokenizer and the kinds of units, before work goes into them.
 Check = Callable[[Any, Any, Collection[str]], None]
@@ -58,7 +58,7 @@ def convert(
     calibration_tokens: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
-    with_base: bool = True,
+    save: str = ADAPTER,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
@@ -67,9 +67,9 @@ def convert(
     eighth of the model's context where that is less; "auto" gives each kv unit its own.
     kv_granularity: kv units decide for each K/V `head`, or for each `layer`. calibration_tokens: of
     the text to use; None is all. device, dtype: to compute on and in, as model/devices.py names
-    them. with_base: the weights of the original are written too. check: what else the model has to
-    fit. One layer is in memory at a time unless a kind's score needs all. Raises UserError for
-    anything in the arguments, the model or the text that does not fit.
+    them. save: `adapter` writes the routers alone, `full` the weights of the original too. check:
+    what else the model has to fit. One layer is in memory at a time unless a kind's score needs
+    all. Raises UserError for anything in the arguments, the model or the text that does not fit.
     """
     kinds = parse_kinds(units)
     parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
@@ -82,14 +82,16 @@ def convert(
     # An output in the way must fail before the minutes of work.
     with atomic_dir(out, force) as tmp:
         path = hub.locate(model, revision)
+        from mod_export import adapter
         from mod_export.calibration.calibrate import calibrate
         from mod_export.calibration.measuring import CalibrationPlan
         from mod_export.model import devices, loading
         from mod_export.model.mod_model import MoDModel
+        from mod_export.model.opening import open_base
 
         refuse_mod(path)
         place = devices.parse_device(device)
-        if with_base:
+        if save == FULL:
             check_disk(path, out)
         backward = CalibrationPlan(dict.fromkeys(kinds, ())).needs_gradients
         base, tokenizer = open_base(model, path, dtype, place, BACKWARD if backward else "")
@@ -109,11 +111,20 @@ def convert(
         config, routers = calibrate(base, tokenizer, plan)
         config = replace(config, calibration={"model": loading.name_of(path), **config.calibration})
         logger.info(f"writing {out}")
-        # The empty directory `tmp` is there already.
         with stage(f"writing {out}"):
-            made = MoDModel.from_base(base, tokenizer, config, routers)
-            made.save(tmp, force=True, with_base=with_base)
+            if save == FULL:
+                # The empty directory `tmp` is there already.
+                MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
+            else:
+                identity = adapter.base_identity(base, tokenizer, loading.name_of(path))
+                source = hub.reference(model, revision)
+                adapter.write(tmp, Path(out).name, config, routers, base, identity, model=source)
     logger.info(summary(config))
+    if save == ADAPTER:
+        logger.info(
+            f"{out} holds the routers alone: `mod-export export {out} --base FILE.gguf -o "
+            "OUT.gguf` puts them on a GGUF file of the model"
+        )
 
 
 def layers_of_kinds(base, kinds: Collection[str], layers: str) -> dict[str, list[int]]:
@@ -165,12 +176,13 @@ def convert_adapter(
     adapter: str | Path,
     force: bool = False,
     revision: str | None = None,
-    with_base: bool = True,
+    linked: bool = False,
 ) -> None:
     """Write `model` with an adapter, LoRA merged, to the directory `out`, whole or not at all.
 
-    model, revision, with_base: as `convert` takes them. adapter: a directory, or the name of a
-    packaged one. Raises UserError where it is damaged or for another model.
+    model, revision: as `convert` takes them. adapter: a directory, or the name of a packaged one.
+    linked: as model/directory.py takes it. The weights are in the types that the model's files
+    have. Raises UserError where the adapter is damaged or for another model.
     """
     from mod_export.formats import adapter_files
 
@@ -179,49 +191,23 @@ def convert_adapter(
     adapter_files.read(found_at)
     with atomic_dir(out, force) as tmp:
         path = hub.locate(model, revision)
-        from mod_export.adapter import apply, load
+        from mod_export.adapter import apply, load, loaded_type
         from mod_export.model import devices, loading
+        from mod_export.model.opening import open_base
 
         found = load(found_at)
         # LoRA is merged into the weights of all layers.
         reason = "the adapter's LoRA goes into all layers" if found.lora is not None else ""
+        if not (linked and reason == ""):
+            check_disk(path, out)
         place = devices.parse_device("cpu")
-        base, tokenizer = open_base(model, path, "float32", place, reason)
+        base, tokenizer = open_base(model, path, loaded_type(found, path), place, reason)
         check_against_runtime(loading.gguf_path(path), base, tokenizer)
         mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
-            mod.save(tmp, force=True, with_base=with_base)  # `tmp` is there already, and empty
-
-
-def open_base(model: str, path: Path, dtype: str, device, whole: str = ""):
-    """Return a model, one layer of which is in memory at a time, and its tokenizer.
-
-    model: what messages call it. dtype: as model/devices.py names it. whole: why all layers are
-    needed at once. Then, and where a model cannot be read layer by layer, the log says how much
-    memory it takes. Raises UserError where that is more than there is.
-    """
-    from mod_export.model import devices, loading
-    from mod_export.model.safetensors_weights import CannotStream
-
-    logger.info(f"loading {model}")
-    chosen = devices.choose_dtype(dtype, loading.stored_type(path), device)
-    with stage(f"loading {model}"):
-        if not whole:
-            try:
-                return loading.open_streamed(path, chosen, device)
-            except CannotStream as exc:
-                whole = str(exc)
-        need, room = loading.weights_bytes(path, chosen), available_memory()
-        logger.info(f"all weights are in memory at once, {need / 1e9:.1f} GB: {whole}")
-        if need > room:
-            raise UserError(
-                f"{model} takes {need / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are "
-                f"available: {whole}",
-                "convert it with --units kv from safetensors files, or on a larger machine",
-            )
-        base, tokenizer = loading.load(path, chosen)
-        return base.to(device), tokenizer
+            # The empty directory `tmp` is there already.
+            mod.save(tmp, force=True, linked=linked)
 
 
 def check_against_runtime(path: Path | None, base, tokenizer) -> None:

@@ -1,9 +1,10 @@
-"""A MoD directory -> a GGUF file: base weights by llama.cpp's converter, then the routers.
+"""An adapter or a MoD directory -> a GGUF file: the base weights, then the routers.
 
-    export(Path("mod"), Path("mod.gguf"), quant="q8_0")
-    export(Path("mod"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # routers onto a file
-    export(Path("adapter"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))   # of an adapter
-    export(Path("adapter"), Path("routers.gguf"))   # the routers alone, to be put beside a file
+    export(Path("adapter"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))  # onto a file
+    export(Path("adapter"), Path("mod.gguf"), base=Path("model/"))  # by llama.cpp's converter
+    export(Path("adapter"), Path("routers.gguf"))                   # to be put beside a file
+    export(Path("mod"), Path("mod.gguf"), quant="q8_0")             # a directory has its weights
+    export(Path("mod"), Path("mod.gguf"), base=Path("model-Q4_K_M.gguf"))
     export(Path("mod"), Path("dense.gguf"), dense=True)                     # the base alone
     export(Path("mod"), "out/")                                  # out/Qwen3-0.6B-MoD-kv-Q8_0.gguf
 
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mod_export.common import extras
-from mod_export.common.files import atomic_file, folder_beside
+from mod_export.common.files import atomic_file, check_file, folder_beside
+from mod_export.common.messages import called
 from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
@@ -62,10 +64,11 @@ def export(
 
     output: a text that ends with / is a folder, in which the file gets its name by the convention
         of GGUF files
-    directory: a MoD model, or an adapter without LoRA (also the name of a packaged one), of which
-        the routers alone are written where there is no `base`
-    quant: one of EXPORT_FORMATS; by default q8_0, and with `base` as the base is
-    base: a GGUF of the same model, whose weights are taken instead of those in `directory`
+    directory: a MoD model, or an adapter (also the name of a packaged one), of which the routers
+        alone are written where there is no `base`
+    quant: one of EXPORT_FORMATS; by default q8_0, and that of `base` where its weights stay
+    base: the same model, whose weights are taken instead of those in `directory`: a GGUF file, or
+        for an adapter a directory of transformers too, and whatever LoRA is merged into
     dense: leave the routers out
 
     Raises UserError for an output that exists (unless `force`), for a directory that is no MoD
@@ -75,12 +78,14 @@ def export(
     if quant is not None and quant not in EXPORT_FORMATS:
         raise UserError(f"unknown quantisation {quant!r}", f"known: {', '.join(EXPORT_FORMATS)}")
     directory = hub.locate(directory)
-    base = None if base is None else hub.locate(base, gguf=True)
+    base = None if base is None else hub.locate(base, gguf=None)
     adapter = adapter_files.find(directory)
     if adapter is None:
         config, routers = read_directory(directory)
     elif base is None:
         return _export_routers(adapter, output, quant, dense, force)
+    elif _needs_weights(adapter, base):
+        return _export_whole(adapter, base, output, quant, dense, force)
     else:
         config, routers = read_adapter(adapter, base)
     if config.top_k:
@@ -140,6 +145,25 @@ def _export_routers(
     with atomic_file(output, force) as target:
         gguf_adapter.write(target, found, adapter)
     return Path(output)
+
+
+def _needs_weights(adapter: Path, base: Path) -> bool:
+    """Whether it takes more than the routers of an adapter and a GGUF file to make another one."""
+    return base.is_dir() or adapter_files.read(adapter).lora
+
+
+def _export_whole(
+    adapter: Path, base: Path, output: str | Path, quant: str | None, dense: bool, force: bool
+) -> Path:
+    """Export an adapter by way of a MoD directory, whose weights are links where they stay."""
+    from mod_export.convert import convert_adapter
+
+    check_file(Path(output, "model.gguf") if str(output).endswith(os.sep) else output, force)
+    with folder_beside(output) as folder:
+        directory = folder / "mod"
+        with called(directory, f"{base} with {adapter}"):
+            convert_adapter(str(base), directory, adapter, linked=True)
+            return export(directory, output, quant, dense=dense, force=force)
 
 
 def check_model(base, tokenizer, kinds: Collection[str], folder: Path) -> None:
@@ -308,10 +332,5 @@ def read_adapter(directory: Path, base: Path) -> tuple[MoDConfig, Routers]:
     The adapter must fit the GGUF `base`, whose quantisation does not matter.
     """
     found = adapter_files.read(directory)
-    if found.lora:
-        raise UserError(
-            f"{directory} holds LoRA weights, which a GGUF cannot take as they are",
-            f"run `mod-export convert MODEL --adapter {directory}` and export what that writes",
-        )
     base_identity.compare(found.base, base_identity.gguf_identity(GGUFFile.open(base)))
     return found.config, found.routers

@@ -1,4 +1,4 @@
-"""The steps of scripts/quickstart after the set-up: convert, export, verify, ask, measure, sum up.
+"""The steps of scripts/quickstart after the set-up: export, verify, ask, measure, sum up.
 
     python scripts/quickstart.py DIR
 
@@ -50,31 +50,24 @@ def main(directory: Path) -> None:
 
 
 def make_files(directory: Path) -> None:
-    """Make the MoD directory mod/, then the four GGUF files.
-
-    The converter writes the dense files. Each MoD file is a dense file with the routers added.
-    """
-    from mod_export.convert import convert_adapter
+    """Make four GGUF files: the model in two types, and each with the routers added."""
     from mod_export.export import export
-    from mod_export.model import loading
+    from mod_export.formats import adapter_files, hub
 
-    mod = directory / "mod"
-    step(
-        "mod",
-        [loading.embedded_gguf()],
-        mod,
-        lambda: convert_adapter("smollm2", mod, ADAPTER, force=True),
-    )
+    adapter = adapter_files.resolve(ADAPTER)
 
-    def export_step(name: str, source: Path, **options) -> Path:
+    def export_step(name: str, base: Path, **options) -> Path:
+        def work() -> None:
+            export(adapter, target, base=base, force=True, **options)
+
         target = directory / name
-        step(name, [mod, source], target, lambda: export(mod, target, force=True, **options))
+        step(name, [base], target, work)
         return target
 
-    dense_f32 = export_step("dense-f32.gguf", mod, quant="f32", dense=True)
-    dense = export_step("dense.gguf", dense_f32, base=dense_f32, quant="q8_0", dense=True)
-    export_step("mod-f32.gguf", dense_f32, base=dense_f32)
-    export_step("mod.gguf", dense, base=dense)
+    original = hub.embedded_gguf()
+    for name, quant in (("f32", "-f32"), ("q8_0", "")):
+        dense = export_step(f"dense{quant}.gguf", original, quant=name, dense=True)
+        export_step(f"mod{quant}.gguf", dense)
 
 
 def step(
@@ -130,11 +123,9 @@ def check(directory: Path, name: str) -> dict:
     file, kept = directory / name, directory / f"verify-{name}.json"
 
     def work() -> None:
-        kept.write_text(json.dumps(verify(file, directory / "mod"), default=float))
+        kept.write_text(json.dumps(verify(file, ADAPTER), default=float))
 
-    step(
-        f"verify-{name}", [directory / "mod", file], kept, work, build=llama_build.installed_build()
-    )
+    step(f"verify-{name}", [file], kept, work, build=llama_build.installed_build())
     result = json.loads(kept.read_text())
     if not result["passed"] and result["weights"] == "f32":
         raise UserError(

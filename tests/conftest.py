@@ -159,11 +159,11 @@ def model(tmp_path_factory) -> Path:
 
     from mod_export.config import MoDConfig, UnitConfig
     from mod_export.export import write_routers
+    from mod_export.formats import hub
     from mod_export.formats.gguf import GGUFFile
-    from mod_export.model import loading
 
     if not _patched():
-        return loading.embedded_gguf()
+        return hub.embedded_gguf()
     rng = np.random.default_rng(0)
     units, routers = {}, {}
     for kind, layers in {"kv": range(3, 28), "ffn": (10, 20)}.items():
@@ -175,6 +175,6 @@ def model(tmp_path_factory) -> Path:
                 np.array([0.5], np.float32),
             )
     path = tmp_path_factory.mktemp("model") / "mod.gguf"
-    dense = GGUFFile.open(loading.embedded_gguf())
+    dense = GGUFFile.open(hub.embedded_gguf())
     write_routers(dense, path, MoDConfig(kv_window=16, units=units), routers)
     return path

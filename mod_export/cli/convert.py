@@ -15,9 +15,10 @@ from mod_export.cli.options import (
     sink_tokens_option,
     units_option,
 )
-from mod_export.cli.output import called, show_messages
-from mod_export.cli.values import ModelName, RenamedOption, shares
+from mod_export.cli.output import show_messages
+from mod_export.cli.values import ModelName, RenamedOption, SaveForm, shares
 from mod_export.common.files import check_file, folder_beside
+from mod_export.common.messages import called
 from mod_export.config import KV_GRANULARITIES, KV_GRANULARITY
 from mod_export.errors import UserError
 from mod_export.formats import hub
@@ -40,6 +41,14 @@ class Window(click.IntRange):
 @click.command("convert")
 @click.argument("model", type=click.Path())
 @output_option("OUT", "Directory to write, or GGUF file where the name ends in .gguf.")
+@click.option(
+    "--save",
+    type=SaveForm(),
+    metavar="adapter|full",
+    show_default="adapter; with --adapter full",
+    help="What a directory holds: an adapter has the routers alone, kilobytes; full has the "
+    "weights of MODEL too, in its own types.",
+)
 @units_option
 @click.option(
     "--target-activation",
@@ -103,94 +112,103 @@ class Window(click.IntRange):
 )
 @click.option(
     "--base",
-    metavar="FILE.gguf",
-    type=ModelName(gguf=True, path_type=Path),
-    help="Of a GGUF file to write: put the routers on the weights of this file.",
+    metavar="MODEL",
+    type=ModelName(gguf=None, path_type=Path),
+    show_default="MODEL",
+    help="Of a GGUF file to write: put the routers on the weights of this model.",
 )
 @device_option
 @dtype_option
 @force_option
 @click.pass_context
-def command(ctx, model, output, adapter, revision, quant, base, force, **options):
+def command(ctx, model, output, save, adapter, revision, quant, base, force, **options):
     """Make a Mixture-of-Depths model from an ordinary one.
 
     MODEL is the name of a model on the Hugging Face hub, such as Qwen/Qwen3-0.6B, a directory, a
     GGUF file, or `smollm2`. What runs is in docs/reference/architectures.md, and which GGUF files
     can be read in docs/how-to/convert-a-model.md. Nothing is trained: routers and thresholds are
     calibrated on text, in minutes on a CPU. docs/results/calibration.md says how well that works.
-    Units of kv and block are calibrated with one layer in memory at a time.
-    With --adapter the routers come from an adapter that was trained for MODEL. An OUT that ends in
-    .gguf is what `mod-export export` would write of the directory, which does not stay.
+    Units of kv and block are calibrated with one layer in memory at a time. OUT is an adapter,
+    which `mod-export export OUT --base FILE.gguf -o OUT.gguf` puts on any GGUF file of MODEL. With
+    --adapter the routers come from an adapter that was trained for MODEL. An OUT that ends in .gguf
+    is what `mod-export export` would write of the adapter and MODEL.
     """
-    from mod_export.convert import convert, convert_adapter
+    from mod_export.convert import FULL, convert, convert_adapter
 
     show_messages(clock=True)
-    if adapter is None:
+    if adapter is not None:
+        refuse_given(ctx, options)
+        make = partial(convert_adapter, model, adapter=adapter, revision=revision)
+    else:
         target, layers = options.pop("target_activation"), options.pop("layers_routed")
         options |= {"target": target, "layers": layers, "revision": revision}
         make = partial(convert, model, **options)
-    else:
-        refuse_given(ctx, options)
-        make = partial(convert_adapter, model, adapter=adapter, revision=revision)
     if output.lower().endswith(".gguf"):
-        from mod_export.formats import adapter_files
-
-        # LoRA changes the weights, so that the routers do not go on a file that MODEL is.
-        lora = adapter is not None and adapter_files.read(adapter_files.resolve(adapter)).lora
-        own = None if lora else partial(hub.locate, model, revision)
-        write_gguf(make, own, output, quant, base, force, f"the converted {model}", adapter is None)
+        refuse_of_directory(save, output)
+        make = None if adapter is not None else make
+        write_gguf(model, revision, adapter, make, output, quant, base, force)
     elif quant or base:
         option = "--quant" if quant else "--base"
         raise UserError(
             f"{option} is for a GGUF file, and {output} is a directory",
             f"leave out {option}, or let the name of the output end in .gguf",
         )
-    else:
+    elif adapter is None:
+        make(output, force=force, **({"save": save} if save else {}))
+    elif save in (None, FULL):
         make(output, force=force)
+    else:
+        raise UserError(f"{adapter} is an adapter already", "leave out --save adapter")
     click.echo(output)
 
 
+def refuse_of_directory(save: str | None, output: str) -> None:
+    """Raise UserError where --save stands beside a GGUF file."""
+    if save:
+        raise UserError(
+            f"--save is for a directory, and {output} is a GGUF file", "leave out --save"
+        )
+
+
 def write_gguf(
-    make: Callable,
-    own: Callable[[], Path] | None,
+    model: str,
+    revision: str | None,
+    adapter: str | None,
+    make: Callable | None,
     output: str,
     quant: str | None,
     base: Path | None,
     force: bool,
-    name: str,
-    long: bool,
 ) -> None:
-    """Make a MoD directory beside the output, and export it.
+    """Write a GGUF file of a model and an adapter.
 
-    make: writes the directory. own: gives the path of the original. Where that is a GGUF file, and
-    neither --quant nor --base is given, the routers go on this file. name: what messages call the
-    directory. long: `make` takes minutes, and calls `check` before them.
+    make: calibrates the adapter, in minutes, where none is given.
     """
     from mod_export.export import check_model, export
     from mod_export.formats.gguf import GGUFFile
 
-    def weights() -> Path | None:
-        """The file that the routers go on."""
-        if own is None or not (base is quant is None):
-            return base
-        from mod_export.model.loading import gguf_path
-
-        return gguf_path(own())
-
-    def check(model, tokenizer, kinds) -> None:
-        if weights() is None:
-            check_model(model, tokenizer, kinds, probe)
-
     # What stands in the way fails before the minutes of work.
     check_file(output, force)
-    if base is not None:
+    if base is not None and not base.is_dir():
         GGUFFile.open(base).refuse_split()
     with folder_beside(output) as folder:
-        directory, probe = folder / "mod", folder / "probe"
-        with called(directory, name), called(probe, name):
-            # Routers that go on a file need no weights beside them.
-            make(directory, with_base=weights() is None, **({"check": check} if long else {}))
-            export(directory, output, quant=quant, base=weights(), force=force)
+        made, probe = folder / "adapter", folder / "probe"
+
+        def weights() -> Path:
+            """What the routers go on."""
+            return base if base is not None else hub.locate(model, revision)
+
+        def check(torch_model, tokenizer, kinds) -> None:
+            if weights().is_dir():
+                check_model(torch_model, tokenizer, kinds, probe)
+
+        name = f"the converted {model}"
+        with called(made, name), called(probe, name):
+            if make is not None:
+                make(made, check=check)
+            export(
+                made if adapter is None else Path(adapter), output, quant, weights(), force=force
+            )
 
 
 def refuse_given(ctx, options):

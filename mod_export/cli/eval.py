@@ -4,6 +4,7 @@ import click
 
 from mod_export.cli.device_options import device_option, dtype_option
 from mod_export.cli.options import (
+    base_option,
     cache_type_options,
     dense_option,
     gpu_layers_option,
@@ -38,6 +39,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 @click.command("eval")
 @model_argument("target", gguf=False)
 @mod_option("TARGET, a GGUF file")
+@base_option
 @dense_option(
     "Directory or GGUF to compare with, or the name of one on the Hugging Face hub.",
     gguf=False,
@@ -166,6 +168,7 @@ def ruler_tasks(_ctx, _param, value: str) -> tuple[str, ...]:
 def command(
     target,
     mod,
+    base,
     dense,
     threshold_shift,
     types,
@@ -181,8 +184,8 @@ def command(
 ):
     """Measure quality against the dense model: KL, tasks, passkeys, RULER.
 
-    TARGET is a MoD directory, a GGUF file, or the name of one on the Hugging Face hub. A dense
-    TARGET without --dense gets figures of its own alone.
+    TARGET is an adapter, a MoD directory, a GGUF file, or the name of one on the Hugging Face hub.
+    A dense TARGET without --dense gets figures of its own alone.
     """
     from mod_export.common.plots import check_folder
     from mod_export.evaluation import plots as eval_plots
@@ -213,6 +216,7 @@ def command(
             types=types,
             dtype=dtype,
             mod=mod,
+            base=base,
         )
 
     result = write_result(run, json_file, force)

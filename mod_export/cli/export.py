@@ -9,7 +9,7 @@ from mod_export.cli.values import ModelName
 from mod_export.formats.ggml_types import EXPORT_FORMATS
 
 QUANT_HELP = f"Type of the base weights: {', '.join(EXPORT_FORMATS)}."
-QUANT_DEFAULT = "q8_0; with --base, the types of that file"
+QUANT_DEFAULT = "q8_0; with a GGUF file as --base, the types of that file"
 
 
 @click.command("export")
@@ -32,9 +32,10 @@ QUANT_DEFAULT = "q8_0; with --base, the types of that file"
 )
 @click.option(
     "--base",
-    metavar="FILE.gguf",
-    type=ModelName(gguf=True, path_type=Path),
-    help="Put the routers on the weights of this GGUF file.",
+    metavar="MODEL",
+    type=ModelName(gguf=None, path_type=Path),
+    help="Put the routers on the weights of this GGUF file, or those of an adapter on a directory, "
+    "a name on the hub or `smollm2`.",
 )
 @click.option(
     "--dense",
@@ -46,13 +47,14 @@ QUANT_DEFAULT = "q8_0; with --base, the types of that file"
 def command(
     directory: Path, output: str, quant: str | None, base: Path | None, dense: bool, force: bool
 ) -> None:
-    """Write a MoD directory as a GGUF file.
+    """Write an adapter on its model, or a MoD directory, as a GGUF file.
 
     The patched llama.cpp runs the file. Routers are stored as f32, whatever the type of the base
-    weights. With --base, the weights come from an existing GGUF of the same model instead of from
-    DIR. DIR may then be an adapter too, if the adapter holds routers only: a directory, or the name
-    of a packaged adapter. An adapter without --base gives a file of routers alone, for the option
-    --mod of other commands: they open a GGUF of the model with it.
+    weights. DIR is an adapter, such as `mod-export convert` writes, or the name of a packaged one;
+    --base is the model that it was made for. Onto a GGUF file the routers go as they are, in any
+    quantisation. LoRA of an adapter is merged into the weights first. An adapter without --base
+    gives a file of routers alone, for the option --mod of other commands: they open a GGUF of the
+    model with it. A MoD directory holds its weights, and needs no --base.
     """
     from mod_export.common.text import megabytes
     from mod_export.export import export

@@ -25,9 +25,9 @@ from mod_export.common import extras
 def command(target, types, **options):
     """Run lm-evaluation-harness on a model.
 
-    TARGET is a MoD directory, a GGUF file, or the name of one on the Hugging Face hub. What follows
-    -- are the harness's own options, such as: mod-export lm-eval model.gguf -- --tasks arc_easy
-    --limit 100. The harness is a package of its own: pip install 'mod_export[lm-eval]'.
+    TARGET is an adapter, a MoD directory, a GGUF file, or the name of one on the Hugging Face hub.
+    What follows -- are the harness's own options, such as: mod-export lm-eval model.gguf -- --tasks
+    arc_easy --limit 100. The harness is a package of its own: pip install 'mod_export[lm-eval]'.
     """
     extras.require("lm_eval")
     from mod_export.evaluation import harness

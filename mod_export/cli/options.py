@@ -9,6 +9,7 @@ Example:
 """
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -84,6 +85,13 @@ units_option = click.option(
     show_default=True,
     metavar="KINDS",
     help="What a token may skip: kv (being remembered), attn, block, ffn; combined with +.",
+)
+base_option = click.option(
+    "--base",
+    metavar="MODEL",
+    type=ModelName(gguf=None, path_type=Path),
+    show_default="the model that the adapter names",
+    help="Of an adapter: put it on this model, a directory or a GGUF file.",
 )
 force_option = click.option("--force", is_flag=True, help="Replace existing outputs.")
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -75,27 +75,6 @@ def hide_messages() -> None:
         if isinstance(handler, MessageHandler):
             package.removeHandler(handler)
     package.setLevel(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def called(path: Path, name: str) -> Iterator[None]:
-    """Let messages and errors of the block call a temporary path by a name that users know."""
-
-    def rename(record: logging.LogRecord) -> bool:
-        record.msg, record.args = record.getMessage().replace(str(path), name), ()
-        return True
-
-    handlers = list(logging.getLogger("mod_export").handlers)
-    for handler in handlers:
-        handler.addFilter(rename)
-    try:
-        yield
-    except UserError as exc:
-        parts = (part.replace(str(path), name) for part in (exc.message, exc.cure))
-        raise UserError(*parts) from exc
-    finally:
-        for handler in handlers:
-            handler.removeFilter(rename)
 
 
 def result_options(plots: str):

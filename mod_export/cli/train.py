@@ -4,9 +4,9 @@ import os
 
 import click
 
-from mod_export.cli.options import output_option
+from mod_export.cli.options import base_option, output_option
 from mod_export.cli.output import show_messages
-from mod_export.cli.values import Finite, ModelName, RenamedOption, shares
+from mod_export.cli.values import Finite, ModelName, RenamedOption, SaveForm, shares
 from mod_export.training.config import (
     DTYPES,
     LOSS_ON,
@@ -42,6 +42,7 @@ def field(name: str, type=None, *spellings: str, **more):
 
 @click.command("train")
 @click.argument("directory", type=ModelName(), metavar="DIR")
+@base_option
 @output_option("OUT", "Directory to write.")
 @click.option(
     "--data",
@@ -99,22 +100,23 @@ def field(name: str, type=None, *spellings: str, **more):
 @click.option(
     "--save",
     "save_as",
-    type=click.Choice(["merged", "adapter"]),
-    default="merged",
-    show_default=True,
-    help="What is written: a whole MoD directory, or an adapter of routers and LoRA only.",
+    type=SaveForm(),
+    metavar="adapter|full",
+    show_default="adapter; full where the weights are no longer the original's",
+    help="What is written: an adapter of routers and LoRA only, or a whole MoD directory.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.run.")
 @click.option(
     "--force", is_flag=True, help="Replace an existing output, and the checkpoint of another run."
 )
-def command(directory, output, data, save_as, resume, force, **options):
+def command(directory, base, output, data, save_as, resume, force, **options):
     """Train routers and weights, distilling from the original.
 
-    DIR is a MoD directory that `mod-export convert` has written. The original model teaches, so
-    that training needs nothing but text. The trained model keeps the quality of the original at the
-    target activation. OUT.run holds the checkpoint, metrics.jsonl and plots. On several GPUs run
-    `accelerate launch -m mod_export train ...`.
+    DIR is an adapter or a MoD directory that `mod-export convert` has written, or the name of a
+    packaged adapter. The original model teaches, so that training needs nothing but text. The
+    trained model keeps the quality of the original at the target activation. OUT.run holds the
+    checkpoint, metrics.jsonl and plots. On several GPUs run `accelerate launch -m mod_export train
+    ...`.
     """
     from mod_export.common import extras
 
@@ -129,4 +131,4 @@ def command(directory, output, data, save_as, resume, force, **options):
 
     from mod_export.training.run import train
 
-    train(directory, output, TrainConfig(data=data, **options), save_as, resume, force)
+    train(directory, output, TrainConfig(data=data, **options), save_as, resume, force, base)

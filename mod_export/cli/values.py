@@ -55,10 +55,10 @@ class FileName(click.Path):
 class ModelName(FileName):
     """A file or directory, or the name of a model on the Hugging Face hub, which is fetched.
 
-    gguf: a GGUF file is wanted. The value is the path.
+    gguf: a GGUF file is wanted; None takes a file or a directory. The value is the path.
     """
 
-    def __init__(self, gguf: bool = False, path_type: type | None = None):
+    def __init__(self, gguf: bool | None = False, path_type: type | None = None):
         super().__init__(path_type=path_type)
         self.gguf = gguf
 
@@ -67,6 +67,17 @@ class ModelName(FileName):
         if not (ctx and ctx.resilient_parsing) and hub.is_name(value):
             value = str(hub.locate(value, gguf=self.gguf))
         return super().convert(value, param, ctx)
+
+
+class SaveForm(click.Choice):
+    """What is written: `adapter` or `full`, which `train` called `merged`."""
+
+    def __init__(self):
+        super().__init__(["adapter", "full"])
+
+    def convert(self, value, param, ctx):
+        """Return the form. Fails for anything else."""
+        return super().convert("full" if value == "merged" else value, param, ctx)
 
 
 class ThreadCount(click.IntRange):

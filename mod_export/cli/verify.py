@@ -4,6 +4,7 @@ import click
 
 from mod_export.cli.device_options import device_option, reference_dtype_option
 from mod_export.cli.options import (
+    base_option,
     cache_type_options,
     dense_option,
     json_flag,
@@ -21,9 +22,10 @@ from mod_export.cli.values import ModelName, model_argument
     "--reference",
     required=True,
     type=ModelName(),
-    help="The MoD directory that FILE was exported from.",
+    help="The adapter or MoD directory that FILE was exported from.",
 )
 @mod_option()
+@base_option
 @dense_option(
     "The GGUF file that the model came from. Compare both with it too, with all units active.",
     metavar="ORIGINAL.gguf",
@@ -43,7 +45,19 @@ from mod_export.cli.values import ModelName, model_argument
 @reference_dtype_option
 @json_flag
 def command(
-    file, reference, mod, dense, text, tokens, length, types, threads, device, dtype, as_json
+    file,
+    reference,
+    mod,
+    base,
+    dense,
+    text,
+    tokens,
+    length,
+    types,
+    threads,
+    device,
+    dtype,
+    as_json,
 ):
     """Compare a GGUF in the runtime with its torch model.
 
@@ -67,6 +81,7 @@ def command(
         device,
         dtype,
         mod,
+        base,
     )
     click.echo(json_text(result, 1, float) if as_json else parity.report(result))
     return 0 if result["passed"] else 1

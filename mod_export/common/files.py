@@ -9,13 +9,14 @@ Example:
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mod_export.errors import UserError
 
 ANOTHER = "choose another output"
+MARKERS = ("config.json", "mod.json")  # of directories that a command has written
 
 
 @contextmanager
@@ -41,15 +42,18 @@ def atomic_file(
 
 @contextmanager
 def atomic_dir(
-    path: str | os.PathLike, force: bool = False, marker: str = "config.json", cure: str = ANOTHER
+    path: str | os.PathLike,
+    force: bool = False,
+    markers: Sequence[str] = MARKERS,
+    cure: str = ANOTHER,
 ) -> Iterator[Path]:
     """Yield an empty temporary directory, which takes the place of `path` when the block ends well.
 
     The temporary directory lies beside `path`. With `force` an existing directory is replaced
-    whole, but only where it is empty or holds `marker`: a mistyped `-o ~ --force` must not cost a
-    home directory. Raises UserError as atomic_file does, with `cure` where the disk is full.
+    whole, but only where it is empty or holds one of `markers`: a mistyped `-o ~ --force` must not
+    cost a home directory. Raises UserError as atomic_file does, with `cure` where the disk is full.
     """
-    target = check_dir(path, force, marker)
+    target = check_dir(path, force, markers)
     tmp, old = _beside(target), _beside(target)
     try:
         tmp.mkdir()
@@ -141,7 +145,9 @@ def check_file(path: str | os.PathLike, force: bool = False) -> Path:
     return target
 
 
-def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "config.json") -> Path:
+def check_dir(
+    path: str | os.PathLike, force: bool = False, markers: Sequence[str] = MARKERS
+) -> Path:
     """Return the path where atomic_dir would write. Call this before hours of work.
 
     Raises UserError where atomic_dir would refuse.
@@ -149,9 +155,11 @@ def check_dir(path: str | os.PathLike, force: bool = False, marker: str = "confi
     target = _check_target(path, force)
     if target.exists() and not target.is_dir():
         raise UserError(f"{path} exists and is not a directory", "choose another output name")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+    known = any((target / name).is_file() for name in markers)
+    if target.is_dir() and any(target.iterdir()) and not known:
         raise UserError(
-            f"{path} holds no {marker}, so it is not replaced", "choose another output directory"
+            f"{path} holds no {' or '.join(markers)}, so it is not replaced",
+            "choose another output directory",
         )
     return target
 

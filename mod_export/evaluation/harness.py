@@ -43,10 +43,10 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 class HarnessModel(TemplateLM):
     """A model as the harness asks it.
 
-    pretrained: a MoD directory, a plain one, or a GGUF file. device: of a model in torch.
-    cache_types: of K and V of a GGUF file, such as q8_0/q4_0. max_length: of a sequence in tokens,
-    by default what the model was made for. The harness hands batch_size and max_batch_size to every
-    class; one sequence is read at a time here.
+    pretrained: an adapter, a MoD directory, a plain one, or a GGUF file. device: of a model in
+    torch. cache_types: of K and V of a GGUF file, such as q8_0/q4_0. max_length: of a sequence in
+    tokens, by default what the model was made for. The harness hands batch_size and max_batch_size
+    to every class; one sequence is read at a time here.
 
     Raises UserError for a model that cannot be opened.
     """

@@ -1,4 +1,4 @@
-"""Opens the models that `mod-export eval` measures: a directory in torch, a GGUF file in llama.cpp.
+"""Opens the models that `mod-export eval` measures: directories in torch, GGUF files in llama.cpp.
 
 Example:
 
@@ -9,14 +9,16 @@ Example:
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
+from mod_export import adapter
 from mod_export.common.progress import stage
 from mod_export.data.text import same_tokens
 from mod_export.errors import UserError
 from mod_export.evaluation.readers import Pair, Reader, TorchReader
-from mod_export.formats import hub
+from mod_export.formats import adapter_files, hub
 from mod_export.formats.hf_directory import is_mod
 from mod_export.formats.kv_types import KVTypes
 from mod_export.model import devices, loading
@@ -33,17 +35,19 @@ def open_pair(
     types: KVTypes | None = None,
     dtype: str = "auto",
     mod: str | None = None,
+    base: str | Path | None = None,
 ) -> Pair:
     """Open the model that is to be measured, and the one that it is compared with.
 
-    target: a MoD directory, a plain Hugging Face directory, `smollm2`, or a GGUF file, MoD or
-    dense. dense: any of these, by default target with every unit active. shift: of all thresholds
-    of target, in logit space. device, dtype: of models in torch, as model/devices.py names them.
-    gpu_layers: of GGUF files, -1 for all. types: of K and V of target, a GGUF file; the other model
-    keeps the usual ones. mod: routers that are put beside target, a dense GGUF file. Raises
-    UserError for a model that cannot be opened, and for two that do not have the same tokens.
+    target: an adapter, a MoD directory, a plain Hugging Face directory, `smollm2`, or a GGUF file,
+    MoD or dense. base: of an adapter, as adapter.open_model takes it. dense: any of these, by
+    default target with every unit active. shift: of all thresholds of target, in logit space.
+    device, dtype: of models in torch, as model/devices.py names them. gpu_layers: of GGUF files, -1
+    for all. types: of K and V of target, a GGUF file; the other model keeps the usual ones. mod:
+    routers that are put beside target, a dense GGUF file. Raises UserError for a model that cannot
+    be opened, and for two that do not have the same tokens.
     """
-    reader = open_reader(target, shift, threads, device, gpu_layers, types, dtype, mod)
+    reader = open_reader(target, shift, threads, device, gpu_layers, types, dtype, mod, base)
     if dense is None:
         return Pair(reader.dense(), reader) if reader.units else Pair(reader, None)
     other = open_reader(dense, 0.0, threads, device, gpu_layers, dtype=dtype)
@@ -62,11 +66,12 @@ def open_reader(
     types: KVTypes | None = None,
     dtype: str = "auto",
     mod: str | None = None,
+    base: str | Path | None = None,
 ) -> Reader:
     """Open one model; the arguments are those of `open_pair`. Raises UserError likewise."""
     if not math.isfinite(shift):
         raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(path, shift, threads, device, gpu_layers, types, dtype, mod)
+    reader = _open(path, shift, threads, device, gpu_layers, types, dtype, mod, base)
     if shift and not reader.units:
         raise UserError(
             f"{path} is a dense model, so it has no thresholds to shift",
@@ -84,8 +89,10 @@ def _open(
     types: KVTypes | None,
     dtype: str,
     mod: str | None,
+    base: str | Path | None,
 ) -> Reader:
-    path = hub.locate(path)
+    path = adapter_files.find(path) or hub.locate(path)
+    weights = adapter_files.weights_of(path, base)
     if path.is_file():
         # Models in torch open without llama.cpp.
         from mod_export.evaluation.runtime_reader import RuntimeReader
@@ -102,7 +109,7 @@ def _open(
             return RuntimeReader(
                 path, shift=shift, threads=threads, gpu_layers=gpu_layers, types=types, mod=mod
             )
-    if not path.exists() and str(path) != loading.EMBEDDED:
+    if not path.exists():
         raise UserError(
             f"no such model: {path}", "give a directory, a GGUF file or a name on the hub"
         )
@@ -119,13 +126,12 @@ def _open(
     if threads:
         torch.set_num_threads(threads)
     place = devices.parse_device(device)
-    chosen = devices.choose_dtype(dtype, loading.stored_type(path), place)
+    chosen = devices.choose_dtype(dtype, loading.stored_type(weights), place)
     with stage(f"loading {path}"):
-        model = (
-            MoDModel.load(path, chosen)
-            if is_mod(path)
-            else MoDModel.from_base(*loading.load(path, chosen))
-        )
+        if is_mod(path) or weights != path:
+            model = adapter.open_model(path, base, chosen)
+        else:
+            model = MoDModel.from_base(*loading.load(path, chosen))
     model.shift = shift
     return TorchReader(model.to(place), path)
 

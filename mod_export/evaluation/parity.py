@@ -1,6 +1,6 @@
 """The same tokens through torch and through the runtime: do decisions and logits agree?
 
-    result = verify("mod.gguf", "mod/")
+    result = verify("mod.gguf", "adapter/", base="smollm2")    # or a MoD directory
     print(report(result)); result["passed"]
 
 Up to its first differing decision a sequence has been computed by the same function on both sides:
@@ -18,6 +18,7 @@ import numpy as np
 from mod_export.common.progress import Progress, stage
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
+from mod_export.formats import adapter_files
 from mod_export.formats.ggml_types import file_type, precision
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_types import KVTypes
@@ -76,6 +77,7 @@ def verify(
     device: str = "cpu",
     dtype: str = "float32",
     mod: str | None = None,
+    base: str | Path | None = None,
 ) -> dict:
     """Compare on sequences of `length` tokens of the text, n_tokens in all.
 
@@ -85,6 +87,8 @@ def verify(
     and V in any file. device, dtype: of the torch model, as model/devices.py names them. The bounds
     are those of the coarsest rounding: of weights, of K and V, or of the torch model.
 
+    reference, base: as adapter.open_model takes them, an adapter or a MoD directory.
+
     dense: the GGUF file that the model came from. File and torch model, with all units active, are
     compared with it too, so that both cannot be wrong in the same way. mod: routers that are put
     beside `file`, as MoDLlama takes them.
@@ -92,13 +96,18 @@ def verify(
     Raises UserError where file and directory do not hold the same units and thresholds, where
     `dense` is a file of another model, or where the text is too short to say anything.
     """
+    import torch
+
+    from mod_export.adapter import open_model
     from mod_export.data.text import default_texts
+    from mod_export.model import devices, loading
     from mod_export.runtime.llama import MoDLlama
 
-    if not (Path(reference) / "config.json").is_file():
+    source = adapter_files.weights_of(reference, base)
+    if source == Path(reference) and not (source / "config.json").is_file():
         raise UserError(
-            f"{reference} is no model directory",
-            "give the directory that the file was exported from",
+            f"{reference} is no adapter and no model directory",
+            "give the one that the file was exported from",
         )
     length = min(length, n_tokens)
     options = {"n_ctx": length, "n_batch": length, "threads": threads, "logits_all": True}
@@ -111,11 +120,16 @@ def verify(
         llm.close()
         llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
     with stage(f"loading {reference}"):
-        model = _load_reference(reference, threads, device, dtype)
+        place = devices.parse_device(device)
+        chosen = devices.choose_dtype(dtype, loading.stored_type(source), place)
+        if threads:
+            torch.set_num_threads(threads)
+        model = open_model(reference, base, chosen).to(place)
     computed = str(model.base.dtype).removeprefix("torch.")
     bounds = _coarsest(weights, types, computed)
     _check_same_units(llm, model, file, reference)
-    _tell_known_differences(file, reference)
+    if source.is_dir():
+        _tell_known_differences(file, source)
     tokens = llm.tokenize((text or default_texts()[0]).encode())
     if len(tokens) < n_tokens:
         if len(tokens) < MIN_TOKENS:
@@ -213,19 +227,6 @@ def _judge_dense(result: dict, model) -> list[str]:
     ]
 
 
-def _load_reference(reference, threads: int | None, device: str, dtype: str):
-    import torch
-
-    from mod_export.model import devices, loading
-    from mod_export.model.mod_model import MoDModel
-
-    if threads:
-        torch.set_num_threads(threads)
-    place = devices.parse_device(device)
-    chosen = devices.choose_dtype(dtype, loading.stored_type(reference), place)
-    return MoDModel.load(reference, chosen).to(place)
-
-
 def _check_same_units(llm, model, file, reference) -> None:
     here, there = units_of(llm.units), model.config.routed()
     if here != there:
@@ -244,10 +245,10 @@ def _check_same_units(llm, model, file, reference) -> None:
             )
 
 
-def _tell_known_differences(file, reference) -> None:
+def _tell_known_differences(file, directory: Path) -> None:
     """Log what a file is known to compute otherwise than the directory."""
     try:
-        gguf_account.check_base(Path(reference), GGUFFile.open(file))
+        gguf_account.check_base(directory, GGUFFile.open(file))
     except UserError as error:
         logger.warning(f"note: {error.message}")
 

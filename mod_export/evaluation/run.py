@@ -125,13 +125,14 @@ def evaluate(
     types: KVTypes | None = None,
     dtype: str = "auto",
     mod: str | None = None,
+    base: str | Path | None = None,
 ) -> dict:
     """Measure target beside dense; {"about", "texts", "tasks", "passkey", "ruler"} with rows each.
 
-    The arguments up to gpu_layers, types, dtype and mod are those of open_pair. done: is called
-    with the name and the rows of each part as soon as the part is measured. keep: a file beside
-    which the answers to RULER are kept, so that a stopped run goes on; ruler.answers.forget removes
-    them.
+    The arguments up to gpu_layers, types, dtype, mod and base are those of open_pair. done: is
+    called with the name and the rows of each part as soon as the part is measured. keep: a file
+    beside which the answers to RULER are kept, so that a stopped run goes on; ruler.answers.forget
+    removes them.
     docs/reference/result-files.md has the keys of a row. Raises UserError, before anything is
     measured, for what cannot be read or measured.
     """
@@ -139,7 +140,7 @@ def evaluate(
     items, skipped = task_files.read_tasks(plan.tasks, plan.task_limit)
     haystack = read_texts([plan.haystack]) if plan.haystack else None
     sources = ruler_sources.read(plan.ruler_essays, plan.ruler_squad, plan.ruler_hotpotqa)
-    pair = open_pair(target, dense, shift, threads, device, gpu_layers, types, dtype, mod)
+    pair = open_pair(target, dense, shift, threads, device, gpu_layers, types, dtype, mod, base)
     stand_ins = ruler_tasks.stand_ins(sources, plan.ruler)
     about = _about(target, dense, shift, threads, plan, pair)
     about |= {"kv_type": str(types) if types else None, "mod": mod}

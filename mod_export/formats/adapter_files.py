@@ -3,12 +3,14 @@
 An adapter is what makes a model a Mixture-of-Depths model, without the model itself. Its directory
 holds
 
-    mod.json             {"mod": the MoDConfig, "base": which model it is for (base_identity.py)}
+    mod.json             {"mod": the MoDConfig, "base": which model it is for (base_identity.py),
+                          "model": where that was found}
     routers.safetensors  the routers, float32, under the names of a MoD directory
     adapter_config.json, adapter_model.safetensors    LoRA in PEFT's own format, where there is one
     README.md            for people
 
     found = read(resolve("smollm2-kv"))
+    weights_of("smollm2-kv")                     # the path of its model, from mod.json
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory
+from mod_export.formats import hf_directory, hub
 from mod_export.formats.base_identity import ADAPTER_AGAIN, check
 from mod_export.formats.schema import Routers
 
@@ -36,12 +38,14 @@ class AdapterFiles:
 
     base: identity of the model that the adapter is for (base_identity.py)
     lora: whether the directory holds LoRA weights
+    model: where its base was found, as hub.locate takes it; '' where that is not noted
     """
 
     config: MoDConfig
     routers: Routers
     base: dict
     lora: bool
+    model: str = ""
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -83,8 +87,10 @@ def read(path: Path) -> AdapterFiles:
     Raises UserError naming what is missing, damaged or unknown.
     """
     data = hf_directory.read_json(path / MOD_JSON, GIVE_ADAPTER)
-    if set(data) != {"mod", "base"}:
-        raise UserError(f"{path / MOD_JSON} has not the keys mod and base", ADAPTER_AGAIN)
+    if set(data) - {"model"} != {"mod", "base"} or not isinstance(data.get("model", ""), str):
+        raise UserError(
+            f"{path / MOD_JSON} has not the keys mod and base, or model is no text", ADAPTER_AGAIN
+        )
     config = MoDConfig.from_dict(data["mod"])
     base = check(data["base"], str(path / MOD_JSON))
     routers = _read_routers(path, config, base)
@@ -93,7 +99,33 @@ def read(path: Path) -> AdapterFiles:
     if has_config != has_weights:
         missing = LORA_WEIGHTS if has_config else LORA_CONFIG
         raise UserError(f"{path} has no {missing}", ADAPTER_AGAIN)
-    return AdapterFiles(config, routers, base, lora=has_config)
+    return AdapterFiles(config, routers, base, lora=has_config, model=data.get("model", ""))
+
+
+def weights_of(path: str | Path, base: str | Path | None = None) -> Path:
+    """Return the path of what has the weights of an adapter or a MoD directory.
+
+    base: of an adapter, where it is not the model that the adapter names. A directory has its own.
+    Raises UserError where it is not there, or not needed.
+    """
+    if (adapter := find(path)) is None:
+        if base is not None:
+            raise UserError(f"{path} holds the weights of its model", "leave out --base")
+        return Path(path)
+    if base is not None:
+        found = hub.locate(base, gguf=None)
+        if not found.exists():
+            raise UserError(
+                f"no such model: {base}", "give a directory or a GGUF file of the model"
+            )
+        return found
+    model = read(adapter).model
+    if not model:
+        raise UserError(f"{path} does not name its model", "give the model as --base")
+    found = hub.locate(model, gguf=None)
+    if not found.exists():
+        raise UserError(f"the model of {path} is no longer at {model}", "give it as --base")
+    return found
 
 
 def _read_routers(path: Path, config: MoDConfig, base: dict) -> Routers:

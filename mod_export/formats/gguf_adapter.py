@@ -74,7 +74,7 @@ def _content(adapter: AdapterFiles, directory: Path) -> bytes:
     if adapter.lora:
         raise UserError(
             f"{directory} holds LoRA weights, which go into the weights of the model",
-            f"run `mod-export convert MODEL --adapter {directory}` and export what that writes",
+            "give the model as --base",
         )
     if adapter.config.top_k:
         raise UserError(

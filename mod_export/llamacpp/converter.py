@@ -93,6 +93,7 @@ source, target, ftype, threads = sys.argv[1:]
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = int(ftype)
 params.nthread = int(threads)
+params.allow_requantize = True
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params))
 """
 
@@ -143,9 +144,10 @@ def convert_hf(
 
 
 def quantize(source: Path, target: Path, quant: str) -> None:
-    """Quantise a GGUF of floats to one of EXPORT_FORMATS, and log which types came out otherwise.
+    """Write a GGUF in one of EXPORT_FORMATS, and log which types came out otherwise.
 
-    Raises UserError with the library's last words.
+    Matrices that are quantised already are rounded a second time. Raises UserError with the
+    library's last words.
     """
     result = _python(
         QUANTIZER_SCRIPT,

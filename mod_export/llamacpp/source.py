@@ -161,7 +161,7 @@ def source_dir(stock: bool = False, sdist: Path | None = None) -> Path:
     path = _source_path(stock)
     if not path.is_dir():
         with atomic_dir(
-            cache_dir("source") / path.name, force=True, marker="PKG-INFO", cure=SET_CACHE
+            cache_dir("source") / path.name, force=True, markers=("PKG-INFO",), cure=SET_CACHE
         ) as tmp:
             unpack(fetch_sdist(sdist), tmp)
             if not stock:

@@ -20,7 +20,7 @@ from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import hf_directory, hub, model_card, safetensors_writing, schema
-from mod_export.formats.adapter_files import is_adapter
+from mod_export.formats.adapter_files import ROUTERS, is_adapter
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.safetensors_writing import StoredTensor
 from mod_export.model import devices, loading, streaming
@@ -34,14 +34,14 @@ def save(
     config: MoDConfig,
     routers: dict,
     force: bool = False,
-    with_base: bool = True,
+    linked: bool = False,
     **kwargs,
 ) -> None:
     """Write the directory, whole or not at all; kwargs go to save_pretrained (max_shard_size).
 
-    routers: {Unit: (w [n_embd], b [1])}. with_base: without the weights of the base it is enough to
-    export the routers onto a GGUF file. Raises UserError if `path` exists and `force` is
-    not set, and where `base` has LoRA.
+    routers: {Unit: (w [n_embd], b [1])}. linked: files of weights that stay as they are become
+    links, for a directory that is read and removed. Raises UserError if `path` exists and `force`
+    is not set, and where `base` has LoRA.
     """
     if lora_of(base) is not None:
         raise UserError("the model has LoRA that is not merged", "merge it, or save an adapter")
@@ -50,8 +50,10 @@ def save(
         added = router_state(config, routers)
         weights = streaming.source_of(base)
         try:
-            if weights is not None or not with_base:
-                shards = weights.stored() if with_base else [[]]
+            if weights is not None:
+                files = weights.unchanged() if linked else []
+                safetensors_writing.link(files, directory)
+                shards = [] if files else weights.stored()
                 _save_stored(directory, base, shards, added)
             else:
                 base.save_pretrained(directory, state_dict=base.state_dict() | added, **kwargs)
@@ -68,11 +70,18 @@ def save(
 def _save_stored(
     directory: Path, base, shards: list[list[StoredTensor]], added: dict[str, torch.Tensor]
 ) -> None:
-    """Write what `save_pretrained` would, tensor by tensor, in the types that the files have."""
+    """Write what `save_pretrained` would, tensor by tensor, in the types that the files have.
+
+    shards: tensors of the base's files; without any the routers get a file of their own.
+    """
+    routers = []
     for name, tensor in added.items():
         values = tensor.numpy().tobytes()
-        shards[-1].append(StoredTensor(name, "F32", tuple(tensor.shape), lambda v=values: [v]))
-    safetensors_writing.write(shards, directory)
+        routers.append(StoredTensor(name, "F32", tuple(tensor.shape), lambda v=values: [v]))
+    if shards:
+        safetensors_writing.write([*shards[:-1], shards[-1] + routers], directory)
+    else:
+        safetensors_writing.write_file(directory / ROUTERS, routers)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = devices.OF_WEIGHTS[hf_directory.stored_type(directory)]
@@ -126,7 +135,8 @@ def _read_config(path: str | Path) -> tuple[Path, MoDConfig]:
     if is_adapter(path) and not (path / hf_directory.CONFIG_JSON).is_file():
         raise UserError(
             f"{path} is an adapter, without the weights of the model",
-            f"run mod-export convert MODEL --adapter {path}",
+            "open it with mod_export.adapter.open_model, or make a whole directory with "
+            f"`mod-export convert MODEL --adapter {path}`",
         )
     return path, hf_directory.read_config(path)
 

@@ -14,6 +14,7 @@ import functools
 import re
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,10 @@ class GGUFWeights:
             return
         for rows in torch.arange(len(place)).split(WRITTEN_ROWS):
             yield _bytes(self._rows(name, rows).to(dtype))
+
+    def unchanged(self) -> list[Path]:
+        """Return no file: those of a GGUF model are no files of transformers."""
+        return []
 
     def stored_type(self, name: str) -> torch.dtype:
         """Return the smallest float type that holds a parameter as the file has it."""

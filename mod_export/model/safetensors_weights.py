@@ -114,6 +114,11 @@ class SafetensorsWeights:
                 shards.append(tensors)
         return shards
 
+    def unchanged(self) -> list[Path]:
+        """Return the files where `stored` would leave out nothing that they hold, else none."""
+        routers = any(schema.HF_ROUTER_TENSOR.fullmatch(key) for key in self.index)
+        return [] if self.ignored or routers else self.files
+
     def _of_shape(self, name: str, shape: torch.Size) -> torch.Tensor:
         value = self._tensor(self._plain[name])
         if value.shape != shape:

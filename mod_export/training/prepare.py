@@ -37,7 +37,8 @@ STATIC_LOGIT = 8.0
 class Source:
     """What a run starts from.
 
-    directory: of the MoD model. identity: of its base model. train, held_out: sequences.
+    directory: what holds the weights, a directory or a GGUF file. identity: of its base model.
+    train, held_out: sequences.
     """
 
     directory: str

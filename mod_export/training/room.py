@@ -1,6 +1,6 @@
 """Whether a training run fits in the memory of its device, told before it begins.
 
-check("mod", config, torch.bfloat16, accelerator)
+check("adapter", None, config, torch.bfloat16, accelerator)
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mod_export import adapter
 from mod_export.calibration.measuring import LONG_TOKENS
 from mod_export.common.system import available_memory
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.model import architectures, directory, loading
+from mod_export.model import architectures, loading
 from mod_export.model.safetensors_weights import CannotStream
 from mod_export.training import devices
 from mod_export.training.config import TrainConfig
@@ -29,14 +31,21 @@ logger = logging.getLogger(__name__)
 SHORTEST = 256  # tokens of a sequence that a cure proposes
 
 
-def check(name: str, config: TrainConfig, dtype: torch.dtype, accelerator: Any) -> None:
+def check(
+    name: str,
+    weights: str | Path | None,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    accelerator: Any,
+) -> None:
     """Log what training takes of the device's memory.
 
-    name: of the MoD directory. dtype: of the weights that are not trained. Raises UserError where
-    the device has less, with the options that make the run fit.
+    name, weights: of the adapter or MoD directory, as adapter.open_model takes them. dtype: of the
+    weights that are not trained. Raises UserError where the device has less, with the options that
+    make the run fit.
     """
     try:
-        base, mod = directory.open_streamed(name, dtype)
+        base, mod = adapter.open_streamed(name, weights, dtype)
     except CannotStream:
         return  # its layers are not known before it is loaded
     shape, room = ModelShape.of(base), room_of(accelerator)

@@ -2,11 +2,11 @@
 
 Training aims to keep the quality of the original model.
 
-    train("mod", "trained", TrainConfig(data=("texts/",), target=0.5))
+    train("adapter", "trained", TrainConfig(data=("texts/",), target=0.5))
 
-A run starts from a directory of `mod-export convert`, distils from the original model, and writes a
-directory of the same form, or an adapter. While it runs, OUT.run holds checkpoint, metrics and
-plots. docs/explanation/training-method.md says what is done.
+A run starts from an adapter or a directory of `mod-export convert`, distils from the original
+model, and writes an adapter, or a directory where the weights have changed. While it runs, OUT.run
+holds checkpoint, metrics and plots. docs/explanation/training-method.md says what is done.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.data.packing import PackedData, open_data, split
 from mod_export.errors import UserError
+from mod_export.formats import adapter_files, hub
 from mod_export.model import architectures, loading
-from mod_export.model import directory as mod_directory
 from mod_export.model.lora import merge_lora
 from mod_export.model.mod_model import MoDModel
 from mod_export.training import checkpoints, devices, environment, four_bit, room, steady_router
@@ -48,10 +48,13 @@ SLOW_RATIO = 1.2  # time in bf16 over that in float32, from which on bf16 is sai
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes, and how. save_as: `merged`, a MoD directory, or `adapter`."""
+    """Where a run writes, and how.
+
+    save_as: `adapter`, `full`, a MoD directory, or None until the model is known.
+    """
 
     path: Path
-    save_as: str
+    save_as: str | None
     resume: bool
     force: bool
 
@@ -65,15 +68,17 @@ def train(
     directory: str,
     out: str,
     config: TrainConfig,
-    save_as: str = "merged",
+    save_as: str | None = None,
     resume: bool = False,
     force: bool = False,
+    base: str | Path | None = None,
 ) -> dict:
-    """Train the MoD model in `directory`, write `out`, and return figures on held-out text.
+    """Train the MoD model of `directory`, write `out`, and return figures on held-out text.
 
-    Of several processes the main one alone logs. save_as: `merged`, a MoD directory, or `adapter`.
-    Raises UserError for anything that does not fit, and SystemExit after SIGTERM or SIGINT, with a
-    checkpoint.
+    directory, base: as adapter.open_model takes them. save_as: `adapter`, or `full`, a MoD
+    directory; None is `adapter` where one can hold what comes out. Of several processes the main
+    one alone logs. Raises UserError for anything that does not fit, and SystemExit after SIGTERM or
+    SIGINT, with a checkpoint.
     """
     from accelerate import Accelerator
 
@@ -87,31 +92,63 @@ def train(
     devices.check_four_bit(config, accelerator)
     with _one_voice(accelerator.is_main_process):
         _warn_of_slow_precision(accelerator)
-        dtype = devices.weights_type(config, loading.stored_type(directory), device, precision)
-        room.check(directory, config, dtype, accelerator)
-        model, identity = _load(directory, config, dtype, device)
+        weights = adapter_files.weights_of(directory, base)
+        dtype = devices.weights_type(config, loading.stored_type(weights), device, precision)
+        room.check(directory, base, config, dtype, accelerator)
+        model, identity = _load(directory, base, config, dtype, device)
         _check_model(directory, model, config)
+        output = _form(output, directory, model, config)
         with accelerator.main_process_first():  # the others find the tokens in the cache
             data, held_out = _data(model, config)
             output.run.mkdir(exist_ok=True)
         with alone(output.run) if accelerator.is_main_process else contextlib.nullcontext():
-            source = Source(directory, model, identity, data, held_out)
+            source = Source(str(weights), model, identity, data, held_out)
             return _run(source, config, accelerator, output)
 
 
 def _load(
-    name: str, config: TrainConfig, dtype: torch.dtype, device: torch.device
+    name: str,
+    base: str | Path | None,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[MoDModel, dict]:
-    """Return the MoD model of a directory, and the identity of its base."""
+    """Return the MoD model of an adapter or a directory, and the identity of its base."""
     logger.info(f"loading {name}")
     with stage(f"loading {name}"):
-        base, tokenizer, mod, routers = mod_directory.load(name, dtype)
+        model, tokenizer, mod, routers = adapter.load_parts(name, base, dtype)
     called = str(mod.calibration.get("model") or Path(name).resolve().name)
     with stage("identifying the base model"):
-        identity = adapter.base_identity(base, tokenizer, called)
+        identity = adapter.base_identity(model, tokenizer, called)
     if config.four_bit:
-        four_bit.to_four_bit(base, device)
-    return MoDModel.from_base(base, tokenizer, mod, routers), identity
+        four_bit.to_four_bit(model, device)
+    return MoDModel.from_base(model, tokenizer, mod, routers), identity
+
+
+def _form(output: Output, directory: str, model: MoDModel, config: TrainConfig) -> Output:
+    """Return the output with its form: an adapter where that can hold what is trained."""
+    found = adapter_files.find(directory)
+    if output.save_as == "adapter" and found is not None and adapter_files.read(found).lora:
+        raise UserError(
+            f"{directory} has LoRA of its own, which a second adapter would not hold",
+            "leave out --save adapter",
+        )
+    if output.save_as is None and (
+        config.parameters == "full" or not model.config.base_is_original
+    ):
+        logger.info("a whole directory will be written: the weights are no longer the original's")
+        output = replace(output, save_as="full")
+    output = replace(output, save_as=output.save_as or "adapter")
+    _check_four_bit(output, config)
+    return output
+
+
+def _check_four_bit(output: Output, config: TrainConfig) -> None:
+    """Raise UserError where weights of 4 bits would have to be saved."""
+    if output.save_as == "full" and config.four_bit:
+        raise UserError(
+            "weights of 4 bits are no model to save", "use --save adapter, or leave out --four-bit"
+        )
 
 
 @contextlib.contextmanager
@@ -176,7 +213,7 @@ def _finish(source: Source, loop: Loop, output: Output, figures: dict) -> None:
     """Write what came out, and the plots."""
     steady_router.remove(source.model)
     try:
-        write(source.model, output, source.identity, figures)
+        write(source, output, figures)
     except UserError as error:
         if not error.message.startswith("cannot write"):
             raise
@@ -200,8 +237,9 @@ def _log_figures(figures: dict) -> None:
     )
 
 
-def write(model: MoDModel, output: Output, identity: dict, figures: dict) -> None:
+def write(source: Source, output: Output, figures: dict) -> None:
     """Write the model as a MoD directory or as an adapter."""
+    model = source.model
     if output.save_as == "adapter":
         names = {
             "kl": "KL",
@@ -211,7 +249,17 @@ def write(model: MoDModel, output: Output, identity: dict, figures: dict) -> Non
         }
         named = {name: f"{figures[key]:.4g}" for key, name in names.items()}
         routers = model.router_tensors()
-        adapter.save(output.path, model.config, routers, model.base, identity, named, output.force)
+        origin = hub.reference(source.directory)
+        adapter.save(
+            output.path,
+            model.config,
+            routers,
+            model.base,
+            source.identity,
+            named,
+            output.force,
+            origin,
+        )
         return
     merge_lora(model.base)
     model.save(output.path, force=output.force)
@@ -259,14 +307,10 @@ def _check(config: TrainConfig, output: Output) -> None:
     if output.save_as == "adapter" and config.parameters == "full":
         raise UserError(
             "all weights are trained, which no adapter holds",
-            "train routers or lora, or save it merged",
+            "train routers or lora, or leave out --save adapter",
         )
-    if output.save_as != "adapter" and config.four_bit:
-        raise UserError(
-            "weights of 4 bits are no model to save", "use --save adapter, or leave out --four-bit"
-        )
-    markers = [adapter.MOD_JSON] if output.save_as == "adapter" else []
-    check_dir(output.path, output.force, *markers)
+    _check_four_bit(output, config)
+    check_dir(output.path, output.force)
     if output.resume:
         checkpoints.load(output.run)
     elif (output.run / checkpoints.NAME).exists() and not output.force:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mod_export.cli.output import show_messages
 from mod_export.errors import UserError
-from mod_export.formats import adapter_files, schema
+from mod_export.formats import adapter_files, hub, schema
 from mod_export.llamacpp import source as llama_source
 
 UNITS = ("block", "attn", "attn+ffn+kv")  # beside the packaged adapter, which has kv
@@ -70,11 +70,10 @@ def write_adapter(units: str, folder: Path) -> None:
 
     from mod_export.formats.base_identity import gguf_identity
     from mod_export.formats.gguf import GGUFFile
-    from mod_export.model import loading
     from mod_export.synthetic.onto_base import onto
     from mod_export.synthetic.routers import SynthesisOptions
 
-    base = loading.embedded_gguf()
+    base = hub.embedded_gguf()
     with tempfile.TemporaryDirectory() as tmp:
         onto(
             base,

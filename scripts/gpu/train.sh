@@ -5,8 +5,8 @@
 #
 # MINUTES (8): after so long the run saves and stops, exit 3. BATCH (8) sequences of LENGTH (2048) tokens a step: fewer
 # take less memory. COUNT (8): sequences of 2048 to judge by, of each text. PYTHON (python3): one with torch,
-# transformers and accelerate. Results in WORK: trained (an adapter), trained.run (metrics, plots), eval-start.json and
-# eval-mod.json beside them.
+# transformers and accelerate. WORK/start, where it is there, is the adapter to start from. Results in WORK: trained (an
+# adapter), trained.run (metrics, plots), eval-smollm2-kv.json (or eval-start.json) and eval-trained.json beside them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pieces.sh"
 [ $# -ge 2 ] || die "usage: scripts/gpu/train.sh PIECES WORK [TOKENS]"
@@ -17,15 +17,17 @@ export PYTHONPATH=$PWD:$work/site MOD_EXPORT_CACHE=${MOD_EXPORT_CACHE:-$work/cac
 mod() { "$python" -m mod_export "$@"; }
 cd "$work"
 
-[ -e start ] || mod convert smollm2 -o start --adapter smollm2-kv
+start=smollm2-kv
+[ ! -e start ] || start=./start # another adapter
 if [ ! -e trained ]; then
-    share=$("$python" -c 'import json; c = json.load(open("start/config.json"))["mod"]["calibration"]; print(c["training"]["target"])')
+    share=$("$python" -c 'import sys; from mod_export.formats import adapter_files as files
+print(files.read(files.resolve(sys.argv[1])).config.calibration["training"]["target"])' "$start")
     data=(); for path in data/*; do [ "$path" = data/dev ] || data+=(-d "$path"); done
     more=(); [ ! -e trained.run/checkpoint.pt ] || more=(--resume)
     code=0
-    timeout --signal TERM "${MINUTES:-8}m" "$python" -m mod_export train start -o trained "${data[@]}" "${more[@]}" \
+    timeout --signal TERM "${MINUTES:-8}m" "$python" -m mod_export train "$start" -o trained "${data[@]}" "${more[@]}" \
         --target-activation "$share" --tokens "$tokens" --length "${LENGTH:-2048}" --batch "${BATCH:-8}" --router-lr 2e-3 \
-        --save adapter || code=$?
+        || code=$?
     if [ "$code" = 124 ]; then
         [ -e trained.run/checkpoint.pt ] || die "time was up before the first step; give more MINUTES"
         echo "time is up, the checkpoint is in $work/trained.run: call again to go on"
@@ -33,7 +35,8 @@ if [ ! -e trained ]; then
     fi
     [ "$code" = 0 ] || exit "$code"
 fi
-[ -e mod ] || mod convert smollm2 -o mod --adapter trained
 texts=(); for file in data/dev/*.txt; do texts+=(--text "$file"); done
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-for name in start mod; do mod eval "$name" "${texts[@]}" --device "$device" --count "${COUNT:-8}" --json "eval-$name.json" --force; done
+for name in "$start" trained; do
+    mod eval "$name" "${texts[@]}" --device "$device" --count "${COUNT:-8}" --json "eval-$(basename "$name").json" --force
+done

@@ -24,13 +24,13 @@ from pathlib import Path
 import click
 import torch
 
+from mod_export.adapter import open_model
 from mod_export.calibration.measuring import DEFAULT_SCORES
 from mod_export.cli.output import show_messages
 from mod_export.config import KV_WINDOW, SINK_TOKENS
 from mod_export.data import text as data_text
 from mod_export.evaluation import run as eval_run
 from mod_export.model import architectures, loading
-from mod_export.model.mod_model import MoDModel
 from mod_export.units import Unit, parse_kinds, parse_layers, routed_layers
 from scripts.studies.judging import Judge
 from scripts.studies.report import write_report
@@ -247,7 +247,7 @@ def passkeys(
 ) -> None:
     """Append {length, trials, dense, mod, ..._by_depth} to passkey.jsonl."""
     torch.set_num_threads(threads)
-    model, text = MoDModel.load(mod), data_text.read_texts([haystack])
+    model, text = open_model(mod), data_text.read_texts([haystack])
     for length in lengths:
         row = eval_run.passkey(model, text, length, keys=keys)
         with (out / "passkey.jsonl").open("a") as file:

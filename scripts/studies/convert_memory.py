@@ -21,10 +21,10 @@ from transformers import LlamaConfig
 
 from mod_export.common.tables import format_table
 from mod_export.errors import UserError
-from mod_export.formats import safetensors_writing
+from mod_export.formats import hub, safetensors_writing
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.safetensors_writing import StoredTensor
-from mod_export.model import gguf_tokenizer, loading, streaming
+from mod_export.model import gguf_tokenizer, streaming
 from scripts.studies import rows
 
 SHAPES = {
@@ -51,7 +51,7 @@ SAMPLE_SECONDS = 0.05
 def main(models, out, tokens, **options):
     out.mkdir(parents=True, exist_ok=True)
     for name in models:
-        model = name if name == loading.EMBEDDED else random_model(name, out)
+        model = name if name == hub.EMBEDDED else random_model(name, out)
         row = {"model": name, "tokens": tokens, **options}
         row |= converted(model, out / "mod", options | {"calibration_tokens": tokens})
         rows.append(out / "rows.jsonl", row)
@@ -110,7 +110,7 @@ def random_model(name: str, out: Path) -> Path:
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     directory.mkdir()
     config.save_pretrained(directory)
-    gguf_tokenizer.read_tokenizer(GGUFFile.open(loading.embedded_gguf())).save_pretrained(directory)
+    gguf_tokenizer.read_tokenizer(GGUFFile.open(hub.embedded_gguf())).save_pretrained(directory)
     tensors = [
         StoredTensor(key, "BF16", tuple(value.shape), lambda k=key, v=value: random_bytes(k, v))
         for key, value in base.named_parameters()

@@ -28,15 +28,15 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     """Print the tokens per second of both, and the ratio."""
     import torch
 
+    from mod_export.adapter import open_model
     from mod_export.common.tables import format_table
     from mod_export.data.text import pack, read_texts
-    from mod_export.model.mod_model import MoDModel
     from mod_export.training.config import TrainConfig
     from mod_export.training.prepare import trained
     from mod_export.training.relaxation import relaxed_attention
     from mod_export.training.student import LossWeights, Student
 
-    model = MoDModel.load(directory)
+    model = open_model(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = pack(model.tokenizer, read_texts([text]), length, batch).to(device)
     model.to(device)
@@ -49,7 +49,7 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     )
     twin, of_twin = model.base, optimizer
     if parameters == "routers":
-        other = MoDModel.load(directory).to(device)
+        other = open_model(directory).to(device)
         of_twin = torch.optim.AdamW(trained(other, TrainConfig((), parameters="full"))[1:])
         twin = other.base
     prices, shares = torch.full((1,), 0.03, device=device), torch.full((1, 2), 0.5, device=device)

@@ -27,6 +27,7 @@ from pathlib import Path
 import click
 import torch
 
+from mod_export.adapter import open_model
 from mod_export.cli.output import run_script, show_messages
 from mod_export.cli.values import shares
 from mod_export.common.tables import format_table
@@ -93,6 +94,7 @@ def make_point(
             target=target,
             kv_window=point.get("window"),
             sink_tokens=SINK_TOKENS,
+            save="full",
         )
     if point["way"] == "window":
         return as_window(MoDModel.load(start), target, length), {"target": target}
@@ -110,7 +112,7 @@ def make_point(
         **point["train"],
     )
     resume = Path(f"{made}.run/checkpoint.pt").exists()
-    figures = train(str(start), str(made), config, resume=resume, force=True)
+    figures = train(str(start), str(made), config, "full", resume, force=True)
     return MoDModel.load(made), {"target": target, "held_out": figures}
 
 
@@ -210,7 +212,7 @@ def run(patterns, out, **given):
 )
 def judge(directory, target, kv_share, out, **given):
     """Judge the MoD model in DIRECTORY as `run` judges its points."""
-    made, path = MoDModel.load(directory), Path(directory).resolve()
+    made, path = open_model(directory), Path(directory).resolve()
     row = {
         "name": path.name,
         "settings": {k: given[k] for k in ("length", "count")},

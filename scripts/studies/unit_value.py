@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import click
 import torch
 
+from mod_export.adapter import open_model
 from mod_export.calibration.ridge import Ridge
 from mod_export.calibration.thresholds import quantile_logit
 from mod_export.cli.output import show_messages
@@ -134,7 +135,7 @@ def lost(score: torch.Tensor, value: torch.Tensor, share: float) -> float:
 def main(directory, data, original, sequences, length, draws, limit, bf16):
     """Compare the routers of the trained model in DIRECTORY, of `ffn` units, with others."""
     show_messages(stdout=True)
-    model = MoDModel.load(directory)
+    model = open_model(directory)
     units = model.config.routed()
     if not units or {unit.kind for unit in units} != {"ffn"}:
         raise click.ClickException(

@@ -66,7 +66,12 @@ def folder(tmp_path_factory):
 def test_merged_and_exported_it_agrees_with_torch(folder, tmp_path):
     convert_adapter(folder / "base", tmp_path / "mod", folder / "lora")
     export(tmp_path / "mod", tmp_path / "mod.gguf", quant="f32")
-    result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
+    export(folder / "lora", tmp_path / "same.gguf", quant="f32", base=folder / "base")
+    for name in ("mod.gguf", "same.gguf"):
+        sides = {"reference": tmp_path / "mod"}
+        if name == "same.gguf":
+            sides = {"reference": folder / "lora", "base": folder / "base"}
+        result = verify(tmp_path / name, **sides, n_tokens=400, length=200, threads=1)
     assert result["passed"] and 0.1 < result["activation"] < 0.9, report(result)
     # LoRA is in it: the weights are not the base's
     ours, theirs = (
@@ -78,11 +83,16 @@ def test_merged_and_exported_it_agrees_with_torch(folder, tmp_path):
 
 @patched
 def test_routers_on_a_gguf_agree_with_torch(folder, tmp_path):
-    """Onto the file itself it is the same model as through convert."""
-    convert_adapter(folder / "base", tmp_path / "mod", folder / "routers")
+    """Onto the file itself, and onto the directory that it was made of, it is the same model."""
     export(folder / "routers", tmp_path / "mod.gguf", base=folder / "f32.gguf")
-    result = verify(tmp_path / "mod.gguf", tmp_path / "mod", n_tokens=400, length=200, threads=1)
+    reference = {"reference": folder / "routers", "base": folder / "base"}
+    result = verify(tmp_path / "mod.gguf", **reference, n_tokens=400, length=200, threads=1)
     assert result["passed"] and result["weights"] == "f32", report(result)
+    export(folder / "routers", tmp_path / "other.gguf", quant="f32", base=folder / "base")
+    one, other = (GGUFFile.open(tmp_path / f"{name}.gguf").tensors for name in ("mod", "other"))
+    assert one.keys() == other.keys()
+    assert all(bytes(one[name].data) == bytes(other[name].data) for name in one)
+    assert not list(tmp_path.glob(".*"))
 
 
 @needs_routers_beside
@@ -126,7 +136,7 @@ def test_convert_writes_a_file(folder, tmp_path, run_cli, model, adapter, option
     args = ("--adapter", adapter, "-o", tmp_path / "mod.gguf", *options)
     done = run_cli("convert", model, *args, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert f"writing the converted {model}" in done.stderr and "mod.gguf." not in done.stderr
+    assert ".tmp" not in done.stderr
     ours, theirs = GGUFFile.open(tmp_path / "mod.gguf"), GGUFFile.open(folder / "q8_0.gguf")
     assert ours.keys["general.file_type"].value == file_type
     assert read_routers(ours)[1].keys() == load(folder / adapter).routers.keys()
@@ -141,6 +151,8 @@ def test_convert_refuses_before_the_work(folder, tmp_path, run_cli):
         (["-o", "there.gguf"], "there.gguf exists already; use --force"),
         (["-o", "mod", "--quant", "f16"], "--quant is for a GGUF file, and mod is a directory"),
         (["-o", "mod.gguf", "--base", "none.gguf"], "no such file: none.gguf"),
+        (["-o", "mod.gguf", "--save", "full"], "--save is for a directory, and mod.gguf is a GGUF"),
+        (["-o", "mod", "--adapter", folder / "lora", "--save", "adapter"], "is an adapter already"),
         (["-o", "no/mod.gguf"], "there is no directory"),
     ):
         done = run_cli("convert", folder / "base", *options, cwd=tmp_path)
@@ -198,10 +210,6 @@ def test_refusals(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             export(routers, out, base=base)
-    with pytest.raises(
-        UserError, match="holds LoRA weights.*; run `mod-export convert MODEL --adapter .*lora`"
-    ):
-        export(folder / "lora", out, base=f32)
     export(routers, out, base=f32)
     with pytest.raises(UserError, match="has routers already"):
         export(routers, tmp_path / "again.gguf", base=out)

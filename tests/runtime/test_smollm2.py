@@ -11,11 +11,11 @@ from llama_cpp import Llama
 
 from mod_export.adapter import apply, base_identity, load
 from mod_export.data.text import default_texts
-from mod_export.formats import adapter_files
+from mod_export.formats import adapter_files, hub
 from mod_export.formats.base_identity import compare, gguf_identity
 from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import divergence
-from mod_export.model import architectures, loading
+from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
 
 
@@ -42,7 +42,7 @@ def test_token_ids_are_those_of_llama_cpp(smollm2):
     piece.
     """
     tokenizer = smollm2[1]
-    llama = Llama(str(loading.embedded_gguf()), vocab_only=True, verbose=False)
+    llama = Llama(str(hub.embedded_gguf()), vocab_only=True, verbose=False)
     rng = random.Random(1)
     pieces = [*" \n\t1½é?", "  ", "\r\n", "23", "4.5", "Hello", "n't", "日本", "😀", "<|im_start|>"]
     for _ in range(1000):
@@ -54,7 +54,7 @@ def test_token_ids_are_those_of_llama_cpp(smollm2):
 def test_a_vocabulary_through_transformers_is_the_same(smollm2):
     """The vocabulary that transformers makes of the GGUF is the list in the file."""
     made = base_identity(*smollm2, "SmolLM2")
-    found = gguf_identity(GGUFFile.open(loading.embedded_gguf()))
+    found = gguf_identity(GGUFFile.open(hub.embedded_gguf()))
     assert made["tokenizer"] == found["tokenizer"] != ""
     assert compare(made, found) == 0
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mod_export.data.text import default_texts
+from mod_export.formats import hub
 from mod_export.formats.ggml_types import TYPE_NAMES
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import read_routers
 from mod_export.inspection import inspect
 from mod_export.llamacpp import converter
-from mod_export.model import loading
 from mod_export.runtime.llama import MoDLlama
 from mod_export.synthetic.onto_base import onto
 from mod_export.synthetic.routers import SynthesisOptions, routing
@@ -352,8 +352,8 @@ def test_a_base_that_is_none(tmp_path, run_cli):
     synthetic = make(tmp_path / "syn.gguf", SMALL, "q8_0")
     for args, words in (
         ([synthetic], "has no vocabulary"),
-        ([loading.embedded_gguf(), "--layers", 3], "has its shape"),
-        ([loading.embedded_gguf(), "--layers-routed", "99"], "there is no layer 99"),
+        ([hub.embedded_gguf(), "--layers", 3], "has its shape"),
+        ([hub.embedded_gguf(), "--layers-routed", "99"], "there is no layer 99"),
     ):
         done = run_cli("synth", *args, "-o", tmp_path / "out.gguf")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

@@ -171,7 +171,7 @@ def test_sentence_piece_directories_are_exported(pieces, run_cli, tmp_path, file
     text.write_text(" one two is no three\n  red blue is no sky" * 450)
     told = run_cli(
         *("convert", str(original), "-o", str(tmp_path / "mod"), "--units", "kv"),
-        *("--calibration-text", str(text)),
+        *("--calibration-text", str(text), "--save", "full"),
     )
     assert told.returncode == 0, told.stderr
     export(tmp_path / "mod", tmp_path / "mod.gguf", "f32")

@@ -13,9 +13,9 @@ WINDOW = 32  # A token is dropped soon, so that short conversations meet what lo
 
 @pytest.fixture(scope="session")
 def dense() -> Path:
-    from mod_export.model import loading
+    from mod_export.formats import hub
 
-    return loading.embedded_gguf()
+    return hub.embedded_gguf()
 
 
 @pytest.fixture(scope="session")

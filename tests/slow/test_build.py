@@ -14,10 +14,10 @@ import pytest
 
 from mod_export.common import paths
 from mod_export.errors import UserError
+from mod_export.formats import hub
 from mod_export.llamacpp import build as llama_build
 from mod_export.llamacpp import source as llama_source
 from mod_export.llamacpp import wheel as llama_wheel
-from mod_export.model import loading
 from tests.support.oracle import make
 
 SYMBOL = b"llama_mod_n_units"
@@ -51,7 +51,7 @@ def test_the_runtime_is_the_patched_one():
 @pytest.mark.parametrize("command", ["build", "serve"])
 def test_missing_tools_are_named_at_once(tmp_path, command):
     """`serve` builds the tools where they are missing."""
-    file = [loading.embedded_gguf()] if command == "serve" else []
+    file = [hub.embedded_gguf()] if command == "serve" else []
     for name in ("git", "ninja"):
         (tmp_path / name).symlink_to(shutil.which("true"))
     (tmp_path / "python").symlink_to(sys.executable)

@@ -11,12 +11,12 @@ import pytest
 from mod_export.training import checkpoints
 from mod_export.training import run as train_module
 from mod_export.training.log import read
-from mod_export.training.run import train
 from tests.support.training_runs import (
     LENGTH,
     assert_resumed_is_the_same,
     config,
     losses,
+    train,
     write_files,
 )
 

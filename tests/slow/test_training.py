@@ -15,8 +15,7 @@ from mod_export.evaluation.run import EvaluationPlan, evaluate
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.training import run as train_module
 from mod_export.training.log import read
-from mod_export.training.run import train
-from tests.support.training_runs import LENGTH, config, write_files
+from tests.support.training_runs import LENGTH, config, train, write_files
 
 
 @pytest.fixture(scope="module")

@@ -115,9 +115,8 @@ def test_the_installed_package_converts_exports_and_answers(installed):
     done = installed("mod-export", "build")
     assert done.returncode == 0, done.stderr
     assert str(lib) in done.stdout + done.stderr, "it was built already"
-    done = installed("mod-export", "convert", "smollm2", "-o", "mod", "--adapter", "smollm2-kv")
-    assert done.returncode == 0, done.stderr
-    done = installed("mod-export", "export", "mod", "-o", "mod.gguf")
+    base = ["--base", "smollm2", "-o", "mod.gguf"]
+    done = installed("mod-export", "export", "smollm2-kv", *base)
     assert done.returncode == 0, done.stderr
     prompt = ["--prompt", "What is the capital of France?"]
     done = installed(

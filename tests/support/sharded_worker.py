@@ -18,15 +18,15 @@ from mod_export.training.config import TrainConfig
 from mod_export.training.run import train
 
 WAYS = {
-    "routers": ({"parameters": "routers"}, "merged"),
+    "routers": ({"parameters": "routers"}, "full"),
     "lora": ({"parameters": "lora", "lora_rank": 2, "accumulate": 2, "recompute": True}, "adapter"),
-    "full": ({"parameters": "full", "hidden_weight": 0.5}, "merged"),
+    "full": ({"parameters": "full", "hidden_weight": 0.5}, "full"),
     # This way does not clip. The norm is summed in another order, and its last place in bfloat16
     # can tip a token's decision.
-    "half": ({"parameters": "lora", "lora_rank": 2, "dtype": "bfloat16", "clip": 1e9}, "merged"),
+    "half": ({"parameters": "lora", "lora_rank": 2, "dtype": "bfloat16", "clip": 1e9}, "full"),
     # This way has no noise, which is another on each process, and no thresholds, which follow the
     # mean of their quantiles.
-    "static": ({"parameters": "full", "method": "static", "target": 0.5}, "merged"),
+    "static": ({"parameters": "full", "method": "static", "target": 0.5}, "full"),
 }
 STEPS, LENGTH, CUT = 6, 32, 5  # The cut comes after half of the steps, with a checkpoint of four.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mod_export.formats import hub
 from mod_export.formats.gguf import GGUFFile, rewrite
-from mod_export.model import loading
 
 
 def short_smollm2(path: Path, n_layer: int) -> Path:
     """Write the file, whose layers read what they read in the whole model."""
-    source = GGUFFile.open(loading.embedded_gguf())
+    source = GGUFFile.open(hub.embedded_gguf())
     kept = {name: name for name in source.tensors if _layer(name) < n_layer}
     with open(path, "wb") as out:
         rewrite(source, out, changed_keys={"llama.block_count": n_layer}, kept_tensors=kept)

@@ -21,8 +21,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mod_export.config import MoDConfig, UnitConfig
+from mod_export.formats import hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.model import architectures, gguf_tokenizer, loading
+from mod_export.model import architectures, gguf_tokenizer
 from mod_export.model.mod_model import MoDModel
 from mod_export.units import Unit
 from tests.support.byte_tokenizer import byte_tokenizer
@@ -177,7 +178,7 @@ def tokenizer():
 
     llama.cpp's converter knows vocabularies by their hash, so a made-up one would not do.
     """
-    return gguf_tokenizer.read_tokenizer(GGUFFile.open(loading.embedded_gguf()))
+    return gguf_tokenizer.read_tokenizer(GGUFFile.open(hub.embedded_gguf()))
 
 
 def save_dir(path: Path, units: dict, ids: torch.Tensor | None = None, **kwargs) -> MoDModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from safetensors.torch import load_file
 from mod_export.data.text import default_texts
 from mod_export.training import checkpoints
 from mod_export.training import loop as train_loop
+from mod_export.training import run as train_run
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import read
-from mod_export.training.run import train
 from tests.support import tiny_torch as tiny
 
 UNITS = {"kv": [2, 3], "attn": [4]}
 LENGTH = 32
+train = partial(train_run.train, save_as="full")  # directories, which tests load
 
 
 def write_files(path: Path) -> Path:

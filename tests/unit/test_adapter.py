@@ -70,11 +70,11 @@ def test_routers_only(tmp_path):
     again = apply(load(tmp_path / "adapter"), tiny.base(), TOKENIZER)
     assert torch.equal(again(IDS), model(IDS))
     text = (tmp_path / "adapter/README.md").read_text()
-    assert "1.012" in text and "export adapter --base MODEL.gguf" in text
+    assert "1.012" in text and "export adapter --base MODEL -o mod.gguf" in text
     assert "4 kv" not in text and "2 kv, 2 attn, 1 ffn units" in text
     saved(tmp_path / "lora")
     text = (tmp_path / "lora/README.md").read_text()
-    assert "LoRA of rank 4" in text and "--base" not in text
+    assert "LoRA of rank 4" in text and "any GGUF" not in text
 
 
 def test_existing_directories(tmp_path):
@@ -85,7 +85,7 @@ def test_existing_directories(tmp_path):
     assert load(tmp_path / "adapter").lora is not None
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds no mod.json, so it is not replaced"):
+    with pytest.raises(UserError, match="holds no config.json or mod.json, so it is not replaced"):
         saved(tmp_path / "letters", force=True)
 
 

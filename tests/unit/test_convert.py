@@ -4,23 +4,27 @@ refuses.
 
 import logging
 import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
+from mod_export.adapter import open_model
 from mod_export.convert import convert, note_for_export
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from mod_export.formats import model_card
 from mod_export.model import architectures
-from mod_export.model.mod_model import MoDModel
 from mod_export.model.role_check import check_roles
 from mod_export.units import Unit
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 from tests.support.hub_server import HubServer
 from tests.support.tiny_gguf import Tiny
+
+NAME = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,9 @@ def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_p
         calibration_text=[text],
         sink_tokens=3,
     )
-    model = MoDModel.load(out)
+    assert "--base FILE.gguf -o OUT.gguf` puts them on a GGUF file" in caplog.messages[-1]
+    assert sum(path.stat().st_size for path in out.iterdir()) < 40_000
+    model = open_model(out)
     assert model.config.routed() == [
         unit for layer in (2, 3, 4) for unit in ((layer, "kv", 0), (layer, "kv", 1), (layer, "ffn"))
     ]
@@ -96,16 +102,42 @@ def test_a_model_of_the_hub_is_named_by_its_repository(model_dir, text, tmp_path
         convert("org/base", tmp_path / "mod", kv_window=8, calibration_text=[text])
         with pytest.raises(UserError, match="org/base has no revision v2"):
             convert("org/base", tmp_path / "other", revision="v2")
-    model = MoDModel.load(tmp_path / "mod")
+        model = open_model(tmp_path / "mod")
     assert model.config.calibration["model"] == "org/base"
     assert model_card.read(tmp_path / "mod")["base_model"] == "org/base"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "mod", "text.txt"]
 
 
+def test_a_whole_directory_gives_what_the_adapter_gives(model_dir, text, tmp_path):
+    """Its weights are the model's own, byte for byte, in the type that they have there."""
+    half, ids = tmp_path / "half", pack(byte_tokenizer(), TEXT, 64)[:1]
+    tiny.base().bfloat16().save_pretrained(half)
+    byte_tokenizer().save_pretrained(half)
+    for save in ("adapter", "full"):
+        convert(half, tmp_path / save, "kv", 0.4, 12, calibration_text=[text], save=save)
+    logits = [open_model(tmp_path / save)(ids) for save in ("adapter", "full")]
+    assert torch.equal(*logits)
+    before, after = load_file(half / NAME), load_file(tmp_path / "full" / NAME)
+    assert before.keys() < after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {value.dtype for value in before.values()} == {torch.bfloat16}
+
+
+def test_a_model_that_has_moved_is_named(model_dir, text, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "made", kv_window=8, calibration_text=[text])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="of .*made is no longer at .*base; give it as --base"):
+        open_model(tmp_path / "made")
+    assert open_model(tmp_path / "made", tmp_path / "moved").config.routed()
+    with pytest.raises(UserError, match="no such model: "):
+        open_model(tmp_path / "made", tmp_path / "none")
+
+
 def test_each_kind_has_its_own_target(model_dir, text, tmp_path):
     out, target = tmp_path / "mod", {"kv": 0.3, "ffn": 0.8}
     convert(model_dir, out, "kv+ffn", target, 12, calibration_text=[text])
-    record = MoDModel.load(out).config.calibration
+    record = open_model(out).config.calibration
     assert record["target_activation"] == target
     assert record["activation"] == pytest.approx(target, abs=0.02)
 
@@ -118,7 +150,7 @@ def test_existing_output_is_refused_and_kept(model_dir, text, tmp_path):
         convert(model_dir, out, calibration_text=[text])
     assert (out / "config.json").read_text() == "{}"
     convert(model_dir, out, layers="3", kv_window=8, calibration_text=[text], force=True)
-    assert MoDModel.load(out).config.routed() == [(3, "kv", 0), (3, "kv", 1)]
+    assert open_model(out).config.routed() == [(3, "kv", 0), (3, "kv", 1)]
 
 
 def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):

@@ -18,8 +18,8 @@ from mod_export.common.text import result_as_json
 from mod_export.config import MoDConfig, UnitConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
+from mod_export.formats import hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.model import loading
 from mod_export.runtime import bindings
 from tests.runtime.benchmark.test_run import make
 from tests.support.c_api import stock_lib
@@ -46,10 +46,10 @@ def swept(folder):
     }
     units = {"attn": UnitConfig(tuple(half), tuple(1 - x for x in half))}
     path = folder / "attn.gguf"
-    write_routers(GGUFFile.open(loading.embedded_gguf()), path, MoDConfig(units=units), routers)
+    write_routers(GGUFFile.open(hub.embedded_gguf()), path, MoDConfig(units=units), routers)
     return sweep.sweep(
         path,
-        loading.embedded_gguf(),
+        hub.embedded_gguf(),
         bench_run.BenchOptions(**OPTIONS),
         (1.0, 0.6, 0.1),
         stock=stock_lib(),

@@ -5,7 +5,7 @@ import pytest
 from mod_export.data.text import default_texts
 from mod_export.evaluation import passkey
 from mod_export.evaluation.open import open_pair
-from mod_export.model import loading
+from mod_export.formats import hub
 from mod_export.runtime import bindings
 
 TEXT = default_texts()[1]
@@ -16,7 +16,7 @@ TEXT = default_texts()[1]
 )
 def test_passkeys_are_found_by_a_model_that_can():
     """SmolLM2's own GGUF; the same prompt without the key gives another answer."""
-    pair = open_pair(loading.embedded_gguf(), threads=1)
+    pair = open_pair(hub.embedded_gguf(), threads=1)
     pair.reserve(200)
     trials = passkey.make_trials(pair.dense.tokenizer, TEXT, [200], depths=[0.3], n=1)
     (cell,) = passkey.retrieve(pair, trials)

@@ -79,6 +79,7 @@ DAMAGE = {
         "mod.json is no JSON",
     ),
     "no key base": (values("mod.json", lambda d: d.pop("base")), "the keys mod and base"),
+    "model a number": (values("mod.json", lambda d: d.update(model=1)), "or model is no text"),
     "other version": (values("mod.json", lambda d: d["mod"].update(version=2)), "mod.version is 2"),
     "other key": (values("mod.json", lambda d: d["mod"].update(sinks=2)), "mod.sinks"),
     "no unit": (

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from mod_export.errors import UserError
+from mod_export.formats import hub
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.routing import DecisionStrategy
@@ -116,7 +117,7 @@ def test_unsupported_architectures_are_refused_untouched():
 def test_bad_models_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.gguf").write_text("no model")
-    (tmp_path / "torn.gguf").write_bytes(loading.embedded_gguf().read_bytes()[:5000])
+    (tmp_path / "torn.gguf").write_bytes(hub.embedded_gguf().read_bytes()[:5000])
     BertModel(
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     ).save_pretrained(tmp_path / "bert")

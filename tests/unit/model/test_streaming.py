@@ -101,6 +101,10 @@ def test_a_streamed_model_gets_the_same_routers(directories, name, tmp_path, mon
     plain = hf_directory.tensor_index(hf_directory.tensor_files(directories[name]))
     written = hf_directory.tensor_index(hf_directory.tensor_files(tmp_path / "mod"))
     assert set(plain) < set(written) and all("mod_kv" in name for name in set(written) - set(plain))
+    index = json.loads((tmp_path / "mod" / hf_directory.WEIGHTS_INDEX).read_text())
+    theirs = json.loads((directories[name] / hf_directory.WEIGHTS_INDEX).read_text())
+    assert index.keys() == theirs.keys() and len(set(index["weight_map"].values())) > 1
+    assert index["weight_map"] == {key: path.name for key, path in written.items()}
     whole, _ = loading.load(directories[name])
     expected = MoDModel.from_base(whole, None, config, routers)
     with torch.inference_mode():

@@ -14,7 +14,6 @@ from mod_export.training import checkpoints
 from mod_export.training import loop as train_loop
 from mod_export.training import run as train_module
 from mod_export.training.callbacks import RouterCallback
-from mod_export.training.run import train
 from mod_export.training.student import Student
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer, with_bos
@@ -25,6 +24,7 @@ from tests.support.training_runs import (
     assert_same_weights,
     config,
     losses,
+    train,
     write_files,
 )
 

@@ -149,7 +149,7 @@ def test_devices_and_types_that_are_not_there_are_refused(files, tmp_path, chang
 def test_weights_in_four_bits_are_not_trained_or_saved(files, tmp_path):
     run = config(files, four_bit=True)
     with pytest.raises(UserError, match="no model to save; use --save adapter"):
-        train(files / "mod", tmp_path / "out", run, save_as="merged")
+        train(files / "mod", tmp_path / "out", run, save_as="full")
     with pytest.raises(UserError, match="too coarse for; leave out --four-bit"):
         replace(run, parameters="full").validate(["kv", "attn"])
 

@@ -23,13 +23,8 @@ from mod_export.training import callbacks
 from mod_export.training import run as train_module
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import Log, read
-from mod_export.training.run import train
 from tests.support import tiny_torch as tiny
-from tests.support.training_runs import (
-    LENGTH,
-    config,
-    write_files,
-)
+from tests.support.training_runs import LENGTH, config, train, write_files
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +189,30 @@ def test_lora_is_saved_as_an_adapter_that_gives_the_merged_model(files, tmp_path
         torch.testing.assert_close(applied(ids), expected, atol=1e-4, rtol=1e-4)
         original.force = merged.force = "active"
         assert (merged(ids) - original(ids)).abs().max() > 1e-3
+
+
+def test_an_adapter_is_where_training_begins_and_ends(files, tmp_path):
+    """It names its model; where that has LoRA merged, no second adapter can hold what comes out."""
+    run = config(files, tokens=2 * LENGTH, teacher=str(files / "mod"))
+    start = MoDModel.load(files / "mod")
+    identity = adapter.base_identity(start.base, start.tokenizer, "tiny")
+    parts = start.config, start.router_tensors(), start.base, identity
+    adapter.save(tmp_path / "start", *parts, model=str(files / "mod"))
+    train(tmp_path / "start", tmp_path / "made", replace(run, teacher=""), save_as=None)
+    made = adapter.load(tmp_path / "made")
+    assert made.base == identity and made.lora is None
+    one, other = (adapter.open_model(tmp_path / name) for name in ("start", "made"))
+    assert torch.equal(one.base.lm_head.weight, other.base.lm_head.weight)
+    assert not torch.equal(one.router((2, "kv")).weight, other.router((2, "kv")).weight)
+
+    lora = replace(run, parameters="lora", lora_rank=2)
+    (tmp_path / "made").rename(tmp_path / "moved")
+    train(tmp_path / "moved", tmp_path / "lora", lora, save_as=None, base=files / "mod")
+    assert adapter.load(tmp_path / "lora").lora is not None
+    with pytest.raises(UserError, match="lora has LoRA of its own, which a second adapter"):
+        train(tmp_path / "lora", tmp_path / "no", run, save_as="adapter")
+    train(tmp_path / "lora", tmp_path / "whole", run, save_as=None)
+    assert not MoDModel.load(tmp_path / "whole").config.base_is_original
 
 
 def test_baselines_run_from_the_same_code(files, tmp_path):
