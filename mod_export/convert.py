@@ -10,15 +10,17 @@ Knows nothing of GGUF outputs; export.py turns either into one.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mod_export import __version__
 from mod_export.common import extras
-from mod_export.common.files import atomic_dir
+from mod_export.common.files import atomic_dir, remove_left
 from mod_export.common.progress import stage
 from mod_export.config import KV_GRANULARITY, KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
@@ -59,6 +61,7 @@ def convert(
     device: str = "cpu",
     dtype: str = "auto",
     save: str = ADAPTER,
+    run: Path | None = None,
 ) -> None:
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
@@ -68,8 +71,10 @@ def convert(
     kv_granularity: kv units decide for each K/V `head`, or for each `layer`. calibration_tokens: of
     the text to use; None is all. device, dtype: to compute on and in, as model/devices.py names
     them. save: `adapter` writes the routers alone, `full` the weights of the original too. check:
-    what else the model has to fit. One layer is in memory at a time unless a kind's score needs
-    all. Raises UserError for anything in the arguments, the model or the text that does not fit.
+    what else the model has to fit. run: a folder that keeps what each layer gave, from which a
+    stopped conversion with the same arguments goes on; the caller removes it. One layer is in
+    memory at a time unless a kind's score needs all. Raises UserError for anything in the
+    arguments, the model or the text that does not fit.
     """
     kinds = parse_kinds(units)
     parse_layers(layers, n_layer=0)  # the form alone; how many layers there are is not known yet
@@ -85,6 +90,7 @@ def convert(
         from mod_export import adapter
         from mod_export.calibration.calibrate import calibrate
         from mod_export.calibration.measuring import CalibrationPlan
+        from mod_export.calibration.run_folder import run_folder
         from mod_export.model import devices, loading
         from mod_export.model.mod_model import MoDModel
         from mod_export.model.opening import open_base
@@ -94,6 +100,11 @@ def convert(
         if save == FULL:
             check_disk(path, out)
         backward = CalibrationPlan(dict.fromkeys(kinds, ())).needs_gradients
+        if run is not None and backward:
+            raise UserError(
+                f"a conversion for {units} cannot be resumed: {BACKWARD}",
+                "leave out --resume, or use --units kv",
+            )
         base, tokenizer = open_base(model, path, dtype, place, BACKWARD if backward else "")
         check_base(path, base, tokenizer)
         if check:
@@ -108,7 +119,12 @@ def convert(
             kv_granularity=kv_granularity,
             tokens=calibration_tokens,
         )
-        config, routers = calibrate(base, tokenizer, plan)
+        if run is None:
+            config, routers = calibrate(base, tokenizer, plan)
+        else:
+            with run_folder(run, identity_of(path, base, plan)):
+                remove_left(run.with_suffix(""), used=tmp)
+                config, routers = calibrate(base, tokenizer, plan, run)
         config = replace(config, calibration={"model": loading.name_of(path), **config.calibration})
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
@@ -125,6 +141,20 @@ def convert(
             f"{out} holds the routers alone: `mod-export export {out} --base FILE.gguf -o "
             "OUT.gguf` puts them on a GGUF file of the model"
         )
+
+
+def identity_of(path: Path, base, plan) -> dict:
+    """Return what a calibration depends on, of types that JSON has: files, options, versions."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    stats = [(file.name, file.stat()) for file in files]
+    text = hashlib.sha256((plan.text or "").encode()).hexdigest()
+    return {
+        "version of mod-export": __version__,
+        "model": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "--dtype": str(base.dtype),
+        **asdict(plan),
+        "text": text,
+    }
 
 
 def layers_of_kinds(base, kinds: Collection[str], layers: str) -> dict[str, list[int]]:

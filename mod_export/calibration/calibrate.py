@@ -9,7 +9,8 @@
 The first two take one pass through the model, layer by layer (measuring.py). What the routers say
 there gives the first threshold. Each pass that skips checks a threshold, and gives the next one.
 
-docs/log.md has the comparison behind the defaults.
+docs/log.md has the comparison behind the defaults. Where a folder is given, each pass keeps there
+what it has reached, layer by layer, so that a stopped calibration goes on.
 
     config, routers = calibrate(base, tokenizer, CalibrationPlan(units={"kv": range(2, 30)}))
     model = MoDModel.from_base(base, tokenizer, config, routers)
@@ -20,6 +21,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import astuple
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,6 +35,7 @@ from mod_export.data.text import default_texts, pack, tokenize
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.mod_model import MoDModel
+from mod_export.model.walk_state import WalkState
 from mod_export.units import KV, Unit, shares_by_kind, units_in
 
 logger = logging.getLogger(__name__)
@@ -42,16 +46,19 @@ MIN_SEQUENCES = 4
 
 
 @torch.no_grad()
-def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDConfig, dict]:
+def calibrate(
+    base: nn.Module, tokenizer, plan: CalibrationPlan, folder: Path | None = None
+) -> tuple[MoDConfig, dict]:
     """Return config and routers {Unit: (weight [n_embd], bias [1])}.
 
-    Raises UserError for a text too short, an unknown score, or layers the model does not have.
+    folder: of what a stopped calibration with the same arguments has kept (run_folder.py). Raises
+    UserError for a text too short, an unknown score, or layers the model does not have.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
     sequences, held_out = _first_of(sequences, plan.tokens), _first_of(held_out, plan.tokens)
     _first_config(base, plan)  # an error is raised before the minutes of work
     targets = shares_by_kind(plan.target, plan.units)
-    solution, logits = fit_routers(base, sequences, plan, targets)
+    solution, logits = fit_routers(base, sequences, plan, targets, folder)
     if plan.kv_window is None:
         counts = sorted(Counter(solution.windows.values()).items())
         named = ", ".join(f"{window} ({n})" for window, n in counts)
@@ -61,7 +68,7 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
     model = MoDModel.from_base(base, tokenizer, first, solution.routers)
     try:
         sample = sequences[list(sample_numbers(len(sequences)))]
-        both = SampleAndHeldOut(model, sample, held_out)
+        both = SampleAndHeldOut(model, sample, held_out, folder)
         activation = settle(model, both.route, groups, targets, plan.rounds, logits)
         thresholds = {kind: model.router(units[0]).threshold for kind, units in groups.items()}
     finally:
@@ -94,28 +101,36 @@ def calibrate(base: nn.Module, tokenizer, plan: CalibrationPlan) -> tuple[MoDCon
 
 
 def fit_routers(
-    base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan, targets: Mapping[str, float]
+    base: nn.Module,
+    sequences: torch.Tensor,
+    plan: CalibrationPlan,
+    targets: Mapping[str, float],
+    folder: Path | None = None,
 ) -> tuple[Solution, dict[Unit, torch.Tensor]]:
     """Return the routers, and their logits on the sample's tokens where nothing is skipped.
 
     Of each layer only the candidates and what they predict are kept.
     """
-    found: dict[Unit, dict[Unit, list[Candidate]]] = {}
-    predicted: dict[Unit, list[torch.Tensor]] = {}
-    for layer in measure_layers(base, sequences, plan):
+    state = WalkState(folder, "measured") if folder else None
+    # (layer, kind, head) -> the candidates, and what they predict
+    kept: dict[tuple, tuple[list[tuple], torch.Tensor]] = {} if state is None else state.found
+    for layer in measure_layers(base, sequences, plan, state):
         place = layer.fit.place
         drift = layer.means.drift()
-        found[place] = candidates(layer.fit, PENALTIES[place.kind], drift)
-        for unit, some in found[place].items():
+        for unit, some in candidates(layer.fit, PENALTIES[place.kind], drift).items():
             weight = torch.stack([one.weight for one in some]).to(base.device)
             bias = torch.stack([one.bias for one in some]).to(base.device)
             logs = [(weight @ x.T + bias).cpu() for x in layer.sample]
-            predicted[unit] = torch.stack(logs, 1)  # [n_candidate, n_sequence, T]
+            # [n_candidate, n_sequence, T]
+            kept[tuple(unit)] = [astuple(one) for one in some], torch.stack(logs, 1)
+    found: dict[Unit, dict[Unit, list[Candidate]]] = {}
+    for key, (some, _) in kept.items():
+        found.setdefault(Unit(*key[:2]), {})[Unit(*key)] = [Candidate(*one) for one in some]
     solution = choose_all(found, targets, sequences.shape[1])
     logits = {}
     for unit, number in solution.chosen.items():
         center, scale = solution.scales[unit.kind]
-        logit = (predicted[unit][number] - center) * scale
+        logit = (kept[tuple(unit)][1][number] - center) * scale
         logit[:, : plan.sink_tokens] = float("inf")
         logits[unit] = logit.flatten()
     return solution, logits
@@ -124,17 +139,26 @@ def fit_routers(
 class SampleAndHeldOut:
     """Measures how a model routes a sample and held-out text [n, T], in one pass each time.
 
-    held: activation of each unit on the held-out text, the last time.
+    held: activation of each unit on the held-out text, the last time. folder: of calibrate.
     """
 
-    def __init__(self, model: MoDModel, sample: torch.Tensor, held_out: torch.Tensor):
+    def __init__(
+        self,
+        model: MoDModel,
+        sample: torch.Tensor,
+        held_out: torch.Tensor,
+        folder: Path | None = None,
+    ):
         self.model, self.sample, self.held_out = model, sample, held_out
+        self.folder, self.passes = folder, 0
         self.held: dict[Unit, float] = {}
 
     def route(self) -> tuple[dict[Unit, torch.Tensor], dict[Unit, float]]:
         """Return logits and activation on the sample, as routing_of does."""
+        self.passes += 1
+        kept = WalkState(self.folder, f"activation-{self.passes}") if self.folder else None
         sequences = [*self.sample, *self.held_out]
-        traces = self.model.traces(sequences, "measuring activation")
+        traces = self.model.traces(sequences, "measuring activation", kept)
         n = len(self.sample)
         _, self.held = routing(self.model, traces[n:])
         return routing(self.model, traces[:n])

@@ -30,6 +30,7 @@ from mod_export.config import HEAD, KV_GRANULARITY, KV_WINDOW, SINK_TOKENS
 from mod_export.model import architectures
 from mod_export.model.layer_walk import LayerWalk
 from mod_export.model.router import rms_norm
+from mod_export.model.walk_state import WalkState
 from mod_export.units import ATTN, BLOCK, FFN, KV, Unit, deciding_order, units_in
 
 logger = logging.getLogger(__name__)
@@ -105,12 +106,15 @@ class MeasuredLayer:
 
 
 def measure_layers(
-    base: nn.Module, sequences: torch.Tensor, plan: CalibrationPlan
+    base: nn.Module,
+    sequences: torch.Tensor,
+    plan: CalibrationPlan,
+    state: WalkState | None = None,
 ) -> Iterator[MeasuredLayer]:
     """Run the original model over sequences [n, T], consecutive parts of a text.
 
-    Yields what each layer and kind shows, in the order of the layers. Raises UserError for a score
-    that the kind does not have.
+    Yields what each layer and kind shows, in the order of the layers. state: of a stopped walk,
+    whose layers are not yielded again. Raises UserError for a score that the kind does not have.
     """
     meter = CostMeter(base, plan.windows)
     units = plan.layer_units(base)
@@ -119,12 +123,16 @@ def measure_layers(
     longer = joined(base, sequences)
     costly, n_short = known is None, len(sequences)
     sample = sample_numbers(n_short)
-    shorter = range(n_short) if costly else sample
+    if not costly:
+        sequences, n_short = sequences[list(sample)], len(sample)
+        sample = range(n_short)
     last = max(place.layer for place in units)
+    if state is not None and state.layer > last:
+        return
     logger.info(f"measuring {sequences.numel()} tokens in layers 0 to {last}")
     with torch.no_grad(), meter.observer.prepared():
         walk = LayerWalk(base, [*sequences, *longer])
-        for layer in walk.layers(last + 1, "measuring the original model"):
+        for layer in walk.layers(last + 1, "measuring the original model", state):
             here = {place: some for place, some in units.items() if place.layer == layer}
             found = {
                 place: MeasuredLayer(
@@ -132,7 +140,7 @@ def measure_layers(
                 )
                 for place, some in here.items()
             }
-            for number in shorter:
+            for number in range(n_short):
                 wanted = wanted_scores(here.values(), plan) if costly else {}
                 _pass_shorter(walk, number, meter, wanted, found, plan, number in sample)
             for number in range(n_short, n_short + len(longer)):

@@ -1,5 +1,7 @@
 """The command `mod-export convert`."""
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -119,6 +121,12 @@ class Window(click.IntRange):
 )
 @device_option
 @dtype_option
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what each layer gave in the folder OUT.run until the end, and go on from there "
+    "where the same command was stopped.",
+)
 @force_option
 @click.pass_context
 def command(ctx, model, output, save, adapter, revision, quant, base, force, **options):
@@ -136,12 +144,14 @@ def command(ctx, model, output, save, adapter, revision, quant, base, force, **o
     from mod_export.convert import FULL, convert, convert_adapter
 
     show_messages(clock=True)
+    run = Path(f"{os.path.normpath(output)}.run")
     if adapter is not None:
         refuse_given(ctx, options)
         make = partial(convert_adapter, model, adapter=adapter, revision=revision)
     else:
         target, layers = options.pop("target_activation"), options.pop("layers_routed")
         options |= {"target": target, "layers": layers, "revision": revision}
+        options["run"] = run if options.pop("resume") else None
         make = partial(convert, model, **options)
     if output.lower().endswith(".gguf"):
         refuse_of_directory(save, output)
@@ -159,6 +169,8 @@ def command(ctx, model, output, save, adapter, revision, quant, base, force, **o
         make(output, force=force)
     else:
         raise UserError(f"{adapter} is an adapter already", "leave out --save adapter")
+    if options.get("run"):
+        shutil.rmtree(run, ignore_errors=True)
     click.echo(output)
 
 

@@ -6,6 +6,7 @@ Example:
         write(tmp)  # renamed at the end, removed on any exception
 """
 
+import glob
 import os
 import secrets
 import shutil
@@ -177,6 +178,17 @@ def _check_target(path: str | os.PathLike, force: bool) -> Path:
             f"cannot write {path}: no permission in {target.parent}", "choose another output"
         )
     return target
+
+
+def remove_left(path: str | os.PathLike, used: Path) -> None:
+    """Remove what killed processes have left beside an output that no other process writes.
+
+    used: a temporary directory of this process, or what lies in one.
+    """
+    target = Path(os.path.realpath(path))
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.tmp"):
+        if left not in (used, *used.parents):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _beside(target: Path) -> Path:

@@ -25,6 +25,7 @@ from torch import nn
 from mod_export.common.progress import Progress
 from mod_export.errors import UserError
 from mod_export.model import architectures, streaming
+from mod_export.model.walk_state import WalkState
 
 KEPT_BYTES = 1 << 30  # residual streams of more bytes lie in a file
 
@@ -36,28 +37,41 @@ class LayerWalk:
         self.base = base
         self.parts = architectures.decoder_layers(base)
         self._layer = 0
+        self._steps: Steps | None = None
         self._arguments: list[list[tuple[tuple, dict]]] = []
         self._streams: list[torch.Tensor] = []
         for number, ids in enumerate(sequences):
             start, arguments = _collect(base, self.parts, ids[None].to(base.device))
             if not number:
-                lengths = [len(other) for other in sequences]
-                self._streams = _room(lengths, start.shape[-1], start.dtype)
+                self._lengths = [len(other) for other in sequences]
+                self._room = _room(sum(self._lengths) * start.shape[-1], start.dtype)
+                self._streams = _parts(self._room, self._lengths)
             for own, other in zip(arguments, (self._arguments or [arguments])[0], strict=True):
                 _share(own[1], other[1])
             self._arguments.append(arguments)
             self.keep(number, start)
 
-    def layers(self, stop: int | None = None, label: str | None = None) -> Iterator[int]:
+    def layers(
+        self, stop: int | None = None, label: str | None = None, state: WalkState | None = None
+    ) -> Iterator[int]:
         """Yield the layers before `stop`, one after the other, with their weights at hand.
 
-        label: of the progress that is shown.
+        label: of the progress that is shown. state: goes on behind the layer that it has reached,
+        and is kept after each layer.
         """
-        numbers = range(len(self.parts) if stop is None else stop)
-        for layer in Progress().count(label, numbers) if label else numbers:
+        stop = len(self.parts) if stop is None else stop
+        first = 0 if state is None else state.layer
+        if state is not None:
+            state.restore(self._room)
+        self._steps = Steps(label, first, stop, self._lengths) if label else None
+        for layer in range(first, stop):
             self._layer = layer
             with streaming.at_hand(self.base, layer):
                 yield layer
+            if state is not None:
+                state.keep(layer + 1, self._room if layer + 1 < stop else None)
+        if self._steps:
+            self._steps.progress.clear()
 
     def h(self, number: int) -> torch.Tensor:
         """Return the residual stream [1, T, n_embd] of a sequence where the layer reads it.
@@ -75,6 +89,8 @@ class LayerWalk:
     def keep(self, number: int, out: torch.Tensor) -> None:
         """Keep what the layer made of a sequence, for the next layer."""
         self._streams[number].copy_(out)
+        if self._steps:
+            self._steps.tell(self._layer, number)
 
     def pass_layer(self, number: int) -> None:
         """Run the layer on a sequence, and keep what it makes."""
@@ -91,6 +107,24 @@ class LayerWalk:
         ids = torch.zeros(1, last.shape[1], dtype=torch.long, device=last.device)
         with _replaced(self.base, self.parts, forward_of):
             return self.base(input_ids=ids, use_cache=False).logits[0]
+
+
+class Steps:
+    """Tells how many of the tokens have passed how many of the layers, and the time left."""
+
+    def __init__(self, label: str, first: int, stop: int, lengths: Sequence[int]):
+        self.label, self.first, self.stop = label, first, stop
+        self.lengths, self.done = lengths, first * sum(lengths)
+        self.progress = Progress()
+
+    def tell(self, layer: int, number: int) -> None:
+        """Count that a sequence has passed a layer."""
+        self.done += self.lengths[number]
+        whole = sum(self.lengths)
+        note = f"layer {layer + 1} of {self.stop}"
+        self.progress.tell(
+            self.label, self.done, self.stop * whole, note, before=self.first * whole
+        )
 
 
 class _AllSeen(Exception):
@@ -162,15 +196,18 @@ def _equal(own, other):
     return other if same else own
 
 
-def _room(lengths: Sequence[int], n_embd: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return room for residual streams [1, T, n_embd], in a file where they are large."""
-    sizes = [length * n_embd for length in lengths]
-    n_bytes = sum(sizes) * dtype.itemsize
+def _room(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return room for so many numbers, in a file where they are many."""
+    n_bytes = size * dtype.itemsize
     if n_bytes <= KEPT_BYTES:
-        memory = torch.empty(sum(sizes), dtype=dtype)
-    else:
-        memory = _unnamed_file(n_bytes, dtype)
-    return [part.view(1, -1, n_embd) for part in memory.split(sizes)]
+        return torch.empty(size, dtype=dtype)
+    return _unnamed_file(n_bytes, dtype)
+
+
+def _parts(room: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Return the residual streams [1, T, n_embd] in their room."""
+    n_embd = len(room) // sum(lengths)
+    return [part.view(1, -1, n_embd) for part in room.split([n * n_embd for n in lengths])]
 
 
 def _unnamed_file(n_bytes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -41,6 +41,7 @@ from mod_export.model.layer_walk import LayerWalk
 from mod_export.model.layers import unwrap_layers, wrap_layers
 from mod_export.model.router import Router
 from mod_export.model.routing import DecisionStrategy, RoutingState, TopK
+from mod_export.model.walk_state import WalkState
 from mod_export.units import KV, Unit
 
 
@@ -184,14 +185,16 @@ class MoDModel(nn.Module):
 
     @torch.no_grad()
     def traces(
-        self, sequences: Sequence[torch.Tensor], label: str | None = None
+        self,
+        sequences: Sequence[torch.Tensor],
+        label: str | None = None,
+        kept: WalkState | None = None,
     ) -> list[RoutingTrace]:
         """Return the traces [1, T, n_units] of sequences [T] in the dense form.
 
         All sequences pass a layer before any goes on, so that the weights are read once
-        (layer_walk.py). label: of the progress that is shown.
+        (layer_walk.py). label: of the progress that is shown. kept: of a stopped walk.
         """
-        walk = LayerWalk(self.base, sequences)
         states: list[RoutingState] = []
         for ids in sequences:
             position = torch.arange(len(ids), device=self.base.device)[None]
@@ -200,11 +203,22 @@ class MoDModel(nn.Module):
                 if other.position.shape == position.shape:
                     state.masks = other.masks  # they take a number for each pair of tokens
             states.append(state)
-        last = max((unit.layer for unit in self.config.routed()), default=-1)
-        for layer in walk.layers(last + 1, label):
+        found = {} if kept is None else kept.found
+        for unit, decided in found.items():
+            for state, (logit, active) in zip(states, decided, strict=True):
+                state.logit[Unit(*unit)] = logit.to(self.base.device)
+                state.active[Unit(*unit)] = active.to(self.base.device)
+        units = self.config.routed()
+        stop = max((unit.layer for unit in units), default=-1) + 1
+        if kept is not None and kept.layer == stop:
+            return [self._trace(state) for state in states]
+        walk = LayerWalk(self.base, sequences)
+        for layer in walk.layers(stop, label, kept):
             for number, state in enumerate(states):
                 with self._deciding(layer, state):
                     walk.pass_layer(number)
+            for unit in (unit for unit in units if unit.layer == layer):
+                found[tuple(unit)] = [(s.logit[unit], s.active[unit]) for s in states]
         return [self._trace(state) for state in states]
 
     @contextmanager

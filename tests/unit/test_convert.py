@@ -215,6 +215,7 @@ def test_unwritable_output(model_dir, text, run_cli):
         (["--sink-tokens", "-1"], "--sink-tokens"),
         (["--layers", "5-3"], "run backwards"),
         (["--units", "kv+block+attn"], "a block holds attention"),
+        (["--units", "kv+attn", "--resume"], "for kv+attn cannot be resumed: the scores of its"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(options, told, tmp_path, run_cli):
