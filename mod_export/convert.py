@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from mod_export import __version__
 from mod_export.common import extras
-from mod_export.common.files import atomic_dir, remove_left
+from mod_export.common.files import atomic_dir, check_room, remove_left
 from mod_export.common.progress import stage
 from mod_export.config import KV_GRANULARITY, KV_WINDOW, SINK_TOKENS
 from mod_export.data.text import read_texts
@@ -189,15 +188,7 @@ def check_disk(path: Path, out: str | Path) -> None:
     """Raise UserError where there is no room for the weights of a model."""
     from mod_export.model import loading
 
-    need = loading.written_bytes(path)
-    parent = Path(out).absolute().parent
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise UserError(
-            f"{out} would have {need / 1e9:.1f} GB of weights, and {parent} has room for "
-            f"{free / 1e9:.1f} GB",
-            "free some, or write elsewhere",
-        )
+    check_room(out, loading.written_bytes(path), str(out))
 
 
 def convert_adapter(

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mod_export.common import extras
-from mod_export.common.files import atomic_file, check_file, folder_beside
+from mod_export.common.files import atomic_file, check_file, check_room, folder_beside
 from mod_export.common.messages import called
 from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
@@ -31,6 +32,7 @@ from mod_export.formats import (
     adapter_files,
     architectures,
     base_identity,
+    ggml_types,
     gguf_adapter,
     hf_directory,
     hub,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_QUANT = "q8_0"
+MIXED_SHARE = 1.25  # of the bytes of a quantisation, whose larger types some matrices get
 
 
 def export(
@@ -110,6 +113,8 @@ def export(
     if str(output).endswith(os.sep):
         encoding = quant or metadata.encoding(weights)
         output = Path(output, metadata.file_name(about, encoding))
+    check_file(output, force)
+    check_room(output, _room(directory, weights, quant), f"the export to {output}")
     with atomic_file(output, force) as target, folder_beside(output) as folder:
         plain = _base_weights(directory, base, quant, folder, about)
         with stage(f"writing {output}"):
@@ -117,13 +122,13 @@ def export(
                 source = GGUFFile.open(plain)
                 if weights is None:
                     architectures.check_units(source, config, str(directory))
-                write_routers(source, target, config, routers, about)
+                write_routers(source, target, config, routers, about, consume=plain != base)
                 if note := kv_size.window_note(source, config):
                     logger.warning(note)
             elif plain == base:
                 _copy(plain, target)
             elif weights is not None:
-                _copy(plain, target, about)
+                _copy(plain, target, about, consume=True)
             else:
                 plain.replace(target)
     return Path(output)
@@ -145,6 +150,23 @@ def _export_routers(
     with atomic_file(output, force) as target:
         gguf_adapter.write(target, found, adapter)
     return Path(output)
+
+
+def _room(directory: Path, weights: GGUFFile | None, quant: str | None) -> float:
+    """Return how many bytes of disk an export takes at most at a time, about.
+
+    A file that the next one is made of gives its room back meanwhile.
+    """
+    if weights is not None and quant is None:
+        return sum(tensor.nbytes for tensor in weights.tensors.values())
+    if weights is None:
+        shapes = hf_directory.shapes(directory)
+        written = quant if quant in FLOAT_NAMES else hf_directory.stored_type(directory)
+    else:
+        shapes, written = [tensor.shape for tensor in weights.tensors.values()], quant
+    n_bytes = ggml_types.bytes_per_value(EXPORT_FORMATS[written].type)
+    mixed = MIXED_SHARE if written not in FLOAT_NAMES else 1.0
+    return mixed * n_bytes * sum(map(math.prod, shapes))
 
 
 def _needs_weights(adapter: Path, base: Path) -> bool:
@@ -213,21 +235,24 @@ def write_routers(
     config: MoDConfig,
     routers: Routers,
     about: gguf.Metadata | None = None,
+    consume: bool = False,
 ) -> None:
     """Copy the dense GGUF `source` to `target` and add the keys and tensors of the schema.
 
-    about: what the keys general.* shall say
+    about: what the keys general.* shall say. consume: as formats.gguf.rewrite takes it.
     """
     added, dropped = metadata.keys(about, source) if about else ((), ())
     with open(target, "wb") as file:
-        schema.write_routers(source, file, config, routers, added, dropped)
+        schema.write_routers(source, file, config, routers, added, dropped, consume)
 
 
-def _copy(plain: Path, target: Path, about: gguf.Metadata | None = None) -> None:
+def _copy(
+    plain: Path, target: Path, about: gguf.Metadata | None = None, consume: bool = False
+) -> None:
     source = GGUFFile.open(plain)
     added, dropped = metadata.keys(about, source) if about else ((), ())
     with open(target, "wb") as file:
-        rewrite(source, file, added_keys=added, dropped_keys=dropped)
+        rewrite(source, file, added_keys=added, dropped_keys=dropped, consume=consume)
 
 
 def _base_weights(
@@ -253,7 +278,7 @@ def _base_weights(
         return plain
     quantised = folder / "quantised.gguf"
     with stage(f"quantising to {quant}"):
-        converter.quantize(plain, quantised, quant)
+        converter.quantize(plain, quantised, quant, consume=base is None)
     return quantised
 
 
@@ -264,7 +289,7 @@ def _with_additions(directory: Path, plain: Path) -> Path:
     if not added:
         return plain
     complete = plain.with_name("complete.gguf")
-    added.write(source, complete)
+    added.write(source, complete, consume=True)
     plain.unlink()
     return complete
 

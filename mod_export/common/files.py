@@ -6,17 +6,25 @@ Example:
         write(tmp)  # renamed at the end, removed on any exception
 """
 
+import ctypes
 import glob
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+from mod_export.common.text import size
 from mod_export.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 ANOTHER = "choose another output"
+TOLD_BYTES = 100e6  # what outputs take from here on is told
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # flags of fallocate(2)
 MARKERS = ("config.json", "mod.json")  # of directories that a command has written
 
 
@@ -189,6 +197,31 @@ def remove_left(path: str | os.PathLike, used: Path) -> None:
     for left in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.tmp"):
         if left not in (used, *used.parents):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def check_room(path: str | os.PathLike, n_bytes: float, what: str) -> None:
+    """Log how much of the disk a large output will take, and how much is free there.
+
+    what: takes it, as the subject of a sentence. Raises UserError where less is free.
+    """
+    parent = Path(os.path.realpath(path)).parent
+    free = shutil.disk_usage(parent).free
+    line = f"{what} takes up to {size(n_bytes)} of disk, of which {size(free)} are free"
+    if n_bytes > free:
+        raise UserError(line, "free some, or write elsewhere")
+    if n_bytes >= TOLD_BYTES:
+        logger.info(line)
+
+
+def give_back(file: BinaryIO, start: int, n_bytes: int) -> None:
+    """Give the room of some bytes of a file back to the disk; they are zeros then.
+
+    The file keeps its length. Nothing happens where the system or the file system cannot do it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "fallocate64"):
+        offsets = ctypes.c_int64(start), ctypes.c_int64(n_bytes)
+        libc.fallocate64(file.fileno(), KEEP_SIZE | PUNCH_HOLE, *offsets)
 
 
 def _beside(target: Path) -> Path:

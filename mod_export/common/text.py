@@ -54,6 +54,11 @@ def short_bytes(size: float) -> str:
     return megabytes(size, 1) if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
+def size(n_bytes: float) -> str:
+    """A size in bytes as `12 MB`, or from a billion bytes on as `12.3 GB`."""
+    return f"{n_bytes / 1e6:.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
+
+
 def mebibytes(size: float) -> str:
     """A size in bytes as `12.3 MiB`, or from 4 GiB on as `12.34 GiB`."""
     return f"{size / 2**20:.1f} MiB" if size < 4 * 2**30 else f"{size / 2**30:.2f} GiB"

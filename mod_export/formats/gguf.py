@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mod_export.common.files import give_back
 from mod_export.errors import UserError
 from mod_export.formats import ggml_types
 from mod_export.formats.ggml_types import F32_TYPE, split_parts
@@ -416,6 +417,7 @@ def rewrite(
     dropped_keys: Collection[str] = (),
     added_tensors: Mapping[str, np.ndarray] | None = None,
     kept_tensors: Mapping[str, str] | None = None,
+    consume: bool = False,
 ) -> None:
     """Write `source` to `target`, from the start of the file, with keys and tensors changed.
 
@@ -424,6 +426,8 @@ def rewrite(
     dropped_keys: names of keys that are left out
     added_tensors: name -> float32 array, shape in numpy order, at the end
     kept_tensors: name -> new name of the tensors that stay; by default all stay, where they are
+    consume: the room of `source` on the disk is given back meanwhile, so that both files together
+        take little more than one; whoever calls this removes `source` then
     """
     keys = _key_section(source, added_keys, changed_keys or {}, dropped_keys)
     if kept_tensors is None:
@@ -446,7 +450,7 @@ def rewrite(
         target.write(part)
     fill(target, pad(target.tell(), source.alignment))
     start = target.tell()
-    _copy_data(source, target, start, copies)
+    _copy_data(source, target, start, copies, consume)
     for offset, array in zip(offsets, added_tensors.values(), strict=True):
         fill(target, start + offset)
         target.write(np.ascontiguousarray(array, "<f4").tobytes())
@@ -506,16 +510,21 @@ def _selected_data(source: GGUFFile, names: Mapping[str, str]) -> tuple[bytes, l
     return infos, copies
 
 
-def _copy_data(source: GGUFFile, target: BinaryIO, start: int, copies: list[_Copy]) -> None:
+def _copy_data(
+    source: GGUFFile, target: BinaryIO, start: int, copies: list[_Copy], consume: bool
+) -> None:
     if not copies:
         return
     # the file is read again, because the pages of the map would count as our memory
-    with source.path.open("rb") as file:
+    with source.path.open("r+b" if consume else "rb") as file:
         for copy in copies:
             fill(target, start + copy.offset)
             file.seek(copy.start)
             for done in range(0, copy.nbytes, COPY_BYTES):
-                target.write(file.read(min(COPY_BYTES, copy.nbytes - done)))
+                n_bytes = min(COPY_BYTES, copy.nbytes - done)
+                target.write(file.read(n_bytes))
+                if consume:
+                    give_back(file, copy.start, done + n_bytes)
 
 
 def fill(target: BinaryIO, end: int) -> None:

@@ -147,6 +147,16 @@ def stored_type(directory: Path) -> str:
     return "f32"
 
 
+def shapes(directory: Path) -> list[list[int]]:
+    """The shapes of the tensors of the directory's model, routers apart."""
+    return [
+        tensor["shape"]
+        for path in tensor_files(directory)
+        for name, tensor in safetensors_header(path).items()
+        if not schema.HF_ROUTER_TENSOR.fullmatch(name)
+    ]
+
+
 def check_weights(directory: Path) -> None:
     """Raise UserError where a file is missing that the index of the weights names."""
     index = directory / WEIGHTS_INDEX

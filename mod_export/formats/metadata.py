@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mod_export.config import MoDConfig
-from mod_export.formats import adapter_files, ggml_types, hf_directory, model_card, schema
+from mod_export.formats import adapter_files, ggml_types, hf_directory, model_card
 from mod_export.formats.gguf import GGUFFile
 
 if TYPE_CHECKING:
@@ -147,12 +147,7 @@ def _parameters(directory: Path, base: GGUFFile | None) -> int:
         return sum(math.prod(tensor.shape) for tensor in base.tensors.values())
     if adapter_files.is_adapter(directory):
         return 0
-    return sum(
-        math.prod(tensor["shape"])
-        for path in hf_directory.tensor_files(directory)
-        for name, tensor in hf_directory.safetensors_header(path).items()
-        if not schema.HF_ROUTER_TENSOR.fullmatch(name)
-    )
+    return sum(map(math.prod, hf_directory.shapes(directory)))
 
 
 def _size_label(file: GGUFFile) -> str:

@@ -237,11 +237,12 @@ def write_routers(
     routers: Routers,
     added_keys: Iterable[tuple[str, str, object]] = (),
     dropped_keys: Collection[str] = (),
+    consume: bool = False,
 ) -> None:
     """Write the dense `file` to `target` with the keys of `config` and the routers.
 
-    added_keys, dropped_keys: others, as `rewrite` takes them. Raises UserError where the routers do
-    not fit the file.
+    added_keys, dropped_keys, consume: as `rewrite` takes them. Raises UserError where the routers
+    do not fit the file.
     """
     check_base(file, config, routers)
     rewrite(
@@ -250,6 +251,7 @@ def write_routers(
         added_keys=(*added_keys, *to_keys(file.architecture, config)),
         dropped_keys=dropped_keys,
         added_tensors=to_tensors(config, routers),
+        consume=consume,
     )
 
 

@@ -6,13 +6,16 @@ Each runs in a process of its own, so that a crash there is an error here.
     quantize(Path("base.gguf"), Path("small.gguf"), "q4_k_m")
 """
 
+import contextlib
 import logging
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
+from mod_export.common.files import give_back
 from mod_export.common.system import usable_cpus
 from mod_export.common.text import last_words
 from mod_export.errors import UserError
@@ -88,7 +91,17 @@ UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 ONTO_BASE = "put the routers on a GGUF of the model with --base"
 MAKE_ROOM = "make room on the disk, or choose another output"
 QUANTIZER_SCRIPT = """
-import sys, llama_cpp
+import re, sys, llama_cpp
+
+# The name of each tensor comes on stdout when its turn comes, all else on stderr.
+@llama_cpp.llama_log_callback
+def log(level, text, _):
+    text = text.decode(errors="replace")
+    if found := re.match(r"\\[ *\\d+/ *\\d+\\] +(\\S+) ", text):
+        print(found[1], flush=True)
+    print(text, end="", file=sys.stderr, flush=True)
+
+llama_cpp.llama_log_set(log, None)
 source, target, ftype, threads = sys.argv[1:]
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = int(ftype)
@@ -143,21 +156,18 @@ def convert_hf(
         _pass_on_warnings(result, "llama.cpp's converter")
 
 
-def quantize(source: Path, target: Path, quant: str) -> None:
+def quantize(source: Path, target: Path, quant: str, consume: bool = False) -> None:
     """Write a GGUF in one of EXPORT_FORMATS, and log which types came out otherwise.
 
+    consume: the room of `source` on the disk is given back meanwhile, and the file is removed.
     Matrices that are quantised already are rounded a second time. Raises UserError with the
     library's last words.
     """
-    result = _python(
-        QUANTIZER_SCRIPT,
-        [
-            str(source.resolve()),
-            str(target.resolve()),
-            str(EXPORT_FORMATS[quant].file_type),
-            str(usable_cpus()),
-        ],
-    )
+    arguments = [str(source.resolve()), str(target.resolve())]
+    arguments += [str(EXPORT_FORMATS[quant].file_type), str(usable_cpus())]
+    result = _quantizer(arguments, source if consume else None)
+    if consume:
+        source.unlink()
     if "No module named 'llama_cpp'" in result.stderr:
         raise UserError("the runtime llama_cpp is not installed", "run `mod-export build`")
     if result.returncode != 0:
@@ -194,6 +204,25 @@ def _python(
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
+
+
+def _quantizer(arguments: list[str], consumed: Path | None) -> subprocess.CompletedProcess:
+    """Run the quantiser, and give back the room of each tensor of a file when it is done."""
+    command = [sys.executable, "-c", QUANTIZER_SCRIPT, *arguments]
+    tensors = GGUFFile.open(consumed).tensors if consumed else {}
+    with contextlib.ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+        file = stack.enter_context(consumed.open("r+b")) if consumed else None
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        stack.enter_context(process)
+        before = None
+        for line in process.stdout or ():
+            if file and before:
+                give_back(file, before.start, before.nbytes)
+            before = tensors.get(line.strip())
+        code = process.wait()
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, code, "", errors.read())
 
 
 def _pass_on_warnings(result: subprocess.CompletedProcess, who: str) -> None:

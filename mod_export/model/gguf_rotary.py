@@ -44,8 +44,8 @@ class Additions:
     def __bool__(self) -> bool:
         return bool(self.keys or self.tensors)
 
-    def write(self, source: GGUFFile, target: Path) -> None:
-        """Write the file `source` with the additions to `target`."""
+    def write(self, source: GGUFFile, target: Path, consume: bool = False) -> None:
+        """Write `source` with the additions to `target`; consume: as rewrite takes it."""
         with target.open("wb") as file:
             rewrite(
                 source,
@@ -53,6 +53,7 @@ class Additions:
                 added_keys=self.keys,
                 dropped_keys=self.dropped,
                 added_tensors=self.tensors,
+                consume=consume,
             )
 
 

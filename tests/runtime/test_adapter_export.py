@@ -20,6 +20,7 @@ from mod_export.formats.base_identity import UNRELATED_DISTANCE, compare, gguf_i
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import read_routers
 from mod_export.inspection import inspect
+from mod_export.llamacpp.converter import quantize
 from mod_export.model.lora import inject_lora
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
@@ -121,6 +122,16 @@ def test_routers_on_a_quantised_gguf(folder, tmp_path, run_cli, quant):
     assert [
         tuple(unit.values())[:2] for unit in inspect(tmp_path / "mod.gguf")["mod"]["units"]
     ] == [(layer, kind) for layer, kind in adapter.config.routed()]
+
+
+def test_a_file_that_is_quantised_gives_its_room_back_meanwhile(folder, tmp_path):
+    source, kept = tmp_path / "source.gguf", tmp_path / "kept.gguf"
+    shutil.copyfile(folder / "f32.gguf", source)
+    kept.hardlink_to(source)
+    quantize(source, tmp_path / "made.gguf", "q8_0", consume=True)
+    assert not source.exists() and kept.stat().st_blocks * 512 < 0.2 * kept.stat().st_size
+    made, expected = GGUFFile.open(tmp_path / "made.gguf"), GGUFFile.open(folder / "q8_0.gguf")
+    assert all(made.tensors[name].data == t.data for name, t in expected.tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mod_export.common.files import atomic_dir, atomic_file, locked
+from mod_export.common.files import atomic_dir, atomic_file, check_room, give_back, locked
 from mod_export.errors import UserError
 
 
@@ -126,3 +126,25 @@ def test_a_lock_that_cannot_be_written(tmp_path):
         locked(tmp_path / "file" / "name", busy=lambda: None),
     ):
         pass
+
+
+def test_room_on_the_disk_is_told_and_checked(tmp_path, caplog):
+    caplog.set_level("INFO", "mod_export")
+    for n_bytes in (3.4e6, 3.4e8):
+        check_room(tmp_path / "out", n_bytes, "it")
+    (line,) = caplog.messages
+    assert line.startswith("it takes up to 340 MB of disk, of which ")
+    with pytest.raises(UserError, match="it takes up to 1000000000.0 GB .* free; free some, or"):
+        check_room(tmp_path / "out", 1e18, "it")
+
+
+def test_a_part_of_a_file_gives_its_room_back(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (1 << 20))
+    with path.open("r+b") as file:
+        give_back(file, 1 << 16, 1 << 19)
+    if path.stat().st_blocks * 512 >= 1 << 20:
+        pytest.skip("this file system cannot do it")
+    held = path.read_bytes()
+    assert len(held) == 1 << 20 and path.stat().st_blocks * 512 < 0.6 * (1 << 20)
+    assert held.count(b"x") == (1 << 20) - (1 << 19) and held[1 << 16] == 0

@@ -64,6 +64,14 @@ def test_without_changes_it_is_the_same_file(plain, odd, tmp_path):
     assert rewritten(odd, tmp_path / "odd", kept_tensors=every).read_bytes() == same
 
 
+def test_a_source_that_is_used_up(plain, tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(plain.read_bytes())
+    before = source.stat().st_blocks
+    assert rewritten(source, tmp_path / "new", consume=True).read_bytes() == plain.read_bytes()
+    assert source.stat().st_blocks < before // 4
+
+
 def test_other_alignment_and_trailing_bytes(odd, tmp_path):
     """Alignment is a key of the file; what follows the last tensor is not copied."""
     mod = write_directory(tmp_path / "mod", UNITS)
