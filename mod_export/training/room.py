@@ -95,6 +95,13 @@ def room_of(accelerator: Any) -> int:
     return available_memory() // here
 
 
+def tell_peak(device: torch.device) -> None:
+    """Log what a run has taken of a GPU, to be compared with what was said before."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+        logger.info(f"training took {_gb(peak)} of memory at most, without CUDA's own")
+
+
 def cure(shape: ModelShape, plan: MemoryPlan, room: int) -> str:
     """Return the options with which a run fits, or else what more it takes."""
     for options, smaller in _smaller(plan):

@@ -182,6 +182,7 @@ def _run(source: Source, config: TrainConfig, accelerator: Any, output: Output) 
     loop = Loop(prepare(source, config, accelerator, output.run))
     with relaxed_attention(source.model.base):
         figures = _go(loop, accelerator, output)
+    room.tell_peak(accelerator.device)
     _log_figures(figures)
     source.model.config = _config(source.model, loop, config, figures)
     devices.gather(loop.student, keep=accelerator.is_main_process)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mod_export.training import loop, run
 from mod_export.training.config import TrainConfig
+from mod_export.training.memory import WHOLE_LAYERS, MemoryPlan, ModelShape, needed
 from mod_export.training.run import train
 
 WAYS = {
@@ -56,9 +57,25 @@ def check(is_sharded: bool) -> None:
 
     def checked(self, *args):
         assert isinstance(self.student, FSDPModule) == is_sharded
+        if is_sharded:
+            check_pieces(self.model.base)
         return go(self, *args)
 
     loop.Loop.go = checked
+
+
+def check_pieces(base: torch.nn.Module) -> None:
+    """Check that a process holds its share of all weights, as training/memory.py says of FSDP."""
+    if any(p.requires_grad for p in base.parameters()):
+        return
+    shape = ModelShape.of(base)
+    plan = MemoryPlan(weight_bytes=base.dtype.itemsize, pieces=2)
+    pieces = needed(shape, plan).weights
+    pieces -= plan.weight_bytes * WHOLE_LAYERS * shape.in_layer  # which are whole in a forward
+    held = sum(getattr(p, "_local_tensor", p).nbytes for p in base.parameters())
+    # The weights outside of the layers are whole from the first forward on, beside their pieces.
+    outside = plan.weight_bytes * shape.outside
+    assert held in (pieces - outside, pieces - outside // 2), (held, pieces, outside)
 
 
 def interrupted(*args, **kwargs) -> None:
