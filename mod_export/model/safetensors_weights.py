@@ -23,6 +23,8 @@ from mod_export.errors import UserError
 from mod_export.formats import hf_directory, schema
 from mod_export.formats.safetensors_writing import StoredTensor, piece_of
 
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
 
 class CannotStream(Exception):
     """The weights of this model can only be loaded all at once; the text says why."""
@@ -32,8 +34,8 @@ class SafetensorsWeights:
     """Reads the parameters and buffers of `base` from the files of a directory.
 
     ignored: tensors of the files that the model has no place for. Raises UserError for a file that
-    is missing or cut, and for a parameter that no file has; CannotStream where transformers has to
-    load all files at once.
+    is missing or cut, for a parameter that no file has, and for one of numbers that mean nothing
+    without a scale; CannotStream where transformers has to load all files at once.
     """
 
     def __init__(self, directory: Path, base: nn.Module):
@@ -56,6 +58,22 @@ class SafetensorsWeights:
             else:
                 self._plain[name] = key
         self._check_complete(known)
+        self._check_types(known)
+
+    def _check_types(self, known: dict[str, torch.Tensor]) -> None:
+        """Refuse parameters of 8 bits and less: a quantisation that config.json does not name."""
+        keys = {key: name for name, key in self._plain.items()}
+        keys |= {key: name for name, joined in self._joined.items() for key in joined}
+        for path in self.files:
+            for key, about in hf_directory.safetensors_header(path).items():
+                name = keys.get(key)
+                floats = name is not None and known[name].is_floating_point()
+                if floats and about["dtype"] not in FLOAT_TYPES:
+                    raise UserError(
+                        f"{path}: {key} is of the type {about['dtype']}, whose scale config.json "
+                        "does not tell",
+                        "get the model in bf16, f16 or f32",
+                    )
 
     def _check_complete(self, known: dict[str, torch.Tensor]) -> None:
         """Give tied parameters the tensor of the other, and refuse what no file has."""

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mod_export.adapter import base_identity
@@ -188,6 +189,11 @@ def test_damaged_files_are_one_line(directories, tmp_path):
         loading.open_streamed(tmp_path / "base")
     file.write_bytes(whole.replace(b"layers.3.mlp.up_proj", b"layers.3.mlp.no_proj"))
     with pytest.raises(UserError, match=f"lacks the weights {name}"):
+        loading.open_streamed(tmp_path / "base")
+    tensors = load_file(directories["llama"] / file.name)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is of the type F8_E4M3, whose scale"):
         loading.open_streamed(tmp_path / "base")
 
 
