@@ -128,19 +128,15 @@ void llama_mod_context::init_tensors() {
     const int64_t n_embd   = lctx.model.hparams.n_embd;
     const int64_t n_ubatch = lctx.cparams.n_ubatch;
 
-    ggml_init_params ip = { 4*ggml_tensor_overhead(), nullptr, true };
+    ggml_init_params ip = { 2*ggml_tensor_overhead(), nullptr, true };
     ctx.reset(ggml_init(ip));
 
     whole.model = &model;
     whole.h = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_ubatch + 1);
-    whole.w = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_units);
-    whole.b = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_units);
 
     whole.routes = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 4, n_units);
 
     ggml_set_name(whole.h, "mod_h");
-    ggml_set_name(whole.w, "mod_w");
-    ggml_set_name(whole.b, "mod_b");
 
     ggml_set_name(whole.routes, "mod_routes");
 
@@ -155,8 +151,32 @@ void llama_mod_context::init_tensors() {
     }
 
     ggml_backend_buffer_clear(buf.get(), 0);
-    ggml_backend_tensor_set(whole.w, model.w.data(), 0, ggml_nbytes(whole.w));
-    ggml_backend_tensor_set(whole.b, model.b.data(), 0, ggml_nbytes(whole.b));
+
+    for (int32_t il = 0; il < (int32_t) lctx.model.hparams.n_layer(); ++il) {
+        init_routers(lctx.model.dev_layer(il));
+    }
+}
+
+void llama_mod_context::init_routers(ggml_backend_dev_t dev) {
+    auto & [rctx, rbuf] = routers[dev];
+    if (!rctx) {
+        ggml_init_params ip = { 2*ggml_tensor_overhead(), nullptr, true };
+        rctx.reset(ggml_init(ip));
+
+        auto * w = ggml_new_tensor_2d(rctx.get(), GGML_TYPE_F32, lctx.model.hparams.n_embd, n_units);
+        auto * b = ggml_new_tensor_1d(rctx.get(), GGML_TYPE_F32, n_units);
+        ggml_set_name(w, "mod_w");
+        ggml_set_name(b, "mod_b");
+
+        rbuf.reset(ggml_backend_alloc_ctx_tensors_from_buft(rctx.get(), ggml_backend_dev_buffer_type(dev)));
+        if (!rbuf) {
+            throw std::runtime_error("mod: failed to allocate the routers");
+        }
+        ggml_backend_tensor_set(w, model.w.data(), 0, ggml_nbytes(w));
+        ggml_backend_tensor_set(b, model.b.data(), 0, ggml_nbytes(b));
+    }
+    whole.w.push_back(ggml_get_first_tensor(rctx.get()));
+    whole.b.push_back(ggml_get_next_tensor(rctx.get(), whole.w.back()));
 }
 
 void llama_mod_context::init_scratch() {

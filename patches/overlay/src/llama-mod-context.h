@@ -92,9 +92,12 @@ private:
 
     llama_pos kv_window_min = 0; // of all kv units, 0: there are none
 
-    // router weights and the residual stream
+    // the residual stream
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
+
+    // the routers on each device that has layers
+    std::map<ggml_backend_dev_t, std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> routers;
 
     llm_mod_segment whole;
 
@@ -176,6 +179,7 @@ private:
     bool bind_unread(const llm_graph_result & res);
 
     void init_tensors();
+    void init_routers(ggml_backend_dev_t dev); // of the next layer
     void init_scratch();
     void init_plan(std::vector<piece> & plan, bool cut_kv, const std::set<int32_t> & middles);
 

@@ -380,20 +380,22 @@ void llama_mod_context::read_scores(const llm_mod_segment & seg, const std::vect
 
     outputs.reset();
 
-    std::vector<const float *> found;
+    std::map<const ggml_tensor *, const float *> found;
     for (const auto & o : seg.out) {
-        found.push_back((const float *) outputs.read(ggml_backend_sched_get_tensor_backend(lctx.sched.get(), o.t), o.t));
+        if (auto & data = found[o.t]; !data) {
+            data = (const float *) outputs.read(ggml_backend_sched_get_tensor_backend(lctx.sched.get(), o.t), o.t);
+        }
     }
     ggml_backend_sched_synchronize(lctx.sched.get());
 
-    for (size_t k = 0; k < seg.out.size(); ++k) {
-        const auto  & o    = seg.out[k];
-        const auto  * data = found[k];
+    for (const auto & o : seg.out) {
+        const auto  * data = found[o.t] + o.i;
+        const int64_t step = o.t->ne[0];
         for (size_t i = 0; i < rows.size(); ++i) {
             const size_t at = (size_t) rows[i]*n_units;
             for (int32_t j = 0; j < o.n; ++j) {
-                scores[at + o.u0 + j] = data[i*o.n + j];
-                active[at + o.u0 + j] = decider.active(o.u0 + j, data[i*o.n + j], ubatch.pos[rows[i]]);
+                scores[at + o.u0 + j] = data[i*step + j];
+                active[at + o.u0 + j] = decider.active(o.u0 + j, data[i*step + j], ubatch.pos[rows[i]]);
             }
         }
     }

@@ -456,7 +456,7 @@ ggml_tensor * llm_mod_graph::build_enter(ggml_tensor * cur, int32_t t) {
     }
     if (scores_kv(t)) {
         const int32_t u = seg->model->find(t/2, LLAMA_MOD_KIND_KV);
-        build_scores(cur, u, u + seg->model->n_kv(t/2));
+        build_scores(cur, t/2, u, u + seg->model->n_kv(t/2));
     }
     return cur;
 }
@@ -617,16 +617,17 @@ void llm_mod_graph::build_end(ggml_tensor * cur) {
 
     // the scores first: they read cur, which the copy into h may not outlive
     if (seg->u1 > seg->u0) {
-        build_scores(cur, seg->u0, seg->u1);
+        build_scores(cur, std::max((seg->t1 - 1)/2, 0), seg->u0, seg->u1);
     }
     ggml_build_forward_expand(gf, out);
 }
 
-void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
+void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t il, int32_t u0, int32_t u1) {
     const int64_t n = u1 - u0;
 
-    ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
-    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b, n, u0*ggml_element_size(seg->b));
+    auto * const all_w = seg->w[il];
+    ggml_tensor * w = ggml_view_2d(g.ctx0, all_w, g.n_embd, n, all_w->nb[1], u0*all_w->nb[1]);
+    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b[il], n, u0*ggml_element_size(seg->b[il]));
 
     ggml_tensor * s;
     if (seg->has_ops) {
@@ -637,10 +638,21 @@ void llm_mod_graph::build_scores(ggml_tensor * cur, int32_t u0, int32_t u1) {
     }
     g.cb(s, "mod_scores", -1);
 
+    // one tensor for all scores of a device, where reading one may cost a round trip over a network
+    ggml_tensor * before = !seg->has_ops && out_w == all_w ? seg->out.back().t : nullptr;
+    seg->out.push_back({ u0, (int32_t) n, before ? (int32_t) before->ne[0] : 0, s });
+    if (before) {
+        before->flags &= ~GGML_TENSOR_FLAG_OUTPUT;
+        s = ggml_concat(g.ctx0, before, s, 0);
+        for (auto & o : seg->out) {
+            o.t = o.t == before ? s : o.t;
+        }
+        seg->out.back().t = s;
+    }
+    out_w = all_w;
+
     ggml_set_output(s);
     ggml_build_forward_expand(gf, s);
-
-    seg->out.push_back({ u0, (int32_t) n, s });
 }
 
 ggml_tensor * llm_mod_graph::build_route(ggml_tensor * cur, int32_t u0, int32_t u1, int32_t unit) {
@@ -659,8 +671,9 @@ ggml_tensor * llm_mod_graph::build_route(ggml_tensor * cur, int32_t u0, int32_t 
         g.res->add_input(std::move(inp));
     }
 
-    ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w, g.n_embd, n, seg->w->nb[1], u0*seg->w->nb[1]);
-    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b,    n, u0*ggml_element_size(seg->b));
+    // all layers are on one device
+    ggml_tensor * w = ggml_view_2d(g.ctx0, seg->w[0], g.n_embd, n, seg->w[0]->nb[1], u0*seg->w[0]->nb[1]);
+    ggml_tensor * b = ggml_view_1d(g.ctx0, seg->b[0], n, u0*ggml_element_size(seg->b[0]));
     ggml_tensor * l = ggml_view_1d(g.ctx0, inp_limit, n, u0*ggml_element_size(inp_limit));
 
     ggml_tensor * res = ggml_mod_route(g.ctx0, cur, w, b, l, inp_always, seg->eps, seg->model->scale_output);

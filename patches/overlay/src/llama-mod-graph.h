@@ -76,8 +76,10 @@ struct llm_mod_segment {
     int32_t u1 = 0;
 
     ggml_tensor * h = nullptr; // F32 [n_embd, n_ubatch + 1], the last row takes what padding computes
-    ggml_tensor * w = nullptr; // F32 [n_embd, n_units]
-    ggml_tensor * b = nullptr; // F32 [n_units]
+
+    // the routers; by layer, because each device has a copy
+    std::vector<ggml_tensor *> w; // F32 [n_embd, n_units]
+    std::vector<ggml_tensor *> b; // F32 [n_units]
 
     ggml_tensor * routes = nullptr; // I32 [4, n_units], what is decided, with on_device
 
@@ -101,10 +103,11 @@ struct llm_mod_segment {
 
     std::list<llm_mod_router> routers;
 
-    // set by the graph: logits of the units [u0, u0 + n), F32 [n, n_tokens]
+    // set by the graph: logits of the units [u0, u0 + n), from column i on of t, F32 [n_columns, n_tokens]
     struct scores {
         int32_t u0;
         int32_t n;
+        int32_t i;
         ggml_tensor * t;
     };
     std::vector<scores> out;
@@ -237,7 +240,10 @@ private:
     ggml_tensor * k_rot = nullptr; // the last made, for quantised K and V
     ggml_tensor * v_rot = nullptr;
 
-    void build_scores(ggml_tensor * cur, int32_t u0, int32_t u1);
+    const ggml_tensor * out_w = nullptr; // the routers of the last scores
+
+    // on the device of layer il
+    void build_scores(ggml_tensor * cur, int32_t il, int32_t u0, int32_t u1);
 
     ggml_tensor * build_router(ggml_tensor * cur, int32_t u0, int32_t u1);
     ggml_tensor * build_route (ggml_tensor * cur, int32_t u0, int32_t u1, int32_t unit);
