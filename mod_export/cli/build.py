@@ -31,8 +31,8 @@ from mod_export.cli.output import show_messages
 @click.option(
     "--tools",
     is_flag=True,
-    help="Build the tools too: llama-server, llama-cli, llama-bench, llama-perplexity and "
-    "llama-quantize. `mod-export tools` prints their folder.",
+    help="Build the tools too: llama-server, llama-cli, llama-bench, llama-perplexity, "
+    "llama-quantize and ggml-rpc-server. `mod-export tools` prints their folder.",
 )
 @click.option("--force", is_flag=True, help="Build again what is built already.")
 @click.option(

@@ -47,6 +47,7 @@ def command(
     types,
     threads,
     gpu_layers,
+    rpc,
     threshold_shift,
     mod,
     system,
@@ -66,7 +67,7 @@ def command(
     from mod_export.serving.chat import Chat
 
     text = read_prompt(prompt, prompt_file)
-    llm = open_model(file, ctx, threads, gpu_layers, threshold_shift, types, mod)
+    llm = open_model(file, ctx, threads, gpu_layers, rpc, threshold_shift, types, mod)
     chosen = Sampling.of(llm, **sampling)
     chat = Chat(llm, system, chosen, max_tokens, lambda line: click.echo(line, err=True), raw=raw)
     if text is None and sys.stdin.isatty():

@@ -62,6 +62,20 @@ gpu_layers_option = click.option(
     show_default=True,
     help="Number of layers of a GGUF on the GPU; -1 puts all there. This needs a CUDA build.",
 )
+served_layers_option = click.option(
+    "-ngl",
+    "--gpu-layers",
+    type=click.IntRange(min=-1),
+    show_default="0; with --rpc all",
+    help="Number of layers on the GPU, or on the servers of --rpc; -1 puts all there. A GPU needs "
+    "a CUDA build.",
+)
+rpc_option = click.option(
+    "--rpc",
+    metavar="HOST:PORT,...",
+    help="Servers that hold layers and their K/V, also on other machines: ggml-rpc-server, which "
+    "`mod-export build --tools` builds.",
+)
 ctx_option = click.option(
     "-c",
     "--ctx",
@@ -244,7 +258,7 @@ def model_options(command):
     """Add the options that open_model takes: those of commands that hold a model open."""
     options = (
         *(mod_option(), ctx_option, cache_type_options(), adaptive_threads_option),
-        *(gpu_layers_option, threshold_shift_option),
+        *(served_layers_option, rpc_option, threshold_shift_option),
     )
     for option in reversed(options):
         command = option(command)
@@ -255,7 +269,8 @@ def open_model(
     file: str,
     ctx: int,
     threads: int | None,
-    gpu_layers: int,
+    gpu_layers: int | None,
+    rpc: str | None,
     threshold_shift: float,
     types: "KVTypes | None" = None,
     mod: str | None = None,
@@ -267,7 +282,7 @@ def open_model(
     from mod_export.runtime import devices
     from mod_export.runtime.llama import MoDLlama
 
-    devices.check(gpu_layers)
+    gpu_layers = devices.chosen_layers(gpu_layers, rpc)
     # a batch is the longest wait after Ctrl-C
     return MoDLlama(
         file,
@@ -275,6 +290,7 @@ def open_model(
         threads=threads,
         n_batch=256,
         n_gpu_layers=gpu_layers,
+        rpc=rpc,
         threshold_shift=threshold_shift,
         mod=mod,
         **(types.options() if types else {}),

@@ -57,6 +57,9 @@ FLAGS = {
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
 }
 TOOLS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "llama-quantize")
+# The patched builds have this on top: layers on other machines, and the tool that serves them.
+RPC_FLAGS = {"GGML_RPC": "ON"}
+RPC_TOOL = "ggml-rpc-server"
 # These options build the tools. Their web page needs npm or a download, so it is left out.
 TOOL_FLAGS = FLAGS | {
     "LLAMA_BUILD_COMMON": "ON",
@@ -101,8 +104,8 @@ def build(
         raise UserError(
             f"missing: {', '.join(missing)}", f"install them (Debian: apt-get install {packages})"
         )
-    flags = TOOL_FLAGS if tools else FLAGS
-    flags = flags | {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]}
+    flags = (TOOL_FLAGS if tools else FLAGS) | ({} if stock else RPC_FLAGS)
+    flags |= {"LLAMA_BUILD_COMMIT": llama_source.read_pin().commit[:9]}
     if cuda:
         toolkit = llama_cuda.find()
         flags |= toolkit.flags(toolkit.architectures(cuda_arch))
@@ -288,6 +291,8 @@ def _compile(
     tree.mkdir(exist_ok=True)
     log = cache_dir("log") / f"{lib.name}.log"
     tools = TOOLS if flags["LLAMA_BUILD_TOOLS"] == "ON" else ()
+    if tools and "GGML_RPC" in flags:
+        tools += (RPC_TOOL,)
     what = "llama.cpp and its tools" if tools else "llama.cpp"
     logger.info(
         f"building {what} with {jobs} {'job' if jobs == 1 else 'jobs'}, some minutes; log: {log}"

@@ -65,6 +65,17 @@ def check(layers: int) -> None:
         )
 
 
+def chosen_layers(layers: int | None, rpc: str | None) -> int:
+    """Return how many layers lie on GPUs and on the RPC servers: all of them without a choice.
+
+    Without servers no layer does. Raises UserError as `check` does.
+    """
+    if rpc:
+        return -1 if layers is None else layers
+    check(layers or 0)
+    return layers or 0
+
+
 def free_memory() -> int:
     """Free bytes of all GPUs together."""
     return sum(gpu.free for gpu in gpus())

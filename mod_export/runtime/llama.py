@@ -28,6 +28,7 @@ from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import LayerKV, kv_layers
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
+from mod_export.runtime import rpc as rpc_servers
 from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.checked_sampler import row_logits
 from mod_export.runtime.checkpoints import SEQUENCE, Checkpoints
@@ -80,8 +81,9 @@ class MoDLlama(SafeLlama):
     prefill; by default all that this process may use, and fewer while other processes need them
     (see `running_threads`). threshold_shift: see `shift`. More arguments as in llama_cpp.Llama,
     whose names model_path and n_threads stand for path and threads too; type_k and type_v may be
-    names, such as "q8_0". Copies (copy, pickle) open the file again, with the same arguments,
-    thresholds, shift and force.
+    names, such as "q8_0". rpc: servers of llama.cpp's RPC backend that hold layers, HOST:PORT with
+    commas or as a list; all layers, where n_gpu_layers names no number. Copies (copy, pickle) open
+    the file again, with the same arguments, thresholds, shift and force.
 
     mod: routers that are put beside the file of a dense model, as formats.gguf_adapter.locate takes
     them: a file that `export ADAPTER` writes, or an adapter. The model is then the one that has
@@ -113,6 +115,7 @@ class MoDLlama(SafeLlama):
         n_threads_batch: int | None = None,
         flash_attn: bool = True,
         threshold_shift: float = 0.0,
+        rpc: str | Sequence[str] | None = None,
         checkpoints: int = CHECKPOINTS,
         checkpoint_step: int = CHECKPOINT_TOKENS,
         checkpoint_bytes: int = CHECKPOINT_BYTES,
@@ -132,6 +135,10 @@ class MoDLlama(SafeLlama):
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
         self._checkpoints = _checkpoints(checkpoints, checkpoint_step, checkpoint_bytes)
+        self._rpc = rpc
+        if rpc:
+            rpc_servers.connect(rpc)
+            kwargs.setdefault("n_gpu_layers", -1)
         self.stop = False
         self._recording: list | None = None
         self._thresholds_changed = False
@@ -706,7 +713,7 @@ class MoDLlama(SafeLlama):
             "checkpoint_bytes": self._checkpoints.max_bytes,
         }
         ours = {"tokenizer": tokenizer, "settings": self._settings(), "stop": self.stop}
-        return state | checkpoints | ours | {"mod": self.mod}
+        return state | checkpoints | ours | {"mod": self.mod, "rpc": self._rpc}
 
     def __setstate__(self, state: dict) -> None:
         options = dict(state)

@@ -20,7 +20,7 @@ from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.model_checks import check_model
 from mod_export.llamacpp import build as llama_build
-from mod_export.runtime import devices
+from mod_export.runtime import devices, rpc
 from mod_export.runtime.opening import check_opens
 
 SERVER = "llama-server"
@@ -34,8 +34,9 @@ class ServerStart:
     """What the server is started with.
 
     name: of the model in answers. ctx: tokens, 0 for what the model was trained for. threads: None
-    for all that this process may use, and fewer while others need them. mod: routers that are put
-    beside the file, as gguf_adapter.locate takes them.
+    for all that this process may use, and fewer while others need them. gpu_layers, rpc: as
+    devices.chosen_layers takes them. mod: routers that are put beside the file, as
+    gguf_adapter.locate takes them.
     """
 
     file: str
@@ -45,7 +46,8 @@ class ServerStart:
     api_key: str | None = None
     ctx: int = 4096
     threads: int | None = None
-    gpu_layers: int = 0
+    gpu_layers: int | None = None
+    rpc: str | None = None
     types: KVTypes | None = None
     threshold_shift: float = 0.0
     mod: str | None = None
@@ -59,7 +61,9 @@ def check(start: ServerStart) -> None:
     if file.get("tokenizer.ggml.model") in NO_VOCABULARY:
         raise UserError(f"{start.file} has no tokenizer", "serve a file that has one")
     check_opens(Path(start.file), GET_AGAIN, start.mod)
-    devices.check(start.gpu_layers)
+    devices.chosen_layers(start.gpu_layers, start.rpc)
+    if start.rpc:
+        rpc.check(rpc.parse(start.rpc))
 
 
 def _check_address(host: str, port: int) -> None:
@@ -101,8 +105,11 @@ def command_line(start: ServerStart, tools: Path, more: tuple[str, ...]) -> list
         # pages of other origins do not get to read answers
         "--cors-origins": "localhost",
     }
-    if devices.gpus():  # without one llama-server warns of the option
-        options["--n-gpu-layers"] = start.gpu_layers
+    if start.rpc:  # before the layers, which need devices
+        options["--rpc"] = start.rpc
+    if start.rpc or devices.gpus():  # without a device llama-server warns of the option
+        layers = devices.chosen_layers(start.gpu_layers, start.rpc)
+        options["--n-gpu-layers"] = "all" if layers < 0 else layers
     if start.types:
         options |= {"--cache-type-k": start.types.k, "--cache-type-v": start.types.v}
     if PAGE.is_dir():

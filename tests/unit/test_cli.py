@@ -201,7 +201,9 @@ def option(command: str, spelling: str) -> dict:
         *((f"--{name}", ("chat", "generate-data")) for name in ("min-p", "repeat-penalty")),
         *((f"--{name}", ("chat", "trace")) for name in ("prompt", "prompt-file")),
         *((name, ("chat", "serve", "trace")) for name in ("--ctx", "--threshold-shift")),
-        *((name, ("chat", "serve", "bench", "eval")) for name in ("--threads", "--gpu-layers")),
+        *((name, ("chat", "serve")) for name in ("--gpu-layers", "--rpc")),
+        ("--gpu-layers", ("bench", "eval")),  # without --rpc
+        ("--threads", ("chat", "serve", "bench", "eval")),
     ],
 )
 def test_an_option_of_several_commands_is_one_option(spelling, commands):
