@@ -33,6 +33,15 @@ from mod_export.cli.values import model_argument
     help="Key that clients have to send.",
 )
 @click.option(
+    "--allow-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    show_default="localhost and addresses of this machine alone",
+    help="Name by which a proxy or a browser reaches a server that listens on this machine alone; "
+    "may be repeated, * is any name.",
+)
+@click.option(
     "-a",
     "--name",
     "--alias",

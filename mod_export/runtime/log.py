@@ -21,6 +21,7 @@ from mod_export.common.text import check_name
 from mod_export.errors import UserError
 from mod_export.formats.base_identity import RIGHT_MODEL
 from mod_export.formats.gguf import GIVE_FILE, GGUFFile
+from mod_export.formats.kv_size import kv_layers
 from mod_export.formats.model_checks import check_model
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure
@@ -29,8 +30,8 @@ import llama_cpp  # isort: skip
 from llama_cpp import _logger  # isort: skip
 
 GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp has no name for it
-# A context up to this many tokens is not checked: any machine has the memory for its cell lists.
-UNCHECKED_CONTEXT_TOKENS = 1 << 20
+# A context up to this many tokens is not checked: most machines have the memory for it.
+UNCHECKED_CONTEXT_TOKENS = 1 << 16
 # Bytes of a cell's position, shift and sequences, in each cache (llama-kv-cells.h).
 CELL_LIST_BYTES = 48
 MAX_CONTEXT_TOKENS = 1 << 31
@@ -155,13 +156,20 @@ def check_file(path: str | os.PathLike) -> None:
     found.check_parts()
 
 
-def check_context(path: str | os.PathLike, n_ctx: int, has_mod: bool = False) -> None:
-    """Raise UserError for a context whose lists of KV cells alone exceed the free memory.
+def check_context(
+    path: str | os.PathLike,
+    n_ctx: int,
+    has_mod: bool = False,
+    sizes: tuple[float, float] | None = None,
+) -> None:
+    """Raise UserError for a context that cannot fit into the free memory.
 
     has_mod: routers are put beside the file.
 
-    The lists are as long as the context, however little of the context is used. llama.cpp does not
-    report a lack of memory for them.
+    What counts is as long as the context, however little of the context is used: the lists of KV
+    cells, and K and V of a dense file, whose values have `sizes` bytes. Without `sizes` they do not
+    count. llama.cpp does not report a lack of memory for the lists, and where the system promises
+    more memory than there is, none for K and V.
     """
     if 0 < n_ctx <= UNCHECKED_CONTEXT_TOKENS:
         return
@@ -173,10 +181,13 @@ def check_context(path: str | os.PathLike, n_ctx: int, has_mod: bool = False) ->
     is_mod = has_mod or f"{file.architecture}.mod.version" in file.keys
     caches = 1 + layers if is_mod and isinstance(layers, int) else 1
     need = n_ctx * caches * CELL_LIST_BYTES
+    if sizes and not is_mod:
+        need += round(sum(layer.dense_bytes(n_ctx) for layer in kv_layers(file, *sizes)))
     free = available_memory()
     if n_ctx >= MAX_CONTEXT_TOKENS or need > free:
+        what = "K, V and its lists of cells" if sizes and not is_mod else "its lists of cells alone"
         raise UserError(
-            f"a context of {n_ctx} tokens takes {need >> 20} MiB for its lists of cells alone, of "
+            f"a context of {n_ctx} tokens takes {need >> 20} MiB of memory for {what}, of "
             f"{free >> 20} MiB that are free",
             "use a smaller context",
         )

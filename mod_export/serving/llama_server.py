@@ -21,6 +21,7 @@ from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.model_checks import check_model
 from mod_export.llamacpp import build as llama_build
 from mod_export.runtime import devices, rpc
+from mod_export.runtime.log import check_context
 from mod_export.runtime.opening import check_opens
 
 SERVER = "llama-server"
@@ -33,10 +34,11 @@ NO_VOCABULARY = (None, "no_vocab")
 class ServerStart:
     """What the server is started with.
 
-    name: of the model in answers. ctx: tokens, 0 for what the model was trained for. threads: None
-    for all that this process may use, and fewer while others need them. gpu_layers, rpc: as
-    devices.chosen_layers takes them. mod: routers that are put beside the file, as
-    gguf_adapter.locate takes them.
+    name: of the model in answers. allowed_hosts: names in the header Host that a server on a
+    loopback address answers to, besides localhost and such addresses. ctx: tokens, 0 for what the
+    model was trained for. threads: None for all that this process may use, and fewer while others
+    need them. gpu_layers, rpc: as devices.chosen_layers takes them. mod: routers that are put
+    beside the file, as gguf_adapter.locate takes them.
     """
 
     file: str
@@ -44,6 +46,7 @@ class ServerStart:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     ctx: int = 4096
     threads: int | None = None
     gpu_layers: int | None = None
@@ -61,7 +64,9 @@ def check(start: ServerStart) -> None:
     if file.get("tokenizer.ggml.model") in NO_VOCABULARY:
         raise UserError(f"{start.file} has no tokenizer", "serve a file that has one")
     check_opens(Path(start.file), GET_AGAIN, start.mod)
-    devices.chosen_layers(start.gpu_layers, start.rpc)
+    elsewhere = devices.chosen_layers(start.gpu_layers, start.rpc)
+    sizes = None if elsewhere else (start.types or KVTypes()).sizes
+    check_context(start.file, start.ctx, start.mod is not None, sizes)
     if start.rpc:
         rpc.check(rpc.parse(start.rpc))
 
@@ -128,6 +133,8 @@ def environment(start: ServerStart, tools: Path) -> dict[str, str]:
         env["LLAMA_MOD_ADAPTER"] = str(gguf_adapter.locate(start.mod).absolute())
     if start.api_key:
         env["LLAMA_API_KEY"] = start.api_key
+    if start.allowed_hosts:
+        env["LLAMA_MOD_ALLOWED_HOSTS"] = ",".join(start.allowed_hosts)
     if start.threads is None:
         env["LLAMA_MOD_ADAPTIVE_THREADS"] = "1"
     return env

@@ -22,6 +22,7 @@ from mod_export.data.text import default_texts
 N_CHOICES = 4
 PAGE_WORDS = 400  # more tokens than windows and sinks hold, so that K/V are dropped
 COPY_LINES = 12
+LINE_WORDS = 16
 
 TASKS = {
     "mod_next": """output_type: multiple_choice
@@ -42,7 +43,7 @@ metric_list:
     "mod_copy": """output_type: generate_until
 doc_to_text: "{{lines}}"
 doc_to_target: "{{rest}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 24, do_sample: false}
+generation_kwargs: {until: ["\\n"], max_gen_toks: 40, do_sample: false}
 filter_list:
   - name: strip
     filter:
@@ -89,8 +90,9 @@ def _item(everything: list[str], begin: int, rng: random.Random) -> dict:
     others = [s for i, s in enumerate(everything) if not begin <= i <= end]
     choices = [everything[end], *rng.sample(others, N_CHOICES - 1)]
     rng.shuffle(choices)
-    lines = rng.sample(everything[begin:end], min(COPY_LINES, end - begin))
-    asked = rng.choice(lines).split()[:12]
+    beginnings = [" ".join(s.split()[:LINE_WORDS]) for s in everything[begin:end]]
+    lines = rng.sample(beginnings, min(COPY_LINES, len(beginnings)))
+    asked = rng.choice(lines).split()
     half = len(asked) // 2
     return {
         "page": " ".join(words),

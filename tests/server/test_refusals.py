@@ -65,6 +65,27 @@ def test_keys(server):
     assert "secret" not in server.text
 
 
+def test_names_of_other_machines(mod, dense):
+    """A page whose name resolves to this machine would be of the server's own origin."""
+    own = ("localhost", "LOCALHOST:80", "127.0.0.1:1", "127.9.9.9", "[::1]:5", "a.localhost.")
+    others = ("evil.example", "127.0.0.1.evil.example:80", "localhost.evil.example", "10.0.0.1")
+
+    def answered(server, host, path="/props") -> bool:
+        answer = server.open(path, host=host).getresponse()
+        said = answer.read()
+        assert answer.status == 200 or (answer.status, json.loads(said)["error"]["code"]) == (
+            (403, 403)
+        )
+        return answer.status == 200
+
+    with started(mod, "--ctx", "256", "--allow-host", "Chat.example") as server:
+        assert all(answered(server, host) for host in (*own, "chat.example:443"))
+        assert not any(answered(server, host, path) for host in others for path in ("/props", "/"))
+    for more, host in ((("--host", "0.0.0.0"), "my.example"), (("--allow-host", "*"), "any.thing")):
+        with started(dense, "--ctx", "256", *more) as server:
+            assert answered(server, host)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_the_middle_of_an_answer(mod, how):
     with started(mod, "--ctx", "2048") as server:

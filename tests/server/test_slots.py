@@ -6,43 +6,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from scripts.studies.serve_soak import same_answer
+from tests.support.completions import TEXT, TOKENS, anew, ask, same_answer, tokens
 from tests.support.llama_server import Refused, started
-
-TOKENS = 12
-TEXT = (
-    "The lighthouse keeper wrote down the weather every morning, the ships that passed, and the "
-    "price of oil. In winter the boat from the harbour came once a month, with letters, flour and "
-    "coal. He read the letters twice and answered them at night, when the lamp was burning. "
-)
 
 
 @pytest.fixture(scope="module")
 def server(mod, tmp_path_factory):
-    more = ["-np", "4", "--slot-save-path", tmp_path_factory.mktemp("slots"), "--metrics"]
+    more = ["-np", "8", "--slot-save-path", tmp_path_factory.mktemp("slots"), "--metrics"]
     more += ["-ub", "128"]  # checkpoints are made so many tokens before the end of a prompt
     with started(mod, "--ctx", "4096", more=more) as server:
         yield server
 
 
-def ask(server, prompt, **changes) -> dict:
-    body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": 4}
-    return server.post("/completion", body | changes)
-
-
-def anew(server, prompt, **changes) -> dict:
-    """The answer where nothing that was read before is used."""
-    return ask(server, prompt, cache_prompt=False, **changes)
-
-
-def tokens(server, text: str) -> list[int]:
-    return server.post("/tokenize", {"content": text})["tokens"]
-
-
 def test_answers_at_once_are_those_of_one_after_the_other(server):
-    prompts = [f"Story {n}. {TEXT * (n + 1)}Then, in the {n}th year," for n in range(4)]
+    prompts = [f"Story {n}. {TEXT * (n % 4 + 1)}Then, in the {n}th year," for n in range(8)]
     alone = [anew(server, prompt) for prompt in prompts]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         at_once = list(pool.map(lambda prompt: anew(server, prompt), prompts))
     assert all(map(same_answer, at_once, alone))
 
@@ -136,10 +115,12 @@ def test_figures_and_trace(server):
     assert {len(row) for row in rows} == {len(units["units"])} and set("".join(rows)) == {"0", "1"}
     share = sum(row.count("1") for row in rows) / sum(map(len, rows))
     assert share == pytest.approx(figures["activation"]["kv"])
-    for wrong, status in (("9", 404), ("x", 400)):
+    for wrong, status, words in (("9", 404, "decoded nothing"), ("x", 400, "is a number")):
         with pytest.raises(Refused) as caught:
             server.get(f"/mod/trace?id_slot={wrong}")
-        assert caught.value.status == status
+        error = caught.value.body["error"]
+        assert (caught.value.status, error["code"]) == (status, status)
+        assert words in error["message"]
     metrics = dict(
         line.split() for line in server.get("/metrics").splitlines() if line.startswith("llamacpp:")
     )

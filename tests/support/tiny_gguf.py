@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 
 from mod_export.units import ATTN, BLOCK, KV, Unit, deciding_order
+from tests.support.lora_files import write_lora
 from tests.support.windows import Window
 
 EPS = 1e-5
@@ -281,23 +282,11 @@ class Tiny:
 
     def lora(self, path: Path, rank: int = 4, seed: int = 3) -> Tiny:
         """Write a LoRA adapter for this model, and return the model with LoRA merged."""
-        rng = np.random.default_rng(seed)
-        w = gguf.GGUFWriter(str(path), self.arch)
-        w.add_type("adapter")
-        w.add_string("adapter.type", "lora")
-        w.add_float32("adapter.lora.alpha", float(rank))
+        names = [name for name in self.tensors if "attn_q" in name or "ffn_down" in name]
+        shapes = {name: self.tensors[name].shape for name in names}
         new = Tiny(**{**self.__dict__, "tensors": dict(self.tensors)})
-        for name in [n for n in self.tensors if "attn_q" in n or "ffn_down" in n]:
-            rows, cols = self.tensors[name].shape
-            a = (0.05 * rng.standard_normal((rank, cols))).astype(np.float32)
-            b = (0.5 * rng.standard_normal((rows, rank))).astype(np.float32)
-            w.add_tensor(f"{name}.lora_a", a)
-            w.add_tensor(f"{name}.lora_b", b)
+        for name, (a, b) in write_lora(path, self.arch, shapes, rank, seed).items():
             new.tensors[name] = self.tensors[name] + b @ a
-        w.write_header_to_file()
-        w.write_kv_data_to_file()
-        w.write_tensors_to_file()
-        w.close()
         return new
 
     def write(self, path: Path, keys: dict | None = None, tensors: dict | None = None) -> Path:

@@ -2,8 +2,10 @@
 
 #include "common.h"
 #include "log.h"
+#include "server-common.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -41,22 +43,48 @@ void server_mod_set_shift(llama_context * ctx, float shift) {
     llama_mod_set_shift(ctx, shift); // a dense model has none
 }
 
+bool server_mod_other_lora(const std::vector<common_adapter_lora_info> & current, const std::vector<common_adapter_lora_info> & next) {
+    return !current.empty() && !are_lora_equal(current, next) && lora_should_clear_cache(current, next);
+}
+
+void server_mod_prepare(llama_context * ctx, float shift, std::vector<common_adapter_lora_info> & lora) {
+    server_mod_set_shift(ctx, shift);
+    common_set_adapter_lora(ctx, lora);
+}
+
 //
 // going back
 //
 
-int32_t server_mod_limit_draft(const llama_context * ctx, int32_t n) {
-    const bool drops = llama_mod_kv_window(llama_get_model(ctx)) > 0;
-    return drops ? std::min(n, llama_mod_get_kv_rollback(ctx)) : n;
+// whether a context's memory drops K/V; a dense model's keeps all, or hides what it drops
+static bool drops_kv(const llama_context * ctx) {
+    const auto * model = ctx ? llama_get_model(ctx) : nullptr;
+    return model && llama_mod_n_units(model) > 0 && (llama_mod_kv_window(model) > 0 || llama_model_n_swa(model) > 0);
 }
 
-bool server_mod_restore(llama_context * ctx, int32_t id_slot, float shift, const common_prompt_checkpoint & checkpoint) {
-    const auto & data = checkpoint.data_tgt;
-    if (data.empty()) {
-        return true;
+int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n) {
+    for (const auto * one : { ctx, ctx_dft }) {
+        if (drops_kv(one)) {
+            n = std::min(n, llama_mod_get_kv_rollback(one));
+        }
     }
-    server_mod_set_shift(ctx, shift);
-    return llama_state_seq_set_data_ext(ctx, data.data(), data.size(), id_slot, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == data.size();
+    return n;
+}
+
+llama_pos server_mod_pos_min(llama_context * ctx, llama_context * ctx_dft, int32_t id_slot) {
+    const auto pos_min = llama_memory_seq_pos_min(llama_get_memory(ctx), id_slot);
+    return drops_kv(ctx_dft) ? std::max(pos_min, llama_memory_seq_pos_min(llama_get_memory(ctx_dft), id_slot)) : pos_min;
+}
+
+static bool restore(llama_context * ctx, int32_t id_slot, const std::vector<uint8_t> & data) {
+    return !ctx || data.empty() ||
+        llama_state_seq_set_data_ext(ctx, data.data(), data.size(), id_slot, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == data.size();
+}
+
+bool server_mod_restore(llama_context * ctx, llama_context * ctx_dft, int32_t id_slot, float shift,
+        std::vector<common_adapter_lora_info> & lora, const common_prompt_checkpoint & checkpoint) {
+    server_mod_prepare(ctx, shift, lora);
+    return restore(ctx, id_slot, checkpoint.data_tgt) && restore(ctx_dft, id_slot, checkpoint.data_dft);
 }
 
 void server_mod_forget(std::list<common_prompt_checkpoint> & checkpoints, llama_pos p0) {
@@ -75,13 +103,16 @@ int32_t server_mod_read_slot(const std::string & text) {
     }
 }
 
-json server_mod_find_trace(const json & slots) {
+json server_mod_answer_slots(const std::string & path, const json & slots) {
+    if (!string_ends_with(path, "/mod/trace")) {
+        return slots;
+    }
     for (size_t i = 0; i < slots.size(); ++i) {
         if (!slots[i].is_null()) {
             return slots[i];
         }
     }
-    return nullptr;
+    return format_error_response("the slot has decoded nothing, or the model has no routers", ERROR_TYPE_NOT_FOUND);
 }
 
 bool server_mod_is_page(const std::string & folder, const std::string & path) {
@@ -90,6 +121,49 @@ bool server_mod_is_page(const std::string & folder, const std::string & path) {
     }
     std::error_code error;
     return path == "/" || std::filesystem::is_regular_file(folder + path, error);
+}
+
+//
+// the header Host
+//
+
+// the name in a Host header: without spaces, port, brackets and the dot of the root, in small letters
+static std::string host_name(std::string host) {
+    host.erase(std::remove_if(host.begin(), host.end(), [](unsigned char c) { return std::isspace(c); }), host.end());
+    if (!host.empty() && host[0] == '[') {
+        host = host.substr(1, host.find(']') - 1);
+    } else if (std::count(host.begin(), host.end(), ':') == 1) {
+        host = host.substr(0, host.find(':'));
+    }
+    if (!host.empty() && host.back() == '.') {
+        host.pop_back();
+    }
+    std::transform(host.begin(), host.end(), host.begin(), [](unsigned char c) { return std::tolower(c); });
+    return host;
+}
+
+static bool is_loopback(const std::string & name) {
+    const bool is_ipv4 = name.find_first_not_of("0123456789.") == std::string::npos; // 127.example.org is a name
+    return name == "localhost" || string_ends_with(name, ".localhost") || name == "::1" || (is_ipv4 && name.rfind("127.", 0) == 0);
+}
+
+std::string server_mod_refuse_host(const std::string & bound, const std::string & host) {
+    static const std::vector<std::string> allowed = [] {
+        const char * text = getenv("LLAMA_MOD_ALLOWED_HOSTS");
+        auto names = string_split<std::string>(text ? text : "", ',');
+        std::transform(names.begin(), names.end(), names.begin(), host_name);
+        return names;
+    }();
+    const auto name = host_name(host);
+    if (!is_loopback(host_name(bound)) || name.empty() || is_loopback(name)) {
+        return "";
+    }
+    if (std::any_of(allowed.begin(), allowed.end(), [&](const auto & one) { return one == "*" || one == name; })) {
+        return "";
+    }
+    LOG_WRN("%s: refused a request for another host: %s\n", __func__, host.c_str());
+    const json error = format_error_response("this server does not answer for the host " + host, ERROR_TYPE_PERMISSION);
+    return safe_json_to_str({{ "error", error }});
 }
 
 //
@@ -157,7 +231,7 @@ void server_mod::init(llama_context * ctx) {
     for (size_t i = 0; i < units.size(); ++i) {
         llama_mod_get_unit(model, i, &units[i]);
     }
-    kv_drops = is_mod() && (llama_mod_kv_window(model) > 0 || llama_model_n_swa(model) > 0);
+    kv_drops = ::drops_kv(ctx);
 
     if (getenv("LLAMA_MOD_ADAPTIVE_THREADS")) {
         llama_mod_set_adaptive_threads(ctx, true);

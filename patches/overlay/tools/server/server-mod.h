@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+struct common_adapter_lora_info;
 struct common_prompt_checkpoint;
 
 using json = common_json;
@@ -28,11 +29,21 @@ float server_mod_read_shift(const json & body);
 // for the tokens decoded from now on, and for the states read from now on
 void server_mod_set_shift(llama_context * ctx, float shift);
 
-// how many drafted tokens can be taken back
-int32_t server_mod_limit_draft(const llama_context * ctx, int32_t n);
+// whether a slot's K/V were made with other adapters than those that a request has which names none
+bool server_mod_other_lora(const std::vector<common_adapter_lora_info> & current, const std::vector<common_adapter_lora_info> & next);
 
-// puts the dropping caches of a slot back; false where the state does not fit, and the prompt must be read again
-bool server_mod_restore(llama_context * ctx, int32_t id_slot, float shift, const common_prompt_checkpoint & checkpoint);
+// before states of a slot are read: they fit a context with the shift and the adapters that they were made with
+void server_mod_prepare(llama_context * ctx, float shift, std::vector<common_adapter_lora_info> & lora);
+
+// how many of n drafted tokens the model and its draft model, which may be null, can take back
+int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n);
+
+// the position that a slot cannot end at or before, as llama_memory_seq_pos_min tells it; that of the draft model too
+llama_pos server_mod_pos_min(llama_context * ctx, llama_context * ctx_dft, int32_t id_slot);
+
+// puts the dropping caches of a slot back; false where a state does not fit, and the prompt must be read again
+bool server_mod_restore(llama_context * ctx, llama_context * ctx_dft, int32_t id_slot, float shift,
+    std::vector<common_adapter_lora_info> & lora, const common_prompt_checkpoint & checkpoint);
 
 // checkpoints from position p0 on, whose tokens are about to move
 void server_mod_forget(std::list<common_prompt_checkpoint> & checkpoints, llama_pos p0);
@@ -40,8 +51,15 @@ void server_mod_forget(std::list<common_prompt_checkpoint> & checkpoints, llama_
 // the slot that /mod/trace asks for; throws where it is no number
 int32_t server_mod_read_slot(const std::string & text);
 
-// the trace in the answer to it, null where there is none
-json server_mod_find_trace(const json & slots);
+// what /slots answers, and /mod/trace: the trace of one slot, or the error where there is none
+json server_mod_answer_slots(const std::string & path, const json & slots);
+
+// the error for a request whose header Host names another machine, empty where it does not
+//
+// A page of any origin can let its name resolve to this machine, and would be of the server's own origin then. Only the
+// Host tells. Where the server is bound to a loopback address, it is localhost or a loopback address. Names in
+// LLAMA_MOD_ALLOWED_HOSTS, with commas between them, are right too; * is any.
+std::string server_mod_refuse_host(const std::string & bound, const std::string & host);
 
 // whether a path names a file of the page, which needs no key: the page asks for the key
 bool server_mod_is_page(const std::string & folder, const std::string & path);
