@@ -94,7 +94,7 @@ def draw(found: Sequence[dict], target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     lengths = list(dict.fromkeys(point["length"] for point in found))
     files = list(dict.fromkeys(point["file"] for point in found))
@@ -112,8 +112,9 @@ def draw(found: Sequence[dict], target: Path) -> None:
                 axis.plot(x, y, marker, color=colour, markersize=6)
         axis.set(xscale="log", yscale="log", title=f"{length} tokens", xlabel="K and V, MiB")
         for ticks in (axis.xaxis, axis.yaxis):  # 0.03, not 3 x 10^-2
-            ticks.set_major_formatter(LogFormatter())
-            ticks.set_minor_formatter(LogFormatter())
+            ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     for kind in kinds:  # the legend has the markers, in grey
