@@ -183,7 +183,8 @@ def _export_whole(
     check_file(Path(output, "model.gguf") if str(output).endswith(os.sep) else output, force)
     with folder_beside(output) as folder:
         directory = folder / "mod"
-        with called(directory, f"{base} with {adapter}"):
+        name = f"{hub.repository(base) or base.name} with {adapter.name}"
+        with called(directory, name):
             convert_adapter(str(base), directory, adapter, linked=True)
             return export(directory, output, quant, dense=dense, force=force)
 
