@@ -74,7 +74,7 @@ def _content(adapter: AdapterFiles, directory: Path) -> bytes:
     if adapter.lora:
         raise UserError(
             f"{directory} holds LoRA weights, which go into the weights of the model",
-            "give the model as --base",
+            f"make one file of both: mod-export export {directory.name} --base MODEL -o FILE.gguf",
         )
     if adapter.config.top_k:
         raise UserError(

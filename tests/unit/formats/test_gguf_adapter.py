@@ -57,7 +57,7 @@ def test_refusals(tmp_path):
         return copy
 
     for adapter, options, words in (
-        (Path("smollm2-kv-eighth"), {}, "holds LoRA weights.*; give the model as --base"),
+        (Path("smollm2-kv-eighth"), {}, "holds LoRA weights.*; make one file .*--base"),
         (ADAPTER, {"quant": "q8_0"}, "without weights for --quant; give a GGUF"),
         (ADAPTER, {"dense": True}, "without weights for --dense; give a GGUF"),
         (with_type("made_up"), {}, "knows no architecture for made_up"),
