@@ -27,7 +27,7 @@ from mod_export.errors import UserError
 from mod_export.formats import architectures as runtime_architectures
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.units import parse_kinds, parse_layers, shares_by_kind
+from mod_export.units import KV, parse_kinds, parse_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def convert(
     """Write a calibrated MoD model to the directory `out`, whole or not at all.
 
     model: a directory, a GGUF file, `smollm2` or a name on the Hugging Face hub; revision: of the
-    last. target: activation, one number or {kind: number}. kv_window: by default KV_WINDOW, or an
-    eighth of the model's context where that is less; "auto" gives each kv unit its own.
+    last. target: activation, one number or {kind: number}. kv_window: "auto" gives each kv
+    unit its own; by default default_window.
     kv_granularity: kv units decide for each K/V `head`, or for each `layer`. calibration_tokens: of
     the text to use; None is all. device, dtype: to compute on and in, as model/devices.py names
     them. save: `adapter` writes the routers alone, `full` the weights of the original too. check:
@@ -112,7 +112,7 @@ def convert(
         plan = CalibrationPlan(
             layers_of_kinds(base, kinds, layers),
             target,
-            None if kv_window == "auto" else kv_window or default_window(base),
+            None if kv_window == "auto" else kv_window or default_window(base, kinds),
             sink_tokens,
             text,
             kv_granularity=kv_granularity,
@@ -164,12 +164,19 @@ def layers_of_kinds(base, kinds: Collection[str], layers: str) -> dict[str, list
     return {kind: architectures.unit_layers(base, kind, chosen) for kind in kinds}
 
 
-def default_window(base) -> int:
-    """Return KV_WINDOW, or an eighth of the model's context where that is less."""
+def default_window(base, kinds: Sequence[str]) -> int | None:
+    """Return the window of all kv units, None where each chooses one of OWN_WINDOWS.
+
+    They choose where the widest is at most an eighth of the model's context. In other models the
+    window is an eighth of the context, at most KV_WINDOW.
+    """
+    from mod_export.calibration.measuring import OWN_WINDOWS
     from mod_export.model import architectures
 
-    widest = max(1, (architectures.context_length(base) or 8 * KV_WINDOW) // 8)
-    return min(KV_WINDOW, widest)
+    eighth = max(1, (architectures.context_length(base) or 8 * max(OWN_WINDOWS)) // 8)
+    if KV in kinds and max(OWN_WINDOWS) <= eighth:
+        return None
+    return min(KV_WINDOW, eighth)
 
 
 def check_base(path: Path, base, tokenizer) -> None:

@@ -63,7 +63,7 @@ class Window(click.IntRange):
 @click.option(
     "--kv-window",
     type=Window(),
-    show_default="256, at most 1/8 of the context",
+    show_default="auto; in models with a context below 4096, 1/8 of it, at most 256",
     help="Number of recent tokens that kv units always see. auto: a number of its own for each "
     "unit, from 16 to 512, with which it remembers the fewest tokens.",
 )

@@ -31,7 +31,7 @@ from mod_export.adapter import open_model
 from mod_export.cli.output import run_script, show_messages
 from mod_export.cli.values import shares
 from mod_export.common.tables import format_table
-from mod_export.config import UnitConfig
+from mod_export.config import KV_WINDOW, UnitConfig
 from mod_export.convert import convert
 from mod_export.model import loading
 from mod_export.model.mod_model import MoDModel
@@ -92,7 +92,7 @@ def make_point(
             start,
             units=point["units"],
             target=target,
-            kv_window=point.get("window"),
+            kv_window=point.get("window", KV_WINDOW),
             sink_tokens=SINK_TOKENS,
             save="full",
         )

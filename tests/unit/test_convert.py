@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
 from mod_export.adapter import open_model
-from mod_export.convert import convert, note_for_export
+from mod_export.convert import convert, default_window, note_for_export
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from mod_export.formats import model_card
@@ -51,6 +51,21 @@ def test_what_the_runtime_does_not_run_is_told(caplog):
     latents, parallel = caplog.messages
     assert "'deepseek2' cannot have routers: " in latents and "(MLA)" in latents
     assert "'phi2' cannot have units of kind ffn: " in parallel
+
+
+@pytest.mark.parametrize(
+    ("context", "kinds", "window"),
+    [
+        (4096, ["attn", "kv"], None),  # each kv unit chooses
+        (4095, ["kv"], 256),
+        (4096, ["attn"], 256),
+        (800, ["kv"], 100),
+    ],
+)
+def test_the_default_window_follows_the_context(context, kinds, window):
+    base = tiny.base()
+    base.config.max_position_embeddings = context
+    assert default_window(base, kinds) == window
 
 
 def test_convert_writes_a_model_that_says_how_it_was_made(model_dir, text, tmp_path, caplog):
