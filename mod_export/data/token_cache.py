@@ -104,7 +104,7 @@ def tokens_of(
         with locked(folder, _tell_busy, SET_CACHE):  # The other process may tokenise the same text.
             if (found := _open(folder / key)) is None:
                 pieces = _mixed(files, folder)
-                with atomic_dir(folder / key, True, "meta.json", SET_CACHE) as tmp:
+                with atomic_dir(folder / key, True, ("meta.json",), SET_CACHE) as tmp:
                     meta = _write(tokenizer, pieces, answers, limit, tmp)
                     (tmp / "meta.json").write_text(
                         json.dumps(meta | {"options": options}, indent=1)

@@ -132,6 +132,8 @@ def test_a_disk_too_full_for_the_model_costs_nothing(files, tmp_path):
             [
                 "train",
                 files / "mod",
+                "--save",
+                "full",
                 "-o",
                 tmp_path / "out",
                 "-d",

@@ -184,7 +184,7 @@ def test_outputs_and_checkpoints_in_the_way(files, tmp_path):
         train(files / "mod", tmp_path / "out", replace(run, data=("no-such-file.txt",)), force=True)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds no config.json, so it is not replaced"):
+    with pytest.raises(UserError, match="holds no config.json or mod.json, so it is not replaced"):
         train(files / "mod", tmp_path / "theirs", run, force=True)
     tiny.save_small(tmp_path / "other", UNITS, seed=1)
     with pytest.raises(UserError, match="another base .*"):
