@@ -22,11 +22,12 @@ from mod_export.common.tables import format_table
 SIZES = (1, 2, 4, 8, 16)
 BEFORE = 64  # tokens of each sequence
 DECODES = 40
+SILENT = llama_cpp.llama_log_callback(lambda *_: None)  # the library holds no reference
 
 
 def open_context(file: str, threads: int):
     """A model and its context, for as many sequences as the largest batch has."""
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+    llama_cpp.llama_log_set(SILENT, None)
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         os.fsencode(file), llama_cpp.llama_model_default_params()
