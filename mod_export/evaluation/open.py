@@ -71,7 +71,22 @@ def open_reader(
     """Open one model; the arguments are those of `open_pair`. Raises UserError likewise."""
     if not math.isfinite(shift):
         raise UserError(f"threshold shift {shift} is not a number", "for example 0.5")
-    reader = _open(path, shift, threads, device, gpu_layers, types, dtype, mod, base)
+    path = adapter_files.find(path) or hub.locate(path)
+    weights = adapter_files.weights_of(path, base)
+    if path.is_file():
+        _refuse_options_of_torch(path, device, dtype)
+        # Models in torch open without llama.cpp.
+        from mod_export.evaluation.runtime_reader import RuntimeReader
+
+        with stage(f"loading {path}"):
+            reader: Reader = RuntimeReader(
+                path, shift=shift, threads=threads, gpu_layers=gpu_layers, types=types, mod=mod
+            )
+    else:
+        _refuse_options_of_files(path, types, mod)
+        if threads:
+            torch.set_num_threads(threads)
+        reader = _open_directory(path, weights, base, shift, device, dtype)
     if shift and not reader.units:
         raise UserError(
             f"{path} is a dense model, so it has no thresholds to shift",
@@ -80,35 +95,18 @@ def open_reader(
     return reader
 
 
-def _open(
-    path,
-    shift: float,
-    threads: int | None,
-    device: str,
-    gpu_layers: int,
-    types: KVTypes | None,
-    dtype: str,
-    mod: str | None,
-    base: str | Path | None,
-) -> Reader:
-    path = adapter_files.find(path) or hub.locate(path)
-    weights = adapter_files.weights_of(path, base)
-    if path.is_file():
-        # Models in torch open without llama.cpp.
-        from mod_export.evaluation.runtime_reader import RuntimeReader
+def _refuse_options_of_torch(path: Path, device: str, dtype: str) -> None:
+    if device != "cpu":
+        raise UserError(
+            f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers"
+        )
+    if dtype != "auto":
+        raise UserError(
+            f"--dtype {dtype} is of models in torch, and {path} is a file", "leave it out"
+        )
 
-        if device != "cpu":
-            raise UserError(
-                f"--device {device} is of models in torch, and {path} is a file", "use --gpu-layers"
-            )
-        if dtype != "auto":
-            raise UserError(
-                f"--dtype {dtype} is of models in torch, and {path} is a file", "leave it out"
-            )
-        with stage(f"loading {path}"):
-            return RuntimeReader(
-                path, shift=shift, threads=threads, gpu_layers=gpu_layers, types=types, mod=mod
-            )
+
+def _refuse_options_of_files(path: Path, types: KVTypes | None, mod: str | None) -> None:
     if not path.exists():
         raise UserError(
             f"no such model: {path}", "give a directory, a GGUF file or a name on the hub"
@@ -123,8 +121,12 @@ def _open(
             f"{path} is a directory, which has no types of K and V",
             "leave out --cache-type-k and --cache-type-v, or export it",
         )
-    if threads:
-        torch.set_num_threads(threads)
+
+
+def _open_directory(
+    path: Path, weights: Path, base: str | Path | None, shift: float, device: str, dtype: str
+) -> Reader:
+    """Open an adapter, a MoD directory or a plain one in torch; weights: what has its weights."""
     place = devices.parse_device(device)
     chosen = devices.choose_dtype(dtype, loading.stored_type(weights), place)
     with stage(f"loading {path}"):

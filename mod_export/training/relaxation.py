@@ -65,24 +65,31 @@ class Relaxation:
         return weight.clamp(min=MIN_LOG_WEIGHT).masked_fill(sink, 0.0)
 
 
-class HardDecisions(DecisionStrategy):
+class _DecisionsOfAnother(DecisionStrategy):
+    """The decisions of another strategy, by default thresholds, in `relaxed_attention`."""
+
+    def __init__(self, hard: DecisionStrategy | None = None, on_unit: Callable | None = None):
+        super().__init__(on_unit)
+        self.hard = hard or DecisionStrategy()
+
+    def check(self, base: nn.Module) -> None:
+        if not has_attention(base, _NAME):
+            raise ValueError(
+                "relaxed decisions need the attention of `with relaxed_attention(base)`"
+            )
+
+    def divide(
+        self, unit: Unit, router: Router, logit: torch.Tensor, shift: float
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+        return self.hard.divide(unit, router, logit, shift)
+
+
+class HardDecisions(_DecisionsOfAnother):
     """The decisions of another strategy, whose masks are made some queries at a time.
 
     The masks of a whole sequence are what takes most memory where nothing is kept for a backward
     pass: a number for each head and each pair of tokens.
     """
-
-    def __init__(self, strategy: DecisionStrategy):
-        super().__init__()
-        self.strategy = strategy
-
-    def check(self, base: nn.Module) -> None:
-        _check_attention(base)
-
-    def divide(
-        self, unit: Unit, router: Router, logit: torch.Tensor, shift: float
-    ) -> tuple[torch.Tensor, float | torch.Tensor]:
-        return self.strategy.divide(unit, router, logit, shift)
 
     def mask(self, state: RoutingState, layer: int, mask, stored, kept: Kept | None):
         if stored is not None and bool(stored.all()):
@@ -101,7 +108,7 @@ def _hidden(seen: torch.Tensor) -> torch.Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))
 
 
-class RelaxedDecisions(DecisionStrategy):
+class RelaxedDecisions(_DecisionsOfAnother):
     """The decisions of another strategy, with a gradient. Use one object for one forward.
 
     hard: the strategy that makes the hard decisions. group_offset: of units, a zero that is added
@@ -117,19 +124,10 @@ class RelaxedDecisions(DecisionStrategy):
         recompute: bool = False,
         on_unit: Callable | None = None,
     ):
-        super().__init__(on_unit)
+        super().__init__(hard, on_unit)
         self.relaxation = relaxation
-        self.hard = hard or DecisionStrategy()
         self.group_offset = group_offset or {}
         self.recompute = recompute
-
-    def check(self, base: nn.Module) -> None:
-        _check_attention(base)
-
-    def divide(
-        self, unit: Unit, router: Router, logit: torch.Tensor, shift: float
-    ) -> tuple[torch.Tensor, float | torch.Tensor]:
-        return self.hard.divide(unit, router, logit, shift)
 
     def decided(
         self, state: RoutingState, unit: Unit, logit: torch.Tensor, cut: float | torch.Tensor
@@ -171,11 +169,6 @@ def _of_heads(state: RoutingState, layer: int, n_head: int) -> torch.Tensor | No
         return None
     every = torch.zeros_like(some)
     return torch.stack([every if keys is None else keys for keys in found], dim=1)
-
-
-def _check_attention(base: nn.Module) -> None:
-    if not has_attention(base, _NAME):
-        raise ValueError("relaxed decisions need the attention of `with relaxed_attention(base)`")
 
 
 @dataclass(frozen=True)

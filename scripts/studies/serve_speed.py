@@ -15,8 +15,6 @@ Run it on a quiet machine.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +23,7 @@ from statistics import median
 import click
 from llama_cpp import Llama
 
+from mod_export.common.system import cpu_name, usable_cpus
 from mod_export.common.tables import format_table
 from mod_export.data.text import default_texts
 from scripts.studies.server_process import ServerProcess
@@ -74,7 +73,7 @@ def clients(server: ServerProcess, tokens: list[int], rounds: int) -> dict:
 
 def one_client(server: ServerProcess, file: Path, tokens: list[int], rounds: int) -> dict:
     """Seconds of one request to the server and of llama_cpp.Llama."""
-    llm = Llama(str(file), n_ctx=CONTEXT, n_threads=os.cpu_count(), verbose=False)
+    llm = Llama(str(file), n_ctx=CONTEXT, n_threads=usable_cpus(), verbose=False)
 
     def generate() -> None:
         llm.reset()
@@ -140,7 +139,7 @@ def main(dense: Path, mod: Path, rounds: int, out: Path | None) -> None:
     names = ["file", "first", "s", "second", "s", "first / second", "rounds"]
     click.echo(format_table(names, rows))
     if out:
-        machine = {"machine": platform.processor(), "processors": os.cpu_count()}
+        machine = {"cpu": cpu_name(), "processors": usable_cpus()}
         out.write_text(json.dumps({"pairs": pairs} | machine, indent=1) + "\n")
 
 
