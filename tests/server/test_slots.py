@@ -13,6 +13,7 @@ from tests.support.llama_server import Refused, started
 @pytest.fixture(scope="module")
 def server(mod, tmp_path_factory):
     more = ["-np", "8", "--slot-save-path", tmp_path_factory.mktemp("slots"), "--metrics"]
+    more += ["--embeddings", "--pooling", "mean"]
     more += ["-ub", "128"]  # checkpoints are made so many tokens before the end of a prompt
     with started(mod, "--ctx", "4096", more=more) as server:
         yield server
@@ -96,6 +97,22 @@ def test_a_shift_belongs_to_a_request(server):
         with pytest.raises(Refused) as caught:
             ask(server, prompt, threshold_shift=wrong)
         assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("of", ["shift", "embeddings"])
+def test_requests_that_share_no_batch_take_turns(server, of):
+    """The second waited for as long as the first was busy."""
+    body = {"prompt": TEXT, "n_predict": 400, "ignore_eos": True, "stream": True, "id_slot": 0}
+    connection = server.open("/completion", body)
+    stream = connection.getresponse()
+    stream.read(50)
+    if of == "shift":
+        assert ask(server, "The sea", id_slot=1, threshold_shift=1, n_predict=4)["content"]
+    else:
+        assert server.post("/v1/embeddings", {"input": "The sea", "id_slot": 1})["data"]
+    assert server.get("/slots")[0]["is_processing"]
+    assert b"stop_type" in stream.read()
+    connection.close()
 
 
 def test_figures_and_trace(server):

@@ -238,7 +238,30 @@ void server_mod::init(llama_context * ctx) {
     }
 }
 
+void server_mod::take_turns(int32_t n_slots, const std::function<server_mod_slot * (int32_t)> & ready, const std::function<bool(int32_t, int32_t)> & together) {
+    int32_t longest  = -1;
+    int32_t n_waited = 1;
+    for (int32_t i = 0; i < n_slots; ++i) {
+        if (auto * slot = ready(i)) {
+            slot->has_turn = true;
+            if (++slot->n_waited > n_waited) {
+                n_waited = slot->n_waited;
+                longest  = i;
+            }
+        }
+    }
+    was_turn = longest >= 0 && !was_turn; // never twice, so that an empty batch, where a request is refused, is followed by another
+    for (int32_t i = 0; was_turn && i < n_slots; ++i) {
+        if (auto * slot = ready(i)) {
+            slot->has_turn = together(longest, i);
+        }
+    }
+}
+
 void server_mod::decoded(int32_t n_tokens, const std::function<server_mod_token(int32_t)> & get, server_mod_metrics & metrics) const {
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        get(i).slot->n_waited = 0;
+    }
     const uint8_t * active = nullptr;
     if (!is_mod() || llama_mod_get_trace(ctx, &active, nullptr) != n_tokens) {
         return;

@@ -89,6 +89,9 @@ struct server_mod_slot {
     uint64_t kv_used  = 0; // bytes
     uint64_t kv_dense = 0;
 
+    int32_t n_waited = 0;    // batches that were made since the slot was in one, this one included
+    bool    has_turn = true; // whether the slot may be in the batch that is made now
+
     void begin(float shift);
     void moved(llama_pos p0, llama_pos delta); // after a context shift
 };
@@ -122,6 +125,11 @@ public:
     // whether the memory drops K/V, so that going back far needs checkpoints
     bool drops_kv() const { return kv_drops; }
 
+    // before a batch is filled: every second one begins with the slot that has waited longest, and the others as upstream's do, with
+    // the first busy slot. Slots of another shift, another LoRA or another kind of task than the first would wait as long as it is busy.
+    // ready(i) is slot i where it has something to decode, else null; together(i, j) tells whether two of these can share a batch.
+    void take_turns(int32_t n_slots, const std::function<server_mod_slot * (int32_t)> & ready, const std::function<bool(int32_t, int32_t)> & together);
+
     // after a successful decode of n_tokens, which get(i) tells
     void decoded(int32_t n_tokens, const std::function<server_mod_token(int32_t)> & get, server_mod_metrics & metrics) const;
 
@@ -141,4 +149,5 @@ private:
     std::vector<llama_mod_unit> units;
 
     bool kv_drops = false;
+    bool was_turn = false; // whether the last batch began with the slot that had waited longest
 };
