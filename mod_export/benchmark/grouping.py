@@ -8,6 +8,7 @@ Example:
 import logging
 
 from mod_export.common.system import available_memory as host_memory
+from mod_export.common.text import size
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import kv_layers
@@ -51,14 +52,13 @@ def groups(variants: list[str], bytes_of: dict[str, int], available: int) -> lis
             break
     if len(found) > 1:
         logger.warning(
-            f"note: all variants at once need about {sum(bytes_of[v] for v in variants) / 1e9:.1f} "
-            f"GB, {available / 1e9:.1f} GB are free: they run in groups, "
+            f"note: all variants at once need about {size(sum(bytes_of[v] for v in variants))}, "
+            f"{size(available)} are free: they run in groups, "
             + "; ".join(", ".join(group) for group in found)
         )
     if need > available:
         logger.warning(
-            f"note: about {need / 1e9:.1f} GB are needed, {available / 1e9:.1f} GB are free: this "
-            "may end or swap"
+            f"note: about {size(need)} are needed, {size(available)} are free: this may end or swap"
         )
     return found
 

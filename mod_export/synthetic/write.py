@@ -24,6 +24,7 @@ from gguf import GGUFValueType, GGUFWriter
 
 from mod_export.common.files import atomic_file
 from mod_export.common.progress import stage
+from mod_export.common.text import size
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import schema
@@ -88,19 +89,17 @@ def synth(
             _append(files[:1], [array.view(np.uint8)])
 
 
-def _check_space(targets: list[Path], size: int) -> None:
-    """Raises UserError where the file systems of the outputs have not `size` bytes for each."""
+def _check_space(targets: list[Path], n_bytes: int) -> None:
+    """Raises UserError where the file systems of the outputs have not `n_bytes` bytes for each."""
     by_device: dict[int, list[Path]] = {}
     for target in targets:
         by_device.setdefault(target.stat().st_dev, []).append(target)
     for here in by_device.values():
-        free, needed = shutil.disk_usage(here[0].parent).free, size * len(here)
+        free, needed = shutil.disk_usage(here[0].parent).free, n_bytes * len(here)
         if free < needed:
-            where = (
-                f"{here[0].parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
-            )
             raise UserError(
-                where, "free some space, or choose another directory or a smaller model"
+                f"{here[0].parent} has {size(free)} free, {size(needed)} are needed",
+                "free some space, or choose another directory or a smaller model",
             )
 
 
