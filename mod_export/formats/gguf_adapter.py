@@ -146,9 +146,14 @@ def locate(mod: str | os.PathLike) -> Path:
     mod: such a file, or an adapter: a directory, the name of a packaged one, or of one on the
     Hugging Face hub. Raises UserError for anything else, and as `read` and `write` do.
     """
+    return located(mod).file.path
+
+
+def located(mod: str | os.PathLike) -> GGUFAdapter:
+    """Return what `locate` finds, read and checked."""
     path = hub.locate(mod)
     if path.is_file() or path.suffix == ".gguf":
-        return read(path).file.path
+        return read(path)
     directory = adapter_files.resolve(path)
     content = _content(adapter_files.read(directory), directory)
     name = hashlib.sha256(content).hexdigest()[:16]
@@ -156,7 +161,7 @@ def locate(mod: str | os.PathLike) -> Path:
     if not target.is_file():
         with atomic_file(target, force=True, cure=SET_CACHE) as tmp:
             tmp.write_bytes(content)
-    return target
+    return read(target)
 
 
 def with_routers(path: str | Path, mod: str | os.PathLike | None) -> GGUFFile:
@@ -168,7 +173,7 @@ def with_routers(path: str | Path, mod: str | os.PathLike | None) -> GGUFFile:
     file = GGUFFile.open(path)
     if mod is None:
         return file
-    adapter = read(locate(mod))
+    adapter = located(mod)
     if adapter.file.architecture != file.architecture:
         raise UserError(
             f"{mod} is for {adapter.base['name']} of architecture '{adapter.file.architecture}', "
