@@ -45,8 +45,9 @@ class HarnessModel(TemplateLM):
 
     pretrained: an adapter, a MoD directory, a plain one, or a GGUF file. device: of a model in
     torch. cache_types: of K and V of a GGUF file, such as q8_0/q4_0. max_length: of a sequence in
-    tokens, by default what the model was made for. The harness hands batch_size and max_batch_size
-    to every class; one sequence is read at a time here.
+    tokens, by default what the model was made for. dtype, mod, base: as open.open_pair takes them.
+    The harness hands batch_size and max_batch_size to every class; one sequence is read at a time
+    here.
 
     Raises UserError for a model that cannot be opened.
     """
@@ -60,13 +61,24 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
         cache_types: str | None = None,
         max_length: int | None = None,
+        dtype: str = "auto",
+        mod: str | None = None,
+        base: str | None = None,
         batch_size: object = None,
         max_batch_size: object = None,
     ):
         super().__init__()
         types = KVTypes.parse(cache_types) if cache_types else None
         self.reader = open_reader(
-            pretrained, threshold_shift, threads, device or "cpu", gpu_layers, types
+            pretrained,
+            threshold_shift,
+            threads,
+            device or "cpu",
+            gpu_layers,
+            types,
+            dtype,
+            mod,
+            base,
         )
         self.tokenizer = self.reader.tokenizer
         self.max_length = min(max_length or self.reader.n_ctx, self.reader.n_ctx)

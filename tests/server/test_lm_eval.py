@@ -19,6 +19,7 @@ from mod_export.export import export
 from mod_export.formats.gguf import GGUFFile
 from scripts.studies import lm_eval_tasks
 from tests.support import tiny_torch as tiny
+from tests.support.routers_beside import write_adapter
 
 TASKS = tuple(lm_eval_tasks.TASKS)
 
@@ -76,6 +77,16 @@ def test_torch_and_the_file_agree(tasks, folder):
     dense = answers(tasks, "mod-export", folder / "plain.gguf", ["mod_next"])
     pairs = zip(file["mod_next"], dense["mod_next"], strict=True)
     assert max(abs(a[0][0] - b[0][0]) for a, b in pairs) > 0.1  # the routers matter
+
+
+def test_routers_beside_a_file_and_an_adapter_on_its_model(tasks, folder):
+    adapter = write_adapter(folder / "adapter", folder / "mod.gguf", folder / "plain.gguf")
+    names = ["mod_next"]
+    file = answers(tasks, "mod-export", folder / "mod.gguf", names)
+    beside = answers(tasks, "mod-export", folder / "plain.gguf", names, mod=str(adapter))
+    assert beside == file
+    torch_ = answers(tasks, "mod-export", folder / "mod", names)
+    assert answers(tasks, "mod-export", adapter, names, base=str(folder / "plain")) == torch_
 
 
 @pytest.mark.parametrize("name", ["plain", "plain.gguf"])
