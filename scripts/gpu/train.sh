@@ -11,7 +11,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pieces.sh"
 [ $# -ge 2 ] || die "usage: scripts/gpu/train.sh PIECES WORK [TOKENS]"
 pieces=$(realpath -m "$1") work=$(realpath -m "$2") tokens=${3:-20000000} python=${PYTHON:-python3}
-"$python" -c 'import torch, transformers, accelerate, click' 2>/dev/null || die "$python lacks torch, transformers, accelerate or click"
+"$python" -c 'import sys; from importlib.util import find_spec
+sys.exit(not all(map(find_spec, ("torch", "transformers", "accelerate", "click"))))' 2>/dev/null || die "$python lacks torch, transformers, accelerate or click"
 unpack "$pieces" "$work" "$python"
 export PYTHONPATH=$PWD:$work/site MOD_EXPORT_CACHE=${MOD_EXPORT_CACHE:-$work/cache}
 mod() { "$python" -m mod_export "$@"; }
