@@ -4,11 +4,13 @@
     python -m scripts.studies.convert_memory --out convert-memory --tokens 2048 1b 3b 1b:12 1b:24
 
 `1b` and `3b` have the shapes of Llama 3.2, with random weights in bfloat16 in files of 1 GB, and
-`1b:24` has 24 layers. A conversion runs in a process of its own. Two figures of it are sampled: the
-resident memory, which counts the parts of the mapped files that were read, and the anonymous part
-of it, which is what the process itself takes. Rows go to OUT/rows.jsonl.
+`1b:24` has 24 layers. A conversion runs in a process of its own. Its time, the processor's time and
+the resident memory are what the system counts, as /usr/bin/time -v shows it; resident memory holds
+the parts of the mapped files that were read. The anonymous part of it, which is what the process
+itself takes, is sampled. Rows go to OUT/rows.jsonl.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +40,7 @@ SHAPES = {
 }
 COMMON = {"intermediate_size": 8192, "num_key_value_heads": 8, "vocab_size": 128256}
 FILE_BYTES = 1 << 30
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1
 
 
 @click.command()
@@ -47,7 +49,7 @@ SAMPLE_SECONDS = 0.05
 @click.option("--tokens", type=int, help="To calibrate on.  [default: all of the packaged text]")
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--calibration-text", type=click.Path(exists=True), help="Where time is short.")
-@click.option("--kv-window", default=256, show_default=True)
+@click.option("--kv-window", help="As `convert` takes it.")
 def main(models, out, tokens, **options):
     out.mkdir(parents=True, exist_ok=True)
     for name in models:
@@ -65,21 +67,27 @@ def converted(model: str | Path, target: Path, options: dict) -> dict:
     command += ["--force"]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)] if value else []
-    start, peaks = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
-    process = subprocess.Popen(command)
-    while process.poll() is None:
-        for name, size in memory_of(process.pid):
-            if name in peaks:
-                peaks[name] = max(peaks[name], size)
-        time.sleep(SAMPLE_SECONDS)
-    if process.returncode:
-        raise UserError(f"the conversion of {model} failed", "see its message")
+    row = measured(command, f"the conversion of {model}")
     written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return row | {"written MB": round(written / 1e6, 3)}
+
+
+def measured(command: list[str], what: str) -> dict:
+    """Return time and peaks of memory of a command. Raises UserError where it fails."""
+    start, anonymous, done = time.monotonic(), 0, 0
+    process = subprocess.Popen(command)
+    while not done:
+        sizes = dict(memory_of(process.pid))
+        anonymous = max(anonymous, sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0))
+        time.sleep(SAMPLE_SECONDS)
+        done, status, used = os.wait4(process.pid, os.WNOHANG)
+    if status:
+        raise UserError(f"{what} failed", "see its message")
     return {
-        "seconds": round(time.monotonic() - start),
-        "resident MB": peaks["VmHWM"] // 10**6,
-        "anonymous MB": peaks["RssAnon"] // 10**6,
-        "written MB": written // 10**6,
+        "seconds": round(time.monotonic() - start, 1),
+        "processor seconds": round(used.ru_utime + used.ru_stime, 1),
+        "resident MB": used.ru_maxrss * 1024 // 10**6,
+        "anonymous MB": anonymous // 10**6,
     }
 
 

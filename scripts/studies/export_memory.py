@@ -3,26 +3,25 @@
     python -m scripts.studies.export_memory --out export-memory 1b 8b
 
 The files are random ones of these shapes in q4_0 (`mod-export synth`), and so are the routers. An
-export runs in a process of its own; resident memory is sampled, file pages included. The file was
-just written, so that it is read from memory where there is enough. Rows go to OUT/rows.jsonl.
+export runs in a process of its own; resident memory counts the pages of files that were read. The
+file was just written, so that it is read from memory where there is enough. Rows go to
+OUT/rows.jsonl, one for each of --repeats.
 """
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
 from safetensors.numpy import save_file
 
 from mod_export.common.tables import format_table
-from mod_export.errors import UserError
 from mod_export.formats import adapter_files, schema
 from mod_export.formats.base_identity import gguf_identity
 from mod_export.formats.gguf import GGUFFile
 from scripts.studies import rows
-from scripts.studies.convert_memory import SAMPLE_SECONDS, memory_of
+from scripts.studies.convert_memory import measured
 
 MOD_EXPORT = (sys.executable, "-m", "mod_export")
 
@@ -31,14 +30,16 @@ MOD_EXPORT = (sys.executable, "-m", "mod_export")
 @click.argument("presets", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write in.")
 @click.option("--quant", default="q4_0", show_default=True)
-def main(presets, out, quant):
+@click.option("--repeats", default=1, show_default=True, help="Exports of each file.")
+def main(presets, out, quant, repeats):
     out.mkdir(parents=True, exist_ok=True)
     for preset in presets:
         dense, adapter = out / f"{preset}-{quant}.gguf", out / f"{preset}-adapter"
         if not adapter.is_dir():
             make(preset, quant, dense, adapter)
         row = {"model": preset, "quant": quant, "file MB": dense.stat().st_size // 10**6}
-        rows.append(out / "rows.jsonl", row | exported(adapter, dense, out / "made.gguf"))
+        for _ in range(repeats):
+            rows.append(out / "rows.jsonl", row | exported(adapter, dense, out / "made.gguf"))
     found = rows.read(out / "rows.jsonl")
     click.echo(format_table(list(found[-1]), [list(row.values()) for row in found]))
 
@@ -60,14 +61,7 @@ def make(preset: str, quant: str, dense: Path, adapter: Path) -> None:
 def exported(adapter: Path, dense: Path, target: Path) -> dict:
     """Return time and peak of memory of an export."""
     command = [*MOD_EXPORT, "export", str(adapter), "--base", str(dense), "-o", str(target)]
-    start, peak = time.monotonic(), 0
-    process = subprocess.Popen([*command, "--force"])
-    while process.poll() is None:
-        peak = max(peak, *(size for name, size in memory_of(process.pid) if name == "VmHWM"), 0)
-        time.sleep(SAMPLE_SECONDS)
-    if process.returncode:
-        raise UserError(f"the export onto {dense} failed", "see its message")
-    return {"seconds": round(time.monotonic() - start, 1), "resident MB": peak // 10**6}
+    return measured([*command, "--force"], f"the export onto {dense}")
 
 
 if __name__ == "__main__":
