@@ -104,7 +104,8 @@ def convert(
                 f"a conversion for {units} cannot be resumed: {BACKWARD}",
                 "leave out --resume, or use --units kv",
             )
-        base, tokenizer = open_base(model, path, dtype, place, BACKWARD if backward else "")
+        whole = BACKWARD if backward else ""
+        base, tokenizer = open_base(model, path, dtype, place, whole, "use --units kv, or block")
         check_base(path, base, tokenizer)
         if check:
             check(base, tokenizer, kinds)

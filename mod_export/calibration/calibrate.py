@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mod_export.calibration import memory
 from mod_export.calibration.measuring import CalibrationPlan, measure_layers, sample_numbers
 from mod_export.calibration.routers import PENALTIES, Candidate, Solution, candidates, choose_all
 from mod_export.calibration.thresholds import routing, settle
@@ -52,11 +53,13 @@ def calibrate(
     """Return config and routers {Unit: (weight [n_embd], bias [1])}.
 
     folder: of what a stopped calibration with the same arguments has kept (run_folder.py). Raises
-    UserError for a text too short, an unknown score, or layers the model does not have.
+    UserError for a text too short, an unknown score, layers the model does not have, or where there
+    is too little memory.
     """
     sequences, held_out, source = _texts(tokenizer, plan, _sequence_length(base, plan))
     sequences, held_out = _first_of(sequences, plan.tokens), _first_of(held_out, plan.tokens)
     _first_config(base, plan)  # an error is raised before the minutes of work
+    memory.check(base, plan, sequences, held_out)
     targets = shares_by_kind(plan.target, plan.units)
     solution, logits = fit_routers(base, sequences, plan, targets, folder)
     if plan.kv_window is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mod_export.common.progress import stage
 from mod_export.common.system import available_memory
+from mod_export.common.text import size
 from mod_export.errors import UserError
 from mod_export.model import devices, loading
 from mod_export.model.safetensors_weights import CannotStream
@@ -17,12 +18,18 @@ from mod_export.model.safetensors_weights import CannotStream
 logger = logging.getLogger(__name__)
 
 
-def open_base(model: str, path: Path, dtype: str, device, whole: str = ""):
+STREAMABLE = "get the model as safetensors files, or use a larger machine"
+
+
+def open_base(
+    model: str, path: Path, dtype: str, device, whole: str = "", cure: str = "use a larger machine"
+):
     """Return a model, one layer of which is in memory at a time, and its tokenizer.
 
     model: what messages call it. dtype: as model/devices.py names it. whole: why all layers are
-    needed at once. Then, and where a model cannot be read layer by layer, the log says how much
-    memory it takes. Raises UserError where that is more than there is.
+    needed at once, cure: what helps then where memory is short. Then, and where a model cannot be
+    read layer by layer, the log says how much memory it takes. Raises UserError where that is more
+    than there is.
     """
     logger.info(f"loading {model}")
     chosen = devices.choose_dtype(dtype, loading.stored_type(path), device)
@@ -31,14 +38,13 @@ def open_base(model: str, path: Path, dtype: str, device, whole: str = ""):
             try:
                 return loading.open_streamed(path, chosen, device)
             except CannotStream as exc:
-                whole = str(exc)
+                whole, cure = str(exc), STREAMABLE
         need, room = loading.weights_bytes(path, chosen), available_memory()
-        logger.info(f"all weights are in memory at once, {need / 1e9:.1f} GB: {whole}")
+        says = (
+            f"{model} takes {size(need)} of memory, all weights at once, and {size(room)} are left"
+        )
         if need > room:
-            raise UserError(
-                f"{model} takes {need / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are "
-                f"available: {whole}",
-                "convert it with --units kv from safetensors files, or on a larger machine",
-            )
+            raise UserError(f"{says}: {whole}", cure)
+        logger.info(f"{says}: {whole}")
         base, tokenizer = loading.load(path, chosen)
         return base.to(device), tokenizer

@@ -19,9 +19,12 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mod_export.model import architectures
+
+HEAD_ROWS = 1 << 14  # of the output matrix, in memory at once
 
 
 class WeightSource(Protocol):
@@ -144,8 +147,7 @@ class StreamedLayers:
             if isinstance(module, nn.Embedding):
                 self._read_rows(module)
             elif module is head:
-                module.register_forward_pre_hook(self._enter_head)
-                module.register_forward_hook(self._leave_head, always_call=True)
+                self._read_head(module)
         _assign(base, _moved(self.source.read(small), self.device))
         for name, buffer in list(base.named_buffers()):  # those that no file holds
             _assign(base, {name: buffer.to(self.device)})
@@ -166,13 +168,19 @@ class StreamedLayers:
 
         embedding.forward = forward
 
-    def _enter_head(self, head: nn.Module, _args) -> None:
-        self._head = head.weight
-        (value,) = self.source.read([self.names[head.weight]]).values()
-        head.weight = nn.Parameter(value.to(self.device), requires_grad=False)
+    def _read_head(self, head: nn.Module) -> None:
+        """Let the output matrix be read some rows at a time: it can be as large as many layers."""
+        whole, numbers = head.weight, torch.arange(len(head.weight))
 
-    def _leave_head(self, head: nn.Module, _args, _out) -> None:
-        head.weight = self._head
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            logits = []
+            for some in numbers.split(HEAD_ROWS):
+                rows = self.source.rows(self.names[whole], some).to(self.device)
+                bias = None if head.bias is None else head.bias[some.to(self.device)]
+                logits.append(F.linear(x, rows, bias))
+            return torch.cat(logits, -1)
+
+        head.forward = forward
 
     def _enter(self, number: int, _layer, _args) -> None:
         if self.reads and number not in self._held:

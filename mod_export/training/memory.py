@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from torch import nn
-
-from mod_export.model import architectures
+from mod_export.model.model_shape import ModelShape
 from mod_export.training.losses import CPU_ROWS, ROWS
 from mod_export.training.relaxation import CHUNK_QUERIES
 
@@ -36,65 +34,6 @@ ROUTER_ROWS = 200
 LOSS_COPIES = 4
 # Layers that FSDP has whole at a time: the one that runs, and the next one.
 WHOLE_LAYERS = 2
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The dimensions that memory depends on.
-
-    in_layers: parameters of all decoder layers. in_linear: those of them in linear modules.
-    outside: parameters of embeddings, output matrix and last norm. features: inputs and outputs of
-    all linear modules of the layers together. inputs: their inputs alone. ff: width of the FFN that
-    a token sees.
-    """
-
-    layers: int
-    embd: int
-    heads: int
-    heads_kv: int
-    head_size: int
-    ff: int
-    vocab: int
-    in_layers: int
-    in_linear: int
-    outside: int
-    features: int
-    inputs: int
-
-    @classmethod
-    def of(cls, base: nn.Module) -> ModelShape:
-        """Return the shape of a model of transformers."""
-        config, parts = base.config, architectures.decoder_layers(base)
-        linears = [m for part in parts for m in part.layer.modules() if isinstance(m, nn.Linear)]
-        in_layers = sum(p.numel() for part in parts for p in part.layer.parameters())
-        heads, embd = config.num_attention_heads, architectures.n_embd(base)
-        experts = getattr(config, "num_experts_per_tok", None) or 1
-        ff = getattr(config, "moe_intermediate_size", None) or getattr(
-            config, "intermediate_size", None
-        )
-        return cls(
-            len(parts),
-            embd,
-            heads,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or embd // heads,
-            experts * (ff or 4 * embd),
-            base.get_output_embeddings().weight.shape[0],
-            in_layers,
-            sum(p.numel() for linear in linears for p in linear.parameters()),
-            sum(p.numel() for p in base.parameters()) - in_layers,
-            sum(linear.in_features + linear.out_features for linear in linears),
-            sum(linear.in_features for linear in linears),
-        )
-
-    @property
-    def parameters(self) -> int:
-        return self.in_layers + self.outside
-
-    @property
-    def in_layer(self) -> float:
-        """Parameters of a layer."""
-        return self.in_layers / self.layers
 
 
 @dataclass(frozen=True)

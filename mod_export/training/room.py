@@ -18,13 +18,15 @@ from torch import nn
 from mod_export import adapter
 from mod_export.calibration.measuring import LONG_TOKENS
 from mod_export.common.system import available_memory
+from mod_export.common.text import size
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.model import architectures, loading
+from mod_export.model.model_shape import ModelShape
 from mod_export.model.safetensors_weights import CannotStream
 from mod_export.training import devices
 from mod_export.training.config import TrainConfig
-from mod_export.training.memory import TOLERANCE, Memory, MemoryPlan, ModelShape, needed
+from mod_export.training.memory import TOLERANCE, Memory, MemoryPlan, needed
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ def check(
     shape, room = ModelShape.of(base), room_of(accelerator)
     plan = plan_of(base, mod, config, dtype, accelerator)
     need = needed(shape, plan)
-    says = f"training takes about {_gb(need.total)} of memory ({_parts(need)}), and "
-    says += f"{accelerator.device} has {_gb(room)} left"
+    says = f"training takes about {size(need.total)} of memory ({_parts(need)}), and "
+    says += f"{accelerator.device} has {size(room)} left"
     if need.total * (1 - TOLERANCE) > room:
         raise UserError(says, cure(shape, plan, room))
     logger.info(says)
@@ -99,7 +101,7 @@ def tell_peak(device: torch.device) -> None:
     """Log what a run has taken of a GPU, to be compared with what was said before."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_reserved(device)
-        logger.info(f"training took {_gb(peak)} of memory at most, without CUDA's own")
+        logger.info(f"training took {size(peak)} of memory at most, without CUDA's own")
 
 
 def cure(shape: ModelShape, plan: MemoryPlan, room: int) -> str:
@@ -107,7 +109,7 @@ def cure(shape: ModelShape, plan: MemoryPlan, room: int) -> str:
     for options, smaller in _smaller(plan):
         if needed(shape, smaller).total <= room:
             return f"use {options}"
-    least = _gb(needed(shape, smaller).total)
+    least = size(needed(shape, smaller).total)
     more = "" if plan.on_cpu else ", or share the weights out among more GPUs (FSDP)"
     return f"{options} would take {least}: use a larger machine{more}"
 
@@ -147,8 +149,4 @@ def _parts(need: Memory) -> str:
         "activations": "activations",
         "logits": "logits",
     }
-    return ", ".join(f"{text} {getattr(need, name) / 1e9:.1f}" for name, text in names.items())
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB"
+    return ", ".join(f"{text} {size(getattr(need, name))}" for name, text in names.items())

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from mod_export.common.tables import format_table
-from mod_export.training.memory import MemoryPlan, ModelShape, needed
+from mod_export.model.model_shape import ModelShape
+from mod_export.training.memory import MemoryPlan, needed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "training-memory.md"

@@ -13,9 +13,10 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
+from mod_export.model.model_shape import ModelShape
 from mod_export.training import loop, run
 from mod_export.training.config import TrainConfig
-from mod_export.training.memory import WHOLE_LAYERS, MemoryPlan, ModelShape, needed
+from mod_export.training.memory import WHOLE_LAYERS, MemoryPlan, needed
 from mod_export.training.run import train
 
 WAYS = {

@@ -4,6 +4,7 @@ refuses.
 
 import logging
 import os
+import re
 import shutil
 
 import pytest
@@ -12,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
 from mod_export.adapter import open_model
-from mod_export.convert import convert, default_window, note_for_export
+from mod_export.convert import convert, convert_adapter, default_window, note_for_export
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from mod_export.formats import model_card
-from mod_export.model import architectures
+from mod_export.model import architectures, opening
 from mod_export.model.role_check import check_roles
 from mod_export.units import Unit
+from tests.support import tiny_adapter
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import TEXT, byte_tokenizer
 from tests.support.hub_server import HubServer
@@ -204,6 +206,23 @@ def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):
         with pytest.raises(UserError, match=message):
             convert(**given)
         assert list(work.iterdir()) == []
+
+
+def test_models_that_have_to_be_whole_say_what_they_take(
+    model_dir, text, tmp_path, caplog, monkeypatch
+):
+    """Scores with a backward pass, and LoRA, which goes into all layers."""
+    caplog.set_level(logging.INFO)
+    convert(model_dir, tmp_path / "ffn", "ffn", 0.8, calibration_text=[text])
+    kept = next(line for line in caplog.messages if "all weights at once" in line)
+    assert re.search(r"base takes \d+ MB of memory, .*: the scores of its units take a back", kept)
+    tiny_adapter.saved(tmp_path / "lora")
+    monkeypatch.setattr(opening, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="MB of memory, .* and 0 MB are left.*backward.*units kv"):
+        convert(model_dir, tmp_path / "none", "attn", calibration_text=[text])
+    with pytest.raises(UserError, match="0 MB are left: the adapter's LoRA .* a larger machine"):
+        convert_adapter(model_dir, tmp_path / "none", tmp_path / "lora")
+    assert not (tmp_path / "none").exists()
 
 
 def test_unwritable_output(model_dir, text, run_cli):

@@ -13,6 +13,7 @@ from mod_export.calibration.measuring import DEFAULT_SCORES
 from mod_export.errors import UserError
 from mod_export.model import architectures
 from mod_export.model.lora import inject_lora, merge_lora
+from mod_export.model.model_shape import ModelShape
 from mod_export.model.role_check import check_roles
 from mod_export.training.relaxation import Relaxation, RelaxedDecisions, relaxed_attention
 from tests.support import tiny_torch as tiny
@@ -196,6 +197,8 @@ def test_units_of_the_kinds_that_a_model_type_has(name):
         expected = plain(IDS).logits
     parts = architectures.decoder_layers(plain)
     assert {kind for kind in UNITS if not all(part.lacks(kind) for part in parts)} == kinds
+    shape = ModelShape.of(plain)
+    assert min(shape.heads, shape.heads_kv, shape.head_size, shape.ff, shape.in_layer) > 0
     assert of_norms(parts[1]) <= {architectures.norm_eps(plain)}
     check_roles(plain)
     new_lora_changes_nothing(plain, expected)

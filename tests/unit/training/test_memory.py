@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mod_export.errors import UserError
+from mod_export.model.model_shape import ModelShape
 from mod_export.training import room, steady_router
 from mod_export.training.config import TrainConfig
-from mod_export.training.memory import TOLERANCE, MemoryPlan, ModelShape, needed
+from mod_export.training.memory import TOLERANCE, MemoryPlan, needed
 from mod_export.training.prepare import trained
 from mod_export.training.relaxation import relaxed_attention
 from mod_export.training.run import train
@@ -105,9 +106,9 @@ def test_a_run_says_what_it_takes_and_is_refused_where_that_is_too_much(
     run = config(files, tokens=1, length=4 * LENGTH, batch=2, held_out=1)
     train(files / "mod", tmp_path / "out", run)
     (said,) = [text for text in caplog.messages if text.startswith("training takes about")]
-    assert re.search(r"\(weights 0.0, what is trained .*\), and cpu has \d+\.\d GB left", said)
+    assert re.search(r"\(weights \d+ MB, what is trained .*\), and cpu has \d+\.\d GB left", said)
     monkeypatch.setattr(room, "room_of", lambda _: 1000)
-    with pytest.raises(UserError, match="training takes about .*cpu has 0.0 GB left") as refused:
+    with pytest.raises(UserError, match="training takes about .*cpu has 0 MB left") as refused:
         train(files / "mod", tmp_path / "none", run)
     assert refused.value.cure.startswith("--recompute --dtype bfloat16 --batch 1 --accumulate 2")
     assert not (tmp_path / "none.run").exists()
