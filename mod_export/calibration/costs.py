@@ -41,6 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from mod_export.calibration.layer_hooks import LayerObserver, LayerRecord, first
 from mod_export.errors import UserError
 from mod_export.model import architectures
+from mod_export.model.fast_products import hide
 from mod_export.model.layer_walk import LayerWalk
 from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
 
@@ -389,14 +390,7 @@ def attention(record: LayerRecord, rows: slice) -> torch.Tensor:
     score = record.query[:, rows] @ record.key[:, : rows.stop].transpose(1, 2) * record.scaling
     if record.softcap:
         score = record.softcap * torch.tanh(score / record.softcap)
-    key = torch.arange(rows.stop, device=score.device)
-    future = key[None] > key[rows.start :, None]
-    if record.mask is None:
-        score = score.masked_fill(future, float("-inf"))
-    elif record.mask.dtype == torch.bool:
-        score = score.masked_fill(~record.mask[rows, : rows.stop], float("-inf"))
-    else:
-        score = score + record.mask[rows, : rows.stop]
+    hide(score, record.mask, rows, is_causal=record.mask is None)
     if record.sinks is None:
         return score.float().softmax(-1)
     sinks = record.sinks[:, None, None].float().expand(-1, score.shape[1], 1)

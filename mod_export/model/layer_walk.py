@@ -23,8 +23,10 @@ import torch
 from torch import nn
 
 from mod_export.common.progress import Progress
+from mod_export.common.text import size
 from mod_export.errors import UserError
 from mod_export.model import architectures, streaming
+from mod_export.model.fast_products import FastProducts
 from mod_export.model.walk_state import WalkState
 
 KEPT_BYTES = 1 << 30  # residual streams of more bytes lie in a file
@@ -83,7 +85,8 @@ class LayerWalk:
     def run(self, number: int, h: torch.Tensor | None = None) -> torch.Tensor:
         """Return what the layer makes of a sequence, or of another residual stream in its place."""
         args, kwargs = self._arguments[number][self._layer]
-        out = self.parts[self._layer].layer(self.h(number) if h is None else h, *args, **kwargs)
+        with FastProducts():
+            out = self.parts[self._layer].layer(self.h(number) if h is None else h, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def keep(self, number: int, out: torch.Tensor) -> None:
@@ -196,11 +199,11 @@ def _equal(own, other):
     return other if same else own
 
 
-def _room(size: int, dtype: torch.dtype) -> torch.Tensor:
+def _room(n: int, dtype: torch.dtype) -> torch.Tensor:
     """Return room for so many numbers, in a file where they are many."""
-    n_bytes = size * dtype.itemsize
+    n_bytes = n * dtype.itemsize
     if n_bytes <= KEPT_BYTES:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(n, dtype=dtype)
     return _unnamed_file(n_bytes, dtype)
 
 
@@ -218,7 +221,7 @@ def _unnamed_file(n_bytes: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_file(path, shared=True, size=n_bytes // dtype.itemsize, dtype=dtype)
     except OSError as exc:
         raise UserError(
-            f"no room for {n_bytes / 1e9:.1f} GB of hidden states in {os.path.dirname(path)} "
+            f"no room for {size(n_bytes)} of hidden states in {os.path.dirname(path)} "
             f"({exc.strerror})",
             "free some, set TMPDIR to another directory, or take fewer --calibration-tokens",
         ) from exc
