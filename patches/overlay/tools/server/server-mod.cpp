@@ -250,7 +250,12 @@ void server_mod::take_turns(int32_t n_slots, const std::function<server_mod_slot
             }
         }
     }
-    was_turn = longest >= 0 && !was_turn; // never twice, so that an empty batch, where a request is refused, is followed by another
+    const int64_t now = ggml_time_us();
+    t_behind += was_turn ? t_last - now : now - t_last;
+    t_behind  = longest < 0 ? std::min(t_behind, (int64_t) 0) : t_behind;
+    t_last    = now;
+    // never twice, so that an empty batch, where a request is refused, is followed by another
+    was_turn = longest >= 0 && t_behind >= 0 && !was_turn;
     for (int32_t i = 0; was_turn && i < n_slots; ++i) {
         if (auto * slot = ready(i)) {
             slot->has_turn = together(longest, i);

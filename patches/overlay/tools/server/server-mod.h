@@ -125,8 +125,8 @@ public:
     // whether the memory drops K/V, so that going back far needs checkpoints
     bool drops_kv() const { return kv_drops; }
 
-    // before a batch is filled: every second one begins with the slot that has waited longest, and the others as upstream's do, with
-    // the first busy slot. Slots of another shift, another LoRA or another kind of task than the first would wait as long as it is busy.
+    // before a batch is filled: it begins with the slot that has waited longest, or as upstream's does with the first busy slot, whichever
+    // kind of batch has taken less time. Slots of another shift, another LoRA or another kind of task than the first would wait as long as it is busy.
     // ready(i) is slot i where it has something to decode, else null; together(i, j) tells whether two of these can share a batch.
     void take_turns(int32_t n_slots, const std::function<server_mod_slot * (int32_t)> & ready, const std::function<bool(int32_t, int32_t)> & together);
 
@@ -149,5 +149,7 @@ private:
     std::vector<llama_mod_unit> units;
 
     bool kv_drops = false;
-    bool was_turn = false; // whether the last batch began with the slot that had waited longest
+    bool    was_turn = false; // whether the last batch began with the slot that had waited longest
+    int64_t t_last   = 0;     // when it was filled, in microseconds
+    int64_t t_behind = 0;     // how much longer the other batches have taken; not more than 0 while no slot waits
 };
