@@ -105,11 +105,20 @@ def field(name: str, type=None, *spellings: str, **more):
     show_default="adapter; full where the weights are no longer the original's",
     help="What is written: an adapter of routers and LoRA only, or a whole MoD directory.",
 )
+@click.option(
+    "--local",
+    "--layer-local",
+    "local",
+    is_flag=True,
+    help="Teach kv routers layer by layer, each by what its own attention loses: one layer is in "
+    "memory at a time. Each sequence is learnt from twice. torchrun, which takes --local for an "
+    "option of its own, lets --layer-local pass.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.run.")
 @click.option(
     "--force", is_flag=True, help="Replace an existing output, and the checkpoint of another run."
 )
-def command(directory, base, output, data, save_as, resume, force, **options):
+def command(directory, base, output, data, save_as, local, resume, force, **options):
     """Train routers and weights, distilling from the original.
 
     DIR is an adapter or a MoD directory that `mod-export convert` has written, or the name of a
@@ -126,9 +135,15 @@ def command(directory, base, output, data, save_as, resume, force, **options):
     if options["four_bit"]:
         extras.require("bitsandbytes")
     show_messages(clock=True)
+    config = TrainConfig(data=data, **options)
+    if local:
+        from mod_export.training.local import train_local
+
+        train_local(directory, output, config, save_as, resume, force, base)
+        return
     if not extras.is_installed("matplotlib") and os.environ.get("RANK", "0") == "0":
         click.echo(f"note: there will be no plots; {extras.cure('matplotlib')}", err=True)
 
     from mod_export.training.run import train
 
-    train(directory, output, TrainConfig(data=data, **options), save_as, resume, force, base)
+    train(directory, output, config, save_as, resume, force, base)

@@ -90,7 +90,7 @@ def train(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     environment.check_made(accelerator)
     devices.check_four_bit(config, accelerator)
-    with _one_voice(accelerator.is_main_process):
+    with one_voice(accelerator.is_main_process):
         _warn_of_slow_precision(accelerator)
         weights = adapter_files.weights_of(directory, base)
         dtype = devices.weights_type(config, loading.stored_type(weights), device, precision)
@@ -99,7 +99,7 @@ def train(
         _check_model(directory, model, config)
         output = _form(output, directory, model, config)
         with accelerator.main_process_first():  # the others find the tokens in the cache
-            data, held_out = _data(model, config)
+            data, held_out = data_of(model, config)
             output.run.mkdir(exist_ok=True)
         with alone(output.run) if accelerator.is_main_process else contextlib.nullcontext():
             source = Source(str(weights), model, identity, data, held_out)
@@ -152,7 +152,7 @@ def _check_four_bit(output: Output, config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def _one_voice(is_main: bool) -> Iterator[None]:
+def one_voice(is_main: bool) -> Iterator[None]:
     """Inside, only the main process logs: the messages of the others repeat its messages."""
     package = logging.getLogger("mod_export")
     level = package.level
@@ -345,7 +345,7 @@ def _check_model(directory: str, model: MoDModel, config: TrainConfig) -> None:
     config.validate(list(model.config.units))
 
 
-def _data(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]:
+def data_of(model: MoDModel, config: TrainConfig) -> tuple[PackedData, PackedData]:
     """Return the sequences to train on and the held-out ones.
 
     Raises UserError where the data do not fit the model or the options.

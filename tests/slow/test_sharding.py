@@ -15,17 +15,20 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
+from mod_export import adapter
 from mod_export.errors import UserError
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.training import devices
+from mod_export.training.config import TrainConfig
+from mod_export.training.local import train_local
 from mod_export.training.log import read
 from mod_export.training.run import train
 from tests.support import tiny_torch as tiny
 from tests.support.sharded_worker import STEPS, WAYS, config
+from tests.support.training_runs import write_start
 
 
-def launch(mode: str, folder: Path) -> None:
-    worker = [str(Path(__file__).parents[1] / "support/sharded_worker.py"), mode, str(folder)]
+def launch(*worker: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -49,8 +52,9 @@ def folder(tmp_path_factory):
     # each process tells a share, and the mean of shares is that of one process only then.
     letters = random.Random(0).choices(string.ascii_letters + " ", k=5000)
     (path / "text.txt").write_text("".join(letters))
+    worker = Path(__file__).parents[1] / "support/sharded_worker.py"
     for mode in ("ddp", "fsdp"):
-        launch(mode, path)
+        launch(str(worker), mode, str(path))
     return path
 
 
@@ -109,3 +113,19 @@ def test_fsdp1_is_refused():
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(UserError, match="FSDP1"):
         devices.configure(accelerator)
+
+
+def test_two_processes_share_the_layers_of_local_training(tmp_path):
+    """They write what one process writes."""
+    write_start(tmp_path)
+    run = TrainConfig(data=(str(tmp_path / "text.txt"),), tokens=400, length=64, held_out=2)
+    train_local(tmp_path / "start", tmp_path / "one", run)
+    options = ["--layer-local", "--tokens", "400", "--length", "64", "--held-out", "2"]
+    start, out, text = (str(tmp_path / name) for name in ("start", "two", "text.txt"))
+    launch("-m", "mod_export", "train", start, "-o", out, "-d", text, *options)
+    one, two = (adapter.load(tmp_path / name) for name in ("one", "two"))
+    assert one.config.units == two.config.units
+    for unit, pair in one.routers.items():
+        assert all(map(torch.equal, pair, two.routers[unit]))
+    parts = sorted(path.name for path in (tmp_path / "two.run").glob("*.pt"))
+    assert parts == ["layers-1-of-2.pt", "layers-2-of-2.pt"]

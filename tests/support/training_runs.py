@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mod_export import adapter
 from mod_export.data.text import default_texts
 from mod_export.training import checkpoints
 from mod_export.training import loop as train_loop
@@ -17,6 +18,7 @@ from mod_export.training import run as train_run
 from mod_export.training.config import TrainConfig
 from mod_export.training.log import read
 from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import byte_tokenizer
 
 UNITS = {"kv": [2, 3], "attn": [4]}
 LENGTH = 32
@@ -27,6 +29,19 @@ def write_files(path: Path) -> Path:
     """Write a model, mod/, and text.txt."""
     tiny.save_small(path / "mod", UNITS)
     (path / "text.txt").write_text(default_texts()[0][:5000])
+    return path
+
+
+def write_start(path: Path) -> Path:
+    """Write a base model, text.txt and an adapter, start/, whose K/V heads decide apart."""
+    (path / "text.txt").write_text(default_texts()[0][:5000])
+    model = tiny.mod_model({"kv": [1, 2, 3]}, n_ctx=512, heads=2)
+    tokenizer = byte_tokenizer()
+    for part in (model.base, tokenizer):
+        part.save_pretrained(path / "base")
+    identity = adapter.base_identity(model.base, tokenizer, "tiny")
+    parts = model.config, model.router_tensors(), model.base, identity
+    adapter.save(path / "start", *parts, model=str(path / "base"))
     return path
 
 

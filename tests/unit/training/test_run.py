@@ -348,7 +348,7 @@ def test_only_the_main_process_logs(caplog):
     caplog.set_level(logging.INFO, "mod_export")
     logger = logging.getLogger("mod_export.training.run")
     for is_main in (True, False):
-        with train_module._one_voice(is_main):
+        with train_module.one_voice(is_main):
             logger.info(f"main: {is_main}")
     logger.info("afterwards")
     assert caplog.messages == ["main: True", "afterwards"]
