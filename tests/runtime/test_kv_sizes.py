@@ -12,7 +12,7 @@ from mod_export.runtime.llama import MoDLlama
 from mod_export.units import KV, Unit
 from tests.support.architectures import models, routers
 
-NAMES = [*SLIDING, "gemma4-e", "llama", "phi3"]
+NAMES = [*SLIDING, "deepseek2", "gemma4-e", "llama", "phi3"]
 N_CTX, UBATCH = 2048, 64
 ROUNDED = 2 * 0.005 * 2**20  # the log has two numbers of MiB, each with two digits
 
@@ -62,7 +62,7 @@ def test_a_dense_model_tells_what_it_holds(files):
     assert llm.kv(2).committed == 2 * N_CTX * per_token[2]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4-e", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("name", ["deepseek2", "gemma3", "gemma4-e", "gpt-oss", "llama4"])
 def test_a_routed_model_holds_what_inspect_says(files, name, tmp_path):
     """Full layers without routers and sliding layers; a chunk is longer than the text."""
     model, n = files[name], 600

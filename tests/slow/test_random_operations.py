@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support import oracle
+from tests.support.architectures import memory
 from tests.support.c_api import Raw, aborting
 from tests.support.kv_operations import next_operation
 from tests.support.kv_reference import END, MIXED, Full, Reference
@@ -27,7 +28,7 @@ pytestmark = needs_patched
 N_SEQ, N_CTX, N_UBATCH, SINKS = 4, 256, 16, 2
 OPERATIONS = 500  # of each case and seed
 SEEDS = 2
-ALL_CASES = (*oracle.CASES, *oracle.WINDOWED)
+ALL_CASES = (*oracle.CASES, *oracle.WINDOWED, *memory.WITHOUT_V)
 SHIFTS = {"active": -1e9, "inactive": 1e9}  # force, as the oracle's shift
 
 

@@ -35,6 +35,21 @@ _GRANITE = {
     "logits_scaling": 0.5,
 }
 _NO_WINDOW = {"sliding_window": None}
+_DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 
 _BY_TYPE: dict[str, dict] = {
     "llama": {},
@@ -84,6 +99,9 @@ _BY_TYPE: dict[str, dict] = {
         "num_nextn_predict_layers": 0,
         "head_dim": 32,
     },
+    "deepseek_v2": _DEEPSEEK | {"topk_method": "greedy"},
+    # Released configurations have the field, which transformers does not read.
+    "deepseek_v3": _DEEPSEEK | {"scoring_func": "sigmoid"},
     "starcoder2": _NO_WINDOW,
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5, "rotary_pct": 1.0} | _sliding(3),

@@ -60,13 +60,14 @@ SLIDING = {
 
 
 # With the others, the models whose sliding layers are tested.
-WINDOWED = (*SLIDING, *memory.NAMES)
+WINDOWED = (*SLIDING, *memory.WINDOWED)
 
 
 def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny | RoutedFile:
     """Return a tiny model with the units of a case.
 
-    case: one of CASES or WINDOWED. Biases lie in gaps between the scores of the sequences.
+    case: one of CASES, WINDOWED or memory.NAMES
+    sequences: biases lie in gaps between their scores
     shape: of a Tiny; the other models have one shape
     """
     if case in memory.NAMES:

@@ -45,13 +45,17 @@ def text(tmp_path):
 
 
 def test_what_the_runtime_does_not_run_is_told(caplog):
-    for name in ("Qwen3ForCausalLM", "HeliumForCausalLM"):  # all kinds; not known to llama.cpp
+    for name in (
+        "Qwen3ForCausalLM",
+        "DeepseekV2ForCausalLM",
+        "HeliumForCausalLM",
+    ):  # all kinds; not known to llama.cpp
         note_for_export(name, ["kv"])
     assert not caplog.messages
-    note_for_export("DeepseekV2ForCausalLM", ["kv"])
+    note_for_export("BloomForCausalLM", ["kv"])
     note_for_export("PhiForCausalLM", ["kv", "ffn"])
-    latents, parallel = caplog.messages
-    assert "'deepseek2' cannot have routers: " in latents and "(MLA)" in latents
+    biased, parallel = caplog.messages
+    assert "'bloom' cannot have routers: " in biased and "(ALiBi)" in biased
     assert "'phi2' cannot have units of kind ffn: " in parallel
 
 

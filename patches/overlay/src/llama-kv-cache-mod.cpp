@@ -29,7 +29,8 @@ static llama_hparams mod_one_head(llama_hparams hparams) {
 
 llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) :
     mod(*model.mod), hparams(model.hparams), hparams_part(mod_one_head(model.hparams)), n_seq_max(cparams.n_seq_max),
-    n_ubatch(cparams.n_ubatch), swa_full(params.swa_full), type_k(params.type_k), type_v(params.type_v), v_trans(!cparams.flash_attn) {
+    n_ubatch(cparams.n_ubatch), swa_full(params.swa_full), type_k(params.type_k), type_v(params.type_v),
+    v_trans(!cparams.flash_attn && !model.hparams.is_mla()) {
 
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         throw std::runtime_error("mod: a model with routers has no context for multi-token prediction");
@@ -235,8 +236,16 @@ llama_memory_context_ptr llama_kv_cache_mod::init_update(llama_context * lctx, b
 }
 
 bool llama_kv_cache_mod::get_can_shift() const {
-    // a shift would move tokens from one chunk to another
-    return base->get_can_shift() && windows[WINDOW_LAYER].kind != llama_mod_window::chunked;
+    // a shift takes quantised K for rotated (llama_kv_cache::build_rope_shift); K that V is a part of never is
+    const auto is_rotated = [this](const llama_kv_cache & kv) {
+        return kv.layers.empty() || (kv.attn_rot_k && !hparams.is_mla());
+    };
+    bool res = base->get_can_shift();
+    if (ggml_is_quantized(type_k)) {
+        res = res && is_rotated(*base) && std::all_of(groups.begin(), groups.end(), [&](const auto & c) { return is_rotated(*c.kv); });
+    }
+    // it would move tokens from one chunk to another
+    return res && windows[WINDOW_LAYER].kind != llama_mod_window::chunked;
 }
 
 void llama_kv_cache_mod::touch_masks() {

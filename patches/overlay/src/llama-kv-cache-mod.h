@@ -169,7 +169,7 @@ private:
 
     const ggml_type type_k;
     const ggml_type type_v;
-    const bool      v_trans;
+    const bool      v_trans; // false too where K alone is stored (MLA)
 
     // that tokens leave: of layers that attend to a part of the tokens, then those of kv units
     enum { WINDOW_LAYER };

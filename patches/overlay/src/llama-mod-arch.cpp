@@ -105,9 +105,6 @@ std::string llama_mod_arch_refuses(const llama_model & model) {
     if (hparams.use_alibi) {
         return "its attention is biased by distance (ALiBi)";
     }
-    if (hparams.is_mla()) {
-        return "its attention caches latents instead of K and V (MLA)";
-    }
     if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "its sliding windows look ahead";
     }

@@ -87,7 +87,9 @@ public:
             set_cell(cell);
         } else {
             mctx->set_input_k_idxs(self_k_idxs, ubatch);
-            mctx->set_input_v_idxs(self_v_idxs, ubatch);
+            if (self_v_idxs) {
+                mctx->set_input_v_idxs(self_v_idxs, ubatch);
+            }
         }
         mctx_mod->fill_mask(self_kq_mask, *ubatch, il, part);
 
@@ -113,7 +115,7 @@ public:
         const int64_t size = mctx_mod->get_kv()->get_own(il, part)->get_size();
 
         *(int64_t *) self_k_idxs->data = cell;
-        for (int64_t j = 0; j < self_v_idxs->ne[0]; ++j) {
+        for (int64_t j = 0; self_v_idxs && j < self_v_idxs->ne[0]; ++j) {
             ((int64_t *) self_v_idxs->data)[j] = j*size + cell;
         }
     }
@@ -495,6 +497,26 @@ static ggml_tensor * share_rot(ggml_tensor * & shared, ggml_tensor * & own) {
     return shared;
 }
 
+bool llm_mod_graph::attend(llm_graph_input_attn_kv * & inp, int il) {
+    inp = is_live() ? build_attn_inp(il) : nullptr;
+
+    return inp;
+}
+
+bool llm_mod_graph::attend(llm_graph_input_attn_k * & inp, int il) {
+    if (!is_live()) {
+        return false;
+    }
+    const auto * all = build_attn_inp(il);
+
+    inp = &inp_k.emplace_back(g.hparams, g.cparams, all->mctx);
+    inp->self_k_idxs      = all->self_k_idxs;
+    inp->self_kq_mask     = all->self_kq_mask;
+    inp->self_kq_mask_cnv = all->self_kq_mask_cnv;
+
+    return true;
+}
+
 llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(int il, int part) {
     const auto * mctx_mod = static_cast<const llama_kv_cache_mod_context *>(g.mctx);
     const auto * mctx     = mctx_mod->get_layer(il, part);
@@ -507,7 +529,7 @@ llm_graph_input_attn_kv * llm_mod_graph::build_attn_inp(int il, int part) {
     auto res = std::make_unique<llm_graph_input_attn_mod>(g.hparams, g.cparams, mctx_mod, il, part);
 
     res->self_k_idxs = mctx->build_input_k_idxs(g.ctx0, g.ubatch);
-    res->self_v_idxs = mctx->build_input_v_idxs(g.ctx0, g.ubatch);
+    res->self_v_idxs = g.hparams.is_mla() ? nullptr : mctx->build_input_v_idxs(g.ctx0, g.ubatch);
 
     if (seg->reserve && mask_any) {
         res->self_kq_mask = mask_any;

@@ -167,8 +167,10 @@ struct llm_mod_graph {
     // does the architecture pick the rows that are output?
     bool has_out_ids() const;
 
-    // the cache that layer il attends to, or one of its parts
-    llm_graph_input_attn_kv * build_attn_inp(int il, int part = 0);
+    // the input of the attention of layer il, with its cache: of K and V, or of K that V is a part of. false: the
+    // attention does not belong to the segment
+    bool attend(llm_graph_input_attn_kv * & inp, int il);
+    bool attend(llm_graph_input_attn_k  * & inp, int il);
 
     // does each K/V head have cells of its own?
     bool has_parts(int il) const;
@@ -233,7 +235,12 @@ private:
     ggml_tensor * inp_limit  = nullptr; // F32 [n_units], the decider's
     ggml_tensor * inp_always = nullptr; // I32 [1], is the token a sink?
 
+    // of layer il, or of one of its parts
+    llm_graph_input_attn_kv * build_attn_inp(int il, int part = 0);
+
     std::map<int32_t, llm_graph_input_attn_kv *> inp_attn; // by group of layers that share cells
+
+    std::list<llm_graph_input_attn_k> inp_k; // what attention without V reads of these
 
     ggml_tensor *             mask_any = nullptr; // the last KQ mask made
 

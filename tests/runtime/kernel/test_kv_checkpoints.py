@@ -9,6 +9,7 @@ import pytest
 
 from mod_export.errors import UserError
 from mod_export.runtime import bindings
+from tests.support.architectures.memory import WITHOUT_V
 from tests.support.c_api import F16, PARTIAL, Raw
 from tests.support.oracle import (
     TOKENS,
@@ -24,7 +25,7 @@ from tests.support.oracle import (
 
 pytestmark = needs_patched
 
-MODELS = ("kv", "attn+ffn+kv", "heads with windows", "gemma3", "llama4", "attn+ffn")
+MODELS = ("kv", "attn+ffn+kv", "heads with windows", "gemma3", "llama4", "attn+ffn", *WITHOUT_V)
 
 
 @pytest.fixture(scope="module", params=MODELS)

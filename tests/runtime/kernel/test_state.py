@@ -10,7 +10,8 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import kv_layers
 from mod_export.runtime import bindings
 from mod_export.runtime.log import kept_log
-from tests.support.c_api import F16, Raw, aborting
+from tests.support.architectures.memory import WITHOUT_V
+from tests.support.c_api import F16, Q8_0, Raw, aborting
 from tests.support.oracle import (
     CASES,
     TOKENS,
@@ -29,7 +30,8 @@ from tests.support.oracle import (
 )
 
 CACHED = [case for case in CASES if case != "ffn"]  # ffn units have no influence on KV
-FREEING = CACHED + list(WINDOWED)  # with windows of layers, whose cells are freed in any case
+# with windows of layers, whose cells are freed in any case, and with K alone in the cells
+FREEING = [*CACHED, *WINDOWED, *WITHOUT_V]
 
 
 def write(case, tmp_path_factory):
@@ -44,7 +46,7 @@ def routed(request, tmp_path_factory):
     return write(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=CACHED)
+@pytest.fixture(scope="module", params=[*CACHED, *WITHOUT_V])
 def forgetful(request, tmp_path_factory):
     """The same without sliding layers: only inactive units make it free cells."""
     return write(request.param, tmp_path_factory)
@@ -247,7 +249,7 @@ def test_context_shift_equals_dense_when_all_is_active(forgetful, tmp_path):
             llama_cpp.llama_memory_seq_add(x.mem, 0, 44, -1, -40)
             assert llama_cpp.llama_memory_seq_pos_max(x.mem, 0) == 59
             results.append(x.decode(TOKENS[0][100:130], pos=np.arange(60, 90)))
-        assert cells(r) == [90 * parts(tiny, i) for i in range(5)]
+        assert cells(r) == [90 * parts(tiny, i) for i in range(tiny.n_layer)]
         np.testing.assert_array_equal(*results)
 
 
@@ -268,6 +270,16 @@ def test_context_shift_of_routed_layers(routed):
             r.pos[0] = 60
             results.append(r.decode_cut(TOKENS[0][100:130], size)[0])
     close(*results, 4 * tiny.noise)
+
+
+@pytest.mark.parametrize(("case", "can"), [("gemma3", True), ("deepseek2-heads", False)])
+def test_quantised_k_is_moved_where_it_was_stored_rotated(case, can, tmp_path):
+    """llama.cpp takes it for rotated in any case, which destroys the K of MLA."""
+    path = make(case).write(tmp_path / "mod.gguf")
+    with Raw(path, fa=True, kv=F16) as r:
+        assert r.can_shift()
+    with Raw(path, fa=True, kv=Q8_0) as r:
+        assert r.can_shift() is can
 
 
 def test_dividing_positions_equals_dense_when_all_is_active(forgetful, tmp_path):

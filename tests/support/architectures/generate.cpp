@@ -78,6 +78,24 @@ static void bailingmoe3_keys(gguf_context * ctx, const std::string & a) {
     set_floats(ctx, a + "swiglu_clamp_shexp", repeated(5.0f));
 }
 
+// several heads read the one that is stored
+static void mla_heads_keys(gguf_context * ctx, const std::string & a) {
+    gguf_set_val_u32(ctx, (a + "attention.head_count").c_str(), 4);
+}
+
+// the form of older files: K and V of each head are stored
+static void decompressed_keys(gguf_context * ctx, const std::string & a) {
+    for (const char * part : { "key", "value" }) {
+        const std::string length = a + "attention." + part + "_length";
+        const std::string mla    = length + "_mla";
+        gguf_set_val_u32(ctx, length.c_str(), gguf_get_val_u32(ctx, gguf_find_key(ctx, mla.c_str())));
+        gguf_remove_key(ctx, mla.c_str());
+    }
+    for (const char * heads : { "head_count", "head_count_kv" }) {
+        gguf_set_val_u32(ctx, (a + "attention." + heads).c_str(), 2);
+    }
+}
+
 static std::vector<variant> variants(llm_arch arch) {
     const std::string name = llm_arch_name(arch);
     switch (arch) {
@@ -106,6 +124,12 @@ static std::vector<variant> variants(llm_arch arch) {
             return { { arch, name, moe_mandatory(arch), {}, 2 } };
         case LLM_ARCH_BAILINGMOE3:
             return { { arch, name, true, bailingmoe3_keys } };
+        case LLM_ARCH_DEEPSEEK2:
+            return {
+                { arch, name, true, {} },
+                { arch, name + "-heads", true, mla_heads_keys },
+                { arch, name + "-decompressed", true, decompressed_keys },
+            };
         case LLM_ARCH_DEEPSEEK2OCR:
             return { { arch, name, true, {} } };
         default:

@@ -26,10 +26,12 @@ from tests.support.c_api import Raw
 from tests.support.tiny_gguf import Out, widest_gap
 from tests.support.windows import Window
 
-# One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones; and
-# the noise of their logits in f32, and with flash attention on f16. The logits have a standard
-# deviation of 0.3. GELU comes from a table in f16.
-NOISE = {"gemma3": (1.5e-4, 5e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
+# One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones, and
+# one that stores K alone; and the noise of their logits in f32, and with flash attention on f16.
+# The logits have a standard deviation of 0.3. GELU comes from a table in f16.
+WINDOWED = {"gemma3": (1.5e-4, 5e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
+WITHOUT_V = {"deepseek2-heads": (1.5e-4, 5e-4)}
+NOISE = WINDOWED | WITHOUT_V
 NAMES = tuple(NOISE)
 STDEV = 0.15  # of the weights; with smaller ones a token depends on other tokens by little
 CHUNKED = 2  # enum llama_swa_type
@@ -152,9 +154,12 @@ def routed(name: str, sequences, activation: float = 0.5) -> RoutedFile:
 def _units(model: Model) -> list[Unit]:
     """kv units on all full layers, a block unit on the last one, an ffn unit on a sliding one.
 
-    The kv units are those of K/V heads where the model has several.
+    A model without sliding layers has the ffn unit on the first layer, and no kv unit there. The kv
+    units are those of K/V heads where the model has several.
     """
-    units = [Unit(layer, KV) for layer in model.full] + [Unit(model.full[-1], BLOCK)]
+    other = model.sliding or model.full
+    full = [layer for layer in model.full if layer != other[0]]
+    units = [Unit(layer, KV) for layer in full] + [Unit(full[-1], BLOCK)]
     if model.architecture != "gemma4":  # which can have none
-        units.append(Unit(model.sliding[0], FFN))
+        units.append(Unit(other[0], FFN))
     return routers.by_head(model, units)
