@@ -8,25 +8,23 @@ compares the result with what torch's operations hold, docs/results/memory.md wi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from mod_export.calibration.costs import QUERY_BLOCK
 from mod_export.calibration.measuring import CalibrationPlan, sample_numbers, sequences_joined
+from mod_export.common import memory_check
 from mod_export.common.system import available_memory
 from mod_export.common.text import size
 from mod_export.config import KV_WINDOW
-from mod_export.errors import UserError
 from mod_export.model import streaming
 from mod_export.model.layer_walk import KEPT_BYTES
 from mod_export.model.model_shape import ModelShape
 from mod_export.units import KV
-
-logger = logging.getLogger(__name__)
 
 # The prediction is off by at most this share (tests/unit/calibration/test_memory.py).
 TOLERANCE = 0.25
@@ -130,16 +128,14 @@ def check(
     sequences, held_out: [n, T]. Raises UserError where there is less, with the options that help.
     """
     shape, texts = ModelShape.of(base), _texts_of(base, plan, sequences, held_out)
+    need = needed(shape, texts)
     for where, names, room in _places(base.device):
-        need = needed(shape, texts).of(names)
-        parts = ", ".join(f"{NAMES[n]} {size(needed(shape, texts).of([n]))}" for n in names)
-        says = f"calibrating takes about {size(need)} of {where} ({parts}), and "
+        total = need.of(names)
+        parts = ", ".join(f"{NAMES[name]} {size(need.of([name]))}" for name in names)
+        says = f"calibrating takes about {size(total)} of {where} ({parts}), and "
         says += f"{size(room)} are left"
-        if need * (1 - TOLERANCE) > room:
-            raise UserError(says, cure(shape, texts, plan, names, room))
-        logger.info(says)
-        if need > room:
-            logger.warning(f"note: it may not fit; {cure(shape, texts, plan, names, room)}")
+        helps = partial(cure, shape, texts, plan, names, room)
+        memory_check.tell(says, total, room, TOLERANCE, helps)
 
 
 def cure(
@@ -153,12 +149,10 @@ def cure(
 
     names: of the parts of Memory that lie where there is that much room.
     """
-    options, least = "", texts
-    for options, least in _smaller(texts, plan):
-        if needed(shape, least).of(names) <= room:
-            return f"use {options}"
-    least_bytes = size(needed(shape, least).of(names))
-    return f"{options or 'this'} would take {least_bytes}: use a larger machine"
+    choices = _smaller(texts, plan)
+    return memory_check.mildest(
+        ((options, needed(shape, less).of(names)) for options, less in choices), room
+    )
 
 
 def _places(device: torch.device) -> list[tuple[str, tuple[str, ...], float]]:
@@ -190,6 +184,8 @@ def _smaller(
     if texts.sequences > 1:
         options.append(f"--calibration-tokens {texts.length}")
         yield " ".join(options), replace(texts, sequences=1, held_out=1, joined=1)
+    if not options:
+        yield "this", texts
 
 
 def _texts_of(

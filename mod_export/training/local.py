@@ -120,9 +120,7 @@ class Lesson:
     ):
         self.model, self.config, self.data = model, config, data
         self.accelerator = accelerator
-        self.layers: dict[int, list[Unit]] = {}
-        for unit in model.config.routed():
-            self.layers.setdefault(unit.layer, []).append(unit)
+        self.layers = {place.layer: units for place, units in model.config.by_layer().items()}
         rank, world = accelerator.process_index, accelerator.num_processes
         self.own = sorted(self.layers)[rank::world]
         n, numbers = config.steps(), order(len(data), config.seed, 0)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import nn
 
 from mod_export import adapter
 from mod_export.calibration.measuring import LONG_TOKENS
+from mod_export.common import memory_check
 from mod_export.common.system import available_memory
 from mod_export.common.text import size
 from mod_export.config import MoDConfig
-from mod_export.errors import UserError
 from mod_export.model import architectures, loading
 from mod_export.model.model_shape import ModelShape
 from mod_export.model.safetensors_weights import CannotStream
@@ -55,11 +56,8 @@ def check(
     need = needed(shape, plan)
     says = f"training takes about {size(need.total)} of memory ({_parts(need)}), and "
     says += f"{accelerator.device} has {size(room)} left"
-    if need.total * (1 - TOLERANCE) > room:
-        raise UserError(says, cure(shape, plan, room))
-    logger.info(says)
-    if need.total > room:
-        logger.warning(f"note: it may not fit; {cure(shape, plan, room)}")
+    helps = partial(cure, shape, plan, room)
+    memory_check.tell(says, need.total, room, TOLERANCE, helps)
 
 
 def plan_of(
@@ -106,12 +104,9 @@ def tell_peak(device: torch.device) -> None:
 
 def cure(shape: ModelShape, plan: MemoryPlan, room: int) -> str:
     """Return the options with which a run fits, or else what more it takes."""
-    for options, smaller in _smaller(plan):
-        if needed(shape, smaller).total <= room:
-            return f"use {options}"
-    least = size(needed(shape, smaller).total)
     more = "" if plan.on_cpu else ", or share the weights out among more GPUs (FSDP)"
-    return f"{options} would take {least}: use a larger machine{more}"
+    choices = ((options, needed(shape, less).total) for options, less in _smaller(plan))
+    return memory_check.mildest(choices, room, more)
 
 
 def _smaller(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
