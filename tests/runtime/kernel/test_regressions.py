@@ -214,10 +214,9 @@ def test_layers_share_the_rotation_of_quantised_keys(decode, tmp_path, monkeypat
         Raw(tiny.dense().write(tmp_path / "dense.gguf"), **kv) as d,
     ):
         r.set(force="active")
-        a, b = (
-            np.concatenate([x.decode(TOKENS[:40])] + [x.decode(t) for t in TOKENS[40:80, None]])
-            for x in (r, d)
-        )
+        # 10 at once: more attend in tiles, where Q is not rounded
+        batches = [*np.split(TOKENS[:40], 4), *TOKENS[40:80, None]]
+        a, b = (np.concatenate([x.decode(t) for t in batches]) for x in (r, d))
     np.testing.assert_allclose(a, b, rtol=0, atol=0.1)
     assert a.std() > 0.5
 

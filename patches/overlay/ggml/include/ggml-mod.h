@@ -42,6 +42,11 @@ struct ggml_mod_params {
 // NULL if t is something else
 GGML_API const struct ggml_mod_params * ggml_mod_get_params(const struct ggml_tensor * t);
 
+// On CPUs flash attention turns quantised K and V into numbers once for each query. After this it does so once for each
+// tile of queries, as it does with F16, where there are queries enough. attn: what ggml_flash_attn_ext() returned
+GGML_API void ggml_mod_set_tiles(struct ggml_tensor * attn);
+GGML_API bool ggml_mod_has_tiles(const struct ggml_tensor * attn);
+
 // h:   F32 [n_embd, n_tokens]
 // w:   F32 [n_embd, n_units]
 // b:   F32 [n_units]

@@ -27,6 +27,24 @@ template <typename T> static T * mod_at(const ggml_tensor * t, int64_t i0, int64
 }
 
 //
+// attention
+//
+
+static constexpr int     MOD_I_TILES = 8;  // in op_params, behind flash attention's own
+static constexpr int64_t MOD_N_TILES = 16; // queries from which tiles are faster, with Q8_0 and Q4_0
+
+void ggml_mod_set_tiles(ggml_tensor * attn) {
+    GGML_ASSERT(attn->op == GGML_OP_FLASH_ATTN_EXT && attn->src[0]->type == GGML_TYPE_F32);
+
+    const bool is_quantized = ggml_is_quantized(attn->src[1]->type) || ggml_is_quantized(attn->src[2]->type);
+    ggml_set_op_params_i32(attn, MOD_I_TILES, is_quantized && attn->src[0]->ne[1] >= MOD_N_TILES);
+}
+
+bool ggml_mod_has_tiles(const ggml_tensor * attn) {
+    return ggml_get_op_params_i32(attn, MOD_I_TILES) != 0;
+}
+
+//
 // scores
 //
 
