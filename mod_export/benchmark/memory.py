@@ -4,12 +4,12 @@
     print(report(plan))
     checks = check(plan, text, longest=8192)       # runs it, and compares
 
-Total = weights + K/V + compute buffers + process. llama.cpp itself tells the compute buffers, the
-K/V of a dense file and what the process needs: it makes two contexts without memory behind them
-(memory_worker.py). All three grow in a straight line with the context. The K/V of a MoD file
-follow from its keys: the window of each layer, and how much the activation has a routed layer
-store. The constants below were measured, and `mod-export fit --check` measures again (docs/log.md).
-Linux and CPU only.
+Total = weights + K/V + checkpoints + compute buffers + process. llama.cpp itself tells the compute
+buffers, the K/V of a dense file and what the process needs: it makes two contexts without memory
+behind them (memory_worker.py). The first two grow in a straight line with the context. The K/V of a
+MoD file follow from its keys: the window of each layer, and how much the activation has a routed
+layer store. Checkpoints are the runtime's, and may take a share of the dense K/V. The constants
+below were measured, and `mod-export fit --check` measures again (docs/log.md). Linux and CPU only.
 """
 
 import copy
@@ -26,7 +26,14 @@ from mod_export.common.tables import format_table
 from mod_export.common.text import mebibytes
 from mod_export.errors import UserError
 from mod_export.formats import gguf_adapter
-from mod_export.formats.kv_size import expected_cells, kv_layers, lists_of_cells, mean_activation
+from mod_export.formats.kv_size import (
+    checkpoint_cells,
+    checkpoint_room,
+    expected_cells,
+    kv_layers,
+    lists_of_cells,
+    mean_activation,
+)
 from mod_export.formats.kv_types import KVTypes
 from mod_export.formats.schema import read_routers
 from mod_export.units import UNIT_KINDS
@@ -43,7 +50,7 @@ PROBED_CONTEXTS = (4096, 65536)  # contexts that llama.cpp measures
 # products.
 COMPUTE_FACTOR = 1.07
 PROCESS_BYTES = 6 * MIB  # tokens, and Python's side of a run
-USED_CELL_BYTES = 96  # A cell in use has a node in each of the cache's two sets.
+USED_CELL_BYTES = 13  # position, set of sequences, place in its list, byte of the mask
 PAGE_BYTES = 4096
 TOLERANCE = 0.05  # a run that takes more than this share above the prediction fails the check
 MAX_CONTEXT_TOKENS = 1 << 24
@@ -56,12 +63,13 @@ class MemoryNeed:
     context: int
     weights: int
     kv: int
+    checkpoints: int
     compute: int
     process: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.compute + self.process
+        return self.weights + self.kv + self.checkpoints + self.compute + self.process
 
 
 @dataclass(frozen=True)
@@ -120,21 +128,19 @@ class MemoryModel:
     def need(self, n: int) -> MemoryNeed:
         """What a context of n tokens takes when it is full."""
         compute = self._line("compute", n) * COMPUTE_FACTOR
-        fixed = self._line("process", 0)
-        # The lists of cells are as long as the context, in each of the caches.
-        lists = self._line("process", n) - fixed
-        routed = [layer for layer in range(len(self.layers)) if self._routes(layer)]
-        caches = {layer: lists_of_cells(self.config, layer) for layer in routed}
+        layers = range(len(self.layers))
         if self.dense:  # it has one cache for all layers
             kv = self._line("kv", n) if self.config is None else self._dense_kv(n)
-            process = fixed + lists / (1 + sum(caches.values())) + USED_CELL_BYTES * n
+            used = n
         else:
-            cells = [self._cells(layer, n) for layer in range(len(self.layers))]
+            cells = [self._cells(layer, n) for layer in layers]
             kv = self._stored(cells, n)
-            used = n + sum(cells[layer] * number for layer, number in caches.items())
-            process = fixed + lists + USED_CELL_BYTES * used
-        process += PROCESS_BYTES
-        return MemoryNeed(n, self.weights, round(kv), round(compute), round(process))
+            routed = [layer for layer in layers if self._routes(layer)]
+            used = n + sum(cells[layer] * lists_of_cells(self.config, layer) for layer in routed)
+        process = self.probe["process"] + USED_CELL_BYTES * used + PROCESS_BYTES
+        return MemoryNeed(
+            n, self.weights, round(kv), self._checkpoints(n), round(compute), round(process)
+        )
 
     def _dense_kv(self, n: int) -> float:
         return sum(layer.dense_bytes(n, self.options.ubatch) for layer in self.layers)
@@ -165,6 +171,16 @@ class MemoryModel:
         return any(
             unit.layer == layer and UNIT_KINDS[unit.kind].frees_kv for unit in self.config.routed()
         )
+
+    def _checkpoints(self, n: int) -> int:
+        """What the runtime's checkpoints may take; it makes them where K/V are given back."""
+        if self.dense:
+            return 0
+        one = sum(
+            layer.bytes_per_token * checkpoint_cells(self.config, i, n, layer.window)
+            for i, layer in enumerate(self.layers)
+        )
+        return round(max(one, checkpoint_room(self._dense_kv(n)))) if one else 0
 
     def largest(self, memory: int, limit: int = MAX_CONTEXT_TOKENS) -> MemoryNeed:
         """The largest context up to `limit` that fits, in steps of CONTEXT_STEP_TOKENS.
@@ -257,6 +273,7 @@ def report(plan: MemoryPlan) -> str:
         for key, label in (
             ("weights", "weights"),
             ("kv", f"K/V, {plan.options.types}"),
+            ("checkpoints", "checkpoints"),
             ("compute", "compute buffers"),
             ("process", "process"),
             ("total", "total"),

@@ -45,6 +45,7 @@ class ContextProbe:
         self.llama = llama
         self.file = file
         self.log = ""
+        self.process = 0  # bytes that are resident while there is a context
         self.keep = keep  # llama.cpp holds no reference to it
         llama.llama_log_set(keep, ctypes.c_void_p(0))
         params = llama.llama_model_default_params()
@@ -68,7 +69,7 @@ class ContextProbe:
     def context(self, n_ctx: int, ubatch: int, types: Sequence[int]) -> dict:
         """Bytes that a context of this size takes; types: ggml's, of K and V.
 
-        compute: buffers for one output. kv: the complete K/V. process: resident memory.
+        compute: buffers for one output. kv: the complete K/V.
         """
         options = self.llama.llama_context_default_params()
         options.n_ctx = n_ctx
@@ -81,10 +82,9 @@ class ContextProbe:
         context = self.llama.llama_init_from_model(self.model, options)
         if not context:
             raise self.failed(f"cannot create a context of {n_ctx} tokens for {self.file}")
-        process = resident("VmRSS")
+        self.process = max(self.process, resident("VmRSS"))
         self.llama.llama_free(context)
         return {
-            "process": process,
             "compute": self._sum(COMPUTE_PATTERN),
             "kv": self._sum(KV_PATTERN),
         }
@@ -115,14 +115,14 @@ class MemoryWorker:
 
         It makes contexts without memory for weights, K/V and compute buffers (`no_alloc`), and says
         how much it would have taken. What is resident then is the process itself. sizes: in the
-        order of `contexts`. repacks: whether weights are copied into another layout.
+        order of `contexts`. process: its bytes. repacks: whether weights are copied into another
+        layout.
         """
         model = ContextProbe(file, mod)
-        # The first context leaves some memory with the allocator.
-        model.context(contexts[0], ubatch, types)
         sizes = [model.context(n, ubatch, types) for n in contexts]
         return {
             "sizes": sizes,
+            "process": model.process,
             "n_ctx_train": model.llama.llama_model_n_ctx_train(model.model),
             "repacks": model.repacks,
         }

@@ -22,6 +22,9 @@ from mod_export.units import ATTN, BLOCK, KV, Unit
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
 ROLLBACK_TOKENS = 64
+# What checkpoints may take (runtime/checkpoints.py): this share of the dense K/V of a context, and
+# not more than so many bytes.
+CHECKPOINT_SHARE, CHECKPOINT_BYTES = 1 / 8, 256 << 20
 F16_BYTES = 2  # per value; f16 is the runtime's default type of K and V
 UBATCH_TOKENS = 512  # llama.cpp's default
 # llama.cpp pads the cache of sliding layers to a multiple of it (llama-kv-cache-iswa.cpp).
@@ -220,3 +223,30 @@ def _number_of_layer(file: GGUFFile, name: str, layer: int, default: int | None 
             GET_AGAIN,
         )
     return value
+
+
+def checkpoint_room(dense_bytes: float) -> int:
+    """Bytes that the checkpoints of a context may take, by default; dense_bytes: its dense K/V.
+
+    The newest one is kept in any case.
+    """
+    return min(CHECKPOINT_BYTES, int(dense_bytes * CHECKPOINT_SHARE))
+
+
+def checkpoint_cells(config: MoDConfig, layer: int, n: int, window: int = 0) -> float:
+    """Cells of a layer that a checkpoint after n tokens holds: those that will be given back.
+
+    They are what a sliding layer has, whose window is `window` (else 0), and of `kv` units the
+    tokens within window and rollback that are to be forgotten.
+    """
+    if window:
+        return expected_cells(config, layer, n, window=window)
+    if KV not in config.units:
+        return 0.0
+    units = config.units[KV].units(layer, KV)
+    forgotten = sum(
+        (1 - config.activation(unit)) * min(n, config.window(unit) + ROLLBACK_TOKENS)
+        for unit in units
+        if config.threshold(unit)
+    )
+    return forgotten / len(units)

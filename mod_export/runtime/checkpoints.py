@@ -42,6 +42,7 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of a context, at most `limit` of them in at most `max_bytes`.
 
+    The newest one is kept in any case.
     step: tokens from one to the next, while there is room for all; then some are left out.
     """
 
@@ -83,27 +84,30 @@ class Checkpoints:
         if self.limit < 1 or n_tokens < 1:
             return
         size = llama_cpp.llama_state_seq_get_size_ext(ctx, SEQUENCE, PARTIAL)
-        if not 0 < size <= self.max_bytes:
+        if not size:
             return
-        data = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, PARTIAL) != size:
-            return
-        fixed = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(ctx), SEQUENCE)
         before = [c for c in self._made if c.n_tokens < n_tokens]
         if before and n_tokens - rollback < before[-1].n_tokens:
             further = before[-2].n_tokens if len(before) > 1 else 0
             if n_tokens - further <= self.step:
                 before.pop()
         self._made = before
-        self._made.append(Checkpoint(n_tokens, fixed, data))
-        while len(self._made) > self.limit or self.bytes > self.max_bytes:
-            self._leave_one_out()
+        # Room is made first, so that there are never more bytes than allowed.
+        while self._made and (len(self._made) >= self.limit or self.bytes + size > self.max_bytes):
+            self._leave_one_out(n_tokens)
+        data = (ctypes.c_uint8 * size)()
+        if llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, PARTIAL) == size:
+            fixed = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(ctx), SEQUENCE)
+            self._made.append(Checkpoint(n_tokens, fixed, data))
 
-    def _leave_one_out(self) -> None:
-        """Forget the one without which the longest way between two is the shortest."""
-        at = [0, *(c.n_tokens for c in self._made)]
+    def _leave_one_out(self, n_tokens: int) -> None:
+        """Forget the one without which the longest way between two is the shortest.
+
+        n_tokens: where one more will be made.
+        """
+        at = [0, *(c.n_tokens for c in self._made), n_tokens]
         gaps = [following - before for before, following in zip(at, at[2:], strict=False)]
-        del self._made[gaps.index(min(gaps)) if gaps else 0]
+        del self._made[gaps.index(min(gaps))]
 
     def go_back(self, ctx, n_tokens: int) -> int:
         """Have the context end at n_tokens tokens or less, and return how many it holds then.

@@ -26,7 +26,7 @@ from mod_export.errors import UserError
 from mod_export.formats import gguf_adapter
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.kv_size import LayerKV, kv_layers
+from mod_export.formats.kv_size import LayerKV, checkpoint_room, kv_layers
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime import rpc as rpc_servers
 from mod_export.runtime.assertions import AssertionFailure, guarded
@@ -53,7 +53,7 @@ from llama_cpp import _internals  # isort: skip
 OPENING_ERRORS = ValueError, RuntimeError, TypeError, AttributeError, ctypes.ArgumentError
 # The number is that of llama-server (--ctx-checkpoints), whose spacing is 8192 tokens because its
 # checkpoints may hold as much as a whole state.
-CHECKPOINTS, CHECKPOINT_TOKENS, CHECKPOINT_BYTES = 32, 512, 256 << 20
+CHECKPOINTS, CHECKPOINT_TOKENS = 32, 512
 # Words, blanks, digits and letters of one to four bytes.
 PROBE_TEXT = "  Two words,\n\n\t12 \u00e9 \u4e16 \U0001f600</s>"
 NO_FLASH_ATTENTION = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -90,7 +90,8 @@ class MoDLlama(SafeLlama):
     them in its file, to the bit.
 
     checkpoints: how many checkpoints are kept at most, see `eval`; 0 for none. checkpoint_step: the
-    tokens from one to the next. checkpoint_bytes: what all of them may take.
+    tokens from one to the next. checkpoint_bytes: what all of them may take, by default an eighth
+    of the dense K/V of the whole context, and 256 MiB at most; the newest is kept in any case.
 
     Flash attention is on by default. Without it V is stored transposed, which touches every page of
     the KV cache, so that no KV memory is saved, and V cannot be quantised.
@@ -118,7 +119,7 @@ class MoDLlama(SafeLlama):
         rpc: str | Sequence[str] | None = None,
         checkpoints: int = CHECKPOINTS,
         checkpoint_step: int = CHECKPOINT_TOKENS,
-        checkpoint_bytes: int = CHECKPOINT_BYTES,
+        checkpoint_bytes: int | None = None,
         verbose: bool = False,
         **kwargs,
     ):
@@ -134,6 +135,7 @@ class MoDLlama(SafeLlama):
         check_context(path, n_ctx, mod is not None)
         if not math.isfinite(threshold_shift):
             raise UserError(f"threshold shift {threshold_shift} is not a number", "for example 0.5")
+        self._checkpoint_bytes = checkpoint_bytes
         self._checkpoints = _checkpoints(checkpoints, checkpoint_step, checkpoint_bytes)
         self._rpc = rpc
         if rpc:
@@ -174,6 +176,7 @@ class MoDLlama(SafeLlama):
                 raise load_error(path, n_ctx, exc, log) from exc
         self._adapt_threads()
         self.units = self._read_units()
+        self._limit_checkpoints()
         if self.units:
             bindings.warn_of_other_patches()
         if threshold_shift:
@@ -588,6 +591,12 @@ class MoDLlama(SafeLlama):
         if self._gives_back and self.n_tokens - self._checkpoints.last >= max(gap, 1):
             self._checkpoints.take(self.ctx, self.n_tokens, self.kv_rollback)
 
+    def _limit_checkpoints(self) -> None:
+        """Tell the checkpoints what they may take in this context, unless the caller has."""
+        if self._checkpoint_bytes is None:
+            room = checkpoint_room(self._dense_bytes(self.n_ctx())) if self._gives_back else 0
+            self._checkpoints.max_bytes = room
+
     def _eval_batch(self, tokens: list[int], log: list[str]) -> None:
         try:
             self._decode(tokens)
@@ -631,6 +640,7 @@ class MoDLlama(SafeLlama):
                 self._ctx = self._context(self.context_params)
         self._adapt_threads()
         self._size_buffers()
+        self._limit_checkpoints()
         self._set_all(settings)
         if refused:
             raise refused
@@ -710,7 +720,7 @@ class MoDLlama(SafeLlama):
         checkpoints = {
             "checkpoints": self._checkpoints.limit,
             "checkpoint_step": self._checkpoints.step,
-            "checkpoint_bytes": self._checkpoints.max_bytes,
+            "checkpoint_bytes": self._checkpoint_bytes,
         }
         ours = {"tokenizer": tokenizer, "settings": self._settings(), "stop": self.stop}
         return state | checkpoints | ours | {"mod": self.mod, "rpc": self._rpc}
@@ -730,8 +740,9 @@ def _one(name: str, value: Any, other_name: str, other: Any) -> Any:
     return other if value is None else value
 
 
-def _checkpoints(limit: int, step: int, max_bytes: int) -> Checkpoints:
+def _checkpoints(limit: int, step: int, max_bytes: int | None) -> Checkpoints:
     """No checkpoints yet. Raises InputError for values that are no sizes."""
+    max_bytes = 0 if max_bytes is None else max_bytes
     for name, value, least in (
         ("checkpoints", limit, 0),
         ("checkpoint_step", step, 1),

@@ -349,7 +349,7 @@ def test_files_of_one_shape_differ_in_their_digest(mod, folder):
 
 
 EDITED = {"n_ctx": 2048, "n_batch": 256, "threads": 1, "flash_attn": False}
-EDITED |= {"type_k": F32, "type_v": F32, "checkpoint_step": 256}
+EDITED |= {"type_k": F32, "type_v": F32, "checkpoint_step": 256, "checkpoint_bytes": 1 << 28}
 HISTORY = np.random.default_rng(3).integers(0, 96, 1500).tolist()
 CHANGED = [*HISTORY[:1000], *HISTORY[:30], *HISTORY[1040:]]  # 40 tokens became 30
 
@@ -410,7 +410,7 @@ def test_checkpoints_are_few_and_small(forgetful):
     assert len(one._checkpoints) == 24
     size = one._checkpoints.bytes // len(one._checkpoints)
     for limits in ({"checkpoints": 5}, {"checkpoint_bytes": 6 * size}):
-        llm = MoDLlama(forgetful, **options, **limits)
+        llm = MoDLlama(forgetful, **options | limits)
         answered(llm, HISTORY)
         assert 4 <= len(llm._checkpoints) <= 6
         at = [0, *(checkpoint.n_tokens for checkpoint in llm._checkpoints._made)]
@@ -427,6 +427,22 @@ def test_checkpoints_are_few_and_small(forgetful):
     assert answered(none, CHANGED)[1] == len(CHANGED)
     none.close()
     one.close()
+
+
+def test_checkpoints_take_an_eighth_of_the_dense_kv(forgetful):
+    """The newest is there in any case, and gives way to no other."""
+    options = EDITED | {"checkpoint_step": 64, "n_batch": 64}
+    del options["checkpoint_bytes"]
+    llm = MoDLlama(forgetful, **options)
+    for size in (2048, 4096):
+        made = llm._checkpoints
+        answered(llm, HISTORY)
+        room = llm._dense_bytes(size) / 8
+        assert made.bytes <= room or len(made) == 1
+        assert made.last == len(HISTORY)
+        assert made.bytes > room / 2
+        llm.new_context(n_ctx=4096)
+    llm.close()
 
 
 def test_short_prompts_leave_checkpoints_a_step_apart(forgetful):

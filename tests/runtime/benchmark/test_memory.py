@@ -84,7 +84,7 @@ def test_the_largest_context_is_the_largest(files):
             <= 300 * MIB
             < plan.models[name].need(n + memory.CONTEXT_STEP_TOKENS).total
         )
-    assert plan.unlimited["MoD"] > 1.3 * plan.unlimited["dense"]
+    assert plan.unlimited["MoD"] > 1.2 * plan.unlimited["dense"]
     assert {need.context for need in plan.needs.values()} == {2048}  # the trained one
     text = memory.report(plan)
     assert text.count("stops at the 2048 tokens that the model was trained for") == 2
