@@ -13,8 +13,6 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
-SKIPPED_FOLDER = "llama_cpp/server/"  # needs packages of its own, and this project does not use it
-
 
 def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
     """Write llama_cpp_python-{version}-py3-none-{platform}.whl into `folder` and return its path.
@@ -44,11 +42,8 @@ def write_wheel(source: Path, lib: Path, version: str, folder: Path) -> Path:
 
 def _package(source: Path, version: str) -> dict[str, bytes]:
     """Name -> content of the Python files, with the new version in __init__.py."""
-    files = {}
-    for path in sorted((source / "llama_cpp").rglob("*.py*")):
-        name = str(path.relative_to(source))
-        if not name.startswith(SKIPPED_FOLDER):
-            files[name] = path.read_bytes()
+    paths = sorted((source / "llama_cpp").rglob("*.py*"))
+    files = {str(path.relative_to(source)): path.read_bytes() for path in paths}
     plain = version.partition("+")[0]
     init = files["llama_cpp/__init__.py"]
     files["llama_cpp/__init__.py"] = init.replace(f'"{plain}"'.encode(), f'"{version}"'.encode())

@@ -201,6 +201,9 @@ def test_wheel(tmp_path):
         file.locate().stat().st_size == file.size for file in found.files if file.size is not None
     )
     assert SYMBOL in (target / "llama_cpp/lib/libllama.so").read_bytes()
+    theirs = llama_source.source_dir() / "llama_cpp"
+    for path in theirs.rglob("*.py"):
+        assert (target / "llama_cpp" / path.relative_to(theirs)).is_file(), path
     marker = json.loads((target / "llama_cpp/lib" / llama_build.MARKER).read_text())
     assert marker["name"] == lib.name
     code = "import llama_cpp; print(llama_cpp.__version__)"
