@@ -38,7 +38,8 @@ class Worker:
 
     name: what errors call the process, without a name `the measuring process`. setup: the first
     request, whose answer becomes `about`. lib: directory of the library that the process loads, by
-    default the installed one. module: what the process runs. cure: for a process that dies.
+    default the installed one. module: what the process runs. cure: for a process that dies. env:
+    its environment, by default that of this process.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Worker:
         lib: Path | None = None,
         module: str = "mod_export.benchmark.worker",
         cure: str = DEFAULT_CURE,
+        env: dict[str, str] | None = None,
     ):
         self.name = name
         self.cure = cure
         self.words = tempfile.TemporaryFile()  # what the process says; told where it dies
-        env = dict(os.environ)
+        env = dict(os.environ if env is None else env)
         if lib:
             env |= {"LLAMA_CPP_LIB_PATH": str(lib), "LD_LIBRARY_PATH": library_path(lib)}
         # The worker has its own session. Ctrl-C reaches this process alone, which ends the worker.

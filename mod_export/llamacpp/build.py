@@ -109,6 +109,9 @@ def build(
     if cuda:
         toolkit = llama_cuda.find()
         flags |= toolkit.flags(toolkit.architectures(cuda_arch))
+        if tools:
+            # the driver's library, which a program's libraries need, may be a stub or another's
+            flags |= {"CMAKE_EXE_LINKER_FLAGS": "-Wl,--allow-shlib-undefined"}
     flags |= extra or {}
     if sdist is not None:
         # a wrong file is refused even where nothing has to be built

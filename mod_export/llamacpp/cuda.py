@@ -12,10 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mod_export.common.files import atomic_file
+from mod_export.common.paths import SET_CACHE, cache_dir
 from mod_export.errors import UserError
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "120")  # scripts/cuda/check.py compiles for these
@@ -59,7 +62,8 @@ class Toolkit:
     def driver(self) -> Path | None:
         """The driver's library: libcuda.so, or libcuda.so.1 where the driver brings no more.
 
-        Without a driver it is the toolkit's stub, which suffices to link against.
+        Without a driver it is the toolkit's stub, which suffices to link against. The toolkit of
+        NVIDIA's Python packages brings no stub, so one is made from its header cuda.h.
         """
         folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep), *DRIVER_DIRS]
         folders += [str(folder / "stubs") for folder in self._library_folders()]
@@ -68,7 +72,7 @@ class Toolkit:
                 file = Path(folder, name)
                 if file.is_file():
                     return file
-        return None
+        return self._make_stub()
 
     def architectures(self, wanted: str | None = None) -> list[str]:
         """The architectures of `wanted` ("75,86") in ascending order.
@@ -127,6 +131,31 @@ class Toolkit:
             "CUDA_cublasLt_LIBRARY": str(cublas_lt),
             "CMAKE_INSTALL_RPATH": ";".join(["$ORIGIN", *folders]),
         }
+
+    def _make_stub(self) -> Path | None:
+        """A library in the cache that has the names of the driver's functions, to link against.
+
+        A program that was linked with it loads the machine's own libcuda.so.1. None where there is
+        no cuda.h, or no C compiler that works.
+        """
+        headers = [*self.root.glob("targets/*/include/cuda.h"), self.root / "include/cuda.h"]
+        header = next((path for path in headers if path.is_file()), None)
+        compiler = shutil.which(os.environ.get("CC") or "cc")
+        if header is None or compiler is None:
+            return None
+        target = cache_dir("cuda-stub") / f"{'.'.join(map(str, self.version))}-libcuda.so"
+        if target.is_file():
+            return target
+        names = sorted(set(re.findall(r"\bcu[A-Z]\w*", header.read_text(errors="replace"))))
+        with tempfile.TemporaryDirectory() as tmp:
+            source, built = Path(tmp, "libcuda.c"), Path(tmp, "libcuda.so")
+            source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+            command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source)]
+            if _output([*command, "-o", str(built)]).returncode:
+                return None
+            with atomic_file(target, force=True, cure=SET_CACHE) as stub:
+                shutil.copyfile(built, stub)
+        return target
 
     def _library_folders(self) -> list[Path]:
         return [*sorted(self.root.glob("targets/*/lib")), self.root / "lib64", self.root / "lib"]

@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections import Counter
 
-from common import OPS, REHEARSE, WORK, part, save
+from common import LIB, OPS, REHEARSE, part, save
 
 BACKEND = "CPU" if REHEARSE else "CUDA0"
 
@@ -46,7 +46,7 @@ def main() -> bool:
 
 
 def command() -> list[str]:
-    return [str(WORK / "test-backend-ops"), "test", "-o", OPS, "-b", BACKEND]
+    return [str(LIB / "test-backend-ops"), "test", "-o", OPS, "-b", BACKEND]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Sourced by pack.sh, train.sh and check.sh: what travels to a GPU machine without a network, in small pieces.
+# Sourced by pack.sh and train.sh: what travels to a GPU machine without a network, in small pieces.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ops
-from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, read, save
+from common import GPU_LAYERS, REHEARSE, THREADS, WORK, part, save
 
 from mod_export.errors import UserError
 
@@ -40,12 +40,10 @@ def main() -> bool:
         "decode, segments": (decode, {}),
         "decode, graph": (decode, {"LLAMA_MOD_DECODE": "graph"}),
     }
-    found = read("sanitize.json").get("runs", {})
+    found: dict[str, dict] = {}
     for tool in TOOLS:
         for what, (command, env) in programs.items():
             name = f"{tool}: {what}"
-            if name in found:
-                continue
             prefix = [
                 sanitizer,
                 "--tool",

@@ -8,8 +8,10 @@ Plain fine-tuning is the original model with transformers' own language-model lo
 have no plain twin: there it is fine-tuning of all weights but the embeddings.
 """
 
+import json
 import statistics
 import time
+from pathlib import Path
 
 import click
 
@@ -24,12 +26,22 @@ import click
 @click.option("--batch", default=1, show_default=True)
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-def main(directory, text, parameters, length, batch, precision, rounds):
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures too.")
+def main(json_path, **options):
     """Print the tokens per second of both, and the ratio."""
+    from mod_export.common.tables import format_table
+
+    figures = measure(**options)
+    if json_path:
+        json_path.write_text(json.dumps(figures, indent=1) + "\n")
+    print(format_table(list(figures), [list(figures.values())], markdown=True))
+
+
+def measure(directory, text, parameters, length, batch, precision, rounds) -> dict:
+    """Heading -> value of the table's row; speeds are medians of the steps."""
     import torch
 
     from mod_export.adapter import open_model
-    from mod_export.common.tables import format_table
     from mod_export.data.text import pack, read_texts
     from mod_export.training.config import TrainConfig
     from mod_export.training.prepare import trained
@@ -77,34 +89,16 @@ def main(directory, text, parameters, length, batch, precision, rounds):
     a, b = (
         ids.numel() / statistics.median(seconds[step][1:]) for step in (ours, plain)
     )  # the first warms up
-    header = [
-        "trained",
-        "length",
-        "batch",
-        "precision",
-        "device",
-        "tokens/s",
-        "plain fine-tuning",
-        "ratio",
-    ]
-    print(
-        format_table(
-            header,
-            [
-                [
-                    parameters,
-                    length,
-                    batch,
-                    precision,
-                    device,
-                    f"{a:.0f}",
-                    f"{b:.0f}",
-                    f"{a / b:.2f}",
-                ]
-            ],
-            markdown=True,
-        )
-    )
+    return {
+        "trained": parameters,
+        "length": length,
+        "batch": batch,
+        "precision": precision,
+        "device": device,
+        "tokens/s": round(a),
+        "plain fine-tuning": round(b),
+        "ratio": round(a / b, 2),
+    }
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""scripts/gpu/pack.sh, check.sh and their parts, as far as they go without a GPU, a network or a
-built library.
+"""scripts/gpu: the whole call on the CPU with the smallest sizes, what may go wrong in it, and the
+scripts of training.
 """
 
+import hashlib
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +20,191 @@ from mod_export.data.text import default_texts
 from mod_export.formats import adapter_files
 from mod_export.formats.base_identity import gguf_identity
 from mod_export.formats.gguf import GGUFFile
+from mod_export.llamacpp import source as llama_source
 from tests.support.short_smollm2 import short_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
 N_LAYER = 4
+
+
+def in_scripts(code: str, **env) -> None:
+    """Run Python code beside the scripts, in a process of its own."""
+    paths = os.pathsep.join([str(ROOT / "scripts/gpu"), str(ROOT)])
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths} | env, cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A package of the CPU build that the tests run on, with kv routers alone."""
+    folder = tmp_path_factory.mktemp("package") / "prebuilt"
+    in_scripts(
+        "import model, prebuild, llama_cpp; from pathlib import Path; model.UNITS = ('kv',); "
+        "lib = Path(llama_cpp.__file__).parent / 'lib'; "
+        f"prebuild.pack(Path('{folder}'), [lib], packages=False)"
+    )
+    return folder
+
+
+def call(out, package, *options, **env):
+    """The command of a rehearsed call, and its environment."""
+    command = [ROOT / "scripts/gpu/call", out, "--prebuilt", package, "--work", out.parent]
+    return {
+        "args": [*map(str, command), *options],
+        "env": os.environ | {"PYTHON": sys.executable} | env,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_whole_call(package, tmp_path):
+    """Every part passes, has its results, and nothing stays behind."""
+    out = tmp_path / "out"
+    done = subprocess.run(**call(out, package, "--rehearse"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = read(out / "call.json")["parts"]
+    assert {state["state"] for state in states.values()} == {"passed"} and len(states) == 6
+    decode = read(out / "decode.json")
+    assert decode["left_out"] == 0 and not decode["failures"]
+    assert len(decode["rows"]) == 2 * (7 + 2 * 5)  # contexts; half, then all and none
+    kv = [row for row in decode["rows"] if row["lane"] == "kv" and row["context"] == 128]
+    assert 0.2 < kv[0]["activation"] < 0.8 and kv[0]["perf"]["graphs"] == 1
+    segments = [row for row in read(out / "sequences.json")["rows"] if row["lane"] == "attn"]
+    assert segments[0]["perf"]["graphs"] > 2
+    assert read(out / "profile.json")["stages"]["compute"] > 0
+    assert {"all active / dense", "efficiency at half"} <= {
+        figure["figure"] for figure in read(out / "summary.json")
+    }
+    assert "none active / pruned" in done.stdout and "parity: passed" in done.stdout
+    assert not list(tmp_path.glob("gpu-call-*"))
+
+
+def test_call_that_is_stopped(package, tmp_path):
+    """What was measured before is whole and told of; no process and no model stay behind."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(**call(out, package, "--rehearse", "--parts", "long,decode"))
+    while not (out / "decode.json").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "call: stopped" in said
+    assert read(out / "call.json")["parts"]["long"]["state"] == "passed"
+    assert len(read(out / "decode.json")["rows"]) < 34
+    assert not list(tmp_path.glob("gpu-call-*"))
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in processes
+
+
+def test_a_part_that_fails_and_models_that_do_not_fit(package, tmp_path):
+    """The other parts run all the same."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    (other / "content").mkdir(parents=True)
+    run = {"check": True, "cwd": other}
+    subprocess.run(["tar", "-xzf", package / "prebuilt.tar.gz", "-C", "content"], **run)
+    (other / "content/model/kv.npz").unlink()
+    subprocess.run(["tar", "-czf", "prebuilt.tar.gz", "-C", "content", "."], **run)
+    sha256 = hashlib.sha256((other / "prebuilt.tar.gz").read_bytes()).hexdigest()
+    about = read(package / "prebuilt.json") | {"sha256": sha256}
+    (other / "prebuilt.json").write_text(json.dumps(about))
+    command = call(out, other, "--rehearse", "--parts", "parity,long", MOD_REHEARSE_BYTES="1")
+    done = subprocess.run(**command)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "kv.npz" in read(out / "parity.json")["cases"]["kv, segments"]["failures"][0]
+    long = read(out / "long.json")
+    assert not long["rows"] and "does not fit" in long["failures"]["dense"]
+    assert "long: a check failed" in done.stdout
+    in_scripts("import report, sys; sys.argv[1:] = [" + repr(str(out)) + "]; report.main()")
+
+
+def test_a_call_that_cannot_begin(package, tmp_path):
+    """One line says why, before anything is measured."""
+    out, other, programs = tmp_path / "out", tmp_path / "other", tmp_path / "bin"
+    shutil.copytree(package, other)
+    programs.mkdir()
+    smi = programs / "nvidia-smi"
+
+    def refused(words, package=other):
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(**call(out, package, PATH=path))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
+            done.stderr
+        )
+        assert not (out / "call.json").exists()
+
+    refused("there is no package", tmp_path / "none")
+    for said, words in (
+        ("", "nvidia-smi names no GPU"),
+        ("NVIDIA H100, 580.65.06, 9.0", "a CPU build"),
+    ):
+        smi.write_text(f"#!/bin/sh\necho '{said}'\n")
+        smi.chmod(0o755)
+        refused(words)
+    about = read(other / "prebuilt.json") | {"cuda": [13, 0], "architecture": "90"}
+    (other / "prebuilt.json").write_text(json.dumps(about))
+    for said, words in (
+        ("NVIDIA H100, 550.54.14, 9.0", "driver 550.54.14 is too old for CUDA 13"),
+        ("NVIDIA GeForce RTX 4090, 580.65.06, 8.9", "the libraries are for 90"),
+    ):
+        smi.write_text(f"#!/bin/sh\necho '{said}'\n")
+        refused(words)
+    (other / "prebuilt.tar.gz").write_bytes(b"damaged")
+    refused("is damaged")
+
+
+def test_instances_are_each_compiled_or_a_stub(tmp_path):
+    """Every instance that upstream declares is there once, and the stubs compile."""
+    upstream = llama_source.source_dir() / llama_source.LLAMA_CPP / "ggml"
+    instances = upstream / "src/ggml-cuda/template-instances"
+    in_scripts(
+        "import instances; from pathlib import Path; "
+        f"instances.write(Path('{instances}'), Path('{tmp_path}'))"
+    )
+
+    def declared(paths):
+        found = (re.findall(r"^DECL_.*;", path.read_text(), re.MULTILINE) for path in paths)
+        return sorted(line for lines in found for line in lines)
+
+    patterns = ("fattn-mma*.cu", "fattn-tile*.cu", "fattn-vec-instance-f16-f16.cu", "mmq*.cu")
+    theirs = declared(path for pattern in patterns for path in instances.glob(pattern))
+    assert declared(tmp_path.iterdir()) == theirs
+    kept = declared(tmp_path.glob("*.cu"))
+    assert "DECL_FATTN_MMA_F16_CASE(128, 128, 16, 4);" in kept and len(kept) < len(theirs) / 5
+    command = [
+        "c++",
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{upstream}/include",
+        tmp_path / "stubs.cpp",
+    ]
+    subprocess.run(command, check=True)
+
+
+def test_expectation(part):
+    """What is expected follows the bytes: fewer active units and faster cards take less time."""
+    expect, plans = part("expect"), part("plans")
+    shape, plan = plans.preset_named("8b"), plans.PLANS["decode"]
+    every = expect.weights(shape, expect.type_named("q4_0"))
+    weights = sum(w.nbytes for w in every if w.name != "token_embd.weight")
+    assert expect.step(plans.DENSE, plan, "none", 0).bytes == weights
+    kv_bytes = 32 * 1000 * 2 * 2 * 1024  # layers, cells, K and V, f16, values
+    assert expect.step(plans.DENSE, plan, "none", 1000).bytes == weights + kv_bytes
+    for lane in plan.lanes:
+        at = [expect.step(lane, plan, f, 32768).bytes for f in ("inactive", "none", "active")]
+        assert at == sorted(at)
+    h100, h200 = (expect.card_named(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H200"))
+    at = plans.KV, plan, "none", 32768, 512
+    assert expect.predict(*at, h100)["ms"] > expect.predict(*at, h200)["ms"]
+    assert expect.card_named("Tesla T4") is None
+    in_scripts(
+        "import expect; from pathlib import Path; page = Path('docs/results/gpu.md').read_text(); "
+        "assert all(line.rsplit('|', 2)[0] in page for line in expect.table().splitlines()[2:])",
+        MOD_REHEARSE="0",
+    )
 
 
 def shell(command, **env):
@@ -36,12 +221,13 @@ def one_line(result, words, code=2):
 
 @pytest.fixture
 def part(tmp_path, monkeypatch):
-    """Imports a part as check.sh would run it, in a rehearsal."""
+    """Imports a part as the call would run it, in a rehearsal."""
+    (tmp_path / "lib").mkdir()
     for name, value in {
         "MOD_REHEARSE": "1",
         "GPU_WORK": str(tmp_path),
-        "GPU_RESULTS": str(tmp_path / "results"),
-        "MINUTES": "8",
+        "GPU_OUT": str(tmp_path),
+        "GPU_SECONDS": "60",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(str(ROOT / "scripts/gpu"))
@@ -94,92 +280,28 @@ def short_start(folder):
 
 
 def test_gpu_train(tmp_path):
-    """The packaged adapter, for a few layers, trained on for two steps, and judged."""
+    """The speed of LoRA for a few layers, a training that it allows, and what came of it."""
     text = "\n\n".join(default_texts())
-    (tmp_path / "data/dev").mkdir(parents=True)
-    (tmp_path / "data/train.txt").write_text(text[:18000])
-    (tmp_path / "data/dev/a.txt").write_text(text[-3000:])
-    (tmp_path / "unpacked-pieces").touch()
-    short_start(tmp_path)
-    command = f"{ROOT}/scripts/gpu/train.sh {tmp_path}/pieces {tmp_path} 528"
+    work, out = tmp_path / "work", tmp_path / "out"
+    (work / "data/dev").mkdir(parents=True)
+    (work / "data/train.txt").write_text(text[:18000])
+    (work / "data/dev/a.txt").write_text(text[-3000:])
+    (work / "unpacked-pieces").touch()
+    short_start(work)
+    command = f"{ROOT}/scripts/gpu/train.sh {tmp_path}/pieces {work} {out}"
     env = {"PYTHON": sys.executable, "LENGTH": "264", "BATCH": "1", "COUNT": "1"}
+    env |= {"TRAIN": "lora", "TOKENS": "528"}
     one_line(shell(command, PYTHON="/none"), "/none lacks torch")
-    early = shell(command, **env, MINUTES="0.01")
-    assert (
-        early.returncode == 2
-        and "give more MINUTES" in early.stderr
-        and not (tmp_path / "trained").exists()
-    )
-    result = shell(command, **env)
-    assert result.returncode == 0, result.stderr
-    before, after = (
-        json.loads((tmp_path / f"eval-{name}.json").read_text()) for name in ("start", "trained")
-    )
-    losses = [
-        row["loss"]
-        for row in map(json.loads, (tmp_path / "trained.run/metrics.jsonl").open())
-        if "loss" in row
-    ]
-    assert len(losses) == 2 and (tmp_path / "trained/routers.safetensors").exists()
-    assert before["texts"][0]["kl"] != after["texts"][0]["kl"] < 0.05
-
-
-def test_what_is_wrong_is_one_line(tmp_path):
-    check = f"{ROOT}/scripts/gpu/check.sh"
-    one_line(shell(check), "usage: scripts/gpu/check.sh")
-    one_line(shell(f"{check} all {tmp_path} {tmp_path}/w"), "usage: scripts/gpu/check.sh")
-    python = {"PYTHON": sys.executable}
-    one_line(
-        shell(f"{check} build {tmp_path} {tmp_path}/w", **python),
-        f"there are no pieces in {tmp_path}/build",
-    )
-    one_line(shell(f"{check} ops {tmp_path} {tmp_path}/w", PYTHON="/none"), "/none is no Python")
-    source = f"source {ROOT}/scripts/gpu/pieces.sh"
-    empty = tmp_path / "e"
-    result = shell(f"{source}; mkdir {empty}; pieces {tmp_path}/build {empty}")
-    assert result.stderr == ""
-    one_line(
-        shell(f"{check} --rehearse ops {tmp_path} {tmp_path}/w", **python),
-        "other patches than this checkout",
-    )
-    pack = f"{ROOT}/scripts/gpu/pack.sh"
-    one_line(shell(f"{pack} {tmp_path}", **python), "exists already")
-    one_line(shell(f"{pack} {tmp_path}/new {tmp_path}/none", **python), "there is no")
-
-
-def test_sources_are_trimmed(part, tmp_path):
-    pack = part("pack")
-    root = tmp_path / "source/vendor/llama.cpp"
-    names = [
-        "ggml/src/ggml-cuda/instances/a.cu",
-        "ggml/src/ggml-vulkan/a.cpp",
-        "ggml/src/ggml.c",
-        "ggml/include/ggml.h",
-        "src/models/a.cpp",
-        "tools/ui/a.js",
-        "tests/test-backend-ops.cpp",
-        "tests/test-log.cpp",
-        "CMakeLists.txt",
-        "LICENSE",
-        "cmake/a.cmake",
-        "include/llama.h",
-        "vendor/stb/stb.h",
-        "../../llama_cpp/llama.py",
-        "../../llama_cpp/server/app.py",
-    ]
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    pack.copy_source(tmp_path / "source", tmp_path / "target")
-    copied, top = tmp_path / "target", tmp_path / "target/vendor/llama.cpp"
-    found = {os.path.relpath(path, top) for path in copied.rglob("*") if path.is_file()}
-    left_out = {
-        "ggml/src/ggml-vulkan/a.cpp",
-        "tools/ui/a.js",
-        "tests/test-log.cpp",
-        "../../llama_cpp/server/app.py",
-    }
-    assert found == set(names) - left_out
+    early = shell(command, **env | {"MINUTES": "0.01"})
+    assert early.returncode == 1 and "time was up" in early.stdout
+    assert read(out / "train.json")["failures"]["speed-lora"] == "time was up"
+    result = shell(command, **env | {"MINUTES": "10"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = read(out / "train.json")
+    assert found["speed"]["lora"]["ratio"] > 0 and found["trained"]["lora"]["tokens"] == 528
+    kl = {name: texts[0]["kl"] for name, texts in found["judged"].items()}
+    assert set(kl) == {"start", "trained-lora"} and len(set(kl.values())) == 2
+    assert "plain fine-tuning" in result.stdout and "trained-lora" in result.stdout
 
 
 def test_without_a_gpu_nothing_is_compared(part, monkeypatch, capsys):
@@ -189,9 +311,6 @@ def test_without_a_gpu_nothing_is_compared(part, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         common.part(lambda: True)
     assert exit.value.code == 2 and "sees no GPU" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit:
-        common.part(lambda: True, needs_gpu=False)
-    assert exit.value.code == 0
 
 
 @pytest.mark.parametrize(
@@ -202,11 +321,11 @@ def test_ops_reads_test_backend_ops(bad, part, tmp_path):
     lines = [f"  {op}(type=f32,n=1): \033[1;32mOK\033[0m" for op in ops.OPS.split(",")] + [
         bad or "  done"
     ]
-    script = tmp_path / "test-backend-ops"
+    script = tmp_path / "lib/test-backend-ops"
     script.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
     script.chmod(0o755)
     assert ops.main() is (bad is None)
-    result = json.loads((tmp_path / "results/ops.json").read_text())
+    result = json.loads((tmp_path / "ops.json").read_text())
     assert result["passed"] is (bad is None) and result["cases"]["MOD_SCORE"] == 1
     assert (
         result["failed"] == ([bad.strip()] if bad else [])
@@ -214,64 +333,6 @@ def test_ops_reads_test_backend_ops(bad, part, tmp_path):
     )
     script.write_text("#!/bin/sh\n")
     assert ops.main() is False  # no case has run
-
-
-def test_bench_goes_on_after_a_line_that_was_cut_off(part, tmp_path, monkeypatch):
-    bench = part("bench")
-    path = tmp_path / "results/bench.jsonl"
-    bench.append({"point": "a"})
-    with path.open("a") as file:
-        file.write('{"point": "b", "sec')
-    assert [line["point"] for line in bench.finished()] == ["a"]
-    bench.append({"point": "c"})
-    assert [line["point"] for line in bench.finished()] == ["a", "c"]
-    monkeypatch.setenv("CONTEXTS", "64,many")
-    with pytest.raises(bench.UserError, match="CONTEXTS is '64,many'"):
-        bench.points()
-
-
-def test_bench_begins_no_point_that_would_not_end(part, tmp_path, monkeypatch):
-    bench = part("bench")
-    monkeypatch.setattr(bench, "REHEARSE", False)
-    # one graph is another way for attn only
-    chosen = {
-        "SHAPES": "8b",
-        "QUANTS": "q4_0",
-        "UNITS": "attn,kv",
-        "WAYS": "graph,segments",
-        "CONTEXTS": "64",
-    }
-    for name, value in chosen.items():
-        monkeypatch.setenv(name, value)
-    assert [(p.units, p.way) for p in bench.points()] == [
-        ("attn", "graph"),
-        ("attn", "segments"),
-        ("kv", "segments"),
-    ]
-    monkeypatch.setenv("WAYS", "graphs")
-    with pytest.raises(bench.UserError, match="WAYS has graphs"):
-        bench.points()
-    for name, value in {
-        "UNITS": "kv",
-        "WAYS": "segments",
-        "CONTEXTS": "64,128",
-        "MINUTES": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bench, "machine", lambda: {"build": "this"})
-    for build, seconds in (("earlier", 1.0), ("this", 70.0)):
-        bench.append(
-            {"point": "8b q4_0 kv segments 64", "machine": {"build": build}, "seconds": seconds}
-        )
-    monkeypatch.setattr(bench, "measure", lambda point: {"error": "no memory"})
-    with pytest.raises(SystemExit) as exit:
-        bench.main()
-    assert exit.value.code == 3
-    monkeypatch.setenv("MINUTES", "2")
-    assert (
-        bench.main() is False
-    )  # a point that failed is told of at the end, and is not tried again
-    assert [line.get("error") for line in bench.finished()] == [None, None, "no memory"]
 
 
 def test_sanitizers_findings_are_kept(part, tmp_path):

@@ -3,6 +3,7 @@
 There is no GPU, and nvcc is a script that only talks.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def test_cublas_of_a_package(machine):
     assert flags["CUDA_cublasLt_LIBRARY"] == str(folder / "lib/libcublasLt.so.13")
     assert flags["CUDA_cuda_driver_LIBRARY"] == str(machine / "driver/libcuda.so.1")
     assert flags["CMAKE_INSTALL_RPATH"] == f"$ORIGIN;{folder / 'lib'};{machine / 'toolkit/lib64'}"
+
+
+def test_a_stub_of_the_driver_is_made(machine, monkeypatch):
+    """As with the toolkit of NVIDIA's packages, on a machine without a driver."""
+    monkeypatch.setenv("MOD_EXPORT_CACHE", str(machine / "cache"))
+    package(machine)
+    header = machine / "toolkit/targets/x86_64-linux/include/cuda.h"
+    touch(header)
+    header.write_text(
+        "#define cuMemCreate cuMemCreate_v2\nCUresult CUDAAPI cuInit(unsigned int);\n"
+    )
+    stub = Path(llama_cuda.find().flags(["86"])["CUDA_cuda_driver_LIBRARY"])
+    library = ctypes.CDLL(str(stub))
+    assert library.cuInit and library.cuMemCreate_v2 and b"libcuda.so.1\0" in stub.read_bytes()
+    assert llama_cuda.find().driver() == stub
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("MOD_EXPORT_CACHE", str(machine / "other"))
+    assert llama_cuda.find().driver() is None
 
 
 def test_the_toolkit_comes_first(machine):

@@ -1,0 +1,10 @@
+# Included by cmake after project("ggml"): ggml-cuda gets the instances of scripts/gpu/prebuild.py instead of upstream's.
+function(mod_trim)
+    get_target_property(sources ggml-cuda SOURCES)
+    list(FILTER sources EXCLUDE REGEX "/template-instances/(fattn|mmq)-")
+    file(GLOB instances "${MOD_INSTANCES}/*")
+    set_property(TARGET ggml-cuda PROPERTY SOURCES ${sources} ${instances})
+    get_target_property(folder ggml-cuda SOURCE_DIR)
+    target_include_directories(ggml-cuda PRIVATE "${folder}")
+endfunction()
+cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL mod_trim)
