@@ -5,9 +5,9 @@
 
 `1b` and `3b` have the shapes of Llama 3.2, with random weights in bfloat16 in files of 1 GB, and
 `1b:24` has 24 layers. A conversion runs in a process of its own. Its time, the processor's time and
-the resident memory are what the system counts, as /usr/bin/time -v shows it; resident memory holds
-the parts of the mapped files that were read. The anonymous part of it, which is what the process
-itself takes, is sampled. Rows go to OUT/rows.jsonl.
+the peak of its resident memory are what the system counts; resident memory holds the parts of the
+mapped files that were read. The anonymous part of it, which is what the process itself takes, is
+sampled. Rows go to OUT/rows.jsonl.
 """
 
 import os
@@ -74,11 +74,13 @@ def converted(model: str | Path, target: Path, options: dict) -> dict:
 
 def measured(command: list[str], what: str) -> dict:
     """Return time and peaks of memory of a command. Raises UserError where it fails."""
-    start, anonymous, done = time.monotonic(), 0, 0
+    start, anonymous, resident, done = time.monotonic(), 0, 0, 0
     process = subprocess.Popen(command)
     while not done:
         sizes = dict(memory_of(process.pid))
         anonymous = max(anonymous, sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0))
+        # The system's ru_maxrss counts what this process had when it made the other one.
+        resident = max(resident, sizes.get("VmHWM", 0))
         time.sleep(SAMPLE_SECONDS)
         done, status, used = os.wait4(process.pid, os.WNOHANG)
     if status:
@@ -86,7 +88,7 @@ def measured(command: list[str], what: str) -> dict:
     return {
         "seconds": round(time.monotonic() - start, 1),
         "processor seconds": round(used.ru_utime + used.ru_stime, 1),
-        "resident MB": used.ru_maxrss * 1024 // 10**6,
+        "resident MB": resident // 10**6,
         "anonymous MB": anonymous // 10**6,
     }
 
