@@ -199,16 +199,21 @@ def remove_left(path: str | os.PathLike, used: Path) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def check_room(path: str | os.PathLike, n_bytes: float, what: str) -> None:
+def check_room(
+    path: str | os.PathLike,
+    n_bytes: float,
+    what: str,
+    cure: str = "free some, or write elsewhere",
+) -> None:
     """Log how much of the disk a large output will take, and how much is free there.
 
-    what: takes it, as the subject of a sentence. Raises UserError where less is free.
+    what: takes it, as the subject of a sentence. Raises UserError, with `cure`, where less is free.
     """
     parent = Path(os.path.realpath(path)).parent
     free = shutil.disk_usage(parent).free
     line = f"{what} takes up to {size(n_bytes)} of disk, of which {size(free)} are free"
     if n_bytes > free:
-        raise UserError(line, "free some, or write elsewhere")
+        raise UserError(line, cure)
     if n_bytes >= TOLD_BYTES:
         logger.info(line)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,9 +21,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType, GGUFWriter
 
-from mod_export.common.files import atomic_file
+from mod_export.common.files import atomic_file, check_room
 from mod_export.common.progress import stage
-from mod_export.common.text import size
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import schema
@@ -73,7 +71,7 @@ def synth(
     with ExitStack() as stack:
         targets = [stack.enter_context(atomic_file(path, force)) for path in outputs]
         plan = list(synth_shape.weights(shape, type))
-        _check_space(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
+        _check_room(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
         logger.info("drawing tokens and routers")
         with stage("drawing"):
             weights = Weights(shape, type, seed)
@@ -89,18 +87,13 @@ def synth(
             _append(files[:1], [array.view(np.uint8)])
 
 
-def _check_space(targets: list[Path], n_bytes: int) -> None:
-    """Raises UserError where the file systems of the outputs have not `n_bytes` bytes for each."""
+def _check_room(targets: list[Path], n_bytes: int) -> None:
+    """Raise UserError where the file systems of the outputs have not `n_bytes` bytes for each."""
     by_device: dict[int, list[Path]] = {}
     for target in targets:
         by_device.setdefault(target.stat().st_dev, []).append(target)
     for here in by_device.values():
-        free, needed = shutil.disk_usage(here[0].parent).free, n_bytes * len(here)
-        if free < needed:
-            raise UserError(
-                f"{here[0].parent} has {size(free)} free, {size(needed)} are needed",
-                "free some space, or choose another directory or a smaller model",
-            )
+        check_room(here[0], n_bytes * len(here), "the model", "free some, or take a smaller model")
 
 
 def _router_tensors(config: MoDConfig, weights: Weights) -> dict[str, np.ndarray]:

@@ -132,7 +132,7 @@ def test_activation_of_each_kind():
 def test_a_model_larger_than_any_disk_is_refused_before_work_starts(tmp_path):
     huge = replace(SHAPE, layers=512, embd=1 << 16, ff=1 << 18)
     with pytest.raises(
-        UserError, match=r"has [\d.]+ GB free, [\d.]+ GB are needed; free some space"
+        UserError, match=r"takes up to [\d.]+ GB of disk, of which [\d.]+ GB are free; free some"
     ):
         make(tmp_path / "m.gguf", huge, dense=tmp_path / "dense.gguf")
     assert not list(tmp_path.iterdir())
