@@ -387,7 +387,8 @@ def _lost(
 
 def attention(record: LayerRecord, rows: slice) -> torch.Tensor:
     """Return the attention weights [n_head, n_query, rows.stop] of the queries in `rows`."""
-    score = record.query[:, rows] @ record.key[:, : rows.stop].transpose(1, 2) * record.scaling
+    query = record.query[:, rows] * record.scaling
+    score = query @ record.key[:, : rows.stop].transpose(1, 2)
     if record.softcap:
         score = record.softcap * torch.tanh(score / record.softcap)
     hide(score, record.mask, rows, is_causal=record.mask is None)
