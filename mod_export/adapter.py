@@ -34,7 +34,7 @@ from mod_export.formats.base_identity import (
 )
 from mod_export.model import architectures, devices, directory, loading
 from mod_export.model.directory import router_state
-from mod_export.model.lora import attach_lora, lora_of, merge_lora, read_lora, write_lora
+from mod_export.model.lora import add_lora, lora_of, read_lora, write_lora
 from mod_export.model.mod_model import MoDModel, check_routers
 from mod_export.model.streaming import at_hand, embedding_rows
 from mod_export.units import Unit
@@ -208,20 +208,22 @@ def apply(adapter: Adapter, base: nn.Module, tokenizer) -> MoDModel:
     """Make `base` the adapter's MoD model, in place, LoRA merged into the weights.
 
     Weights in another quantisation are accepted, with a warning. Raises UserError naming what
-    differs where `base` is another model.
+    differs where `base` is another model, and CannotStream as model/lora.py does.
     """
     merge(adapter, base, tokenizer)
     return MoDModel.from_base(base, tokenizer, adapter.config, adapter.routers)
 
 
 def merge(adapter: Adapter, base: nn.Module, tokenizer) -> None:
-    """Check that `base` is the adapter's, and merge LoRA into its weights; see `apply`."""
+    """Check that `base` is the adapter's, and merge LoRA into its weights; see `apply`.
+
+    Raises CannotStream as model/lora.py does.
+    """
     distance = compare(adapter.base, base_identity(base, tokenizer, "the model given"))
     if distance > ROUNDING_DISTANCE:
         logger.warning(_differs(adapter, distance))
     if adapter.lora is not None:
-        attach_lora(base, *adapter.lora)
-        merge_lora(base)
+        add_lora(base, *adapter.lora)
 
 
 def _differs(adapter: Adapter, distance: float) -> str:

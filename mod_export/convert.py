@@ -223,16 +223,19 @@ def convert_adapter(
         from mod_export.adapter import apply, load, loaded_type
         from mod_export.model import devices, loading
         from mod_export.model.opening import open_base
+        from mod_export.model.safetensors_weights import CannotStream
 
         found = load(found_at)
-        # LoRA is merged into the weights of all layers.
-        reason = "the adapter's LoRA goes into all layers" if found.lora is not None else ""
-        if not (linked and reason == ""):
+        if found.lora is not None or not linked:
             check_disk(path, out)
-        place = devices.parse_device("cpu")
-        base, tokenizer = open_base(model, path, loaded_type(found, path), place, reason)
+        dtype, place = loaded_type(found, path), devices.parse_device("cpu")
+        base, tokenizer = open_base(model, path, dtype, place)
         check_against_runtime(loading.gguf_path(path), base, tokenizer)
-        mod = apply(found, base, tokenizer)
+        try:
+            mod = apply(found, base, tokenizer)
+        except CannotStream as exc:
+            base, tokenizer = open_base(model, path, dtype, place, str(exc))
+            mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
             # The empty directory `tmp` is there already.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mod_export.model.gguf_architectures import (
 )
 from mod_export.model.gguf_rope import RopeFactors, rope_parameters
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
-from mod_export.model.streaming import without_weights
+from mod_export.model.streaming import Change, without_weights
 
 ROPE_TENSORS = {"freqs": FREQS, "short": SHORT, "long": LONG}
 # Keys that change no logits, and keys whose only value here is the one given.
@@ -105,8 +105,9 @@ class GGUFWeights:
 
     def __init__(self, file: GGUFFile, model: nn.Module):
         self.file, self.row, self.config = file, row_of(file), model.config
-        self._model = weakref.ref(model)
+        self._model, self._places = weakref.ref(model), model.state_dict(keep_vars=True)
         self._layer: tuple[str, dict[str, torch.Tensor]] = "", {}
+        self._changes: dict[str, Change] = {}
         self._sources = tensor_sources(model, file)
         taken = {name for names in self._sources.values() for name in names}
         taken |= {ROPE_TENSORS[part] for part in self.row.rope_factors}
@@ -122,21 +123,23 @@ class GGUFWeights:
 
     def value(self, name: str) -> torch.Tensor:
         """Return a parameter, in float32 where the file has it."""
-        place = self._places()[name]
+        place = self._places[name]
         if sources := self._sources.get(name):
-            return _value(self.file, self.row, self.config, name, place, sources)
+            value = _value(self.file, self.row, self.config, name, place, sources)
+            change = self._changes.get(name)
+            return change(value.to(place.dtype)) if change else value
         if name in self._sources:
             return torch.zeros(place.shape, dtype=place.dtype)  # a bias that the file lacks
         return place  # a buffer that the configuration determines
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return parameters and buffers, in the type that the model has them in."""
-        places = self._places()
+        places = self._places
         return {name: self.value(name).to(places[name].dtype) for name in names}
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return some rows of a matrix."""
-        return self._rows(name, rows).to(self._places()[name].dtype)
+        return self._rows(name, rows).to(self._places[name].dtype)
 
     def _rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         (source,) = self._sources[name]
@@ -144,12 +147,16 @@ class GGUFWeights:
             return self.value(name)[rows]
         return torch.from_numpy(_dequantized(self.file.tensors[source], rows.numpy()))
 
+    def change(self, changes: Mapping[str, Change]) -> None:
+        """Change parameters when they are read; see model/streaming.py."""
+        self._changes = dict(changes)
+
     def stored(self) -> list[list[StoredTensor]]:
         """Return what transformers would write of the model, for files of a moderate size.
 
         What the file has quantised is in float32, as torch has no type for it.
         """
-        places = self._places()
+        places = self._places
         of_layers: dict[str, list[str]] = {}
         tensors, seen = [], set()
         for name, value in places.items():
@@ -186,7 +193,7 @@ class GGUFWeights:
 
     def _pieces(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a tensor outside of the layers, a few rows at a time."""
-        place, dtype = self._places()[name], self.stored_type(name)
+        place, dtype = self._places[name], self.stored_type(name)
         if place.dim() < 2:
             yield _bytes(self.value(name).to(dtype))
             return
@@ -203,9 +210,6 @@ class GGUFWeights:
             enum_name(self.file.tensors[source].type) for source in self._sources.get(name, ())
         }
         return PLAIN_TYPES.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
-
-    def _places(self) -> dict[str, torch.Tensor]:
-        return self._model().state_dict(keep_vars=True)
 
 
 def _bytes(value: torch.Tensor) -> memoryview:

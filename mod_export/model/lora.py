@@ -7,6 +7,7 @@ come in either order. The base keeps the PEFT model that works on it.
     parameters = inject_lora(base, rank=8, alpha=16)    # the only ones that need gradients
     with without_lora(base): ...                        # the model as it was
     merge_lora(base)                                    # a plain model again, with other weights
+    add_lora(base, *read_lora(directory))               # the same, of streamed models too
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ from mod_export.errors import UserError
 from mod_export.formats.adapter_files import LORA_CONFIG, LORA_WEIGHTS
 from mod_export.formats.base_identity import ADAPTER_AGAIN
 from mod_export.formats.hf_directory import read_json, safetensors_header
-from mod_export.model import architectures
+from mod_export.model import architectures, streaming
+from mod_export.model.safetensors_weights import CannotStream
+from mod_export.model.streaming import Change
 
 # Routers of experts, linear modules that return more than one tensor. PEFT cannot replace them.
 EXPERT_ROUTERS = ("Llama4Router", "PhimoeTopKRouter")
@@ -94,6 +98,48 @@ def attach_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> No
     set_peft_model_state_dict(peft, tensors)
 
 
+def add_lora(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> None:
+    """Merge LoRA as read_lora gives it into the weights.
+
+    Of a model whose layers are read when they run, each matrix is changed when it is read. Raises
+    UserError as attach_lora and merge_lora do, for such a model when the matrix is read, and
+    CannotStream where LoRA changes more of it than matrices of layers.
+    """
+    attach_lora(base, config, tensors)
+    if (source := streaming.source_of(base)) is None:
+        merge_lora(base)
+        return
+    try:
+        source.change(_changes(base, config, tensors))
+    finally:
+        _release(base, lora_of(base).unload)
+
+
+def _changes(base: nn.Module, config, tensors: dict[str, torch.Tensor]) -> dict[str, Change]:
+    """Return parameter -> what LoRA makes of it. Raises CannotStream as add_lora does."""
+    below = _below_layers(base)
+    found = {}
+    for name, module in _lora_layers(base).items():
+        if id(module) not in below or not isinstance(module.get_base_layer(), _linear()):
+            raise CannotStream(f"the adapter's LoRA changes {name}, which is no layer's matrix")
+        found[f"{name}.weight"] = partial(_merged, module)
+    if config.bias != "none" or config.lora_bias or any(".lora_" not in name for name in tensors):
+        raise CannotStream("the adapter's LoRA changes more than matrices of layers")
+    return found
+
+
+def _merged(module, values: torch.Tensor) -> torch.Tensor:
+    """Return what the LoRA of a module makes of its matrix."""
+    linear = module.get_base_layer()
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    try:
+        _merge(partial(module.merge, safe_merge=True))
+        return linear.weight.data
+    finally:
+        module.merged_adapters.clear()
+        linear.weight = nn.Parameter(torch.empty_like(values, device="meta"), requires_grad=False)
+
+
 @contextlib.contextmanager
 def without_lora(base: nn.Module) -> Iterator[None]:
     """Let the base compute what it did before inject_lora; a base without LoRA stays as it is."""
@@ -109,11 +155,16 @@ def merge_lora(base: nn.Module) -> None:
     where PEFT cannot merge.
     """
     if (peft := lora_of(base)) is not None:
-        try:
-            _release(base, lambda: peft.merge_and_unload(safe_merge=True))
-        except (ValueError, NotImplementedError) as error:
-            # Weights are not finite, or LoRA is of a kind that adds no constant to the weights.
-            raise UserError(f"LoRA cannot be merged: {error}", ADAPTER_AGAIN) from error
+        _merge(lambda: _release(base, lambda: peft.merge_and_unload(safe_merge=True)))
+
+
+def _merge(how: Callable[[], object]) -> None:
+    """Let PEFT merge; raise UserError where it cannot."""
+    try:
+        how()
+    except (ValueError, NotImplementedError) as error:
+        # Weights are not finite, or LoRA is of a kind that adds no constant to the weights.
+        raise UserError(f"LoRA cannot be merged: {error}", ADAPTER_AGAIN) from error
 
 
 def lora_of(base: nn.Module):
@@ -184,7 +235,23 @@ def _wrap(base: nn.Module, config):
     # The PEFT model holds the base. As a submodule of the base it would be a cycle of modules, so
     # it is stored past the registry of nn.Module.
     base.__dict__["_lora"] = peft
+    if streaming.source_of(base) is not None:
+        _bring_to_memory(peft)
     return peft
+
+
+def _bring_to_memory(peft: nn.Module) -> None:
+    """Give LoRA memory of its own where PEFT has put it where the weights are: nowhere."""
+    for module in _lora_layers(peft).values():
+        for name in module.adapter_layer_names:
+            getattr(module, name).to_empty(device="cpu")
+
+
+def _lora_layers(base: nn.Module) -> dict[str, nn.Module]:
+    """Return PEFT's modules that have LoRA, by the names of the modules that they stand for."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
 
 
 def _release(base: nn.Module, how) -> None:
@@ -192,18 +259,27 @@ def _release(base: nn.Module, how) -> None:
     del base.__dict__["_lora"]
 
 
+def _below_layers(base: nn.Module) -> set[int]:
+    """Return the identities of the modules of the decoder layers."""
+    layers = [part.layer for part in architectures.decoder_layers(base)]
+    return {id(module) for layer in layers for module in layer.modules()}
+
+
+def _linear() -> tuple[type[nn.Module], ...]:
+    """Return the classes of linear modules."""
+    from transformers.pytorch_utils import Conv1D  # whose matrix is transposed
+
+    return nn.Linear, Conv1D
+
+
 def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Return the full names of the linear modules below the decoder layers."""
-    from transformers.pytorch_utils import Conv1D  # a linear function with its matrix transposed
-
-    below = {
-        id(part) for parts in architectures.decoder_layers(base) for part in parts.layer.modules()
-    }
+    below = _below_layers(base)
     names = [
         name
         for name, module in base.named_modules()
         if id(module) in below
-        and isinstance(module, (nn.Linear, Conv1D))
+        and isinstance(module, _linear())
         and type(module).__name__ not in EXPERT_ROUTERS
     ]
     known = {name.rpartition(".")[2] for name in names}

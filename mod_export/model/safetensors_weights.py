@@ -11,7 +11,7 @@ joined, such as the experts of a layer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,14 @@ from torch import nn
 from mod_export.errors import UserError
 from mod_export.formats import hf_directory, schema
 from mod_export.formats.safetensors_writing import StoredTensor, piece_of
+from mod_export.model.streaming import Change
 
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+FLOAT_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class CannotStream(Exception):
@@ -45,11 +51,12 @@ class SafetensorsWeights:
         self.index = hf_directory.tensor_index(self.files)
         self._open = {path: safe_open(path, framework="pt") for path in self.files}
         self._mapping, sources = _sources(base, list(self.index))
-        known = base.state_dict(keep_vars=True)
+        self._places = known = base.state_dict(keep_vars=True)
         # parameter -> its tensor in the files; joined parameters -> the tensors of all of them
         self._plain: dict[str, str] = {}
         self._joined: dict[str, list[str]] = {}
         self.ignored: list[str] = []
+        self._changes: dict[str, Change] = {}
         for key, (name, is_joined) in sources.items():
             if name not in known:
                 self.ignored.append(key)
@@ -101,24 +108,26 @@ class SafetensorsWeights:
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return parameters and buffers, in the type that the model has them in."""
-        known = self._base().state_dict(keep_vars=True)
-        found = {
-            name: self._of_shape(name, known[name].shape).to(known[name].dtype)
-            for name in names
-            if name in self._plain
-        }
+        found = {name: self._value(name) for name in names if name in self._plain}
         if joined := [name for name in names if name not in found]:
             found |= self._join(joined)
         return {name: found[name] for name in names}
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return some rows of a matrix."""
-        dtype = self._base().state_dict(keep_vars=True)[name].dtype
-        return self._tensor(self._plain[name])[rows].to(dtype)
+        return self._tensor(self._plain[name])[rows].to(self._places[name].dtype)
+
+    def change(self, changes: Mapping[str, Change]) -> None:
+        """Change parameters when they are read; see model/streaming.py."""
+        for name in changes:
+            if name not in self._plain:
+                raise CannotStream(f"files hold {name} in several pieces")
+        self._changes = dict(changes)
 
     def stored(self) -> list[list[StoredTensor]]:
-        """Return the tensors of each file that the model has a place for, as they are."""
+        """Return the tensors of each file that the model has a place for, in the file's types."""
         ignored, shards = set(self.ignored), []
+        changed = {self._plain[name]: name for name in self._changes}
         for path in self.files:
             start = hf_directory.data_start(path)
             tensors = []
@@ -126,6 +135,8 @@ class SafetensorsWeights:
                 if key not in ignored and not schema.HF_ROUTER_TENSOR.fullmatch(key):
                     begin, end = about["data_offsets"]
                     values = partial(piece_of, path, start + begin, end - begin)
+                    if key in changed:
+                        values = partial(self._written, changed[key], about["dtype"])
                     shape = tuple(about["shape"])
                     tensors.append(StoredTensor(key, about["dtype"], shape, values))
             if tensors:
@@ -135,7 +146,17 @@ class SafetensorsWeights:
     def unchanged(self) -> list[Path]:
         """Return the files where `stored` would leave out nothing that they hold, else none."""
         routers = any(schema.HF_ROUTER_TENSOR.fullmatch(key) for key in self.index)
-        return [] if self.ignored or routers else self.files
+        return [] if self.ignored or routers or self._changes else self.files
+
+    def _written(self, name: str, dtype: str) -> list[memoryview]:
+        """Return the bytes of a parameter that is changed, in the type of its file."""
+        value = self.read([name])[name].to(FLOAT_TYPES[dtype])
+        return [memoryview(value.contiguous().flatten().view(torch.uint8).numpy())]
+
+    def _value(self, name: str) -> torch.Tensor:
+        place = self._places[name]
+        value = self._of_shape(name, place.shape).to(place.dtype)
+        return self._changes[name](value) if name in self._changes else value
 
     def _of_shape(self, name: str, shape: torch.Size) -> torch.Tensor:
         value = self._tensor(self._plain[name])

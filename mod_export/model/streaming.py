@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -25,6 +25,7 @@ from torch import nn
 from mod_export.model import architectures
 
 HEAD_ROWS = 1 << 14  # of the output matrix, in memory at once
+Change = Callable[[torch.Tensor], torch.Tensor]  # of the values of a parameter
 
 
 class WeightSource(Protocol):
@@ -34,7 +35,13 @@ class WeightSource(Protocol):
         """Return parameters and buffers on the CPU, in the type that the model has them in."""
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return some rows of a matrix."""
+        """Return some rows of a matrix, which is none of a layer."""
+
+    def change(self, changes: Mapping[str, Change]) -> None:
+        """Change parameters of layers when they are read, and when they are written.
+
+        Raises CannotStream where a parameter is no tensor of its own in the files.
+        """
 
 
 _STREAMED: weakref.WeakKeyDictionary[nn.Module, StreamedLayers] = weakref.WeakKeyDictionary()

@@ -9,8 +9,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 
-from mod_export.adapter import base_identity, load, save
+from mod_export.adapter import apply, base_identity, load, save
 from mod_export.convert import convert_adapter
 from mod_export.errors import UserError
 from mod_export.evaluation.parity import report, verify
@@ -21,6 +22,7 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import read_routers
 from mod_export.inspection import inspect
 from mod_export.llamacpp.converter import quantize
+from mod_export.model import loading
 from mod_export.model.lora import inject_lora
 from mod_export.runtime import bindings
 from tests.support import tiny_torch as tiny
@@ -80,6 +82,16 @@ def test_merged_and_exported_it_agrees_with_torch(folder, tmp_path):
         for path in (tmp_path / "mod.gguf", folder / "f32.gguf")
     )
     assert not np.allclose(ours.array(), theirs.array(), atol=1e-3)
+
+
+@torch.no_grad()
+def test_lora_goes_into_the_layers_of_a_gguf_file_when_they_are_read(folder, tmp_path):
+    """As it goes into a model that is in memory; the attention is stored in another order."""
+    whole, tokenizer = loading.load(folder / "q8_0.gguf")
+    apply(load(folder / "lora"), whole, tokenizer)
+    convert_adapter(folder / "q8_0.gguf", tmp_path / "mod", folder / "lora")
+    made, _ = loading.load(tmp_path / "mod")
+    assert all(torch.equal(made.state_dict()[k], v) for k, v in whole.state_dict().items())
 
 
 @patched

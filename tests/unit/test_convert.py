@@ -17,7 +17,7 @@ from mod_export.convert import convert, convert_adapter, default_window, note_fo
 from mod_export.data.text import pack
 from mod_export.errors import UserError
 from mod_export.formats import model_card
-from mod_export.model import architectures, opening
+from mod_export.model import architectures, lora, opening
 from mod_export.model.role_check import check_roles
 from mod_export.units import Unit
 from tests.support import tiny_adapter
@@ -215,12 +215,17 @@ def test_refusals_leave_nothing_behind(model_dir, text, tmp_path):
 def test_models_that_have_to_be_whole_say_what_they_take(
     model_dir, text, tmp_path, caplog, monkeypatch
 ):
-    """Scores with a backward pass, and LoRA, which goes into all layers."""
+    """Scores with a backward pass, and LoRA that changes more than the matrices of layers."""
     caplog.set_level(logging.INFO)
     convert(model_dir, tmp_path / "ffn", "ffn", 0.8, calibration_text=[text])
     kept = next(line for line in caplog.messages if "all weights at once" in line)
     assert re.search(r"base takes \d+ MB of memory, .*: the scores of its units take a back", kept)
     tiny_adapter.saved(tmp_path / "lora")
+    convert_adapter(model_dir, tmp_path / "mod", tmp_path / "lora")
+    monkeypatch.setattr(lora, "_below_layers", lambda _: ())
+    convert_adapter(model_dir, tmp_path / "same", tmp_path / "lora")
+    made, same = (load_file(tmp_path / name / NAME) for name in ("mod", "same"))
+    assert made.keys() == same.keys() and all(torch.equal(made[k], same[k]) for k in made)
     monkeypatch.setattr(opening, "available_memory", lambda: 1000)
     with pytest.raises(UserError, match="MB of memory, .* and 0 MB are left.*backward.*units kv"):
         convert(model_dir, tmp_path / "none", "attn", calibration_text=[text])

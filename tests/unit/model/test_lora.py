@@ -5,13 +5,18 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from mod_export.adapter import apply, load, save
 from mod_export.errors import UserError
-from mod_export.model.lora import inject_lora, merge_lora, without_lora
+from mod_export.model import architectures, loading
+from mod_export.model.lora import add_lora, inject_lora, lora_of, merge_lora, without_lora
 from mod_export.model.mod_model import MoDModel
+from mod_export.model.safetensors_weights import CannotStream
 from tests.support import tiny_torch as tiny
+from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.tiny_adapter import IDS, TOKENIZER, fill_lora, trained
+from tests.unit.model.test_architectures import SUPPORTED, build
 
 
 @pytest.mark.parametrize("order", ["LoRA first", "routers first"])
@@ -135,3 +140,52 @@ def test_an_unmerged_model_is_no_checkpoint(tmp_path):
     merge_lora(model.base)
     model.save(tmp_path / "mod")
     assert torch.equal(MoDModel.load(tmp_path / "mod")(IDS), model(IDS))
+
+
+TARGETS = {"target_modules": r".*\.(q_proj|v_proj|down_proj|c_attn|c_fc)"}
+
+
+def peft_files(base, **options) -> tuple:
+    """Return a configuration of PEFT and tensors, as read_lora does, with values at random."""
+    peft = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **TARGETS | options))
+    state = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: value.float() + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in state.items()
+    }
+    return peft.peft_config["default"], tensors
+
+
+@pytest.mark.parametrize("name", ["llama", "bfloat16", "dora", "gpt2", "mixtral"])
+@torch.no_grad()
+def test_lora_goes_into_layers_when_they_are_read(tmp_path, name):
+    """What is computed, and what is written, is the same as with all layers in memory."""
+    path, dtype = tmp_path / "base", torch.bfloat16 if name == "bfloat16" else torch.float32
+    made = build(name, SUPPORTED[name][0]) if name in ("gpt2", "mixtral") else tiny.base()
+    made.to(dtype).save_pretrained(path, max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(path)
+    base, whole = loading.open_streamed(path, dtype)[0], loading.load(path, dtype)[0]
+    ids = IDS % base.config.vocab_size
+    before = whole(ids).logits
+    lora = peft_files(loading.load(path, dtype)[0], use_dora=name == "dora")
+    for model in (base, whole):
+        add_lora(model, *lora)
+        assert lora_of(model) is None
+    layers = [part.layer for part in architectures.decoder_layers(base)]
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
+    expected = whole(ids).logits
+    assert torch.equal(base(ids).logits, expected) and not torch.allclose(before, expected)
+    MoDModel.from_base(base, None).save(tmp_path / "mod", linked=True)
+    byte_tokenizer().save_pretrained(tmp_path / "mod")
+    assert torch.equal(loading.load(tmp_path / "mod", dtype)[0](ids).logits, expected)
+
+
+def test_lora_that_changes_more_takes_the_whole_model(tmp_path):
+    tiny.base().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for options in ({"target_modules": ["q_proj", "lm_head"]}, {"bias": "lora_only"}):
+        base, lora = loading.open_streamed(tmp_path)[0], peft_files(tiny.base(), **options)
+        with pytest.raises(CannotStream, match="the adapter's LoRA changes"):
+            add_lora(base, *lora)
+        assert lora_of(base) is None
