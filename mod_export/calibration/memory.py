@@ -8,7 +8,7 @@ compares the result with what torch's operations hold, docs/results/memory.md wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -128,14 +128,29 @@ def check(
     sequences, held_out: [n, T]. Raises UserError where there is less, with the options that help.
     """
     shape, texts = ModelShape.of(base), _texts_of(base, plan, sequences, held_out)
-    need = needed(shape, texts)
-    for where, names, room in _places(base.device):
+    helps = partial(cure, shape, texts, plan)
+    tell("calibrating", needed(shape, texts), base.device, TOLERANCE, helps)
+
+
+def tell(
+    work: str,
+    need: Memory,
+    device: torch.device,
+    tolerance: float,
+    cure: Callable[[Sequence[str], float], str],
+    share: int = 1,
+) -> None:
+    """Log what some work, with one layer in memory at a time, takes of each memory.
+
+    work: as the subject of a sentence. tolerance, cure: as common/memory_check.py has them; cure is
+    called with the parts of Memory that lie in one place, and with the bytes that are left there.
+    share: processes that this machine's memory is for. Raises UserError where the work cannot fit.
+    """
+    for where, names, room in _places(device, share):
         total = need.of(names)
         parts = ", ".join(f"{NAMES[name]} {size(need.of([name]))}" for name in names)
-        says = f"calibrating takes about {size(total)} of {where} ({parts}), and "
-        says += f"{size(room)} are left"
-        helps = partial(cure, shape, texts, plan, names, room)
-        memory_check.tell(says, total, room, TOLERANCE, helps)
+        says = f"{work} takes about {size(total)} of {where} ({parts}), and {size(room)} are left"
+        memory_check.tell(says, total, room, tolerance, partial(cure, names, room))
 
 
 def cure(
@@ -155,9 +170,9 @@ def cure(
     )
 
 
-def _places(device: torch.device) -> list[tuple[str, tuple[str, ...], float]]:
+def _places(device: torch.device, share: int = 1) -> list[tuple[str, tuple[str, ...], float]]:
     """Return the memories, with the parts of Memory in each of them and its room in bytes."""
-    here = available_memory()
+    here = available_memory() // share
     if device.type != "cuda":
         return [("memory", ("weights", "streams", "layer", "routers"), here)]
     return [

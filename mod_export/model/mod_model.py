@@ -189,16 +189,20 @@ class MoDModel(nn.Module):
         sequences: Sequence[torch.Tensor],
         label: str | None = None,
         kept: WalkState | None = None,
+        strategy: DecisionStrategy | None = None,
     ) -> list[RoutingTrace]:
         """Return the traces [1, T, n_units] of sequences [T] in the dense form.
 
         All sequences pass a layer before any goes on, so that the weights are read once
-        (layer_walk.py). label: of the progress that is shown. kept: of a stopped walk.
+        (layer_walk.py). label: of the progress that is shown. kept: of a stopped walk. strategy:
+        replaces that of the model, as in a forward.
         """
+        strategy = strategy or self.strategy
+        strategy.check(self.base)
         states: list[RoutingState] = []
         for ids in sequences:
             position = torch.arange(len(ids), device=self.base.device)[None]
-            state = self._state(position, self.strategy)
+            state = self._state(position, strategy)
             for other in states:
                 if other.position.shape == position.shape:
                     state.masks = other.masks  # they take a number for each pair of tokens

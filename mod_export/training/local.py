@@ -24,7 +24,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from mod_export import adapter
-from mod_export.calibration.thresholds import set_thresholds
+from mod_export.calibration.measuring import sequences_joined
+from mod_export.calibration.thresholds import routing, settle
 from mod_export.common.files import check_dir
 from mod_export.common.progress import stage
 from mod_export.data.packing import PackedData, order
@@ -36,12 +37,13 @@ from mod_export.model.layer_walk import LayerWalk
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import Router, threshold_logit
 from mod_export.model.walk_state import WalkState
-from mod_export.training import devices, environment
+from mod_export.training import devices, environment, local_memory, room
 from mod_export.training.callbacks import THRESHOLD_TOKENS, long_sequences
 from mod_export.training.config import TrainConfig, default_of
 from mod_export.training.local_layer import LocalLayer
+from mod_export.training.local_memory import LocalPlan
 from mod_export.training.passages import ask_for_passages
-from mod_export.training.relaxation import relaxed_attention
+from mod_export.training.relaxation import HardDecisions, relaxed_attention
 from mod_export.training.run import Output, alone, data_of, one_voice
 from mod_export.units import KV, Unit
 
@@ -88,6 +90,7 @@ def train_local(
         with accelerator.main_process_first():  # the others find the tokens in the cache
             data = data_of(model, config)
         lesson = Lesson(model, config, *data, accelerator)
+        local_memory.check(model.base, lesson.plan())
         output.run.mkdir(exist_ok=True)
         with alone(output.run) if main else nullcontext():
             found = _taught(output, lesson, identity)
@@ -136,6 +139,19 @@ class Lesson:
         self.learnt = n
         self.items = items + [held_out[i] for i in range(min(JUDGES, len(held_out)))]
 
+    def plan(self) -> LocalPlan:
+        """Return what the memory of the run depends on."""
+        length, base = self.config.length, self.model.base
+        return LocalPlan(
+            sequences=len(self.items),
+            length=length,
+            longest=length * sequences_joined(base, length, len(self.data)),
+            judged=min(self.data.tokens, THRESHOLD_TOKENS),
+            itemsize=base.dtype.itemsize,
+            on_cpu=base.device.type == "cpu",
+            processes=room.processes_here(self.accelerator),
+        )
+
     def teach(self, state: WalkState) -> dict[tuple, tuple]:
         """Return weight and bias of the routers of the own layers, by unit.
 
@@ -182,7 +198,13 @@ class Lesson:
         """Choose the one threshold, and return the activation of each unit."""
         sequences, novel = long_sequences(self.model, self.data, THRESHOLD_TOKENS)
         groups, target = {KV: self.model.config.routed()}, {KV: self.config.target_of(KV)}
-        return set_thresholds(self.model, sequences, groups, target, novel=novel)
+
+        def route():
+            traces = self.model.traces([*sequences], "measuring activation", None, HardDecisions())
+            return routing(self.model, traces, counted(novel))
+
+        with relaxed_attention(self.model.base):
+            return settle(self.model, route, groups, target)
 
 
 def one_threshold(model: MoDModel) -> None:

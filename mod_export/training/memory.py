@@ -98,7 +98,7 @@ def needed(shape: ModelShape, plan: MemoryPlan) -> Memory:
     an evaluation.
     """
     tokens = plan.batch * plan.length
-    attention = plan.batch * _attention_bytes(shape, plan)
+    attention = plan.batch * attention_bytes(shape, plan)
     of_layer = _layer_bytes(shape, plan) + _cast_bytes(shape.in_linear / shape.layers, plan)
     # Layers before the first router need no gradient where routers alone are trained.
     layers = shape.layers - (plan.first if plan.parameters == "routers" else 0)
@@ -108,7 +108,7 @@ def needed(shape: ModelShape, plan: MemoryPlan) -> Memory:
         kept = layers * of_layer + (shape.layers - plan.first) * attention
     kept += _cast_bytes(shape.vocab * shape.embd, plan) + tokens * shape.embd * 4
     logits = _logits_bytes(shape, plan)
-    passing = _backward_bytes(shape, plan) + (of_layer + attention if plan.recompute else 0)
+    passing = backward_bytes(shape, plan) + (of_layer + attention if plan.recompute else 0)
     evaluation = _evaluation_bytes(shape, plan)
     most = max(kept + logits, kept + passing, evaluation)
     activations = min(most, max(kept, most - logits))
@@ -167,7 +167,7 @@ def _input_bytes(shape: ModelShape, plan: MemoryPlan) -> float:
     return 4 * (inputs - 3 * shape.embd)  # q, k and v share one, gate and up another
 
 
-def _attention_bytes(shape: ModelShape, plan: MemoryPlan) -> float:
+def attention_bytes(shape: ModelShape, plan: MemoryPlan) -> float:
     """Bytes that the backward pass of one attention needs of a sequence (relaxation.py).
 
     The queries come in chunks, each with the keys up to its last query.
@@ -183,7 +183,7 @@ def _attention_bytes(shape: ModelShape, plan: MemoryPlan) -> float:
     return queries + 2 * c * width * keys + (c * shape.heads + masks) * pairs
 
 
-def _backward_bytes(shape: ModelShape, plan: MemoryPlan) -> float:
+def backward_bytes(shape: ModelShape, plan: MemoryPlan) -> float:
     """Bytes of the gradients within a layer, beside what its forward kept."""
     c, tokens = plan.compute_bytes, plan.batch * plan.length
     ffn = tokens * (2 * c * shape.ff + 4 * shape.embd)

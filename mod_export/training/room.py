@@ -91,8 +91,12 @@ def room_of(accelerator: Any) -> int:
     """Return the bytes that each process can take of its device."""
     if accelerator.device.type == "cuda":
         return torch.cuda.mem_get_info(accelerator.device)[0]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-    return available_memory() // here
+    return available_memory() // processes_here(accelerator)
+
+
+def processes_here(accelerator: Any) -> int:
+    """Return how many of the processes of a run share the memory of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
 def tell_peak(device: torch.device) -> None:

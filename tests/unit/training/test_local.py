@@ -5,15 +5,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mod_export import adapter
+from mod_export.calibration import memory
 from mod_export.data.repeats import counted
+from mod_export.data.text import default_texts
 from mod_export.errors import UserError
 from mod_export.model.layer_walk import LayerWalk
+from mod_export.model.model_shape import ModelShape
 from mod_export.model.walk_state import WalkState
-from mod_export.training import local
+from mod_export.training import local, local_memory
+from mod_export.training.config import TrainConfig
 from mod_export.training.local_layer import LocalLayer
+from mod_export.training.local_memory import TOLERANCE
 from mod_export.training.relaxation import relaxed_attention
+from tests.support import tiny_torch as tiny
+from tests.support.allocations import Allocations
+from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.training_runs import LENGTH, config, write_start
 
 
@@ -138,6 +147,41 @@ def test_a_run_goes_on_behind_the_layer_it_has_reached(files, tmp_path, monkeypa
     assert one.config.units == other.config.units
     for unit, pair in one.routers.items():
         assert all(map(torch.equal, pair, other.routers[unit]))
+
+
+@pytest.mark.parametrize(
+    ("length", "sequences", "heads_kv", "ff", "dtype"),
+    [(512, 3, 2, 768, "float32"), (1024, 2, 8, 768, "bfloat16"), (256, 6, 2, 4096, "float32")],
+)
+def test_memory_is_what_torch_holds(tmp_path, length, sequences, heads_kv, ff, dtype):
+    fields = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 300}
+    fields |= {"num_hidden_layers": 3, "num_key_value_heads": heads_kv, "intermediate_size": ff}
+    base = LlamaForCausalLM(LlamaConfig(**fields)).to(getattr(torch, dtype))
+    units = tiny.config({"kv": [1, 2]}, 3, heads=heads_kv, kv_window=16)
+    model = tiny.wrap(base, units, tokenizer=byte_tokenizer()).requires_grad_(False)
+    (text := tmp_path / "text.txt").write_text(default_texts()[0][: 10 * length])
+    tokens = sequences * length
+    run = TrainConfig((str(text),), {"kv": 0.5}, tokens=tokens, length=length, held_out=2)
+    process = SimpleNamespace(process_index=0, num_processes=1)
+    some = local.Lesson(model, run, *local.data_of(model, run), process)
+    with Allocations() as held:
+        some.put(some.teach(WalkState(tmp_path, "state")))
+        some.meet_target()
+    need = local_memory.needed(ModelShape.of(base), some.plan())
+    assert held.peak == pytest.approx(need.of(("streams", "layer", "routers")), rel=TOLERANCE)
+
+
+def test_memory_is_told_and_refused_where_it_is_too_much(files, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "mod_export")
+    monkeypatch.setattr(LocalLayer, "taught", lambda *_: {})
+    local.train_local(files / "start", tmp_path / "out", options(files))
+    (said,) = [text for text in caplog.messages if text.startswith("teaching layers takes about")]
+    assert "(a layer's weights 0 MB, hidden states" in said and said.endswith("are left")
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="teaching layers takes about .* 0 MB are left") as refused:
+        local.train_local(files / "start", tmp_path / "none", options(files))
+    assert refused.value.cure.startswith("--dtype bfloat16 would take")
+    assert not (tmp_path / "none.run").exists()
 
 
 def test_what_does_not_fit_is_refused(files, tmp_path):
