@@ -1,4 +1,4 @@
-"""Writes docs/reference/training-memory.md: what training takes, by size of the model.
+"""Writes docs/reference/training-memory.md: what training and conversion take, by size of model.
 
 python -m scripts.docs.training_memory             # writes the page
 python -m scripts.docs.training_memory --check     # exit code 1 where the page is not up to date
@@ -9,8 +9,13 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from mod_export.calibration import memory as calibration
+from mod_export.calibration.measuring import LONG_TOKENS, OWN_WINDOWS
+from mod_export.calibration.memory import CalibrationShape
 from mod_export.common.tables import format_table
 from mod_export.model.model_shape import ModelShape
+from mod_export.training import local_memory
+from mod_export.training.local_memory import LocalPlan
 from mod_export.training.memory import MemoryPlan, needed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +34,8 @@ BYTES = 1e9
 LENGTH = 2048
 # Pieces of the weights (FSDP) that the table goes up to.
 MOST_GPUS = 16
+# Of the packaged text, and of the run of `train --local` in the tutorial
+PACKAGED_TOKENS, LOCAL_TOKENS = 15360, 24576
 
 HEAD = f"""# Memory of training
 
@@ -40,6 +47,15 @@ measured. GB are 10^9 bytes; a GPU of 24 GB has 7 % more, which is left as a mar
 All figures are of `kv` routers of each K/V head in all layers but the first, one sequence of
 {LENGTH} tokens at a time (`--batch 1 --length {LENGTH}`), weights in bf16 and `--recompute`. The
 last column adds LoRA of rank 16. Teacher and student are the same weights.
+"""
+
+ONE_LAYER = f"""
+## One layer in memory at a time
+
+What `convert` for kv units of heads takes of the CPU's memory with its defaults, on all of the
+packaged text, and `train --local` on {LOCAL_TOKENS} tokens in sequences of {LENGTH}, in bf16 (GB;
+`mod_export/calibration/memory.py` and `mod_export/training/local_memory.py`). Both commands say it
+before they begin:
 """
 
 
@@ -134,10 +150,33 @@ def pieces(name: str, room: float) -> str:
     return f"more than {MOST_GPUS}"
 
 
+def one_layer(name: str) -> list[str]:
+    """What a conversion and `train --local` take of memory and of the disk's files, GB."""
+    of_model = shape(name)
+    texts = CalibrationShape(
+        sequences=PACKAGED_TOKENS // LENGTH,
+        length=LENGTH,
+        joined=LONG_TOKENS // LENGTH,
+        units=(of_model.layers - 1) * of_model.heads_kv,
+        heads=of_model.heads_kv,
+        windows=len(OWN_WINDOWS),
+        itemsize=2,
+    )
+    n = LOCAL_TOKENS // LENGTH + 2
+    taught = LocalPlan(n, LENGTH, longest=LONG_TOKENS, judged=LOCAL_TOKENS, itemsize=2)
+    values = (
+        2 * of_model.parameters,
+        calibration.needed(of_model, texts).of(),
+        local_memory.needed(of_model, taught).of(),
+    )
+    return [name, *(f"{value / BYTES:.1f}" for value in values)]
+
+
 def page() -> str:
     """The text of the page."""
     header = ["model", *(f"{size} GB" for size in GPUS)]
     one = [[name, *(fitting(name, size * BYTES) for size in GPUS)] for name in MODELS]
+    layers = [one_layer(name) for name in MODELS]
     many = [[name, *(pieces(name, size * BYTES) for size in GPUS)] for name in MODELS]
     return "\n".join(
         [
@@ -151,6 +190,8 @@ def page() -> str:
             "How many GPUs of a size, of 1, 2, 4, 8 and 16, train the model with weights in bf16",
             "and `--recompute`, each with sequences of its own:\n",
             format_table(header, many, True),
+            ONE_LAYER,
+            format_table(["model", "weights, bf16", "`convert`", "`train --local`"], layers, True),
             "",
         ]
     )
