@@ -36,6 +36,7 @@ from mod_export.model import loading
 from mod_export.model.layer_walk import LayerWalk
 from mod_export.model.mod_model import MoDModel
 from mod_export.model.router import Router, threshold_logit
+from mod_export.model.safetensors_weights import CannotStream
 from mod_export.model.walk_state import WalkState
 from mod_export.training import devices, environment, local_memory, room
 from mod_export.training.callbacks import THRESHOLD_TOKENS, long_sequences
@@ -243,7 +244,13 @@ def _open(directory: str, weights: Path, dtype: torch.dtype, device) -> tuple[Mo
                 f"{directory} has LoRA, which goes into the weights of all layers",
                 "begin with an adapter of routers alone",
             )
-        base, tokenizer = loading.open_streamed(weights, dtype, device)
+        try:
+            base, tokenizer = loading.open_streamed(weights, dtype, device)
+        except CannotStream as exc:
+            raise UserError(
+                f"--local reads {weights} layer by layer, which cannot be: {exc}",
+                "get the model as safetensors files, or leave out --local",
+            ) from exc
         model = adapter.apply(found, base, tokenizer)
     return model.requires_grad_(False), found.base
 

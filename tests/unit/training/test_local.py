@@ -1,10 +1,12 @@
 """Layer-local training on a tiny model: what is learnt, several processes, a run that goes on."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mod_export import adapter
@@ -192,4 +194,11 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
     refused("--per-layer means nothing with --local", per_layer=True)
     refused("--local writes an adapter", save_as="full")
     refused("tokens are more than the data have", tokens=10**7)
+    shutil.copytree(files / "base", tmp_path / "bin")
+    weights = tmp_path / "bin" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "bin" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="layer by layer, which cannot be: it has no safetensors"):
+        run = options(files)
+        local.train_local(files / "start", tmp_path / "out", run, base=tmp_path / "bin")
     assert not (tmp_path / "out").exists()
