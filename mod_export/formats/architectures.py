@@ -24,8 +24,9 @@ from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import kv_size
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.recurrent_layers import attention_layers, ffn_layers, recurrent_layers
 from mod_export.formats.sliding_windows import layer_windows, main_layers
-from mod_export.units import FFN, UNIT_KINDS
+from mod_export.units import FFN, KV, UNIT_KINDS
 
 TABLE = Path(__file__).with_suffix(".json")
 UNKNOWN = "this version of llama.cpp does not know it"
@@ -96,12 +97,12 @@ def check(architecture: str, wanted: Collection[str]) -> None:
 def routable_layers(file: GGUFFile, kind: str) -> list[int]:
     """Return the layers of a file that can have a unit of the kind.
 
-    `ffn` units can be anywhere. The other kinds decide what is remembered, so they need a layer
-    with full attention whose K and V no other layer reads.
+    `ffn` units can be wherever there is an FFN. The other kinds decide what is remembered, so they
+    need a layer with full attention whose K and V no other layer reads, and no recurrent state,
+    which needs all tokens.
     """
-    windows = layer_windows(file)
-    layers = range(main_layers(file))
-    return [layer for layer in layers if kind == FFN or not _keeps(file, windows, layer)]
+    refused = _refused_layers(file, kind)
+    return [layer for layer in range(main_layers(file)) if not refused[layer]]
 
 
 def check_units(file: GGUFFile, config: MoDConfig, name: str = "") -> None:
@@ -110,14 +111,38 @@ def check_units(file: GGUFFile, config: MoDConfig, name: str = "") -> None:
     name: what the message calls the file, by default its path.
     """
     check(file.architecture, config.units)
-    windows = layer_windows(file)
+    refused = {kind: _refused_layers(file, kind) for kind in config.units}
     for unit in config.routed():
-        if unit.kind != FFN and (why := _keeps(file, windows, unit.layer)):
-            possible = ", ".join(map(str, routable_layers(file, unit.kind)))
+        if why := refused[unit.kind][unit.layer]:
+            possible = ", ".join(map(str, routable_layers(file, unit.kind))) or "it has none"
+            is_ffn = unit.kind == FFN
             raise UserError(
                 f"layer {unit.layer} of {name or file.path} cannot have a {unit.kind} unit: {why}",
-                f"route layers with full attention ({possible or 'it has none'}), or ffn units",
+                f"route layers with {'an FFN' if is_ffn else 'full attention'} ({possible})"
+                f"{'' if is_ffn else ', or ffn units'}",
             )
+
+
+def _refused_layers(file: GGUFFile, kind: str) -> list[str | None]:
+    """Why each layer cannot have a unit of the kind, [n_layer]; None where it can."""
+    n_layer = file.model_number("block_count")
+    if kind == FFN:
+        return [None if has else "it has no FFN" for has in ffn_layers(file)]
+    windows, recurrent = layer_windows(file), recurrent_layers(file)
+    attends = attention_layers(file)
+    return [
+        _state(kind, recurrent[layer], attends[layer]) or _keeps(file, windows, layer)
+        for layer in range(n_layer)
+    ]
+
+
+def _state(kind: str, recurrent: bool, attends: bool) -> str | None:
+    """Why a layer with a recurrent state, or without attention, cannot have a unit of the kind."""
+    if not attends:
+        return "it has a recurrent state" if recurrent else "it has no attention"
+    if recurrent and kind != KV:
+        return "it has a recurrent state beside its attention"
+    return None
 
 
 def _keeps(file: GGUFFile, windows: tuple[int, ...], layer: int) -> str | None:

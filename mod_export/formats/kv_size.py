@@ -17,6 +17,7 @@ import numpy as np
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
+from mod_export.formats.recurrent_layers import attention_layers
 from mod_export.formats.sliding_windows import layer_windows, main_layers
 from mod_export.units import ATTN, BLOCK, KV, Unit
 
@@ -136,16 +137,18 @@ def is_mla(file: GGUFFile) -> bool:
 def kv_heads(file: GGUFFile) -> int:
     """The K/V heads of each layer that can decide apart.
 
-    It is 1 where the layers have different numbers of them, and where the heads share what is
-    stored (MLA).
+    It is 1 where the layers that have any have different numbers of them, and where the heads share
+    what is stored (MLA).
     """
     if is_mla(file):
         return 1
-    heads = {_kv_heads_of_layer(file, layer) for layer in range(main_layers(file))}
+    heads = {_kv_heads_of_layer(file, layer) for layer in range(main_layers(file))} - {0}
     return heads.pop() if len(heads) == 1 else 1
 
 
 def _kv_heads_of_layer(file: GGUFFile, layer: int) -> int:
+    if not attention_layers(file)[layer]:
+        return 0
     name = "attention.head_count_kv"
     if f"{file.architecture}.{name}" not in file.keys:
         name = "attention.head_count"

@@ -67,7 +67,7 @@ def layer_windows(file: GGUFFile) -> tuple[int, ...]:
     rule = SLIDING.get(file.architecture)
     if rule is None or rule.only_with not in (0, n_layer):
         return (0,) * n_layer
-    window = _whole_number(file, "attention.sliding_window", rule.default)
+    window = whole_number(file, "attention.sliding_window", rule.default)
     window = rule.fixed if window and rule.fixed else window
     return tuple(window if slides else 0 for slides in _pattern(file, rule, n_layer))
 
@@ -77,7 +77,7 @@ def main_layers(file: GGUFFile) -> int:
 
     Such layers are counted in block_count, and are no part of an ordinary context.
     """
-    return file.model_number("block_count") - _whole_number(file, "nextn_predict_layers", 0)
+    return file.model_number("block_count") - whole_number(file, "nextn_predict_layers", 0)
 
 
 def _pattern(file: GGUFFile, rule: SlidingLayers, n_layer: int) -> list[bool]:
@@ -88,13 +88,14 @@ def _pattern(file: GGUFFile, rule: SlidingLayers, n_layer: int) -> list[bool]:
         return [bool(value) for value in listed[:n_layer]] + [False] * (n_layer - len(listed))
     if rule.period is None:
         return [False] * n_layer
-    period = _whole_number(file, name, rule.period) if rule.period else 0
+    period = whole_number(file, name, rule.period) if rule.period else 0
     full = 0 if rule.full_first else period - 1
     n_main = main_layers(file)
     return [layer < n_main and (not period or layer % period != full) for layer in range(n_layer)]
 
 
-def _whole_number(file: GGUFFile, name: str, default: int) -> int:
+def whole_number(file: GGUFFile, name: str, default: int) -> int:
+    """The value of a key of the architecture; raises UserError where it is no whole number."""
     value = file.get(f"{file.architecture}.{name}", default)
     if not isinstance(value, int) or value < 0:
         raise UserError(

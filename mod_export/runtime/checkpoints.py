@@ -86,8 +86,9 @@ class Checkpoints:
         size = llama_cpp.llama_state_seq_get_size_ext(ctx, SEQUENCE, PARTIAL)
         if not size:
             return
+        fixed = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(ctx), SEQUENCE)
         before = [c for c in self._made if c.n_tokens < n_tokens]
-        if before and n_tokens - rollback < before[-1].n_tokens:
+        if before and max(n_tokens - rollback, fixed) < before[-1].n_tokens:
             further = before[-2].n_tokens if len(before) > 1 else 0
             if n_tokens - further <= self.step:
                 before.pop()
@@ -97,7 +98,6 @@ class Checkpoints:
             self._leave_one_out(n_tokens)
         data = (ctypes.c_uint8 * size)()
         if llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, PARTIAL) == size:
-            fixed = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(ctx), SEQUENCE)
             self._made.append(Checkpoint(n_tokens, fixed, data))
 
     def _leave_one_out(self, n_tokens: int) -> None:

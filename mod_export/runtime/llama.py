@@ -334,10 +334,11 @@ class MoDLlama(SafeLlama):
 
     @functools.cached_property
     def _gives_back(self) -> bool:
-        """Whether K/V are given back, so that a long tail cannot be taken back without more."""
+        """Whether K/V are given back, or states written over: a tail may then not be taken back."""
         layers = range(llama_cpp.llama_model_n_layer(self.model) if self.units else 0)
         windows = (bindings.llama_mod_layer_window(self.model, layer) for layer in layers)
-        return self.kv_window > 0 or any(windows)
+        is_hybrid = bool(self.units) and llama_cpp.llama_model_is_hybrid(self.model)
+        return self.kv_window > 0 or any(windows) or is_hybrid
 
     def _settings(self) -> dict[str, Any]:
         """What `_set_all` gives to another context of the same file."""

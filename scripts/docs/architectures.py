@@ -34,8 +34,8 @@ file names as `general.architecture`. {routed} of the {all} that llama.cpp knows
 are.
 
 `kv`, `attn` and `block` units stand on layers with full attention. `ffn` units stand on layers with
-a sliding window too. A file with routers that its architecture cannot have is refused where it is
-opened, and `mod-export export` does not write one. Both name the reason.
+a sliding window or a recurrent state too. A file with routers that its architecture cannot have is
+refused where it is opened, and `mod-export export` does not write one. Both name the reason.
 
 ## What was run
 

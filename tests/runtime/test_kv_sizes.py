@@ -6,6 +6,15 @@ from mod_export.benchmark.memory_worker import ContextProbe
 from mod_export.formats import schema
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import expected_cells, kv_layers
+from mod_export.formats.recurrent_layers import (
+    BOTH,
+    BY_HEADS,
+    BY_INTERVAL,
+    OR_FFN,
+    attention_layers,
+    ffn_layers,
+    recurrent_layers,
+)
 from mod_export.formats.sliding_windows import SLIDING
 from mod_export.llamacpp import source
 from mod_export.runtime.llama import MoDLlama
@@ -13,6 +22,7 @@ from mod_export.units import KV, Unit
 from tests.support.architectures import models, routers
 
 NAMES = [*SLIDING, "deepseek2", "gemma4-e", "llama", "phi3"]
+HYBRIDS = [*BY_INTERVAL, *BY_HEADS, *OR_FFN, *BOTH]
 N_CTX, UBATCH = 2048, 64
 ROUNDED = 2 * 0.005 * 2**20  # the log has two numbers of MiB, each with two digits
 
@@ -30,10 +40,24 @@ def test_windows_and_shared_layers_are_those_of_llama_cpp(files):
     for model in files.values():
         layers = kv_layers(GGUFFile.open(model.path))[: model.n_layer]
         without = {i for i, layer in enumerate(layers) if not layer.bytes_per_token}
-        assert without == {*model.without_kv, *model.recurrent}, model.name
+        assert without == {*model.without_kv, *model.recurrent}, model.name  # none has both
         windows = {i: layer.window for i, layer in enumerate(layers) if layer.window}
         windows = {i: window for i, window in windows.items() if i not in model.recurrent}
         assert windows == dict.fromkeys(model.sliding, model.n_swa), model.name
+
+
+def test_recurrent_layers_are_those_of_llama_cpp(tmp_path):
+    written = models.write(tmp_path, HYBRIDS)
+    assert {model.name for model in written} == set(HYBRIDS)
+    for model in written:
+        file, layers = GGUFFile.open(model.path), range(model.n_layer)
+        assert tuple(i for i in layers if recurrent_layers(file)[i]) == model.recurrent, model.name
+        attends = {i for i in layers if attention_layers(file)[i]}
+        assert attends == {*model.full, *model.sliding}, model.name
+        ffn = [i for i in layers if ffn_layers(file)[i]]
+        assert ffn == list(model.ffn_only or layers), model.name
+        stores = {i for i, layer in enumerate(kv_layers(file)) if layer.bytes_per_token}
+        assert stores == attends, model.name
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss", "step35"])

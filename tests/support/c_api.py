@@ -181,6 +181,9 @@ class Raw:
     def can_shift(self) -> bool:
         return llama_cpp.llama_memory_can_shift(self.mem)
 
+    def rope_type(self) -> int:
+        return llama_cpp.llama_model_rope_type(self.model)
+
     def clear(self):
         llama_cpp.llama_memory_clear(self.mem, True)
         self.pos = {}

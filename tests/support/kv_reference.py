@@ -87,6 +87,8 @@ class Reference:
     own_windows: kv unit -> its window in tokens, where it has another one than the others.
     sliding: the layers that see no more; none of them has units other than ffn.
     without_kv: the layers that hold nothing, because they read what others hold.
+    recurrent: those that hold a state for each sequence, of all its tokens. A sequence without it
+        is broken.
     """
 
     def __init__(
@@ -101,10 +103,11 @@ class Reference:
         without_kv: tuple[int, ...] = (),
         heads: int = 1,
         own_windows: dict | None = None,
+        recurrent: tuple[int, ...] = (),
     ):
         self.units, self.n_layer, self.windows = [Unit(*unit) for unit in units], n_layer, windows
         self.n_cells, self.rollback = n_cells, rollback
-        self.sliding, self.without_kv = sliding, without_kv
+        self.sliding, self.without_kv, self.recurrent = sliding, without_kv, recurrent
         self.heads, self.own_windows = heads, own_windows or {}
         # layer -> its caches, one or one of each head
         kv = {unit.layer for unit in self.units if unit.kind == "kv"}
@@ -151,10 +154,10 @@ class Reference:
     def used(self) -> list[int]:
         """Return the number of cells in use per layer."""
         count = {cache: sum(bool(c.seqs) for c in cells) for cache, cells in self.cells.items()}
-        layers = range(self.n_layer)
+        empty = {*self.without_kv, *self.recurrent}
         return [
-            0 if i in self.without_kv else sum(count[cache] for cache in self.caches(i))
-            for i in layers
+            0 if i in empty else sum(count[cache] for cache in self.caches(i))
+            for i in range(self.n_layer)
         ]
 
     def caches(self, layer: int) -> list:
@@ -175,6 +178,8 @@ class Reference:
         queries = [p + 1 for p in self.positions(seq)]
         if not queries:
             return -1, -1
+        if self.recurrent:
+            return queries[-1] - 1, queries[-1] - 1
         least = most = queries[0] - 1
         for cache, name in self.drops.items():
             for lost in {c.pos for c in self.cells[cache] if seq in c.gone}:
@@ -190,6 +195,8 @@ class Reference:
 
         The query comes after the sequence's tokens below `end`.
         """
+        if self.recurrent and end <= self.pos_max(seq):
+            return True
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
         return any(
             seq in c.gone and self.windows[window].first(query) <= c.pos < query
@@ -198,6 +205,8 @@ class Reference:
         )
 
     def may_refuse(self, seq: int, end: int) -> bool:
+        if self.recurrent and end <= self.pos_max(seq):
+            return True
         query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
         lost = self.seqs[seq].lost
         return any(
@@ -218,9 +227,8 @@ class Reference:
         try:
             if self.free(COMPLETE) < len(tokens):
                 raise Full("the layers with complete K/V")
-            for i in range(0, len(tokens), n_ubatch):
-                part = slice(i, i + n_ubatch)
-                self._ubatch(tokens[part], active[part], ids[part])
+            for part in self._split(tokens, n_ubatch):
+                self._ubatch([tokens[i] for i in part], active[part], [ids[i] for i in part])
                 self._expire(start, only_new=True)
         except Full:
             self.cells, self.seqs = before.cells, before.seqs
@@ -230,6 +238,22 @@ class Reference:
             self.seqs[seq].add(self.origin)
         for cell in (c for cells in self.cells.values() for c in cells):
             cell.new = False
+
+    def _split(self, tokens, n_ubatch: int) -> list[list[int]]:
+        """Return the tokens of each ubatch. Recurrent layers want equally many of each sequence."""
+        if not self.recurrent:
+            at = range(len(tokens))
+            return [list(at[i : i + n_ubatch]) for i in range(0, len(tokens), n_ubatch)]
+        left: dict[int, list[int]] = {}
+        for i, (seq, _) in enumerate(tokens):
+            left.setdefault(seq, []).append(i)
+        parts = []
+        while left:
+            n = min(max(1, n_ubatch // len(left)), *map(len, left.values()), n_ubatch)
+            parts.append([i for found in left.values() for i in found[:n]])
+            left = {seq: found[n:] for seq, found in left.items() if found[n:]}
+            left = dict(sorted(left.items(), key=lambda item: item[1][0]))
+        return parts
 
     def free(self, cache) -> int:
         return self.n_cells - sum(bool(c.seqs) for c in self.cells[cache])
@@ -316,6 +340,7 @@ class Reference:
     def copy_sequence(self, src: int, dst: int, p0: int, p1: int) -> None:
         p1 = END if p1 < 0 else p1
         whole = self.pos_max(dst) < 0 and p0 <= self.pos_min(src)
+        has_state = whole and self.pos_max(src) < p1 and self.seqs[src].broken == "no"
         if any(p0 <= p < p1 for p in self.positions(src)):
             self.seqs[dst].add(self.seqs[src].origin)
             self.seqs[dst].spliced |= self.seqs[src].spliced or not whole
@@ -334,6 +359,8 @@ class Reference:
             b.broken = "must"
         elif doubtful or shorter and self.may_refuse(dst, END):
             b.broken = "may"
+        if self.recurrent and any(p0 <= p < p1 for p in self.positions(src)):
+            b.broken = "no" if has_state else "must"
 
     def keep(self, seq: int) -> None:
         for s in range(len(self.seqs)):
@@ -401,6 +428,7 @@ class Reference:
             self.without_kv,
             self.heads,
             self.own_windows,
+            self.recurrent,
         )
         new.cells = {cache: [c.copy() for c in cells] for cache, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]
@@ -469,7 +497,8 @@ class Reference:
         then, now = saved._tokens(src), self._tokens(dst)
         spliced = saved.seqs[src].spliced or self.seqs[dst].spliced
         ends: set[int] = set()
-        for end in (last, max((p for p in then if p < last), default=-1)):
+        before = max((p for p in then if p < last), default=-1)
+        for end in (last,) if self.recurrent else (last, before):
             a, b = ([x for p, x in sorted(found.items()) if p <= end] for found in (then, now))
             if end < 0 or [x[:2] for x in a] != [x[:2] for x in b]:
                 continue

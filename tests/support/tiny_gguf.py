@@ -113,6 +113,7 @@ class Tiny:
     start = 0  # the position of the first token of a text
     noise, fa_noise = 3e-4, 0.1  # of logits in f32, and with flash attention on f16
     without_kv = ()  # layers that read the K/V of others
+    recurrent = ()  # layers with a state for each sequence
 
     @property
     def window(self) -> Window:

@@ -10,8 +10,8 @@
 
 // A checkpoint holds what of a sequence the memory will have given back when more tokens have come: the cells of dropped
 // tokens that are within reach now. All other K/V of these tokens stay where they are as long as no more than the tail
-// behind them is removed, so they are not written. Hence a checkpoint's size depends on windows and rollback, not on the
-// length of the text.
+// behind them is removed, so they are not written. Recurrent states are written. Hence a checkpoint's size depends on
+// windows, rollback and states, not on the length of the text.
 
 //
 // what it says
@@ -78,6 +78,9 @@ void llama_kv_cache_mod::checkpoint_write(llama_io_write_i & io, llama_seq_id se
         if (c.drops) {
             checkpoint_write_data(io, c, dropped_cells(c, seq_id));
         }
+    }
+    if (recr) {
+        recr->state_write(io, seq_id);
     }
 }
 
@@ -174,10 +177,11 @@ llama_pos llama_kv_cache_mod::checkpoint_end(const checkpoint & ckpt, llama_seq_
         }
     }
 
-    // the last token may be another one by now: then it is left out, with all that follows
+    // the last token may be another one by now: then it is left out, with all that follows. Recurrent states cannot
+    // leave it out
     const bool has_all = digest_tokens(seq_id, ckpt.pos_max + 1) == ckpt.digests[1];
 
-    const llama_pos res = has_all ? ckpt.pos_max : last_before(seq_id, ckpt.pos_max);
+    const llama_pos res = has_all ? ckpt.pos_max : recr ? -1 : last_before(seq_id, ckpt.pos_max);
     if (res < 0 || (!has_all && digest_tokens(seq_id, ckpt.pos_max) != ckpt.digests[0])) {
         throw std::runtime_error("mod: the sequence does not hold the tokens of the checkpoint any more");
     }
@@ -243,6 +247,9 @@ void llama_kv_cache_mod::checkpoint_read(llama_io_read_i & io, llama_seq_id seq_
         checkpoint_remove(seq_id, end);
         for (size_t i = 0; i < groups.size(); ++i) {
             checkpoint_place(io, groups[i], seq_id, ckpt.cells[i], rooms[i]);
+        }
+        if (recr) {
+            recr->state_read(io, seq_id);
         }
     } catch (...) {
         forget(seq_id);

@@ -181,6 +181,9 @@ void llama_kv_cache_mod::state_write(llama_io_write_i & io, llama_seq_id seq_id,
             state_write_info(io, s);
         }
     }
+    if (recr) {
+        recr->state_write(io, seq_id);
+    }
 }
 
 void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -217,6 +220,9 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
                 state_read_info(io, s);
             }
         }
+        if (recr) {
+            recr->state_read(io, seq_id);
+        }
 
         trim();
     } catch (...) {
@@ -235,6 +241,9 @@ void llama_kv_cache_mod::forget(llama_seq_id seq_id) {
     for (auto & c : groups) {
         c.rows->wipe(seq_id);
         c.head = 0;
+    }
+    if (recr) {
+        recr->remove(seq_id);
     }
     seqs[seq_id] = no_tokens();
     trim();

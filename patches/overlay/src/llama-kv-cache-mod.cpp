@@ -36,9 +36,15 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
         throw std::runtime_error("mod: a model with routers has no context for multi-token prediction");
     }
     init_windows();
-    init_groups();
+    init_groups(model);
 
     seqs.assign(LLAMA_MAX_SEQ, no_tokens());
+
+    for (int32_t il = 0; il < (int32_t) hparams.n_layer() && !recr; ++il) {
+        if (llama_mod_arch_has_state(model, il)) {
+            recr = std::make_unique<llama_mod_recurrent>(model, cparams);
+        }
+    }
 
     const bool     offload = cparams.offload_kqv;
     const uint32_t kv_size = cparams.n_ctx_seq;
@@ -91,10 +97,10 @@ void llama_kv_cache_mod::init_windows() {
     }
 }
 
-void llama_kv_cache_mod::init_groups() {
+void llama_kv_cache_mod::init_groups(const llama_model & model) {
     const int32_t n_layer = hparams.n_layer();
 
-    map_group.assign(n_layer, -1);
+    map_group.assign(n_layer, GROUP_BASE);
 
     int32_t i_window = -1; // of the layers with a window
     for (int32_t il = 0; il < n_layer; ++il) {
@@ -105,7 +111,9 @@ void llama_kv_cache_mod::init_groups() {
         // loading has refused these (llama_mod_arch_refuses)
         GGML_ASSERT(!routed || (!window && source == il));
 
-        if (source != il) {
+        if (!llama_mod_arch_has_attn(model, il)) {
+            map_group[il] = GROUP_NONE;
+        } else if (source != il) {
             map_group[il] = map_group[source];
         } else if (window && i_window >= 0) {
             map_group[il] = i_window;
@@ -133,7 +141,7 @@ void llama_kv_cache_mod::init_groups() {
 
 void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, llama_mod_kv_mode mode_part, const make_rows_t & make) {
     const auto has_group = [this](int32_t i, int32_t part) {
-        return [this, i, part](int32_t il) { return il < (int32_t) map_group.size() && (i < 0 ? map_group[il] == -1 : get_group(il, part) == i); };
+        return [this, i, part](int32_t il) { return il < (int32_t) map_group.size() && (i < 0 ? map_group[il] == i : get_group(il, part) == i); };
     };
 
     // what a failed attempt has reserved
@@ -142,7 +150,7 @@ void llama_kv_cache_mod::init_caches(llama_mod_kv_mode mode, llama_mod_kv_mode m
         c.rows.reset();
     }
 
-    base_rows = make(mode, hparams, has_group(-1, 0));
+    base_rows = make(mode, hparams, has_group(GROUP_BASE, 0));
     base      = base_rows->kv.get();
     base->v_cells[0].keep_tokens(true); // a checkpoint goes with them
 
@@ -179,7 +187,7 @@ const llama_kv_cache_mod::layer_group * llama_kv_cache_mod::find(int32_t il, int
 
 int32_t llama_kv_cache_mod::get_group(int32_t il, int32_t part) const {
     const int32_t i = map_group.at(il);
-    return i < 0 ? -1 : i + part;
+    return i < 0 ? GROUP_BASE : i + part;
 }
 
 llama_kv_cache * llama_kv_cache_mod::get_own(int32_t il, int32_t part) const {
@@ -196,7 +204,7 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         for (int32_t s = 0; s < batch.n_seq_id[i]; ++s) {
             if (seqs[batch.seq_id[i][s]].broken) {
-                LLAMA_LOG_ERROR("%s: sequence %d is a copy that ends where K/V are gone: remove it and process its tokens again\n",
+                LLAMA_LOG_ERROR("%s: sequence %d lacks K/V or states that the next token would need: remove it and process its tokens again\n",
                         __func__, batch.seq_id[i][s]);
                 return std::make_unique<llama_kv_cache_mod_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
             }
@@ -219,7 +227,16 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
         return fail();
     }
 
-    auto ctx = base->init_batch(balloc, n_ubatch, embd_all);
+    llama_memory_context_ptr ctx;
+    if (recr) {
+        auto ubatches = recr->split(balloc, n_ubatch, embd_all);
+        auto sinfos   = base->prepare(ubatches);
+        if (!ubatches.empty() && !sinfos.empty()) {
+            ctx = std::make_unique<llama_kv_cache_context>(base, std::move(sinfos), std::move(ubatches));
+        }
+    } else {
+        ctx = base->init_batch(balloc, n_ubatch, embd_all);
+    }
     if (!ctx || llama_memory_status_is_fail(ctx->get_status())) {
         return fail();
     }
@@ -258,6 +275,9 @@ void llama_kv_cache_mod::touch_masks() {
 void llama_kv_cache_mod::clear(bool data) {
     touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.clear(data); });
+    if (recr) {
+        recr->clear(data);
+    }
 
     for (auto & c : groups) {
         c.head = 0;
@@ -282,7 +302,18 @@ bool llama_kv_cache_mod::can_end_at(llama_seq_id seq_id, llama_pos p0) const {
             return false;
         }
     }
-    return true;
+    return !recr || recr->can_end(seq_id, p - 1, base->seq_pos_max(seq_id));
+}
+
+void llama_kv_cache_mod::move_states() {
+    for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max && recr; ++s) {
+        const llama_pos p_max = base->seq_pos_max(s);
+        if (p_max < 0) {
+            recr->remove(s); // all of it went below 0
+        } else {
+            recr->move(s, p_max);
+        }
+    }
 }
 
 void llama_kv_cache_mod::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -331,6 +362,11 @@ bool llama_kv_cache_mod::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
             continue;
         }
         seq_rm_one(s, p0, p1);
+        if (recr && base->seq_pos_max(s) < 0) {
+            recr->remove(s);
+        } else if (recr && p_max < p1) {
+            recr->end(s, base->seq_pos_max(s));
+        }
         if (p_max < p1) {
             // can_end_at() held
             seqs[s].broken = false;
@@ -371,6 +407,13 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 
     const llama_pos p_max = base->seq_pos_max(seq_id_dst);
 
+    // the state is that of all tokens
+    if (recr && !had && base->seq_pos_min(seq_id_dst) == base->seq_pos_min(seq_id_src) && p_max == base->seq_pos_max(seq_id_src)) {
+        recr->copy(seq_id_src, seq_id_dst);
+    } else if (recr) {
+        recr->remove(seq_id_dst);
+    }
+
     if (!had && base->seq_pos_min(seq_id_dst) == base->seq_pos_min(seq_id_src)) {
         dst.history = src.history;
         dst.history.cut(p_max + 1);
@@ -390,8 +433,9 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     }
     dst.broken = dst.broken || src.broken;
 
-    if (p_max < base->seq_pos_max(seq_id_src) && !can_end_at(seq_id_dst, p_max + 1)) {
-        LLAMA_LOG_ERROR("%s: sequence %d cannot be continued from position %d: K/V that the next token would see are gone\n",
+    const bool shorter = p_max < base->seq_pos_max(seq_id_src);
+    if ((shorter && !can_end_at(seq_id_dst, p_max + 1)) || (recr && !recr->has_state(seq_id_dst))) {
+        LLAMA_LOG_ERROR("%s: sequence %d cannot be continued from position %d: K/V or states that the next token would need are gone\n",
                 __func__, seq_id_dst, p_max + 1);
         dst.broken = true;
     }
@@ -400,6 +444,9 @@ void llama_kv_cache_mod::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 void llama_kv_cache_mod::seq_keep(llama_seq_id seq_id) {
     touch_masks();
     for_each([&](llama_kv_cache & kv) { kv.seq_keep(seq_id); });
+    if (recr) {
+        recr->keep(seq_id);
+    }
 
     for (auto & c : groups) {
         c.head = 0;
@@ -465,6 +512,7 @@ void llama_kv_cache_mod::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
         }
     }
     touch_masks();
+    move_states();
 
     for (auto & c : groups) {
         c.head = 0;
@@ -514,6 +562,7 @@ void llama_kv_cache_mod::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     touch_masks();
     add_history(seq_id, std::max(p0, 0), p1 < 0 ? POS_MAX : p1, std::max(p0, 0)/std::max(d, 1), d);
     for_each([&](llama_kv_cache & kv) { kv.seq_div(seq_id, p0, p1, d); });
+    move_states();
 
     // what was freed stays the upper bound that it was; cells may be shared
     for (auto & s : seqs) {
@@ -538,7 +587,7 @@ llama_pos llama_kv_cache_mod::seq_pos_fixed(llama_seq_id seq_id) const {
             res = std::max(res, windows[w].last(freed));
         }
     }
-    return res;
+    return recr ? seq_pos_max(seq_id) : res;
 }
 
 bool llama_kv_cache_mod::has_shift() const {
@@ -549,6 +598,11 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mod::memory_breakdow
     auto res = base->memory_breakdown();
     for (const auto & c : groups) {
         for (const auto & [buft, size] : c.kv->memory_breakdown()) {
+            res[buft] += size;
+        }
+    }
+    if (recr) {
+        for (const auto & [buft, size] : recr->memory_breakdown()) {
             res[buft] += size;
         }
     }
@@ -586,6 +640,10 @@ llama_pos llama_kv_cache_mod::free_cells(layer_group & c, llama_seq_id seq_id, l
 }
 
 void llama_kv_cache_mod::expire(bool all) {
+    if (recr && all) {
+        recr->keep();
+    }
+
     std::vector<uint32_t> n_used;
     for (const auto & c : groups) {
         n_used.push_back(c.kv->get_cells(0).get_used());
@@ -637,6 +695,9 @@ void llama_kv_cache_mod::undo() {
             }
         }
         seqs[s].origin = info.origin_before;
+    }
+    if (recr) {
+        recr->undo();
     }
 
     for (auto & c : groups) {
@@ -690,6 +751,9 @@ void llama_kv_cache_mod::set_synchronize(const std::function<void()> & f) {
     base_rows->synchronize = f;
     for (auto & c : groups) {
         c.rows->synchronize = f;
+    }
+    if (recr) {
+        recr->synchronize = f;
     }
 }
 
@@ -756,7 +820,7 @@ void llama_kv_cache_mod::kv_seq_stats(llama_seq_id seq_id, llama_mod_kv_seq_stat
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_memory_status status) : status(status) {}
 
 llama_kv_cache_mod_context::llama_kv_cache_mod_context(llama_kv_cache_mod * kv) :
-    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), base(kv->base->init_full()), groups(kv->groups.size()) {
+    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), is_full_cache(true), base(kv->base->init_full()), groups(kv->groups.size()) {
     for (size_t i = 0; i < groups.size(); ++i) {
         groups[i].ctx = std::make_unique<llama_kv_cache_context>(kv->groups[i].kv);
     }
@@ -809,6 +873,9 @@ bool llama_kv_cache_mod_context::apply() {
                 kv->base_mask.touch_all();
                 break;
             }
+        }
+        if (kv->recr) {
+            kv->recr->place(ubatch);
         }
         return base->apply() && place_all();
     }

@@ -4,6 +4,7 @@
 #include "llama-mod-history.h"
 #include "llama-mod-mask.h"
 #include "llama-mod-origin.h"
+#include "llama-mod-recurrent.h"
 #include "llama-mod.h"
 #include "llama-mod-rows.h"
 
@@ -27,6 +28,9 @@ struct llama_mod_model;
 // a token that skips a layer takes no cell there. a token that a kv unit drops, and every token in a layer with a
 // sliding window, gives its cell back when it has left the window and the rollback margin. all are unified: routed rows
 // would break equal splits
+//
+// recurrent layers have a state for each sequence beside that (llama-mod-recurrent.h). Then a sequence can end only at
+// its last token
 class llama_kv_cache_mod : public llama_memory_i {
 public:
     // throws std::runtime_error for a type of context that has other K/V, and where there is no memory
@@ -111,6 +115,9 @@ public:
     // f says what K/V are computed with now; the types of K and V are filled in here
     void set_origin(const std::function<llama_mod_origin()> & f);
 
+    // null: no layer has a state
+    const llama_mod_recurrent * get_recr() const { return recr.get(); }
+
     // changes when cells have moved or tensors were replaced: graphs and masks made before are void
     uint64_t get_generation() const;
 
@@ -178,7 +185,11 @@ private:
     std::unique_ptr<llama_mod_rows> base_rows;
     llama_kv_cache *                base; // of base_rows
     std::vector<layer_group>        groups;
-    std::vector<int32_t>            map_group; // il -> index of its first part, -1: complete K/V
+    std::vector<int32_t>            map_group; // il -> index of its first part, GROUP_BASE, GROUP_NONE
+
+    enum { GROUP_BASE = -1, GROUP_NONE = -2 }; // complete K/V, no K/V
+
+    std::unique_ptr<llama_mod_recurrent> recr;
 
     llama_mod_mask base_mask;
 
@@ -233,6 +244,9 @@ private:
     // tokens of seq_id in [p0, p1), which other sequences may share, are moved `by` so much: from `from` on they are others
     void add_history(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos from, int32_t by);
 
+    // the positions of the states follow those of the tokens
+    void move_states();
+
     // can the sequence go on, with its tail from position p0 on removed?
     bool can_end_at(llama_seq_id seq_id, llama_pos p0) const;
 
@@ -247,7 +261,7 @@ private:
     using make_rows_t = std::function<std::unique_ptr<llama_mod_rows>(llama_mod_kv_mode, const llama_hparams &, const llama_kv_cache::layer_filter_cb &)>;
 
     void init_windows();
-    void init_groups ();
+    void init_groups (const llama_model & model);
     void init_caches(llama_mod_kv_mode mode, llama_mod_kv_mode mode_part, const make_rows_t & make);
 
     // dropped tokens at positions below have left the window, and the rollback margin
@@ -388,6 +402,7 @@ public:
 
     uint32_t get_n_tokens() const { return n_tokens; } // of the whole batch
     bool     is_last()      const { return n_done == n_tokens; }
+    bool     is_full()      const { return is_full_cache; }
 
     const llama_kv_cache_context * get_layer(int32_t il, int32_t part) const;
 
@@ -410,6 +425,8 @@ private:
     llama_memory_status status;
 
     llama_kv_cache_mod * kv = nullptr;
+
+    bool is_full_cache = false;
 
     llama_memory_context_ptr base;
 

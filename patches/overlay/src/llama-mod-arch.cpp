@@ -5,6 +5,7 @@
 
 #include <climits>
 #include <map>
+#include <set>
 
 // one word for each reason that has no hyperparameter to be read from
 static const std::map<llm_arch, const char *> MOD_REFUSED = {
@@ -12,6 +13,8 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
     { LLM_ARCH_DEEPSEEK32,       "its layers select keys by an indexer with a cache of its own" },
     { LLM_ARCH_GLM_DSA,          "its layers select keys by an indexer with a cache of its own" },
     { LLM_ARCH_DOTS3NOTE,        "its layers select keys by an indexer with a cache of its own" },
+    { LLM_ARCH_GLM5_NEXT,        "its layers select keys by an indexer with a cache of its own" },
+    { LLM_ARCH_MINIMAX_01,       "its recurrent layers read a table of the distances between tokens" },
     { LLM_ARCH_MINIMAX_M3,       "its layers select keys by an indexer with a cache of its own" },
     { LLM_ARCH_HY_V4,            "its layers pass on several streams (hyper-connections)" },
     { LLM_ARCH_DEEPSEEK4,        "its layers pass on several streams (hyper-connections)" },
@@ -44,6 +47,13 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
     { LLM_ARCH_GEMMA4_ASSISTANT, "it is the draft head of another model" },
 };
 
+// those with recurrent layers that run
+static const std::set<llm_arch> MOD_HYBRID = {
+    LLM_ARCH_QWEN3NEXT, LLM_ARCH_QWEN35, LLM_ARCH_QWEN35MOE, LLM_ARCH_LFM2, LLM_ARCH_LFM2MOE, LLM_ARCH_GRANITE_HYBRID,
+    LLM_ARCH_JAMBA, LLM_ARCH_FALCON_H1, LLM_ARCH_NEMOTRON_H, LLM_ARCH_NEMOTRON_H_MOE, LLM_ARCH_PLAMO2,
+    LLM_ARCH_KIMI_LINEAR, LLM_ARCH_BAILINGMOE3,
+};
+
 static bool mod_slides(const llama_hparams & hparams, int32_t il) {
     return hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
 }
@@ -63,6 +73,26 @@ int32_t llama_mod_arch_kv_source(const llama_hparams & hparams, int32_t il) {
     }
     // as in llama_model::create_memory(): the last layer of the same kind that has K and V
     return hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
+}
+
+static bool mod_is_nemotron(llm_arch arch) {
+    return arch == LLM_ARCH_NEMOTRON_H || arch == LLM_ARCH_NEMOTRON_H_MOE;
+}
+
+bool llama_mod_arch_is_ffn(llm_arch arch, const llama_hparams & hparams, int32_t il) {
+    return mod_is_nemotron(arch) && hparams.n_ff(il) > 0;
+}
+
+// as the layer filters of llama_model::create_memory()
+
+bool llama_mod_arch_has_state(const llama_model & model, int32_t il) {
+    return il < (int32_t) model.hparams.n_layer() && llm_arch_is_hybrid(model.arch) &&
+        (model.hparams.is_recr(il) || model.arch == LLM_ARCH_FALCON_H1);
+}
+
+bool llama_mod_arch_has_attn(const llama_model & model, int32_t il) {
+    return !llm_arch_is_hybrid(model.arch) || model.arch == LLM_ARCH_FALCON_H1 ||
+        (!model.hparams.is_recr(il) && !llama_mod_arch_is_ffn(model.arch, model.hparams, il));
 }
 
 // do layers that share K and V see the same tokens, and are their heads alike?
@@ -96,7 +126,7 @@ std::string llama_mod_arch_refuses(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return "its layers have a recurrent state and no attention";
     }
-    if (llm_arch_is_hybrid(model.arch)) {
+    if (llm_arch_is_hybrid(model.arch) && MOD_HYBRID.count(model.arch) == 0) {
         return "some of its layers have a recurrent state";
     }
     if (llm_arch_is_diffusion(model.arch) || !hparams.causal_attn) {
@@ -135,10 +165,20 @@ static std::string mod_keeps_kv(const llama_hparams & hparams, int32_t il) {
 std::string llama_mod_arch_refuses(const llama_model & model, int32_t il, llama_mod_kind kind) {
     const auto & hparams = model.hparams;
 
+    if (kind != LLAMA_MOD_KIND_FFN && !llama_mod_arch_has_attn(model, il)) {
+        return llama_mod_arch_has_state(model, il) ?
+            "it has a recurrent state, where only ffn units can be" : "it has no attention, so that only ffn units can be there";
+    }
+    if ((kind == LLAMA_MOD_KIND_ATTN || kind == LLAMA_MOD_KIND_BLOCK) && llama_mod_arch_has_state(model, il)) {
+        return "it has a recurrent state beside its attention, where only ffn and kv units can be";
+    }
     if (kind != LLAMA_MOD_KIND_FFN) {
         if (const std::string why = mod_keeps_kv(hparams, il); !why.empty()) {
             return why;
         }
+    }
+    if (kind == LLAMA_MOD_KIND_FFN && mod_is_nemotron(model.arch) && !llama_mod_arch_is_ffn(model.arch, hparams, il)) {
+        return "it has no FFN";
     }
     if (kind == LLAMA_MOD_KIND_FFN && model.arch == LLM_ARCH_GEMMA4) {
         return "what follows the FFN changes the whole residual stream, so that skipping the FFN alone is impossible";
@@ -156,8 +196,23 @@ const char * llama_mod_arch_middle(llm_arch arch) {
         case LLM_ARCH_GEMMA3:
         case LLM_ARCH_BAILINGMOE2: return "sa_out";
         case LLM_ARCH_GEMMA4:      return "attn_out";
+        case LLM_ARCH_QWEN3NEXT:
+        case LLM_ARCH_QWEN35:
+        case LLM_ARCH_QWEN35MOE:
+        case LLM_ARCH_PLAMO2:
         case LLM_ARCH_PLAMO3:      return "attn_residual";
+        case LLM_ARCH_NEMOTRON_H:
+        case LLM_ARCH_NEMOTRON_H_MOE: return nullptr;
         default:                   return "ffn_inp";
+    }
+}
+
+const char * llama_mod_arch_end(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_PLAMO2:         return "ffn_residual";
+        case LLM_ARCH_NEMOTRON_H:
+        case LLM_ARCH_NEMOTRON_H_MOE: return "nemotron_h_block_out";
+        default:                      return nullptr;
     }
 }
 

@@ -319,7 +319,7 @@ void llama_mod_context::check_segments() {
     const size_t  n_nodes = lctx.graph_max_nodes(lctx.cparams.n_ubatch);
 
     llama_batch_allocr balloc(lctx.model.hparams.n_pos_per_embd());
-    const auto ubatch  = balloc.ubatch_reserve(2, 1);
+    const auto ubatch  = balloc.ubatch_reserve(std::max(2u, std::min(8u, lctx.cparams.n_ubatch)), 1);
     const auto ubatch1 = balloc.ubatch_reserve(1, 1);
 
     const llm_graph_result_ptr     res (new llm_graph_result(n_nodes));
@@ -398,7 +398,7 @@ void llama_mod_context::reset() {
             p.variants.clear();
         }
     }
-    skipping.reset();
+    skipping.clear();
     res_shared.reset();
     res_sampled = nullptr;
     res_last = nullptr;

@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 struct llama_context;
@@ -128,14 +129,17 @@ private:
         uint64_t               generation = 0; // of the K/V that it was built on
     };
 
-    // the whole model for one token
-    std::unique_ptr<variant> skipping;
+    // where recurrent layers write their states, which graphs depend on; 0: the segment has none
+    uint32_t get_head(const llm_mod_segment & seg) const;
 
-    // a segment, its graphs for small batches by (number of rows, are they gathered)
+    // the whole model for one token, by the head of its states
+    std::map<uint32_t, std::unique_ptr<variant>> skipping;
+
+    // a segment, its graphs for small batches by (number of rows, are they gathered, head)
     struct piece {
         llm_mod_segment seg;
         size_t          n_tensors = 0; // that a graph reads, or that building it makes
-        std::map<std::pair<uint32_t, bool>, std::unique_ptr<variant>> variants;
+        std::map<std::tuple<uint32_t, bool, uint32_t>, std::unique_ptr<variant>> variants;
     };
 
     // the model cut at every decision, and without the cuts that only kv units need

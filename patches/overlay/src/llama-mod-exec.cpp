@@ -63,11 +63,17 @@ static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<i
     udata->seq_id_unq.push_back(udata->seq_id[0][0]);
     udata->seq_idx[udata->seq_id_unq[0]] = 0;
 
+    // recurrent layers, where there are any, see the tokens as they were split, or they are built in vain
+    const bool equal = ubatch.equal_seqs();
+    const bool all   = n == ubatch.n_tokens;
+
+    const uint32_t n_seqs = !equal ? n : all ? ubatch.n_seqs : 1;
+
     return {
-        /*.b_equal_seqs =*/ 0,
+        /*.b_equal_seqs =*/ equal,
         /*.n_tokens     =*/ n,
-        /*.n_seq_tokens =*/ 1,
-        /*.n_seqs       =*/ n,
+        /*.n_seq_tokens =*/ n/n_seqs,
+        /*.n_seqs       =*/ n_seqs,
         /*.n_seqs_unq   =*/ 1,
         /*.n_pos        =*/ ubatch.n_pos,
 
@@ -161,26 +167,27 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
         }
     }
 
-    if (!skipping) {
+    auto & kept = skipping[get_head(whole)];
+    if (!kept) {
         auto seg = whole;
         seg.reserve   = false;
         seg.kv_inside = false;
         seg.skips     = true;
         seg.on_device = on_device;
-        skipping = make_variant(seg, lctx.get_gf_res_reserve()->get_max_nodes());
+        kept = make_variant(seg, lctx.get_gf_res_reserve()->get_max_nodes());
     }
 
-    auto & seg = skipping->seg;
+    auto & seg = kept->seg;
     seg.decider = &decider;
     seg.pos     = ubatch.pos[0];
     seg.score   = scores.data();
     seg.active  = active.data();
 
     params.ubatch = ubatch;
-    if (!compute(skipping.get(), seg, params, ret)) {
+    if (!compute(kept.get(), seg, params, ret)) {
         if (seg.on_device && !on_device) {
             restore_sched();
-            skipping.reset();
+            skipping.clear();
         }
         return false;
     }
@@ -204,7 +211,7 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
         }
     }
 
-    res_last = skipping->res.get();
+    res_last = kept->res.get();
     return true;
 }
 
@@ -441,8 +448,18 @@ ggml_backend_t llama_mod_context::get_input_backend(const llm_mod_segment & seg)
     return inputs == io::block || (inputs == io::unset && !is_host) ? get_backend(dev) : nullptr;
 }
 
+uint32_t llama_mod_context::get_head(const llm_mod_segment & seg) const {
+    const auto * recr = get_memory()->get_recr();
+    for (int32_t il = (seg.t0 + 1)/2; recr && 2*il < seg.t1; ++il) {
+        if (recr->has(il)) {
+            return recr->get_context(false)->get_head();
+        }
+    }
+    return 0;
+}
+
 llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows, bool gather) {
-    auto & v = p.variants[{ n_rows, gather }];
+    auto & v = p.variants[{ n_rows, gather, get_head(p.seg) }];
     if (!v) {
         const size_t n_whole = lctx.get_gf_res_reserve()->get_max_nodes();
 

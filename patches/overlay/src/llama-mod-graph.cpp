@@ -142,6 +142,33 @@ public:
     std::vector<ggml_tensor *> fitted;
 };
 
+// where the states of a segment's recurrent layers are read from. T: upstream's input for hybrid models
+template <typename T> class llm_graph_input_hybrid_mod : public T {
+public:
+    llm_graph_input_hybrid_mod(const llama_cparams & cparams, std::unique_ptr<llm_graph_input_rs> rs, const llama_mod_recurrent & recr, bool used) :
+        T(cparams, nullptr, std::move(rs), nullptr), recr(recr), used(used) {}
+
+    void set_input(const llama_ubatch * /*ubatch*/) override {
+        if (used) {
+            ggml_backend_tensor_set(this->inp_rs->s_copy, recr.get_copies().data(), 0, ggml_nbytes(this->inp_rs->s_copy));
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const auto & rs = *this->inp_rs;
+
+        // views of the states depend on it all
+        return !used || (
+            rs.s_copy->ne[0]      == rs.mctx->get_n_rs() &&
+            rs.s_copy_main->ne[0] == params.ubatch.n_seqs &&
+            rs.head               == rs.mctx->get_head() &&
+            rs.rs_z               == rs.mctx->get_rs_z());
+    }
+
+    const llama_mod_recurrent & recr;
+    const bool used; // else the graph reads no state
+};
+
 // the attention nodes that read views of the cache: K and V in F32 are converted before
 static std::multimap<const ggml_tensor *, ggml_tensor *> mod_attn_nodes(ggml_cgraph * gf) {
     std::multimap<const ggml_tensor *, ggml_tensor *> res; // by mask
@@ -253,7 +280,8 @@ bool operator<(int & il, const llm_mod_layers & layers) {
     return layers.seg ? layers.seg->graph->next_layer(il) : il < layers.n;
 }
 
-llm_mod_graph::llm_mod_graph(llm_graph_context & g) : g(g), seg(g.mod), gf(g.gf), middle(llama_mod_arch_middle(g.arch)) {
+llm_mod_graph::llm_mod_graph(llm_graph_context & g) : g(g), seg(g.mod), gf(g.gf),
+    middle(llama_mod_arch_middle(g.arch)), end(llama_mod_arch_end(g.arch)) {
     seg->graph = this;
     seg->out.clear();
     seg->attn.clear();
@@ -281,26 +309,49 @@ bool llm_mod_graph::next_layer(int & il) {
 void llm_mod_graph::read(ggml_tensor * cur) {
     if (is_reading) {
         is_reading = false;
-        if (const int32_t t = seg->t0/2*2; acts(t)) {
-            in_place(cur, t);
+        const int32_t il = seg->t0/2;
+        if (acts(2*il)) {
+            in_place(cur, 2*il);
+        }
+        if (is_ffn(il)) {
+            at_middle(cur, il);
         }
     }
 }
 
+bool llm_mod_graph::is_ffn(int32_t il) const {
+    return il < g.n_layer && llama_mod_arch_is_ffn(g.arch, g.hparams, il);
+}
+
+void llm_mod_graph::at_middle(ggml_tensor * cur, int32_t il) {
+    if (seg->reserve) {
+        seg->middles.insert(il);
+    }
+    if (acts(2*il + 1)) {
+        in_place(cur, 2*il + 1);
+    }
+}
+
 bool llm_mod_graph::name(ggml_tensor * cur, const char * name, int il) {
-    if (il >= 0 && strcmp(name, middle) == 0) {
-        if (seg->reserve) {
-            seg->middles.insert(il);
+    if (il >= 0 && middle && strcmp(name, middle) == 0) {
+        at_middle(cur, il);
+    }
+    if (il >= 0 && end && strcmp(name, end) == 0) {
+        if (!middle && !is_ffn(il)) {
+            at_middle(cur, il);
         }
-        if (acts(2*il + 1)) {
-            in_place(cur, 2*il + 1);
+        if (acts(2*il + 2)) {
+            in_place(cur, 2*il + 2);
+        }
+        if (is_ffn(il + 1)) {
+            at_middle(cur, il + 1);
         }
     }
     return is_live() || il < 0 || cur == last;
 }
 
 ggml_tensor * llm_mod_graph::leave_layer(ggml_tensor * cur, int il) {
-    return acts(2*il + 2) ? cut(cur, 2*il + 2) : cur;
+    return acts(2*il + 2) && !end ? cut(cur, 2*il + 2) : cur;
 }
 
 bool llm_mod_graph::has_out_ids() const {
@@ -486,6 +537,34 @@ ggml_tensor * llm_mod_graph::build_leave(ggml_tensor * cur, int32_t t) {
 
     return view_h();
 }
+
+template <typename T> T * llm_mod_graph::build_inp_hybrid(const llama_ubatch & ubatch) {
+    const auto * mctx = static_cast<const llama_kv_cache_mod_context *>(g.mctx);
+    const auto & recr = *mctx->get_kv()->get_recr();
+
+    auto rs = std::make_unique<llm_graph_input_rs>(recr.get_context(mctx->is_full()));
+
+    const int64_t n_rs = rs->mctx->get_n_rs();
+    rs->head = rs->mctx->get_head();
+    rs->rs_z = rs->mctx->get_rs_z();
+
+    rs->s_copy = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, n_rs);
+    ggml_set_input(rs->s_copy);
+    ggml_set_name(rs->s_copy, "mod_s_copy");
+
+    rs->s_copy_main  = ggml_view_1d(g.ctx0, rs->s_copy, ubatch.n_seqs, 0);
+    rs->s_copy_extra = ggml_view_1d(g.ctx0, rs->s_copy, n_rs - ubatch.n_seqs, ubatch.n_seqs*rs->s_copy->nb[0]);
+
+    bool used = false;
+    for (int32_t il = (seg->t0 + 1)/2; 2*il < seg->t1; ++il) {
+        used = used || recr.has(il);
+    }
+    return static_cast<T *>(g.res->add_input(std::make_unique<llm_graph_input_hybrid_mod<T>>(g.cparams, std::move(rs), recr, used)));
+}
+
+template llm_graph_input_mem_hybrid      * llm_mod_graph::build_inp_hybrid(const llama_ubatch & ubatch);
+template llm_graph_input_mem_hybrid_k    * llm_mod_graph::build_inp_hybrid(const llama_ubatch & ubatch);
+template llm_graph_input_mem_hybrid_iswa * llm_mod_graph::build_inp_hybrid(const llama_ubatch & ubatch);
 
 // K and V that are quantised are rotated before, by a matrix that layers with heads of the same size have in common
 static ggml_tensor * share_rot(ggml_tensor * & shared, ggml_tensor * & own) {

@@ -167,6 +167,10 @@ struct llm_mod_graph {
     // does the architecture pick the rows that are output?
     bool has_out_ids() const;
 
+    // the states of recurrent layers, in the place of T, one of upstream's inputs for hybrid models. It has no inputs of
+    // attention: they are made for each layer
+    template <typename T> T * build_inp_hybrid(const llama_ubatch & ubatch);
+
     // the input of the attention of layer il, with its cache: of K and V, or of K that V is a part of. false: the
     // attention does not belong to the segment
     bool attend(llm_graph_input_attn_kv * & inp, int il);
@@ -188,7 +192,8 @@ private:
     llm_mod_segment * const seg;
 
     ggml_cgraph * const gf;     // the segment's
-    const char  * const middle;
+    const char  * const middle; // null: each layer is attention or FFN
+    const char  * const end;    // null: build_cvec() ends a layer
 
     bool   is_looping = false; // the loop over the layers has begun
     bool   is_reading = false; // and its first layer, or what follows the loop, has not read the stream yet
@@ -203,6 +208,12 @@ private:
     bool acts     (int32_t t) const;
     bool replaces (int32_t t) const; // such that another tensor carries on the stream
     bool scores_kv(int32_t t) const;
+
+    // the stream between attention and FFN of layer il, which is at its begin or end where the layer is one of them
+    void at_middle(ggml_tensor * cur, int32_t il);
+
+    // is the layer an FFN alone?
+    bool is_ffn(int32_t il) const;
 
     // does it, and returns the residual stream
     ggml_tensor * cut(ggml_tensor * cur, int32_t t);

@@ -62,15 +62,17 @@ namespace {
 
 static constexpr uint32_t MOD_MAX_WINDOW = INT32_MAX/4;
 
-// K/V heads that all layers have, 0: layers differ
+// K/V heads that all layers have which have any, 0: layers differ
 static int32_t mod_n_head_kv(const llama_hparams & hparams) {
-    const int32_t n = hparams.n_head_kv(0);
-    for (int32_t il = 1; il < (int32_t) hparams.n_layer(); ++il) {
-        if ((int32_t) hparams.n_head_kv(il) != n) {
+    int32_t res = 0;
+    for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
+        const int32_t n = hparams.n_head_kv(il);
+        if (n != 0 && res != 0 && n != res) {
             return 0;
         }
+        res = std::max(res, n);
     }
-    return n;
+    return res;
 }
 
 } // namespace

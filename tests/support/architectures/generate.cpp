@@ -58,6 +58,36 @@ static void llama4_keys(gguf_context * ctx, const std::string & a) {
     gguf_set_val_u32(ctx, (a + "block_count").c_str(), N_LAYER);
 }
 
+static void set_numbers(gguf_context * ctx, const std::string & key, const std::function<uint32_t(uint32_t)> & value) {
+    std::vector<uint32_t> values;
+    for (uint32_t il = 0; il < N_LAYER; il++) {
+        values.push_back(value(il));
+    }
+    gguf_remove_key(ctx, key.c_str());
+    gguf_set_arr_data(ctx, key.c_str(), GGUF_TYPE_UINT32, values.data(), values.size());
+}
+
+// two recurrent layers between full ones; upstream's have a single one
+static void hybrid_keys(gguf_context * ctx, const std::string & a) {
+    for (const char * key : { "attention.head_count", "attention.head_count_kv" }) {
+        set_numbers(ctx, a + key, [](uint32_t il) { return il % 4 == 1 || il % 4 == 2 ? 0 : 2; });
+    }
+}
+
+static void without_windows(gguf_context * ctx, const std::string & a) {
+    hybrid_keys(ctx, a);
+    gguf_remove_key(ctx, (a + "attention.sliding_window").c_str());
+}
+
+// recurrent, FFN, attention, ..: each layer is one of them
+static void nemotron_keys(gguf_context * ctx, const std::string & a) {
+    gguf_set_val_u32(ctx, (a + "block_count").c_str(), N_LAYER);
+    gguf_remove_key(ctx, (a + "attention.head_count").c_str());
+    gguf_set_val_u32(ctx, (a + "attention.head_count").c_str(), 2);
+    set_numbers(ctx, a + "attention.head_count_kv", [](uint32_t il) { return il % 3 == 2 ? 2 : 0; });
+    set_numbers(ctx, a + "feed_forward_length",     [](uint32_t il) { return il % 3 == 1 ? 192 : 0; });
+}
+
 static void rwkv7_keys(gguf_context * ctx, const std::string & a) {
     for (const char * rank : { "decay", "iclr", "value_residual_mix", "gate" }) {
         gguf_set_val_u32(ctx, (a + "attention." + rank + "_lora_rank").c_str(), 32);
@@ -107,6 +137,16 @@ static std::vector<variant> variants(llm_arch arch) {
             };
         case LLM_ARCH_EXAONE4: // 64 layers have sliding windows
             return { { arch, name, false, {} }, { arch, name + "-sliding", false, {}, 64 } };
+        case LLM_ARCH_JAMBA:
+        case LLM_ARCH_PLAMO2:
+        case LLM_ARCH_GRANITE_HYBRID:
+        case LLM_ARCH_LFM2MOE:
+            return { { arch, name, moe_mandatory(arch), hybrid_keys } };
+        case LLM_ARCH_LFM2:
+            return { { arch, name, false, without_windows }, { arch, name + "-sliding", false, hybrid_keys } };
+        case LLM_ARCH_NEMOTRON_H:
+        case LLM_ARCH_NEMOTRON_H_MOE:
+            return { { arch, name, moe_mandatory(arch), nemotron_keys, 9 } };
         case LLM_ARCH_PLM:
             return { { arch, name, false, plm_keys } };
         case LLM_ARCH_LLAMA4:
@@ -172,13 +212,17 @@ static std::string layers(const llama_model & model, F is) {
 
 static void describe(const variant & v, const llama_model & model) {
     const llama_hparams & h = model.hparams;
+    const bool is_nemotron = v.arch == LLM_ARCH_NEMOTRON_H || v.arch == LLM_ARCH_NEMOTRON_H_MOE;
     printf("{\"name\": \"%s\", \"architecture\": \"%s\", \"n_layer\": %u, \"n_embd\": %u, \"n_swa\": %u, \"swa_type\": %d, "
-           "\"alibi\": %s, \"sliding\": %s, \"recurrent\": %s, \"without_kv\": %s}\n",
+           "\"alibi\": %s, \"sliding\": %s, \"recurrent\": %s, \"without_kv\": %s, "
+           "\"ffn_only\": %s, \"both\": %s}\n",
            v.name.c_str(), llm_arch_name(v.arch), h.n_layer(), h.n_embd, h.swa_type ? h.n_swa : 0, (int) h.swa_type,
            h.use_alibi ? "true" : "false",
            layers(model, [&](uint32_t il) { return h.is_swa(il); }).c_str(),
            layers(model, [&](uint32_t il) { return h.is_recr(il); }).c_str(),
-           layers(model, [&](uint32_t il) { return !h.has_kv(il); }).c_str());
+           layers(model, [&](uint32_t il) { return !h.has_kv(il); }).c_str(),
+           layers(model, [&](uint32_t il) { return is_nemotron && h.n_ff(il) > 0; }).c_str(),
+           v.arch == LLM_ARCH_FALCON_H1 ? "true" : "false");
     fflush(stdout);
 }
 

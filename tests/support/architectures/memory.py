@@ -33,6 +33,10 @@ WINDOWED = {"gemma3": (1.5e-4, 5e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3,
 WITHOUT_V = {"deepseek2-heads": (1.5e-4, 5e-4)}
 NOISE = WINDOWED | WITHOUT_V
 NAMES = tuple(NOISE)
+# Recurrent layers among full ones: delta nets in chunks of tokens, and scans. The stock library's
+# logits of one text, cut into batches in different ways, differ by less than 5e-7.
+HYBRID_NOISE = {"qwen35": (2e-5, 5e-3), "granitehybrid": (2e-5, 5e-3)}
+HYBRIDS = tuple(HYBRID_NOISE)
 STDEV = 0.15  # of the weights; with smaller ones a token depends on other tokens by little
 CHUNKED = 2  # enum llama_swa_type
 # llama.cpp's chunks are of 8192 positions. The texts of the tests begin shortly before a border.
@@ -94,6 +98,10 @@ class RoutedFile:
         return self.model.without_kv
 
     @property
+    def recurrent(self) -> tuple[int, ...]:
+        return self.model.recurrent
+
+    @property
     def start(self) -> int:
         """The position of the first token of a text."""
         return self.model.n_swa - BEFORE_BORDER if self.model.swa_type == CHUNKED else 0
@@ -104,11 +112,11 @@ class RoutedFile:
 
     @property
     def noise(self) -> float:
-        return NOISE[self.model.name][0]
+        return (NOISE | HYBRID_NOISE)[self.model.name][0]
 
     @property
     def fa_noise(self) -> float:
-        return NOISE[self.model.name][1]
+        return (NOISE | HYBRID_NOISE)[self.model.name][1]
 
     def write(self, path: Path) -> Path:
         if not self.biases:
@@ -152,12 +160,12 @@ def routed(name: str, sequences, activation: float = 0.5) -> RoutedFile:
 
 
 def _units(model: Model) -> list[Unit]:
-    """kv units on all full layers, a block unit on the last one, an ffn unit on a sliding one.
+    """kv units on all full layers, a block unit on the last one, an ffn unit on another one.
 
-    A model without sliding layers has the ffn unit on the first layer, and no kv unit there. The kv
-    units are those of K/V heads where the model has several.
+    That is a sliding or a recurrent one. A model without such layers has the ffn unit on the first
+    layer, and no kv unit there. The kv units are those of K/V heads where the model has several.
     """
-    other = model.sliding or model.full
+    other = model.sliding or model.recurrent or model.full
     full = [layer for layer in model.full if layer != other[0]]
     units = [Unit(layer, KV) for layer in full] + [Unit(full[-1], BLOCK)]
     if model.architecture != "gemma4":  # which can have none

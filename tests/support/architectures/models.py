@@ -41,7 +41,8 @@ class Model:
 
     n_swa: sliding window in tokens, 0 where there is none
     swa_type: enum llama_swa_type
-    sliding, recurrent, without_kv: layers
+    sliding, recurrent, without_kv, ffn_only: layers
+    both: the recurrent layers attend as well
     """
 
     path: Path
@@ -55,11 +56,14 @@ class Model:
     sliding: tuple[int, ...]
     recurrent: tuple[int, ...]
     without_kv: tuple[int, ...]
+    ffn_only: tuple[int, ...]
+    both: bool
 
     @property
     def full(self) -> tuple[int, ...]:
         """The layers with full attention and K/V that they alone read."""
-        other = {*self.sliding, *self.recurrent, *self.without_kv}
+        other = {*self.sliding, *self.without_kv, *self.ffn_only}
+        other |= set() if self.both else set(self.recurrent)
         layers = [layer for layer in range(self.n_layer) if layer not in other]
         return tuple(layers[:-1] if self.without_kv else layers)  # later layers read the last one's
 

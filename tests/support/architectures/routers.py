@@ -18,7 +18,8 @@ SINKS, WINDOW = 2, 6
 def units_of(model: Model, kinds: tuple[str, ...]) -> list[Unit]:
     """Choose units of the kinds: attention is routed on full layers only, and one stays complete.
 
-    Units of a single kind lie on the last two full layers, those of ffn on other layers too.
+    Units of a single kind lie on the last two full layers, those of ffn on sliding and recurrent
+    layers too.
     """
     full = model.full or tuple(range(model.n_layer))
     routable = full[1:] or full
@@ -34,7 +35,10 @@ def units_of(model: Model, kinds: tuple[str, ...]) -> list[Unit]:
     if BLOCK not in kinds or KV in kinds:
         chosen |= {Unit(last, kind) for kind in on_before if BLOCK not in kinds or kind == KV}
     if FFN in kinds:
-        chosen |= {Unit(layer, FFN) for layer in model.sliding[:2]}
+        chosen |= {Unit(layer, FFN) for layer in (*model.sliding[:2], *model.recurrent[:2])}
+    if model.ffn_only:  # the other layers have none
+        chosen = {unit for unit in chosen if unit.kind != FFN}
+        chosen |= {Unit(layer, FFN) for layer in model.ffn_only[-2:] if FFN in kinds}
     return sorted(chosen, key=deciding_order)
 
 

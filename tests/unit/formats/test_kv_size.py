@@ -167,6 +167,34 @@ def test_which_layers_can_be_routed(tmp_path):
         assert "(1)" in exc.value.cure
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kind", "layers", "reason"),
+    [
+        ("qwen35", "kv", [3, 7], "a recurrent state"),
+        ("qwen35", "ffn", list(range(8)), None),
+        ("falcon-h1", "kv", list(range(8)), None),
+        ("falcon-h1", "block", [], None),
+        ("jamba", "attn", [4], "a recurrent state"),
+        ("nemotron_h", "ffn", [1, 3, 5, 7], "no FFN"),
+        ("nemotron_h", "kv", [4], "a recurrent state"),
+    ],
+)
+def test_hybrids_route_attention_where_they_attend(tmp_path, architecture, kind, layers, reason):
+    keys = {"attention__head_count": 2, "attention__head_count_kv": 2}
+    if architecture in ("jamba", "nemotron_h"):
+        keys["attention__head_count_kv"] = [0, 0, 0, 0, 2, 0, 0, 0]
+    if architecture == "nemotron_h":
+        keys["feed_forward_length"] = [0, 16] * 4
+    file = write(tmp_path / "hybrid.gguf", architecture, 8, **keys)
+    assert architectures.routable_layers(file, kind) == layers
+    if reason:
+        thresholds = (0.5, *[0.0] * 7)
+        unit = UnitConfig(threshold=thresholds, activation=(1.0,) * 8)
+        with pytest.raises(UserError, match=f"layer 0 .* {kind} unit: it has {reason};") as exc:
+            architectures.check_units(file, MoDConfig(units={kind: unit}))
+        assert f"({', '.join(map(str, layers))})" in exc.value.cure
+
+
 def test_layers_that_predict_further_tokens_read_no_kv_of_others(tmp_path):
     """They were taken for layers that share K and V, so that the last layer was refused."""
     keys = {"attention__sliding_window": 0, "nextn_predict_layers": 1}

@@ -1,0 +1,205 @@
+"""Recurrent layers beside K/V: several sequences, copies, tails, failures, states, checkpoints."""
+
+import contextlib
+import ctypes
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from mod_export.runtime.llama import MoDLlama
+from tests.support.architectures import memory
+from tests.support.c_api import F32, Raw, aborting
+from tests.support.oracle import close, needs_patched
+
+pytestmark = needs_patched
+
+N = 70
+TEXTS = np.random.default_rng(5).integers(0, 96, (3, N))
+
+
+@pytest.fixture(scope="module", params=memory.HYBRIDS)
+def hybrid(request, tmp_path_factory):
+    """(the model, its file, for each of TEXTS what a context says that reads it alone)"""
+    tiny = memory.routed(request.param, list(TEXTS))
+    path = tiny.write(tmp_path_factory.mktemp("hybrids") / "mod.gguf")
+    return tiny, path, [tiny.forward(tokens) for tokens in TEXTS]
+
+
+def goes_on(r, tiny, out, tokens, start, seq=0, size=7):
+    """The rest of a text gives what it gives where it is read at once."""
+    logits, active = r.decode_cut(tokens[start:], size, seq)
+    np.testing.assert_array_equal(active, out.active[start : len(tokens)])
+    close(logits, out.logits[start : len(tokens)], tiny.noise)
+
+
+def test_sequences_in_one_batch(hybrid):
+    """Prompts of several lengths together, then one token of each, then of some."""
+    tiny, path, out = hybrid
+    lengths = (40, 23, 31)
+    with Raw(path, n_ubatch=16, n_seq=3) as r:
+        seqs = np.random.default_rng(1).permutation(np.repeat(np.arange(3), lengths))
+        tokens = np.empty(len(seqs), int)
+        for s, n in enumerate(lengths):
+            tokens[seqs == s] = TEXTS[s, :n]
+        logits = r.decode(tokens, seqs.tolist())
+        for s, n in enumerate(lengths):
+            close(logits[seqs == s], out[s].logits[:n], tiny.noise)
+        ends = list(lengths)
+        for chosen in ((0, 1, 2), (0, 2), (1,), (2, 0, 1), (0, 1), (0, 1, 2)):
+            logits = r.decode([TEXTS[s, ends[s]] for s in chosen], list(chosen))
+            for row, s in enumerate(chosen):
+                close(logits[row], out[s].logits[ends[s]], tiny.noise)
+                ends[s] += 1
+
+
+def test_sequences_without_a_state_are_refused(hybrid):
+    tiny, path, out = hybrid
+    with Raw(path, n_seq=2) as r:
+        r.decode(TEXTS[0, :40])
+        for seq in (2, 3, 7):
+            assert r.try_decode(TEXTS[1, :9], [seq] * 9) != 0
+            r.seq_cp(0, seq)
+        goes_on(r, tiny, out[0], TEXTS[0], 40)
+
+
+def test_copies(hybrid):
+    tiny, path, out = hybrid
+    with Raw(path, n_seq=3) as r:
+        r.decode(TEXTS[0, :40])
+        r.seq_cp(0, 1)
+        goes_on(r, tiny, out[0], TEXTS[0], 40, seq=1)
+        goes_on(r, tiny, out[0], TEXTS[0], 40, seq=0)
+        assert r.seq_rm(1, 0)
+        r.seq_cp(0, 1, 0, 30)  # a state of all tokens, not of 30
+        assert r.try_decode(TEXTS[0, 30:31], [1]) != 0
+        assert r.seq_rm(1, 0)
+        goes_on(r, tiny, out[1], TEXTS[1], 0, seq=1)
+
+
+def test_a_tail_stays(hybrid):
+    tiny, path, out = hybrid
+    with Raw(path) as r:
+        r.decode(TEXTS[0, :50])
+        assert not r.seq_rm(0, 49)
+        assert r.seq_pos(0) == (49, 49)
+        goes_on(r, tiny, out[0], TEXTS[0], 50)
+        assert r.seq_rm(0, 0)
+        assert r.seq_pos(0) == (-1, -1)
+        goes_on(r, tiny, out[1], TEXTS[1], 0)
+
+
+def test_a_failed_decode_leaves_the_state_as_it_was(hybrid):
+    """Aborted in the first ubatch, in later ones, and at a single token."""
+    tiny, path, out = hybrid
+    with Raw(path, n_ubatch=16, n_seq=3) as r:
+        seqs = [0] * 30 + [1] * 30
+        r.decode(np.concatenate([TEXTS[0, :30], TEXTS[1, :30]]), seqs)
+        with aborting(r, 10**9) as calls:
+            r.decode(TEXTS[2, :40], [2] * 40)
+        assert r.seq_rm(2, 0)
+        # the states lie apart: those of a batch come to a row
+        goes_on(r, tiny, out[0], TEXTS[0, :33], 30, seq=0, size=1)
+        goes_on(r, tiny, out[1], TEXTS[1, :35], 30, seq=1, size=2)
+        both = np.concatenate([TEXTS[0, 33:55], TEXTS[1, 35:55]])
+        for after in range(0, calls[0], 1 + calls[0] // 9):
+            with aborting(r, after):
+                assert r.try_decode(both, [0] * 22 + [1] * 20) == 2
+            with aborting(r, after):
+                assert r.try_decode(TEXTS[2, :40], [2] * 40) == 2
+            assert [r.seq_pos(s)[1] for s in range(3)] == [32, 34, -1]
+        with aborting(r, 3):
+            assert r.try_decode(TEXTS[0, 33:34]) == 2
+        goes_on(r, tiny, out[0], TEXTS[0], 33, seq=0, size=1)
+        goes_on(r, tiny, out[1], TEXTS[1], 35, seq=1)
+        goes_on(r, tiny, out[2], TEXTS[2], 0, seq=2)
+
+
+def save(r, seq=None) -> bytes:
+    ask = [] if seq is None else [seq]
+    name = "llama_state" if seq is None else "llama_state_seq"
+    data = (ctypes.c_uint8 * getattr(llama_cpp, f"{name}_get_size")(r.ctx, *ask))()
+    n = getattr(llama_cpp, f"{name}_get_data")(r.ctx, data, len(data), *ask)
+    assert n == len(data)
+    return bytes(data)
+
+
+def load(r, data: bytes, seq=None) -> int:
+    ask = [] if seq is None else [seq]
+    name = "llama_state" if seq is None else "llama_state_seq"
+    buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+    return getattr(llama_cpp, f"{name}_set_data")(r.ctx, buffer, len(data), *ask)
+
+
+def test_states(hybrid):
+    tiny, path, out = hybrid
+    with Raw(path) as r, Raw(path) as other:
+        r.decode(np.concatenate([TEXTS[0, :40], TEXTS[1, :33]]), [0] * 40 + [1] * 33)
+        whole, one = save(r), save(r, 1)
+        assert load(other, whole) == len(whole)
+        other.pos = {0: 40, 1: 33}
+        goes_on(other, tiny, out[0], TEXTS[0], 40)
+        assert load(other, one, 2) == len(one)
+        other.pos[2] = 33
+        goes_on(other, tiny, out[1], TEXTS[1], 33, seq=2)
+        goes_on(other, tiny, out[1], TEXTS[1], 33, seq=1, size=1)
+        assert load(other, one[:-8], 2) == 0  # cut: nothing of it stays
+        assert other.seq_pos(2) == (-1, -1)
+        goes_on(r, tiny, out[0], TEXTS[0], 40)
+
+
+def test_checkpoints(hybrid):
+    tiny, path, out = hybrid
+    with Raw(path) as r:
+        r.decode(TEXTS[0, :40])
+        kept = r.checkpoint()
+        r.decode(TEXTS[1, 40:60])
+        assert not r.seq_rm(0, 40)
+        assert r.go_back(kept)
+        assert r.seq_pos(0) == (39, 39)
+        goes_on(r, tiny, out[0], TEXTS[0], 40)
+        assert r.seq_rm(0, 0)
+        r.decode(np.concatenate([TEXTS[0, :39], TEXTS[1, 39:50]]))  # another last token
+        assert not r.go_back(kept)
+        assert len(kept) < len(save(r, 0))
+
+
+def test_a_context_shift(hybrid):
+    tiny, path, _ = hybrid
+    with Raw(path) as r:
+        if not r.can_shift():
+            pytest.skip("positions of several dimensions are not shifted")
+        r.decode(TEXTS[0, :50])
+        assert r.seq_rm(0, 10, 20)
+        r.seq_add(0, 20, 50, -10)
+        assert r.seq_pos(0) == (39, 39)
+        r.pos[0] = 40
+        assert np.isfinite(r.decode(TEXTS[0, 50:])).all()
+        assert r.seq_pos(0)[1] == 59
+
+
+def test_a_text_that_was_moved_below_zero_leaves_no_state(hybrid):
+    """The state stayed, and the next text began with it."""
+    tiny, path, out = hybrid
+    with Raw(path) as r:
+        if not r.can_shift():
+            pytest.skip("positions of several dimensions are not shifted")
+        r.decode(TEXTS[0, :50])
+        r.seq_add(0, 0, -1, -50)
+        assert r.seq_pos(0) == (-1, -1)
+        r.pos[0] = 0
+        goes_on(r, tiny, out[1], TEXTS[1], 0)
+
+
+def test_mod_llama_goes_back_to_a_checkpoint(hybrid):
+    """An edited text is read again from the nearest checkpoint on, not from its beginning."""
+    tiny, path, out = hybrid
+    options = {"n_ctx": 256, "n_batch": 16, "checkpoint_step": 16, "checkpoint_bytes": 1 << 24}
+    options |= {"logits_all": True, "flash_attn": False, "type_k": F32, "type_v": F32}
+    with contextlib.closing(MoDLlama(path, **options)) as llm:
+        llm.eval([*TEXTS[0, :50], *TEXTS[1, 50:]])
+        llm.n_tokens = 50
+        before = llm.stats()[0].seen
+        llm.eval(TEXTS[0, 50:])
+        assert N - 50 < llm.stats()[0].seen - before <= N - 50 + 16
+        close(llm.scores[:N], out[0].logits, tiny.noise)
