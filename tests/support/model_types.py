@@ -36,6 +36,7 @@ _GRANITE = {
 }
 _NO_WINDOW = {"sliding_window": None}
 _DEEPSEEK = {
+    "rope_parameters": _YARN | {"mscale": 0.8, "mscale_all_dim": 0.8},
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
@@ -100,8 +101,9 @@ _BY_TYPE: dict[str, dict] = {
         "head_dim": 32,
     },
     "deepseek_v2": _DEEPSEEK | {"topk_method": "greedy"},
-    # Released configurations have the field, which transformers does not read.
-    "deepseek_v3": _DEEPSEEK | {"scoring_func": "sigmoid"},
+    # Released configurations have scoring_func, which transformers does not read.
+    "deepseek_v3": _DEEPSEEK | {"scoring_func": "sigmoid", "n_routed_experts": 8, "n_group": 2},
+    "glm4_moe_lite": _DEEPSEEK | {"scoring_func": "sigmoid"},
     "starcoder2": _NO_WINDOW,
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5, "rotary_pct": 1.0} | _sliding(3),

@@ -680,7 +680,9 @@ ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_
 }
 
 ggml_tensor * llm_mod_graph::build_no_attn(const ggml_tensor * wo, const ggml_tensor * q, int il) const {
-    return ggml_new_tensor_2d(g.ctx0, GGML_TYPE_F32, wo ? wo->ne[1] : q->ne[1]*g.hparams.n_embd_head_v(il), g.n_tokens);
+    const int64_t n_embd_head = g.hparams.is_mla() ? g.hparams.n_embd_head_v_mla() : g.hparams.n_embd_head_v(il);
+
+    return ggml_new_tensor_2d(g.ctx0, GGML_TYPE_F32, wo ? wo->ne[1] : q->ne[1]*n_embd_head, g.n_tokens);
 }
 
 ggml_tensor * llm_mod_graph::build_gated(ggml_tensor * cur) const {

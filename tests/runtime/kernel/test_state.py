@@ -272,9 +272,13 @@ def test_context_shift_of_routed_layers(routed):
     close(*results, 4 * tiny.noise)
 
 
-@pytest.mark.parametrize(("case", "can"), [("gemma3", True), ("deepseek2-heads", False)])
+@pytest.mark.parametrize(
+    ("case", "can"), [("gemma3", True), ("deepseek2-heads", False), ("kv", False)]
+)
 def test_quantised_k_is_moved_where_it_was_stored_rotated(case, can, tmp_path):
-    """llama.cpp takes it for rotated in any case, which destroys the K of MLA."""
+    """llama.cpp takes it for rotated in any case, which destroys the K of MLA, and crashes where
+    the size of a head is no multiple of 64.
+    """
     path = make(case).write(tmp_path / "mod.gguf")
     with Raw(path, fa=True, kv=F16) as r:
         assert r.can_shift()

@@ -103,7 +103,15 @@ static void plm_keys(gguf_context * ctx, const std::string & a) {
     gguf_set_val_u32(ctx, (a + "rope.dimension_count").c_str(), 32);
 }
 
+// all layers have two heads, and two recurrent ones lie between full ones, whose heads read the one that is stored
+static void kimi_keys(gguf_context * ctx, const std::string & a) {
+    gguf_remove_key(ctx, (a + "attention.head_count").c_str());
+    gguf_set_val_u32(ctx, (a + "attention.head_count").c_str(), 2);
+    set_numbers(ctx, a + "attention.head_count_kv", [](uint32_t il) { return il % 4 == 1 || il % 4 == 2 ? 0 : 1; });
+}
+
 static void bailingmoe3_keys(gguf_context * ctx, const std::string & a) {
+    kimi_keys(ctx, a);
     set_floats(ctx, a + "swiglu_clamp_exp", repeated(4.0f));
     set_floats(ctx, a + "swiglu_clamp_shexp", repeated(5.0f));
 }
@@ -164,6 +172,8 @@ static std::vector<variant> variants(llm_arch arch) {
             return { { arch, name, moe_mandatory(arch), {}, 2 } };
         case LLM_ARCH_BAILINGMOE3:
             return { { arch, name, true, bailingmoe3_keys } };
+        case LLM_ARCH_KIMI_LINEAR:
+            return { { arch, name, true, kimi_keys } };
         case LLM_ARCH_DEEPSEEK2:
             return {
                 { arch, name, true, {} },
