@@ -99,6 +99,8 @@ def flags(work: Path) -> dict[str, str]:
             "GGML_NATIVE": "OFF",  # for the processor of another machine
             "CMAKE_PROJECT_ggml_INCLUDE": str(HERE / "trim.cmake"),
             "MOD_INSTANCES": str(work / "instances"),
+            # an instance that is neither compiled nor a stub ends the build, not a run
+            "CMAKE_SHARED_LINKER_FLAGS": "-Wl,-z,defs",
         }
     )
 

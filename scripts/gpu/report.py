@@ -37,6 +37,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     markdown = "--markdown" in sys.argv
     summary = []
+    if (out / "parity.json").is_file():
+        print(parity_line(json.loads((out / "parity.json").read_text())))
     for name in PLANS:
         path = out / f"{name}.json"
         if path.is_file():
@@ -54,6 +56,13 @@ def main() -> None:
         print()
         print(format_table(head, [list(figure.values()) for figure in summary], markdown))
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def parity_line(result: dict) -> str:
+    cases = result["cases"].values()
+    passed = sum(not case["failures"] for case in cases)
+    worst = max((case["mean_kl"] for case in cases if "mean_kl" in case), default=float("nan"))
+    return f"parity: {passed} of {result['expected']} cases passed, KL at most {worst:.1e}"
 
 
 def rows_table(name: str, result: dict, markdown: bool) -> str:
