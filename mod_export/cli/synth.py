@@ -72,7 +72,17 @@ _NUMBER = click.IntRange(min=1)
 @click.option("--embd", type=_NUMBER, help="Size of the residual stream.")
 @click.option("--heads", type=_NUMBER, help="Number of attention heads.")
 @click.option("--heads-kv", type=_NUMBER, help="Number of heads of K and V.")
-@click.option("--ff", type=_NUMBER, help="Size of the inner layer of the FFN.")
+@click.option("--head-size", type=_NUMBER, help="Size of a head; without it embd / heads.")
+@click.option("--ff", type=_NUMBER, help="Size of the inner layer of the FFN, or of each expert.")
+@click.option(
+    "--experts", type=click.IntRange(min=0), help="Number of experts; 0 for an FFN without."
+)
+@click.option(
+    "--experts-used",
+    "used",
+    type=click.IntRange(min=0),
+    help="Number of experts that each token goes through.",
+)
 @click.option("--vocab", type=_NUMBER, help="Number of tokens in the vocabulary.")
 @click.option("--ctx", type=_NUMBER, help="Trained context, in tokens.")
 @click.option(
@@ -97,9 +107,11 @@ def command(
 ):
     """Write a MoD GGUF of any shape with random weights, to measure speed.
 
-    PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2) or 8b (Llama 3.1). Or it
-    is a dense GGUF file, which keeps its weights and gets random routers. The activation is exact,
-    or fitted to text on a file's own weights. docs/how-to/measure-with-synthetic-models.md.
+    PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2), 8b (Llama 3.1) or 30b-a3b
+    (Qwen3, a mixture of experts). Or it is a dense GGUF file, which keeps its weights and gets
+    random routers. The activation is exact, or fitted to text on a file's own weights.
+
+    docs/how-to/measure-with-synthetic-models.md.
     """
     from mod_export.errors import UserError
     from mod_export.synthetic.onto_base import onto

@@ -1,4 +1,4 @@
-"""Shapes of the llama family, and the tensors that a model of such a shape has.
+"""Shapes of the llama family, dense or with experts, and the tensors that a model of one has.
 
 This module knows nothing of files and routers.
 
@@ -20,6 +20,7 @@ from mod_export.errors import UserError
 from mod_export.formats.ggml_types import block_size, row_bytes
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
+MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 MAX_SIZE = 1 << 24
 MIN_RESERVED_VALUES = 64
 # The variance that all layers together add to a residual stream of variance 1.
@@ -30,7 +31,9 @@ ADDED_VARIANCE = 0.4
 class Shape:
     """Dimensions of a llama model.
 
-    ctx: trained context in tokens. tied: whether the embedding is the output matrix too.
+    ff: of the FFN, or of each expert. ctx: trained context in tokens. tied: whether the embedding
+    is the output matrix too. head_size: 0 for embd / heads. experts: 0 for an FFN without. used:
+    experts that each token goes through.
     """
 
     layers: int
@@ -42,6 +45,9 @@ class Shape:
     ctx: int
     tied: bool
     rope_base: float = 500000.0
+    head_size: int = 0
+    experts: int = 0
+    used: int = 0
 
     def checked(self) -> Shape:
         """Return self, or raise UserError naming what is impossible about it."""
@@ -54,20 +60,33 @@ class Shape:
             raise UserError(
                 f"{self.layers} layers are more than llama.cpp's {MAX_LAYERS}", "use fewer layers"
             )
-        if self.embd % self.heads or self.embd // self.heads % 2:
-            cure = "choose heads so that embd / heads is whole and even (RoPE turns pairs)"
+        if not self.head_size and self.embd % self.heads:
+            cure = "choose heads so that embd / heads is whole and even, or give --head-size"
             raise UserError(f"{self.heads} heads do not divide an embedding of {self.embd}", cure)
+        if self.head % 2:
+            cure = "choose an even size, because RoPE turns pairs"
+            raise UserError(f"heads have {self.head} values", cure)
         if self.heads % self.heads_kv:
             raise UserError(
                 f"{self.heads_kv} K/V heads do not divide {self.heads} heads",
                 "use a divisor of heads",
+            )
+        if not 0 <= self.used <= self.experts <= MAX_EXPERTS or (self.experts > 0) > self.used:
+            raise UserError(
+                f"{self.used} of {self.experts} experts are used",
+                f"use 1 or more of at most {MAX_EXPERTS}, or none of 0",
             )
         return self
 
     @property
     def head(self) -> int:
         """Size of a head."""
-        return self.embd // self.heads
+        return self.head_size or self.embd // self.heads
+
+    @property
+    def embd_q(self) -> int:
+        """Numbers in Q of one token in one layer."""
+        return self.head * self.heads
 
     @property
     def embd_kv(self) -> int:
@@ -80,6 +99,14 @@ PRESETS = {
     "1b": Shape(16, 2048, 32, 8, 8192, 128256, 131072, tied=True),  # Llama-3.2-1B
     "3b": Shape(28, 3072, 24, 8, 8192, 128256, 131072, tied=True),  # Llama-3.2-3B
     "8b": Shape(32, 4096, 32, 8, 14336, 128256, 131072, tied=False),  # Llama-3.1-8B
+    "30b-a3b": Shape(  # Qwen3-30B-A3B
+        *(48, 2048, 32, 4, 768, 151936, 40960),
+        tied=False,
+        rope_base=1000000.0,
+        head_size=128,
+        experts=128,
+        used=8,
+    ),
 }
 
 
@@ -97,8 +124,9 @@ def preset_named(name: str) -> Shape:
 class Weight:
     """A tensor of `rows` rows of `cols` values with standard deviation `std`.
 
-    writes: its product is added to the residual stream, so the rows of the reserved values are
-    zero. norm: the weights of a norm, which are all `std`; with `signs` their signs are random.
+    experts: so many matrices of `rows` rows together; 0: a plain one. writes: its product is added
+    to the residual stream, so the rows of the reserved values are zero. norm: the weights of a
+    norm, which are all `std`; with `signs` their signs are random.
     """
 
     name: str
@@ -109,11 +137,24 @@ class Weight:
     writes: bool = False
     norm: bool = False
     signs: bool = False
+    experts: int = 0
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Dimensions, as numpy orders them."""
+        if self.norm:
+            return (self.cols,)
+        return (*([self.experts] if self.experts else []), self.rows, self.cols)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all experts."""
+        return self.rows * max(1, self.experts)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file, without padding."""
-        return self.rows * row_bytes(self.cols, self.type)
+        return self.all_rows * row_bytes(self.cols, self.type)
 
 
 def embedding_types(shape: Shape, type: Type) -> tuple[Type, Type]:
@@ -173,11 +214,22 @@ def weights(shape: Shape, type: Type) -> Iterator[Weight]:
     for layer in range(shape.layers):
         b = f"blk.{layer}."
         yield Weight(b + "attn_norm.weight", 1, embd, Type.F32, 1.0, norm=True)
-        yield Weight(b + "attn_q.weight", embd, embd, type, into)
+        yield Weight(b + "attn_q.weight", shape.embd_q, embd, type, into)
         yield Weight(b + "attn_k.weight", shape.embd_kv, embd, type, into)
         yield Weight(b + "attn_v.weight", shape.embd_kv, embd, type, into)
-        yield Weight(b + "attn_output.weight", embd, embd, type, out / math.sqrt(embd), writes=True)
+        std = out / math.sqrt(shape.embd_q)
+        yield Weight(b + "attn_output.weight", embd, shape.embd_q, type, std, writes=True)
         yield Weight(b + "ffn_norm.weight", 1, embd, Type.F32, 1.0, norm=True)
-        yield Weight(b + "ffn_gate.weight", ff, embd, type, into)
-        yield Weight(b + "ffn_up.weight", ff, embd, type, into)
-        yield Weight(b + "ffn_down.weight", embd, ff, type, out / math.sqrt(ff), writes=True)
+        yield from _ffn(shape, type, b, into, out / math.sqrt(ff))
+
+
+def _ffn(shape: Shape, type: Type, prefix: str, into: float, out: float) -> Iterator[Weight]:
+    """The matrices of a layer's FFN, or the router and the matrices of its experts."""
+    embd, ff, n = shape.embd, shape.ff, shape.experts
+    name = "_exps.weight" if n else ".weight"
+    if n:
+        yield Weight(f"{prefix}ffn_gate_inp.weight", n, embd, Type.F32, into)
+        out *= math.sqrt(shape.used)  # their outputs are averaged
+    yield Weight(f"{prefix}ffn_gate{name}", ff, embd, type, into, experts=n)
+    yield Weight(f"{prefix}ffn_up{name}", ff, embd, type, into, experts=n)
+    yield Weight(f"{prefix}ffn_down{name}", embd, ff, type, out, writes=True, experts=n)

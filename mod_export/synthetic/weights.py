@@ -81,11 +81,11 @@ class Weights:
             return
         own = weight.name == "token_embd.weight"
         pool = self._pool(weight.cols - (self.reserved if own else 0), weight.type, weight.std)
-        picks = rng.integers(len(pool) - 1, size=weight.rows)
+        picks = rng.integers(len(pool) - 1, size=weight.all_rows)
         if weight.writes:
-            picks[: self.reserved] = len(pool) - 1
-        step = max(1, PIECE_BYTES // (weight.nbytes // weight.rows))
-        for at in range(0, weight.rows, step):
+            picks.reshape(-1, weight.rows)[:, : self.reserved] = len(pool) - 1
+        step = max(1, PIECE_BYTES // (weight.nbytes // weight.all_rows))
+        for at in range(0, weight.all_rows, step):
             rows = pool[picks[at : at + step]]
             yield np.hstack([self.table[at : at + step], rows]) if own else rows
 

@@ -114,7 +114,7 @@ def _write_header(
     With a config the header holds the routers' keys and tensors too.
     """
     writer = GGUFWriter(path, ARCH)
-    size = sum(weight.rows * weight.cols for weight in plan)
+    size = sum(weight.all_rows * weight.cols for weight in plan)
     writer.add_name(f"synthetic llama, {size / 1e9:.2f}B random weights")
     writer.add_file_type(file_type(type))
     writer.add_context_length(shape.ctx)
@@ -126,6 +126,12 @@ def _write_header(
     writer.add_layer_norm_rms_eps(RMS_EPS)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_rope_dimension_count(shape.head)
+    if shape.head_size:
+        writer.add_key_length(shape.head)
+        writer.add_value_length(shape.head)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.used)
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
     for key, type_name, value in schema.to_keys(ARCH, config) if config else []:
@@ -133,8 +139,9 @@ def _write_header(
             key, list(value) if type_name.endswith("[]") else value, *KEY_TYPES[type_name]
         )
     for weight in plan:
-        dims = (weight.cols,) if weight.norm else (weight.rows, weight.cols)
-        writer.add_tensor_info(weight.name, dims, np.dtype(np.float32), weight.nbytes, weight.type)
+        writer.add_tensor_info(
+            weight.name, weight.dims, np.dtype(np.float32), weight.nbytes, weight.type
+        )
     for name, array in added.items():
         writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
     writer.write_header_to_file()

@@ -30,6 +30,7 @@ from tests.support.short_smollm2 import short_smollm2
 VOCAB = 1024
 SHAPE = Shape(layers=5, embd=512, heads=8, heads_kv=2, ff=768, vocab=VOCAB, ctx=4096, tied=True)
 UNTIED = replace(SHAPE, tied=False)
+EXPERTS = replace(SHAPE, heads=4, head_size=96, ff=256, experts=6, used=2)
 SMALL = replace(SHAPE, embd=192, heads=3, heads_kv=1, ff=256)
 
 
@@ -104,6 +105,7 @@ def test_keys_and_tensors(tmp_path):
             for shape in (SHAPE, UNTIED)
         ],
         ("q4_0", SMALL),
+        ("q4_0", EXPERTS),
         ("q5_0", replace(SMALL, tied=False)),  # no multiple of 256
     ],
 )
@@ -146,6 +148,7 @@ def test_weights_do_not_depend_on_the_routers(tmp_path):
         ("f32", SHAPE),
         ("q4_0", SHAPE),
         ("q4_0", SMALL),  # tied: f32, q6_K, q8_0
+        ("q4_0", EXPERTS),
     ],
 )
 def test_each_unit_is_active_for_the_exact_share_of_the_vocabulary(tmp_path, quant, shape):
