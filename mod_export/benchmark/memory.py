@@ -4,12 +4,13 @@
     print(report(plan))
     checks = check(plan, text, longest=8192)       # runs it, and compares
 
-Total = weights + K/V + checkpoints + compute buffers + process. llama.cpp itself tells the compute
-buffers, the K/V of a dense file and what the process needs: it makes two contexts without memory
-behind them (memory_worker.py). The first two grow in a straight line with the context. The K/V of a
-MoD file follow from its keys: the window of each layer, and how much the activation has a routed
-layer store. Checkpoints are the runtime's, and may take a share of the dense K/V. The constants
-below were measured, and `mod-export fit --check` measures again (docs/log.md). Linux and CPU only.
+Total = weights + K/V + recurrent states + checkpoints + compute buffers + process. llama.cpp itself
+tells the compute buffers, the states, the K/V of a dense file and what the process needs: it makes
+two contexts without memory behind them (memory_worker.py). K/V and compute buffers grow in a
+straight line with the context. The K/V of a MoD file follow from its keys: the window of each
+layer, and how much the activation has a routed layer store. Checkpoints are the runtime's, and may
+take a share of the dense K/V. The constants below were measured, and `mod-export fit --check`
+measures again (docs/log.md). Linux and CPU only.
 """
 
 import copy
@@ -63,13 +64,15 @@ class MemoryNeed:
     context: int
     weights: int
     kv: int
+    states: int
     checkpoints: int
     compute: int
     process: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.checkpoints + self.compute + self.process
+        attention = self.kv + self.states + self.checkpoints
+        return self.weights + attention + self.compute + self.process
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,16 @@ class MemoryModel:
             routed = [layer for layer in layers if self._routes(layer)]
             used = n + sum(cells[layer] * lists_of_cells(self.config, layer) for layer in routed)
         process = self.probe["process"] + USED_CELL_BYTES * used + PROCESS_BYTES
+        # A MoD model has the states before a decode too.
+        states = self._line("states", n) / (2 if self.dense and self.config else 1)
         return MemoryNeed(
-            n, self.weights, round(kv), self._checkpoints(n), round(compute), round(process)
+            n,
+            self.weights,
+            round(kv),
+            round(states),
+            self._checkpoints(n),
+            round(compute),
+            round(process),
         )
 
     def _dense_kv(self, n: int) -> float:
@@ -176,11 +187,12 @@ class MemoryModel:
         """What the runtime's checkpoints may take; it makes them where K/V are given back."""
         if self.dense:
             return 0
-        one = sum(
+        state = round(self._line("states", n) / 2)
+        one = state + sum(
             layer.bytes_per_token * checkpoint_cells(self.config, i, n, layer.window)
             for i, layer in enumerate(self.layers)
         )
-        return round(max(one, checkpoint_room(self._dense_kv(n)))) if one else 0
+        return round(max(one, checkpoint_room(self._dense_kv(n), state))) if one else 0
 
     def largest(self, memory: int, limit: int = MAX_CONTEXT_TOKENS) -> MemoryNeed:
         """The largest context up to `limit` that fits, in steps of CONTEXT_STEP_TOKENS.
@@ -273,6 +285,7 @@ def report(plan: MemoryPlan) -> str:
         for key, label in (
             ("weights", "weights"),
             ("kv", f"K/V, {plan.options.types}"),
+            *([("states", "recurrent states")] if any(need.states for need in needs) else []),
             ("checkpoints", "checkpoints"),
             ("compute", "compute buffers"),
             ("process", "process"),

@@ -20,6 +20,7 @@ DECODE_TOKENS = 8  # The tokens follow the prompt, so that the graphs of decode 
 # llama.cpp's log of a context
 COMPUTE_PATTERN = r"compute buffer size = +([\d.]+) MiB"
 KV_PATTERN = r"_cache\w*: size = +([\d.]+) MiB"
+STATE_PATTERN = r"RS buffer size = +([\d.]+) MiB"  # of recurrent layers
 
 
 class ContextProbe:
@@ -69,7 +70,8 @@ class ContextProbe:
     def context(self, n_ctx: int, ubatch: int, types: Sequence[int]) -> dict:
         """Bytes that a context of this size takes; types: ggml's, of K and V.
 
-        compute: buffers for one output. kv: the complete K/V.
+        compute: buffers for one output. kv: the complete K/V. states: of recurrent layers, which
+        are really there.
         """
         options = self.llama.llama_context_default_params()
         options.n_ctx = n_ctx
@@ -82,11 +84,13 @@ class ContextProbe:
         context = self.llama.llama_init_from_model(self.model, options)
         if not context:
             raise self.failed(f"cannot create a context of {n_ctx} tokens for {self.file}")
-        self.process = max(self.process, resident("VmRSS"))
+        states = self._sum(STATE_PATTERN)
+        self.process = max(self.process, resident("VmRSS") - states)
         self.llama.llama_free(context)
         return {
             "compute": self._sum(COMPUTE_PATTERN),
             "kv": self._sum(KV_PATTERN),
+            "states": states,
         }
 
     def _sum(self, pattern: str) -> int:

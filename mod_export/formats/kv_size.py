@@ -23,9 +23,9 @@ from mod_export.units import ATTN, BLOCK, KV, Unit
 
 # the runtime's default kv_rollback: positions whose K and V stay a little longer than the window
 ROLLBACK_TOKENS = 64
-# What checkpoints may take (runtime/checkpoints.py): this share of the dense K/V of a context, and
-# not more than so many bytes.
-CHECKPOINT_SHARE, CHECKPOINT_BYTES = 1 / 8, 256 << 20
+# What checkpoints may take (runtime/checkpoints.py): this share of the dense K/V of a context and
+# so many times the recurrent states of a sequence, and not more than so many bytes.
+CHECKPOINT_SHARE, CHECKPOINT_STATES, CHECKPOINT_BYTES = 1 / 8, 4, 256 << 20
 F16_BYTES = 2  # per value; f16 is the runtime's default type of K and V
 UBATCH_TOKENS = 512  # llama.cpp's default
 # llama.cpp pads the cache of sliding layers to a multiple of it (llama-kv-cache-iswa.cpp).
@@ -228,12 +228,14 @@ def _number_of_layer(file: GGUFFile, name: str, layer: int, default: int | None 
     return value
 
 
-def checkpoint_room(dense_bytes: float) -> int:
-    """Bytes that the checkpoints of a context may take, by default; dense_bytes: its dense K/V.
+def checkpoint_room(dense_bytes: float, state_bytes: int = 0) -> int:
+    """Bytes that the checkpoints of a context may take, by default.
 
-    The newest one is kept in any case.
+    dense_bytes: its dense K/V; state_bytes: its recurrent states, which each checkpoint holds. The
+    newest one is kept in any case.
     """
-    return min(CHECKPOINT_BYTES, int(dense_bytes * CHECKPOINT_SHARE))
+    room = int(dense_bytes * CHECKPOINT_SHARE) + CHECKPOINT_STATES * state_bytes
+    return min(CHECKPOINT_BYTES, room)
 
 
 def checkpoint_cells(config: MoDConfig, layer: int, n: int, window: int = 0) -> float:

@@ -2,6 +2,7 @@
 
     recurrent_layers(GGUFFile.open("qwen3.5.gguf"))     # (True, True, True, False, True, ...)
     attention_layers(GGUFFile.open("qwen3.5.gguf"))     # (False, False, False, True, False, ...)
+    state_bytes(GGUFFile.open("qwen3.5.gguf"))          # 20201472, of one sequence
 
 The layers of most models attend; those of hybrids have a state or attend, and some do both, or have
 an FFN alone. llama.cpp has the rules in its source, as load_arch_hparams of each architecture
@@ -20,6 +21,9 @@ BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}  # one layer of so m
 BY_HEADS = {"bailingmoe3", "granitehybrid", "jamba", "kimi-linear", "lfm2", "lfm2moe", "plamo2"}
 OR_FFN = {"nemotron_h", "nemotron_h_moe"}  # so, where the layer is no FFN
 BOTH = {"falcon-h1"}  # each layer has both
+CONVOLUTIONS = {"lfm2", "lfm2moe"}  # their states are the last tokens that one sees
+DELTA_ATTENTION = {"bailingmoe3", "kimi-linear"}
+F32_BYTES = 4
 
 
 def recurrent_layers(file: GGUFFile) -> tuple[bool, ...]:
@@ -67,6 +71,31 @@ def ffn_layers(file: GGUFFile) -> tuple[bool, ...]:
     if file.architecture not in OR_FFN:
         return (True,) * n_layer
     return tuple(size > 0 for size in _of_layers(file, "feed_forward_length", n_layer))
+
+
+def state_bytes(file: GGUFFile) -> int:
+    """Bytes of the recurrent states of one sequence, which are f32; 0 without recurrent layers.
+
+    As llama_hparams::n_embd_r and n_embd_s of llama.cpp say. A MoD model holds them twice, because
+    a decode that fails must find the state before it. Raises UserError for keys that are no
+    numbers.
+    """
+    n_recurrent = sum(recurrent_layers(file))
+    if not n_recurrent:
+        return 0
+    conv = max(0, whole_number(file, "ssm.conv_kernel", 0) - 1)
+    if file.architecture in CONVOLUTIONS:
+        values = file.model_number("embedding_length") * (
+            file.model_number("shortconv.l_cache") - 1
+        )
+    elif file.architecture in DELTA_ATTENTION:
+        size, heads = file.model_number("kda.head_dim"), _of_layers(file, "attention.head_count", 1)
+        values = heads[0] * size * (3 * (conv or 3) + size)
+    else:
+        inner, state = (whole_number(file, f"ssm.{name}_size", 0) for name in ("inner", "state"))
+        groups = whole_number(file, "ssm.group_count", 0) if file.architecture != "jamba" else 0
+        values = conv * (inner + 2 * groups * state) + state * inner
+    return F32_BYTES * n_recurrent * values
 
 
 def _by_interval(file: GGUFFile, n_main: int) -> list[bool]:

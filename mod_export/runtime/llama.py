@@ -27,6 +27,7 @@ from mod_export.formats import gguf_adapter
 from mod_export.formats.ggml_types import bytes_per_value
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import LayerKV, checkpoint_room, kv_layers
+from mod_export.formats.recurrent_layers import state_bytes
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime import rpc as rpc_servers
 from mod_export.runtime.assertions import AssertionFailure, guarded
@@ -91,7 +92,8 @@ class MoDLlama(SafeLlama):
 
     checkpoints: how many checkpoints are kept at most, see `eval`; 0 for none. checkpoint_step: the
     tokens from one to the next. checkpoint_bytes: what all of them may take, by default an eighth
-    of the dense K/V of the whole context, and 256 MiB at most; the newest is kept in any case.
+    of the dense K/V of the whole context and four times the recurrent states of a sequence, and
+    256 MiB at most; the newest is kept in any case.
 
     Flash attention is on by default. Without it V is stored transposed, which touches every page of
     the KV cache, so that no KV memory is saved, and V cannot be quantised.
@@ -464,6 +466,11 @@ class MoDLlama(SafeLlama):
             bytes_per_value(self.context_params.type_v),
         )
 
+    @functools.cached_property
+    def _state_bytes(self) -> int:
+        is_hybrid = llama_cpp.llama_model_is_hybrid(self.model)
+        return state_bytes(GGUFFile.open(self.model_path)) if is_hybrid else 0
+
     @contextmanager
     def recording(self) -> Iterator[list]:
         """Collect the decisions of the batches that are evaluated inside the block.
@@ -595,7 +602,8 @@ class MoDLlama(SafeLlama):
     def _limit_checkpoints(self) -> None:
         """Tell the checkpoints what they may take in this context, unless the caller has."""
         if self._checkpoint_bytes is None:
-            room = checkpoint_room(self._dense_bytes(self.n_ctx())) if self._gives_back else 0
+            dense = self._dense_bytes(self.n_ctx())
+            room = checkpoint_room(dense, self._state_bytes) if self._gives_back else 0
             self._checkpoints.max_bytes = room
 
     def _eval_batch(self, tokens: list[int], log: list[str]) -> None:

@@ -14,6 +14,7 @@ from mod_export.formats.recurrent_layers import (
     attention_layers,
     ffn_layers,
     recurrent_layers,
+    state_bytes,
 )
 from mod_export.formats.sliding_windows import SLIDING
 from mod_export.llamacpp import source
@@ -58,6 +59,16 @@ def test_recurrent_layers_are_those_of_llama_cpp(tmp_path):
         assert ffn == list(model.ffn_only or layers), model.name
         stores = {i for i, layer in enumerate(kv_layers(file)) if layer.bytes_per_token}
         assert stores == attends, model.name
+        told = ContextProbe(str(model.path)).context(N_CTX, UBATCH, (1, 1))["states"]
+        assert told == pytest.approx(state_bytes(file), abs=ROUNDED), model.name
+        assert state_bytes(file) > 0
+
+
+def test_a_routed_hybrid_has_the_states_twice(tmp_path):
+    (model,) = models.write(tmp_path, ["qwen35"])
+    path = routers.route(model, tmp_path / "mod.gguf", [Unit(model.full[1], KV)])
+    told = ContextProbe(str(path)).context(N_CTX, UBATCH, (1, 1))["states"]
+    assert told == pytest.approx(2 * state_bytes(GGUFFile.open(path)), abs=ROUNDED)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss", "step35"])
