@@ -11,7 +11,7 @@ ggml/src/ggml-cpu/ggml-cpu.c.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -33,38 +33,46 @@ def batch_logits(
 
     ids: one sequence, which is read n_batch tokens at a time. The logits are float32 [n, n_vocab].
     """
-    sequence = torch.tensor(ids)
+    sequence, types = torch.tensor(ids), _matrix_types(model, file)
     plain = LayerWalk(model, [sequence])
-    with rounded_activations(model, file):
+    with _rounded_activations(types):
         rounding = LayerWalk(model, [sequence])
     for _ in zip(plain.layers(), rounding.layers(), strict=True):  # both in one layer at a time
         plain.pass_layer(0)
-        with rounded_activations(model, file):
+        with _rounded_activations(types):
             rounding.pass_layer(0)
     for start in range(0, len(ids), n_batch):
         rows = slice(start, start + n_batch)
         logits = plain.logits(0, rows).float()
-        with rounded_activations(model, file):
+        with _rounded_activations(types):
             rounded_logits = rounding.logits(0, rows).float()
         yield ids[rows], logits, rounded_logits
 
 
-@contextlib.contextmanager
-def rounded_activations(model: nn.Module, file: GGUFFile) -> Iterator[None]:
-    """Round what the matrices of the model are multiplied by.
-
-    Only the first input of the experts of a layer is rounded, not what lies between their matrices.
-    """
+def _matrix_types(model: nn.Module, file: GGUFFile) -> dict[nn.Module, int]:
+    """Return the type of the file's first matrix of each module that multiplies by one."""
     types = {
         model.get_parameter(name): file.tensors[sources[0]].type
         for name, sources in tensor_sources(model, file).items()
         if sources
     }
-    hooks = []
+    found = {}
     for module in model.modules():
         matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if matrices and not isinstance(module, nn.Embedding):
-            hooks.append(module.register_forward_pre_hook(partial(_round, types[matrices[0]])))
+            found[module] = types[matrices[0]]
+    return found
+
+
+@contextlib.contextmanager
+def _rounded_activations(types: Mapping[nn.Module, int]) -> Iterator[None]:
+    """Round what the matrices of modules, of these types, are multiplied by.
+
+    Only the first input of the experts of a layer is rounded, not what lies between their matrices.
+    """
+    hooks = [
+        module.register_forward_pre_hook(partial(_round, type)) for module, type in types.items()
+    ]
     try:
         yield
     finally:
