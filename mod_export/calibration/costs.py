@@ -231,7 +231,9 @@ class CostMeter:
             (pair,) = stored.values()
             ends = [out, *pair], [grad, *self._kv_grads.pop(layer)]
         points = (record.attn, record.ffn, record.mixed, h, *leaves)
-        grads = torch.autograd.grad(ends[0], points, ends[1], allow_unused=bool(leaves))
+        there = [x for x in points if x is not None]  # a layer need not have all of them
+        found = iter(torch.autograd.grad(ends[0], there, ends[1], allow_unused=bool(leaves)))
+        grads = [None if x is None else next(found) for x in points]
         self._add_kv_grads(part.kv_source, [x for x in grads[4:] if x is not None])
         return record, list(grads[:3]), grads[3]
 

@@ -31,7 +31,8 @@ class LayerRecord:
     """What one run of a layer has shown.
 
     h, mid: [T, n_embd], inputs of the layer and of its FFN
-    attn, ffn: [T, n_embd], what attention and FFN give; times `scale` it is what they add
+    attn, ffn: [T, n_embd], what attention, or a module with a recurrent state, and FFN give; times
+        `scale` it is what they add
     ffn_beside: [T, n_embd], what the second module of an FFN gives; not part of `ffn`
     out: [T, n_embd], what the layer adds
     query, key, value: [n_head, T, head_dim], position-encoded; keys and values of the n_head_kv
@@ -61,7 +62,7 @@ class LayerRecord:
     def note_layer(self, h: torch.Tensor, out: torch.Tensor, part: LayerParts) -> None:
         """Note input and output [1, T, n_embd] of the layer."""
         self.h, self.out, self.scale = h[0], out[0] - h[0], part.residual_scale
-        if part.ffn_entry is None:
+        if part.ffn is not None and part.ffn_entry is None:
             self.mid = self.h
 
     @property
@@ -118,12 +119,13 @@ class LayerObserver:
         def ffn_beside(_module, _args, out):
             record.ffn_beside = first(out)[0].detach()
 
-        hooks = [
-            part.attn_out.register_forward_hook(attn_out),
-            part.ffn_out.register_forward_hook(ffn_out),
+        # A layer need not have all of them.
+        places = [
+            (part.attn_out, attn_out),
+            (part.ffn_out, ffn_out),
+            (part.ffn_beside, ffn_beside),
         ]
-        if part.ffn_beside is not None:
-            hooks.append(part.ffn_beside.register_forward_hook(ffn_beside))
+        hooks = [m.register_forward_hook(hook) for m, hook in places if m is not None]
         if part.ffn_entry is not None:
             hooks.append(part.ffn_entry.register_forward_pre_hook(enter_ffn, with_kwargs=True))
         try:

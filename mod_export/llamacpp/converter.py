@@ -37,11 +37,59 @@ KNOWN_WARNINGS = re.compile(
     "|.*is deprecated|.*will be removed"  # for those who write the tools
 )
 
-# This script runs in the converter's process, in the source directory of llama.cpp. The routers are
-# no part of the base model: export.py adds them afterwards.
+# Scripts that run in the converter's process, in the source directory of llama.cpp. This one puts
+# right what the converter does not find in directories that transformers 5 has written.
+FIELDS_SCRIPT = """
+from conversion import ModelBase
+
+# fields of GPT-NeoX and Cohere 2, of AFMoE, and the types of layers of Granite 4 H and Nemotron-H
+FORMER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+
+def with_former_fields(hparams):
+    rope = hparams.get("rope_parameters") or {}
+    hparams.setdefault("rotary_pct", rope.get("partial_rotary_factor", 1.0))
+    hparams.setdefault("route_norm", True)
+    if hparams.get("model_type") == "granitemoehybrid":
+        kinds = hparams["layer_types"]
+        hparams["layer_types"] = [FORMER_TYPES.get(kind, kind) for kind in kinds]
+    kinds = hparams.get("layers_block_type") or [None]
+    if hparams.get("model_type") == "nemotron_h" and set(kinds) <= set(LETTERS):
+        hparams["hybrid_override_pattern"] = "".join(LETTERS[kind] for kind in kinds)
+        if "moe" not in kinds:  # the fields of experts have defaults
+            for name in ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_group"):
+                hparams.pop(name, None)
+    return hparams
+
+load_hparams, init = ModelBase.load_hparams, ModelBase.__init__
+
+def init_with_former_fields(self, *args, hparams=None, **kwargs):
+    if hparams is not None:  # a class of models has read the file itself
+        hparams = with_former_fields(hparams)
+    init(self, *args, hparams=hparams, **kwargs)
+
+def load_with_former_fields(*args, **kwargs):
+    return with_former_fields(load_hparams(*args, **kwargs))
+
+ModelBase.load_hparams = staticmethod(load_with_former_fields)
+ModelBase.__init__ = init_with_former_fields
+
+# transformers drops the layers of Qwen that predict tokens further on
+index_all = ModelBase.index_tensors
+
+def index_main_layers(self, *args, **kwargs):
+    tensors = index_all(self, *args, **kwargs)
+    if getattr(self, "opt_num_mtp_layers", None) == 0:
+        type(self).no_mtp = True
+    return tensors
+
+ModelBase.index_tensors = index_main_layers
+"""
+# The routers are no part of the base model: export.py adds them afterwards.
 CONVERTER_SCRIPT = """
 import re, runpy, sys
 sys.path.insert(0, ".")
+exec(sys.argv.pop(1))
 from conversion import ModelBase
 
 index_tensors = ModelBase.index_tensors
@@ -52,18 +100,6 @@ def index_without_routers(self, *args, **kwargs):
     return {name: tensor for name, tensor in tensors.items() if not skip.fullmatch(name)}
 
 ModelBase.index_tensors = index_without_routers
-
-# fields that configurations of transformers 5 lack: of GPT-NeoX and Cohere 2, and of AFMoE
-load_hparams = ModelBase.load_hparams
-
-def load_with_former_fields(*args, **kwargs):
-    hparams = load_hparams(*args, **kwargs)
-    rope = hparams.get("rope_parameters") or {}
-    hparams.setdefault("rotary_pct", rope.get("partial_rotary_factor", 1.0))
-    hparams.setdefault("route_norm", True)
-    return hparams
-
-ModelBase.load_hparams = staticmethod(load_with_former_fields)
 
 # a model that came from a GGUF file keeps the keys of its vocabulary, and of its sampling
 vocabulary = sys.argv[2]
@@ -133,6 +169,7 @@ def convert_hf(
     """
     source = llama_source.source_dir() / llama_source.LLAMA_CPP
     arguments = [
+        FIELDS_SCRIPT,
         skip.pattern,
         str(vocabulary.resolve()) if vocabulary else "",
         str(directory.resolve()),

@@ -33,7 +33,9 @@ class Names:
     parallel: the field of the configuration that says whether attention and FFN run side by side;
         then `ffn_entry` does not count
     norm_eps: the epsilon of the norms, where it is no field of the configuration
-    returns_weights: whether the layer returns its attention weights beside its output
+    state: the module with a recurrent state, in the layers that have one
+    single: whether a layer has an attention, a recurrent state or an FFN, and nothing beside it
+    returns_tuple: whether the layer returns a tuple, whose first entry is its output
     calls_sdpa: whether the attention calls torch's SDPA itself, not through transformers' interface
     refused: kinds of units that the layers cannot have, and why
     """
@@ -47,7 +49,9 @@ class Names:
     residual_scale: str | None = None
     parallel: str | None = None
     norm_eps: float | None = None
-    returns_weights: bool = False
+    state: str | None = None
+    single: bool = False
+    returns_tuple: bool = False
     calls_sdpa: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -56,6 +60,7 @@ _OUTPUT_NORMS = {"attn_out": "post_attention_layernorm", "ffn_out": "post_feedfo
 _GLM4 = {"attn_out": "post_self_attn_layernorm", "ffn_out": "post_mlp_layernorm"}
 _EXPERTS = {"ffn": "block_sparse_moe", "ffn_out": "block_sparse_moe"}
 _MULTIPLIER = {"residual_scale": "residual_multiplier"}
+_FEED_FORWARD = {"ffn": "feed_forward", "ffn_out": "feed_forward"}
 
 # model_type -> names, for architectures whose layers do not have Llama's names or order
 ARCHITECTURES = {
@@ -84,8 +89,7 @@ ARCHITECTURES = {
     ),
     "apertus": Names(ffn_entry="feedforward_layernorm"),
     "llama4_text": Names(
-        ffn="feed_forward",
-        ffn_out="feed_forward",
+        **_FEED_FORWARD,
         refused=dict.fromkeys(
             (ATTN, BLOCK), "transformers scales queries by their row instead of their position"
         ),
@@ -112,7 +116,7 @@ ARCHITECTURES = {
         attn="self_attention",
         attn_out="self_attention",
         parallel="parallel_attn",
-        returns_weights=True,
+        returns_tuple=True,
         calls_sdpa=True,
     ),
     "gpt_neox": Names(
@@ -122,6 +126,27 @@ ARCHITECTURES = {
         parallel="use_parallel_residual",
     ),
     "stablelm": Names(parallel="use_parallel_residual"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), Names(state="linear_attn")),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"), Names(ffn_entry="ffn_norm", state="conv", **_FEED_FORWARD)
+    ),
+    "granitemoehybrid": Names(ffn_beside="shared_mlp", state="mamba", **_EXPERTS, **_MULTIPLIER),
+    "falcon_h1": Names(
+        ffn_entry="pre_ff_layernorm",
+        state="mamba",
+        returns_tuple=True,
+        refused=dict.fromkeys((ATTN, BLOCK), "it has a recurrent state beside its attention"),
+        **_FEED_FORWARD,
+    ),
+    "nemotron_h": Names(
+        attn="mixer",
+        attn_out="mixer",
+        ffn="mixer",
+        ffn_out="mixer",
+        ffn_entry="norm",
+        state="mixer",
+        single=True,
+    ),
 }
 
 ALIBI = "its attention has ALiBi biases, which masks cannot hold"
@@ -138,6 +163,8 @@ REFUSED = {
         ("codegen", "gpt_neo", "gpt_neox_japanese", "gptj"),
         "its attention cannot be replaced, because it does not use transformers' interface",
     ),
+    "bamba": "the GGUF file that llama.cpp's converter writes of it computes something else",
+    "jamba": "in transformers its recurrent state takes only one token at a time",
     "inkling_text": "its convolutions carry a state from token to token",
     "longcat_flash": "its layers have two attentions each",
     "minimax": "its residual stream is normed in every layer",
@@ -165,6 +192,10 @@ WINDOWS = {
     "sliding_attention": ("sliding attention", "sliding_window"),
     "chunked_attention": ("attention within chunks", "attention_chunk_size"),
 }
+# Types of layers with a recurrent state: without attention, and beside it.
+STATES, STATES_BESIDE = ("linear_attention", "conv"), ("hybrid",)
+FFNS = ("mlp", "moe")  # types of layers that have an FFN and nothing else
+_OF_FFN = ("ffn", "ffn_out", "ffn_entry")
 # Classes of FFNs that return (output, scores of the experts); others return the output alone.
 FFNS_WITH_SCORES = ("GptOssMLP", "Llama4TextMoe")
 
@@ -173,20 +204,24 @@ FFNS_WITH_SCORES = ("GptOssMLP", "Llama4TextMoe")
 class LayerParts:
     """The modules of one decoder layer, by the roles that `Names` describes.
 
+    attn: the attention; in a layer without one the module with the recurrent state, if any
+    attends: whether the layer has an attention. recurrent: whether it has a recurrent state
     window: what the layer has where its queries see the last tokens only (WINDOWS), or None
     kv_source: the earlier layer whose K/V this layer reads; None where it has its own
     refused: kinds of units that this layer cannot have, and why
     """
 
     layer: nn.Module
-    attn: nn.Module
-    ffn: nn.Module
-    attn_out: nn.Module
-    ffn_out: nn.Module
+    attn: nn.Module | None
+    ffn: nn.Module | None
+    attn_out: nn.Module | None
+    ffn_out: nn.Module | None
     ffn_entry: nn.Module | None
     ffn_beside: nn.Module | None = None
     residual_scale: float = 1.0
-    returns_weights: bool = False
+    attends: bool = True
+    recurrent: bool = False
+    returns_tuple: bool = False
     window: str | None = None
     kv_source: int | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -200,8 +235,18 @@ class LayerParts:
         """Return why a conversion gives this layer no unit of a kind; None where it may."""
         if self.window is not None and kind in (KV, ATTN, BLOCK):
             return f"it has {self.window}, which forgets by itself"
-        if self.ffn_entry is None and kind in (ATTN, FFN):
+        if self.ffn is not None and self.ffn_entry is None and kind in (ATTN, FFN):
             return "its attention and FFN run side by side"
+        return self.cannot_have(kind)
+
+    def cannot_have(self, kind: str) -> str | None:
+        """Return why no model has a unit of a kind here; None where it can."""
+        if kind == FFN and self.ffn is None:
+            return "it has no FFN"
+        if kind != FFN and not self.attends:
+            return "it has a recurrent state" if self.recurrent else "it has no attention"
+        if kind == ATTN and self.ffn is None:
+            return "its attention is all that it has, which a block unit skips"
         return self.refused.get(kind)
 
 
@@ -216,12 +261,17 @@ def context_length(base: nn.Module) -> int | None:
 def layer_windows(base: nn.Module) -> dict[int, int]:
     """Return for each layer with K/V of its own the tokens that it attends to, 0 for all.
 
-    The layers that take K and V of another layer are left out (Gemma 4).
+    The layers that take K and V of another layer are left out (Gemma 4), and those that have no
+    attention.
     """
     types = _layer_types(base, base.config.num_hidden_layers)
     sizes = {name: getattr(base.config, size, None) or 0 for name, (_, size) in WINDOWS.items()}
     sources = _kv_sources(base, len(types))
-    return {layer: sizes.get(name, 0) for layer, name in enumerate(types) if sources[layer] is None}
+    return {
+        layer: sizes.get(name, 0)
+        for layer, name in enumerate(types)
+        if sources[layer] is None and name not in STATES + FFNS
+    }
 
 
 def decoder_layers(base: nn.Module) -> list[LayerParts]:
@@ -234,13 +284,16 @@ def decoder_layers(base: nn.Module) -> list[LayerParts]:
     if getattr(base.config, "alibi", False):
         raise unsupported(base, ALIBI)
     names, layers = names_of(base), _layer_list(base)
-    windows = _windows(base, len(layers))
-    parts = [_find_parts(base, layer, names) for layer in layers]
+    types = _layer_types(base, len(layers))
+    _check_types(base, names, types)
+    parts = [
+        _find_parts(base, layer, names, kind) for layer, kind in zip(layers, types, strict=True)
+    ]
     sources = _kv_sources(base, len(parts))
     return [
         replace(
             part,
-            window=windows[layer],
+            window=WINDOWS[types[layer]][0] if types[layer] in WINDOWS else None,
             kv_source=sources[layer],
             refused={**names.refused, **_refused_for_kv(layer, sources)},
         )
@@ -275,7 +328,7 @@ def check_units(base: nn.Module, units: Iterable[Unit]) -> None:
     """Raise UserError for a unit that its layer cannot have, with the reason."""
     layers, units = decoder_layers(base), set(units)
     for unit in units:
-        if reason := layers[unit.layer].refused.get(unit.kind):
+        if reason := layers[unit.layer].cannot_have(unit.kind):
             raise UserError(
                 f"layer {unit.layer} of {base.config.model_type} cannot have a unit {unit.kind}: "
                 f"{reason}",
@@ -361,6 +414,8 @@ def names_of(base: nn.Module) -> Names:
     names = ARCHITECTURES.get(base.config.model_type, Names())
     if names.parallel and getattr(base.config, names.parallel):
         return replace(names, ffn_entry=None)
+    if names.ffn_beside and not getattr(base.config, "num_local_experts", 1):
+        return replace(names, ffn=names.ffn_beside, ffn_out=names.ffn_beside, ffn_beside=None)
     return names
 
 
@@ -387,16 +442,16 @@ def _layer_list(base: nn.Module) -> nn.ModuleList:
     raise unsupported(base, "its decoder layers were not found")
 
 
-def _windows(base: nn.Module, n_layer: int) -> list[str | None]:
-    """Return for each layer what WINDOWS says of its type, None for full attention.
-
-    Raises UserError for a layer of another type, such as one with a recurrent state.
-    """
-    types = _layer_types(base, n_layer)
+def _check_types(base: nn.Module, names: Names, types: list[str]) -> None:
+    """Raise UserError for a layer of a type that nothing is known of."""
+    known = {FULL_ATTENTION, *WINDOWS}
+    if names.state is not None:
+        known |= {*STATES, *STATES_BESIDE}
+    if names.single:
+        known |= set(FFNS)
     for layer, name in enumerate(types):
-        if name != FULL_ATTENTION and name not in WINDOWS:
+        if name not in known:
             raise unsupported(base, f"its layer {layer} is of the type {name}")
-    return [WINDOWS[name][0] if name in WINDOWS else None for name in types]
 
 
 def _layer_types(base: nn.Module, n_layer: int) -> list[str]:
@@ -425,27 +480,44 @@ def _refused_for_kv(layer: int, sources: list[int | None]) -> dict[str, str]:
     return {}
 
 
-def _find_parts(base: nn.Module, layer: nn.Module, names: Names) -> LayerParts:
-    """Look each role up by its name; check that the layer takes what the wrapper has to pass."""
-    kind = type(layer).__name__
+def _find_parts(base: nn.Module, layer: nn.Module, names: Names, kind: str) -> LayerParts:
+    """Look each role up by its name; check that the layer takes what the wrapper has to pass.
+
+    kind: the type of the layer.
+    """
+    class_name = type(layer).__name__
     parameters = inspect.signature(type(layer).forward).parameters
     for needed in ("hidden_states", "attention_mask"):
         if needed not in parameters:
-            raise unsupported(base, f"{kind}.forward takes no {needed}")
+            raise unsupported(base, f"{class_name}.forward takes no {needed}")
     if not {"past_key_values", "layer_past"} & set(parameters):
-        raise unsupported(base, f"{kind}.forward takes no cache")
+        raise unsupported(base, f"{class_name}.forward takes no cache")
     found = {}
-    for role in ("attn", "ffn", "attn_out", "ffn_out", "ffn_entry"):
-        name = getattr(names, role)
+    for role, name in _roles(names, kind).items():
         found[role] = _module(layer, name) if name else None
         if name and found[role] is None:
-            raise unsupported(base, f"its {kind} has no {name}")
+            raise unsupported(base, f"its {class_name} has no {name}")
     if names.ffn_beside:
         found["ffn_beside"] = _module(layer, names.ffn_beside)
     scale = float(getattr(layer, names.residual_scale)) if names.residual_scale else 1.0
     return LayerParts(
-        layer=layer, residual_scale=scale, returns_weights=names.returns_weights, **found
+        layer=layer,
+        residual_scale=scale,
+        attends=kind not in STATES + FFNS,
+        recurrent=kind in STATES + STATES_BESIDE,
+        returns_tuple=names.returns_tuple,
+        **found,
     )
+
+
+def _roles(names: Names, kind: str) -> dict[str, str | None]:
+    """Return the name of each role's module in a layer of a type; None where it has none."""
+    roles = {role: getattr(names, role) for role in ("attn", "attn_out", *_OF_FFN)}
+    if kind in STATES:
+        roles |= dict.fromkeys(("attn", "attn_out"), names.state)
+    if names.single:
+        roles |= dict.fromkeys(("attn", "attn_out") if kind in FFNS else _OF_FFN)
+    return roles
 
 
 def _module(layer: nn.Module, name: str) -> nn.Module | None:

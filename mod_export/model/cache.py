@@ -3,13 +3,14 @@
 Each layer has cells of its own, and each K/V head where the heads of a layer decide apart: a token
 that is not active in a layer's attention gets none, and a cell whose token the `kv` router did not
 keep is freed as soon as the cell is out of the window. Keys carry their RoPE already, so cells can
-stand in any order. Positions are kept beside the cells.
+stand in any order. Positions are kept beside the cells. A recurrent state is that of transformers,
+and all tokens go into it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,7 @@ class MoDCache(Cache):
     """A cache that looks to the model like a complete one of `n_tokens` tokens.
 
     heads: for each layer the K/V heads that store apart, 1 where they all store the same tokens.
+    recurrent: the layers that have a recurrent state.
 
     layers.py cuts the masks to the cells. MoDModel calls `start`, the routed layers call `begin`,
     all layers call `update`, and MoDModel calls `finish`.
@@ -71,8 +73,8 @@ class MoDCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, heads: Sequence[int]):
-        super().__init__(layers=[])
+    def __init__(self, heads: Sequence[int], recurrent: Collection[int] = ()):
+        super().__init__(layers=_states(len(heads), recurrent) if recurrent else [])
         self.heads = tuple(heads)
         self.cells = [[Cells() for _ in range(n)] for n in heads]
         self.n_tokens = 0
@@ -83,8 +85,9 @@ class MoDCache(Cache):
     def fork(self) -> MoDCache:
         """Return a cache of the same sequence, to which each of the two appends for itself."""
         other = MoDCache(self.heads)
-        # Shallow copies are enough: tensors are replaced, never written to.
+        # Shallow copies are enough: tensors are replaced, never written to. States are written to.
         other.cells = [[copy.copy(cells) for cells in heads] for heads in self.cells]
+        other.layers = copy.deepcopy(self.layers)
         other.n_tokens = self.n_tokens
         return other
 
@@ -160,6 +163,10 @@ class MoDCache(Cache):
                 if not bool(visible.all()):
                     cells.select(visible.nonzero()[:, 0])
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise NotImplementedError: cells are freed for good, and states cannot go back."""
+        raise NotImplementedError("a MoDCache takes no token back; fork it before the token")
+
     # Transformers asks a cache for the following when it builds its own mask.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.n_tokens
@@ -169,3 +176,12 @@ class MoDCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.n_tokens + query_length, 0
+
+
+def _states(n_layer: int, recurrent: Collection[int]) -> list:
+    """Return what transformers keeps of recurrent states; of other layers it keeps nothing."""
+    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+
+    return [
+        LinearAttentionLayer() if layer in recurrent else DummyLayer() for layer in range(n_layer)
+    ]

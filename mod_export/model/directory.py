@@ -26,6 +26,10 @@ from mod_export.formats.safetensors_writing import StoredTensor
 from mod_export.model import devices, loading, streaming
 from mod_export.model.lora import lora_of
 
+# Types whose weights transformers saves under other names than those of the modules: routers
+# would be renamed with them.
+RENAMED = ("nemotron_h",)
+
 
 def save(
     path: str | Path,
@@ -55,6 +59,9 @@ def save(
                 safetensors_writing.link(files, directory)
                 shards = [] if files else weights.stored()
                 _save_stored(directory, base, shards, added)
+            elif base.config.model_type in RENAMED:
+                base.save_pretrained(directory, **kwargs)
+                safetensors_writing.write_file(directory / ROUTERS, _stored(added))
             else:
                 base.save_pretrained(directory, state_dict=base.state_dict() | added, **kwargs)
         finally:
@@ -74,10 +81,7 @@ def _save_stored(
 
     shards: tensors of the base's files; without any the routers get a file of their own.
     """
-    routers = []
-    for name, tensor in added.items():
-        values = tensor.numpy().tobytes()
-        routers.append(StoredTensor(name, "F32", tuple(tensor.shape), lambda v=values: [v]))
+    routers = _stored(added)
     if shards:
         safetensors_writing.write([*shards[:-1], shards[-1] + routers], directory)
     else:
@@ -88,6 +92,15 @@ def _save_stored(
     config.save_pretrained(directory)
     if base.can_generate():
         base.generation_config.save_pretrained(directory)
+
+
+def _stored(added: dict[str, torch.Tensor]) -> list[StoredTensor]:
+    """Return routers, float32, as what is written to a file."""
+    arrays = {name: tensor.numpy() for name, tensor in added.items()}
+    return [
+        StoredTensor(name, "F32", array.shape, lambda array=array: [array.tobytes()])
+        for name, array in arrays.items()
+    ]
 
 
 def router_state(config: MoDConfig, routers: dict) -> dict[str, torch.Tensor]:

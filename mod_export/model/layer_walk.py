@@ -105,7 +105,7 @@ class LayerWalk:
         last = self.h(number)[:, rows]
 
         def forward_of(part):
-            return lambda *_, **__: (last, None) if part.returns_weights else last
+            return lambda *_, **__: (last, None) if part.returns_tuple else last
 
         ids = torch.zeros(1, last.shape[1], dtype=torch.long, device=last.device)
         with _replaced(self.base, self.parts, forward_of):
@@ -152,7 +152,7 @@ def _collect(base: nn.Module, parts: list, ids: torch.Tensor) -> tuple[torch.Ten
             arguments.append((tuple(rest), kwargs))
             if len(arguments) == len(parts):
                 raise _AllSeen
-            return (h, None) if part.returns_weights else h
+            return (h, None) if part.returns_tuple else h
 
         return forward
 

@@ -57,25 +57,24 @@ class LayerRouting:
     def __init__(self, index: int, parts: LayerParts):
         self.index = index
         self.state: RoutingState | None = None
+        self.recurrent = parts.recurrent
         self._patched: list[nn.Module] = []
         # The residual stream where the current sublayer reads it.
         self._h: torch.Tensor | None = None
         self._ffn_reads_layer_input = parts.ffn_entry is None
         self._scale = parts.residual_scale
-        self._returns_weights = parts.returns_weights
+        self._returns_tuple = parts.returns_tuple
         self._delta_so_far: torch.Tensor | None = None  # of an FFN of two modules
         self._ffn_returns_scores = parts.ffn_returns_scores
-        self._stores_kv = parts.kv_source is None
+        self._stores_kv = parts.attends and parts.kv_source is None
         # A module can have two roles; the later wrapper is the outer one.
         self._patch(parts.attn, self._attn)
         self._patch(parts.ffn, self._ffn)
         self._patch(parts.attn_out, self._gated(ATTN))
         self._patch(parts.ffn_out, self._gated(FFN, more_follows=parts.ffn_beside is not None))
-        if parts.ffn_beside is not None:
-            self._patch(parts.ffn_beside, self._ffn)
-            self._patch(parts.ffn_beside, self._gated(FFN))
-        if parts.ffn_entry is not None:
-            self._patch(parts.ffn_entry, self._enter_ffn)
+        self._patch(parts.ffn_beside, self._ffn)
+        self._patch(parts.ffn_beside, self._gated(FFN))
+        self._patch(parts.ffn_entry, self._enter_ffn)
         self._patch(parts.layer, self._layer)
 
     def detach(self) -> None:
@@ -84,7 +83,9 @@ class LayerRouting:
             vars(module).pop("forward", None)
         self._patched.clear()
 
-    def _patch(self, module: nn.Module, wrapper: Callable) -> None:
+    def _patch(self, module: nn.Module | None, wrapper: Callable) -> None:
+        if module is None:  # the layer has no module of this role
+            return
         inner = module.forward
         names = list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -155,7 +156,7 @@ class LayerRouting:
         if not skips:
             return inner(h, **kwargs)
         if len(rows) == 0:
-            return (h, None) if self._returns_weights else h
+            return (h, None) if self._returns_tuple else h
         x = h[:, rows]
         out = inner(x, **_gather_rows(kwargs, rows))
         y = _first(out)

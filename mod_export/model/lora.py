@@ -32,6 +32,8 @@ from mod_export.model.streaming import Change
 
 # Routers of experts, linear modules that return more than one tensor. PEFT cannot replace them.
 EXPERT_ROUTERS = ("Llama4Router", "PhimoeTopKRouter")
+# Kernels of Mamba read the weight of its last product past PEFT's module.
+PAST_LORA = ("mamba", "mixer"), "out_proj"
 
 
 def inject_lora(
@@ -281,6 +283,7 @@ def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
         if id(module) in below
         and isinstance(module, _linear())
         and type(module).__name__ not in EXPERT_ROUTERS
+        and not _past_lora(name)
     ]
     known = {name.rpartition(".")[2] for name in names}
     if unknown := sorted(set(wanted or ()) - known):
@@ -288,3 +291,10 @@ def _targets(base: nn.Module, wanted: Sequence[str] | None) -> list[str]:
             f"no layer has a linear module {unknown[0]}", f"use {', '.join(sorted(known))}"
         )
     return [name for name in names if wanted is None or name.rpartition(".")[2] in wanted]
+
+
+def _past_lora(name: str) -> bool:
+    """Return whether kernels may read the weight of a linear module themselves."""
+    parents, last = PAST_LORA
+    *_, parent, own = ["", *name.split(".")]
+    return parent in parents and own == last

@@ -245,7 +245,8 @@ class MoDModel(nn.Module):
     def new_cache(self) -> MoDCache:
         """An empty cache for `step`."""
         by_head = {unit.layer for unit in self.config.routed() if unit.head is not None}
-        return MoDCache([self._kv_heads if i in by_head else 1 for i in range(self.n_layer)])
+        heads = [self._kv_heads if i in by_head else 1 for i in range(self.n_layer)]
+        return MoDCache(heads, [layer.index for layer in self.layers if layer.recurrent])
 
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor, cache: MoDCache, *, trace=False, **kwargs):

@@ -38,12 +38,12 @@ def check_roles(base: nn.Module) -> None:
     try:
         for layer in walk.layers():
             part = walk.parts[layer]
-            seen: dict[Unit, tuple[torch.Tensor, torch.Tensor]] = {}
+            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             units = [Unit(layer, kind) for kind in (ATTN, FFN) if kind not in part.refused]
             strategy = DecisionStrategy(_noting(seen))
             with model.deciding(ids[None], layer, dict.fromkeys(units, every), strategy):
                 out = walk.run(0)
-            if not _adds_up(part, out, seen.get(Unit(layer, ATTN)), seen.get(Unit(layer, FFN))):
+            if not _adds_up(part, walk.h(0), out, seen):
                 raise architectures.unsupported(
                     base,
                     f"what attention and FFN of layer {layer} add is not what the layer does",
@@ -54,18 +54,29 @@ def check_roles(base: nn.Module) -> None:
 
 
 def _noting(seen: dict) -> Callable:
-    return lambda unit, h, delta: seen.update({unit: (h, delta)})
+    return lambda unit, h, delta: seen.update({unit[1]: (h, delta)})
 
 
-def _adds_up(part: architectures.LayerParts, out: torch.Tensor, attn, ffn) -> bool:
-    """Return whether (input, delta) of attention and FFN, each [1, T, n_embd], give the output."""
+def _adds_up(
+    part: architectures.LayerParts, h: torch.Tensor, out: torch.Tensor, seen: dict
+) -> bool:
+    """Return whether what the modules add gives the layer's output; h, out: [1, T, n_embd].
+
+    seen: kind -> (input, delta) of ATTN, which a module with a recurrent state may stand for, and
+    of FFN.
+    """
     if ATTN in part.refused or FFN in part.refused:
         return True  # the layer does more than the two, and a row of the table says so
-    if attn is None or ffn is None:  # a module ran where nobody expects it
-        return False
-    (h, by_attn), (h_ffn, by_ffn) = attn, ffn
-    reads = h if part.ffn_entry is None else h + by_attn
-    return _equal(h_ffn, reads) and _equal(out, h + by_attn + by_ffn)
+    modules = {ATTN: part.attn, FFN: part.ffn}
+    total = h
+    for kind in (kind for kind, module in modules.items() if module is not None):
+        if kind not in seen:  # a module ran where nobody expects it
+            return False
+        reads, added = seen[kind]
+        if not _equal(reads, h if kind == FFN and part.ffn_entry is None else total):
+            return False
+        total = total + added
+    return _equal(out, total)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

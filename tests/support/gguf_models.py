@@ -99,6 +99,8 @@ import importlib, json, pkgutil, runpy, sys
 from pathlib import Path
 sys.path.insert(0, ".")
 import conversion
+from mod_export.llamacpp.converter import FIELDS_SCRIPT
+exec(FIELDS_SCRIPT)
 from conversion.base import TextModel
 
 tokens = json.loads(sys.argv[1])
@@ -161,7 +163,7 @@ def random_model(model_type: str, fields: dict):
             elif parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
         for name, buffer in model.named_buffers():
-            if name.endswith(("layer_scalar", "e_score_correction_bias")):
+            if name.endswith(("layer_scalar", "e_score_correction_bias", "expert_bias")):
                 buffer += 0.2 * torch.rand_like(buffer)
     return model.eval()
 

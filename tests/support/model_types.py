@@ -9,7 +9,7 @@ beside those of `gguf_models.SMALL`. Every window and scale counts for the logit
 from mod_export.model import architectures
 from mod_export.units import UNIT_KINDS
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 N_LAYER = 4
 
 
@@ -50,6 +50,75 @@ _DEEPSEEK = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
     "num_key_value_heads": 4,
+}
+
+# Hybrids: three layers attend, and the last one has a recurrent state.
+_MIXED = [LINEAR, FULL, LINEAR, FULL, FULL, LINEAR]
+_DELTA_NET = {
+    "num_hidden_layers": 6,
+    "layer_types": _MIXED,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_SHARED_EXPERT = {"shared_expert_intermediate_size": 64}
+_SHORT_CONV = {
+    "num_hidden_layers": 6,
+    "layer_types": ["conv" if kind == LINEAR else kind for kind in _MIXED],
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
+_GRANITE_H = _GRANITE | _MAMBA | {"num_hidden_layers": 6, "layer_types": _MIXED}
+_NEMOTRON_H = {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+}
+
+
+def _layers(*kinds: str) -> dict:
+    """The layers of a Nemotron-H, each of which has one of three things."""
+    return {"layers_block_type": list(kinds), "num_hidden_layers": len(kinds)}
+
+
+HYBRIDS: dict[str, tuple[str, dict]] = {
+    "qwen3_5": ("qwen3_5_text", _DELTA_NET),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _DELTA_NET | _MIXTURE | _SHARED_EXPERT),
+    "qwen3_next": ("qwen3_next", _DELTA_NET | _MIXTURE | _SHARED_EXPERT),
+    "lfm2": ("lfm2", _SHORT_CONV | {"block_multiple_of": 16}),
+    "lfm2_moe": ("lfm2_moe", _SHORT_CONV | _MIXTURE | {"num_dense_layers": 1}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _GRANITE_H | _FEW_EXPERTS | {"shared_intermediate_size": 64},
+    ),
+    "granitemoehybrid_dense": (
+        "granitemoehybrid",
+        _GRANITE_H
+        | {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96},
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        _MAMBA
+        | {"num_hidden_layers": N_LAYER, "mamba_d_ssm": 128, "head_dim": 16}
+        | {"attention_in_multiplier": 1.5, "attention_out_multiplier": 0.7}
+        | {"ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8, "key_multiplier": 1.3}
+        | {"ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "mlp_multipliers": [0.9, 1.1]}
+        | {"embedding_multiplier": 3.0, "lm_head_multiplier": 0.6},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        _NEMOTRON_H | _layers(LINEAR, FULL, LINEAR, "mlp", FULL, FULL, LINEAR, "mlp"),
+    ),
+    "nemotron_h_moe": (
+        "nemotron_h",
+        _NEMOTRON_H
+        | _layers(LINEAR, FULL, LINEAR, "moe", FULL, FULL, LINEAR, "moe")
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"moe_shared_expert_intermediate_size": 48},
+    ),
 }
 
 _BY_TYPE: dict[str, dict] = {
@@ -122,6 +191,7 @@ _BY_TYPE: dict[str, dict] = {
     "apertus": {},
 }
 MODEL_TYPES = {
+    **HYBRIDS,
     **{name: (name, {"num_hidden_layers": N_LAYER} | more) for name, more in _BY_TYPE.items()},
     "gemma4_moe": (
         "gemma4_text",

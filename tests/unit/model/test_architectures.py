@@ -61,6 +61,17 @@ TIMES = {"residual_multiplier": 0.3}  # what granite's attention and FFN give is
 GEMMA4 = HEAD | SLIDING | {"global_head_dim": 16, "rms_norm_eps": 1e-2}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": N_VOCAB}
 MOON = {"moe_num_experts": 4, "moe_k": 2, "moe_topk": 2, "moe_num_shared_experts": 1}
+FULL, LINEAR = "full_attention", "linear_attention"
+FIRST_LINEAR = {"layer_types": [LINEAR, FULL, FULL, FULL]}
+DELTA_NET = FIRST_LINEAR | {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+CONV = {"layer_types": ["conv", FULL, FULL, FULL]}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8}
+GRANITE_H = ONE_KV | MAMBA | FIRST_LINEAR | TIMES | SHARED_MLP
 DBRX = {
     "d_model": 32,
     "n_heads": 2,
@@ -120,6 +131,13 @@ ALL_KINDS = {
     **dict.fromkeys(("minicpm3", "youtu"), LATENT),
     **dict.fromkeys(("axk1", "deepseek_v3", "glm4_moe_lite"), LATENT | DEEPSEEK),
     "deepseek_v2": LATENT | DEEPSEEK | {"topk_method": "greedy"},
+    # hybrids: their first layer has a recurrent state
+    "qwen3_5_text": HEAD | DELTA_NET,
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_next"), HEAD | DELTA_NET | EXPERTS | SHARED_EXPERT),
+    "lfm2": ONE_KV | CONV,
+    "lfm2_moe": ONE_KV | CONV | EXPERTS | {"num_dense_layers": 1},
+    "granitemoehybrid": GRANITE_H | LOCAL_EXPERTS,
+    "granitemoehybrid dense": GRANITE_H | {"num_local_experts": 0},
 }
 # Attention and FFN run side by side, so that there is no stream between them.
 SIDE_BY_SIDE = {
@@ -138,17 +156,20 @@ SOME_KINDS = {
     "gemma4_unified_text": (GEMMA4, {"kv", "block", "attn"}),
     # The scale of a query depends on its place among the rows that are computed.
     "llama4_text": (HEAD | LOCAL_EXPERTS | {"intermediate_size_mlp": 48}, {"kv", "ffn"}),
+    # Each layer has a recurrent state beside its attention.
+    "falcon_h1": (ONE_KV | MAMBA, {"kv", "ffn"}),
 }
 REFUSED = {
     "of the type linear_attention": (
-        "bailing_hybrid bamba falcon_mamba granitemoehybrid jamba kimi_linear mamba mamba2 "
-        "nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma zamba "
+        "bailing_hybrid falcon_mamba kimi_linear mamba mamba2 olmo_hybrid recurrent_gemma zamba "
         "zamba2"
     ),
-    "of the type hybrid": "falcon_h1 zaya",
+    "of the type hybrid": "zaya",
     "of the type conv": "lfm3",
-    "has no mlp": "biogpt lfm2 opt xglm",
+    "has no mlp": "biogpt opt xglm",
     "of the type indexed_attention": "axk2 deepseek_v32 dots3_note_text glm_moe_dsa",
+    "computes something else": "bamba",
+    "only one token at a time": "jamba",
     "several streams": "deepseek_v4 hy_v4",
     "more than one residual stream": "gemma3n_text inkling2_text",
     "convolutions": "inkling_text",
@@ -169,11 +190,12 @@ WITH_ENCODER = set(
     "xlm-roberta xlm-roberta-xl xlnet xmod".split()
 )
 # These are models of more than text, whose text model is taken out (test_text_model.py), other
-# names of the types above, or types whose configuration is not of a model by itself.
+# names of the types above, types whose configuration is not of a model by itself, or hybrids whose
+# layers are others than here (test_hybrids.py).
 OTHERS = set(
     "cohere_compass_text dots3_note emu3 gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
-    "gemma4_unified_assistant got_ocr2 gpt-sw3 lfm2_moe llama4 mllama moshi "
-    "moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 "
+    "gemma4_unified_assistant got_ocr2 gpt-sw3 llama4 mllama moshi "
+    "moss_transcribe_diarize musicgen musicgen_melody nemotron_h phi4_multimodal qwen3_5 "
     "qwen3_5_moe qwen4_exp qwen4_exp_text".split()
 )
 SUPPORTED = {name: (fields, {"kv", "block", "attn", "ffn"}) for name, fields in ALL_KINDS.items()}
@@ -277,7 +299,7 @@ def inactive_block_is_no_layer(plain, part):
     model.force = "inactive"
     dense, sparse = model(IDS), model.step(IDS, model.new_cache())
     model.detach()
-    pair = part.returns_weights
+    pair = part.returns_tuple
     part.layer.forward = lambda h, *_, **__: (h, None) if pair else h
     expected = plain(IDS).logits
     assert torch.equal(dense, expected)

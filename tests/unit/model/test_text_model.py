@@ -70,6 +70,13 @@ MODELS = {
         VISION,
         "Qwen3MoeForCausalLM",
     ),
+    "Qwen3_5ForConditionalGeneration": (
+        TEXT
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
+        | {"linear_num_key_heads": 1, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        VISION,
+        "Qwen3_5ForCausalLM",
+    ),
     "Llama4ForConditionalGeneration": (
         TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2},
         VISION | LLAMA4_VISION,
