@@ -5,14 +5,16 @@
 
 The call unpacks what scripts/gpu/prebuild has made, checks the versions of driver and toolkit, and
 runs the parts in the order of their worth. Each part is a process with a time of its own, writes
-its results into OUT at once, and disturbs no other part where it fails. What the parts say is in
-OUT/PART.log. The end of the output is a table, and OUT/call.json says how each part went.
+OUT/PART.json at once, and disturbs no other part where it fails. OUT/call.log has what the parts
+said, OUT/call.json how each went and the figures that must reach a bound. The output ends with
+tables.
 
 The exit code is 0 where all parts passed, 1 where a check failed, 2 where something is missing, 3
 where time was up or the call was stopped. `--rehearse` runs a CPU build with the smallest sizes.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +36,7 @@ MORE_PARTS = {"ops": 60, "sanitize": 240}
 MEASURED = ("decode", "prefill", "sequences", "long")  # plans of plans.py
 SCRIPTS = dict.fromkeys(MEASURED, "measure") | {"profile": "stages"}
 LEAST_DRIVERS = {12: 525, 13: 580}  # the first driver of each CUDA
+LEAST_SECONDS = 5
 GRACE_SECONDS = 10  # a part ends by itself; after so long it is ended
 TABLE_SECONDS = 10
 WORDS = {0: "passed", 1: "a check failed", 2: "could not run"}
@@ -47,13 +50,15 @@ def main() -> int:
     args = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("call.log", "call.json", *(f"{part}.json" for part in args.parts)):
+        (args.out / name).unlink(missing_ok=True)
     work = Path(tempfile.mkdtemp(prefix="gpu-call-", dir=args.work))
     try:
         about = unpack(args.prebuilt, work)
         if not args.rehearse:
             check_versions(about)
         env = environment(work, args.out.resolve(), args.rehearse, about)
-        return conclude(args.out, run_all(args, env, about["key"]), env)
+        return conclude(args.out, run_all(args, env, work, about["key"]), env)
     except CallError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
@@ -61,17 +66,22 @@ def main() -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def run_all(args: argparse.Namespace, env: dict, key: str) -> dict[str, dict]:
+def run_all(args: argparse.Namespace, env: dict, work: Path, key: str) -> dict[str, dict]:
     """Run the parts; how each went. The models of the plans are written meanwhile."""
     started, states = time.monotonic(), {}
-    writer = (
-        start("plans", env, args.out / "models.log") if set(args.parts) & set(MEASURED) else None
-    )
+    needed = set(args.parts) & set(SCRIPTS)
+    writer = start("plans", env, work / "models.log") if needed else None
     try:
         for name in args.parts:
             left = args.seconds - TABLE_SECONDS - (time.monotonic() - started)
-            seconds = left if name == args.parts[-1] else min(seconds_of(name), left)
-            states[name] = run(name, seconds, env, args.out, writer)
+            seconds = left if name == args.parts[-1] else min((PARTS | MORE_PARTS)[name], left)
+            begun = time.monotonic()
+            print(f"{name}, {seconds:.0f} s", flush=True)
+            state = missing_models(writer, seconds, work) if name in SCRIPTS else None
+            state = state or run(name, seconds - (time.monotonic() - begun), env, args.out)
+            took = round(time.monotonic() - begun, 1)
+            print(f"  {state} ({took} s)", flush=True)
+            states[name] = {"state": state, "seconds": took}
             save(args.out, states, key)
     except KeyboardInterrupt:
         states["call"] = {"state": "stopped", "seconds": round(time.monotonic() - started, 1)}
@@ -100,10 +110,6 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def seconds_of(name: str) -> float:
-    return (PARTS | MORE_PARTS)[name]
-
-
 def unpack(prebuilt: Path, work: Path) -> dict:
     """Unpack the archive into `work`; what its JSON file says."""
     try:
@@ -128,9 +134,10 @@ def check_versions(about: dict) -> None:
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
+            timeout=30,
         )
         name, driver, capability = (word.strip() for word in said.stdout.splitlines()[0].split(","))
-    except (OSError, IndexError, ValueError):
+    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired):
         raise CallError("nvidia-smi names no GPU; install the driver") from None
     print(f"{name}, driver {driver}, compute capability {capability}", flush=True)
     if about["cuda"] is None:
@@ -150,9 +157,9 @@ def environment(work: Path, out: Path, rehearse: bool, about: dict) -> dict[str,
 
     Raises CallError where cuBLAS is missing.
     """
-    paths = [HERE, ROOT, *(path for path in (work / "site",) if path.is_dir())]
+    paths = [str(HERE), str(ROOT), str(work / "site"), os.environ.get("PYTHONPATH", "")]
     more = {
-        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "LLAMA_CPP_LIB_PATH": str(work / "lib"),
         "MOD_EXPORT_CACHE": str(work / "cache"),
@@ -184,43 +191,37 @@ def toolkit_library(name: str, major: int) -> Path:
     raise CallError(f"lib{name}.so.{major} is missing; install CUDA {major}, or set CUDA_PATH")
 
 
-def run(name: str, seconds: float, env: dict, out: Path, writer: subprocess.Popen | None) -> dict:
-    """Run a part for at most so many seconds; its state."""
-    if seconds < 5:
-        return {"state": "no time was left", "seconds": 0.0}
-    print(f"{name}, {seconds:.0f} s", flush=True)
-    begun = time.monotonic()
-    if name in MEASURED and (missing := no_models(writer, seconds, out)):
-        print(f"  {missing}", flush=True)
-        return {"state": missing, "seconds": round(time.monotonic() - begun, 1)}
-    script, log = SCRIPTS.get(name, name), out / f"{name}.log"
-    left = seconds - (time.monotonic() - begun)
-    process = start(script, env | {"GPU_SECONDS": str(left)}, log, *[name] * (name in MEASURED))
+def missing_models(writer: subprocess.Popen, seconds: float, work: Path) -> str | None:
+    """Wait for the models of the plans; why there are none, or None."""
     try:
-        code = process.wait(timeout=left + GRACE_SECONDS)
+        if writer.wait(timeout=max(seconds, 0)) == 0:
+            return None
+    except subprocess.TimeoutExpired:
+        return "time was up before the models were written"
+    return f"no models: {last_line(work / 'models.log')}"
+
+
+def run(name: str, seconds: float, env: dict, out: Path) -> str:
+    """Run a part for at most so many seconds; how it went."""
+    if seconds < LEAST_SECONDS:
+        return "no time was left"
+    script, arguments = SCRIPTS.get(name, name), [name] * (name in MEASURED)
+    log = out / "call.log"
+    process = start(script, env | {"GPU_SECONDS": str(seconds)}, log, *arguments)
+    try:
+        code = process.wait(timeout=seconds + GRACE_SECONDS)
         state = WORDS.get(code, f"ended with code {code}")
     except subprocess.TimeoutExpired:
         state = "time was up"
     finally:
         end(process)
-    said = "" if state == WORDS[0] else f": {last_line(log)}"
-    print(f"  {state}{said} ({time.monotonic() - begun:.1f} s)", flush=True)
-    return {"state": state + said, "seconds": round(time.monotonic() - begun, 1)}
-
-
-def no_models(writer: subprocess.Popen, seconds: float, out: Path) -> str | None:
-    """Wait for the models of the plans; why there are none, or None."""
-    try:
-        if writer.wait(timeout=seconds) == 0:
-            return None
-    except subprocess.TimeoutExpired:
-        return "time was up before the models were written"
-    return f"no models: {last_line(out / 'models.log')}"
+    return state if state == WORDS[0] else f"{state}: {last_line(log)}"
 
 
 def start(script: str, env: dict, log: Path, *args: str) -> subprocess.Popen:
     """Start a script of this folder in a session of its own, with its output in the log."""
-    with log.open("w") as file:
+    with log.open("a") as file:
+        print("==", script, *args, file=file, flush=True)
         return subprocess.Popen(
             [sys.executable, HERE / f"{script}.py", *args],
             env=env,
@@ -235,11 +236,11 @@ def end(process: subprocess.Popen) -> None:
     """End a part; first so that it can end its own processes."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def last_line(log: Path) -> str:

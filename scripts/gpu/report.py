@@ -4,7 +4,7 @@
     python scripts/gpu/report.py OUT --markdown  # for docs/results/gpu.md
 
 Ratios are of medians of one run. A row of a plan is compared with the dense row of the same ubatch
-and context. OUT/summary.json has the same figures.
+and context. The figures go into OUT/call.json too.
 """
 
 import json
@@ -55,7 +55,9 @@ def main() -> None:
         head = ["part", "figure", "model", "tokens", "ubatch", "measured", "must be", "reached"]
         print()
         print(format_table(head, [list(figure.values()) for figure in summary], markdown))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    call = out / "call.json"
+    told = json.loads(call.read_text()) if call.is_file() else {}
+    call.write_text(json.dumps(told | {"figures": summary}, indent=1) + "\n")
 
 
 def parity_line(result: dict) -> str:

@@ -26,16 +26,12 @@ def main() -> bool:
     command = [sys.executable, __file__, json.dumps(row), str(target)]
     nsys = None if REHEARSE else shutil.which("nsys")
     if nsys:
-        command = [
-            nsys,
-            "profile",
-            "--force-overwrite",
-            "true",
-            "-o",
-            str(OUT / "profile"),
-            *command,
-        ]
-    subprocess.run(command, env=environment(row["way"]), check=True, timeout=seconds_left())
+        options = ["--force-overwrite", "true", "-o", str(OUT / "profile")]
+        command = [nsys, "profile", *options, *command]
+    try:
+        subprocess.run(command, env=environment(row["way"]), check=True, timeout=seconds_left())
+    except subprocess.SubprocessError as exc:
+        raise UserError("the profiled run failed or had no time", "see call.log") from exc
     found = json.loads(target.read_text())
     save("profile.json", found)
     print(f"{row['lane']}, {row['force']}, {row['context']} tokens: {found['ms']:.3f} ms a token")

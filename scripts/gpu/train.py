@@ -16,6 +16,7 @@ from pathlib import Path
 from mod_export.cli.output import show_messages
 from mod_export.common.files import atomic_file
 from mod_export.common.tables import format_table
+from mod_export.data.text import default_texts
 from mod_export.formats import adapter_files
 
 PARAMETERS = os.environ.get("TRAIN", "routers,lora").split(",")
@@ -34,6 +35,7 @@ class Run:
         self.start = str(start) if start.exists() else "smollm2-kv"
         self.length = os.environ.get("LENGTH", "2048")
         self.batch = os.environ.get("BATCH", "8")
+        self.step_tokens = int(self.length) * int(self.batch)
         self.figures: dict = {"start": self.start, "speed": {}, "trained": {}, "judged": {}}
 
     def left(self) -> float:
@@ -78,7 +80,8 @@ def main() -> int:
 
 def measure_speed(run: Run, parameters: str) -> None:
     target = run.out / f"speed-{parameters}.json"
-    text = next(path for path in (run.work / "data").rglob("*.txt") if path.parent.name != "dev")
+    text, own = run.out / "speed.txt", "\n\n\n".join(default_texts())
+    text.write_text("\n\n\n".join([own] * (1 + 8 * run.step_tokens // len(own))))
     command = [sys.executable, "-m", "scripts.studies.train_speed", run.start, "--text", str(text)]
     command += ["--train", parameters, "--length", run.length, "--batch", run.batch]
     command += ["--precision", precision(), "--rounds", "3", "--json", str(target)]
@@ -90,7 +93,7 @@ def measure_speed(run: Run, parameters: str) -> None:
 def train(run: Run, parameters: str, seconds: float) -> None:
     """Train for as many tokens as the measured speed allows."""
     rate = run.figures["speed"][parameters]["tokens/s"]
-    step = int(run.length) * int(run.batch)
+    step = run.step_tokens
     wanted = min(USED_SHARE * seconds * rate, float(os.environ.get("TOKENS", "inf")))
     tokens = max(1, int(wanted) // step) * step
     config = adapter_files.read(adapter_files.resolve(run.start)).config

@@ -78,11 +78,12 @@ def test_whole_call(package, tmp_path):
     assert segments[0]["perf"]["graphs"] > 2
     assert read(out / "profile.json")["stages"]["compute"] > 0
     assert {"all active / dense", "efficiency at half"} <= {
-        figure["figure"] for figure in read(out / "summary.json")
+        figure["figure"] for figure in read(out / "call.json")["figures"]
     }
     assert "none active / pruned" in done.stdout and "parity: 4 of 4 cases" in done.stdout
     in_scripts(f"import plots, sys; sys.argv[1:] = [{str(out)!r}]; plots.main()")
     assert {path.stem for path in out.glob("*.png")} == {"decode", "prefill", "sequences", "long"}
+    assert len(list(out.iterdir())) == 12  # six parts, call.json, call.log and the plots
     assert not list(tmp_path.glob("gpu-call-*"))
 
 
