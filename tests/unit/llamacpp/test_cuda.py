@@ -3,6 +3,7 @@
 There is no GPU, and nvcc is a script that only talks.
 """
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -108,6 +109,25 @@ def test_a_stub_of_the_driver_is_made(machine, monkeypatch):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("MOD_EXPORT_CACHE", str(machine / "other"))
     assert llama_cuda.find().driver() is None
+
+
+def test_tools_link_without_the_driver(machine, monkeypatch):
+    """The stub's name is libcuda.so, and ggml-cuda asks for libcuda.so.1."""
+    monkeypatch.setenv("MOD_EXPORT_CACHE", str(machine / "cache"))
+    package(machine)
+    touch(machine / "driver/libcuda.so")
+    (machine / "cache/log").mkdir(parents=True)
+    compiled = []
+    monkeypatch.setattr(
+        llama_build, "_compile", lambda source, lib, flags, *_: compiled.append(flags)
+    )
+    monkeypatch.setattr(llama_build, "missing_tools", lambda patching: {})
+    monkeypatch.setattr(llama_build, "_lock", lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(llama_source, "source_dir", lambda *_: machine)
+    for tools in (False, True):
+        llama_build.build(cuda=True, tools=tools, cuda_arch="86", jobs=1)
+    library, programs = (flags.get("CMAKE_EXE_LINKER_FLAGS", "") for flags in compiled)
+    assert "--allow-shlib-undefined" in programs and not library
 
 
 def test_the_toolkit_comes_first(machine):
