@@ -58,6 +58,8 @@ def main() -> int:
         if not args.rehearse:
             check_versions(about)
         env = environment(work, args.out.resolve(), args.rehearse, about)
+        check = [sys.executable, HERE / "prebuild.py", "--check", "--output", args.prebuilt]
+        subprocess.run(check, env=env)  # says whether the package is that of the checkout
         return conclude(args.out, run_all(args, env, work, about["key"]), env)
     except CallError as exc:
         print(f"error: {exc}", file=sys.stderr)

@@ -6,7 +6,7 @@
 The package is one archive and a JSON file, in gpu/prebuilt or in --output. It has the patched
 library, llama-server, llama-bench and test-backend-ops for sm_90 alone, the Python packages that
 torch does not bring, and a part of SmolLM2 with its logits on the CPU. The key of a package is made
-from the source, the patches and scripts/gpu.
+from the source, the patches and the scripts that make it.
 
 Only ggml is compiled for CUDA. libllama and the tools know nothing of it: they are those of
 `mod-export build --tools`. The sources of ggml lie in the cache and are replaced only where their
@@ -46,6 +46,7 @@ TOOLS = ("llama-server", "llama-bench")
 PACKAGES = "click filelock gguf psutil pyyaml tqdm diskcache safetensors".split()
 PYTHON = ("--python-version", "3.12", "--implementation", "cp")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+MAKERS = ("instances.py", "model.py", "prebuild.py", "trim.cmake")
 ARCHIVE, ABOUT = "prebuilt.tar.gz", "prebuilt.json"
 
 
@@ -57,9 +58,11 @@ def main() -> int:
     args = parser.parse_args()
     show_messages(stdout=True)
     try:
-        if is_current(args.output) or args.check:
-            print(f"{args.output} is {'current' if is_current(args.output) else 'not current'}")
-            return 0 if is_current(args.output) else 1
+        if (current := is_current(args.output)) or args.check:
+            print(
+                f"the package in {args.output} is {'' if current else 'not '}that of this checkout"
+            )
+            return 0 if current else 1
         tools = llama_build.build(tools=True, jobs=args.jobs)
         work = cache_dir("gpu")
         with locked(work, lambda: print("another process builds; waiting for it", flush=True)):
@@ -72,11 +75,10 @@ def main() -> int:
 
 
 def key() -> str:
-    """Hash of what a package is made from: the source, the patches and scripts/gpu."""
+    """Hash of what a package is made from: the source, the patches and the scripts that make it."""
     digest = hashlib.sha256(llama_source.patches_digest(tools=True).encode())
-    for path in sorted(HERE.iterdir()):
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+    for name in MAKERS:
+        digest.update(name.encode() + (HERE / name).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -80,6 +80,7 @@ def test_whole_call(package, tmp_path):
     assert {"all active / dense", "efficiency at half"} <= {
         figure["figure"] for figure in read(out / "call.json")["figures"]
     }
+    assert "is that of this checkout" in done.stdout
     assert "none active / pruned" in done.stdout and "parity: 4 of 4 cases" in done.stdout
     in_scripts(f"import plots, sys; sys.argv[1:] = [{str(out)!r}]; plots.main()")
     assert {path.stem for path in out.glob("*.png")} == {"decode", "prefill", "sequences", "long"}
