@@ -94,7 +94,7 @@ def draw(found: Sequence[dict], target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     lengths = list(dict.fromkeys(point["length"] for point in found))
     files = list(dict.fromkeys(point["file"] for point in found))
@@ -113,6 +113,7 @@ def draw(found: Sequence[dict], target: Path) -> None:
         axis.set(xscale="log", yscale="log", title=f"{length} tokens", xlabel="K and V, MiB")
         for ticks in (axis.xaxis, axis.yaxis):  # 0.03, not 3 x 10^-2
             ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
