@@ -55,6 +55,9 @@ SLIDING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # type of a layer -> field with the number of tokens that it attends to
 WINDOW_FIELDS = {SLIDES: "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Types whose code has sigmoid gates, so that a configuration need not name them.
+SIGMOID_GATES = ("deepseek_v3", "dots1", "exaone_moe", "glm4_moe_lite", "minimax_m2")
+GATES_KEY, SIGMOID = "expert_gating_func", 2  # llama.cpp's number
 SAME_MODEL = "they are not of the same model"
 
 
@@ -74,6 +77,8 @@ def account(directory: Path, file: GGUFFile) -> Additions:
         stretched = "alpha" in (config.get("rope_parameters") or {})
         _check_keys(directory, _without_context(config) if stretched else config, file)
         added = gguf_rotary.additions(directory, config, graph, file)
+    if _lacks_gates(config, file):
+        added.keys.append((f"{file.architecture}.{GATES_KEY}", "u32", SIGMOID))
     key = f"{file.architecture}.context_length"
     window = _lost_window(directory, config, file)
     if window is not None:
@@ -91,6 +96,12 @@ def check_base(directory: Path, base: GGUFFile) -> None:
     window = _lost_window(directory, config, base)
     if window is not None:
         _tell_window(directory, window, f"up to {window} tokens both are the same")
+    if _lacks_gates(config, base):
+        raise UserError(
+            f"{base.path} has no key {base.architecture}.{GATES_KEY}, which says that the experts "
+            f"of {directory} have sigmoid gates",
+            "give a GGUF that a newer converter has written",
+        )
     graph = GRAPHS.get(base.architecture)
     if graph is None:
         return
@@ -106,6 +117,12 @@ def check_base(directory: Path, base: GGUFFile) -> None:
 
 def _without_context(config: dict) -> dict:
     return {name: value for name, value in config.items() if name != "max_position_embeddings"}
+
+
+def _lacks_gates(config: dict, file: GGUFFile) -> bool:
+    """Whether llama.cpp would take experts for others than those with sigmoid gates."""
+    key = f"{file.architecture}.{GATES_KEY}"
+    return config["model_type"] in SIGMOID_GATES and key not in file.keys
 
 
 def _check_fixed(directory: Path, config: dict, graph: Graph) -> None:

@@ -95,6 +95,7 @@ COMPLETED = [
     ("arcee", rope(YARN | {"truncate": False})),
     ("granite", rope(BETAS)),
     ("apertus", rope(BETAS)),
+    ("deepseek_v3", {"scoring_func": None}),
 ]
 # Fields that shorten the context of the file, where one line tells it.
 WINDOWS = [("phi3", {"sliding_window": 32}), ("ministral3", {"sliding_window": 32})]
@@ -149,6 +150,8 @@ def test_what_a_key_can_say_is_in_the_file(files, tmp_path, number):
     directory, file = files[f"completed{number}"]
     added = account(directory, file)
     assert added
+    with pytest.raises(UserError):
+        check_base(directory, file)
     whole = tmp_path / "whole.gguf"
     added.write(file, whole)
     check_base(directory, GGUFFile.open(whole))
