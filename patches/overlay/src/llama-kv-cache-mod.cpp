@@ -302,7 +302,7 @@ bool llama_kv_cache_mod::can_end_at(llama_seq_id seq_id, llama_pos p0) const {
             return false;
         }
     }
-    return !recr || recr->can_end(seq_id, p - 1, base->seq_pos_max(seq_id));
+    return !recr || p > recr->first_end(seq_id, base->seq_pos_max(seq_id));
 }
 
 void llama_kv_cache_mod::move_states() {
@@ -587,7 +587,8 @@ llama_pos llama_kv_cache_mod::seq_pos_fixed(llama_seq_id seq_id) const {
             res = std::max(res, windows[w].last(freed));
         }
     }
-    return recr ? seq_pos_max(seq_id) : res;
+    const llama_pos p_max = seq_pos_max(seq_id);
+    return recr ? std::min(p_max, std::max(res, recr->first_end(seq_id, p_max))) : res;
 }
 
 bool llama_kv_cache_mod::has_shift() const {

@@ -8,12 +8,13 @@
 
 #include <algorithm>
 #include <set>
+#include <stdexcept>
 
 llama_mod_recurrent::llama_mod_recurrent(const llama_model & model, const llama_cparams & cparams) :
     n_seq_max(std::max<uint32_t>(1, cparams.n_seq_max)),
     mem(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv, 2*n_seq_max, 2*n_seq_max, cparams.n_rs_seq,
         [&model](int32_t il) { return llama_mod_arch_has_state(model, il); }),
-    ctx(&mem, {}), ctx_full(&mem), shadowed(n_seq_max) {
+    ctx(&mem, {}), ctx_full(&mem), n_back(n_seq_max), shadowed(n_seq_max) {
 }
 
 std::vector<llama_ubatch> llama_mod_recurrent::split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -131,7 +132,8 @@ void llama_mod_recurrent::swap_cells(uint32_t a, uint32_t b) {
 
 void llama_mod_recurrent::place(const llama_ubatch & ubatch) {
     if (rs_idx.empty()) {
-        rs_idx = mem.rs_idx;
+        rs_idx        = mem.rs_idx;
+        n_back_before = n_back;
     }
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
         const llama_seq_id seq_id = ubatch.seq_id_unq[s];
@@ -139,6 +141,7 @@ void llama_mod_recurrent::place(const llama_ubatch & ubatch) {
             shadowed[seq_id] = true;
             mem.seq_cp(seq_id, shadow(seq_id), -1, -1);
         }
+        n_back[seq_id] = std::min(mem.n_rs_seq, ubatch.n_seq_tokens - 1);
     }
 
     // upstream's memory would move other cells in its graph, which may fail
@@ -174,6 +177,7 @@ void llama_mod_recurrent::undo() {
     }
     if (!rs_idx.empty()) {
         mem.rs_idx = rs_idx;
+        n_back     = n_back_before;
     }
     keep();
 }
@@ -186,16 +190,14 @@ bool llama_mod_recurrent::has_state(llama_seq_id seq_id) const {
     return is_known(seq_id) && mem.cells[seq_id].tail >= 0;
 }
 
-bool llama_mod_recurrent::can_end(llama_seq_id seq_id, llama_pos p, llama_pos p_max) const {
-    if (!has_state(seq_id)) {
-        return false;
-    }
-    return p == p_max || (mem.rs_idx[seq_id] == 0 && p < p_max && p_max - p <= (llama_pos) mem.n_rs_seq);
+llama_pos llama_mod_recurrent::first_end(llama_seq_id seq_id, llama_pos p_max) const {
+    return has_state(seq_id) ? p_max - (llama_pos) n_back[seq_id] : p_max + 1;
 }
 
 void llama_mod_recurrent::end(llama_seq_id seq_id, llama_pos p) {
-    if (has_state(seq_id)) {
+    if (has_state(seq_id) && p < mem.cells[mem.cells[seq_id].tail].pos) {
         mem.seq_rm(seq_id, p + 1, -1);
+        n_back[seq_id] = 0; // once
     }
 }
 
@@ -209,6 +211,7 @@ void llama_mod_recurrent::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst)
     if (is_known(seq_id_src) && is_known(seq_id_dst)) {
         mem.seq_cp(seq_id_src, seq_id_dst, -1, -1);
         mem.set_rs_idx(seq_id_dst, mem.rs_idx[seq_id_src]);
+        n_back[seq_id_dst] = n_back[seq_id_src];
     }
 }
 
@@ -228,5 +231,13 @@ void llama_mod_recurrent::clear(bool data) {
 }
 
 void llama_mod_recurrent::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    if (seq_id >= 0 && !is_known(seq_id)) {
+        throw std::runtime_error(format("mod: there is no recurrent state for sequence %d", seq_id));
+    }
     mem.state_read(io, seq_id);
+    for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+        if (seq_id < 0 || s == seq_id) {
+            n_back[s] = 0;
+        }
+    }
 }

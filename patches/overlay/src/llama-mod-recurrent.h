@@ -48,8 +48,9 @@ public:
     // sequences; what p is said to be is the last position
     //
 
-    // can the sequence end at p, where its last position is p_max?
-    bool can_end(llama_seq_id seq_id, llama_pos p, llama_pos p_max) const;
+    // where the sequence can end, at the least, if its last position is p_max. Upstream's memory keeps states of n_rs_seq
+    // tokens before, for drafts, but none from before the last ubatch
+    llama_pos first_end(llama_seq_id seq_id, llama_pos p_max) const;
 
     void end   (llama_seq_id seq_id, llama_pos p); // where it can
     void remove(llama_seq_id seq_id);
@@ -86,9 +87,12 @@ private:
 
     std::vector<int32_t> copies;
 
+    std::vector<uint32_t> n_back; // [n_seq_max] tokens whose states before them are there
+
     // the running decode
     std::vector<bool>     shadowed; // [n_seq_max]
     std::vector<uint32_t> rs_idx;   // upstream's before it, [2*n_seq_max], empty: none runs
+    std::vector<uint32_t> n_back_before;
 
     bool is_known(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq_max; }
 

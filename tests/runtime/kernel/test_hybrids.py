@@ -89,6 +89,31 @@ def test_a_tail_stays(hybrid):
         goes_on(r, tiny, out[1], TEXTS[1], 0)
 
 
+def test_the_end_of_a_draft_is_taken_back(tmp_path):
+    """As far as there are states: of so many tokens, of the last ubatch, once.
+
+    Beyond, llama.cpp alone takes what lies in the place of such a state.
+    """
+    tiny = memory.routed("qwen35", list(TEXTS))
+    out = tiny.forward(TEXTS[0])
+    with Raw(tiny.write(tmp_path / "mod.gguf"), n_rs_seq=8) as r:
+        r.decode(TEXTS[0, :40])
+        for start in range(40, 60, 4):
+            r.decode(np.concatenate([TEXTS[0, start : start + 3], TEXTS[1, :4]]))
+            assert r.seq_pos(0) == (start, start + 6)
+            assert not r.seq_rm(0, start)
+            with aborting(r, 30):
+                assert r.try_decode(TEXTS[2, :3]) == 2
+            assert r.seq_rm(0, start + 3)
+            assert not r.seq_rm(0, start + 2)  # another time
+            goes_on(r, tiny, out, TEXTS[0, : start + 4], start + 3)
+            assert not r.seq_rm(0, start + 3)
+        r.decode(TEXTS[0, 60:69])
+        assert not r.seq_rm(0, 60)  # nine
+        assert r.seq_rm(0, 61)
+        goes_on(r, tiny, out, TEXTS[0], 61)
+
+
 def test_a_failed_decode_leaves_the_state_as_it_was(hybrid):
     """Aborted in the first ubatch, in later ones, and at a single token."""
     tiny, path, out = hybrid
