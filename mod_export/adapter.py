@@ -41,6 +41,9 @@ from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 
+# Types whose embedding llama.cpp's converter multiplies with embedding_multiplier.
+FOLDED = ("falcon_h1",)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -61,13 +64,14 @@ def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
     """Identity of a model as it is now; training and LoRA change the weights that it samples.
 
     `weights` of the result: {matrix: numbers} of the input embedding and of one FFN matrix in the
-    middle; formats/base_identity.py compares such records.
+    middle, if the layer there has one; formats/base_identity.py compares such records.
     """
     layers = architectures.decoder_layers(base)
     embedding, middle = base.get_input_embeddings().weight, len(layers) // 2
     shape = embedding.shape[0], embedding.shape[1]
-    weights = {"embedding": sample_matrix(shape, lambda i: _row(embedding_rows(base, [i])))}
-    modules = layers[middle].ffn.modules()
+    weights = {"embedding": sample_matrix(shape, lambda i: _embedding_row(base, i))}
+    ffn = layers[middle].ffn
+    modules = () if ffn is None else ffn.modules()
     if linears := [part for part in modules if isinstance(part, nn.Linear)]:
         with at_hand(base, middle):
             matrix = linears[-1].weight
@@ -83,6 +87,12 @@ def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
         "tokenizer": vocabulary_hash({number: token for token, number in vocabulary.items()}),
         "weights": weights,
     }
+
+
+def _embedding_row(base: nn.Module, i: int) -> np.ndarray:
+    """Return a row of the input embedding as a GGUF file has it."""
+    row = _row(embedding_rows(base, [i]))
+    return row * base.config.embedding_multiplier if base.config.model_type in FOLDED else row
 
 
 def _row(rows: torch.Tensor) -> np.ndarray:

@@ -74,14 +74,14 @@ def load_with_former_fields(*args, **kwargs):
 ModelBase.load_hparams = staticmethod(load_with_former_fields)
 ModelBase.__init__ = init_with_former_fields
 
-# transformers drops the layers of Qwen that predict tokens further on
+# the layers of Qwen and Nemotron-H that predict tokens further on, which transformers drops
 index_all = ModelBase.index_tensors
+DROPPED = {"_QwenMtpMixin", "NemotronHModel"}
 
 def index_main_layers(self, *args, **kwargs):
-    tensors = index_all(self, *args, **kwargs)
-    if getattr(self, "opt_num_mtp_layers", None) == 0:
+    if DROPPED & {kind.__name__ for kind in type(self).__mro__}:
         type(self).no_mtp = True
-    return tensors
+    return index_all(self, *args, **kwargs)
 
 ModelBase.index_tensors = index_main_layers
 """

@@ -117,7 +117,7 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
         _NEMOTRON_H
         | _layers(LINEAR, FULL, LINEAR, "moe", FULL, FULL, LINEAR, "moe")
         | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        | {"moe_shared_expert_intermediate_size": 48},
+        | {"moe_shared_expert_intermediate_size": 48, "num_nextn_predict_layers": 1},
     ),
 }
 

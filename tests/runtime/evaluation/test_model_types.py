@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from mod_export.adapter import base_identity
 from mod_export.evaluation.parity import report, verify
 from mod_export.export import export
+from mod_export.formats.base_identity import ROUNDING_DISTANCE, compare, gguf_identity
 from mod_export.formats.gguf import GGUFFile
 from mod_export.metrics import compare_rows
 from mod_export.model.gguf_account import account, check_base
@@ -19,7 +21,7 @@ from mod_export.runtime.batch_logits import BatchLogitsLlama
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.gguf_models import random_model, write_models
-from tests.support.model_types import MODEL_TYPES, ROUTINGS, units
+from tests.support.model_types import HYBRIDS, MODEL_TYPES, ROUTINGS, units
 
 IDS = np.random.default_rng(0).integers(3, 96, 200).tolist()
 TEXT = "".join(map(chr, np.random.default_rng(0).integers(32, 126, 200)))
@@ -56,6 +58,9 @@ def test_both_directions_give_the_same_logits(files, tmp_path, name):
     expected = runtime_logits(files[name])
     written = torch_logits(random_model(*MODEL_TYPES[name]))
     assert compare_rows(expected, written)[:, 0].mean() <= MAX_KL
+    if name in HYBRIDS:
+        identity = base_identity(random_model(*HYBRIDS[name]), None, name)
+        assert compare(identity, gguf_identity(file)) < ROUNDING_DISTANCE
     if file.architecture in ARCHITECTURES:
         model = read_model(file, torch.float32)
         assert compare_rows(written, torch_logits(model))[:, 0].mean() <= 1e-9

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mod_export.adapter import base_identity
 from mod_export.calibration.calibrate import calibrate
 from mod_export.calibration.measuring import CalibrationPlan
 from mod_export.errors import UserError
@@ -85,6 +86,8 @@ def test_layers_of_one_module(name):
     """What test_architectures.py does for types whose layers are as it needs them."""
     base = random_model(*HYBRIDS[name])
     check_roles(base)
+    assert architectures.decoder_layers(base)[4].ffn is None  # the layer in the middle
+    assert set(base_identity(base, None, "tiny")["weights"]) == {"embedding"}
     assert inject_lora(base, rank=2, alpha=4)
 
 
