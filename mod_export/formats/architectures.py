@@ -24,9 +24,14 @@ from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import kv_size
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.recurrent_layers import attention_layers, ffn_layers, recurrent_layers
+from mod_export.formats.recurrent_layers import (
+    OR_FFN,
+    attention_layers,
+    ffn_layers,
+    recurrent_layers,
+)
 from mod_export.formats.sliding_windows import layer_windows, main_layers
-from mod_export.units import FFN, KV, UNIT_KINDS
+from mod_export.units import ATTN, FFN, KV, UNIT_KINDS
 
 TABLE = Path(__file__).with_suffix(".json")
 UNKNOWN = "this version of llama.cpp does not know it"
@@ -130,8 +135,11 @@ def _refused_layers(file: GGUFFile, kind: str) -> list[str | None]:
         return [None if has else "it has no FFN" for has in ffn_layers(file)]
     windows, recurrent = layer_windows(file), recurrent_layers(file)
     attends = attention_layers(file)
+    alone = kind == ATTN and file.architecture in OR_FFN
     return [
-        _state(kind, recurrent[layer], attends[layer]) or _keeps(file, windows, layer)
+        _state(kind, recurrent[layer], attends[layer])
+        or ("its attention is all that it has, which a block unit skips" if alone else None)
+        or _keeps(file, windows, layer)
         for layer in range(n_layer)
     ]
 

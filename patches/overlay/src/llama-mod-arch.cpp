@@ -177,6 +177,9 @@ std::string llama_mod_arch_refuses(const llama_model & model, int32_t il, llama_
             return why;
         }
     }
+    if (kind == LLAMA_MOD_KIND_ATTN && mod_is_nemotron(model.arch)) {
+        return "its attention is all that it has, which a block unit skips";
+    }
     if (kind == LLAMA_MOD_KIND_FFN && mod_is_nemotron(model.arch) && !llama_mod_arch_is_ffn(model.arch, hparams, il)) {
         return "it has no FFN";
     }

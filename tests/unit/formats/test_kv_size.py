@@ -177,6 +177,8 @@ def test_which_layers_can_be_routed(tmp_path):
         ("jamba", "attn", [4], "a recurrent state"),
         ("nemotron_h", "ffn", [1, 3, 5, 7], "no FFN"),
         ("nemotron_h", "kv", [4], "a recurrent state"),
+        ("nemotron_h", "block", [4], "a recurrent state"),
+        ("nemotron_h", "attn", [], None),
     ],
 )
 def test_hybrids_route_attention_where_they_attend(tmp_path, architecture, kind, layers, reason):
