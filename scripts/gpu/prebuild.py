@@ -67,6 +67,7 @@ def main() -> int:
         work = cache_dir("gpu")
         with locked(work, lambda: print("another process builds; waiting for it", flush=True)):
             compile_ggml(work, args.jobs)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         pack(args.output, [tools, work / "tree/bin"], packages=True)
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)
