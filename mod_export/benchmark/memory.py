@@ -142,7 +142,7 @@ class MemoryModel:
             used = n + sum(cells[layer] * lists_of_cells(self.config, layer) for layer in routed)
         process = self.probe["process"] + USED_CELL_BYTES * used + PROCESS_BYTES
         # A MoD model has the states before a decode too.
-        states = self._line("states", n) / (2 if self.dense and self.config else 1)
+        states = self.probe["states"] / (2 if self.dense and self.config else 1)
         return MemoryNeed(
             n,
             self.weights,
@@ -187,7 +187,7 @@ class MemoryModel:
         """What the runtime's checkpoints may take; it makes them where K/V are given back."""
         if self.dense:
             return 0
-        state = round(self._line("states", n) / 2)
+        state = round(self.probe["states"] / 2)
         one = state + sum(
             layer.bytes_per_token * checkpoint_cells(self.config, i, n, layer.window)
             for i, layer in enumerate(self.layers)

@@ -47,6 +47,7 @@ class ContextProbe:
         self.file = file
         self.log = ""
         self.process = 0  # bytes that are resident while there is a context
+        self.states = 0  # bytes of recurrent layers, which are really there
         self.keep = keep  # llama.cpp holds no reference to it
         llama.llama_log_set(keep, ctypes.c_void_p(0))
         params = llama.llama_model_default_params()
@@ -70,8 +71,7 @@ class ContextProbe:
     def context(self, n_ctx: int, ubatch: int, types: Sequence[int]) -> dict:
         """Bytes that a context of this size takes; types: ggml's, of K and V.
 
-        compute: buffers for one output. kv: the complete K/V. states: of recurrent layers, which
-        are really there.
+        compute: buffers for one output. kv: the complete K/V.
         """
         options = self.llama.llama_context_default_params()
         options.n_ctx = n_ctx
@@ -84,13 +84,12 @@ class ContextProbe:
         context = self.llama.llama_init_from_model(self.model, options)
         if not context:
             raise self.failed(f"cannot create a context of {n_ctx} tokens for {self.file}")
-        states = self._sum(STATE_PATTERN)
-        self.process = max(self.process, resident("VmRSS") - states)
+        self.states = self._sum(STATE_PATTERN)
+        self.process = max(self.process, resident("VmRSS") - self.states)
         self.llama.llama_free(context)
         return {
             "compute": self._sum(COMPUTE_PATTERN),
             "kv": self._sum(KV_PATTERN),
-            "states": states,
         }
 
     def _sum(self, pattern: str) -> int:
@@ -119,14 +118,15 @@ class MemoryWorker:
 
         It makes contexts without memory for weights, K/V and compute buffers (`no_alloc`), and says
         how much it would have taken. What is resident then is the process itself. sizes: in the
-        order of `contexts`. process: its bytes. repacks: whether weights are copied into another
-        layout.
+        order of `contexts`. process: its bytes. states: those of recurrent layers, whatever the
+        context. repacks: whether weights are copied into another layout.
         """
         model = ContextProbe(file, mod)
         sizes = [model.context(n, ubatch, types) for n in contexts]
         return {
             "sizes": sizes,
             "process": model.process,
+            "states": model.states,
             "n_ctx_train": model.llama.llama_model_n_ctx_train(model.model),
             "repacks": model.repacks,
         }

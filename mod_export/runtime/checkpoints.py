@@ -43,6 +43,7 @@ class Checkpoints:
     """The checkpoints of a context, at most `limit` of them in at most `max_bytes`.
 
     The newest one is kept in any case.
+
     step: tokens from one to the next, while there is room for all; then some are left out.
     """
 

@@ -178,7 +178,6 @@ class MoDLlama(SafeLlama):
                 raise load_error(path, n_ctx, exc, log) from exc
         self._adapt_threads()
         self.units = self._read_units()
-        self._limit_checkpoints()
         if self.units:
             bindings.warn_of_other_patches()
         if threshold_shift:
@@ -597,14 +596,15 @@ class MoDLlama(SafeLlama):
         one that is nearer.
         """
         if self._gives_back and self.n_tokens - self._checkpoints.last >= max(gap, 1):
+            if not self._checkpoints:  # The context may be a new one.
+                self._checkpoints.max_bytes = self._checkpoint_room()
             self._checkpoints.take(self.ctx, self.n_tokens, self.kv_rollback)
 
-    def _limit_checkpoints(self) -> None:
-        """Tell the checkpoints what they may take in this context, unless the caller has."""
-        if self._checkpoint_bytes is None:
-            dense = self._dense_bytes(self.n_ctx())
-            room = checkpoint_room(dense, self._state_bytes) if self._gives_back else 0
-            self._checkpoints.max_bytes = room
+    def _checkpoint_room(self) -> int:
+        """Bytes that checkpoints may take in this context."""
+        if self._checkpoint_bytes is not None:
+            return self._checkpoint_bytes
+        return checkpoint_room(self._dense_bytes(self.n_ctx()), self._state_bytes)
 
     def _eval_batch(self, tokens: list[int], log: list[str]) -> None:
         try:
@@ -649,7 +649,6 @@ class MoDLlama(SafeLlama):
                 self._ctx = self._context(self.context_params)
         self._adapt_threads()
         self._size_buffers()
-        self._limit_checkpoints()
         self._set_all(settings)
         if refused:
             raise refused

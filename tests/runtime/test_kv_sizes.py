@@ -47,6 +47,13 @@ def test_windows_and_shared_layers_are_those_of_llama_cpp(files):
         assert windows == dict.fromkeys(model.sliding, model.n_swa), model.name
 
 
+def states_of(path) -> int:
+    """Bytes of the recurrent states that llama.cpp makes."""
+    probe = ContextProbe(str(path))
+    probe.context(N_CTX, UBATCH, (1, 1))
+    return probe.states
+
+
 def test_recurrent_layers_are_those_of_llama_cpp(tmp_path):
     written = models.write(tmp_path, HYBRIDS)
     assert {model.name for model in written} == set(HYBRIDS)
@@ -59,7 +66,7 @@ def test_recurrent_layers_are_those_of_llama_cpp(tmp_path):
         assert ffn == list(model.ffn_only or layers), model.name
         stores = {i for i, layer in enumerate(kv_layers(file)) if layer.bytes_per_token}
         assert stores == attends, model.name
-        told = ContextProbe(str(model.path)).context(N_CTX, UBATCH, (1, 1))["states"]
+        told = states_of(model.path)
         assert told == pytest.approx(state_bytes(file), abs=ROUNDED), model.name
         assert state_bytes(file) > 0
 
@@ -67,7 +74,7 @@ def test_recurrent_layers_are_those_of_llama_cpp(tmp_path):
 def test_a_routed_hybrid_has_the_states_twice(tmp_path):
     (model,) = models.write(tmp_path, ["qwen35"])
     path = routers.route(model, tmp_path / "mod.gguf", [Unit(model.full[1], KV)])
-    told = ContextProbe(str(path)).context(N_CTX, UBATCH, (1, 1))["states"]
+    told = states_of(path)
     assert told == pytest.approx(2 * state_bytes(GGUFFile.open(path)), abs=ROUNDED)
 
 
