@@ -28,7 +28,11 @@ _NUMBER = click.IntRange(min=1)
     metavar="FILE",
     help="GGUF file to write the same model without routers to.",
 )
-@click.option("--quant", default="q4_0", show_default=True, help="Type of the weights.")
+@click.option(
+    "--quant",
+    show_default="q4_0, or mxfp4 for gpt-oss-20b",
+    help="Type of the weights; mxfp4 is one of experts, beside which all else is q8_0.",
+)
 @units_option
 @click.option(
     "--target-activation",
@@ -107,15 +111,17 @@ def command(
 ):
     """Write a MoD GGUF of any shape with random weights, to measure speed.
 
-    PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2), 8b (Llama 3.1) or 30b-a3b
-    (Qwen3, a mixture of experts). Or it is a dense GGUF file, which keeps its weights and gets
-    random routers. The activation is exact, or fitted to text on a file's own weights.
+    PRESET is the shape to start from: 135m (SmolLM2), 1b, 3b (Llama 3.2), 8b (Llama 3.1), 30b-a3b
+    (Qwen3, a mixture of experts), qwen3.5-4b, qwen3.5-9b, qwen3.5-35b-a3b or gpt-oss-20b. Or it is
+    a dense GGUF file, which keeps its weights and gets random routers. The activation is exact, or
+    fitted to text on a file's own weights.
 
     docs/how-to/measure-with-synthetic-models.md.
     """
     from mod_export.errors import UserError
+    from mod_export.synthetic.keys import header
     from mod_export.synthetic.onto_base import onto
-    from mod_export.synthetic.routers import SynthesisOptions, routing
+    from mod_export.synthetic.routers import SynthesisOptions, routing_of
     from mod_export.synthetic.shape import preset_named
     from mod_export.synthetic.write import synth
 
@@ -135,6 +141,6 @@ def command(
     shape = replace(
         preset_named(preset), **{k: v for k, v in shape.items() if v is not None}
     ).checked()
-    config = routing(shape.layers, options, shape.heads_kv)
-    synth(output, shape, quant, config, dense, seed, force)
+    config = routing_of(header(shape), options)
+    synth(output, shape, quant or shape.quant, config, dense, seed, force)
     click.echo(output)

@@ -66,6 +66,7 @@ FILE_FORMATS = (
     FileFormat("iq3_s", "iq3_s", 21, 26, exported=False),
     FileFormat("iq4_nl", "iq4_nl", 20, 25, kv_cache=True),
     FileFormat("iq4_xs", "iq4_xs", 23, 30),
+    FileFormat("mxfp4_moe", "mxfp4", 39, 38, exported=False),  # matrices of experts alone
 )
 # llama.cpp refuses these types without importance data (tensor_requires_imatrix in llama-quant.cpp)
 IMPORTANCE_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")

@@ -20,10 +20,9 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.export import write_routers
-from mod_export.formats import architectures, kv_size
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import Routers
-from mod_export.synthetic.routers import SPREAD, SynthesisOptions, routing
+from mod_export.synthetic.routers import SPREAD, SynthesisOptions, routing_of
 from mod_export.synthetic.weights import rng_of
 
 logger = logging.getLogger(__name__)
@@ -53,13 +52,7 @@ def onto(
     n_embd = file.model_number("embedding_length")
     if file.get("tokenizer.ggml.model") in (None, "no_vocab"):
         raise UserError(f"{base} has no vocabulary", "give a preset: `mod-export synth 1b`")
-    config = routing(
-        file.model_number("block_count"),
-        options,
-        kv_size.kv_heads(file),
-        lambda kind: architectures.routable_layers(file, kind),
-    )
-    architectures.check_units(file, config)
+    config = routing_of(file, options)
     rng = rng_of(seed, "routers")
     routers: Routers = {
         unit: (

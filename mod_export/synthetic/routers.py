@@ -17,6 +17,8 @@ import numpy as np
 
 from mod_export.config import HEAD, KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfig
 from mod_export.errors import UserError
+from mod_export.formats import architectures, kv_size
+from mod_export.formats.gguf import GGUFFile
 from mod_export.synthetic.weights import Weights, rng_of, table_values
 from mod_export.units import (
     KV,
@@ -82,6 +84,21 @@ def routing(
         )
     config = MoDConfig(sink_tokens=options.sink_tokens, kv_window=options.kv_window, units=units_of)
     return config.validate(n_layer)
+
+
+def routing_of(file: GGUFFile, options: SynthesisOptions) -> MoDConfig:
+    """The configuration of a model of the file's shape.
+
+    Raises UserError as `routing` does, and for a layer that cannot have a unit of the kind.
+    """
+    config = routing(
+        file.model_number("block_count"),
+        options,
+        kv_size.kv_heads(file),
+        lambda kind: architectures.routable_layers(file, kind),
+    )
+    architectures.check_units(file, config)
+    return config
 
 
 def parse_activation(text: str, kinds: list[str]) -> dict[str, float]:

@@ -5,7 +5,7 @@ disk, although every page of the file is memory of its own. All depends on shape
 not on the routers: a MoD file and its dense twin have the same weights.
 
     content = Weights(shape, type_named("q4_0"), seed=0)
-    for weight in weights(shape, type):                     # shape.weights
+    for weight in weights(shape, type):                     # tensors.weights
         for piece in content.content(weight):
             file.write(piece)
 """
@@ -21,8 +21,9 @@ from gguf import GGMLQuantizationType as Type
 
 from mod_export.formats.ggml_types import dequantize, row_bytes
 from mod_export.runtime.quantize import quantize
-from mod_export.synthetic import shape as synth_shape
-from mod_export.synthetic.shape import Shape, Weight
+from mod_export.synthetic import tensors
+from mod_export.synthetic.shape import Shape
+from mod_export.synthetic.tensors import Types, Weight
 
 POOL_VALUES = 1 << 21
 PIECE_BYTES = 8 << 20
@@ -45,7 +46,7 @@ def token_table(shape: Shape, type: Type, seed: int) -> np.ndarray:
     type: that of the embedding.
     """
     rng = rng_of(seed, "token table")
-    cols = synth_shape.reserved(type)
+    cols = tensors.reserved(type)
     table = np.empty((shape.vocab, row_bytes(cols, type)), np.uint8)
     for at in range(0, shape.vocab, TABLE_ROWS):
         part = table[at : at + TABLE_ROWS]
@@ -67,16 +68,17 @@ class Weights:
 
     def __init__(self, shape: Shape, type: Type, seed: int):
         self.shape, self.seed = shape, seed
-        self.embedding_type = synth_shape.embedding_types(shape, type)[0]
-        self.reserved = synth_shape.reserved(self.embedding_type)
+        self.embedding_type = Types.of(shape, type).embedding
+        self.reserved = tensors.reserved(self.embedding_type)
         self.table = token_table(shape, self.embedding_type, seed)
         self._pools: dict[tuple, np.ndarray] = {}
 
     def content(self, weight: Weight) -> Iterator[np.ndarray]:
         """A tensor's bytes, in order."""
         rng = rng_of(self.seed, weight.name)
-        if weight.norm:
-            signs = rng.choice([-1.0, 1.0], weight.cols) if weight.signs else np.ones(weight.cols)
+        if weight.constant:
+            size = weight.all_rows * weight.cols
+            signs = rng.choice([-1.0, 1.0], size) if weight.signs else np.ones(size)
             yield (weight.std * signs).astype("<f4").view(np.uint8)
             return
         own = weight.name == "token_embd.weight"

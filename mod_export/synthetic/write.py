@@ -1,7 +1,7 @@
-"""A MoD GGUF file of any llama shape with random weights, to measure the speed of that shape.
+"""A MoD GGUF file of any shape with random weights, to measure the speed of that shape.
 
     shape = replace(preset_named("8b"), layers=16)
-    config = routing(shape.layers, SynthesisOptions(units="attn+kv"), shape.heads_kv)
+    config = routing_of(header(shape), SynthesisOptions(units="attn+kv"))
     synth("syn.gguf", shape, "q4_0", config, dense="dense.gguf")
 
 What such a model writes means nothing. How long it takes is real, and so is the share of the tokens
@@ -28,22 +28,24 @@ from mod_export.errors import UserError
 from mod_export.formats import schema
 from mod_export.formats.ggml_types import file_type, type_named
 from mod_export.formats.gguf import fill, pad
-from mod_export.synthetic import shape as synth_shape
+from mod_export.synthetic import tensors
+from mod_export.synthetic.keys import keys
 from mod_export.synthetic.routers import routers
-from mod_export.synthetic.shape import Shape, Weight
+from mod_export.synthetic.shape import Shape
+from mod_export.synthetic.tensors import Weight
 from mod_export.synthetic.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-ARCH = "llama"
-RMS_EPS = 1e-5
 ALIGNMENT = 32
 KEY_TYPES = {
     "u32": (GGUFValueType.UINT32, None),
+    "f32": (GGUFValueType.FLOAT32, None),
     "string": (GGUFValueType.STRING, None),
     "bool": (GGUFValueType.BOOL, None),
     "f32[]": (GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
     "u32[]": (GGUFValueType.ARRAY, GGUFValueType.UINT32),
+    "i32[]": (GGUFValueType.ARRAY, GGUFValueType.INT32),
 }
 
 
@@ -63,14 +65,14 @@ def synth(
     space.
     """
     type = type_named(quant)
-    synth_shape.check_type(shape.checked(), type)
+    tensors.check_type(shape.checked(), type)
     outputs = [output] if dense is None else [output, dense]
     if len({os.path.realpath(path) for path in outputs}) < len(outputs):
         raise UserError(f"{output} is both outputs", "name the dense file differently")
     config.validate(shape.layers)
     with ExitStack() as stack:
         targets = [stack.enter_context(atomic_file(path, force)) for path in outputs]
-        plan = list(synth_shape.weights(shape, type))
+        plan = list(tensors.weights(shape, type))
         _check_room(targets, sum(pad(weight.nbytes, ALIGNMENT) for weight in plan))
         logger.info("drawing tokens and routers")
         with stage("drawing"):
@@ -113,31 +115,15 @@ def _write_header(
 
     With a config the header holds the routers' keys and tensors too.
     """
-    writer = GGUFWriter(path, ARCH)
+    writer = GGUFWriter(path, shape.arch)
     size = sum(weight.all_rows * weight.cols for weight in plan)
-    writer.add_name(f"synthetic llama, {size / 1e9:.2f}B random weights")
+    writer.add_name(f"synthetic {shape.arch}, {size / 1e9:.2f}B random weights")
     writer.add_file_type(file_type(type))
-    writer.add_context_length(shape.ctx)
-    writer.add_embedding_length(shape.embd)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.ff)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.heads_kv)
-    writer.add_layer_norm_rms_eps(RMS_EPS)
-    writer.add_rope_freq_base(shape.rope_base)
-    writer.add_rope_dimension_count(shape.head)
-    if shape.head_size:
-        writer.add_key_length(shape.head)
-        writer.add_value_length(shape.head)
-    if shape.experts:
-        writer.add_expert_count(shape.experts)
-        writer.add_expert_used_count(shape.used)
-    writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
-    for key, type_name, value in schema.to_keys(ARCH, config) if config else []:
-        writer.add_key_value(
-            key, list(value) if type_name.endswith("[]") else value, *KEY_TYPES[type_name]
-        )
+    added_keys = schema.to_keys(shape.arch, config) if config else []
+    for key, type_name, value in [*keys(shape), *added_keys]:
+        plain = list(value) if type_name.endswith("[]") else value
+        writer.add_key_value(key, plain, *KEY_TYPES[type_name])
     for weight in plan:
         writer.add_tensor_info(
             weight.name, weight.dims, np.dtype(np.float32), weight.nbytes, weight.type

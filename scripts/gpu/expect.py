@@ -17,7 +17,8 @@ from plans import KINDS, PLANS, Lane, Plan
 
 from mod_export.common.tables import format_table
 from mod_export.formats.ggml_types import type_named
-from mod_export.synthetic.shape import preset_named, weights
+from mod_export.synthetic.shape import preset_named
+from mod_export.synthetic.tensors import weights
 
 BANDWIDTH_SHARE, MATRIX_SHARE, ATTENTION_SHARE = 0.75, 0.35, 0.4
 LAUNCH_US, WAIT_US = 2.0, 15.0

@@ -2,6 +2,7 @@
 measures.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,18 +14,19 @@ import pytest
 
 from mod_export.data.text import default_texts
 from mod_export.formats import hub
-from mod_export.formats.ggml_types import TYPE_NAMES
+from mod_export.formats.ggml_types import TYPE_NAMES, file_type, type_named
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import read_routers
 from mod_export.inspection import inspect
 from mod_export.llamacpp import converter
 from mod_export.runtime.llama import MoDLlama
+from mod_export.synthetic.keys import header
 from mod_export.synthetic.onto_base import onto
-from mod_export.synthetic.routers import SynthesisOptions, routing
+from mod_export.synthetic.routers import SynthesisOptions, routing, routing_of
 from mod_export.synthetic.shape import PRESETS, Shape
 from mod_export.synthetic.write import synth
 from mod_export.units import UNIT_KINDS
-from tests.support.c_api import Raw
+from tests.support.c_api import Raw, stock_lib
 from tests.support.short_smollm2 import short_smollm2
 
 VOCAB = 1024
@@ -32,6 +34,20 @@ SHAPE = Shape(layers=5, embd=512, heads=8, heads_kv=2, ff=768, vocab=VOCAB, ctx=
 UNTIED = replace(SHAPE, tied=False)
 EXPERTS = replace(SHAPE, heads=4, head_size=96, ff=256, experts=6, used=2)
 SMALL = replace(SHAPE, embd=192, heads=3, heads_kv=1, ff=256)
+# Shapes of other architectures, narrower, with the type that is tested of each.
+_NARROW = {"layers": 4, "embd": 512, "heads": 4, "heads_kv": 2, "ff": 512, "vocab": VOCAB}
+_FEW = {"experts": 6, "used": 2}
+OTHERS = {
+    "qwen3.5-4b": ("q8_0", _NARROW),
+    "qwen3.5-35b-a3b": ("q4_0", _NARROW | _FEW),
+    "gpt-oss-20b": ("mxfp4", _NARROW | _FEW),
+}
+STOCK = """
+import sys, numpy as np
+from tests.support.c_api import Raw
+with Raw(sys.argv[1], n_ctx=256) as raw:
+    np.save(sys.argv[2], raw.decode(list(map(int, sys.argv[3:]))))
+"""
 
 
 def make(
@@ -107,12 +123,16 @@ def test_keys_and_tensors(tmp_path):
         ("q4_0", SMALL),
         ("q4_0", EXPERTS),
         ("q5_0", replace(SMALL, tied=False)),  # no multiple of 256
+        *[(quant, replace(PRESETS[name], **more)) for name, (quant, more) in OTHERS.items()],
     ],
 )
 def test_types_are_those_of_llama_cpps_quantiser(tmp_path, quant, shape):
+    theirs = tmp_path / "theirs.gguf"
     make(tmp_path / "ours.gguf", shape, quant, dense=tmp_path / "dense.gguf")
     make(tmp_path / "f32.gguf", shape, "f32", dense=tmp_path / "plain.gguf")
-    converter.quantize(tmp_path / "plain.gguf", tmp_path / "theirs.gguf", quant.lower())
+    number = str(file_type(type_named(quant)))
+    done = converter._quantizer([str(tmp_path / "plain.gguf"), str(theirs), number, "1"], None)
+    assert done.returncode == 0, done.stderr
     types = [
         {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / name).tensors}
         for name in ("dense.gguf", "theirs.gguf")
@@ -144,7 +164,8 @@ def test_weights_do_not_depend_on_the_routers(tmp_path):
 @pytest.mark.parametrize(
     "quant, shape",
     [
-        *[(quant, UNTIED) for quant in TYPE_NAMES],  # the embedding has the same type
+        # The embedding has the same type, but for that of experts alone.
+        *[(quant, EXPERTS if quant == "mxfp4" else UNTIED) for quant in TYPE_NAMES],
         ("f32", SHAPE),
         ("q4_0", SHAPE),
         ("q4_0", SMALL),  # tied: f32, q6_K, q8_0
@@ -261,6 +282,39 @@ def test_dense_twin_is_the_model_with_everything_active(tmp_path, quant, units):
     # and the routers do change it
     with Raw(path, n_ctx=256) as raw:
         assert not np.array_equal(raw.decode(tokens[:128]), results[1][:128])
+
+
+# --- other architectures
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+def test_a_shape_of_another_architecture(preset, tmp_path):
+    """The stock library runs the dense file, and gives what the routed one with all units active
+    gives, to the bit. Each unit is active for the exact share of the vocabulary.
+    """
+    quant, changes = OTHERS[preset]
+    shape = replace(PRESETS[preset], **changes)
+    options = SynthesisOptions("kv+ffn", "kv=0.25,ffn=0.5", sink_tokens=0, kv_window=64)
+    config = routing_of(header(shape), options)
+    path, dense = tmp_path / "mod.gguf", tmp_path / "dense.gguf"
+    synth(path, shape, quant, config, dense)
+    active, score = decisions(path, np.random.default_rng(0).permutation(VOCAB))
+    shares = [config.activation(unit) for unit in config.routed()]
+    assert {0.25, 0.5} == set(shares)
+    np.testing.assert_array_equal(active.mean(0), shares)
+    assert ((score.std(0) > 1.6) & (score.std(0) < 2.2)).all()
+    tokens = np.random.default_rng(5).integers(VOCAB, size=100)
+    command = [sys.executable, "-c", STOCK, dense, tmp_path / "stock.npy", *map(str, tokens)]
+    env = os.environ | {"LLAMA_CPP_LIB_PATH": str(stock_lib()), "LD_LIBRARY_PATH": ""}
+    subprocess.run(command, env=env, check=True, timeout=100)
+    with Raw(path, n_ctx=256) as raw:
+        raw.set(force="active")
+        logits = raw.decode(tokens)
+        np.testing.assert_array_equal(logits, np.load(tmp_path / "stock.npy"))
+        assert np.isfinite(logits).all() and 0.3 < logits.std() < 3
+        raw.clear()
+        raw.set(force="none")
+        assert not np.array_equal(raw.decode(tokens), logits)
 
 
 # --- the command

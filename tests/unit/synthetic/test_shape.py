@@ -7,12 +7,14 @@ import pytest
 
 from mod_export.errors import UserError
 from mod_export.formats.ggml_types import type_named
-from mod_export.synthetic import shape as synth_shape
-from mod_export.synthetic.routers import SynthesisOptions, parse_activation, routing
+from mod_export.synthetic.keys import header
+from mod_export.synthetic.routers import SynthesisOptions, parse_activation, routing, routing_of
 from mod_export.synthetic.shape import PRESETS, Shape
+from mod_export.synthetic.tensors import weights
 from mod_export.synthetic.write import synth
 
 SHAPE = Shape(layers=5, embd=512, heads=8, heads_kv=2, ff=768, vocab=1024, ctx=4096, tied=True)
+EXPERTS = {"experts": 8, "used": 2}
 
 
 def make(
@@ -45,10 +47,14 @@ def make(
         ("3b", 3_212_749_824),
         ("8b", 8_030_261_248),
         ("30b-a3b", 30_532_122_624 - 48 * 2 * 128),  # without the norms of Q and K
+        ("qwen3.5-4b", 4_205_751_296),
+        ("qwen3.5-9b", 8_953_803_264),
+        ("qwen3.5-35b-a3b", 34_660_610_688),
+        ("gpt-oss-20b", 20_914_757_184),
     ],
 )
 def test_presets_have_the_size_of_their_models(name, parameters):
-    plan = synth_shape.weights(PRESETS[name].checked(), type_named("f16"))
+    plan = weights(PRESETS[name].checked(), type_named("f16"))
     assert sum(weight.all_rows * weight.cols for weight in plan) == parameters
 
 
@@ -63,6 +69,10 @@ def test_presets_have_the_size_of_their_models(name, parameters):
         ({"layers": 0}, "layers is 0; use a whole number from 1"),
         ({"vocab": 1 << 40}, "vocab is 1099511627776"),
         ({"layers": 513}, "513 layers are more than llama.cpp's 512"),
+        ({"arch": "qwen35"} | EXPERTS, "qwen35 models do not have experts; leave --experts out"),
+        ({"arch": "gpt-oss"}, "gpt-oss models have experts"),
+        ({"arch": "gpt-oss"} | EXPERTS, "gpt-oss models need an output matrix; leave --tied out"),
+        ({"arch": "qwen35", "head_size": 36}, "heads have 36 values; choose a multiple of 8"),
     ],
 )
 def test_impossible_shapes(change, message):
@@ -78,6 +88,9 @@ def test_impossible_shapes(change, message):
         (replace(SHAPE, embd=144), "q4_0", "embd 144 is no multiple of 32, the block of Q4_0"),
         (replace(SHAPE, ff=640), "q4_K", "ff 640 is no multiple of 256, the block of Q4_K; .*q4_0"),
         (PRESETS["135m"], "q6_k", "embd 576 is no multiple of 256"),
+        (PRESETS["gpt-oss-20b"], "q4_K", "embd 2880 is no multiple of 256"),
+        (replace(SHAPE, heads=3, heads_kv=1, head_size=48), "q4_0", "heads x head size 144 is no"),
+        (SHAPE, "mxfp4", "MXFP4 is a type of experts, and the shape has none; use q4_0"),
         (
             replace(SHAPE, embd=64),
             "f32",
@@ -120,6 +133,17 @@ def test_quantisations_that_do_not_fit(tmp_path, shape, quant, message):
 def test_routing_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         routing(SHAPE.layers, SynthesisOptions(**options))
+
+
+def test_units_stand_where_the_architecture_can_have_them():
+    """kv units on layers with full attention, ffn units on any."""
+    for name, full in (("qwen3.5-4b", (3, 7)), ("gpt-oss-20b", (1, 3, 5, 7))):
+        file = header(replace(PRESETS[name], layers=8))
+        routed = routing_of(file, SynthesisOptions("kv+ffn")).by_kind()
+        assert tuple(sorted({unit.layer for unit in routed["kv"]})) == full
+        assert [unit.layer for unit in routed["ffn"]] == list(range(2, 8))
+        with pytest.raises(UserError, match=r"layer 2 of the shape cannot have a kv unit: it"):
+            routing_of(file, SynthesisOptions("kv", layers="2-"))
 
 
 def test_activation_of_each_kind():
