@@ -1,14 +1,18 @@
-"""13,000 random operations on the runtime's KV memory, each compared with the slow reference of
-kv_reference.py.
+"""20,000 random operations on the runtime's KV memory.
+
+Each is compared with the slow reference of kv_reference.py.
 
 After every operation: return code, cells in use per layer, first and last position of each
 sequence. Now and then the logits of sequences that are a plain text by now, against the oracle. A
 failure prints the shortest list of operations found that still fails, for `replay`; where the
 process dies, ops.log in pytest's temporary directory tells the last ones.
+MOD_EXPORT_TEST_OPERATIONS says how many operations each case and seed has.
 """
 
 import ctypes
+import os
 import time
+from dataclasses import replace
 
 import llama_cpp
 import numpy as np
@@ -26,16 +30,22 @@ from tests.support.windows import Window
 pytestmark = needs_patched
 
 N_SEQ, N_CTX, N_UBATCH, SINKS = 4, 256, 16, 2
-OPERATIONS = 500  # of each case and seed
+OPERATIONS = int(os.environ.get("MOD_EXPORT_TEST_OPERATIONS", "500"))  # of each case and seed
 SEEDS = 2
+DRAFTS = " with drafts"  # so many of whose tokens can be taken back
+N_BACK = 6
 ALL_CASES = (*oracle.CASES, *oracle.WINDOWED, *memory.WITHOUT_V, *memory.HYBRIDS)
+ALL_CASES += tuple(name + DRAFTS for name in memory.DRAFTED)
 SHIFTS = {"active": -1e9, "inactive": 1e9}  # force, as the oracle's shift
 
 
 def make(case: str, path):
     sequences = np.random.default_rng(9).integers(0, 96, (2, 100))
     shape = {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 64}
-    tiny = oracle.make(case, sequences=sequences, sink_tokens=SINKS, **shape)
+    name = case.removesuffix(DRAFTS)
+    tiny = oracle.make(name, sequences=sequences, sink_tokens=SINKS, **shape)
+    if name != case:
+        tiny = replace(tiny, n_back=N_BACK)
     return tiny, tiny.write(path / "mod.gguf")
 
 
@@ -58,15 +68,17 @@ class Machine:
             heads=tiny.heads,
             own_windows=tiny.windows,
             recurrent=tiny.recurrent,
+            n_back=tiny.n_back,
         )
         self.text = [
             [] for _ in range(N_SEQ)
         ]  # (token, shift, decisions) where a sequence is a plain text, else None
         self.saved, self.marks = {}, {}
-        self.compared = self.refused = self.taken = self.gone_back = 0
+        self.compared = self.refused = self.taken = self.gone_back = self.ended = 0
 
     def _context(self, n_ctx: int) -> Raw:
-        return Raw(self.path, start=self.tiny.start, n_ctx=n_ctx, n_ubatch=N_UBATCH, n_seq=N_SEQ)
+        sizes = {"n_ctx": n_ctx, "n_ubatch": N_UBATCH, "n_seq": N_SEQ}
+        return Raw(self.path, start=self.tiny.start, n_rs_seq=self.tiny.n_back, **sizes)
 
     def do(self, op) -> None:
         if self.log:
@@ -189,6 +201,7 @@ class Machine:
         ]
         held = [max(p for p in self.ref.positions(s) if p < p0) + 1 for s in tails]
         assert done == all(fixed[s] < p for s, p in zip(tails, held, strict=True)), "not as told"
+        self.ended += done and len(tails)
         right = self.ref.remove(seq, p0, p1, done)
         assert right, (
             "K/V are gone that the next token sees" if done else "refused although nothing is gone"
@@ -287,6 +300,11 @@ class Machine:
         self.decode([(seq, token) for token in tokens], "last", False, None)
         self.go_back(slot, -1)
 
+    def draft(self, seq, tokens, n) -> None:
+        """Tokens are read, and the last n taken back."""
+        self.decode([(seq, token) for token in tokens], "all", False, None)
+        self.remove(seq, self.ref.pos_max(seq) + 1 - n, -1)
+
     def _load_with(self, force, shift, slot, dst) -> None:
         """Load the state with the settings that made it."""
         before = dict(self.ref.settings)
@@ -362,3 +380,4 @@ def test_random_operations(case, seed, tmp_path):
         pytest.fail(f"{why}\nreplay(*make({case!r}, path), {ops})", pytrace=False)
     assert machine.compared >= 5 and machine.refused and machine.taken
     assert machine.gone_back >= 3
+    assert machine.ended >= 3 or (tiny.recurrent and not tiny.n_back)

@@ -117,6 +117,12 @@ def way(rng, ref) -> tuple:
     return int(rng.integers(3)), a_sequence(rng, ref), tuple(tokens)
 
 
+def draft(rng, ref) -> tuple:
+    """Return a sequence, tokens to read, and how many of them are taken back."""
+    tokens = rng.integers(N_VOCAB, size=rng.integers(1, 10)).tolist()
+    return a_sequence(rng, ref), tuple(tokens), int(rng.integers(len(tokens) + 1))
+
+
 def setting(rng, _ref) -> tuple:
     name = pick(rng, {"shift": 1, "kv_rollback": 1, "force": 1})
     values = {"shift": [-0.7, 0.0, 0.7], "kv_rollback": [0, 0, 2, 8, 24]}
@@ -141,6 +147,7 @@ OPERATIONS = {
     "mark": (5, lambda rng, ref: (int(rng.integers(3)), a_sequence(rng, ref))),  # slot, sequence
     "go_back": (6, back),
     "way": (5, way),
+    "draft": (8, draft),
     "set": (7, setting),
     "gap": (1, lambda rng, ref: (a_sequence(rng, ref),)),
     "keep": (1, lambda rng, ref: (a_sequence(rng, ref),)),

@@ -14,6 +14,7 @@ Sources: docs/explanation/semantics.md and docs/explanation/runtime-design.md.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -59,12 +60,14 @@ class Sequence:
     lost: by name of window, an upper bound of the positions given back since it was last empty.
     origin: the settings that its tokens were decoded with; None for no tokens.
     spliced: it got a part of another sequence that is not that one's beginning.
+    back: how many of its last tokens recurrent layers can take back.
     """
 
     lost: dict[str, int]
     broken: str = "no"  # "must": a decode has to refuse it; "may": it can
     origin: tuple | None = None
     spliced: bool = False
+    back: int = 0
 
     def copy(self) -> Sequence:
         return replace(self, lost=dict(self.lost))
@@ -89,6 +92,8 @@ class Reference:
     without_kv: the layers that hold nothing, because they read what others hold.
     recurrent: those that hold a state for each sequence, of all its tokens. A sequence without it
         is broken.
+    n_back: before how many of a sequence's last tokens the states are kept too: of those that came
+        in one piece of a batch (ubatch), and once.
     """
 
     def __init__(
@@ -104,11 +109,13 @@ class Reference:
         heads: int = 1,
         own_windows: dict | None = None,
         recurrent: tuple[int, ...] = (),
+        n_back: int = 0,
     ):
         self.units, self.n_layer, self.windows = [Unit(*unit) for unit in units], n_layer, windows
         self.n_cells, self.rollback = n_cells, rollback
         self.sliding, self.without_kv, self.recurrent = sliding, without_kv, recurrent
         self.heads, self.own_windows = heads, own_windows or {}
+        self.n_back = n_back
         # layer -> its caches, one or one of each head
         kv = {unit.layer for unit in self.units if unit.kind == "kv"}
         self.own = {
@@ -178,8 +185,6 @@ class Reference:
         queries = [p + 1 for p in self.positions(seq)]
         if not queries:
             return -1, -1
-        if self.recurrent:
-            return queries[-1] - 1, queries[-1] - 1
         least = most = queries[0] - 1
         for cache, name in self.drops.items():
             for lost in {c.pos for c in self.cells[cache] if seq in c.gone}:
@@ -188,28 +193,36 @@ class Reference:
                     least = max(least, seen_by[-1])
         for name, lost in self.seqs[seq].lost.items():
             most = max(most, self.windows[name].last(lost)) if lost >= 0 else most
+        if self.recurrent:
+            last = queries[-1] - 1
+            first = last - self.seqs[seq].back
+            return min(last, max(least, first)), min(last, max(most, first))
         return least, most
+
+    def _next_query(self, seq: int, end: int) -> int:
+        """Return where the sequence goes on with its tokens below `end`."""
+        return 1 + max((p for p in self.positions(seq) if p < end), default=-1)
+
+    def _lacks_state(self, seq: int, end: int) -> bool:
+        removed = self.pos_max(seq) + 1 - self._next_query(seq, end)
+        return bool(self.recurrent) and removed > self.seqs[seq].back
 
     def needs_lost(self, seq: int, end: int) -> bool:
         """Return whether the next query would see something that has been given back.
 
         The query comes after the sequence's tokens below `end`.
         """
-        if self.recurrent and end <= self.pos_max(seq):
-            return True
-        query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
-        return any(
+        query = self._next_query(seq, end)
+        return self._lacks_state(seq, end) or any(
             seq in c.gone and self.windows[window].first(query) <= c.pos < query
             for cache, window in self.drops.items()
             for c in self.cells[cache]
         )
 
     def may_refuse(self, seq: int, end: int) -> bool:
-        if self.recurrent and end <= self.pos_max(seq):
-            return True
-        query = 1 + max((p for p in self.positions(seq) if p < end), default=-1)
+        query = self._next_query(seq, end)
         lost = self.seqs[seq].lost
-        return any(
+        return self._lacks_state(seq, end) or any(
             lost[name] >= 0 and lost[name] >= window.first(query)
             for name, window in self.windows.items()
         )
@@ -229,6 +242,8 @@ class Reference:
                 raise Full("the layers with complete K/V")
             for part in self._split(tokens, n_ubatch):
                 self._ubatch([tokens[i] for i in part], active[part], [ids[i] for i in part])
+                for seq, n in Counter(tokens[i][0] for i in part).items():
+                    self.seqs[seq].back = min(self.n_back, n - 1)
                 self._expire(start, only_new=True)
         except Full:
             self.cells, self.seqs = before.cells, before.seqs
@@ -240,18 +255,30 @@ class Reference:
             cell.new = False
 
     def _split(self, tokens, n_ubatch: int) -> list[list[int]]:
-        """Return the tokens of each ubatch. Recurrent layers want equally many of each sequence."""
+        """Return the tokens of each ubatch.
+
+        Recurrent layers want equally many of each sequence, and those that can be taken back in
+        one ubatch.
+        """
         if not self.recurrent:
             at = range(len(tokens))
             return [list(at[i : i + n_ubatch]) for i in range(0, len(tokens), n_ubatch)]
         left: dict[int, list[int]] = {}
         for i, (seq, _) in enumerate(tokens):
             left.setdefault(seq, []).append(i)
+        tail = self.n_back + 1 if self.n_back else 0
         parts = []
         while left:
-            n = min(max(1, n_ubatch // len(left)), *map(len, left.values()), n_ubatch)
-            parts.append([i for found in left.values() for i in found[:n]])
-            left = {seq: found[n:] for seq, found in left.items() if found[n:]}
+            sizes = {seq: len(found) for seq, found in left.items()}
+            n = min(max(1, n_ubatch // len(left)), *sizes.values(), n_ubatch)
+            whole = [size == n or size - n >= tail for size in sizes.values()]
+            taken = list(left)[: [*whole, False].index(False)]
+            if not taken:  # the first one alone: all of it, or all but the tail
+                taken = list(left)[:1]
+                n = sizes[taken[0]] - (tail if sizes[taken[0]] > n_ubatch else 0)
+            parts.append([i for seq in taken for i in left[seq][:n]])
+            left |= {seq: left[seq][n:] for seq in taken}
+            left = {seq: found for seq, found in left.items() if found}
             left = dict(sorted(left.items(), key=lambda item: item[1][0]))
         return parts
 
@@ -319,7 +346,7 @@ class Reference:
             tail = p0 <= self.pos_max(s) < p1
             self._forget(s, p0, p1)
             if tail:
-                self.seqs[s].broken = "no"
+                self.seqs[s].broken, self.seqs[s].back = "no", 0
         return right
 
     def _forget(self, seq: int, p0: int, p1: int) -> None:
@@ -339,28 +366,27 @@ class Reference:
 
     def copy_sequence(self, src: int, dst: int, p0: int, p1: int) -> None:
         p1 = END if p1 < 0 else p1
+        if not any(p0 <= p < p1 for p in self.positions(src)):
+            return
         whole = self.pos_max(dst) < 0 and p0 <= self.pos_min(src)
         has_state = whole and self.pos_max(src) < p1 and self.seqs[src].broken == "no"
-        if any(p0 <= p < p1 for p in self.positions(src)):
-            self.seqs[dst].add(self.seqs[src].origin)
-            self.seqs[dst].spliced |= self.seqs[src].spliced or not whole
+        self.seqs[dst].add(self.seqs[src].origin)
+        self.seqs[dst].spliced |= self.seqs[src].spliced or not whole
         for c in (c for cells in self.cells.values() for c in cells if p0 <= c.pos < p1):
             if src in c.seqs:
                 c.seqs.add(dst)
             if src in c.gone:
                 c.gone.add(dst)
         end, a, b = self.pos_max(dst), self.seqs[src], self.seqs[dst]
-        if end < 0:
-            self._forget(dst, 0, END)
-            return
         b.lost = {window: max(a.lost[window], b.lost[window]) for window in b.lost}
         shorter, doubtful = end < self.pos_max(src), (a.broken, b.broken) != ("no", "no")
         if (shorter or doubtful) and self.needs_lost(dst, END):
             b.broken = "must"
         elif doubtful or shorter and self.may_refuse(dst, END):
             b.broken = "may"
-        if self.recurrent and any(p0 <= p < p1 for p in self.positions(src)):
+        if self.recurrent:
             b.broken = "no" if has_state else "must"
+            b.back = a.back if has_state else 0
 
     def keep(self, seq: int) -> None:
         for s in range(len(self.seqs)):
@@ -385,6 +411,8 @@ class Reference:
             if any((s, c.pos) in moving for s in c.seqs | c.gone):
                 c.pos += by
                 c.moves += 1
+        for s in {s for s, _ in moving if by}:
+            self.seqs[s].back = 0
         for s, info in enumerate(self.seqs):
             for window, lost in info.lost.items():
                 if s == seq and p0 <= lost < p1:
@@ -429,6 +457,7 @@ class Reference:
             self.heads,
             self.own_windows,
             self.recurrent,
+            self.n_back,
         )
         new.cells = {cache: [c.copy() for c in cells] for cache, cells in self.cells.items()}
         new.seqs = [s.copy() for s in self.seqs]
@@ -443,6 +472,8 @@ class Reference:
         """Restore a whole state, of which the settings are no part."""
         copy = saved.copy()
         self.cells, self.seqs = copy.cells, copy.seqs
+        for sequence in self.seqs:
+            sequence.back = 0
 
     def restore_sequence(self, saved: Reference, src: int, dst: int) -> bool:
         """Restore one sequence of a state, into cells of its own.
@@ -459,6 +490,7 @@ class Reference:
         for cache, cells in new.items():
             self.cells[cache] += cells
         self.seqs[dst] = saved.seqs[src].copy() if self.pos_max(dst) >= 0 else self._no_tokens()
+        self.seqs[dst].back = 0
         return True
 
     # --- checkpoints
@@ -482,6 +514,7 @@ class Reference:
             ]
         info = saved.seqs[src]
         self.seqs[dst].lost, self.seqs[dst].broken = dict(info.lost), info.broken
+        self.seqs[dst].back = 0
 
     def checkpoint_ends(self, saved: Reference, src: int, dst: int) -> tuple[set[int], bool]:
         """Return where the sequence may end after a checkpoint, and whether it may be refused.

@@ -66,11 +66,11 @@ WINDOWED = (*SLIDING, *memory.WINDOWED)
 def make(case: str, activation: float = 0.5, sequences=TOKENS[:2], **shape) -> Tiny | RoutedFile:
     """Return a tiny model with the units of a case.
 
-    case: one of CASES, WINDOWED, memory.NAMES or memory.HYBRIDS
+    case: one of CASES, WINDOWED, memory.NAMES, memory.HYBRIDS or memory.DRAFTED
     sequences: biases lie in gaps between their scores
     shape: of a Tiny; the other models have one shape
     """
-    if case in (*memory.NAMES, *memory.HYBRIDS):
+    if case in (*memory.NAMES, *memory.HYBRIDS, *memory.DRAFTED):
         return memory.routed(case, sequences, activation)
     if case in SLIDING:
         shape = {"sliding": SLIDES} | shape

@@ -114,6 +114,7 @@ class Tiny:
     noise, fa_noise = 3e-4, 0.1  # of logits in f32, and with flash attention on f16
     without_kv = ()  # layers that read the K/V of others
     recurrent = ()  # layers with a state for each sequence
+    n_back = 0  # tokens that contexts of the tests can take back from them
 
     @property
     def window(self) -> Window:

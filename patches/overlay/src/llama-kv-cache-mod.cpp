@@ -552,6 +552,9 @@ void llama_kv_cache_mod::add_history(llama_seq_id seq_id, llama_pos p0, llama_po
         for (auto p = sp.lower_bound({ p0, 0 }); p != sp.end() && p->first < p1; ++p) {
             if (cells.seq_has(p->second, s)) {
                 seqs[s].history.add(from, what.value);
+                if (recr) {
+                    recr->fix(s);
+                }
                 break;
             }
         }

@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 #include <stdexcept>
 
@@ -15,16 +16,49 @@ llama_mod_recurrent::llama_mod_recurrent(const llama_model & model, const llama_
     mem(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv, 2*n_seq_max, 2*n_seq_max, cparams.n_rs_seq,
         [&model](int32_t il) { return llama_mod_arch_has_state(model, il); }),
     ctx(&mem, {}), ctx_full(&mem), n_back(n_seq_max), shadowed(n_seq_max) {
+    // the states to go back to are those of one ubatch
+    if (mem.n_rs_seq > 0 && cparams.n_ubatch <= mem.n_rs_seq + 1) {
+        throw std::runtime_error(format("mod: ubatches of %u tokens are too small to take %u tokens back: n_ubatch has to be %u at least",
+                cparams.n_ubatch, mem.n_rs_seq, mem.n_rs_seq + 2));
+    }
+}
+
+// how many tokens before its last one the s-th sequence of the ubatch can end, at the most; positions may repeat or jump
+static uint32_t mod_count_back(const llama_ubatch & ubatch, uint32_t s) {
+    const uint32_t last = (s + 1)*ubatch.n_seq_tokens - 1;
+
+    uint32_t n = 0;
+    while (n + 1 < ubatch.n_seq_tokens && ubatch.pos[last - n - 1] == ubatch.pos[last - n] - 1) {
+        ++n;
+    }
+    return n;
+}
+
+// do all tokens of each run of a sequence belong to the same sequences? a state is that of all of them
+static bool mod_has_whole_runs(const llama_ubatch & ubatch) {
+    for (uint32_t i = 1; i < ubatch.n_tokens; ++i) {
+        if (i % ubatch.n_seq_tokens != 0 && ubatch.n_seq_id[i] != ubatch.n_seq_id[i - 1]) {
+            return false;
+        }
+    }
+    return true;
 }
 
 std::vector<llama_ubatch> llama_mod_recurrent::split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     std::vector<llama_ubatch> res;
 
+    // upstream's equal split takes a sequence more than fit
+    const auto & batch = balloc.get_batch();
+    std::set<llama_seq_id> seqs;
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        seqs.insert(batch.seq_id[i][0]);
+    }
+    n_ubatch -= !embd_all && seqs.size() > n_ubatch;
+
     // as llama_memory_hybrid::init_batch()
+    const uint32_t n_keep = mem.n_rs_seq > 0 ? std::min(mem.n_rs_seq + 1, n_ubatch - 1) : 0;
     balloc.split_reset();
     while (true) {
-        const uint32_t n_keep = mem.n_rs_seq > 0 ? mem.n_rs_seq + 1 : 0;
-
         auto ubatch = embd_all ? balloc.split_seq(n_ubatch) : balloc.split_equal(n_ubatch, /*sequential =*/ false, n_keep);
         if (ubatch.n_tokens == 0) {
             break;
@@ -37,6 +71,10 @@ std::vector<llama_ubatch> llama_mod_recurrent::split(llama_batch_allocr & balloc
                 LLAMA_LOG_ERROR("%s: there are recurrent states for %u sequences, none for sequence %d\n", __func__, n_seq_max, ubatch.seq_id_unq[s]);
                 return {};
             }
+        }
+        if (!mod_has_whole_runs(ubatch)) {
+            LLAMA_LOG_ERROR("%s: a recurrent state is of all its tokens: tokens of several sequences cannot be embedded together with those of one\n", __func__);
+            return {};
         }
     }
     if (balloc.get_n_used() < balloc.get_n_tokens() || !mem.prepare(res)) {
@@ -89,11 +127,7 @@ void llama_mod_recurrent::make_row(const llama_ubatch & ubatch) {
     for (uint32_t s = 0; s < ubatch.n_seqs; ++s) {
         int32_t cell = find_own(ubatch, s);
         if (cell < 0) {
-            // each sequence has at most a cell and that of its shadow
-            cell = s;
-            while (!mem.cells.at(cell).is_empty()) {
-                ++cell;
-            }
+            cell = find_empty(s);
         }
         if (cell != (int32_t) s) {
             swap_cells(cell, s);
@@ -101,19 +135,33 @@ void llama_mod_recurrent::make_row(const llama_ubatch & ubatch) {
     }
 }
 
+uint32_t llama_mod_recurrent::find_empty(uint32_t first) const {
+    // each sequence has at most a cell and that of its shadow
+    while (!mem.cells.at(first).is_empty()) {
+        ++first;
+    }
+    return first;
+}
+
+std::vector<ggml_tensor *> llama_mod_recurrent::tensors() const {
+    std::vector<ggml_tensor *> res;
+    for (const auto * some : { &mem.r_l, &mem.s_l, &mem.p_l }) {
+        std::copy_if(some->begin(), some->end(), std::back_inserter(res), [](const auto * t) { return t; });
+    }
+    return res;
+}
+
 void llama_mod_recurrent::swap_cells(uint32_t a, uint32_t b) {
     std::vector<uint8_t> data[2];
-    for (const auto * tensors : { &mem.r_l, &mem.s_l, &mem.p_l }) {
-        for (auto * t : *tensors) {
-            for (uint32_t plane = 0; t && plane <= mem.n_rs_seq; ++plane) {
-                const size_t at[] = { (plane*mem.size + a)*t->nb[1], (plane*mem.size + b)*t->nb[1] };
-                for (int i = 0; i < 2; ++i) {
-                    data[i].resize(t->nb[1]);
-                    ggml_backend_tensor_get(t, data[i].data(), at[i], t->nb[1]);
-                }
-                for (int i = 0; i < 2; ++i) {
-                    ggml_backend_tensor_set(t, data[i].data(), at[1 - i], t->nb[1]);
-                }
+    for (auto * t : tensors()) {
+        for (uint32_t plane = 0; plane <= mem.n_rs_seq; ++plane) {
+            const size_t at[] = { (plane*mem.size + a)*t->nb[1], (plane*mem.size + b)*t->nb[1] };
+            for (int i = 0; i < 2; ++i) {
+                data[i].resize(t->nb[1]);
+                ggml_backend_tensor_get(t, data[i].data(), at[i], t->nb[1]);
+            }
+            for (int i = 0; i < 2; ++i) {
+                ggml_backend_tensor_set(t, data[i].data(), at[1 - i], t->nb[1]);
             }
         }
     }
@@ -135,13 +183,17 @@ void llama_mod_recurrent::place(const llama_ubatch & ubatch) {
         rs_idx        = mem.rs_idx;
         n_back_before = n_back;
     }
-    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
-        if (!shadowed[seq_id]) {
-            shadowed[seq_id] = true;
-            mem.seq_cp(seq_id, shadow(seq_id), -1, -1);
+    for (uint32_t s = 0; s < ubatch.n_seqs; ++s) {
+        const uint32_t i = s*ubatch.n_seq_tokens;
+        const uint32_t n = std::min(mem.n_rs_seq, mod_count_back(ubatch, s));
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            const llama_seq_id seq_id = ubatch.seq_id[i][j];
+            if (!shadowed[seq_id]) {
+                shadowed[seq_id] = true;
+                mem.seq_cp(seq_id, shadow(seq_id), -1, -1);
+            }
+            n_back[seq_id] = n;
         }
-        n_back[seq_id] = std::min(mem.n_rs_seq, ubatch.n_seq_tokens - 1);
     }
 
     // upstream's memory would move other cells in its graph, which may fail
@@ -151,10 +203,13 @@ void llama_mod_recurrent::place(const llama_ubatch & ubatch) {
     mem.head = find_row(ubatch);
     mem.find_slot(ubatch);
 
-    // asked once: what is to be rolled back is forgotten then
+    // asked once: what is to be rolled back is forgotten then, of the first of the sequences that share a token
     copies.clear();
     for (uint32_t i = 0; i < mem.n; ++i) {
         copies.push_back(ctx.s_copy(i));
+    }
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        mem.set_rs_idx(ubatch.seq_id_unq[s], 0);
     }
 }
 
@@ -195,10 +250,42 @@ llama_pos llama_mod_recurrent::first_end(llama_seq_id seq_id, llama_pos p_max) c
 }
 
 void llama_mod_recurrent::end(llama_seq_id seq_id, llama_pos p) {
-    if (has_state(seq_id) && p < mem.cells[mem.cells[seq_id].tail].pos) {
-        mem.seq_rm(seq_id, p + 1, -1);
-        n_back[seq_id] = 0; // once
+    if (!has_state(seq_id)) {
+        return;
     }
+    const auto & cell = mem.cells[mem.cells[seq_id].tail];
+    if (p >= cell.pos) {
+        return;
+    }
+    n_back[seq_id] = 0; // once
+
+    // upstream's memory takes it back when the next graph reads it; the position belongs to the cell
+    if (cell.seq_id.size() > 1) {
+        leave_shared(seq_id, cell.pos - p, p);
+    } else {
+        mem.seq_rm(seq_id, p + 1, -1);
+    }
+}
+
+void llama_mod_recurrent::leave_shared(llama_seq_id seq_id, uint32_t n, llama_pos p) {
+    synchronize();
+
+    const uint32_t from = mem.cells[seq_id].tail;
+    const uint32_t to   = find_empty(0);
+
+    std::vector<uint8_t> data;
+    for (auto * t : tensors()) {
+        data.resize(t->nb[1]);
+        ggml_backend_tensor_get(t, data.data(), (n*mem.size + from)*t->nb[1], data.size());
+        ggml_backend_tensor_set(t, data.data(), to*t->nb[1], data.size());
+    }
+
+    mem.cells[from].seq_id.erase(seq_id);
+    mem.cells[to].seq_id.insert(seq_id);
+    mem.cells[to].pos = p;
+    mem.cells[to].src = to;
+    mem.cells[seq_id].tail = to;
+    mem.used++;
 }
 
 void llama_mod_recurrent::remove(llama_seq_id seq_id) {
@@ -216,12 +303,23 @@ void llama_mod_recurrent::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst)
 }
 
 void llama_mod_recurrent::keep(llama_seq_id seq_id) {
-    mem.seq_keep(seq_id);
+    // upstream's seq_keep() leaves what the others were to be rolled back
+    for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+        if (s != seq_id) {
+            remove(s);
+        }
+    }
 }
 
 void llama_mod_recurrent::move(llama_seq_id seq_id, llama_pos p) {
     if (has_state(seq_id)) {
         mem.cells[mem.cells[seq_id].tail].pos = p;
+    }
+}
+
+void llama_mod_recurrent::fix(llama_seq_id seq_id) {
+    if (is_known(seq_id)) {
+        n_back[seq_id] = 0;
     }
 }
 

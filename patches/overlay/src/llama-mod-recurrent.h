@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+struct ggml_tensor;
 struct llama_cparams;
 struct llama_model;
 
@@ -22,7 +23,7 @@ class llama_io_write_i;
 // where it is, as it does anyhow, so this costs a second cell for each sequence, and no time.
 class llama_mod_recurrent {
 public:
-    // throws std::runtime_error where there is no memory
+    // throws std::runtime_error where there is no memory, and where a ubatch cannot hold a draft
     llama_mod_recurrent(const llama_model & model, const llama_cparams & cparams);
 
     // does layer il have a state?
@@ -58,6 +59,9 @@ public:
     void keep  (llama_seq_id seq_id);
     void move  (llama_seq_id seq_id, llama_pos p);
     void clear (bool data);
+
+    // its tokens have other positions now, perhaps a part of them: it ends where it does
+    void fix(llama_seq_id seq_id);
 
     bool has_state(llama_seq_id seq_id) const;
 
@@ -107,4 +111,11 @@ private:
     // makes it so from cell 0 on
     void make_row(const llama_ubatch & ubatch);
     void swap_cells(uint32_t a, uint32_t b);
+
+    uint32_t find_empty(uint32_t first) const;
+
+    // the sequence leaves the cell that it shares, with the state n tokens before the last, at position p
+    void leave_shared(llama_seq_id seq_id, uint32_t n, llama_pos p);
+
+    std::vector<ggml_tensor *> tensors() const;
 };

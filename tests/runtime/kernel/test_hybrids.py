@@ -89,14 +89,21 @@ def test_a_tail_stays(hybrid):
         goes_on(r, tiny, out[1], TEXTS[1], 0)
 
 
-def test_the_end_of_a_draft_is_taken_back(tmp_path):
+@pytest.fixture(scope="module", params=memory.DRAFTED)
+def drafted(request, tmp_path_factory):
+    """As `hybrid`, of a model that takes tokens of a draft back."""
+    tiny = memory.routed(request.param, list(TEXTS))
+    path = tiny.write(tmp_path_factory.mktemp("drafted") / "mod.gguf")
+    return tiny, path, [tiny.forward(tokens) for tokens in TEXTS]
+
+
+def test_the_end_of_a_draft_is_taken_back(drafted):
     """As far as there are states: of so many tokens, of the last ubatch, once.
 
     Beyond, llama.cpp alone takes what lies in the place of such a state.
     """
-    tiny = memory.routed("qwen35", list(TEXTS))
-    out = tiny.forward(TEXTS[0])
-    with Raw(tiny.write(tmp_path / "mod.gguf"), n_rs_seq=8) as r:
+    tiny, path, (out, *_) = drafted
+    with Raw(path, n_rs_seq=8) as r:
         r.decode(TEXTS[0, :40])
         for start in range(40, 60, 4):
             r.decode(np.concatenate([TEXTS[0, start : start + 3], TEXTS[1, :4]]))
@@ -112,6 +119,96 @@ def test_the_end_of_a_draft_is_taken_back(tmp_path):
         assert not r.seq_rm(0, 60)  # nine
         assert r.seq_rm(0, 61)
         goes_on(r, tiny, out, TEXTS[0], 61)
+
+
+def test_sequences_that_share_a_state_take_back_each_its_own(drafted):
+    """The first one took the position of the shared state along, and the second one kept its end.
+
+    A state of all sequences ended the process then.
+    """
+    tiny, path, out = drafted
+    with Raw(path, n_rs_seq=8, n_seq=3) as r, Raw(path, n_rs_seq=8, n_seq=3) as other:
+        r.decode(TEXTS[0, :40])
+        for seq in (1, 2):
+            r.seq_cp(0, seq)
+        for seq, end in ((0, 38), (1, 34)):
+            assert r.seq_rm(seq, end)
+        whole = save(r)
+        assert load(other, whole) == len(whole)
+        for context in (r, other):
+            context.pos = {0: 38, 1: 34, 2: 40}
+            for seq, end in ((2, 40), (1, 34), (0, 38)):
+                assert context.seq_pos(seq)[1] == end - 1
+                goes_on(context, tiny, out[0], TEXTS[0], end, seq)
+
+
+def test_a_token_of_two_sequences_takes_both_back(drafted):
+    """The second one of them was taken back again at its next token."""
+    tiny, path, out = drafted
+    with Raw(path, n_rs_seq=8, n_seq=2) as r:
+        r.decode(TEXTS[0, :43])
+        assert r.seq_rm(0, 40)
+        r.seq_cp(0, 1)
+        batch = llama_cpp.llama_batch_init(3, 0, 2)
+        batch.n_tokens = 3
+        for i in range(3):
+            batch.token[i], batch.pos[i], batch.logits[i] = TEXTS[0, 40 + i], 40 + i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.seq_id[i][1] = 2, 0, 1
+        assert llama_cpp.llama_decode(r.ctx, batch) == 0
+        llama_cpp.llama_batch_free(batch)
+        r.pos = {0: 43, 1: 43}
+        goes_on(r, tiny, out[0], TEXTS[0], 43, seq=1)
+        goes_on(r, tiny, out[0], TEXTS[0], 43, seq=0)
+
+
+def test_sequences_that_are_not_kept_leave_nothing_to_take_back(drafted):
+    tiny, path, out = drafted
+    with Raw(path, n_rs_seq=8, n_seq=2) as r:
+        r.decode(np.concatenate([TEXTS[0, :40], TEXTS[1, :40]]), [0] * 40 + [1] * 40)
+        assert r.seq_rm(1, 37)
+        llama_cpp.llama_memory_seq_keep(r.mem, 0)
+        r.pos[1] = 0
+        goes_on(r, tiny, out[2], TEXTS[2], 0, seq=1)
+        goes_on(r, tiny, out[0], TEXTS[0], 40, seq=0)
+
+
+def test_what_is_taken_back_is_tokens_not_positions(drafted):
+    """Of positions that jump and of positions that images repeat; and none after a shift."""
+    _, path, _ = drafted
+    with Raw(path, n_rs_seq=8) as r:
+        if r.can_shift():
+            r.decode(TEXTS[0, :8])
+            assert r.seq_rm(0, 4, 6)
+            r.seq_add(0, 6, 8, -2)
+            assert not r.seq_rm(0, 5)
+            return
+        r.decode(TEXTS[0, :6], pos=[0, 1, 2, 20, 21, 22])
+        assert not r.seq_rm(0, 3)  # ends at 2, where 3 tokens are left, but 20 positions
+        assert r.seq_rm(0, 21)
+        r.decode(TEXTS[0, :4], pos=[21, 22, 22, 23])
+        assert not r.seq_rm(0, 22)
+        assert r.seq_rm(0, 23)
+
+
+def test_a_ubatch_holds_what_can_be_taken_back(drafted):
+    """llama.cpp ended the process at the first decode."""
+    _, path, _ = drafted
+    with pytest.raises(AssertionError, match="cannot create the context"):
+        Raw(path, n_rs_seq=8, n_ubatch=9)
+    with Raw(path, n_rs_seq=8, n_ubatch=10) as r:
+        r.decode(TEXTS[0, :40])
+        assert r.seq_rm(0, 32)
+
+
+def test_more_sequences_than_a_ubatch_has_tokens(hybrid):
+    """Upstream's split gave a ubatch one token more than fit into the residual stream."""
+    tiny, path, out = hybrid
+    for size in (1, 2):
+        with Raw(path, n_ubatch=size, n_seq=3) as r:
+            for n in range(12):
+                logits = r.decode(TEXTS[:, n], [0, 1, 2])
+                for s in range(3):
+                    close(logits[s], out[s].logits[n], tiny.noise)
 
 
 def test_a_failed_decode_leaves_the_state_as_it_was(hybrid):

@@ -35,8 +35,9 @@ NOISE = WINDOWED | WITHOUT_V
 NAMES = tuple(NOISE)
 # Recurrent layers among full ones: delta nets in chunks of tokens, and scans. The stock library's
 # logits of one text, cut into batches in different ways, differ by less than 5e-7.
-HYBRID_NOISE = {"qwen35": (2e-5, 5e-3), "granitehybrid": (2e-5, 5e-3)}
-HYBRIDS = tuple(HYBRID_NOISE)
+HYBRID_NOISE = dict.fromkeys(("qwen35", "granitehybrid", "lfm2"), (2e-5, 5e-3))
+HYBRIDS = ("qwen35", "granitehybrid")
+DRAFTED = ("qwen35", "lfm2")  # whose states before the last tokens are kept; lfm2 shifts too
 STDEV = 0.15  # of the weights; with smaller ones a token depends on other tokens by little
 CHUNKED = 2  # enum llama_swa_type
 # llama.cpp's chunks are of 8192 positions. The texts of the tests begin shortly before a border.
@@ -58,12 +59,14 @@ class RoutedFile:
     """A model of an architecture with routers, with what the tests ask of a Tiny.
 
     biases: unit -> bias of its router; its threshold is 0.5
+    n_back: how many tokens contexts of the tests can take back from recurrent layers
     """
 
     model: Model
     biases: dict[Unit, float] = field(default_factory=dict)
     kv_window: int = routers.WINDOW
     windows: dict = field(default_factory=dict)
+    n_back: int = 0
 
     def window_of(self, unit: Unit) -> int:
         return self.windows.get(unit, self.kv_window)
