@@ -1,5 +1,7 @@
 """llama-server on a hybrid with routers: its states cannot be taken back token by token."""
 
+import re
+
 import pytest
 
 from mod_export.synthetic.onto_base import onto
@@ -34,14 +36,27 @@ def test_answers_are_those_of_a_text_that_is_read_anew(hybrid):
     with started(hybrid[1], "--ctx", "2048", more=("-np", "2", "-ub", "64")) as server:
         words = tokens(server, STORY)
         edited = words[:300] + words[10:60]
-        cached = []
         for slot, prompt in enumerate((words, words[:200], edited, words[:250], words + edited)):
             answer = ask(server, prompt, id_slot=slot % 2)
-            cached.append(answer["timings"]["cache_n"])
             assert same_answer(answer, anew(server, prompt, id_slot=slot % 2)), prompt
-        again = ask(server, words)
-        assert again["timings"]["cache_n"] > 0
+        prompt = (words + edited)[:-2] + words[:9]  # from the last checkpoint on
+        again = ask(server, prompt, id_slot=0)
+        assert again["timings"]["cache_n"] > len(words)
         assert again["timings"]["mod"]["activation"]["kv"] < 1
+        assert same_answer(again, anew(server, prompt, id_slot=0))
+
+
+def test_checkpoints_are_as_rare_as_those_of_the_dense_model(hybrid):
+    """One was made for each ubatch of a prompt, with all states."""
+    made = []
+    for file in hybrid:
+        with started(file, "--ctx", "2048", more=("-np", "1", "-ub", "64", "-lv", "4")) as server:
+            words = tokens(server, STORY)
+            for prompt in (words, words + words[:90], words[:250] + words[:200]):
+                ask(server, prompt)
+            found = re.findall(r"created context checkpoint.*?n_tokens = (\d+)", server.text)
+            made.append(list(map(int, found)))
+    assert made[0] == made[1] and 3 <= len(made[0]) <= 6, made
 
 
 @pytest.mark.parametrize("draft", [0, 1])

@@ -231,7 +231,8 @@ void server_mod::init(llama_context * ctx) {
     for (size_t i = 0; i < units.size(); ++i) {
         llama_mod_get_unit(model, i, &units[i]);
     }
-    kv_drops = ::drops_kv(ctx);
+    // checkpoints of hybrids are as rare as llama-server makes them, since they hold the recurrent states
+    kv_drops = ::drops_kv(ctx) && !llama_model_is_hybrid(model);
 
     if (getenv("LLAMA_MOD_ADAPTIVE_THREADS")) {
         llama_mod_set_adaptive_threads(ctx, true);
