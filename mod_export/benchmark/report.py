@@ -1,7 +1,7 @@
 """A benchmark's rows as tables, plain or Markdown."""
 
 from mod_export.common.tables import format_table
-from mod_export.common.text import NO_KV_SAVED
+from mod_export.common.text import NO_KV_SAVED, megabytes
 
 NAMES = {
     "ceiling": "dense, stock",
@@ -221,6 +221,11 @@ def _notes(result: dict) -> list[str]:
         )
     if any(kv["used"] == kv["dense"] for row in rows if (kv := row["kv_bytes"].get("mod"))):
         notes.append(NO_KV_SAVED)
+    if states := result["about"].get("state_bytes"):
+        notes.append(
+            f"Beside the K/V each sequence has recurrent states, {megabytes(states)} in a dense "
+            f"model and {megabytes(2 * states)} in a MoD model, whatever the context."
+        )
     if work := result["about"].get("floor_prefill_work"):
         notes.append(
             f"In prefill the floor does {work:.2f} of the matrix work of the layers that remain: "

@@ -36,6 +36,7 @@ from mod_export.errors import UserError
 from mod_export.formats import gguf_adapter
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_types import KVTypes, is_quantised
+from mod_export.formats.recurrent_layers import state_bytes
 
 logger = logging.getLogger(__name__)
 BUSY_CPUS_MAX = 0.3  # of other processes, beside which times are still of use
@@ -348,6 +349,7 @@ def describe(mod_file: GGUFFile, dense_file: GGUFFile, options: BenchOptions, st
         "mod": options.mod,
         "stock_variants": list(STOCK_VARIANTS),
         "routed": routed(mod_file),
+        "state_bytes": state_bytes(dense_file),
         "random_weights": dense_file.get("tokenizer.ggml.model") == "no_vocab",
     }
 

@@ -85,6 +85,8 @@ class Variant:
         ]
         # kind -> active and all tokens of the prompts so far
         self.seen: dict[str, np.ndarray] = {}
+        # sequence -> recurrent states after its prompt, which no decoded token can be taken from
+        self.states: dict[int, object] = {}
 
     @classmethod
     def from_setup(cls, **setup) -> Variant:
@@ -106,7 +108,7 @@ class Variant:
     def clear(self, shift: float | None = None) -> dict:
         """Empty the context; from now on the thresholds are shifted."""
         self.llm.clear_cells()
-        self.llm.n_tokens, self.seen = 0, {}
+        self.llm.n_tokens, self.seen, self.states = 0, {}, {}
         if shift is not None and self.llm.units and shift != self.llm.shift:
             self.llm.shift = shift
             forget_peak()
@@ -126,6 +128,8 @@ class Variant:
             began = time.perf_counter()
             self._best_token()
             turn["sample_ms"] = (time.perf_counter() - began) * 1e3
+            if self.llm.is_hybrid:
+                self.states[seq] = self.llm.partial_state(seq)
         return turn | {"activation": self._activation(turn["units"], {})}
 
     def decode(self, start: int, n: int) -> dict:
@@ -142,6 +146,8 @@ class Variant:
     def rewind(self) -> dict:
         """Take back what has been decoded after the prompts."""
         for seq in range(len(self.tokens)):
+            if state := self.states.get(seq):
+                self.llm.put_back(seq, state)
             if not self.llm.remove_tail(seq, self.context):
                 raise UserError(
                     "the decoded tokens cannot be taken back",

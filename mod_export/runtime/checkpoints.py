@@ -22,6 +22,20 @@ PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 SEQUENCE = 0  # the one of llama_cpp.Llama
 
 
+def take_state(ctx, sequence: int) -> ctypes.Array | None:
+    """What a sequence needs to end here again, beside what the memory keeps; None for nothing."""
+    size = llama_cpp.llama_state_seq_get_size_ext(ctx, sequence, PARTIAL)
+    data = (ctypes.c_uint8 * size)()
+    got = llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, sequence, PARTIAL)
+    return data if size and got == size else None
+
+
+def put_state(ctx, sequence: int, data: ctypes.Array) -> bool:
+    """Put back what take_state gave; False where the library refuses it."""
+    size = len(data)
+    return size == llama_cpp.llama_state_seq_set_data_ext(ctx, data, size, sequence, PARTIAL)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a context after n_tokens tokens.
@@ -97,8 +111,7 @@ class Checkpoints:
         # Room is made first, so that there are never more bytes than allowed.
         while self._made and (len(self._made) >= self.limit or self.bytes + size > self.max_bytes):
             self._leave_one_out(n_tokens)
-        data = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, PARTIAL) == size:
+        if data := take_state(ctx, SEQUENCE):
             self._made.append(Checkpoint(n_tokens, fixed, data))
 
     def _leave_one_out(self, n_tokens: int) -> None:
@@ -119,10 +132,7 @@ class Checkpoints:
         usable.sort(key=lambda c: (min(c.n_tokens, n_tokens), -c.n_tokens), reverse=True)
         memory = llama_cpp.llama_get_memory(ctx)
         for checkpoint in usable:
-            size = len(checkpoint.data)
-            if checkpoint.fits(ctx) and size == llama_cpp.llama_state_seq_set_data_ext(
-                ctx, checkpoint.data, size, SEQUENCE, PARTIAL
-            ):
+            if checkpoint.fits(ctx) and put_state(ctx, SEQUENCE, checkpoint.data):
                 held = llama_cpp.llama_memory_seq_pos_max(memory, SEQUENCE) + 1
                 if held <= n_tokens or llama_cpp.llama_memory_seq_rm(
                     memory, SEQUENCE, n_tokens, -1

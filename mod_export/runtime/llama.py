@@ -32,7 +32,7 @@ from mod_export.runtime import bindings  # first: it says what to do where llama
 from mod_export.runtime import rpc as rpc_servers
 from mod_export.runtime.assertions import AssertionFailure, guarded
 from mod_export.runtime.checked_sampler import row_logits
-from mod_export.runtime.checkpoints import SEQUENCE, Checkpoints
+from mod_export.runtime.checkpoints import SEQUENCE, Checkpoints, put_state, take_state
 from mod_export.runtime.guard import InputError
 from mod_export.runtime.log import (
     check_context,
@@ -325,6 +325,11 @@ class MoDLlama(SafeLlama):
         self._thresholds_changed = True
 
     @property
+    def is_hybrid(self) -> bool:
+        """Whether layers have a recurrent state, from which no token can be taken back."""
+        return llama_cpp.llama_model_is_hybrid(self.model)
+
+    @property
     def kv_rollback(self) -> int:
         """How many tokens of a tail can be taken back without reading the prompt again."""
         return bindings.llama_mod_get_kv_rollback(self.ctx) if self.units else self.n_ctx()
@@ -338,8 +343,7 @@ class MoDLlama(SafeLlama):
         """Whether K/V are given back, or states written over: a tail may then not be taken back."""
         layers = range(llama_cpp.llama_model_n_layer(self.model) if self.units else 0)
         windows = (bindings.llama_mod_layer_window(self.model, layer) for layer in layers)
-        is_hybrid = bool(self.units) and llama_cpp.llama_model_is_hybrid(self.model)
-        return self.kv_window > 0 or any(windows) or is_hybrid
+        return self.kv_window > 0 or any(windows) or (bool(self.units) and self.is_hybrid)
 
     def _settings(self) -> dict[str, Any]:
         """What `_set_all` gives to another context of the same file."""
@@ -467,8 +471,7 @@ class MoDLlama(SafeLlama):
 
     @functools.cached_property
     def _state_bytes(self) -> int:
-        is_hybrid = llama_cpp.llama_model_is_hybrid(self.model)
-        return state_bytes(GGUFFile.open(self.model_path)) if is_hybrid else 0
+        return state_bytes(GGUFFile.open(self.model_path)) if self.is_hybrid else 0
 
     @contextmanager
     def recording(self) -> Iterator[list]:
@@ -711,6 +714,20 @@ class MoDLlama(SafeLlama):
         """
         self._check_sequence(sequence)
         return llama_cpp.llama_memory_seq_rm(self._ctx.memory, sequence, start, -1)
+
+    def partial_state(self, sequence: int) -> ctypes.Array | None:
+        """What a sequence needs to end here again, beside what the memory keeps.
+
+        For a model with recurrent states, of which no tail can be taken back: `put_back` it first.
+        None for nothing. Raises InputError for a sequence that the context does not have.
+        """
+        self._check_sequence(sequence)
+        return take_state(self.ctx, sequence)
+
+    def put_back(self, sequence: int, state: ctypes.Array) -> bool:
+        """Put back a partial state of this sequence; False where the library refuses it."""
+        self._check_sequence(sequence)
+        return put_state(self.ctx, sequence, state)
 
     def _check_sequence(self, sequence: int) -> None:
         most = llama_cpp.llama_n_seq_max(self.ctx)

@@ -4,6 +4,7 @@ machine.
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ from mod_export.errors import UserError
 from mod_export.formats.gguf import GGUFFile
 from mod_export.llamacpp import source
 from mod_export.runtime import bindings, devices
+from mod_export.synthetic.keys import header
+from mod_export.synthetic.routers import SynthesisOptions, routing_of
+from mod_export.synthetic.shape import PRESETS
+from mod_export.synthetic.write import synth
 from tests.support.c_api import Raw, stock_lib
 from tests.support.tiny_gguf import Tiny
 
@@ -123,6 +128,28 @@ def test_processes_that_are_started_anew(files):
         assert (b["repeats"], b["turns"]) == (2 * a["repeats"], a["turns"])
         assert b["perf"]["mod"]["tokens"] == 2 * a["perf"]["mod"]["tokens"]
         assert b["activation"] == pytest.approx(a["activation"])
+
+
+@patched
+def test_a_hybrid(tmp_path):
+    """Decoded tokens cannot be taken from recurrent states, so the states after the prompt are put
+    back: with several repeats the first bench of a hybrid ended in an error.
+    """
+    narrow = {"layers": 4, "embd": 512, "heads": 2, "heads_kv": 2, "ff": 256, "vocab": 256}
+    shape = replace(PRESETS["qwen3.5-4b"], net_head=32, **narrow)
+    config = routing_of(header(shape), SynthesisOptions("kv+ffn", kv_window=32))
+    mod, dense = tmp_path / "mod.gguf", tmp_path / "dense.gguf"
+    synth(mod, shape, "q8_0", config, dense)
+    options = {"variants": ("ceiling", "mod"), "rounds": 4, "batches": (2,)}
+    result = run(mod, dense, **options)
+    assert [row["repeats"] for row in result["rows"]] == [2, 2]
+    states = 3 * 4 * (32 * 32 * 32 + 3 * (2 * 16 + 32) * 32)  # layers, f32, matrices, convolution
+    assert result["about"]["state_bytes"] == states
+    told = bench_report.tables(result)
+    assert f"has recurrent states, {states / 1e6:.2f} MB in a dense model" in told
+    (decode,) = (row for row in result["rows"] if row["phase"] == "decode")
+    tokens = 2 * (64 + 64)
+    assert decode["kv_bytes"]["mod"]["dense"] == tokens * 2 * 2 * 2 * 256  # of the one full layer
 
 
 @patched
