@@ -21,7 +21,7 @@ from mod_export.formats import architectures, ggml_types, gguf_adapter, kv_size,
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.gguf_adapter import GGUFAdapter
 from mod_export.formats.model_checks import check_model
-from mod_export.formats.recurrent_layers import state_bytes
+from mod_export.formats.recurrent_layers import recurrent_layers, state_bytes
 from mod_export.units import KV
 
 MOST_HEADS_SHOWN = 8  # in a line; of more heads the lowest and the highest value are shown
@@ -124,6 +124,7 @@ def _kv_report(file: GGUFFile, config: MoDConfig) -> dict:
         "windows": windows,
         "bytes_per_token_dense": sum(layer.bytes_per_token for layer in layers),
         "state_bytes": state_bytes(file),
+        "state_layers": [i for i, has in enumerate(recurrent_layers(file)) if has],
         "expected": rows,
         "note": kv_size.window_note(file, config),
     }
@@ -183,16 +184,19 @@ def _render_kv(kv: dict) -> list[str]:
         format_table(["tokens", "dense", "this model", "share"], sizes),
         "",
         kv["formula"],
-        *_render_states(kv["state_bytes"]),
+        *_render_states(kv["state_bytes"], kv["state_layers"]),
         *([kv["note"]] if kv["note"] else []),
     ]
 
 
-def _render_states(size: int) -> list[str]:
+def _render_states(size: int, layers: list[int]) -> list[str]:
     if not size:
         return []
     twice, once = megabytes(2 * size), megabytes(size)
-    return [f"recurrent states of a sequence of any length: {twice} (dense: {once})"]
+    which = ", ".join(map(str, layers))
+    return [
+        f"recurrent states of a sequence of any length: {twice} (dense: {once}), in layers {which}"
+    ]
 
 
 def _render_units(units: list[dict]) -> str:

@@ -1,5 +1,6 @@
 """Sizes of K and V that our table gives, against those of llama.cpp itself."""
 
+import llama_cpp
 import pytest
 
 from mod_export.benchmark.memory_worker import ContextProbe
@@ -21,10 +22,13 @@ from mod_export.llamacpp import source
 from mod_export.runtime.llama import MoDLlama
 from mod_export.units import KV, Unit
 from tests.support.architectures import models, routers
+from tests.support.c_api import PARTIAL, Raw
 
 NAMES = [*SLIDING, "deepseek2", "gemma4-e", "llama", "phi3"]
 HYBRIDS = [*BY_INTERVAL, *BY_HEADS, *OR_FFN, *BOTH]
 N_CTX, UBATCH = 2048, 64
+# of a saved state, and of the two parts of each layer's (llama-memory-recurrent.cpp)
+STATE_HEAD_BYTES, LAYER_HEAD_BYTES = 28, 2 * (4 + 8)
 ROUNDED = 2 * 0.005 * 2**20  # the log has two numbers of MiB, each with two digits
 
 
@@ -68,7 +72,12 @@ def test_recurrent_layers_are_those_of_llama_cpp(tmp_path):
         assert stores == attends, model.name
         told = states_of(model.path)
         assert told == pytest.approx(state_bytes(file), abs=ROUNDED), model.name
-        assert state_bytes(file) > 0
+        # to the byte: a saved state has nothing else but heads of known sizes
+        with Raw(model.path, n_ctx=64) as raw:
+            raw.decode([1, 2, 3])
+            saved = llama_cpp.llama_state_seq_get_size_ext(raw.ctx, 0, PARTIAL)
+        heads = STATE_HEAD_BYTES + LAYER_HEAD_BYTES * len(model.recurrent)
+        assert saved == heads + state_bytes(file) > heads, model.name
 
 
 def test_a_routed_hybrid_has_the_states_twice(tmp_path):
