@@ -41,7 +41,7 @@ from mod_export.units import Unit
 
 logger = logging.getLogger(__name__)
 
-# Types whose embedding llama.cpp's converter multiplies with embedding_multiplier.
+# Types with multipliers that llama.cpp's converter puts into the weights.
 FOLDED = ("falcon_h1",)
 
 
@@ -74,9 +74,9 @@ def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
     modules = () if ffn is None else ffn.modules()
     if linears := [part for part in modules if isinstance(part, nn.Linear)]:
         with at_hand(base, middle):
-            matrix = linears[-1].weight
+            matrix, scale = linears[-1].weight, _scale(base, ffn=True)
             shape = matrix.shape[0], matrix.shape[1]
-            weights["ffn"] = sample_matrix(shape, lambda i: _row(matrix[i : i + 1]))
+            weights["ffn"] = sample_matrix(shape, lambda i: scale * _row(matrix[i : i + 1]))
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     return {
         "name": name,
@@ -91,8 +91,14 @@ def base_identity(base: nn.Module, tokenizer, name: str) -> dict:
 
 def _embedding_row(base: nn.Module, i: int) -> np.ndarray:
     """Return a row of the input embedding as a GGUF file has it."""
-    row = _row(embedding_rows(base, [i]))
-    return row * base.config.embedding_multiplier if base.config.model_type in FOLDED else row
+    return _scale(base) * _row(embedding_rows(base, [i]))
+
+
+def _scale(base: nn.Module, ffn: bool = False) -> float:
+    """Return what a GGUF file has multiplied the input embedding, or the FFN's output, with."""
+    if base.config.model_type not in FOLDED:
+        return 1.0
+    return base.config.mlp_multipliers[1] if ffn else base.config.embedding_multiplier
 
 
 def _row(rows: torch.Tensor) -> np.ndarray:

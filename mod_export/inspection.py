@@ -22,6 +22,7 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.gguf_adapter import GGUFAdapter
 from mod_export.formats.model_checks import check_model
 from mod_export.formats.recurrent_layers import recurrent_layers, state_bytes
+from mod_export.formats.sliding_windows import draft_layers, main_layers
 from mod_export.units import KV
 
 MOST_HEADS_SHOWN = 8  # in a line; of more heads the lowest and the highest value are shown
@@ -62,7 +63,8 @@ def _head(file: GGUFFile) -> dict:
     return {
         "file": str(file.path),
         "architecture": file.architecture,
-        "n_layer": file.model_number("block_count"),
+        "n_layer": main_layers(file),
+        "n_draft_layers": draft_layers(file),
         "n_embd": file.model_number("embedding_length"),
         "bytes": file.path.stat().st_size,
         "tensor_types": _tensor_types(file),
@@ -133,8 +135,9 @@ def _kv_report(file: GGUFFile, config: MoDConfig) -> dict:
 def render(report: dict) -> str:
     """The report as text for a terminal."""
     types = ", ".join(f"{count} {name}" for name, count in report["tensor_types"].items())
+    drafts = f" and {n} for drafts" if (n := report["n_draft_layers"]) else ""
     head = (
-        f"{report['file']}: {report['architecture']}, {report['n_layer']} layers, "
+        f"{report['file']}: {report['architecture']}, {report['n_layer']} layers{drafts}, "
         f"n_embd {report['n_embd']}, {report['bytes'] / 1e6:.1f} MB (tensors: {types})"
     )
     if report["mod"] is None:

@@ -18,6 +18,7 @@ import numpy as np
 from mod_export.errors import UserError
 from mod_export.formats import ggml_types
 from mod_export.formats.gguf import GGUFFile, Tensor
+from mod_export.formats.sliding_windows import main_layers
 
 SAMPLE_SHAPE = (8, 16)  # rows and columns of a matrix, spread evenly
 SAMPLE_SIZE = math.prod(SAMPLE_SHAPE)
@@ -45,7 +46,7 @@ def gguf_identity(file: GGUFFile) -> dict:
     return {
         "name": str(file.path),
         "model_type": file.architecture,
-        "n_layer": file.model_number("block_count"),
+        "n_layer": main_layers(file),
         "n_embd": file.model_number("embedding_length"),
         "n_vocab": embedding.shape[1] if embedding is not None else 0,
         "tokenizer": vocabulary_hash(dict(enumerate(file.get("tokenizer.ggml.tokens", [])))),

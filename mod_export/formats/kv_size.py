@@ -76,11 +76,11 @@ class LayerKV:
 def kv_layers(
     file: GGUFFile, k_bytes: float = F16_BYTES, v_bytes: float = F16_BYTES
 ) -> list[LayerKV]:
-    """K and V of each layer; k_bytes, v_bytes: bytes of one value.
+    """K and V of each layer but those for drafts; k_bytes, v_bytes: bytes of one value.
 
     Raises UserError where a key is missing or no number.
     """
-    windows = layer_windows(file)
+    windows = layer_windows(file)[: main_layers(file)]
     own = own_kv_layers(file)
     return [
         LayerKV(

@@ -24,6 +24,7 @@ from mod_export.formats import kv_size
 from mod_export.formats.ggml_types import F32_TYPE
 from mod_export.formats.gguf import GGUFFile, Key, rewrite
 from mod_export.formats.model_checks import check_model
+from mod_export.formats.sliding_windows import main_layers
 from mod_export.units import KV, UNIT_KINDS, Unit
 
 # unit -> w float32 [n_embd], b float32 [1]
@@ -161,7 +162,7 @@ def from_keys(file: GGUFFile) -> MoDConfig | None:
         raise UserError(f"unknown key {start}{unknown[0]}", "use a newer mod-export")
     scalars = {name: ours[name].value for name in SCALARS if name in needed}
     version_given = scalars.pop("version")
-    n_layer = file.model_number("block_count")
+    n_layer = main_layers(file)
     config = MoDConfig(**scalars, units={kind: _unit_config(kind, ours, n_layer) for kind in kinds})
     check_version(f"key {start}version", version_given, config)
     return config
@@ -194,7 +195,7 @@ def read_routers(file: GGUFFile) -> tuple[MoDConfig | None, Routers]:
 
     Raises UserError naming the key or tensor that is missing, damaged, not finite or too many.
     """
-    n_layer = file.model_number("block_count")
+    n_layer = main_layers(file)
     n_embd = file.model_number("embedding_length")
     config = from_keys(file)
     units = config.validate(n_layer).by_layer() if config else {}
@@ -259,7 +260,7 @@ def check_base(file: GGUFFile, config: MoDConfig, routers: Routers) -> None:
     """Raise UserError unless the routers fit the model in `file` and it has no routers yet."""
     file.refuse_split()
     check_model(file)
-    n_layer = file.model_number("block_count")
+    n_layer = main_layers(file)
     n_embd = file.model_number("embedding_length")
     if read_routers(file)[0] is not None:
         raise UserError(f"{file.path} has routers already", "give the dense file as the base")

@@ -73,11 +73,25 @@ def layer_windows(file: GGUFFile) -> tuple[int, ...]:
 
 
 def main_layers(file: GGUFFile) -> int:
-    """The number of layers without those that predict tokens further on.
+    """The number of layers without those for drafts, which are no part of an ordinary context.
 
-    Such layers are counted in block_count, and are no part of an ordinary context.
+    Raises UserError for keys that are no numbers.
     """
-    return file.model_number("block_count") - whole_number(file, "nextn_predict_layers", 0)
+    return file.model_number("block_count") - draft_layers(file)
+
+
+def draft_layers(file: GGUFFile) -> int:
+    """The number of last layers that predict tokens further on; block_count counts them too.
+
+    Raises UserError for keys that are no numbers, and where no other layers are left.
+    """
+    n_draft = whole_number(file, "nextn_predict_layers", 0)
+    if n_draft and n_draft >= file.model_number("block_count"):
+        raise UserError(
+            f"{file.path}: key {file.architecture}.nextn_predict_layers leaves no other layers",
+            "give the file of the model itself: one with layers for drafts alone is no model",
+        )
+    return n_draft
 
 
 def _pattern(file: GGUFFile, rule: SlidingLayers, n_layer: int) -> list[bool]:

@@ -51,8 +51,9 @@ def batch_logits(
 
 def _matrix_types(model: nn.Module, file: GGUFFile) -> dict[nn.Module, int]:
     """Return the type of the file's first matrix of each module that multiplies by one."""
+    values = model.state_dict(keep_vars=True)
     types = {
-        model.get_parameter(name): file.tensors[sources[0]].type
+        values[name]: file.tensors[sources[0]].type
         for name, sources in tensor_sources(model, file).items()
         if sources
     }

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, sliding_windows
+from mod_export.formats import hf_directory, recurrent_layers, sliding_windows
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.rotary import SLIDING as SLIDING_ROTARY
 from mod_export.model import gguf_rotary
 from mod_export.model.gguf_graphs import ACTIVATION_FIELDS, GRAPHS, Graph, fits
 from mod_export.model.gguf_rotary import COMMON_CURE, SLIDES, Additions, shown
+from mod_export.model.gguf_rows import SIGMOID
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,28 @@ KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
     "max_position_embeddings": "context_length",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+    "conv_L_cache": "shortconv.l_cache",
+    # delta nets
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    # Mamba 2, as Granite and Falcon call it, and Nemotron
+    "mamba_d_conv": "ssm.conv_kernel",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_n_groups": "ssm.group_count",
+    "mamba_n_heads": "ssm.time_step_rank",
+    "conv_kernel": "ssm.conv_kernel",
+    "ssm_state_size": "ssm.state_size",
+    "n_groups": "ssm.group_count",
+    "mamba_num_heads": "ssm.time_step_rank",
 }
 # field -> tensor that is there if the field is true (tie_word_embeddings: if it is false)
 TENSORS = {
@@ -55,9 +77,10 @@ SLIDING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # type of a layer -> field with the number of tokens that it attends to
 WINDOW_FIELDS = {SLIDES: "sliding_window", "chunked_attention": "attention_chunk_size"}
+ATTENTION_TYPES = ("full_attention", "attention")
 # Types whose code has sigmoid gates, so that a configuration need not name them.
 SIGMOID_GATES = ("deepseek_v3", "dots1", "exaone_moe", "glm4_moe_lite", "minimax_m2")
-GATES_KEY, SIGMOID = "expert_gating_func", 2  # llama.cpp's number
+GATES_KEY = "expert_gating_func"
 SAME_MODEL = "they are not of the same model"
 
 
@@ -73,9 +96,7 @@ def account(directory: Path, file: GGUFFile) -> Additions:
     added = Additions()
     if graph := GRAPHS.get(file.architecture):
         _check_fixed(directory, config, graph)
-        # HunYuan's files have a context of 256k tokens.
-        stretched = "alpha" in (config.get("rope_parameters") or {})
-        _check_keys(directory, _without_context(config) if stretched else config, file)
+        _check_keys(directory, config, graph, file)
         added = gguf_rotary.additions(directory, config, graph, file)
     if _lacks_gates(config, file):
         added.keys.append((f"{file.architecture}.{GATES_KEY}", "u32", SIGMOID))
@@ -107,7 +128,7 @@ def check_base(directory: Path, base: GGUFFile) -> None:
         return
     _check_fixed(directory, config, graph)
     # The context is no part of the computation, and people extend it.
-    _check_keys(directory, _without_context(config), base)
+    _check_keys(directory, _without_context(config), graph, base)
     if not gguf_rotary.same(directory, config, graph, base):
         raise UserError(
             f"{base.path} has another rotary embedding than {directory}",
@@ -184,12 +205,30 @@ def _tell_window(directory: Path, window: int, what: str) -> None:
     )
 
 
-def _check_keys(directory: Path, config: dict, file: GGUFFile) -> None:
+def _check_layers(directory: Path, config: dict, file: GGUFFile) -> None:
+    """Raise UserError where other layers attend than in the configuration, of a hybrid."""
+    types = config.get("layers_block_type") or config.get("layer_types")
+    if not types or not any(recurrent_layers.recurrent_layers(file)):
+        return
+    attends = recurrent_layers.attention_layers(file)
+    for layer, (kind, found) in enumerate(zip(types, attends, strict=False)):
+        if (kind in ATTENTION_TYPES) != found:
+            raise UserError(
+                f"layer {layer} of {directory} is of the type {kind}, that of {file.path.name} "
+                f"{'attends' if found else 'does not attend'}",
+                SAME_MODEL,
+            )
+
+
+def _check_keys(directory: Path, config: dict, graph: Graph, file: GGUFFile) -> None:
     """Every field of KEYS and TENSORS that is in the configuration is what the file has."""
+    _check_layers(directory, config, file)
+    stated = {name: rule(config) for name, rule in graph.stated.items() if name in config}
     for name, key in KEYS.items():
         if f"{file.architecture}.{key}_swa" in file.keys:  # head_dim is then that of sliding layers
             key += "_swa"
-        wanted, found = config.get(name), file.get(f"{file.architecture}.{key}")
+        wanted = stated[name] if name in stated else config.get(name)
+        found = file.get(f"{file.architecture}.{key}")
         if wanted is None or found is None or isinstance(found, np.ndarray):
             continue
         if name == "num_hidden_layers":

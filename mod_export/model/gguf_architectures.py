@@ -9,8 +9,8 @@ llama.cpp, and the models of transformers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,66 +19,27 @@ from mod_export.errors import UserError
 from mod_export.formats import architectures
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.rotary import FREQS
+from mod_export.model.gguf_hybrids import HYBRIDS
+from mod_export.model.gguf_rows import (
+    ALL_FACTORS,
+    ALL_SPARSE,
+    ATTENTION_BIAS,
+    EXPERTS,
+    FEW_EXPERTS,
+    FULL,
+    GRANITE_EXPERTS,
+    GRANITE_SCALES,
+    LAYER_NORM,
+    MIXTURE,
+    MLP_BIAS,
+    ROUTED_EXPERTS,
+    Architecture,
+    Layout,
+    granite_scale,
+    sigmoid_gates,
+)
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
 from mod_export.units import UNIT_KINDS
-
-RMS_NORM = "attention.layer_norm_rms_epsilon"
-LAYER_NORM = "attention.layer_norm_epsilon"
-FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A parameter of transformers that the file holds otherwise.
-
-    tensors: the file's, without blk.N.
-    join: gives the parameter's values from theirs and from the configuration
-    """
-
-    tensors: tuple[str, ...]
-    join: Callable[[list[np.ndarray], Any], np.ndarray] = lambda arrays, _config: arrays[0]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How the configuration of transformers follows from a file.
-
-    model_type: transformers' name
-    norm: key of the norms' epsilon, and its field; a field of None: both sides have the same
-    fields: more keys -> fields; a key that is missing leaves the field out
-    fixed: fields whose value llama.cpp's graph fixes, or takes where the key is missing
-    present: fields that are true where the file has a tensor of this pattern
-    sliding: of so many layers each last one has full attention, where the file does not say; 0 for
-        architectures that llama.cpp runs without sliding attention
-    window: the tokens that sliding layers attend to where the file does not say
-    sliding_rope: the rotary embedding of sliding layers: "same" as that of the others, "own" key of
-        the base and no scaling, or "plain" for the base of the others and no scaling
-    prepare: replaces keys before any is read
-    finish: changes the fields once all others are known, and may take keys
-    swap_halves: q and k have the order of interleaved pairs in the file
-    norm_offset: what transformers adds to the weight of a norm, and the file has added already
-    rope_factors: the tensors of ROPE_TENSORS that llama.cpp reads
-    no_effect: keys without effect, beside those of every architecture
-    layouts: end of a parameter's name -> where its values are
-    variants: key of the file -> row for files in which it is not 0
-    """
-
-    model_type: str
-    norm: tuple[str, str | None] = (RMS_NORM, "rms_norm_eps")
-    fields: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    present: Mapping[str, str] = field(default_factory=dict)
-    sliding: int = 0
-    window: int = 0
-    sliding_rope: str = "same"
-    prepare: Callable[[Any], None] | None = None
-    finish: Callable[[dict[str, Any], Any], None] | None = None
-    swap_halves: bool = False
-    norm_offset: float = 0.0
-    rope_factors: tuple[str, ...] = ()
-    no_effect: tuple[str, ...] = ()
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-    variants: Mapping[str, Architecture] = field(default_factory=dict)
 
 
 def row_of(file: GGUFFile) -> Architecture:
@@ -117,10 +78,8 @@ def _stablelm(fields: dict[str, Any], _keys) -> None:
 
 
 def _granite(fields: dict[str, Any], keys) -> None:
-    """A scale of attention scores that is missing, or 0, is the usual one."""
     keys.require("rope.scaling.finetuned", True)
-    usual = 1.0 / math.sqrt(fields["head_dim"])
-    fields["attention_multiplier"] = fields.get("attention_multiplier") or usual
+    granite_scale(fields)
 
 
 def _ministral3(fields: dict[str, Any], keys) -> None:
@@ -199,10 +158,6 @@ def _gemma4(fields: dict[str, Any], keys) -> None:
         fields["vocab_size_per_layer_input"] = table.shape[-1]
 
 
-def _joined(arrays: list[np.ndarray], _config) -> np.ndarray:
-    return np.concatenate(arrays, axis=1)
-
-
 def _interleaved(arrays: list[np.ndarray], _config) -> np.ndarray:
     """gpt-oss: gate and up [n_expert, n_ff, ...] -> [n_expert, ..., 2 n_ff] in turns."""
     both = np.stack(arrays, axis=2).reshape(len(arrays[0]), -1, *arrays[0].shape[2:])
@@ -232,27 +187,11 @@ def _falcon(fields: dict[str, Any], _keys) -> None:
     fields["ffn_hidden_size"] = fields.pop("intermediate_size")
 
 
-_ATTENTION_BIAS = {"attention_bias": r"blk\.\d+\.attn_(q|k|v|output)\.bias"}
-_MLP_BIAS = {"mlp_bias": r"blk\.\d+\.ffn_(gate|up|down)\.bias"}
-_ALL_FACTORS = ("freqs", "short", "long")
-_MIXTURE = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
-_FEW_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
-_ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-# transformers keeps the experts of a layer in one matrix.
-_EXPERTS = {
-    "mlp.experts.gate_up_proj": Layout(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _joined),
-    "mlp.experts.down_proj": Layout(("ffn_down_exps.weight",)),
-}
 _LLAMA = Architecture(
     "llama",
-    present=_ATTENTION_BIAS | _MLP_BIAS,
+    present=ATTENTION_BIAS | MLP_BIAS,
     swap_halves=True,
-    rope_factors=_ALL_FACTORS,
+    rope_factors=ALL_FACTORS,
 )
 _GEMMA2 = Architecture(
     "gemma2",
@@ -261,7 +200,7 @@ _GEMMA2 = Architecture(
         "final_logit_softcapping": "final_logit_softcapping",
     },
     fixed={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    present=_ATTENTION_BIAS,
+    present=ATTENTION_BIAS,
     sliding=2,
     window=4096,
     finish=_gemma(large=46),
@@ -270,45 +209,41 @@ _GEMMA2 = Architecture(
 _GRANITE = replace(
     _LLAMA,
     model_type="granite",
-    fields={
-        "logit_scale": "logits_scaling",
-        "residual_scale": "residual_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "attention.scale": "attention_multiplier",
-    },
+    fields=GRANITE_SCALES,
     finish=_granite,
 )
-_OLMO2 = Architecture("olmo2", present=_ATTENTION_BIAS)
+_OLMO2 = Architecture("olmo2", present=ATTENTION_BIAS)
 
 # general.architecture -> row
 ARCHITECTURES = {
+    **HYBRIDS,
     "llama": replace(
         _LLAMA,
         variants={
             "expert_count": replace(
                 _LLAMA,
                 model_type="mixtral",
-                fields=_FEW_EXPERTS,
+                fields=FEW_EXPERTS,
                 fixed={"sliding_window": None},
                 present={},
-                layouts=_EXPERTS,
+                layouts=EXPERTS,
             )
         },
     ),
     "qwen2": Architecture("qwen2"),
     "qwen2moe": Architecture(
         "qwen2_moe",
-        fields=_MIXTURE,
-        fixed=_ALL_SPARSE | {"norm_topk_prob": False},
-        layouts=_EXPERTS,
+        fields=MIXTURE,
+        fixed=ALL_SPARSE | {"norm_topk_prob": False},
+        layouts=EXPERTS,
     ),
-    "qwen3": Architecture("qwen3", present=_ATTENTION_BIAS),
+    "qwen3": Architecture("qwen3", present=ATTENTION_BIAS),
     "qwen3moe": Architecture(
         "qwen3_moe",
-        fields=_MIXTURE,
-        fixed=_ALL_SPARSE | {"norm_topk_prob": True},
-        present=_ATTENTION_BIAS,
-        layouts=_EXPERTS,
+        fields=MIXTURE,
+        fixed=ALL_SPARSE | {"norm_topk_prob": True},
+        present=ATTENTION_BIAS,
+        layouts=EXPERTS,
     ),
     "mistral3": replace(
         _LLAMA,
@@ -345,10 +280,10 @@ ARCHITECTURES = {
     "nemotron": Architecture(
         "nemotron",
         norm=(LAYER_NORM, "norm_eps"),
-        present=_ATTENTION_BIAS | _MLP_BIAS,
+        present=ATTENTION_BIAS | MLP_BIAS,
         norm_offset=1.0,
     ),
-    "gemma": Architecture("gemma", present=_ATTENTION_BIAS, norm_offset=1.0),
+    "gemma": Architecture("gemma", present=ATTENTION_BIAS, norm_offset=1.0),
     "gemma2": _GEMMA2,
     "gemma3": replace(
         _GEMMA2,
@@ -385,7 +320,7 @@ ARCHITECTURES = {
     ),
     "gpt-oss": Architecture(
         "gpt_oss",
-        fields=_FEW_EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
+        fields=FEW_EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
         fixed={"attention_bias": True},
         sliding=2,
         layouts={
@@ -420,21 +355,25 @@ ARCHITECTURES = {
         "olmoe",
         fields={"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
         fixed={"norm_topk_prob": False},
-        layouts=_EXPERTS,
+        layouts=EXPERTS,
     ),
     "granite": _GRANITE,
     "granitemoe": replace(
         _GRANITE,
         model_type="granitemoe",
-        fields=_GRANITE.fields | _FEW_EXPERTS,
-        present=_ATTENTION_BIAS,
-        layouts={
-            "block_sparse_moe.experts.gate_up_proj": _EXPERTS["mlp.experts.gate_up_proj"],
-            "block_sparse_moe.experts.down_proj": _EXPERTS["mlp.experts.down_proj"],
-            "block_sparse_moe.router.weight": Layout(("ffn_gate_inp.weight",)),
-        },
+        fields=GRANITE_SCALES | FEW_EXPERTS,
+        present=ATTENTION_BIAS,
+        layouts=GRANITE_EXPERTS,
     ),
-    "glm4": Architecture("glm4", present=_ATTENTION_BIAS),
+    "glm4": Architecture("glm4", present=ATTENTION_BIAS),
+    "glm4moe": Architecture(
+        "glm4_moe",
+        fields=ROUTED_EXPERTS | {"leading_dense_block_count": "first_k_dense_replace"},
+        fixed={"first_k_dense_replace": 0, "norm_topk_prob": False},
+        present=ATTENTION_BIAS | {"use_qk_norm": r"blk\.\d+\.attn_q_norm\.weight"},
+        finish=sigmoid_gates,
+        layouts=EXPERTS | {"mlp.gate.e_score_correction_bias": Layout(("exp_probs_b.bias",))},
+    ),
     "starcoder2": Architecture(
         "starcoder2",
         norm=(LAYER_NORM, "norm_epsilon"),
@@ -465,7 +404,7 @@ ARCHITECTURES = {
         },
     ),
     "ernie4_5": Architecture("ernie4_5", present={"use_bias": r"blk\.\d+\.\w+\.bias"}),
-    "hunyuan-dense": Architecture("hunyuan_v1_dense", present=_ATTENTION_BIAS),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", present=ATTENTION_BIAS),
     "falcon": Architecture(
         "falcon",
         norm=(LAYER_NORM, "layer_norm_epsilon"),

@@ -19,6 +19,9 @@ ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation")
 SILU = ("silu", "swish")
 GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
 RELU2, XIELU = ("relu2",), ("xielu",)
+# No limit of the time steps of Mamba 2, as JSON has it and as transformers writes it
+NO_LIMIT = ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None)
+CONVERTED_CONTEXT = 1 << 20  # that the converter writes for models whose positions turn nothing
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,21 @@ class Graph:
         configuration and returns them. The first one is told. A field that is not there fits.
     freqs, lengths: whether the loader takes the tensor of rotary factors for all lengths, and the
         two for short and long texts
+    turns: whether positions turn queries and keys at all
     turns_all: whether layers with full attention are turned where others slide
     rounds_yarn: whether the released models have YaRN without `truncate`, which llama.cpp rounds
+    stated: field of the configuration -> a function that takes the configuration and returns what
+        the converter writes, where that is not the field's value
     """
 
     activations: tuple[str, ...] | None = SILU
     fixed: Mapping[str, tuple | Callable[[dict], tuple]] = field(default_factory=dict)
     freqs: bool = False
     lengths: bool = False
+    turns: bool = True
     turns_all: bool = True
     rounds_yarn: bool = False
+    stated: Mapping[str, Callable[[dict], Any]] = field(default_factory=dict)
 
 
 def _query_scale(large: int) -> Callable[[dict], tuple]:
@@ -63,20 +71,92 @@ def _every_fourth(config: dict) -> tuple:
     return ([int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])],)
 
 
+def _key_head(config: dict) -> tuple:
+    """V heads of delta nets are as long as K heads."""
+    return (config["linear_key_head_dim"],)
+
+
+def _gate_first(config: dict) -> tuple:
+    """A norm of Falcon-H1 comes behind the gate."""
+    return (False,) if config.get("mamba_rms_norm") else (False, True)
+
+
+def _tied_alike(config: dict) -> tuple:
+    """A tied file of Falcon-H1 has the input's multiplier in the one matrix of both embeddings."""
+    alike = config.get("embedding_multiplier", 1.0) == config.get("lm_head_multiplier", 1.0)
+    return (False, True) if alike else (False,)
+
+
+def _bias_alike(config: dict) -> tuple:
+    """The converter multiplies the biases of Falcon-H1's attention with that of their input."""
+    return (False, True) if config.get("attention_in_multiplier", 1.0) == 1.0 else (False,)
+
+
+def _lfm2_width(config: dict) -> int:
+    """The width of LFM2's FFN, which its code computes from the configuration's."""
+    width = config["intermediate_size"]
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return width
+    width = int(config.get("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
+    multiple = config.get("block_multiple_of", 256)
+    return -(-width // multiple) * multiple
+
+
+def _hunyuan_context(config: dict) -> int | None:
+    """Files of a stretched HunYuan have a context of 256k tokens."""
+    stretched = "alpha" in (config.get("rope_parameters") or {})
+    return None if stretched else config["max_position_embeddings"]
+
+
+_NO_POSITIONS: dict[str, Any] = {
+    "turns": False,
+    "stated": {"max_position_embeddings": lambda _config: CONVERTED_CONTEXT},
+}
+_NEMOTRON_H = {
+    "mlp_hidden_act": RELU2,
+    "mamba_hidden_act": SILU,
+    "time_step_limit": NO_LIMIT,
+    "sliding_window": (None,),
+}
 _CAUSAL = {"use_bidirectional_attention": (False, None, "vision")}
 _ALL_FACTORS: dict[str, Any] = {"freqs": True, "lengths": True}
 
 GRAPHS = {
     **dict.fromkeys(
         (
-            *("command-r", "ernie4_5", "glm4", "glm4moe", "hunyuan-dense", "olmo", "olmo2"),
+            *("command-r", "ernie4_5", "glm4", "glm4moe", "olmo", "olmo2"),
             *("qwen2", "qwen3", "seed_oss", "stablelm"),
         ),
         Graph(),
     ),
     **dict.fromkeys(("llama", "mistral3", "granite", "granitemoe"), Graph(**_ALL_FACTORS)),
+    "hunyuan-dense": Graph(stated={"max_position_embeddings": _hunyuan_context}),
     "qwen2moe": Graph(fixed={"norm_topk_prob": (False,)}),
     "qwen3moe": Graph(fixed={"norm_topk_prob": (True,)}),
+    **dict.fromkeys(("qwen35", "qwen35moe"), Graph(fixed={"linear_value_head_dim": _key_head})),
+    "qwen3next": Graph(
+        fixed={
+            "linear_value_head_dim": _key_head,
+            "norm_topk_prob": (True,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([], None),
+        }
+    ),
+    "lfm2": Graph(stated={"intermediate_size": _lfm2_width}),
+    "lfm2moe": Graph(fixed={"norm_topk_prob": (True,), "routed_scaling_factor": (1.0,)}),
+    "granitehybrid": Graph(
+        fixed={"position_embedding_type": (None, "nope"), "time_step_limit": NO_LIMIT},
+        **_NO_POSITIONS,
+    ),
+    "falcon-h1": Graph(
+        fixed={
+            "time_step_limit": NO_LIMIT,
+            "mamba_norm_before_gate": _gate_first,
+            "tie_word_embeddings": _tied_alike,
+            "attention_bias": _bias_alike,
+        }
+    ),
+    **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), Graph(None, _NEMOTRON_H, **_NO_POSITIONS)),
     "gemma": Graph(GELU, _CAUSAL),
     "gemma2": Graph(GELU, _CAUSAL | {"query_pre_attn_scalar": _query_scale(46)}),
     "gemma3": Graph(GELU, _CAUSAL | {"query_pre_attn_scalar": _query_scale(62)}),

@@ -26,16 +26,17 @@ from mod_export.formats.ggml_types import enum_name
 from mod_export.formats.gguf import GGUFFile, Tensor
 from mod_export.formats.rotary import FREQS, LONG, SHORT
 from mod_export.formats.safetensors_writing import StoredTensor, in_shards
-from mod_export.model.gguf_architectures import (
+from mod_export.formats.sliding_windows import main_layers
+from mod_export.model.gguf_architectures import row_of
+from mod_export.model.gguf_rope import RopeFactors, rope_parameters
+from mod_export.model.gguf_rows import (
     FULL,
     LAYER_NORM,
     RMS_NORM,
     SLIDING,
     Architecture,
     Layout,
-    row_of,
 )
-from mod_export.model.gguf_rope import RopeFactors, rope_parameters
 from mod_export.model.gguf_tokenizer import USE_DIRECTORY
 from mod_export.model.streaming import Change, without_weights
 
@@ -56,7 +57,13 @@ NO_EFFECT = (
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_log_multiplier",
 )
-ONE_VALUE = {"attention.causal": True, "nextn_predict_layers": 0, "expert_group_count": 0}
+ONE_VALUE = {
+    "attention.causal": True,
+    "expert_group_count": 0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+}
+SECTIONS = "rope.dimension_sections"  # has a length of its own
 WRITTEN_ROWS = 4096  # of a matrix outside of the layers, in memory at once
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Types of tensors whose values torch has a type for.
@@ -114,6 +121,7 @@ class GGUFWeights:
         if self.row.model_type == "gemma4_text":
             taken.add(FREQS)  # its configuration says them in another way
         taken |= {name for name in file.tensors if _is_shared(name, self.config)}
+        taken |= {name for name in file.tensors if _layer_of(name) >= main_layers(file)}
         if rest := sorted(set(file.tensors) - taken):
             raise UserError(
                 f"{file.path}: transformers' {self.row.model_type} has no place for the tensor "
@@ -216,11 +224,17 @@ def _bytes(value: torch.Tensor) -> memoryview:
     return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
+def _layer_of(tensor: str) -> int:
+    """Return the number of the layer that a tensor of a file is of; -1 for none."""
+    found = re.match(r"blk\.(\d+)\.", tensor)
+    return int(found[1]) if found else -1
+
+
 def _is_shared(tensor: str, config) -> bool:
     """Whether a tensor is for K/V of a layer that takes them from another."""
-    found = re.match(r"blk\.(\d+)\.attn_(k|v|k_norm)\.", tensor)
     shared = getattr(config, "num_kv_shared_layers", 0)
-    return bool(found) and int(found[1]) >= config.num_hidden_layers - shared
+    is_kv = bool(re.match(r"blk\.\d+\.attn_(k|v|k_norm)\.", tensor))
+    return is_kv and _layer_of(tensor) >= config.num_hidden_layers - shared
 
 
 def read_config(file: GGUFFile):
@@ -233,7 +247,8 @@ def read_config(file: GGUFFile):
     if row.prepare:
         row.prepare(keys)
     for name, value in ONE_VALUE.items():
-        keys.require(name, value)
+        if name not in row.fields:
+            keys.require(name, value)
     fields = dict(row.fixed) | _size_fields(file, keys)
     epsilon = float(keys.take(row.norm[0]))
     if row.norm[1]:
@@ -241,9 +256,6 @@ def read_config(file: GGUFFile):
     for name, field_name in row.fields.items():
         if name in keys.rest:
             fields[field_name] = keys.take(name)
-    for name in ("expert_count", "expert_used_count"):
-        if name not in row.fields:
-            keys.require(name, 0)
     for field_name, pattern in row.present.items():
         fields[field_name] = any(re.fullmatch(pattern, name) for name in file.tensors)
     fields |= _position_fields(file, keys, row, fields)
@@ -260,7 +272,10 @@ def read_config(file: GGUFFile):
 
 
 class Keys:
-    """The keys of a file's architecture, without its prefix, that nobody has taken yet."""
+    """The keys of a file's architecture, without its prefix, that nobody has taken yet.
+
+    Layers that predict tokens further on are left out: they are none of transformers' model.
+    """
 
     def __init__(self, file: GGUFFile):
         self.file, self.path = file, file.path
@@ -270,6 +285,12 @@ class Keys:
             for name, key in file.keys.items()
             if name.startswith(self._prefix)
         }
+        n_main, n_layer = main_layers(file), self.rest.get("block_count")
+        if self.rest.pop("nextn_predict_layers", 0):
+            self.rest["block_count"] = n_main
+            for name, value in self.rest.items():
+                if name != SECTIONS and isinstance(value, np.ndarray) and len(value) == n_layer:
+                    self.rest[name] = value[:n_main]
 
     def name(self, key: str) -> str:
         """Return the whole name of a key."""
@@ -398,10 +419,14 @@ def _layout(name: str, row: Architecture) -> tuple[str, Layout | None]:
 def _sources(parameter: str, names, row: Architecture, file: GGUFFile) -> tuple[str, ...]:
     layer, layout = _layout(parameter, row)
     if layout is not None:
+        whole = f"blk.{layer}.{layout.whole}"
+        if whole in file.tensors:
+            return (whole,)
         sources = tuple(f"blk.{layer}.{tensor}" for tensor in layout.tensors)
     else:
         stem, _, suffix = parameter.rpartition(".")
-        mapped = names.get_name(stem)
+        # The converter knows Nemotron-H by the names of its first files.
+        mapped = names.get_name(stem) or names.get_name(stem.replace("model.", "backbone.", 1))
         sources = (f"{mapped}.{suffix}" if mapped else parameter,)
     lacking = [name for name in sources if name not in file.tensors]
     if not lacking:
@@ -419,14 +444,17 @@ def _value(
 ) -> torch.Tensor:
     """Return the values of a parameter in transformers' order."""
     arrays = [_dequantized(file.tensors[source]) for source in sources]
-    layout = _layout(name, row)[1] or Layout(sources)
-    array = layout.join(arrays, config)
+    layout = _layout(name, row)[1]
+    if layout is None or layout.whole and sources[0].endswith(f".{layout.whole}"):
+        array = arrays[0]
+    else:
+        array = layout.join(arrays, config)
     if row.swap_halves and (found := re.search(r"\.attn_([qk])\.", sources[0])):
         heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
         # Pairs are neighbours in the file; transformers has them half a head apart.
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])
         array = pairs.swapaxes(1, 2).reshape(array.shape)
-    if row.norm_offset and sources[0].endswith("norm.weight"):
+    if row.norm_offset and layout is None and sources[0].endswith("norm.weight"):
         array = array - np.float32(row.norm_offset)
     if _solid(array.shape) != _solid(parameter.shape):
         raise UserError(

@@ -77,6 +77,8 @@ def same(directory: Path, config: dict, graph: Graph, file: GGUFFile) -> bool:
 
 def _different(directory: Path, config: dict, graph: Graph, file: GGUFFile) -> list[tuple]:
     """Kind of layer (None: all of them), embedding of the directory, and the file's other one."""
+    if not graph.turns:
+        return []
     result = []
     for kind in _kinds_of_layers(config, graph, file):
         wanted, found = config_rotary(directory, config, kind), file_rotary(file, kind == SLIDES)

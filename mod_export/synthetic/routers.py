@@ -19,6 +19,7 @@ from mod_export.config import HEAD, KV_WINDOW, SINK_TOKENS, MoDConfig, UnitConfi
 from mod_export.errors import UserError
 from mod_export.formats import architectures, kv_size
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.sliding_windows import main_layers
 from mod_export.synthetic.weights import Weights, rng_of, table_values
 from mod_export.units import (
     KV,
@@ -92,7 +93,7 @@ def routing_of(file: GGUFFile, options: SynthesisOptions) -> MoDConfig:
     Raises UserError as `routing` does, and for a layer that cannot have a unit of the kind.
     """
     config = routing(
-        file.model_number("block_count"),
+        main_layers(file),
         options,
         kv_size.kv_heads(file),
         lambda kind: architectures.routable_layers(file, kind),

@@ -20,7 +20,8 @@ from mod_export.model.gguf_reading import read_model
 from mod_export.runtime.batch_logits import BatchLogitsLlama
 from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.gguf_models import random_model, write_models
+from tests.support.draft_heads import with_head
+from tests.support.gguf_models import changed, random_model, write_models
 from tests.support.model_types import HYBRIDS, MODEL_TYPES, ROUTINGS, units
 
 IDS = np.random.default_rng(0).integers(3, 96, 200).tolist()
@@ -61,11 +62,49 @@ def test_both_directions_give_the_same_logits(files, tmp_path, name):
     if name in HYBRIDS:
         identity = base_identity(random_model(*HYBRIDS[name]), None, name)
         assert compare(identity, gguf_identity(file)) < ROUNDING_DISTANCE
-    if file.architecture in ARCHITECTURES:
+    if name in HYBRIDS or file.architecture in ARCHITECTURES:
         model = read_model(file, torch.float32)
         assert compare_rows(written, torch_logits(model))[:, 0].mean() <= 1e-9
         model.config.save_pretrained(tmp_path)
         check_base(tmp_path, file)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "glm4_moe"])
+def test_layers_for_drafts_change_nothing(files, tmp_path, name):
+    """Released files of Qwen3.5 and GLM-4.5 have them: they were refused, as no such model."""
+    plain, file = files[name], with_head(files[name], tmp_path / "drafts.gguf", layer=1)
+    dense = torch_logits(read_model(GGUFFile.open(plain), torch.float32))
+    base = read_model(GGUFFile.open(file), torch.float32)
+    assert (torch_logits(base) == dense).all()
+    identity = base_identity(base, None, name)
+    assert compare(identity, gguf_identity(GGUFFile.open(file))) < ROUNDING_DISTANCE
+    config = tiny.config(units(base, "kv"), n_layer=base.config.num_hidden_layers)
+    tokenizer = byte_tokenizer()
+    model = tiny.wrap(base, config, tokenizer(TEXT, return_tensors="pt").input_ids, tokenizer)
+    model.save(tmp_path / "mod")
+    check_base(tmp_path / "mod", GGUFFile.open(file))
+    out = export(tmp_path / "mod", tmp_path / "mod.gguf", base=file)
+    result = verify(out, tmp_path / "mod", TEXT, n_tokens=200, length=200, threads=1)
+    assert result["decision_agreement"] == 1 and result["mean_kl"] <= MAX_KL, report(result)
+
+
+def test_numbers_of_layers_for_drafts_are_left_out(files, tmp_path):
+    """Nemotron-H's layer for drafts attends and has an FFN, so that its arrays have both."""
+    file, arch = GGUFFile.open(files["nemotron_h_moe"]), "nemotron_h_moe"
+    path = changed(
+        file.path,
+        tmp_path / "drafts.gguf",
+        changed_keys={f"{arch}.block_count": 9},
+        dropped_keys=[f"{arch}.feed_forward_length", f"{arch}.attention.head_count_kv"],
+        added_keys=[
+            (f"{arch}.nextn_predict_layers", "u32", 1),
+            (f"{arch}.feed_forward_length", "u32[]", [0, 0, 0, 32, 0, 0, 0, 32, 32]),
+            (f"{arch}.attention.head_count_kv", "u32[]", [0, 2, 0, 0, 2, 2, 0, 0, 2]),
+        ],
+    )
+    models = [read_model(GGUFFile.open(p), torch.float32) for p in (file.path, path)]
+    assert models[0].config.to_dict() == models[1].config.to_dict()
+    assert (torch_logits(models[0]) == torch_logits(models[1])).all()
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -78,7 +78,7 @@ def test_the_large_exaone4_and_layers_that_predict_further(tmp_path):
         tmp_path / "b.gguf", "afmoe", 5, attention__sliding_window=9, nextn_predict_layers=1
     )
     assert layer_windows(file) == (9, 9, 9, 0, 0)
-    assert [layer.bytes_per_token for layer in kv_layers(file)] == [256] * 4 + [0]
+    assert [layer.bytes_per_token for layer in kv_layers(file)] == [256] * 4
 
 
 def test_sizes_of_layers(tmp_path):
