@@ -36,6 +36,7 @@ from mod_export.formats.kv_size import (
     mean_activation,
 )
 from mod_export.formats.kv_types import KVTypes
+from mod_export.formats.recurrent_layers import recurrent_layers, state_bytes
 from mod_export.formats.schema import read_routers
 from mod_export.units import UNIT_KINDS
 
@@ -50,6 +51,8 @@ PROBED_CONTEXTS = (4096, 65536)  # contexts that llama.cpp measures
 # The compute buffers are multiplied by it, for buffers in which the CPU quantises the inputs of
 # products.
 COMPUTE_FACTOR = 1.07
+# The runtime keeps two graphs of one token, which have room for so many copies of a layer's state.
+KEPT_STATES = 14
 PROCESS_BYTES = 6 * MIB  # tokens, and Python's side of a run
 USED_CELL_BYTES = 13  # position, set of sequences, place in its list, byte of the mask
 PAGE_BYTES = 4096
@@ -107,6 +110,7 @@ class MemoryModel:
         self.config = read_routers(file)[0]
         options.types.check(file)
         self.layers = kv_layers(file, *options.types.sizes) if self.config else []
+        self.layer_state = state_bytes(file) // max(1, sum(recurrent_layers(file)))
         self.dense = self.config is None
 
     def as_dense(self) -> "MemoryModel":
@@ -130,7 +134,8 @@ class MemoryModel:
 
     def need(self, n: int) -> MemoryNeed:
         """What a context of n tokens takes when it is full."""
-        compute = self._line("compute", n) * COMPUTE_FACTOR
+        kept = 0 if self.dense else KEPT_STATES * self.layer_state
+        compute = self._line("compute", n) * COMPUTE_FACTOR + kept
         layers = range(len(self.layers))
         if self.dense:  # it has one cache for all layers
             kv = self._line("kv", n) if self.config is None else self._dense_kv(n)

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
+from mod_export.common.system import resident
 from mod_export.data.text import default_texts
 from mod_export.formats import hub
 from mod_export.formats.ggml_types import TYPE_NAMES, file_type, type_named
@@ -315,6 +316,25 @@ def test_a_shape_of_another_architecture(preset, tmp_path):
         raw.clear()
         raw.set(force="none")
         assert not np.array_equal(raw.decode(tokens), logits)
+
+
+def test_batches_of_a_hybrid_hold_no_copies_of_its_states(tmp_path):
+    """Graphs of small batches were kept, each with room for a copy of the states of all its rows:
+    400 MB for batches of 2, 3 and 4 sequences in 8 layers.
+    """
+    shape = replace(PRESETS["qwen3.5-4b"], **(_NARROW | {"layers": 8}))
+    path = tmp_path / "mod.gguf"
+    synth(path, shape, "q8_0", routing_of(header(shape), SynthesisOptions("kv+ffn")))
+    tokens = np.random.default_rng(6).integers(VOCAB, size=(4, 20)).tolist()
+    llm = MoDLlama(path, n_ctx=256, threads=1)
+    llm.new_context(n_ctx=512, n_batch=128, n_ubatch=128, n_seq_max=4, kv_unified=True)
+    for seq, text in enumerate(tokens):
+        llm.decode_rows([(token, i, seq, i == 9) for i, token in enumerate(text[:10])])
+    before = resident("VmRSS")
+    for position, n in ((10, 4), (11, 4), (12, 3), (13, 3), (14, 2), (15, 2)):
+        llm.decode_rows([(tokens[seq][position], position, seq, True) for seq in range(n)])
+    assert resident("VmRSS") - before < 100e6
+    llm.close()
 
 
 # --- the command

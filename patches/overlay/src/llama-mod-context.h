@@ -129,6 +129,8 @@ private:
         uint64_t               generation = 0; // of the K/V that it was built on
     };
 
+    bool has_states(const llm_mod_segment & seg) const;
+
     // where recurrent layers write their states, which graphs depend on; 0: the segment has none
     uint32_t get_head(const llm_mod_segment & seg) const;
 

@@ -252,8 +252,9 @@ bool llama_mod_context::run_piece(piece & p, const llama_ubatch & ubatch, llm_gr
         llama_kv_cache_mod_context * mctx, bool cache, ggml_status & ret) {
     const int32_t unit = p.seg.unit;
 
-    // a head without outputs has no data at all, for which a scheduler of its own cannot allocate
-    const bool keep = cache && !(p.seg.last && lctx.n_outputs == 0);
+    // a head without outputs has no data at all, for which a scheduler of its own cannot allocate;
+    // a graph has room for a copy of each row's recurrent states, megabytes: for several rows the context's room is taken
+    const bool keep = cache && !(p.seg.last && lctx.n_outputs == 0) && !(ubatch.n_tokens > 1 && has_states(p.seg));
 
     std::vector<int32_t> rows, rows_in, rows_out;
     llama_ubatch sub;
@@ -448,14 +449,18 @@ ggml_backend_t llama_mod_context::get_input_backend(const llm_mod_segment & seg)
     return inputs == io::block || (inputs == io::unset && !is_host) ? get_backend(dev) : nullptr;
 }
 
-uint32_t llama_mod_context::get_head(const llm_mod_segment & seg) const {
+bool llama_mod_context::has_states(const llm_mod_segment & seg) const {
     const auto * recr = get_memory()->get_recr();
     for (int32_t il = (seg.t0 + 1)/2; recr && 2*il < seg.t1; ++il) {
         if (recr->has(il)) {
-            return recr->get_context(false)->get_head();
+            return true;
         }
     }
-    return 0;
+    return false;
+}
+
+uint32_t llama_mod_context::get_head(const llm_mod_segment & seg) const {
+    return has_states(seg) ? get_memory()->get_recr()->get_context(false)->get_head() : 0;
 }
 
 llama_mod_context::variant & llama_mod_context::get_variant(piece & p, uint32_t n_rows, bool gather) {

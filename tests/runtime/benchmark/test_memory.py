@@ -13,6 +13,10 @@ from mod_export.benchmark import memory
 from mod_export.benchmark.memory import MIB, MemoryModel, MemoryOptions
 from mod_export.formats.kv_size import expected_cells
 from mod_export.runtime import bindings
+from mod_export.synthetic.keys import header
+from mod_export.synthetic.routers import SynthesisOptions, routing_of
+from mod_export.synthetic.shape import PRESETS
+from mod_export.synthetic.write import synth
 from tests.support.tiny_gguf import Tiny
 
 patched = pytest.mark.skipif(
@@ -113,6 +117,18 @@ def test_a_run_takes_what_was_predicted(files):
         assert row["kv_used"] <= row["kv"] and row["needed"] <= row["peak"]
     assert rows[1]["kv"] < 0.75 * rows[0]["kv"] and 0.3 < rows[1]["activation"] < 0.6
     assert memory.check_report(rows).count("yes") == 2
+
+
+@patched
+def test_a_hybrid(tmp_path):
+    """States are in the cache, in checkpoints and in kept graphs, which fit left out once."""
+    narrow = {"layers": 4, "embd": 512, "heads": 2, "heads_kv": 2, "ff": 256, "vocab": 320}
+    shape = replace(PRESETS["qwen3.5-4b"], **narrow)
+    mod, dense = tmp_path / "mod.gguf", tmp_path / "dense.gguf"
+    synth(mod, shape, "q8_0", routing_of(header(shape), SynthesisOptions("kv+ffn")), dense)
+    plan = memory.fit(mod, 600 * MIB, MemoryOptions(ubatch=128), dense)
+    for row in memory.check(plan, TEXT, 1536):
+        assert 0.85 < row["needed"] / row["predicted"] < 1.05
 
 
 @patched
