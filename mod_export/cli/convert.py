@@ -1,5 +1,6 @@
 """The command `mod-export convert`."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from mod_export.config import KV_GRANULARITIES, KV_GRANULARITY
 from mod_export.errors import UserError
 from mod_export.formats import hub
 from mod_export.formats.ggml_types import EXPORT_FORMATS
+
+logger = logging.getLogger(__name__)
 
 
 class Window(click.IntRange):
@@ -165,6 +168,11 @@ def command(ctx, model, output, save, adapter, revision, quant, base, force, **o
         )
     elif adapter is None:
         make(output, force=force, **({"save": save} if save else {}))
+        if save != FULL:
+            logger.info(
+                f"{output} holds the routers alone: `mod-export export {output} --base FILE.gguf "
+                "-o OUT.gguf` puts them on a GGUF file of the model"
+            )
     elif save in (None, FULL):
         make(output, force=force)
     else:

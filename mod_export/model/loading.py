@@ -32,6 +32,14 @@ from mod_export.model.safetensors_weights import CannotStream, SafetensorsWeight
 
 logger = logging.getLogger(__name__)
 
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a message of transformers says more than that kernels for CUDA are not installed."""
+    return torch.cuda.is_available() or "falling back to its reference" not in record.getMessage()
+
+
+logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_of_use)
+
 # Files that a tokenizer of transformers can be made of
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 PROBE_TEXT = "Two words"  # some faults of a tokenizer show only where it reads a text
