@@ -230,8 +230,10 @@ llama_memory_context_ptr llama_kv_cache_mod::init_batch(llama_batch_allocr & bal
     llama_memory_context_ptr ctx;
     if (recr) {
         auto ubatches = recr->split(balloc, n_ubatch, embd_all);
-        auto sinfos   = base->prepare(ubatches);
-        if (!ubatches.empty() && !sinfos.empty()) {
+        if (ubatches.empty()) {
+            return fail();
+        }
+        if (auto sinfos = base->prepare(ubatches); !sinfos.empty()) {
             ctx = std::make_unique<llama_kv_cache_context>(base, std::move(sinfos), std::move(ubatches));
         }
     } else {

@@ -142,6 +142,20 @@ def test_sequences_that_share_a_state_take_back_each_its_own(drafted):
                 goes_on(context, tiny, out[0], TEXTS[0], end, seq)
 
 
+def decode_shared(r, tokens) -> int:
+    """Decode tokens of several sequences: (token, position, sequences); return the return code."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 3)
+    batch.n_tokens = len(tokens)
+    for i, (token, at, seqs) in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.logits[i] = int(token), at, 1
+        batch.n_seq_id[i] = len(seqs)
+        for j, seq in enumerate(seqs):
+            batch.seq_id[i][j] = seq
+    rc = llama_cpp.llama_decode(r.ctx, batch)
+    llama_cpp.llama_batch_free(batch)
+    return rc
+
+
 def test_a_token_of_two_sequences_takes_both_back(drafted):
     """The second one of them was taken back again at its next token."""
     tiny, path, out = drafted
@@ -149,13 +163,7 @@ def test_a_token_of_two_sequences_takes_both_back(drafted):
         r.decode(TEXTS[0, :43])
         assert r.seq_rm(0, 40)
         r.seq_cp(0, 1)
-        batch = llama_cpp.llama_batch_init(3, 0, 2)
-        batch.n_tokens = 3
-        for i in range(3):
-            batch.token[i], batch.pos[i], batch.logits[i] = TEXTS[0, 40 + i], 40 + i, 1
-            batch.n_seq_id[i], batch.seq_id[i][0], batch.seq_id[i][1] = 2, 0, 1
-        assert llama_cpp.llama_decode(r.ctx, batch) == 0
-        llama_cpp.llama_batch_free(batch)
+        assert decode_shared(r, [(TEXTS[0, at], at, [0, 1]) for at in range(40, 43)]) == 0
         r.pos = {0: 43, 1: 43}
         goes_on(r, tiny, out[0], TEXTS[0], 43, seq=1)
         goes_on(r, tiny, out[0], TEXTS[0], 43, seq=0)
@@ -209,6 +217,20 @@ def test_more_sequences_than_a_ubatch_has_tokens(hybrid):
                 logits = r.decode(TEXTS[:, n], [0, 1, 2])
                 for s in range(3):
                     close(logits[s], out[s].logits[n], tiny.noise)
+
+
+def test_embeddings_of_shared_tokens_need_a_batch_of_their_own(hybrid):
+    """The state of a sequence took in the tokens of another one that followed in the ubatch."""
+    tiny, path, out = hybrid
+    shared = [(TEXTS[0, at], at, [0, 1]) for at in range(40)]
+    with Raw(path, n_seq=2, embeddings=True, pooling_type=0) as r:
+        assert decode_shared(r, [*shared, (TEXTS[1, 40], 40, [0])]) != 0
+        assert [r.seq_pos(seq)[1] for seq in (0, 1)] == [-1, -1]
+        assert decode_shared(r, shared) == 0
+        llama_cpp.llama_set_embeddings(r.ctx, False)
+        assert decode_shared(r, [(TEXTS[1, 40], 40, [0])]) == 0
+        r.pos = {1: 40}
+        goes_on(r, tiny, out[0], TEXTS[0], 40, seq=1)
 
 
 def test_a_failed_decode_leaves_the_state_as_it_was(hybrid):
