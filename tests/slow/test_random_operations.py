@@ -302,7 +302,7 @@ class Machine:
 
     def draft(self, seq, tokens, n) -> None:
         """Tokens are read, and the last n taken back."""
-        self.decode([(seq, token) for token in tokens], "all", False, None)
+        self.decode([(seq, token) for token in tokens], "all", True, None)
         self.remove(seq, self.ref.pos_max(seq) + 1 - n, -1)
 
     def _load_with(self, force, shift, slot, dst) -> None:
