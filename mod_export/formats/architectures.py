@@ -1,8 +1,9 @@
 """Which architectures of llama.cpp can have routers, of which kinds, and why others cannot.
 
     kinds("qwen3")            # ("block", "attn", "ffn", "kv")
-    reason("mpt")             # "attention biases by distance (ALiBi)"; None: it has all kinds
-    check("mpt", {"kv"})      # raises UserError
+    reason("mamba")           # "its layers have a recurrent state and no attention"
+    reason("qwen3")           # None: it has all kinds
+    check("mamba", {"kv"})    # raises UserError
     of_class("Qwen3ForCausalLM")   # "qwen3"
     of_model_type("gemma3_text")   # "gemma3"
 

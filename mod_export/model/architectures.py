@@ -149,7 +149,7 @@ ARCHITECTURES = {
     ),
 }
 
-ALIBI = "its attention has ALiBi biases, which masks cannot hold"
+ALIBI = "transformers adds ALiBi biases to its scores where nothing can replace them"
 # model_type -> why its layers cannot have units, for those whose modules have the usual names
 REFUSED = {
     **dict.fromkeys(("bloom", "mpt"), ALIBI),

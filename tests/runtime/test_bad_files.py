@@ -171,14 +171,14 @@ def test_tokens_that_are_not_utf8_have_a_text(tmp_path):
 
 
 def test_an_architecture_that_cannot_have_routers(tmp_path):
-    """refact has llama's tensors, so only the routers are in the way."""
+    """llada has llama's tensors, so only the routers are in the way."""
     model = tiny()
-    model.arch = "refact"
+    model.arch = "llada"
     plain = Tiny(**{**model.__dict__, "routers": {}})
     mod, dense = model.write(tmp_path / "mod.gguf"), plain.write(tmp_path / "dense.gguf")
     bad, good = run_all([["chat", mod, "--prompt", "hi"], ["chat", dense, "--prompt", "hi"]])
     # to make the file again would not help
-    refused(bad, "refact", "biased by distance (ALiBi)", "use the model without routers")
+    refused(bad, "llada", "its attention is not causal", "use the model without routers")
     refused(good, "no chat template")
 
 

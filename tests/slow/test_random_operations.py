@@ -1,4 +1,4 @@
-"""20,000 random operations on the runtime's KV memory.
+"""21,000 random operations on the runtime's KV memory.
 
 Each is compared with the slow reference of kv_reference.py.
 
@@ -34,7 +34,7 @@ OPERATIONS = int(os.environ.get("MOD_EXPORT_TEST_OPERATIONS", "500"))  # of each
 SEEDS = 2
 DRAFTS = " with drafts"  # so many of whose tokens can be taken back
 N_BACK = 6
-ALL_CASES = (*oracle.CASES, *oracle.WINDOWED, *memory.WITHOUT_V, *memory.HYBRIDS)
+ALL_CASES = (*oracle.CASES, *oracle.WINDOWED, *memory.WITHOUT_V, *memory.BIASED, *memory.HYBRIDS)
 ALL_CASES += tuple(name + DRAFTS for name in memory.DRAFTED)
 SHIFTS = {"active": -1e9, "inactive": 1e9}  # force, as the oracle's shift
 

@@ -52,10 +52,10 @@ def test_what_the_runtime_does_not_run_is_told(caplog):
     ):  # all kinds; not known to llama.cpp
         note_for_export(name, ["kv"])
     assert not caplog.messages
-    note_for_export("BloomForCausalLM", ["kv"])
+    note_for_export("MambaForCausalLM", ["kv"])
     note_for_export("PhiForCausalLM", ["kv", "ffn"])
-    biased, parallel = caplog.messages
-    assert "'bloom' cannot have routers: " in biased and "(ALiBi)" in biased
+    recurrent, parallel = caplog.messages
+    assert "'mamba' cannot have routers: " in recurrent and "no attention" in recurrent
     assert "'phi2' cannot have units of kind ffn: " in parallel
 
 

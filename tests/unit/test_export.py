@@ -158,7 +158,7 @@ def test_directories_that_are_no_mod_model(run_cli, mod_dir, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "said"),
     [
-        ("mpt", "'mpt' cannot have routers: .*ALiBi"),
+        ("mamba", "'mamba' cannot have routers: .*no attention"),
         ("phi2", "'phi2' cannot have units of kind attn, ffn: .*; use kv or block units"),
         ("nonesuch", "'nonesuch' cannot have routers: .*does not know it"),
     ],
@@ -175,8 +175,8 @@ def test_architecture_that_cannot_have_the_routers(run_cli, mod_dir, tmp_path, a
 def test_architecture_of_a_directory(run_cli, mod_dir, tmp_path):
     """It is refused before the weights are converted."""
     directory = edited(
-        mod_dir, tmp_path / "bloom", lambda data: data.update(architectures=["BloomForCausalLM"])
+        mod_dir, tmp_path / "mamba", lambda data: data.update(architectures=["MambaForCausalLM"])
     )
-    assert "'bloom' cannot have routers" in export_refused(
+    assert "'mamba' cannot have routers" in export_refused(
         run_cli, tmp_path, directory, "-o", "out.gguf"
     )

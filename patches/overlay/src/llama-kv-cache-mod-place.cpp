@@ -179,13 +179,13 @@ const llama_kv_cache_context * llama_kv_cache_mod::get_one(layer_group & c, int3
 
 void llama_kv_cache_mod::fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, int32_t il, int32_t part, int32_t cell) {
     if (auto * c = find(il, part)) {
-        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? windows[c->window] : llama_mod_window());
+        c->mask.fill(mask, ubatch, c->kv->get_cells(0), c->drops ? windows[c->window] : llama_mod_window(), hparams.use_alibi);
         if (cell >= 0) {
-            // 0 in either type
+            // 0 in either type, the distance too
             memset((char *) mask->data + cell*ggml_element_size(mask), 0, ggml_element_size(mask));
         }
     } else {
-        base_mask.fill(mask, ubatch, base->get_cells(0), {});
+        base_mask.fill(mask, ubatch, base->get_cells(0), {}, hparams.use_alibi);
     }
 }
 

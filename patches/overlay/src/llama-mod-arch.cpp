@@ -132,9 +132,6 @@ std::string llama_mod_arch_refuses(const llama_model & model) {
     if (llm_arch_is_diffusion(model.arch) || !hparams.causal_attn) {
         return "its attention is not causal";
     }
-    if (hparams.use_alibi) {
-        return "its attention is biased by distance (ALiBi)";
-    }
     if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "its sliding windows look ahead";
     }

@@ -636,6 +636,26 @@ bool llm_mod_graph::has_parts(int il) const {
     return seg->model->n_parts(il) > 1;
 }
 
+// max_bias of an attention of one head alone, which gives it the slope that it has as the head-th of n_head (ALiBi)
+static float mod_max_bias(float max_bias, int64_t head, int64_t n_head) {
+    int64_t n = 1; // as ggml counts slopes
+    while (2*n <= n_head) {
+        n *= 2;
+    }
+    return max_bias*(head < n ? head + 1 : head - n + 0.5f)/n;
+}
+
+// of the attention with this mask, among the nodes from `first` on
+static void mod_set_max_bias(ggml_cgraph * gf, int first, const ggml_tensor * mask, float max_bias) {
+    for (int i = first; i < ggml_graph_n_nodes(gf); ++i) {
+        auto * node = ggml_graph_node(gf, i);
+        const bool attends = (node->op == GGML_OP_SOFT_MAX && node->src[1] == mask) || (node->op == GGML_OP_FLASH_ATTN_EXT && node->src[3] == mask);
+        if (attends) {
+            memcpy((float *) node->op_params + 1, &max_bias, sizeof(max_bias));
+        }
+    }
+}
+
 ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks,
         float kq_scale, int il) {
     const int64_t n_parts  = seg->model->n_parts(il);
@@ -650,22 +670,32 @@ ggml_tensor * llm_mod_graph::build_parts(ggml_tensor * q, ggml_tensor * k, ggml_
         throw std::runtime_error("K/V heads cannot be remembered apart: its attention is of another form");
     }
 
+    const int64_t n_alike = g.hparams.use_alibi ? 1 : n_head; // heads that one node attends with
+
     std::vector<ggml_tensor *> res;
     for (int64_t i = 0; i < n_parts; ++i) {
         auto       * inp  = build_attn_inp(il, i);
         const auto * mctx = inp->mctx;
 
-        ggml_tensor * q_part = ggml_view_3d(g.ctx0, q, q->ne[0], n_head, n_tokens, q->nb[1], q->nb[2], i*n_head*q->nb[1]);
         ggml_tensor * k_part = ggml_view_3d(g.ctx0, k, k->ne[0], 1,      n_tokens, k->nb[1], k->nb[2], i*k->nb[1]);
         ggml_tensor * v_part = ggml_view_3d(g.ctx0, v, v->ne[0], 1,      n_tokens, v->nb[1], v->nb[2], i*v->nb[1]);
 
         ggml_build_forward_expand(gf, mctx->cpy_k(g.ctx0, k_part, inp->get_k_idxs(), il));
         ggml_build_forward_expand(gf, mctx->cpy_v(g.ctx0, v_part, inp->get_v_idxs(), il));
 
-        ggml_tensor * sinks_part = sinks ? ggml_view_1d(g.ctx0, sinks, n_head, i*n_head*sinks->nb[0]) : nullptr;
+        for (int64_t head = i*n_head; head < (i + 1)*n_head; head += n_alike) {
+            ggml_tensor * q_part     = ggml_view_3d(g.ctx0, q, q->ne[0], n_alike, n_tokens, q->nb[1], q->nb[2], head*q->nb[1]);
+            ggml_tensor * sinks_part = sinks ? ggml_view_1d(g.ctx0, sinks, n_alike, head*sinks->nb[0]) : nullptr;
 
-        res.push_back(g.build_attn_mha(q_part, mctx->get_k(g.ctx0, il), mctx->get_v(g.ctx0, il), nullptr, inp->get_kq_mask(),
-                sinks_part, nullptr, 0, kq_scale, il));
+            const int first = ggml_graph_n_nodes(gf);
+
+            res.push_back(g.build_attn_mha(q_part, mctx->get_k(g.ctx0, il), mctx->get_v(g.ctx0, il), nullptr, inp->get_kq_mask(),
+                    sinks_part, nullptr, 0, kq_scale, il));
+
+            if (g.hparams.use_alibi) {
+                mod_set_max_bias(gf, first, inp->get_kq_mask(), mod_max_bias(g.hparams.f_max_alibi_bias, head, n_parts*n_head));
+            }
+        }
     }
 
     // pairs, pairs of pairs, ...: each value is copied log2(n_parts) times

@@ -1,6 +1,7 @@
 #include "llama-mod-mask.h"
 
 #include "llama-batch.h"
+#include "llama-impl.h"
 #include "llama-mod-cells.h"
 
 #include "ggml-backend.h"
@@ -86,7 +87,19 @@ static void write_row(T * dst, uint32_t n_kv, const std::vector<int8_t> & seen) 
     std::fill(dst + n, dst + n_kv, hidden<T>());
 }
 
-void llama_mod_mask::fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_mod_cells & cells, const llama_mod_window & window) {
+// p: position of the query, which sees nothing behind it
+template <typename T>
+static void write_distances(T * dst, uint32_t n_kv, const std::vector<int8_t> & seen, const llama_mod_cells & cells, llama_pos p) {
+    const uint32_t n = std::min<uint32_t>(n_kv, seen.size());
+    for (uint32_t j = 0; j < n; ++j) {
+        if (seen[j]) {
+            dst[j] = llama_cast<T>((float) (cells.pos_get(j) - p));
+        }
+    }
+}
+
+void llama_mod_mask::fill(
+        ggml_tensor * mask, const llama_ubatch & ubatch, const llama_mod_cells & cells, const llama_mod_window & window, bool alibi) {
     GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -94,11 +107,18 @@ void llama_mod_mask::fill(ggml_tensor * mask, const llama_ubatch & ubatch, const
 
         update(s, ubatch.pos[i], cells, window);
 
+        const auto & seen = rows[s].seen;
+
         auto * dst = (char *) mask->data + i*mask->nb[1];
         if (mask->type == GGML_TYPE_F16) {
-            write_row((uint16_t *) dst, mask->ne[0], rows[s].seen);
+            write_row((uint16_t *) dst, mask->ne[0], seen);
         } else {
-            write_row((uint32_t *) dst, mask->ne[0], rows[s].seen);
+            write_row((uint32_t *) dst, mask->ne[0], seen);
+        }
+        if (alibi && mask->type == GGML_TYPE_F16) {
+            write_distances((ggml_fp16_t *) dst, mask->ne[0], seen, cells, ubatch.pos[i]);
+        } else if (alibi) {
+            write_distances((float *) dst, mask->ne[0], seen, cells, ubatch.pos[i]);
         }
     }
 

@@ -46,7 +46,8 @@ public:
 
     // mask: F16 or F32 [n_kv, n_tokens], 0 where the query of a row sees a cell, else -inf
     // window: of the cells that are dropped (llama_mod_cells)
-    void fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_mod_cells & cells, const llama_mod_window & window);
+    // alibi: minus the distance in positions where 0 would be
+    void fill(ggml_tensor * mask, const llama_ubatch & ubatch, const llama_mod_cells & cells, const llama_mod_window & window, bool alibi);
 
 private:
     struct row {

@@ -10,7 +10,7 @@ from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_size import kv_layers
 from mod_export.runtime import bindings
 from mod_export.runtime.log import kept_log
-from tests.support.architectures.memory import WITHOUT_V
+from tests.support.architectures.memory import BIASED, WITHOUT_V
 from tests.support.c_api import F16, Q8_0, Raw, aborting
 from tests.support.oracle import (
     CASES,
@@ -46,7 +46,7 @@ def routed(request, tmp_path_factory):
     return write(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=[*CACHED, *WITHOUT_V])
+@pytest.fixture(scope="module", params=[*CACHED, *WITHOUT_V, *BIASED])
 def forgetful(request, tmp_path_factory):
     """The same without sliding layers: only inactive units make it free cells."""
     return write(request.param, tmp_path_factory)

@@ -81,10 +81,11 @@ def _without(files: list[Model], folder: Path) -> list[Model]:
             n_layer = model.n_layer - len(layers)
             wanted.setdefault(n_layer, []).append(model.name)
     written = []
-    windows = {model.name: model.n_swa for model in files}
+    attention = {model.name: (model.n_swa, model.alibi) for model in files}
     for n_layer, names in wanted.items():
         for model in models.write(folder, names, n_layer, exact=True):
-            if model.n_layer == n_layer and model.n_swa == windows[model.name]:
+            same = (model.n_swa, model.alibi) == attention[model.name]
+            if model.n_layer == n_layer and same:
                 written.append(model)
     return written
 

@@ -134,6 +134,14 @@ static void decompressed_keys(gguf_context * ctx, const std::string & a) {
     }
 }
 
+// three K/V heads, each of two query heads with slopes of their own (ALiBi)
+static void grouped_keys(gguf_context * ctx, const std::string & a) {
+    gguf_set_val_u32(ctx, (a + "attention.head_count").c_str(), 6);
+    gguf_set_val_u32(ctx, (a + "attention.head_count_kv").c_str(), 3);
+    gguf_set_val_u32(ctx, (a + "attention.key_length").c_str(), 32);
+    gguf_set_val_u32(ctx, (a + "attention.value_length").c_str(), 32);
+}
+
 static std::vector<variant> variants(llm_arch arch) {
     const std::string name = llm_arch_name(arch);
     switch (arch) {
@@ -155,6 +163,10 @@ static std::vector<variant> variants(llm_arch arch) {
         case LLM_ARCH_NEMOTRON_H:
         case LLM_ARCH_NEMOTRON_H_MOE:
             return { { arch, name, moe_mandatory(arch), nemotron_keys, 9 } };
+        case LLM_ARCH_BAICHUAN: // 40 layers have ALiBi
+            return { { arch, name, false, {} }, { arch, name + "-alibi", false, {}, 40 } };
+        case LLM_ARCH_REFACT:
+            return { { arch, name, false, {} }, { arch, name + "-grouped", false, grouped_keys } };
         case LLM_ARCH_PLM:
             return { { arch, name, false, plm_keys } };
         case LLM_ARCH_LLAMA4:

@@ -26,12 +26,14 @@ from tests.support.c_api import Raw
 from tests.support.tiny_gguf import Out, widest_gap
 from tests.support.windows import Window
 
-# One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones, and
-# one that stores K alone; and the noise of their logits in f32, and with flash attention on f16.
-# The logits have a standard deviation of 0.3. GELU comes from a table in f16.
+# One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones, one
+# that stores K alone, and one whose heads weigh distances (ALiBi); and the noise of their logits in
+# f32, and with flash attention on f16. The logits have a standard deviation of 0.3. GELU comes from
+# a table in f16.
 WINDOWED = {"gemma3": (1.5e-4, 5e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
 WITHOUT_V = {"deepseek2-heads": (1.5e-4, 5e-4)}
-NOISE = WINDOWED | WITHOUT_V
+BIASED = {"refact-grouped": (3e-5, 2e-3)}
+NOISE = WINDOWED | WITHOUT_V | BIASED
 NAMES = tuple(NOISE)
 # Recurrent layers among full ones: delta nets in chunks of tokens, and scans. The stock library's
 # logits of one text, cut into batches in different ways, differ by less than 5e-7.
