@@ -52,7 +52,7 @@ PROBED_CONTEXTS = (4096, 65536)  # contexts that llama.cpp measures
 # products.
 COMPUTE_FACTOR = 1.07
 # The runtime keeps two graphs of one token, which have room for so many copies of a layer's state.
-KEPT_STATES = 14
+KEPT_STATES = 5
 PROCESS_BYTES = 6 * MIB  # tokens, and Python's side of a run
 USED_CELL_BYTES = 13  # position, set of sequences, place in its list, byte of the mask
 PAGE_BYTES = 4096

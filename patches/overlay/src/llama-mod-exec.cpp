@@ -174,7 +174,7 @@ bool llama_mod_context::run_skipping(const llama_ubatch & ubatch, llm_graph_para
         seg.kv_inside = false;
         seg.skips     = true;
         seg.on_device = on_device;
-        kept = make_variant(seg, lctx.get_gf_res_reserve()->get_max_nodes());
+        kept = make_variant(seg, lctx.graph_max_nodes(1));
     }
 
     auto & seg = kept->seg;
