@@ -73,7 +73,7 @@ def _every_fourth(config: dict) -> tuple:
 
 def _key_head(config: dict) -> tuple:
     """V heads of delta nets are as long as K heads."""
-    return (config["linear_key_head_dim"],)
+    return (config.get("linear_key_head_dim", 128),)
 
 
 def _gate_first(config: dict) -> tuple:

@@ -324,3 +324,20 @@ def fields_compared(config, file, folder, monkeypatch) -> set[str]:
     monkeypatch.setattr(hf_directory, "read_json", lambda *args: Watched(read_json(*args)))
     account(folder, GGUFFile.open(file))
     return asked
+
+
+def test_layers_of_a_hybrid_that_attend_elsewhere_are_named(tmp_path):
+    path = Tiny(n_layer=4, n_embd=64, n_head=4, arch="qwen35").write(tmp_path / "hybrid.gguf")
+    linear, full = "linear_attention", "full_attention"
+    for types, told in (
+        ([linear, linear, full, full], "layer 2 of .* type full_attention, that .* does not att"),
+        ([linear] * 4, "layer 3 of .* type linear_attention, that .* attends"),
+        ([linear, linear, linear, full], None),
+    ):
+        config = {"model_type": "qwen3_5_text", "layer_types": types, "head_dim": 16}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if told is None:
+            check_base(tmp_path, GGUFFile.open(path))
+        else:
+            with pytest.raises(UserError, match=told):
+                check_base(tmp_path, GGUFFile.open(path))
