@@ -184,7 +184,7 @@ def _needed_keys(kinds: list[str], ours: dict[str, Key]) -> dict[str, str]:
 def _unit_config(kind: str, ours: dict[str, Key], n_layer: int) -> UnitConfig:
     values = {name: tuple(map(float, ours[f"{kind}.{name}"].value)) for name in PER_UNIT}
     window = ours[f"{kind}.window"].value if kind == KV and f"{kind}.window" in ours else ()
-    heads, rest = divmod(len(values["threshold"]), n_layer)
+    heads, rest = divmod(len(values["threshold"]), max(1, n_layer))
     if kind != KV or rest or not heads:
         heads = 1  # an array of another length is refused by MoDConfig.validate
     return UnitConfig(**values, heads=heads, window=tuple(map(int, window)))

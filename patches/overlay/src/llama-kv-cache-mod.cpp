@@ -32,9 +32,6 @@ llama_kv_cache_mod::llama_kv_cache_mod(const llama_model & model, const llama_me
     n_ubatch(cparams.n_ubatch), swa_full(params.swa_full), type_k(params.type_k), type_v(params.type_v),
     v_trans(!cparams.flash_attn && !model.hparams.is_mla()) {
 
-    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
-        throw std::runtime_error("mod: a model with routers has no context for multi-token prediction");
-    }
     init_windows();
     init_groups(model);
 
@@ -592,8 +589,8 @@ llama_pos llama_kv_cache_mod::seq_pos_fixed(llama_seq_id seq_id) const {
             res = std::max(res, windows[w].last(freed));
         }
     }
-    const llama_pos p_max = seq_pos_max(seq_id);
-    return recr ? std::min(p_max, std::max(res, recr->first_end(seq_id, p_max))) : res;
+    // the states before the last one are for drafts: no state that is saved has them, which the server relies on
+    return recr ? seq_pos_max(seq_id) : res;
 }
 
 bool llama_kv_cache_mod::has_shift() const {

@@ -334,6 +334,7 @@ void llama_mod_context::check_segments() {
     const llm_mod_segment * seg = &whole;
     try {
         check_segment(whole, params);
+        init_layer_inputs(*res);
 
         const auto check_plans = [&](const std::set<int32_t> & middles) {
             init_plan(plan_cut,    true,  middles);
@@ -531,13 +532,6 @@ llm_graph_result * llama_mod_context::process_ubatch(const llama_ubatch & ubatch
         ret = GGML_STATUS_FAILED;
         return nullptr;
     }
-    const auto & layer_inp = lctx.cparams.embeddings_layer_inp;
-    if (std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end()) {
-        LLAMA_LOG_ERROR("%s: a MoD model does not output the inputs of its layers\n", __func__);
-        ret = GGML_STATUS_FAILED;
-        return nullptr;
-    }
-
     if (ubatch.embd) {
         if (const std::string why = llama_mod_arch_refuses_embd(lctx.model); !why.empty()) {
             LLAMA_LOG_ERROR("%s: embeddings in place of tokens are not possible for a MoD model with %s\n", __func__, why.c_str());

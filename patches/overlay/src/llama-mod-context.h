@@ -64,6 +64,13 @@ struct llama_mod_context {
     // a failed decode leaves the state as it was; returns the result of llama_decode
     int32_t fail(ggml_status status);
 
+    // throws std::runtime_error where draft heads cannot read the input of layer il
+    void check_layer_input(uint32_t il) const;
+
+    // copies the inputs of layers that are asked for, of the last ubatch, to where the context keeps those of the batch,
+    // from token_offset on; false: none are asked for
+    bool extract_layer_inputs(size_t token_offset, size_t n_tokens) const;
+
     //
     // llama-mod.h
     //
@@ -170,6 +177,21 @@ private:
     llama_mod_decider    decider;
     std::vector<float>   scores; // [n_tokens][n_units], logits
     std::vector<uint8_t> active; // [n_tokens][n_units]
+
+    struct layer_input {
+        bool               known = false; // does the architecture's graph have it?
+        std::vector<float> data;          // [n_tokens][n_embd], of the current ubatch, where it is asked for
+    };
+    std::vector<layer_input> layer_inputs; // [n_layer]
+
+    void init_layer_inputs(const llm_graph_result & res); // of the whole model
+
+    // which of the inputs that are asked for the segment's graph has. The one that a segment begins with is in h
+    std::vector<bool> find_layer_inputs(const llm_mod_segment & seg) const;
+
+    void read_layer_input (int32_t il, ggml_backend_t backend, const ggml_tensor * t, uint32_t n_tokens);
+    void read_stream      (const llm_mod_segment & seg, uint32_t n_tokens); // before the segment runs
+    void read_layer_inputs(const llm_graph_params & params);                // after it has run
 
     // the running decode, [n_tokens][n_units] in batch order
     std::vector<float>   batch_score;

@@ -491,6 +491,9 @@ bool llama_mod_context::compute(variant * v, llm_mod_segment & seg, llm_graph_pa
     params.sched = lctx.sched.get();
     params.res   = res;
 
+    params.cparams.embeddings_layer_inp = find_layer_inputs(seg);
+    read_stream(seg, params.ubatch.n_tokens);
+
     perf.n_graphs++;
     perf.n_graphs_small += v != nullptr;
 
@@ -520,6 +523,8 @@ bool llama_mod_context::compute(variant * v, llm_mod_segment & seg, llm_graph_pa
         LLAMA_LOG_ERROR("%s: failed to compute graph, compute status: %d\n", __func__, ret);
         return false;
     }
+    read_layer_inputs(params);
+
     return true;
 }
 
@@ -568,6 +573,7 @@ bool llama_mod_context::build(variant * v, llm_graph_result * res, llm_graph_par
     ggml_backend_sched_set_eval_callback(lctx.sched.get(), lctx.cparams.cb_eval, lctx.cparams.cb_eval_user_data);
 
     auto * gf = lctx.model.build_graph(params);
+    res->set_outputs(params);
     if (!bind_unread(*res) || (v && v->inputs && !v->inputs->place(gf)) || !ggml_backend_sched_alloc_graph(lctx.sched.get(), gf)) {
         LLAMA_LOG_ERROR("%s: failed to allocate graph\n", __func__);
         ret = GGML_STATUS_ALLOC_FAILED;

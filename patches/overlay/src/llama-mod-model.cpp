@@ -1,5 +1,6 @@
 #include "llama-mod-model.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-mod-arch.h"
 #include "llama-mod-base.h"
@@ -56,6 +57,27 @@ int32_t llama_mod_model::first(int32_t t) const {
     }
 
     return u;
+}
+
+void llama_mod_model::check_hidden() const {
+    for (const auto & u : units) {
+        if (u.kind != LLAMA_MOD_KIND_KV) {
+            throw std::runtime_error(format("mod: draft heads read the hidden states of all tokens, which is possible beside kv units only, "
+                    "but layer %d has a router for '%s'", u.layer, llama_mod_kind_name(u.kind)));
+        }
+    }
+}
+
+bool llama_mod_model_routes(const llama_model & model, const llama_cparams & cparams) {
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && cparams.ctx_other && cparams.ctx_other->get_mod()) {
+        throw std::runtime_error("mod: a Gemma 4 assistant reads the K/V of its model, which a model with routers does not share");
+    }
+    if (!model.mod || cparams.ctx_type == LLAMA_CONTEXT_TYPE_DEFAULT) {
+        return model.mod != nullptr;
+    }
+    model.mod->check_hidden();
+
+    return false;
 }
 
 namespace {

@@ -10,6 +10,7 @@
 
 struct ggml_tensor;
 struct gguf_context;
+struct llama_cparams;
 struct llama_model;
 struct llama_model_loader;
 
@@ -68,6 +69,10 @@ struct llama_mod_model {
 
     // the first unit that decides at position t or later
     int32_t first(int32_t t) const;
+
+    // throws std::runtime_error naming a unit of another kind than kv: with them, draft heads that read the hidden states
+    // of the tokens (MTP, EAGLE-3, DFlash) are not possible
+    void check_hidden() const;
 };
 
 // the file that routers are read from
@@ -86,6 +91,10 @@ struct llama_mod_source {
 // reads and checks the routers for a model whose weights are loaded; it needs model.mod_base
 // throws std::runtime_error naming the key or tensor that is wrong
 std::unique_ptr<llama_mod_model> llama_mod_model_read(const llama_model & model, llama_mod_source & source);
+
+// has a context of the model routers? not one of draft heads, whose layers lie behind the routed ones.
+// throws std::runtime_error where draft heads are not possible beside the routers
+bool llama_mod_model_routes(const llama_model & model, const llama_cparams & cparams);
 
 // sets mod_base of a model, and mod where its own file has routers
 void llama_mod_model_load(llama_model & model, llama_model_loader & ml);

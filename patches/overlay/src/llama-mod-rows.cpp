@@ -67,15 +67,22 @@ llama_mod_kv_mode llama_mod_rows::choose_part_mode(llama_mod_kv_mode mode, const
     return mode;
 }
 
-// of the cache that is being made by this thread
-static thread_local llama_mod_kv_mode making = LLAMA_MOD_KV_LAZY;
+// whose cache this thread is making, null: nobody's, an ordinary one
+static thread_local const llama_mod_rows * making = nullptr;
 
 ggml_backend_buffer_type_t llama_mod_rows::choose_buft(ggml_backend_buffer_type_t buft) {
-    return making == LLAMA_MOD_KV_POOL ? llama_mod_pool_buft(buft) : llama_mod_kv_buft(buft);
+    if (!making) {
+        return buft;
+    }
+    return making->mode == LLAMA_MOD_KV_POOL ? llama_mod_pool_buft(buft) : llama_mod_kv_buft(buft);
 }
 
 std::unique_ptr<llama_kv_cache> llama_mod_rows::make_cache(uint32_t n) const {
-    making = mode;
+    struct scope {
+        scope(const llama_mod_rows * rows) { making = rows; }
+        ~scope() { making = nullptr; }
+    } scope(this);
+
     return make(n);
 }
 

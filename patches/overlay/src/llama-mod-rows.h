@@ -32,7 +32,7 @@ public:
 
     static const char * mode_name(llama_mod_kv_mode mode);
 
-    // the memory of a cache's tensors that would be of type buft; called while the cache is made
+    // the memory of a cache's tensors that would be of type buft, as long as the cache is made; ordinary caches keep buft
     static ggml_backend_buffer_type_t choose_buft(ggml_backend_buffer_type_t buft);
 
     // throws std::runtime_error if there is no memory or no address space

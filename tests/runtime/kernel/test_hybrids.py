@@ -107,7 +107,7 @@ def test_the_end_of_a_draft_is_taken_back(drafted):
         r.decode(TEXTS[0, :40])
         for start in range(40, 60, 4):
             r.decode(np.concatenate([TEXTS[0, start : start + 3], TEXTS[1, :4]]))
-            assert r.seq_pos(0) == (start, start + 6)
+            assert r.seq_pos(0) == (start + 6, start + 6)
             assert not r.seq_rm(0, start)
             with aborting(r, 30):
                 assert r.try_decode(TEXTS[2, :3]) == 2

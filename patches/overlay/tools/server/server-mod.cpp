@@ -58,8 +58,12 @@ void server_mod_prepare(llama_context * ctx, float shift, std::vector<common_ada
 
 // whether a context's memory drops K/V; a dense model's keeps all, or hides what it drops
 static bool drops_kv(const llama_context * ctx) {
-    const auto * model = ctx ? llama_get_model(ctx) : nullptr;
-    return model && llama_mod_n_units(model) > 0 && (llama_mod_kv_window(model) > 0 || llama_model_n_swa(model) > 0);
+    llama_mod_perf perf;
+    if (!ctx || !llama_mod_get_perf(ctx, &perf)) {
+        return false; // of draft heads, too, where the model has routers
+    }
+    const auto * model = llama_get_model(ctx);
+    return llama_mod_kv_window(model) > 0 || llama_model_n_swa(model) > 0;
 }
 
 int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n) {

@@ -1,0 +1,78 @@
+"""Drafts of a head for multi-token prediction, and plain ones beside `attn` units."""
+
+import pytest
+
+from mod_export.synthetic.onto_base import onto
+from mod_export.synthetic.routers import SynthesisOptions
+from tests.support.completions import TEXT, anew, ask, same_answer, tokens
+from tests.support.draft_heads import with_head
+from tests.support.gguf_models import write_models
+from tests.support.llama_server import LlamaServer, started
+from tests.support.model_types import MODEL_TYPES
+
+NAMES = ("qwen3_5", "glm4_moe")  # the first one is a hybrid
+LAYER = 3  # with full attention in both
+STORY = TEXT[:500]
+# Random models have tokens of nearly one likelihood, which rounded K/V would decide between.
+PLAIN = ("-np", "1", "--cache-type-k", "f32", "--cache-type-v", "f32")
+DRAFTS = (*PLAIN, "--spec-draft-n-max", "5", "--spec-type")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """name -> a file with a head"""
+    folder = tmp_path_factory.mktemp("heads")
+    files = write_models(folder, {name: MODEL_TYPES[name] for name in NAMES})
+    return {
+        name: with_head(path, folder / f"{name}-head.gguf", LAYER) for name, path in files.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def routed(dense, tmp_path_factory):
+    """(name, kinds) -> the same with routers"""
+
+    def make(name, kinds):
+        path = tmp_path_factory.mktemp("routed") / "mod.gguf"
+        onto(dense[name], path, SynthesisOptions(kinds, "0.5", kv_window=16), rounds=2)
+        return path
+
+    return make
+
+
+def check_drafts(file, *drafts):
+    """Return (drafted, accepted) of answers that are those without drafts."""
+    with (
+        started(file, "--ctx", "2048", more=(*DRAFTS, *drafts)) as drafting,
+        started(file, "--ctx", "2048", more=PLAIN) as plain,
+    ):
+        words = tokens(drafting, STORY)
+        found = []
+        for prompt in (words, words[:60] + words[30:90], words[:40], words):
+            answer = ask(drafting, prompt, n_predict=40)
+            assert same_answer(answer, anew(plain, prompt, n_predict=40)), prompt
+            found.append([answer["timings"][name] for name in ("draft_n", "draft_n_accepted")])
+        assert answer["timings"]["mod"]["activation"]
+    return map(sum, zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_beside_kv_units_changes_no_answer(routed, name):
+    """A text that is read again at an earlier end ended the server of a hybrid."""
+    drafted, accepted = check_drafts(routed(name, "kv"), "draft-mtp")
+    assert drafted > accepted
+    assert accepted > 20 or name == "qwen3_5"  # whose text repeats nothing
+
+
+def test_a_plain_draft_model_works_beside_other_kinds(routed, dense):
+    drafted, accepted = check_drafts(
+        routed("glm4_moe", "attn+kv"), "draft-simple", "-md", dense["glm4_moe"]
+    )
+    assert drafted > accepted > 0
+
+
+def test_a_head_beside_other_kinds_is_refused_by_name(routed):
+    with pytest.raises(AssertionError) as error:
+        LlamaServer(routed("glm4_moe", "ffn+kv"), more=(*DRAFTS, "draft-mtp"))
+    assert "beside kv units only, but layer" in str(error.value)
+    assert "has a router for 'ffn'" in str(error.value)
