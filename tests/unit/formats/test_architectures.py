@@ -17,7 +17,7 @@ def test_each_row_has_all_kinds_or_a_reason():
 
 def test_check():
     architectures.check("llama", UNIT_KINDS)
-    with pytest.raises(UserError, match="'mpt' cannot have routers: .*; choose a model"):
-        architectures.check("mpt", {"kv"})
+    with pytest.raises(UserError, match="'llada' cannot have routers: .*; choose a model"):
+        architectures.check("llada", {"kv"})
     with pytest.raises(UserError, match="'nonesuch' cannot have routers: .* does not know it"):
         architectures.check("nonesuch", {"kv"})
