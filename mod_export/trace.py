@@ -215,10 +215,13 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
     ax.set_yticks(*_unit_labels(decisions.units, points), fontsize=6)
     by_head = any(unit.head is not None for unit in decisions.units)
     for kind, (first, last) in _bands(decisions.units).items():
+        heads = " (a row for each head)" if by_head and kind == KV else ""
+        room = (last - first + 1) * points / (0.55 * 6.5)  # characters beside the band
+        labels = [f"{kind}, layer{heads}", f"{kind}, layer", kind]
         ax.text(
             -0.47 / TOKEN_WIDTH_INCHES,
             (first + last) / 2,
-            f"{kind}, layer" + (" (a row for each head)" if by_head and kind == KV else ""),
+            next((label for label in labels if len(label) <= room), kind),
             fontsize=6.5,
             rotation=90,
             ha="center",

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from mod_export.adapter import base_identity
+from mod_export.convert import CHECK_TIMES, compare_logits
 from mod_export.evaluation.parity import report, verify
 from mod_export.export import export
 from mod_export.formats.base_identity import ROUNDING_DISTANCE, compare, gguf_identity
 from mod_export.formats.gguf import GGUFFile
+from mod_export.llamacpp.converter import quantize
 from mod_export.metrics import compare_rows
 from mod_export.model.gguf_account import account, check_base
 from mod_export.model.gguf_architectures import ARCHITECTURES
@@ -71,6 +73,19 @@ def test_both_directions_give_the_same_logits(files, tmp_path, name):
                 torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
         model.config.save_pretrained(tmp_path)
         check_base(tmp_path, file)
+
+
+def test_few_tokens_with_other_experts_do_not_count(files, tmp_path):
+    """Rounding decides between two experts now and then; a small file was refused for it."""
+    path = tmp_path / "small.gguf"
+    quantize(files["nemotron_h_moe"], path, "q8_0")
+    model = read_model(GGUFFile.open(path), torch.float32)
+    kl, rounding = compare_logits(GGUFFile.open(path), model, byte_tokenizer())
+    assert 0 < kl < CHECK_TIMES * rounding
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 1.2
+    kl, rounding = compare_logits(GGUFFile.open(path), model, byte_tokenizer())
+    assert kl > 10 * CHECK_TIMES * rounding
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "glm4_moe"])
