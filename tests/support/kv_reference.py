@@ -193,10 +193,8 @@ class Reference:
                     least = max(least, seen_by[-1])
         for name, lost in self.seqs[seq].lost.items():
             most = max(most, self.windows[name].last(lost)) if lost >= 0 else most
-        if self.recurrent:
-            last = queries[-1] - 1
-            first = last - self.seqs[seq].back
-            return min(last, max(least, first)), min(last, max(most, first))
+        if self.recurrent:  # the states before the last one, which drafts go back to, are not told
+            least = most = queries[-1] - 1
         return least, most
 
     def _next_query(self, seq: int, end: int) -> int:
