@@ -130,8 +130,8 @@ def test_inspect_a_dense_file(base):
 
 
 def test_inspect_a_file_whose_architecture_is_refused(tmp_path):
-    tiny = Tiny(n_layer=2, n_embd=64, n_head=2, n_ff=64, arch="bloom")
-    report = inspect(tiny.write(tmp_path / "bloom.gguf"))
+    tiny = Tiny(n_layer=2, n_embd=64, n_head=2, n_ff=64, arch="llada")
+    report = inspect(tiny.write(tmp_path / "llada.gguf"))
     assert report["possible_units"] == []
     assert "it cannot have routers: " in render(report)
 
@@ -139,7 +139,7 @@ def test_inspect_a_file_whose_architecture_is_refused(tmp_path):
 def test_inspect_a_file_that_the_runtime_refuses(tmp_path):
     slides = "layer 1 of .* cannot have a kv unit: it attends to a sliding window of 12 tokens"
     for shape, layer, told in (
-        ({"arch": "bloom"}, 1, "'bloom' cannot have routers: its attention is biased by distance"),
+        ({"arch": "llada"}, 1, "'llada' cannot have routers: its attention is not causal"),
         ({"sliding": (1, 2), "n_swa": 12}, 1, slides),
         ({"sliding": (1, 2), "n_swa": 12}, 3, None),
     ):
