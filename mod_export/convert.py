@@ -27,7 +27,7 @@ from mod_export.errors import UserError
 from mod_export.formats import architectures as runtime_architectures
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.sliding_windows import draft_layers
+from mod_export.formats.sliding_windows import draft_layers, whole_number
 from mod_export.units import KV, parse_kinds, parse_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
@@ -316,8 +316,7 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
             log_q = log_probabilities(logits)
             kl.append(kl_divergence(log_probabilities(logits.new_tensor(llm.logits)), log_q))
             rounding.append(kl_divergence(log_probabilities(rounded), log_q))
-    experts = f"{file.architecture}.expert_count" in file.keys
-    jumps = round(CHECK_JUMPS * len(ids)) if experts else 0
+    jumps = round(CHECK_JUMPS * len(ids)) if whole_number(file, "expert_count", 0) else 0
     return _mean_without(torch.cat(kl), jumps), _mean_without(torch.cat(rounding), jumps)
 
 
