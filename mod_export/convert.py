@@ -17,6 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mod_export import __version__
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir, check_room, remove_left
@@ -296,8 +298,6 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
     rounding decides between two experts, a token goes through another FFN, so of a mixture of
     experts the CHECK_JUMPS tokens that differ most do not count.
     """
-    import torch
-
     from mod_export.data.text import bos, default_texts, tokenize
     from mod_export.metrics import kl_divergence, log_probabilities
     from mod_export.model.activation_rounding import batch_logits
@@ -314,16 +314,17 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
         for tokens, logits, rounded in batch_logits(base, file, ids, CHECK_BATCH):
             llm.eval(tokens)
             log_q = log_probabilities(logits)
-            kl.append(kl_divergence(log_probabilities(logits.new_tensor(llm.logits)), log_q))
-            rounding.append(kl_divergence(log_probabilities(rounded), log_q))
+            log_p = log_probabilities(logits.new_tensor(llm.logits))
+            kl += kl_divergence(log_p, log_q).tolist()
+            rounding += kl_divergence(log_probabilities(rounded), log_q).tolist()
     jumps = round(CHECK_JUMPS * len(ids)) if whole_number(file, "expert_count", 0) else 0
-    return _mean_without(torch.cat(kl), jumps), _mean_without(torch.cat(rounding), jumps)
+    return _mean_without(kl, jumps), _mean_without(rounding, jumps)
 
 
-def _mean_without(values, jumps: int) -> float:
-    """The mean of a tensor [n] without its largest values; NaN where one is NaN."""
-    smallest = values.sort()[0][: len(values) - jumps]  # NaN are sorted to the end
-    return float((values if values.isnan().any() else smallest).mean())
+def _mean_without(values: list[float], jumps: int) -> float:
+    """The mean without the largest `jumps` values; NaN where one is NaN."""
+    smallest = np.sort(values)[: len(values) - jumps]  # NaN are sorted to the end
+    return float(np.mean(values if np.isnan(values).any() else smallest))
 
 
 def refuse_mod(model: str | Path) -> None:
