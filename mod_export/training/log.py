@@ -138,7 +138,8 @@ def _loss_figure(steps: list[dict], held: list[dict], units: list[Unit]):
     for axis in (top, low):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+            # Above the axes, where it hides no point.
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8)
     return fig
 
 
@@ -167,7 +168,8 @@ def _draw_activation(axis, steps: list[dict], units: list[Unit]) -> None:
     for i, name in enumerate(names if n_groups < 5 else ()):
         activation = _smooth([row["activation"][i] for row in steps])
         axis.plot(x, activation, label=f"{name} (running mean)")
-        axis.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8)
+        label = "target" if name == names[-1] else None
+        axis.plot(x, [row["target"][i] for row in steps], "k--", linewidth=0.8, label=label)
     axis.set(xlabel="step", ylabel="activation", ylim=(0, 1.02))
 
 
