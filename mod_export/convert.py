@@ -30,7 +30,7 @@ from mod_export.formats import architectures as runtime_architectures
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.sliding_windows import draft_layers, whole_number
-from mod_export.units import KV, parse_kinds, parse_layers, shares_by_kind
+from mod_export.units import KV, format_layers, parse_kinds, parse_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
 
@@ -350,13 +350,14 @@ def summary(config) -> str:
     rows = [
         [
             kind,
-            f"{sum(p > 0 for p in unit.threshold)} of {len(unit.threshold)}",
-            f"{max(unit.threshold):.4f}",
+            len(units),
+            format_layers({unit.layer for unit in units}),
+            f"{max(map(config.threshold, units)):.4f}",
             f"{record['activation'][kind]:.3f}",
             f"{record['held_out']['activation'][kind]:.3f}",
         ]
-        for kind, unit in config.units.items()
+        for kind, units in config.by_kind().items()
     ]
     return format_table(
-        ["kind", "routed units", "threshold", "activation", "on held-out text"], rows
+        ["kind", "routed units", "in layers", "threshold", "activation", "on held-out text"], rows
     )

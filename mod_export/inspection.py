@@ -23,7 +23,7 @@ from mod_export.formats.gguf_adapter import GGUFAdapter
 from mod_export.formats.model_checks import check_model
 from mod_export.formats.recurrent_layers import recurrent_layers, state_bytes
 from mod_export.formats.sliding_windows import draft_layers, main_layers
-from mod_export.units import KV
+from mod_export.units import KV, format_layers
 
 MOST_HEADS_SHOWN = 8  # in a line; of more heads the lowest and the highest value are shown
 CONTEXTS_TOKENS = (1000, 4000, 16000)
@@ -46,7 +46,10 @@ def inspect(path: str | Path, mod: str | None = None) -> dict:
     if config and (refused := _refused(file, config)):
         report["mod"]["refused"] = refused
     if not config:
-        report["possible_units"] = list(architectures.kinds(file.architecture))
+        report["possible_units"] = {
+            kind: architectures.routable_layers(file, kind)
+            for kind in architectures.kinds(file.architecture)
+        }
         report["not_all_units"] = architectures.reason(file.architecture)
     return report
 
@@ -148,11 +151,17 @@ def render(report: dict) -> str:
 
 
 def _possible(report: dict) -> str:
-    """Which units the architecture can have, as a line."""
-    kinds, reason = report["possible_units"], report["not_all_units"]
-    if not kinds:
+    """Which units the model can have in which layers, as a line."""
+    reason = report["not_all_units"]
+    if not report["possible_units"]:
         return f"it cannot have routers: {reason}"
-    return f"it can have units of kind {', '.join(kinds)}" + (f"; {reason}" if reason else "")
+    places: dict[str, list[str]] = {}
+    for kind, layers in report["possible_units"].items():
+        is_all = len(layers) == report["n_layer"]
+        where = "all layers" if is_all else f"layers {format_layers(layers)}"
+        places.setdefault(where, []).append(kind)
+    kinds = "; ".join(f"{', '.join(kinds)} in {where}" for where, kinds in places.items())
+    return f"it can have units of kind {kinds}" + (f" ({reason})" if reason else "")
 
 
 def _render_mod(mod: dict) -> list[str]:
@@ -196,9 +205,9 @@ def _render_states(size: int, layers: list[int]) -> list[str]:
     if not size:
         return []
     twice, once = megabytes(2 * size), megabytes(size)
-    which = ", ".join(map(str, layers))
     return [
-        f"recurrent states of a sequence of any length: {twice} (dense: {once}), in layers {which}"
+        f"recurrent states of a sequence of any length: {twice} (dense: {once}), "
+        f"in layers {format_layers(layers)}"
     ]
 
 

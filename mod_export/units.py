@@ -240,6 +240,18 @@ def parse_layers(text: str, n_layer: int | None = None) -> list[int] | None:
     return sorted(chosen)
 
 
+def format_layers(layers: Iterable[int]) -> str:
+    """[0, 1, 2, 4, 5] -> `0-2, 4, 5`, which parse_layers reads; in ascending order."""
+    rows: list[list[int]] = []
+    for layer in sorted(layers):
+        if rows and rows[-1][-1] == layer - 1:
+            rows[-1].append(layer)
+        else:
+            rows.append([layer])
+    parts = [f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
+    return ", ".join(parts)
+
+
 def routed_layers(chosen: list[int] | None, n_layer: int, kind: str) -> list[int]:
     """The layers to route units of a kind in. `chosen` is what parse_layers returned.
 

@@ -32,7 +32,7 @@ from mod_export.formats.recurrent_layers import (
     recurrent_layers,
 )
 from mod_export.formats.sliding_windows import layer_windows, main_layers
-from mod_export.units import ATTN, FFN, KV, UNIT_KINDS
+from mod_export.units import ATTN, FFN, KV, UNIT_KINDS, format_layers
 
 TABLE = Path(__file__).with_suffix(".json")
 UNKNOWN = "this version of llama.cpp does not know it"
@@ -120,7 +120,7 @@ def check_units(file: GGUFFile, config: MoDConfig, name: str = "") -> None:
     refused = {kind: _refused_layers(file, kind) for kind in config.units}
     for unit in config.routed():
         if why := refused[unit.kind][unit.layer]:
-            possible = ", ".join(map(str, routable_layers(file, unit.kind))) or "it has none"
+            possible = format_layers(routable_layers(file, unit.kind)) or "it has none"
             is_ffn = unit.kind == FFN
             raise UserError(
                 f"layer {unit.layer} of {name or file.path} cannot have a {unit.kind} unit: {why}",

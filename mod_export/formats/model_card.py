@@ -17,7 +17,8 @@ from mod_export.common.tables import format_table
 from mod_export.config import MoDConfig
 from mod_export.formats import adapter_files, hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.units import KV
+from mod_export.formats.kv_size import mean_activation
+from mod_export.units import KV, format_layers
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -91,16 +92,17 @@ def model_text(data: ModelCardData, config: MoDConfig) -> str:
     """Return the text of the card of a MoD directory."""
     name = str(data.base_model or data.model_name or "a language model")
     trained = "" if config.base_is_original else " Its other weights were trained with the routers."
+    activation = mean_activation(config)
     rows = [
         [
             kind,
-            sum(p > 0 for p in unit.threshold),
-            unit.n_layer,
-            _mean(unit.activation, unit.threshold),
+            len(units),
+            format_layers({unit.layer for unit in units}),
+            f"{activation[kind]:.3f}",
         ]
-        for kind, unit in config.units.items()
+        for kind, units in config.by_kind().items()
     ]
-    table = format_table(["kind", "routed units", "layers", "activation"], rows, markdown=True)
+    table = format_table(["kind", "routed units", "in layers", "activation"], rows, markdown=True)
     kept = f"The first {config.sink_tokens} tokens of a text are active everywhere."
     if KV in config.units:
         heads = " Each K/V head decides for itself." if config.heads(KV) > 1 else ""
@@ -140,11 +142,6 @@ def link(data: ModelCardData, name: str) -> str:
 def _is_text(value: object) -> bool:
     items = value if isinstance(value, list) else [value]
     return all(isinstance(item, str) for item in items)
-
-
-def _mean(activation, threshold) -> float:
-    shares = [share for share, p in zip(activation, threshold, strict=True) if p > 0]
-    return sum(shares) / len(shares)
 
 
 def _of_gguf(path: Path) -> dict:

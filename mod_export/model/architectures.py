@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
-from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, routed_layers
+from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit, format_layers, routed_layers
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def unit_layers(base: nn.Module, kind: str, chosen: list[int] | None) -> list[in
     layers = [layer for layer in wanted if layer not in reasons]
     refused = [layer for layer in wanted if layer in reasons]
     if refused and (chosen is not None or not layers):
-        possible = ", ".join(str(layer) for layer in range(len(parts)) if layer not in reasons)
+        possible = format_layers(set(range(len(parts))) - reasons.keys())
         others = [name for name in UNIT_KINDS if not all(part.lacks(name) for part in parts)]
         raise UserError(
             f"layer {refused[0]} of {base.config.model_type} takes no {kind} unit: "

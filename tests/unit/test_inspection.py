@@ -126,13 +126,24 @@ def test_a_window_that_is_larger_than_the_context(tmp_path, mod_dir, caplog):
 def test_inspect_a_dense_file(base):
     report = inspect(base)
     assert report["mod"] is None and "dense" in render(report)
-    assert "it can have units of kind " in render(report)
+    assert "it can have units of kind kv, block, attn, ffn in all layers" in render(report)
+
+
+def test_inspect_a_dense_hybrid(tmp_path):
+    """Which layers attend is in no other output; Falcon-H1's have a state too."""
+    for arch, told in (
+        ("qwen35", "kv, block, attn in layers 3, 7; ffn in all layers"),
+        ("falcon-h1", "kv, ffn in all layers (it has a recurrent state beside its attention, "),
+    ):
+        tiny = Tiny(n_layer=8, n_embd=64, n_head=2, n_ff=64, arch=arch)
+        report = render(inspect(tiny.write(tmp_path / f"{arch}.gguf")))
+        assert f"it can have units of kind {told}" in report
 
 
 def test_inspect_a_file_whose_architecture_is_refused(tmp_path):
     tiny = Tiny(n_layer=2, n_embd=64, n_head=2, n_ff=64, arch="llada")
     report = inspect(tiny.write(tmp_path / "llada.gguf"))
-    assert report["possible_units"] == []
+    assert report["possible_units"] == {}
     assert "it cannot have routers: " in render(report)
 
 

@@ -12,6 +12,7 @@ from mod_export.units import (
     Unit,
     by_kind,
     deciding_order,
+    format_layers,
     kind_of_c_value,
     parse_kinds,
     parse_layers,
@@ -46,6 +47,12 @@ def test_order_and_groups():
         "kv": [(1, "kv")],
         "attn": [(1, "attn")],
     }
+
+
+def test_layers_as_ranges():
+    assert format_layers({0, 1, 2, 4, 6, 7}) == "0-2, 4, 6, 7" and format_layers([]) == ""
+    for layers in ([3], [0, 1], [0, 1, 2, 3], [0, 2, 4, 5, 6, 30]):
+        assert parse_layers(format_layers(layers)) == layers
 
 
 def test_shares():
