@@ -17,8 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mod_export import __version__
 from mod_export.common import extras
 from mod_export.common.files import atomic_dir, check_room, remove_left
@@ -40,7 +38,6 @@ CHECK_BATCH = 64  # tokens; logits of so many are held at once
 # which is an estimate, and so much more, because llama.cpp has GELU from a table of f16.
 CHECK_TIMES = 3.0
 CHECK_MARGIN = 1e-5
-CHECK_JUMPS = 0.05  # share of the tokens
 ADAPTER, FULL = "adapter", "full"  # what is written: the routers alone, or the weights too
 BACKWARD = "the scores of its units take a backward pass through the whole model"
 # Is called with a model, its tokenizer and the kinds of units, before work goes into them.
@@ -111,11 +108,12 @@ def convert(
         whole = BACKWARD if backward else ""
         base, tokenizer = open_base(model, path, dtype, place, whole, "use --units kv, or block")
         check_base(path, base, tokenizer)
+        routed = layers_of_kinds(base, kinds, layers)
         if check:
             check(base, tokenizer, kinds)
         note_for_export(type(base).__name__, kinds)
         plan = CalibrationPlan(
-            layers_of_kinds(base, kinds, layers),
+            routed,
             target,
             None if kv_window == "auto" else kv_window or default_window(base, kinds),
             sink_tokens,
@@ -294,12 +292,10 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
     """Return two mean KL over CHECK_TOKENS tokens of the packaged text.
 
     The first is that of the file on the runtime and the model in torch, the second that of the
-    model with and without llama.cpp's rounding of activations. K/V are f32 on both sides. Where
-    rounding decides between two experts, a token goes through another FFN, so of a mixture of
-    experts the CHECK_JUMPS tokens that differ most do not count.
+    model with and without llama.cpp's rounding of activations. K/V are f32 on both sides.
     """
     from mod_export.data.text import bos, default_texts, tokenize
-    from mod_export.metrics import kl_divergence, log_probabilities
+    from mod_export.metrics import kl_divergence, log_probabilities, mean_without_jumps
     from mod_export.model.activation_rounding import batch_logits
     from mod_export.runtime.batch_logits import BatchLogitsLlama
 
@@ -317,14 +313,8 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
             log_p = log_probabilities(logits.new_tensor(llm.logits))
             kl += kl_divergence(log_p, log_q).tolist()
             rounding += kl_divergence(log_probabilities(rounded), log_q).tolist()
-    jumps = round(CHECK_JUMPS * len(ids)) if whole_number(file, "expert_count", 0) else 0
-    return _mean_without(kl, jumps), _mean_without(rounding, jumps)
-
-
-def _mean_without(values: list[float], jumps: int) -> float:
-    """The mean without the largest `jumps` values; NaN where one is NaN."""
-    smallest = np.sort(values)[: len(values) - jumps]  # NaN are sorted to the end
-    return float(np.mean(values if np.isnan(values).any() else smallest))
+    experts = whole_number(file, "expert_count", 0) > 0
+    return mean_without_jumps(kl, experts), mean_without_jumps(rounding, experts)
 
 
 def refuse_mod(model: str | Path) -> None:

@@ -301,7 +301,8 @@ def _check_opens(directory: Path, plain: Path) -> None:
         return
     from mod_export.runtime.opening import check_opens
 
-    check_opens(plain, f"use {directory} in torch: llama.cpp lacks a part of this model")
+    cure = "use it in torch: llama.cpp lacks a part of this model"
+    check_opens(plain, cure, name=f"what its converter made of {directory}")
 
 
 def _check_tokenizer(directory: Path, plain: Path) -> None:

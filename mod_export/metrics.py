@@ -9,7 +9,7 @@ tensors in float32 on their device. torch is imported only where a tensor is giv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Rows of logits that are compared at a time. A row of 150k float64 has 1.2 MB.
 FLOAT64_ROWS = 128
 FLOAT32_ROWS = 256
+JUMPS_SHARE = 0.05  # of the tokens, see mean_without_jumps
 
 
 def log_probabilities(logits: Array) -> Array:
@@ -107,6 +108,18 @@ def compare_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         ]
         blocks.append(np.column_stack(figures))
     return np.concatenate(blocks)
+
+
+def mean_without_jumps(values: Sequence[float] | np.ndarray, experts: bool) -> float:
+    """The mean of a figure over tokens [n], which grows where two models differ; NaN if one is NaN.
+
+    experts: whether the models are mixtures of experts. Where rounding decides between two experts,
+    a token goes through another FFN, so the JUMPS_SHARE of the tokens that differ most do not count
+    then.
+    """
+    values = np.sort(values)  # NaN are sorted to the end
+    n_jumps = round(JUMPS_SHARE * len(values)) if experts and not np.isnan(values).any() else 0
+    return float(values[: len(values) - n_jumps].mean())
 
 
 def visible_share(config: MoDConfig, active: Array, windows: Mapping[int, int]) -> float:

@@ -19,7 +19,7 @@ from mod_export.common.files import give_back
 from mod_export.common.system import usable_cpus
 from mod_export.common.text import last_words
 from mod_export.errors import UserError
-from mod_export.formats.ggml_types import EXPORT_FORMATS, block_size, enum_name
+from mod_export.formats.ggml_types import EXPORT_FORMATS, F32_TYPE, block_size, enum_name
 from mod_export.formats.gguf import GGUFFile
 from mod_export.llamacpp import source as llama_source
 
@@ -31,7 +31,8 @@ LEVEL = re.compile(r"(?:ERROR|WARNING):[\w.-]+: ?")
 KNOWN_WARNINGS = re.compile(
     # no scaling, and factors that the converter writes as a tensor
     "Unknown RoPE type: (default|proportional)"
-    "|Duplicated key name"  # a class of the converter writes a key anew after its parent
+    # a class of the converter writes a key anew after its parent
+    "|Duplicated key name|Ignoring head_dim .* for Granite"
     "|.*is not in MXFP4"  # `--quant` says which type the experts of gpt-oss get
     "|.*required fallback quantization"  # `describe_types` says which tensors
     "|.*is deprecated|.*will be removed"  # for those who write the tools
@@ -220,10 +221,12 @@ def describe_types(file: GGUFFile, quant: str) -> str:
     """A line that counts the types of a quantised file's matrices; '' where all could have theirs.
 
     quant: the one of EXPORT_FORMATS that was asked for. A type quantises blocks of a row, and
-    llama.cpp gives a matrix whose rows are not whole blocks another, larger type.
+    llama.cpp gives a matrix whose rows are not whole blocks another, larger type. Those in F32 do
+    not count, such as convolutions of recurrent layers: it quantises them in no file.
     """
     block = block_size(EXPORT_FORMATS[quant].type)
-    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    every = file.tensors.values()
+    matrices = [tensor for tensor in every if len(tensor.shape) > 1 and tensor.type != F32_TYPE]
     odd = [tensor for tensor in matrices if tensor.shape[0] % block]
     if not odd:
         return ""

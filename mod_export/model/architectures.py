@@ -316,9 +316,10 @@ def unit_layers(base: nn.Module, kind: str, chosen: list[int] | None) -> list[in
     if refused and (chosen is not None or not layers):
         possible = format_layers(set(range(len(parts))) - reasons.keys())
         others = [name for name in UNIT_KINDS if not all(part.lacks(name) for part in parts)]
+        # Where no layer can, one that attends says more than one with a recurrent state.
+        told = refused if possible else sorted(refused, key=lambda layer: not parts[layer].attends)
         raise UserError(
-            f"layer {refused[0]} of {base.config.model_type} takes no {kind} unit: "
-            f"{reasons[refused[0]]}",
+            f"layer {told[0]} of {base.config.model_type} takes no {kind} unit: {reasons[told[0]]}",
             f"layers that do: {possible}" if possible else f"use {' or '.join(others)}",
         )
     return layers
@@ -330,7 +331,7 @@ def check_units(base: nn.Module, units: Iterable[Unit]) -> None:
     for unit in units:
         if reason := layers[unit.layer].cannot_have(unit.kind):
             raise UserError(
-                f"layer {unit.layer} of {base.config.model_type} cannot have a unit {unit.kind}: "
+                f"layer {unit.layer} of {base.config.model_type} cannot have a {unit.kind} unit: "
                 f"{reason}",
                 "route other layers or other kinds",
             )

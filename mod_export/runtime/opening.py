@@ -34,10 +34,13 @@ def put_routers(model: _internals.LlamaModel, file: Path) -> None:
         raise RoutersRefusedError
 
 
-def check_opens(path: Path, cure: str, mod: str | os.PathLike | None = None) -> None:
+def check_opens(
+    path: Path, cure: str, mod: str | os.PathLike | None = None, name: str = ""
+) -> None:
     """Raise UserError with llama.cpp's reason where it refuses the file, or routers beside it.
 
-    mod: the routers, as gguf_adapter.locate takes them.
+    mod: the routers, as gguf_adapter.locate takes them. name: what the message calls the file, by
+    default its own name.
     """
     routers = None if mod is None else gguf_adapter.locate(mod)
     params = llama_cpp.llama_model_default_params()
@@ -50,7 +53,7 @@ def check_opens(path: Path, cure: str, mod: str | os.PathLike | None = None) -> 
             raise routers_error(mod or "", path, log) from exc
         except (AssertionFailure, ValueError) as exc:
             why = str(exc) if isinstance(exc, AssertionFailure) else reason(log) or str(exc)
-            raise UserError(f"llama.cpp does not open {path.name}: {why}", cure) from exc
+            raise UserError(f"llama.cpp does not open {name or path.name}: {why}", cure) from exc
 
 
 def _open(path: Path, params: llama_cpp.llama_model_params, routers: Path | None) -> None:

@@ -16,6 +16,7 @@ from mod_export.export import export
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.llamacpp import converter
 from tests.support import tiny_torch as tiny
+from tests.support.gguf_models import changed
 from tests.support.mod_files import (
     assert_same_base,
     edited,
@@ -97,8 +98,15 @@ def test_quantised_by_llama_cpp_and_f32_routers(mod_dir, base_f32, tmp_path):
 
 
 def test_types_that_came_out_otherwise_are_counted(mod_dir, base_f32, tmp_path, caplog):
-    """Rows of 64 and 96 values hold no block of 256, so every matrix gets another type."""
-    export(mod_dir, tmp_path / "mod.gguf", "q4_k_m", base=base_f32)
+    """Rows of 64 and 96 values hold no block of 256, so every matrix gets another type.
+
+    The kernels of a convolution, which hybrids have, are quantised in no type.
+    """
+    kernels = np.ones((64, 4), np.float32)
+    base = changed(
+        base_f32, tmp_path / "base.gguf", added_tensors={"blk.0.ssm_conv1d.weight": kernels}
+    )
+    export(mod_dir, tmp_path / "mod.gguf", "q4_k_m", base=base)
     (line,) = caplog.messages
     assert line.startswith(
         "q4_k_m: 44 of 44 matrices have rows of 64 or 96 values, no multiple of 256, and got larger"

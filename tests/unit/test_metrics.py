@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mod_export.config import MoDConfig
-from mod_export.metrics import compare_rows, divergence, visible_share
+from mod_export.metrics import compare_rows, divergence, mean_without_jumps, visible_share
 from tests.support import mod_files
 
 
@@ -81,3 +81,10 @@ def test_visible_share_of_heads():
     active[1, 0] = True
     visible = 4 * 10 + 10 + (2 + 7) + (1 + 4) + (1 + 7)
     assert visible_share(mod, active, {0: 0, 1: 0}) == visible / 80
+
+
+def test_tokens_that_other_experts_computed_do_not_count():
+    values = [0.01] * 95 + [3.0] * 5
+    assert mean_without_jumps(values, experts=True) == pytest.approx(0.01)
+    assert mean_without_jumps(values, experts=False) == pytest.approx(0.1595)
+    assert np.isnan(mean_without_jumps([*values, np.nan], experts=True))

@@ -142,4 +142,8 @@ def test_routers_decide_the_same(files, tmp_path, name, routing):
     file = export(tmp_path / "mod", tmp_path / "mod.gguf", base=files[name])
     result = verify(file, tmp_path / "mod", TEXT, n_tokens=200, length=200, threads=1)
     assert result["tokens"] == 200 and 0.2 < result["activation"] < 0.8
+    n_experts = GGUFFile.open(files[name]).get(
+        f"{GGUFFile.open(file).architecture}.expert_count", 0
+    )
+    assert (result["bounds"]["margin"] is None) == (n_experts > 0)
     assert result["decision_agreement"] == 1 and result["mean_kl"] <= MAX_KL, report(result)

@@ -83,7 +83,7 @@ def test_sinks_matter():
 )
 def test_units_that_a_layer_cannot_have_are_named(name, unit, reason):
     layer, kind = unit
-    message = f"layer {layer} of {name} cannot have a unit {kind}: .*{reason}"
+    message = f"layer {layer} of {name} cannot have a {kind} unit: .*{reason}"
     with pytest.raises(UserError, match=message):
         tiny.wrap(tiny_types.base(name), tiny.config({kind: [layer]}))
     model = MoDModel.from_base(tiny_types.base(name), None)

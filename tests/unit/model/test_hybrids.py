@@ -119,6 +119,13 @@ def test_units_that_a_layer_cannot_have_are_named(name, unit, reason):
         architectures.unit_layers(base, kind, [layer])
 
 
+def test_a_kind_that_no_layer_can_have_is_explained_by_a_layer_that_attends():
+    base = random_model(*HYBRIDS["nemotron_h"])
+    reason = "takes no attn unit: its attention is all that it has.*; use kv or block or ffn"
+    with pytest.raises(UserError, match=reason):
+        architectures.unit_layers(base, "attn", None)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "granitemoehybrid", "nemotron_h_moe"])
 def test_conversion_layer_by_layer_gives_the_same_routers(name, tmp_path):
     random_model(*HYBRIDS[name]).save_pretrained(tmp_path, max_shard_size="100KB")
