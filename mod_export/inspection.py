@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from mod_export.common.tables import format_table
-from mod_export.common.text import megabytes
+from mod_export.common.text import megabytes, short_bytes
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
 from mod_export.formats import architectures, ggml_types, gguf_adapter, kv_size, schema
@@ -141,7 +141,7 @@ def render(report: dict) -> str:
     drafts = f" and {n} for drafts" if (n := report["n_draft_layers"]) else ""
     head = (
         f"{report['file']}: {report['architecture']}, {report['n_layer']} layers{drafts}, "
-        f"n_embd {report['n_embd']}, {report['bytes'] / 1e6:.1f} MB (tensors: {types})"
+        f"n_embd {report['n_embd']}, {short_bytes(report['bytes'])} (tensors: {types})"
     )
     if report["mod"] is None:
         return f"{head}\nno routed units: an ordinary dense model\n{_possible(report)}"
@@ -204,7 +204,7 @@ def _render_kv(kv: dict) -> list[str]:
 def _render_states(size: int, layers: list[int]) -> list[str]:
     if not size:
         return []
-    twice, once = megabytes(2 * size), megabytes(size)
+    twice, once = short_bytes(2 * size), short_bytes(size)
     return [
         f"recurrent states of a sequence of any length: {twice} (dense: {once}), "
         f"in layers {format_layers(layers)}"

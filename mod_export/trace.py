@@ -61,7 +61,7 @@ def read_decisions(llm, prompt: str, generate: int = 0, chat: bool = False) -> D
     if len(tokens) + generate > llm.n_ctx():
         raise UserError(
             f"{what} do not fit the context of {llm.n_ctx()}",
-            "use a larger --ctx, or --generate less",
+            "use a larger --ctx" + (", or --generate less" if generate else ", or less text"),
         )
     n_prompt = len(tokens)
     with llm.recording() as batches, stage("running the model"):
@@ -308,7 +308,7 @@ def _legend(fig, decisions: Decisions, left: float, height: float) -> None:
         )
         for k in kinds
     ]
-    patches.append(Patch(color=SKIPPED_COLOUR, label="not"))
+    patches.append(Patch(color=SKIPPED_COLOUR, label="inactive"))
     title = (
         f"{decisions.title}: {len(decisions.active)} tokens, {len(decisions.units)} units, "
         f"activation {decisions.active.mean():.2f}"

@@ -20,6 +20,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -132,6 +133,12 @@ def bench(
     return {"about": about, "rows": rows}
 
 
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without ones at its end, which llama.cpp's converter writes and its quantiser not."""
+    last = max((i for i, size in enumerate(shape) if size != 1), default=-1)
+    return tuple(shape[: last + 1])
+
+
 def check_files(file, dense, mod: str | None = None) -> tuple[GGUFFile, GGUFFile]:
     """The two files, opened; mod: routers that are put beside the first.
 
@@ -146,7 +153,7 @@ def check_files(file, dense, mod: str | None = None) -> tuple[GGUFFile, GGUFFile
             f"{dense} is a MoD file", "give the dense file of the same model with --dense"
         )
     shapes = [
-        {t.name: t.shape for t in f.tensors.values() if ".mod_" not in t.name}
+        {t.name: _without_ones(t.shape) for t in f.tensors.values() if ".mod_" not in t.name}
         for f in (mod_file, dense_file)
     ]
     if shapes[0] != shapes[1]:

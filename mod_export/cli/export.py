@@ -56,8 +56,8 @@ def command(
     gives a file of routers alone, for the option --mod of other commands: they open a GGUF of the
     model with it. A MoD directory holds its weights, and needs no --base.
     """
-    from mod_export.common.text import megabytes
+    from mod_export.common.text import short_bytes
     from mod_export.export import export
 
     written = export(directory, output, quant=quant, base=base, dense=dense, force=force)
-    click.echo(f"wrote {written} ({megabytes(written.stat().st_size, 1)})")
+    click.echo(f"wrote {written} ({short_bytes(written.stat().st_size)})")

@@ -116,7 +116,7 @@ def command(
     a dense GGUF file, which keeps its weights and gets random routers. The activation is exact, or
     fitted to text on a file's own weights.
 
-    docs/how-to/measure-with-synthetic-models.md.
+    docs/how-to/measure-with-synthetic-models.md has a table of the shapes.
     """
     from mod_export.errors import UserError
     from mod_export.synthetic.keys import header

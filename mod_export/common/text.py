@@ -50,8 +50,8 @@ def megabytes(size: float, decimals: int = 2) -> str:
 
 
 def short_bytes(size: float) -> str:
-    """A size in bytes as `12.3 MB`, or below 0.1 MB as `12.3 kB`."""
-    return megabytes(size, 1) if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    """A size in bytes as `12.3 MB`, or below 1 MB as `123.4 kB`."""
+    return megabytes(size, 1) if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def size(n_bytes: float) -> str:

@@ -42,6 +42,8 @@ def is_mod(path: str | Path) -> bool:
 
 def read_json(path: Path, cure: str) -> dict:
     """The object in a file. Raises UserError, with `cure` where there is no such file."""
+    if not path.parent.exists():
+        raise UserError(f"no such directory: {path.parent}", cure)
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}", cure)
     try:

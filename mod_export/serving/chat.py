@@ -245,26 +245,31 @@ class Chat:
             f"space (above 0: fewer tokens active)"
         )
 
+    def _unit_table(self) -> str:
+        """A table with a row for each unit, of single heads where some decide apart."""
+        stats = self.llm.stats()
+        by_head = any(s.unit.head is not None for s in stats)
+        rows = [
+            [
+                s.unit.layer,
+                s.unit.kind,
+                *([s.unit.head] if by_head else []),
+                round(p, 4),
+                round(s.unit.activation, 3),
+                round(s.share, 3) if s.seen else None,
+                s.seen,
+            ]
+            for s, p in zip(stats, self.llm.thresholds, strict=True)
+        ]
+        place = ["layer", "kind", *(["head"] if by_head else [])]
+        return format_table([*place, "p", "calibrated", "active", "tokens"], rows)
+
     def stats(self) -> str:
         """The command /stats: tables of units and of memory."""
         kv, perf = self.llm.kv(), self.llm.perf()
         lines = []
         if self.llm.units:
-            rows = [
-                [
-                    s.unit.layer,
-                    s.unit.kind,
-                    round(p, 4),
-                    round(s.unit.activation, 3),
-                    round(s.share, 3) if s.seen else None,
-                    s.seen,
-                ]
-                for s, p in zip(self.llm.stats(), self.llm.thresholds, strict=True)
-            ]
-            lines += [
-                format_table(["layer", "kind", "p", "calibrated", "active", "tokens"], rows),
-                "",
-            ]
+            lines += [self._unit_table(), ""]
             seen, active = self._counters()
             lines.append(
                 f"activation {active / seen:.3f} over all units and tokens"

@@ -24,6 +24,7 @@ from mod_export.synthetic.weights import Weights, rng_of, table_values
 from mod_export.units import (
     KV,
     Unit,
+    format_layers,
     parse_kinds,
     parse_layers,
     parse_shares,
@@ -76,7 +77,13 @@ def routing(
     for kind in kinds:
         here = routed_layers(chosen, n_layer, kind)
         if chosen is None and possible:
-            here = [layer for layer in here if layer in possible(kind)]
+            able = possible(kind)
+            here = [layer for layer in here if layer in able]
+            if not here:
+                raise UserError(
+                    f"by default none of the {n_layer} layers gets a {kind} unit",
+                    f"use more layers, or other --units; able: {format_layers(able) or 'none'}",
+                )
         n = kv_heads if kind == KV and options.kv_granularity == HEAD else 1
         every = UnitConfig((0.0,) * n_layer * n, (1.0,) * n_layer * n, heads=n)
         units = [unit for layer in here for unit in every.units(layer, kind)]

@@ -99,14 +99,14 @@ class Shape:
                 f"{self.heads_kv} K/V heads do not divide {self.heads} heads",
                 "use a divisor of heads",
             )
-        if not 0 <= self.used <= self.experts <= MAX_EXPERTS or (self.experts > 0) > self.used:
-            raise UserError(
-                f"{self.used} of {self.experts} experts are used",
-                f"use 1 or more of at most {MAX_EXPERTS}, or none of 0",
-            )
         if self.style.experts not in (None, self.experts > 0):
             having = "have" if self.style.experts else "do not have"
             raise UserError(f"{self.arch} models {having} experts", "leave --experts out")
+        if not 0 <= self.used <= self.experts <= MAX_EXPERTS or (self.experts > 0) > self.used:
+            raise UserError(
+                f"{self.used} of {self.experts} experts are used",
+                f"give --experts-used, from 1 to the number of --experts (at most {MAX_EXPERTS})",
+            )
         if self.style.untied and self.tied:
             raise UserError(f"{self.arch} models need an output matrix", "leave --tied out")
         return self

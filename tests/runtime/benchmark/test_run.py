@@ -24,6 +24,7 @@ from mod_export.synthetic.routers import SynthesisOptions, routing_of
 from mod_export.synthetic.shape import PRESETS
 from mod_export.synthetic.write import synth
 from tests.support.c_api import Raw, stock_lib
+from tests.support.gguf_models import changed
 from tests.support.tiny_gguf import Tiny
 
 patched = pytest.mark.skipif(
@@ -257,6 +258,16 @@ def test_files_that_do_not_fit(files, tmp_path):
             run(*pair)
     with pytest.raises(UserError, match="activation 2 is not between 0 and 1"):
         sweep.sweep(mod, dense, bench_run.BenchOptions(), targets=(2, 0.5))
+
+
+def test_a_matrix_of_one_row_has_one_shape(files, tmp_path):
+    """Gates of shared experts are [n, 1] as the converter writes them, and [n] as the quantiser."""
+    name = "blk.0.ffn_gate_inp_shexp.weight"
+    mod, dense = (
+        changed(path, tmp_path / path.name, added_tensors={name: np.ones(shape, np.float32)})
+        for path, shape in zip(files, [(64,), (1, 64)], strict=True)
+    )
+    assert bench_run.check_files(mod, dense)[1].path == dense
 
 
 @patched

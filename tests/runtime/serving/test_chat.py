@@ -13,6 +13,7 @@ from mod_export.runtime.llama import MoDLlama
 from mod_export.runtime.sampling import Sampling
 from mod_export.serving.chat import Chat
 from mod_export.serving.terminal import is_script
+from tests.support.tiny_gguf import Tiny
 
 LIKELIEST = Sampling(temperature=0, repeat_penalty=1.1)
 ROOT = Path(__file__).parents[3]
@@ -89,6 +90,19 @@ def test_pipes(model):
     assert is_script("Hello\n/stats") and is_script("/threshold 0.5")
     for text in ("one prompt\nof two lines", "Hello\n/stats of the league", "/usr/bin\n /stats"):
         assert not is_script(text)
+
+
+@pytest.mark.skipif(not bindings.patched(), reason="needs the patched llama.cpp")
+def test_units_of_heads_are_told_apart(tmp_path):
+    tiny = Tiny(n_layer=4, n_embd=64, n_ff=64, vocab=True).route([2], "heads").route([3], "ffn")
+    llm = MoDLlama(tiny.write(tmp_path / "mod.gguf"), n_ctx=256, threads=1)
+    table = Chat(llm, raw=True).stats().splitlines()
+    assert table[0].split()[:3] == ["layer", "kind", "head"]
+    assert [line.split()[:3] for line in table[2:5]] == [
+        ["2", "kv", "0"],
+        ["2", "kv", "1"],
+        ["3", "ffn", "-"],
+    ]
 
 
 def test_raw_texts_are_continued(model):

@@ -17,7 +17,7 @@ from mod_export.common.text import (
 
 def test_sizes_and_times():
     assert megabytes(12_345_678) == "12.35 MB" and megabytes(12_345_678, 1) == "12.3 MB"
-    assert short_bytes(99_999) == "100.0 kB" and short_bytes(100_000) == "0.1 MB"
+    assert short_bytes(123_449) == "123.4 kB" and short_bytes(1_000_000) == "1.0 MB"
     assert mebibytes(3 * 2**20) == "3.0 MiB" and mebibytes(5 * 2**30) == "5.00 GiB"
     assert clock(125.9) == "2:05"
 

@@ -99,6 +99,8 @@ def test_bad_configurations(mod_dir, tmp_path):
 
     with pytest.raises(UserError, match="has no config.json"):
         read_config(tmp_path)
+    with pytest.raises(UserError, match="no such directory: .*none; make one with"):
+        read_config(tmp_path / "none")
     with pytest.raises(UserError, match="config.json is a file; give a MoD directory"):
         read_config(mod_dir / "config.json")
     refused("is no JSON", "{")

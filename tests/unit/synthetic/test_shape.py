@@ -63,13 +63,14 @@ def test_presets_have_the_size_of_their_models(name, parameters):
     [
         ({"heads": 5}, "5 heads do not divide an embedding of 512; choose heads"),
         ({"heads": 512, "heads_kv": 2}, "heads have 1 values; .* RoPE turns pairs"),
-        ({"experts": 8}, "0 of 8 experts are used"),
+        ({"experts": 8}, "0 of 8 experts are used; give --experts-used"),
         ({"experts": 8, "used": 9}, "9 of 8 experts are used"),
         ({"heads_kv": 3}, "3 K/V heads do not divide 8 heads"),
         ({"layers": 0}, "layers is 0; use a whole number from 1"),
         ({"vocab": 1 << 40}, "vocab is 1099511627776"),
         ({"layers": 513}, "513 layers are more than llama.cpp's 512"),
         ({"arch": "qwen35"} | EXPERTS, "qwen35 models do not have experts; leave --experts out"),
+        ({"arch": "qwen35", "experts": 8}, "qwen35 models do not have experts"),
         ({"arch": "gpt-oss"}, "gpt-oss models have experts"),
         ({"arch": "gpt-oss"} | EXPERTS, "gpt-oss models need an output matrix; leave --tied out"),
         ({"arch": "qwen35", "head_size": 36}, "heads have 36 values; choose a multiple of 8"),
@@ -191,3 +192,10 @@ def test_kv_units_of_heads():
     assert routing(SHAPE.layers, options, kv_heads=1).version == 1
     layers = SynthesisOptions("kv", layers="2-", kv_granularity="layer")
     assert routing(SHAPE.layers, layers, SHAPE.heads_kv).version == 1
+
+
+def test_layers_that_attend_may_be_missing():
+    """The message named a key of the configuration."""
+    shape = replace(PRESETS["qwen3.5-4b"], layers=3).checked()
+    with pytest.raises(UserError, match="none of the 3 layers gets a kv unit; .*able: none"):
+        routing_of(header(shape), SynthesisOptions("kv", "0.5"))
