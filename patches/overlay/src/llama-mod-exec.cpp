@@ -44,7 +44,6 @@ static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<i
     const uint32_t n = rows.size();
 
     udata->pos.resize(n*ubatch.n_pos);
-    udata->seq_idx.resize(LLAMA_MAX_SEQ, -1);
 
     for (uint32_t i = 0; i < n; ++i) {
         const int32_t r = rows[i];
@@ -59,22 +58,27 @@ static llama_ubatch ubatch_rows(const llama_ubatch & ubatch, const std::vector<i
         }
     }
 
-    // one stream: which sequences take part does not change the graph
-    udata->seq_id_unq.push_back(udata->seq_id[0][0]);
-    udata->seq_idx[udata->seq_id_unq[0]] = 0;
-
     // recurrent layers, where there are any, see the tokens as they were split, or they are built in vain
     const bool equal = ubatch.equal_seqs();
     const bool all   = n == ubatch.n_tokens;
 
     const uint32_t n_seqs = !equal ? n : all ? ubatch.n_seqs : 1;
 
+    if (all) {
+        udata->seq_id_unq.assign(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);
+        udata->seq_idx   .assign(ubatch.seq_idx, ubatch.seq_idx + LLAMA_MAX_SEQ);
+    } else {
+        // one stream, in which every sequence is the first one: which of them take part does not change the graph
+        udata->seq_id_unq.push_back(udata->seq_id[0][0]);
+        udata->seq_idx   .resize(LLAMA_MAX_SEQ, 0);
+    }
+
     return {
         /*.b_equal_seqs =*/ equal,
         /*.n_tokens     =*/ n,
         /*.n_seq_tokens =*/ n/n_seqs,
         /*.n_seqs       =*/ n_seqs,
-        /*.n_seqs_unq   =*/ 1,
+        /*.n_seqs_unq   =*/ (uint32_t) udata->seq_id_unq.size(),
         /*.n_pos        =*/ ubatch.n_pos,
 
         /*.token        =*/ udata->token.data(),

@@ -255,3 +255,45 @@ def test_graphs_have_room_for_many_heads(tmp_path):
     with Raw(tiny.write(tmp_path / "mod.gguf")) as r:
         logits = np.concatenate([r.decode(TOKENS[:60]), r.decode(TOKENS[60:61])])
     np.testing.assert_allclose(logits, tiny.forward(TOKENS[:61]).logits, rtol=0, atol=tiny.noise)
+
+
+POOLINGS = {"mean": 1, "first": 2, "last": 3}
+
+
+def pooled(r, seqs, tokens=None, embd=None):
+    """Decode one batch of tokens or of embeddings; the pooled embedding of each sequence."""
+    n = len(seqs)
+    batch = llama_cpp.llama_batch_init(n, 0 if embd is None else r.n_embd, 1)
+    ends = dict.fromkeys(seqs, 0)
+    for i, seq in enumerate(seqs):
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = ends[seq], 1, seq, 1
+        ends[seq] += 1
+        if embd is None:
+            batch.token[i] = int(tokens[i])
+    if embd is not None:
+        ctypes.memmove(batch.embd, embd.ctypes.data, embd.nbytes)
+    batch.n_tokens = n
+    assert llama_cpp.llama_decode(r.ctx, batch) == 0
+    llama_cpp.llama_batch_free(batch)
+    found = [llama_cpp.llama_get_embeddings_seq(r.ctx, seq) for seq in sorted(ends)]
+    return np.array([np.ctypeslib.as_array(row, (r.n_embd,)) for row in found])
+
+
+@pytest.mark.parametrize("kinds", ["attn+ffn+kv", "block"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooled_embeddings_of_several_sequences(kinds, pooling, tmp_path):
+    # a unit's tokens were of one sequence: sums of the others were written before their array, and
+    # embeddings in place of tokens were pooled as one sequence
+    tiny = Tiny(n_layer=3, n_embd=64, n_head=2, n_head_kv=1, n_ff=64).route((1, 2), kinds)
+    tiny.place_biases([TOKENS[:40], TOKENS[40:80]])
+    path = tiny.write(tmp_path / "mod.gguf")
+    seqs = np.random.default_rng(3).permutation(np.repeat((0, 1), 40))
+    tokens = np.empty(80, int)
+    tokens[seqs == 0], tokens[seqs == 1] = TOKENS[:40], TOKENS[40:80]
+    pool = {"mean": lambda h: h.mean(0), "first": lambda h: h[0], "last": lambda h: h[-1]}[pooling]
+    expected = [pool(tiny.forward(text).embd) for text in (TOKENS[:40], TOKENS[40:80])]
+    embd = np.ascontiguousarray(tiny.tensors["token_embd.weight"][tokens], np.float32)
+    with Raw(path, embeddings=True, pooling_type=POOLINGS[pooling]) as r:
+        close(pooled(r, seqs.tolist(), tokens), expected)
+        r.clear()
+        close(pooled(r, seqs.tolist(), embd=embd), expected)
