@@ -16,13 +16,15 @@ import numpy as np
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.sliding_windows import main_layers, whole_number
 
-BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}  # one layer of so many attends
+# one layer of so many attends
+BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
 # no K/V heads: a state
 BY_HEADS = {"bailingmoe3", "granitehybrid", "jamba", "kimi-linear", "lfm2", "lfm2moe", "plamo2"}
 OR_FFN = {"nemotron_h", "nemotron_h_moe"}  # so, where the layer is no FFN
 BOTH = {"falcon-h1"}  # each layer has both
 CONVOLUTIONS = {"lfm2", "lfm2moe"}  # their states are the last tokens that one sees
 DELTA_ATTENTION = {"bailingmoe3", "kimi-linear"}
+LIGHTNING_ATTENTION = {"minimax-01"}
 F32_BYTES = 4
 
 
@@ -91,6 +93,11 @@ def state_bytes(file: GGUFFile) -> int:
     elif file.architecture in DELTA_ATTENTION:
         size, heads = file.model_number("kda.head_dim"), _of_layers(file, "attention.head_count", 1)
         values = heads[0] * size * (3 * (conv or 3) + size)
+    elif file.architecture in LIGHTNING_ATTENTION:
+        n_heads = file.model_number("attention.head_count")
+        size = whole_number(file, "attention.key_length", 0)
+        size = size or file.model_number("embedding_length") // n_heads
+        values = n_heads * size * size
     else:
         inner, state = (whole_number(file, f"ssm.{name}_size", 0) for name in ("inner", "state"))
         groups = whole_number(file, "ssm.group_count", 0) if file.architecture != "jamba" else 0

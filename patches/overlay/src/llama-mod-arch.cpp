@@ -14,7 +14,6 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
     { LLM_ARCH_GLM_DSA,          "its layers select keys by an indexer with a cache of its own" },
     { LLM_ARCH_DOTS3NOTE,        "its layers select keys by an indexer with a cache of its own" },
     { LLM_ARCH_GLM5_NEXT,        "its layers select keys by an indexer with a cache of its own" },
-    { LLM_ARCH_MINIMAX_01,       "its recurrent layers read a table of the distances between tokens" },
     { LLM_ARCH_MINIMAX_M3,       "its layers select keys by an indexer with a cache of its own" },
     { LLM_ARCH_HY_V4,            "its layers pass on several streams (hyper-connections)" },
     { LLM_ARCH_DEEPSEEK4,        "its layers pass on several streams (hyper-connections)" },
@@ -51,7 +50,7 @@ static const std::map<llm_arch, const char *> MOD_REFUSED = {
 static const std::set<llm_arch> MOD_HYBRID = {
     LLM_ARCH_QWEN3NEXT, LLM_ARCH_QWEN35, LLM_ARCH_QWEN35MOE, LLM_ARCH_LFM2, LLM_ARCH_LFM2MOE, LLM_ARCH_GRANITE_HYBRID,
     LLM_ARCH_JAMBA, LLM_ARCH_FALCON_H1, LLM_ARCH_NEMOTRON_H, LLM_ARCH_NEMOTRON_H_MOE, LLM_ARCH_PLAMO2,
-    LLM_ARCH_KIMI_LINEAR, LLM_ARCH_BAILINGMOE3,
+    LLM_ARCH_KIMI_LINEAR, LLM_ARCH_BAILINGMOE3, LLM_ARCH_MINIMAX_01,
 };
 
 static bool mod_slides(const llama_hparams & hparams, int32_t il) {

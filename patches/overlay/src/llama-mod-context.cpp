@@ -261,6 +261,11 @@ static const ggml_tensor * mod_base(const ggml_tensor * t) {
     return t->view_src ? t->view_src : t;
 }
 
+// inputs that follow from the positions of the tokens
+static const std::set<std::string> MOD_POSITION_INPUTS = {
+    "inp_pos", "inp_attn_scale", "slopes", "q_decay_exp", "k_decay_exp", "diag_decay_exp",
+};
+
 size_t llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params & params) const {
     const auto & hparams = lctx.model.hparams;
 
@@ -294,7 +299,7 @@ size_t llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params 
             has_h = has_h || mod_base(src) == seg.h;
 
             const bool ok = src->op == GGML_OP_NONE && (mod_base(src)->buffer || hparams.no_alloc ||
-                name == "inp_pos" || name == "inp_attn_scale" || name == "out_ids" || name.compare(0, 4, "mod_") == 0 ||
+                MOD_POSITION_INPUTS.count(name) > 0 || name == "out_ids" || name.compare(0, 4, "mod_") == 0 ||
                 (seg.last && (name == "mean" || name == "cls")) || // pooled embeddings
                 (reads_tokens && (src->flags & GGML_TENSOR_FLAG_INPUT)));
             if (!ok) {

@@ -50,7 +50,8 @@ NOT_CAUSAL |= {"dream", "llada", "llada-moe", "rnd1"}
 
 
 WITHOUT = "without"  # folder of the files without their last layers
-BY_LAYERS = {"minicpm3"}  # architectures with a factor that depends on the number of layers
+# architectures with a factor that depends on the number of layers
+BY_LAYERS = {"minicpm3", "minimax-01"}
 STANDARD = 1  # enum llama_swa_type
 
 

@@ -37,8 +37,8 @@ NOISE = WINDOWED | WITHOUT_V | BIASED
 NAMES = tuple(NOISE)
 # Recurrent layers among full ones: delta nets in chunks of tokens, and scans. The stock library's
 # logits of one text, cut into batches in different ways, differ by less than 5e-7.
-HYBRID_NOISE = dict.fromkeys(("qwen35", "granitehybrid", "lfm2"), (2e-5, 5e-3))
-HYBRIDS = ("qwen35", "granitehybrid")
+HYBRID_NOISE = dict.fromkeys(("minimax-01", "qwen35", "granitehybrid", "lfm2"), (2e-5, 5e-3))
+HYBRIDS = ("minimax-01", "qwen35", "granitehybrid")
 DRAFTED = ("qwen35", "lfm2")  # whose states before the last tokens are kept; lfm2 shifts too
 STDEV = 0.15  # of the weights; with smaller ones a token depends on other tokens by little
 CHUNKED = 2  # enum llama_swa_type
