@@ -1,4 +1,4 @@
-"""21,000 random operations on the runtime's KV memory.
+"""22,000 random operations on the runtime's KV memory.
 
 Each is compared with the slow reference of kv_reference.py.
 

@@ -27,12 +27,14 @@ from tests.support.tiny_gguf import Out, widest_gap
 from tests.support.windows import Window
 
 # One with sliding windows, one with chunks, one whose last layers read the K/V of earlier ones, one
-# that stores K alone, and one whose heads weigh distances (ALiBi); and the noise of their logits in
-# f32, and with flash attention on f16. The logits have a standard deviation of 0.3. GELU comes from
-# a table in f16.
+# that stores K alone, and two whose heads weigh distances (ALiBi); and the noise of their logits in
+# f32, and with flash attention on f16. The logits have a standard deviation of 0.3 to 0.4.
+# llama.cpp takes GELU from a table for inputs in f16, so float noise can move an input to the next
+# entry. Of 200 tokens of dense BLOOM in the stock library, logits token by token and in one batch
+# differ by up to 2.3e-4; where ggml computes GELU (without GGML_GELU_FP16), by 3.6e-7.
 WINDOWED = {"gemma3": (1.5e-4, 5e-4), "llama4": (3e-5, 2e-3), "gemma4-e": (3e-3, 5e-3)}
 WITHOUT_V = {"deepseek2-heads": (1.5e-4, 5e-4)}
-BIASED = {"refact-grouped": (3e-5, 2e-3)}
+BIASED = {"refact-grouped": (3e-5, 2e-3), "bloom": (5e-4, 5e-3)}
 NOISE = WINDOWED | WITHOUT_V | BIASED
 NAMES = tuple(NOISE)
 # Recurrent layers among full ones: delta nets in chunks of tokens, and scans. The stock library's
