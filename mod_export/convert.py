@@ -296,10 +296,11 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
     """
     from mod_export.data.text import bos, default_texts, tokenize
     from mod_export.metrics import kl_divergence, log_probabilities, mean_without_jumps
+    from mod_export.model import architectures
     from mod_export.model.activation_rounding import batch_logits
     from mod_export.runtime.batch_logits import BatchLogitsLlama
 
-    n = min(CHECK_TOKENS, base.config.max_position_embeddings)
+    n = min(CHECK_TOKENS, architectures.context_length(base) or CHECK_TOKENS)
     ids = bos(tokenizer) + tokenize(tokenizer, default_texts()[0][: 20 * n])
     ids = [token for token in ids if token < base.config.vocab_size][:n]
     llm = BatchLogitsLlama(

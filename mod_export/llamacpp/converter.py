@@ -43,7 +43,8 @@ KNOWN_WARNINGS = re.compile(
 FIELDS_SCRIPT = """
 from conversion import ModelBase
 
-# fields of GPT-NeoX and Cohere 2, of AFMoE, and the types of layers of Granite 4 H and Nemotron-H
+# fields of GPT-NeoX and Cohere 2, of AFMoE, the types of layers of Granite 4 H and Nemotron-H, and
+# the class of MPT
 FORMER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 
@@ -51,6 +52,8 @@ def with_former_fields(hparams):
     rope = hparams.get("rope_parameters") or {}
     hparams.setdefault("rotary_pct", rope.get("partial_rotary_factor", 1.0))
     hparams.setdefault("route_norm", True)
+    if hparams.get("architectures") == ["MptForCausalLM"]:
+        hparams["architectures"] = ["MPTForCausalLM"]
     if hparams.get("model_type") == "granitemoehybrid":
         kinds = hparams["layer_types"]
         hparams["layer_types"] = [FORMER_TYPES.get(kind, kind) for kind in kinds]

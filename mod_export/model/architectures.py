@@ -119,6 +119,11 @@ ARCHITECTURES = {
         returns_tuple=True,
         calls_sdpa=True,
     ),
+    "bloom": Names(attn="self_attention", attn_out="self_attention"),
+    # llama.cpp's converter writes this epsilon whatever the configuration says.
+    "mpt": Names(
+        attn="attn", attn_out="attn", ffn="ffn", ffn_out="ffn", ffn_entry="norm_2", norm_eps=1e-5
+    ),
     "gpt_neox": Names(
         attn="attention",
         attn_out="post_attention_dropout",
@@ -149,10 +154,9 @@ ARCHITECTURES = {
     ),
 }
 
-ALIBI = "transformers adds ALiBi biases to its scores where nothing can replace them"
+ALIBI = ("bloom", "mpt")  # model types that get forwards of our own (alibi.py)
 # model_type -> why its layers cannot have units, for those whose modules have the usual names
 REFUSED = {
-    **dict.fromkeys(("bloom", "mpt"), ALIBI),
     **dict.fromkeys(
         ("deepseek_v4", "hy_v4"), "its residual stream consists of several streams with weights"
     ),
@@ -255,7 +259,8 @@ def context_length(base: nn.Module) -> int | None:
 
     None: its configuration does not say.
     """
-    return getattr(base.config, "max_position_embeddings", None) or None
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((n for name in names if (n := getattr(base.config, name, None))), None)
 
 
 def layer_windows(base: nn.Module) -> dict[int, int]:
@@ -282,7 +287,13 @@ def decoder_layers(base: nn.Module) -> list[LayerParts]:
     if reason := REFUSED.get(base.config.model_type):
         raise unsupported(base, reason)
     if getattr(base.config, "alibi", False):
-        raise unsupported(base, ALIBI)
+        raise unsupported(base, "llama.cpp has no Falcon with ALiBi")
+    if base.config.model_type in ALIBI:
+        from mod_export.model import alibi
+
+        if reason := alibi.lacking(base.config):
+            raise unsupported(base, reason)
+        alibi.adapt(base)
     names, layers = names_of(base), _layer_list(base)
     types = _layer_types(base, len(layers))
     _check_types(base, names, types)

@@ -187,6 +187,33 @@ def _falcon(fields: dict[str, Any], _keys) -> None:
     fields["ffn_hidden_size"] = fields.pop("intermediate_size")
 
 
+def _own_size_fields(fields: dict[str, Any], context: str) -> None:
+    """Leave out what BLOOM and MPT have no fields for, and name the context as they do."""
+    fields[context] = fields.pop("max_position_embeddings")
+    for name in ("intermediate_size", "num_key_value_heads", "head_dim", "rope_parameters"):
+        del fields[name]
+
+
+def _bloom(fields: dict[str, Any], _keys) -> None:
+    _own_size_fields(fields, "seq_length")
+
+
+def _bloom_qkv(arrays: list[np.ndarray], config) -> np.ndarray:
+    """Heads of q, then of k, then of v -> q, k and v of each head."""
+    heads = arrays[0].reshape(3, config.num_attention_heads, -1, *arrays[0].shape[1:])
+    return heads.swapaxes(0, 1).reshape(arrays[0].shape)
+
+
+def _mpt(fields: dict[str, Any], keys) -> None:
+    _own_size_fields(fields, "max_seq_len")
+    largest = keys.take("attention.max_alibi_bias", 0.0)
+    fields["attn_config"] = {
+        "clip_qkv": keys.take("attention.clamp_kqv", None),
+        "alibi": largest > 0,
+        "alibi_bias_max": int(largest),
+    }
+
+
 _LLAMA = Architecture(
     "llama",
     present=ATTENTION_BIAS | MLP_BIAS,
@@ -405,6 +432,16 @@ ARCHITECTURES = {
     ),
     "ernie4_5": Architecture("ernie4_5", present={"use_bias": r"blk\.\d+\.\w+\.bias"}),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", present=ATTENTION_BIAS),
+    "bloom": Architecture(
+        "bloom",
+        norm=(LAYER_NORM, "layer_norm_epsilon"),
+        finish=_bloom,
+        layouts={
+            "self_attention.query_key_value.weight": Layout(("attn_qkv.weight",), _bloom_qkv),
+            "self_attention.query_key_value.bias": Layout(("attn_qkv.bias",), _bloom_qkv),
+        },
+    ),
+    "mpt": Architecture("mpt", norm=(LAYER_NORM, "layer_norm_epsilon"), finish=_mpt),
     "falcon": Architecture(
         "falcon",
         norm=(LAYER_NORM, "layer_norm_epsilon"),

@@ -108,6 +108,13 @@ def _hunyuan_context(config: dict) -> int | None:
     return None if stretched else config["max_position_embeddings"]
 
 
+def _usual_scale(config: dict) -> tuple:
+    """The converter of MPT leaves out the scale of attention scores."""
+    found = config["attn_config"]
+    usual = found.get("softmax_scale") is None
+    return (found if usual else found | {"softmax_scale": None},)
+
+
 _NO_POSITIONS: dict[str, Any] = {
     "turns": False,
     "stated": {"max_position_embeddings": lambda _config: CONVERTED_CONTEXT},
@@ -171,6 +178,8 @@ GRAPHS = {
     "apertus": Graph(XIELU, **_ALL_FACTORS),
     "starcoder2": Graph(GELU),
     "falcon": Graph(GELU),
+    "bloom": Graph(None, turns=False),
+    "mpt": Graph(None, {"attn_config": _usual_scale}, turns=False),
     "cohere2": Graph(turns_all=False),
     "exaone4": Graph(fixed={"sliding_window": _window_of_large}, freqs=True, turns_all=False),
 }

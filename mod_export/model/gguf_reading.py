@@ -412,7 +412,7 @@ def _values_of(model: nn.Module, row: Architecture) -> dict[str, torch.Tensor]:
 
 def _layout(name: str, row: Architecture) -> tuple[str, Layout | None]:
     """Return the number of a parameter's layer, and its layout in the file; None for the usual."""
-    found = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", name)
+    found = re.fullmatch(r"(?:model\.layers|transformer\.(?:h|blocks))\.(\d+)\.(.+)", name)
     return (found[1], row.layouts.get(found[2])) if found else ("", None)
 
 
@@ -425,8 +425,9 @@ def _sources(parameter: str, names, row: Architecture, file: GGUFFile) -> tuple[
         sources = tuple(f"blk.{layer}.{tensor}" for tensor in layout.tensors)
     else:
         stem, _, suffix = parameter.rpartition(".")
-        # The converter knows Nemotron-H by the names of its first files.
-        mapped = names.get_name(stem) or names.get_name(stem.replace("model.", "backbone.", 1))
+        # The converter knows Nemotron-H and BLOOM by the names of their first files.
+        first = stem.replace("model.", "backbone.", 1), stem.removeprefix("transformer.")
+        mapped = next((found for at in (stem, *first) if (found := names.get_name(at))), None)
         sources = (f"{mapped}.{suffix}" if mapped else parameter,)
     lacking = [name for name in sources if name not in file.tensors]
     if not lacking:

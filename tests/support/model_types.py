@@ -121,6 +121,8 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
     ),
 }
 
+_THREE_HEADS = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
+_ALIBI = _THREE_HEADS | {"intermediate_size": 384}  # four times the width, as their code has it
 _BY_TYPE: dict[str, dict] = {
     "llama": {},
     "qwen2": {},
@@ -189,6 +191,9 @@ _BY_TYPE: dict[str, dict] = {
         "num_ln_in_parallel_attn": 2,
     },
     "apertus": {},
+    # Three heads, so that one has a slope between those of a power of two.
+    "bloom": _ALIBI | {"seq_length": 2048},
+    "mpt": _ALIBI | {"attn_config": {"clip_qkv": 2.0, "alibi_bias_max": 6}},
 }
 MODEL_TYPES = {
     **HYBRIDS,

@@ -16,6 +16,7 @@ from mod_export.formats.base_identity import ROUNDING_DISTANCE, compare, gguf_id
 from mod_export.formats.gguf import GGUFFile
 from mod_export.llamacpp.converter import quantize
 from mod_export.metrics import compare_rows
+from mod_export.model.architectures import decoder_layers
 from mod_export.model.gguf_account import account, check_base
 from mod_export.model.gguf_architectures import ARCHITECTURES
 from mod_export.model.gguf_reading import read_model
@@ -47,6 +48,7 @@ def runtime_logits(path) -> np.ndarray:
 
 
 def torch_logits(model) -> np.ndarray:
+    decoder_layers(model)  # of which some get other forwards
     with torch.inference_mode():
         logits = model(torch.tensor([IDS])).logits[0].numpy()
     assert logits.std() > 0.3  # a flat distribution would hide differences

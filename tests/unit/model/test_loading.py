@@ -106,7 +106,12 @@ def test_unsupported_architectures_are_refused_untouched():
             GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, vocab_size=50)
         ),
         AutoModelForCausalLM.from_config(
-            BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50)
+            BloomConfig(
+                hidden_size=32,
+                n_head=2,
+                vocab_size=50,
+                apply_residual_connection_post_layernorm=True,
+            )
         ),
     ):
         with pytest.raises(UserError, match=f"unsupported architecture {model.config.model_type}"):
