@@ -27,7 +27,7 @@ from mod_export.errors import UserError
 from mod_export.formats import architectures as runtime_architectures
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.sliding_windows import draft_layers, whole_number
+from mod_export.formats.sliding_windows import whole_number
 from mod_export.units import KV, format_layers, parse_kinds, parse_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,6 @@ def convert(
         logger.info(f"writing {out}")
         with stage(f"writing {out}"):
             if save == FULL:
-                note_drafts(path)
                 # The empty directory `tmp` is there already.
                 MoDModel.from_base(base, tokenizer, config, routers).save(tmp, force=True)
             else:
@@ -235,7 +234,6 @@ def convert_adapter(
             base, tokenizer = open_base(model, path, dtype, place, str(exc))
             mod = apply(found, base, tokenizer)
         logger.info(f"writing {out}")
-        note_drafts(path)
         with stage(f"writing {out}"):
             # The empty directory `tmp` is there already.
             mod.save(tmp, force=True, linked=linked)
@@ -277,15 +275,6 @@ def note_for_export(name: str, kinds: Sequence[str]) -> None:
             runtime_architectures.check(architecture, kinds)
         except UserError as error:
             logger.warning(f"note: only torch runs the model that this makes: {error.message}")
-
-
-def note_drafts(path: Path) -> None:
-    """Log that layers for drafts, of a GGUF file, do not come along into a directory."""
-    from mod_export.model import loading
-
-    gguf = loading.gguf_path(path)
-    if gguf and draft_layers(GGUFFile.open(gguf)):
-        logger.warning(f"note: the layers for drafts of {gguf.name} do not come along")
 
 
 def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:

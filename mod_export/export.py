@@ -32,6 +32,7 @@ from mod_export.formats import (
     adapter_files,
     architectures,
     base_identity,
+    drafts,
     ggml_types,
     gguf_adapter,
     hf_directory,
@@ -43,6 +44,7 @@ from mod_export.formats import (
 from mod_export.formats.ggml_types import EXPORT_FORMATS, FLOAT_NAMES
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.schema import Routers
+from mod_export.formats.sliding_windows import draft_layers, main_layers
 from mod_export.llamacpp import converter
 from mod_export.model import gguf_account
 
@@ -270,7 +272,7 @@ def _base_weights(
             _convert(directory, plain, outtype, metadata=keys)
         with stage("comparing the tokenizer"):
             _check_tokenizer(directory, plain)
-        plain = _with_additions(directory, plain)
+        plain = _with_drafts(directory, _with_additions(directory, plain))
         with stage("opening the file"):
             _check_opens(directory, plain)
         if quant in FLOAT_NAMES:
@@ -293,6 +295,27 @@ def _with_additions(directory: Path, plain: Path) -> Path:
     added.write(source, complete, consume=True)
     plain.unlink()
     return complete
+
+
+def _with_drafts(directory: Path, plain: Path) -> Path:
+    """The GGUF with the layers for drafts that the directory has from a GGUF file, in a new file.
+
+    The log says so where llama.cpp's converter left out those that the directory's weights have.
+    """
+    source, kept = GGUFFile.open(plain), directory / hf_directory.DRAFTS
+    if kept.is_file():
+        drafted = plain.with_name("drafted.gguf")
+        drafts.append(source, GGUFFile.open(kept), drafted)
+        plain.unlink()
+        return drafted
+    index = hf_directory.tensor_index(hf_directory.tensor_files(directory))
+    n_main = main_layers(source)
+    if not draft_layers(source) and any(drafts.is_draft(name, n_main) for name in index):
+        logger.warning(
+            f"note: the file drafts no tokens for itself: llama.cpp's converter leaves out the "
+            f"layers for drafts of {directory}"
+        )
+    return plain
 
 
 def _check_opens(directory: Path, plain: Path) -> None:

@@ -415,7 +415,7 @@ def rewrite(
     added_keys: Iterable[tuple[str, str, object]] = (),
     changed_keys: Mapping[str, object] | None = None,
     dropped_keys: Collection[str] = (),
-    added_tensors: Mapping[str, np.ndarray] | None = None,
+    added_tensors: Mapping[str, np.ndarray | Tensor] | None = None,
     kept_tensors: Mapping[str, str] | None = None,
     consume: bool = False,
 ) -> None:
@@ -424,7 +424,7 @@ def rewrite(
     added_keys: (name, type, value), at the end; types as in Key, arrays of strings excepted
     changed_keys: name -> value of keys that keep their type
     dropped_keys: names of keys that are left out
-    added_tensors: name -> float32 array, shape in numpy order, at the end
+    added_tensors: name -> float32 array, shape in numpy order, or tensor of a file, at the end
     kept_tensors: name -> new name of the tensors that stay; by default all stay, where they are
     consume: the room of `source` on the disk is given back meanwhile, so that both files together
         take little more than one; whoever calls this removes `source` then
@@ -440,10 +440,13 @@ def rewrite(
     end = max((copy.offset + copy.nbytes for copy in copies), default=0)
     added_tensors = added_tensors or {}
     offsets = []
-    for name, array in added_tensors.items():
+    for name, added in added_tensors.items():
         offsets.append(pad(end, source.alignment))
-        infos += encode_tensor_info(name, array.shape[::-1], F32_TYPE, offsets[-1])
-        end = offsets[-1] + array.nbytes
+        if isinstance(added, Tensor):
+            infos += encode_tensor_info(name, added.shape, added.type, offsets[-1])
+        else:
+            infos += encode_tensor_info(name, added.shape[::-1], F32_TYPE, offsets[-1])
+        end = offsets[-1] + added.nbytes
     target.write(MAGIC)
     target.write(struct.pack("<IQQ", source.version, kept + len(added_tensors), len(keys)))
     for part in (*keys, infos):
@@ -451,9 +454,12 @@ def rewrite(
     fill(target, pad(target.tell(), source.alignment))
     start = target.tell()
     _copy_data(source, target, start, copies, consume)
-    for offset, array in zip(offsets, added_tensors.values(), strict=True):
+    for offset, added in zip(offsets, added_tensors.values(), strict=True):
         fill(target, start + offset)
-        target.write(np.ascontiguousarray(array, "<f4").tobytes())
+        if isinstance(added, Tensor):
+            target.write(added.data)
+        else:
+            target.write(np.ascontiguousarray(added, "<f4").tobytes())
     # gguf-py pads the last tensor too
     fill(target, start + pad(end, source.alignment))
 

@@ -24,6 +24,7 @@ from mod_export.formats.schema import Routers
 
 CONFIG_JSON = "config.json"
 VOCABULARY = "tokenizer.gguf"  # of a model that came from a GGUF file: its keys tokenizer.*
+DRAFTS = "drafts.gguf"  # of such a model too: its layers for drafts (drafts.py)
 OF_ITSELF = tuple(f"general.{name}" for name in "name basename finetune version size_label".split())
 CONVERT = "make one with `mod-export convert`"
 CONVERT_AGAIN = "convert the model again"
@@ -151,12 +152,16 @@ def stored_type(directory: Path) -> str:
 
 def shapes(directory: Path) -> list[list[int]]:
     """The shapes of the tensors of the directory's model, routers apart."""
-    return [
+    found = [
         tensor["shape"]
         for path in tensor_files(directory)
         for name, tensor in safetensors_header(path).items()
         if not schema.HF_ROUTER_TENSOR.fullmatch(name)
     ]
+    if (directory / DRAFTS).is_file():
+        drafts = GGUFFile.open(directory / DRAFTS).tensors.values()
+        found += [list(tensor.shape) for tensor in drafts]
+    return found
 
 
 def check_weights(directory: Path) -> None:

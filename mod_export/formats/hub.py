@@ -43,7 +43,8 @@ NAME = re.compile(
 SNAPSHOT = re.compile(r"\S*/models--([^/\s]+)/snapshots/[0-9a-f]{40}")
 # The files of a model, of a MoD directory and of an adapter. Weights that torch pickled count where
 # a repository has no others.
-FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.gguf", "README.md")
+OF_DIRECTORIES = ("tokenizer.gguf", "drafts.gguf")
+FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", *OF_DIRECTORIES, "README.md")
 WEIGHTS = ("*.safetensors",)
 PICKLED_WEIGHTS = ("*.bin",)
 # Weights that repeat the others, and what is no language model
@@ -273,7 +274,9 @@ def _gguf_files(name: HubName, names: list[str]) -> list[str]:
 
 def _gguf_models(names: list[str]) -> list[str]:
     """The GGUF files of models; of a split one the first part."""
-    found = [file for file in names if file.lower().endswith(".gguf") and file != "tokenizer.gguf"]
+    found = [
+        file for file in names if file.lower().endswith(".gguf") and file not in OF_DIRECTORIES
+    ]
     models = [
         file
         for file in found

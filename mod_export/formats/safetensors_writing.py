@@ -72,6 +72,18 @@ def link(files: Sequence[Path], directory: Path) -> None:
         (directory / name).symlink_to(path.resolve())
 
 
+def add(tensors: Sequence[StoredTensor], directory: Path) -> None:
+    """Write tensors to one more file of a directory's model, and an index of all files."""
+    files = sorted(directory.glob("model*.safetensors"))
+    names = [f"model-{number:05}-of-{len(files) + 1:05}" for number in range(1, len(files) + 2)]
+    paths = [directory / f"{name}.safetensors" for name in names]
+    write_file(paths[-1], tensors)
+    for path, renamed in zip(files, paths, strict=False):
+        path.rename(renamed)
+    weight_map = {name: path.name for name, path in tensor_index(paths).items()}
+    _write_index(directory, sum(path.stat().st_size for path in paths), weight_map)
+
+
 def _write_index(directory: Path, n_bytes: int, weight_map: dict[str, str]) -> None:
     index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
     (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,8 @@ import numpy as np
 from mod_export.errors import UserError
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 
+SECTIONS = "rope.dimension_sections"  # has a length of its own
+
 
 @dataclass(frozen=True)
 class SlidingLayers:
@@ -92,6 +94,18 @@ def draft_layers(file: GGUFFile) -> int:
             "give the file of the model itself: one with layers for drafts alone is no model",
         )
     return n_draft
+
+
+def layer_arrays(file: GGUFFile, n_layer: int) -> list[str]:
+    """The keys of a file's architecture that have one value for each of so many layers."""
+    return [
+        name
+        for name, key in file.keys.items()
+        if name.startswith(f"{file.architecture}.")
+        and not name.endswith(f".{SECTIONS}")
+        and isinstance(key.value, np.ndarray)
+        and len(key.value) == n_layer
+    ]
 
 
 def _pattern(file: GGUFFile, rule: SlidingLayers, n_layer: int) -> list[bool]:

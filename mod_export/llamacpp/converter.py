@@ -41,6 +41,7 @@ KNOWN_WARNINGS = re.compile(
 # Scripts that run in the converter's process, in the source directory of llama.cpp. This one puts
 # right what the converter does not find in directories that transformers 5 has written.
 FIELDS_SCRIPT = """
+import re
 from conversion import ModelBase
 
 # fields of GPT-NeoX and Cohere 2, of AFMoE, the types of layers of Granite 4 H and Nemotron-H, and
@@ -78,16 +79,24 @@ def load_with_former_fields(*args, **kwargs):
 ModelBase.load_hparams = staticmethod(load_with_former_fields)
 ModelBase.__init__ = init_with_former_fields
 
-# the layers of Qwen and Nemotron-H that predict tokens further on, which transformers drops
+# The fields count layers that predict tokens further on, where the weights may have none.
 index_all = ModelBase.index_tensors
-DROPPED = {"_QwenMtpMixin", "NemotronHModel"}
+DRAFT = re.compile(r"(?:model\\.|language_model\\.)*(?:mtp[._]|layers\\.(\\d+)\\.)")
+LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
 
-def index_main_layers(self, *args, **kwargs):
-    if DROPPED & {kind.__name__ for kind in type(self).__mro__}:
+def index_present_layers(self, *args, **kwargs):
+    tensors = index_all(self, *args, **kwargs)
+    fields = [self.hparams, self.hparams.get("text_config") or {}]
+    n_layer = max(part.get(name) or 0 for part in fields for name in LAYERS)
+    found = filter(None, map(DRAFT.match, tensors))
+    if not any(match[1] is None or int(match[1]) >= n_layer for match in found):
         type(self).no_mtp = True
-    return index_all(self, *args, **kwargs)
+        for part in fields:
+            for name in {"num_nextn_predict_layers", "mtp_num_hidden_layers"} & part.keys():
+                part[name] = 0
+    return tensors
 
-ModelBase.index_tensors = index_main_layers
+ModelBase.index_tensors = index_present_layers
 """
 # The routers are no part of the base model: export.py adds them afterwards.
 CONVERTER_SCRIPT = """

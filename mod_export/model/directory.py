@@ -19,7 +19,14 @@ import torch
 from mod_export.common.files import atomic_dir, safetensors_errors
 from mod_export.config import MoDConfig
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, hub, model_card, safetensors_writing, schema
+from mod_export.formats import (
+    drafts,
+    hf_directory,
+    hub,
+    model_card,
+    safetensors_writing,
+    schema,
+)
 from mod_export.formats.adapter_files import ROUTERS, is_adapter
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.safetensors_writing import StoredTensor
@@ -66,10 +73,13 @@ def save(
                 base.save_pretrained(directory, state_dict=base.state_dict() | added, **kwargs)
         finally:
             del base.config.mod
-        source = str(base.config.name_or_path or "")
+        source = origin = str(base.config.name_or_path or "")
         if tokenizer is not None:
-            source = str(tokenizer.name_or_path or source)
+            source = str(tokenizer.name_or_path or origin)
             _save_tokenizer(tokenizer, source, directory)
+        # The configuration of a model from a GGUF file names no file, but its tokenizer does.
+        if origin := origin or source:
+            drafts.carry(Path(origin), directory, base.config.num_hidden_layers)
         card = model_card.origin(source)
         model_card.write(directory, card, model_card.model_text(card, config))
 

@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from mod_export.errors import UserError
+from mod_export.formats.drafts import layer_of
 from mod_export.formats.ggml_types import enum_name
 from mod_export.formats.gguf import GGUFFile, Tensor
 from mod_export.formats.rotary import FREQS, LONG, SHORT
 from mod_export.formats.safetensors_writing import StoredTensor, in_shards
-from mod_export.formats.sliding_windows import main_layers
+from mod_export.formats.sliding_windows import layer_arrays, main_layers
 from mod_export.model.gguf_architectures import row_of
 from mod_export.model.gguf_rope import RopeFactors, rope_parameters
 from mod_export.model.gguf_rows import (
@@ -63,7 +64,6 @@ ONE_VALUE = {
     "expert_count": 0,
     "expert_used_count": 0,
 }
-SECTIONS = "rope.dimension_sections"  # has a length of its own
 WRITTEN_ROWS = 4096  # of a matrix outside of the layers, in memory at once
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Types of tensors whose values torch has a type for.
@@ -121,7 +121,7 @@ class GGUFWeights:
         if self.row.model_type == "gemma4_text":
             taken.add(FREQS)  # its configuration says them in another way
         taken |= {name for name in file.tensors if _is_shared(name, self.config)}
-        taken |= {name for name in file.tensors if _layer_of(name) >= main_layers(file)}
+        taken |= {name for name in file.tensors if layer_of(name) >= main_layers(file)}
         if rest := sorted(set(file.tensors) - taken):
             raise UserError(
                 f"{file.path}: transformers' {self.row.model_type} has no place for the tensor "
@@ -224,17 +224,11 @@ def _bytes(value: torch.Tensor) -> memoryview:
     return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _layer_of(tensor: str) -> int:
-    """Return the number of the layer that a tensor of a file is of; -1 for none."""
-    found = re.match(r"blk\.(\d+)\.", tensor)
-    return int(found[1]) if found else -1
-
-
 def _is_shared(tensor: str, config) -> bool:
     """Whether a tensor is for K/V of a layer that takes them from another."""
     shared = getattr(config, "num_kv_shared_layers", 0)
     is_kv = bool(re.match(r"blk\.\d+\.attn_(k|v|k_norm)\.", tensor))
-    return is_kv and _layer_of(tensor) >= config.num_hidden_layers - shared
+    return is_kv and layer_of(tensor) >= config.num_hidden_layers - shared
 
 
 def read_config(file: GGUFFile):
@@ -288,9 +282,9 @@ class Keys:
         n_main, n_layer = main_layers(file), self.rest.get("block_count")
         if self.rest.pop("nextn_predict_layers", 0):
             self.rest["block_count"] = n_main
-            for name, value in self.rest.items():
-                if name != SECTIONS and isinstance(value, np.ndarray) and len(value) == n_layer:
-                    self.rest[name] = value[:n_main]
+            for name in layer_arrays(file, n_layer):
+                name = name.removeprefix(self._prefix)
+                self.rest[name] = self.rest[name][:n_main]
 
     def name(self, key: str) -> str:
         """Return the whole name of a key."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, hub, schema
+from mod_export.formats import drafts, hf_directory, hub, schema
 from mod_export.formats.ggml_types import enum_name
 from mod_export.formats.gguf import GET_AGAIN, GGUFFile
 from mod_export.formats.model_checks import check_model
@@ -141,11 +141,13 @@ def _load_directory(directory: Path, dtype: torch.dtype):
             f"{directory} lacks the weights {missing[0]}",
             "it is incomplete, or of another architecture",
         )
-    _warn_of_ignored(directory, info["unexpected_keys"])
     if conditional:
         logger.info(f"taking the text model of {names[0]}")
         text_model.keep_chat_template(tokenizer, directory)
         base = text_model.text_model(base)
+    n_layer = base.config.num_hidden_layers
+    unexpected = [name for name in info["unexpected_keys"] if not drafts.is_draft(name, n_layer)]
+    _warn_of_ignored(directory, unexpected)
     return base.eval(), tokenizer
 
 

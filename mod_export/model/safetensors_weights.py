@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mod_export.errors import UserError
-from mod_export.formats import hf_directory, schema
+from mod_export.formats import drafts, hf_directory, schema
 from mod_export.formats.safetensors_writing import StoredTensor, piece_of
 from mod_export.model.streaming import Change
 
@@ -39,9 +39,10 @@ class CannotStream(Exception):
 class SafetensorsWeights:
     """Reads the parameters and buffers of `base` from the files of a directory.
 
-    ignored: tensors of the files that the model has no place for. Raises UserError for a file that
-    is missing or cut, for a parameter that no file has, and for one of numbers that mean nothing
-    without a scale; CannotStream where transformers has to load all files at once.
+    ignored: tensors of the files that the model has no place for, but for those of layers for
+    drafts, which are written as they are. Raises UserError for a file that is missing or cut, for a
+    parameter that no file has, and for one of numbers that mean nothing without a scale;
+    CannotStream where transformers has to load all files at once.
     """
 
     def __init__(self, directory: Path, base: nn.Module):
@@ -58,6 +59,8 @@ class SafetensorsWeights:
         self.ignored: list[str] = []
         self._changes: dict[str, Change] = {}
         for key, (name, is_joined) in sources.items():
+            if drafts.is_draft(key, base.config.num_hidden_layers):
+                continue
             if name not in known:
                 self.ignored.append(key)
             elif is_joined:
@@ -125,7 +128,7 @@ class SafetensorsWeights:
         self._changes = dict(changes)
 
     def stored(self) -> list[list[StoredTensor]]:
-        """Return the tensors of each file that the model has a place for, in the file's types."""
+        """Return the tensors of each file that are not ignored, in the file's types."""
         ignored, shards = set(self.ignored), []
         changed = {self._plain[name]: name for name in self._changes}
         for path in self.files:

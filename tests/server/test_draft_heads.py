@@ -2,6 +2,7 @@
 
 import pytest
 
+from mod_export.export import export
 from mod_export.synthetic.onto_base import onto
 from mod_export.synthetic.routers import SynthesisOptions
 from tests.support.completions import TEXT, anew, ask, same_answer, tokens
@@ -9,6 +10,7 @@ from tests.support.draft_heads import with_head
 from tests.support.gguf_models import write_models
 from tests.support.llama_server import LlamaServer, started
 from tests.support.model_types import MODEL_TYPES
+from tests.support.tiny_adapter import save_for
 
 NAMES = ("qwen3_5", "glm4_moe")  # the first one is a hybrid
 LAYER = 3  # with full attention in both
@@ -62,6 +64,15 @@ def test_a_head_beside_kv_units_changes_no_answer(routed, name):
     drafted, accepted = check_drafts(routed(name, "kv"), "draft-mtp")
     assert drafted > accepted
     assert accepted > 20 or name == "qwen3_5"  # whose text repeats nothing
+
+
+def test_a_head_that_came_along_with_trained_weights_drafts(dense, tmp_path):
+    source, lora = dense["glm4_moe"], tmp_path / "lora"
+    save_for(source, {"kv": [1, LAYER]}, lora, lora_for=STORY)
+    drafted, accepted = check_drafts(
+        export(lora, tmp_path / "mod.gguf", "f32", base=source), "draft-mtp"
+    )
+    assert drafted > accepted > 0
 
 
 def test_a_plain_draft_model_works_beside_other_kinds(routed, dense):

@@ -12,9 +12,15 @@ from safetensors.torch import load_file
 
 from mod_export.errors import UserError
 from mod_export.evaluation.run import EvaluationPlan, evaluate
+from mod_export.export import export
+from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.schema import hf_tensor_names
 from mod_export.training import run as train_module
 from mod_export.training.log import read
+from tests.support.draft_heads import tensors_of_head, with_head
+from tests.support.gguf_models import write_models
+from tests.support.model_types import HYBRIDS
+from tests.support.tiny_adapter import save_for
 from tests.support.training_runs import LENGTH, config, train, write_files
 
 
@@ -127,3 +133,21 @@ def test_trained_weights_are_no_teacher(files, tmp_path):
         tmp_path / "first", tmp_path / "second", replace(run, teacher=str(files / "mod"))
     )
     assert second["perplexity_dense"] == pytest.approx(first["perplexity_dense"])
+
+
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+def test_a_trained_hybrid_keeps_its_layers_for_drafts(files, tmp_path, parameters):
+    """They were in no directory, and in no file that was made of trained weights."""
+    plain = write_models(tmp_path, {"plain": HYBRIDS["qwen3_5"]})["plain"]
+    source = with_head(plain, tmp_path / "source.gguf", layer=3)
+    save_for(source, {"kv": [1, 3]}, tmp_path / "start")
+    run = config(files, target=0.5, parameters=parameters, tokens=4 * LENGTH)
+    trained = tmp_path / "trained"
+    train_module.train(tmp_path / "start", trained, run, base=source)
+    base = source if parameters == "lora" else None
+    file = export(trained, tmp_path / "mod.gguf", "f32", base=base)
+    assert tensors_of_head(file) == tensors_of_head(source)
+    weights = [
+        GGUFFile.open(path).tensors["blk.3.attn_q.weight"].array() for path in (file, source)
+    ]
+    assert 0 < abs(weights[0] - weights[1]).max() < 0.1

@@ -3,6 +3,7 @@
 import torch
 
 from mod_export.adapter import base_identity, save
+from mod_export.model import loading
 from mod_export.model.lora import inject_lora
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
@@ -41,6 +42,24 @@ def trained(order: str = "LoRA first", lora: bool = True) -> tuple[MoDModel, dic
     fill_lora(base)
     tiny.place_biases(model, IDS)
     return model, identity
+
+
+def save_for(source, units: dict, out, lora_for: str = "") -> MoDModel:
+    """Write an adapter for a directory or a GGUF file, and return its model.
+
+    lora_for: a text, for which LoRA is filled, and whose decisions lie far from the thresholds
+    """
+    base, tokenizer = loading.load(source)
+    identity = base_identity(base, tokenizer, "tiny")
+    ids = None
+    if lora_for:
+        inject_lora(base, rank=4, alpha=8, seed=1)
+        fill_lora(base)
+        ids = torch.tensor([tokenizer(lora_for).input_ids])
+    config = tiny.config(units, base.config.num_hidden_layers)
+    model = tiny.wrap(base, config, ids, tokenizer)
+    save(out, model.config, model.router_tensors(), base, identity)
+    return model
 
 
 def saved(path, lora: bool = True, **kwargs) -> MoDModel:
