@@ -34,7 +34,7 @@ def whole_numbers(folder):
 def test_a_tokenizer_that_cannot_be_matched_is_refused_before_the_work(
     tmp_path, run_cli, monkeypatch, save_tokenizer, message
 ):
-    tiny.base(n_layer=2, n_vocab=len(tiny.tokenizer())).save_pretrained(tmp_path / "odd")
+    tiny.base(n_layer=3, n_vocab=len(tiny.tokenizer())).save_pretrained(tmp_path / "odd")
     save_tokenizer(tmp_path / "odd")
     (tmp_path / "out").mkdir()
     with HubServer({"org/odd": tmp_path / "odd"}) as hub:
