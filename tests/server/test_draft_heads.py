@@ -87,3 +87,11 @@ def test_a_head_beside_other_kinds_is_refused_by_name(routed):
         LlamaServer(routed("glm4_moe", "ffn+kv"), more=(*DRAFTS, "draft-mtp"))
     assert "beside kv units only, but layer" in str(error.value)
     assert "has a router for 'ffn'" in str(error.value)
+
+
+def test_a_draft_model_that_cannot_go_back_is_refused(routed, dense):
+    """A hybrid beside a model without recurrent states ended the server, upstream's too."""
+    with pytest.raises(AssertionError, match="the draft model has recurrent states, from which"):
+        LlamaServer(
+            routed("glm4_moe", "kv"), more=(*DRAFTS, "draft-simple", "-md", dense["qwen3_5"])
+        )

@@ -1,6 +1,5 @@
 #include "server-mod.h"
 
-#include "common.h"
 #include "log.h"
 #include "server-common.h"
 
@@ -64,6 +63,16 @@ static bool drops_kv(const llama_context * ctx) {
     }
     const auto * model = llama_get_model(ctx);
     return llama_mod_kv_window(model) > 0 || llama_model_n_swa(model) > 0;
+}
+
+// upstream goes back to a checkpoint of both models where the model needs one, and ends the process where its draft model alone does
+bool server_mod_can_draft(common_context_seq_rm_type tgt, common_context_seq_rm_type dft) {
+    const bool res = dft != COMMON_CONTEXT_SEQ_RM_TYPE_FULL || tgt == COMMON_CONTEXT_SEQ_RM_TYPE_FULL;
+    if (!res) {
+        SRV_ERR("%s", "the draft model has recurrent states, from which a drafted token cannot be taken back beside this model; "
+                "use a draft model without them (-md)\n");
+    }
+    return res;
 }
 
 int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n) {

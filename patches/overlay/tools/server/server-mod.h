@@ -4,9 +4,9 @@
 //
 // Upstream's files hold hooks only. A dense model has no units; then every function here does nothing.
 
-#include "llama-mod.h"
-
+#include "common.h"
 #include "json.h"
+#include "llama-mod.h"
 
 #include <array>
 #include <cstdint>
@@ -14,9 +14,6 @@
 #include <list>
 #include <string>
 #include <vector>
-
-struct common_adapter_lora_info;
-struct common_prompt_checkpoint;
 
 using json = common_json;
 
@@ -34,6 +31,9 @@ bool server_mod_other_lora(const std::vector<common_adapter_lora_info> & current
 
 // before states of a slot are read: they fit a context with the shift and the adapters that they were made with
 void server_mod_prepare(llama_context * ctx, float shift, std::vector<common_adapter_lora_info> & lora);
+
+// whether a draft model can go back where the model itself does; says in the log why not
+bool server_mod_can_draft(common_context_seq_rm_type tgt, common_context_seq_rm_type dft);
 
 // how many of n drafted tokens the model and its draft model, which may be null, can take back
 int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n);
