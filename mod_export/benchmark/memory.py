@@ -53,6 +53,9 @@ PROBED_CONTEXTS = (4096, 65536)  # contexts that llama.cpp measures
 COMPUTE_FACTOR = 1.07
 # The runtime keeps two graphs of one token, which have room for so many copies of a layer's state.
 KEPT_STATES = 5
+# A run has another graph beside the one that llama.cpp measures with. A MoD model has one for
+# segments, and small ones that it keeps, which take less than a third one.
+NODE_BYTES = 409  # of a graph's room: ggml_tensor_overhead and ggml_graph_overhead_custom
 PROCESS_BYTES = 6 * MIB  # tokens, and Python's side of a run
 USED_CELL_BYTES = 13  # position, set of sequences, place in its list, byte of the mask
 PAGE_BYTES = 4096
@@ -145,7 +148,8 @@ class MemoryModel:
             kv = self._stored(cells, n)
             routed = [layer for layer in layers if self._routes(layer)]
             used = n + sum(cells[layer] * lists_of_cells(self.config, layer) for layer in routed)
-        process = self.probe["process"] + USED_CELL_BYTES * used + PROCESS_BYTES
+        graphs = NODE_BYTES * self.probe["nodes"] * (1 if self.dense else 2)
+        process = self.probe["process"] + USED_CELL_BYTES * used + graphs + PROCESS_BYTES
         # A MoD model has the states before a decode too.
         states = self.probe["states"] / (2 if self.dense and self.config else 1)
         return MemoryNeed(

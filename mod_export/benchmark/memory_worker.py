@@ -20,6 +20,7 @@ DECODE_TOKENS = 8  # The tokens follow the prompt, so that the graphs of decode 
 # llama.cpp's log of a context
 COMPUTE_PATTERN = r"compute buffer size = +([\d.]+) MiB"
 KV_PATTERN = r"_cache\w*: size = +([\d.]+) MiB"
+NODES_PATTERN = r"max_nodes = (\d+)"  # that a graph has room for
 STATE_PATTERN = r"RS buffer size = +([\d.]+) MiB"  # of recurrent layers
 
 
@@ -46,8 +47,9 @@ class ContextProbe:
         self.llama = llama
         self.file = file
         self.log = ""
-        self.process = 0  # bytes that are resident while there is a context
+        self.process = 0  # bytes that are resident while there is the first context
         self.states = 0  # bytes of recurrent layers, which are really there
+        self.nodes = 0  # that a graph has room for
         self.keep = keep  # llama.cpp holds no reference to it
         llama.llama_log_set(keep, ctypes.c_void_p(0))
         params = llama.llama_model_default_params()
@@ -85,7 +87,9 @@ class ContextProbe:
         if not context:
             raise self.failed(f"cannot create a context of {n_ctx} tokens for {self.file}")
         self.states = self._sum(STATE_PATTERN)
-        self.process = max(self.process, resident("VmRSS") - self.states)
+        self.nodes = max(map(int, re.findall(NODES_PATTERN, self.log)), default=0)
+        # The allocator may keep what a first context has given back.
+        self.process = self.process or resident("VmRSS") - self.states
         self.llama.llama_free(context)
         return {
             "compute": self._sum(COMPUTE_PATTERN),
@@ -119,7 +123,8 @@ class MemoryWorker:
         It makes contexts without memory for weights, K/V and compute buffers (`no_alloc`), and says
         how much it would have taken. What is resident then is the process itself. sizes: in the
         order of `contexts`. process: its bytes. states: those of recurrent layers, whatever the
-        context. repacks: whether weights are copied into another layout.
+        context. nodes: that a graph has room for. repacks: whether weights are copied into another
+        layout.
         """
         model = ContextProbe(file, mod)
         sizes = [model.context(n, ubatch, types) for n in contexts]
@@ -127,6 +132,7 @@ class MemoryWorker:
             "sizes": sizes,
             "process": model.process,
             "states": model.states,
+            "nodes": model.nodes,
             "n_ctx_train": model.llama.llama_model_n_ctx_train(model.model),
             "repacks": model.repacks,
         }

@@ -121,12 +121,15 @@ def test_a_run_takes_what_was_predicted(files):
 
 @patched
 def test_a_hybrid(tmp_path):
-    """States are in the cache, in checkpoints and in kept graphs, which fit left out once."""
+    """States are in the cache, in checkpoints and in kept graphs, which fit left out once.
+
+    It left out graphs beside the first one too, which have room for 40 nodes for each token.
+    """
     narrow = {"layers": 4, "embd": 512, "heads": 2, "heads_kv": 2, "ff": 256, "vocab": 320}
     shape = replace(PRESETS["qwen3.5-4b"], **narrow)
     mod, dense = tmp_path / "mod.gguf", tmp_path / "dense.gguf"
     synth(mod, shape, "q8_0", routing_of(header(shape), SynthesisOptions("kv+ffn")), dense)
-    plan = memory.fit(mod, 600 * MIB, MemoryOptions(ubatch=128), dense)
+    plan = memory.fit(mod, 600 * MIB, MemoryOptions(ubatch=512), dense)
     for row in memory.check(plan, TEXT, 1536):
         assert 0.85 < row["needed"] / row["predicted"] < 1.05
 
