@@ -100,13 +100,6 @@ def verify(
     Raises UserError where file and directory do not hold the same units and thresholds, where
     `dense` is a file of another model, or where the text is too short to say anything.
     """
-    import torch
-
-    from mod_export.adapter import open_model
-    from mod_export.data.text import default_texts
-    from mod_export.model import devices, loading
-    from mod_export.runtime.llama import MoDLlama
-
     source = adapter_files.weights_of(reference, base)
     if source == Path(reference) and not (source / "config.json").is_file():
         raise UserError(
@@ -115,25 +108,67 @@ def verify(
         )
     length = min(length, n_tokens)
     options = {"n_ctx": length, "n_batch": length, "threads": threads, "logits_all": True}
-    options["mod"] = mod
-    llm = MoDLlama(file, **options, **(types.options() if types else {}))
-    if not llm.units:
-        raise UserError(f"{file} is a dense model", "give a MoD file")
-    weights = precision(llm.metadata.get("general.file_type", ""))
-    if weights == "f32" and not types:
-        llm.close()
-        llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
-    with stage(f"loading {reference}"):
-        place = devices.parse_device(device)
-        chosen = devices.choose_dtype(dtype, loading.stored_type(source), place)
-        if threads:
-            torch.set_num_threads(threads)
-        model = open_model(reference, base, chosen).to(place)
+    llm, weights = _open_file(file, options | {"mod": mod}, types)
+    model = _open_reference(reference, base, source, device, dtype, threads)
     computed = str(model.base.dtype).removeprefix("torch.")
     bounds = _coarsest(weights, types, computed)
     _check_same_units(llm, model, file, reference)
     if source.is_dir():
         _tell_known_differences(file, source)
+    parts = _sequences(llm, text, n_tokens, length)
+    original = _open_original(dense, llm, parts[0], threads) if dense else None
+    experts = whole_number(GGUFFile.open(llm.model_path), "expert_count", 0) > 0
+    sums = Sums(units_of(llm.units), llm.thresholds, experts)
+    for part in Progress().count("comparing", parts):
+        sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
+    result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
+    result |= {"kv_type": str(types) if types else None, "dtype": computed, "mod": mod}
+    limits = replace(BOUNDS[bounds], margin=None) if experts else BOUNDS[bounds]
+    failures = judge(result, limits)
+    if original is not None:
+        with contextlib.closing(original):
+            result["dense"] = _compare_dense(llm, model, original, parts, bounds, experts)
+        failures += _judge_dense(result["dense"], model)
+    return result | {
+        "bounds": asdict(limits),
+        "failures": failures,
+        "passed": not failures,
+    }
+
+
+def _open_file(file, options: dict, types: KVTypes | None):
+    """Return the file's MoDLlama, and the precision of its weights, a key of BOUNDS."""
+    from mod_export.runtime.llama import MoDLlama
+
+    llm = MoDLlama(file, **options, **(types.options() if types else {}))
+    if not llm.units:
+        raise UserError(f"{file} is a dense model", "give a MoD file, or routers with --mod")
+    weights = precision(llm.metadata.get("general.file_type", ""))
+    if weights == "f32" and not types:
+        llm.close()
+        llm = MoDLlama(file, flash_attn=False, type_k=0, type_v=0, **options)
+    return llm, weights
+
+
+def _open_reference(reference, base, source: Path, device: str, dtype: str, threads: int | None):
+    """Return the torch model; source: the file or directory of its weights."""
+    import torch
+
+    from mod_export.adapter import open_model
+    from mod_export.model import devices, loading
+
+    with stage(f"loading {reference}"):
+        place = devices.parse_device(device)
+        chosen = devices.choose_dtype(dtype, loading.stored_type(source), place)
+        if threads:
+            torch.set_num_threads(threads)
+        return open_model(reference, base, chosen).to(place)
+
+
+def _sequences(llm, text: str | None, n_tokens: int, length: int) -> list[list[int]]:
+    """Return sequences of `length` tokens of the text, n_tokens in all; fewer of a shorter text."""
+    from mod_export.data.text import default_texts
+
     tokens = llm.tokenize((text or default_texts()[0]).encode())
     if len(tokens) < n_tokens:
         if len(tokens) < MIN_TOKENS:
@@ -147,26 +182,7 @@ def verify(
             f"note: {used} tokens are compared, not {n_tokens}: the text has {len(tokens)}"
         )
         n_tokens = used
-    original = _open_original(dense, llm, tokens[:length], threads) if dense else None
-    experts = whole_number(GGUFFile.open(llm.model_path), "expert_count", 0) > 0
-    sums = Sums(units_of(llm.units), llm.thresholds, experts)
-    for start in Progress().count("comparing", range(0, n_tokens - length + 1, length)):
-        part = tokens[start : start + length]
-        sums.add(*_reference_run(model, part), *_runtime_run(llm, part))
-    result = {"file": str(file), "reference": str(reference), "weights": weights} | sums.result()
-    result |= {"kv_type": str(types) if types else None, "dtype": computed, "mod": mod}
-    limits = replace(BOUNDS[bounds], margin=None) if experts else BOUNDS[bounds]
-    failures = judge(result, limits)
-    if original is not None:
-        parts = [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]
-        with contextlib.closing(original):
-            result["dense"] = _compare_dense(llm, model, original, parts, bounds, experts)
-        failures += _judge_dense(result["dense"], model)
-    return result | {
-        "bounds": asdict(limits),
-        "failures": failures,
-        "passed": not failures,
-    }
+    return [tokens[i : i + length] for i in range(0, n_tokens - length + 1, length)]
 
 
 def _coarsest(weights: str, types: KVTypes | None, computed: str) -> str:
