@@ -39,6 +39,7 @@ from mod_export.formats import (
     hub,
     kv_size,
     metadata,
+    model_checks,
     schema,
 )
 from mod_export.formats.ggml_types import EXPORT_FORMATS, FLOAT_NAMES
@@ -382,5 +383,7 @@ def read_adapter(directory: Path, base: Path) -> tuple[MoDConfig, Routers]:
     The adapter must fit the GGUF `base`, whose quantisation does not matter.
     """
     found = adapter_files.read(directory)
-    base_identity.compare(found.base, base_identity.gguf_identity(GGUFFile.open(base)))
+    file = GGUFFile.open(base)
+    model_checks.check_model(file)
+    base_identity.compare(found.base, base_identity.gguf_identity(file))
     return found.config, found.routers

@@ -50,7 +50,8 @@ def read_decisions(llm, prompt: str, generate: int = 0, chat: bool = False) -> D
     """
     if not llm.units:
         raise UserError(
-            f"{llm.model_path} is a dense model, so it decides nothing", "use a MoD file"
+            f"{llm.model_path} is a dense model, so it decides nothing",
+            "use a MoD file, or put routers beside it with --mod",
         )
     if not prompt:
         raise UserError("the prompt is empty", "give it some text")

@@ -275,7 +275,7 @@ def fit(
     """
     model = MemoryModel(file, options, mod)
     if model.dense and dense:
-        raise UserError(f"{file} is a dense model", "give a MoD file to compare with --dense")
+        raise UserError(f"{file} is a dense model", "give a MoD file, or routers with --mod")
     model.probe  # noqa: B018  measured once, for both models
     models = {"dense": MemoryModel(dense, options) if dense else model.as_dense()}
     plan = MemoryPlan(memory, options, models if model.dense else models | {"MoD": model})

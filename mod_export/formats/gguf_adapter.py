@@ -33,6 +33,7 @@ from mod_export.formats import (
 )
 from mod_export.formats.adapter_files import AdapterFiles
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.model_checks import check_model
 from mod_export.formats.schema import Routers
 from mod_export.units import KV
 
@@ -167,10 +168,11 @@ def located(mod: str | os.PathLike) -> GGUFAdapter:
 def with_routers(path: str | Path, mod: str | os.PathLike | None) -> GGUFFile:
     """Open a model's file, with the keys and tensors of routers beside it as if they were its own.
 
-    mod: as `locate` takes it, or None for the file alone. Raises UserError where the routers are
-    for another model, or the file has some already.
+    mod: as `locate` takes it, or None for the file alone. Raises UserError for a file of no model,
+    where the routers are for another model, and where the file has some already.
     """
     file = GGUFFile.open(path)
+    check_model(file)
     if mod is None:
         return file
     adapter = located(mod)

@@ -37,7 +37,17 @@ F32_ENDINGS = (
 
 
 def check_model(file: GGUFFile) -> None:
-    """Raise UserError for what would end the process in llama.cpp."""
+    """Raise UserError for what is no model, and for what would end the process in llama.cpp."""
+    if file.get("general.type") == "adapter":
+        raise UserError(
+            f"{file.path} is an adapter, and no model",
+            "give the file of the model, and routers as --mod",
+        )
+    check_content(file)
+
+
+def check_content(file: GGUFFile) -> None:
+    """Raise UserError for what would end the process in llama.cpp, in models and adapters."""
     _check_numbers(file)
     _check_tensors(file)
     _check_vocabulary(file)

@@ -131,7 +131,7 @@ class MoDLlama(SafeLlama):
         check_file(path)
         bindings.check_version()
         if lora_path := kwargs.get("lora_path"):
-            check_file(lora_path)
+            check_file(lora_path, is_model=False)
         self.mod = None if mod is None else os.fspath(mod)
         self._routers = None if mod is None else gguf_adapter.locate(mod)
         check_context(path, n_ctx, mod is not None)

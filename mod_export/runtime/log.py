@@ -22,7 +22,7 @@ from mod_export.errors import UserError
 from mod_export.formats.base_identity import RIGHT_MODEL
 from mod_export.formats.gguf import GIVE_FILE, GGUFFile
 from mod_export.formats.kv_size import kv_layers
-from mod_export.formats.model_checks import check_model
+from mod_export.formats.model_checks import check_content, check_model
 from mod_export.runtime import bindings  # first: it says what to do where llama_cpp is missing
 from mod_export.runtime.assertions import AssertionFailure
 
@@ -136,8 +136,11 @@ def decode_error(exc: Exception, log: list[str]) -> UserError:
     return UserError(f"llama.cpp cannot decode: {reason(log) or exc}")
 
 
-def check_file(path: str | os.PathLike) -> None:
-    """Raise UserError for a path that is no readable GGUF file, and for a file that is damaged."""
+def check_file(path: str | os.PathLike, is_model: bool = True) -> None:
+    """Raise UserError for a path that is no readable GGUF file, and for a file that is damaged.
+
+    is_model: False for an adapter.
+    """
     check_name(path)
     file = Path(path)
     if not file.exists():
@@ -152,7 +155,7 @@ def check_file(path: str | os.PathLike) -> None:
     if magic != b"GGUF":
         raise UserError(f"{path} is not a GGUF file", GIVE_FILE)
     found = GGUFFile.open(path)
-    check_model(found)
+    (check_model if is_model else check_content)(found)
     found.check_parts()
 
 

@@ -146,7 +146,7 @@ def test_outputs_that_cannot_be(run_cli, mod_dir, tmp_path):
 
 
 def test_directories_that_are_no_mod_model(run_cli, mod_dir, tmp_path):
-    assert "config.json" in export_refused(run_cli, tmp_path, "none", "-o", "out.gguf")
+    assert "no such directory" in export_refused(run_cli, tmp_path, "none", "-o", "out.gguf")
     copy = edited(mod_dir, tmp_path / "copy", config=lambda data: data.pop("mod"))
     assert "no MoD model" in export_refused(run_cli, tmp_path, copy, "-o", "out.gguf")
     copy = edited(mod_dir, tmp_path / "copy", config=lambda data: data["mod"].update(kv_window=0))

@@ -11,6 +11,7 @@ from mod_export.errors import UserError
 from mod_export.export import export
 from mod_export.formats import adapter_files, architectures, gguf_adapter
 from mod_export.formats.gguf import GGUFFile
+from mod_export.formats.model_checks import check_model
 
 ADAPTER = adapter_files.packaged("smollm2-kv-quarter")
 
@@ -66,6 +67,18 @@ def test_refusals(tmp_path):
         with pytest.raises(UserError, match=words):
             export(adapter, tmp_path / "routers.gguf", **options)
     assert not (tmp_path / "routers.gguf").exists()
+
+
+def test_a_file_of_routers_is_no_model(tmp_path):
+    """llama.cpp named a key that was missing, and others said that the adapter is of another."""
+    routers = export(ADAPTER, tmp_path / "routers.gguf")
+    for use in (
+        lambda: check_model(GGUFFile.open(routers)),
+        lambda: gguf_adapter.with_routers(routers, None),
+        lambda: export(ADAPTER, tmp_path / "mod.gguf", base=routers),
+    ):
+        with pytest.raises(UserError, match="routers.gguf is an adapter, and no model; give the"):
+            use()
 
 
 def test_model_types_lead_to_the_architectures_of_their_classes():
