@@ -172,7 +172,10 @@ def _figure(decisions: Decisions, per_row: int):
     left, right, top = 0.6, 0.75, 0.62
     text_height = 0.09 + 0.052 * min(12, max(len(_label(t)) for t in decisions.texts))
     panel, gap = unit * n_units, text_height + 0.12
-    width = max(left + TOKEN_WIDTH_INCHES * per_row + right, 5.5)
+    # Characters of 8 and of 6.5 points.
+    title = 0.074 * len(_title(decisions))
+    legend = sum(0.28 + 0.054 * len(label) for label in _legend_of(decisions))
+    width = max(left + TOKEN_WIDTH_INCHES * per_row + right, left + max(title, legend), 5.5)
     height = top + rows * (panel + gap) + 0.1
     fig = plt.figure(figsize=(width, height))
     for row in range(rows):
@@ -219,12 +222,13 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
         heads = " (a row for each head)" if by_head and kind == KV else ""
         room = (last - first + 1) * points / (0.55 * 6.5)  # characters beside the band
         labels = [f"{kind}, layer{heads}", f"{kind}, layer", kind]
+        label = next((label for label in labels if len(label) <= room), None)
         ax.text(
             -0.47 / TOKEN_WIDTH_INCHES,
             (first + last) / 2,
-            next((label for label in labels if len(label) <= room), kind),
+            label or kind,
             fontsize=6.5,
-            rotation=90,
+            rotation=90 if label else 0,  # across, beside a band of one row
             ha="center",
             va="center",
         )
@@ -298,24 +302,30 @@ def _shares(ax, decisions: Decisions) -> None:
         ax.spines[name].set_visible(False)
 
 
-def _legend(fig, decisions: Decisions, left: float, height: float) -> None:
-    from matplotlib.patches import Patch
-
-    kinds = [kind for kind in UNIT_KINDS if any(kind == unit.kind for unit in decisions.units)]
-    patches = [
-        Patch(
-            color=UNIT_KINDS[k].colour,
-            label=f"{k}: {UNIT_KINDS[k].active} ({_mean(decisions, k):.0%})",
-        )
-        for k in kinds
-    ]
-    patches.append(Patch(color=SKIPPED_COLOUR, label="inactive"))
+def _title(decisions: Decisions) -> str:
     title = (
         f"{decisions.title}: {len(decisions.active)} tokens, {len(decisions.units)} units, "
         f"activation {decisions.active.mean():.2f}"
     )
     if decisions.n_prompt < len(decisions.active):
         title += f" (generated: from token {decisions.n_prompt}, red)"
+    return title
+
+
+def _legend_of(decisions: Decisions) -> dict[str, str]:
+    """Label -> colour, of each kind and of what is inactive."""
+    return {
+        f"{kind}: {UNIT_KINDS[kind].active} ({_mean(decisions, kind):.0%})": UNIT_KINDS[kind].colour
+        for kind in UNIT_KINDS
+        if any(kind == unit.kind for unit in decisions.units)
+    } | {"inactive": SKIPPED_COLOUR}
+
+
+def _legend(fig, decisions: Decisions, left: float, height: float) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=x) for x, colour in _legend_of(decisions).items()]
+    title = _title(decisions)
     fig.text(left, 1 - 0.12 / height, title, fontsize=8, va="top", parse_math=False)
     fig.legend(
         handles=patches,

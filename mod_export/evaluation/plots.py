@@ -11,6 +11,7 @@ from mod_export.common.plots import check_folder, save_figure
 
 NAMES = {"dense": "dense", "mod": "MoD"}
 COLOURS = {"dense": "#888888", "mod": "#0072B2"}
+TITLE_INCHES = 0.085  # of a character of 10 points
 
 
 def draw(result: dict, folder: str | Path, force: bool = False) -> list[Path]:
@@ -38,9 +39,12 @@ def passkey(rows: list[dict], title: str):
 
     names = [name for name in NAMES if rows[0][name] is not None]
     depths = list(rows[0]["dense_by_depth"])
-    width, height = 1.6 + len(names) * max(1.8, 0.8 * len(rows) + 0.5), 1.6 + 0.42 * len(depths)
+    trials = rows[0]["trials"] // len(depths)
+    title = f"{title}: passkeys found, {trials} trial{'s' * (trials > 1)} per cell"
+    width = _width(title, 1.6 + len(names) * max(1.8, 0.8 * len(rows) + 0.5))
+    size = (width, 1.6 + 0.42 * len(depths))
     fig, axes = plt.subplots(
-        1, len(names), figsize=(width, height), layout="constrained", squeeze=False, sharey=True
+        1, len(names), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
     for ax, name in zip(axes[0], names, strict=True):
         shares = [[row[f"{name}_by_depth"][depth] for row in rows] for depth in depths]
@@ -69,13 +73,13 @@ def passkey(rows: list[dict], title: str):
     bar = fig.colorbar(image, ax=axes[0].tolist(), shrink=0.9)
     bar.set_label("share found", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    trials = rows[0]["trials"] // len(depths)
-    fig.suptitle(
-        f"{title}: passkeys found, {trials} trial{'s' * (trials > 1)} per cell",
-        fontsize=10,
-        parse_math=False,
-    )
+    fig.suptitle(title, fontsize=10, parse_math=False)
     return fig
+
+
+def _width(title: str, least: float) -> float:
+    """The width of a figure in inches, in which its title has room."""
+    return max(least, TITLE_INCHES * len(title))
 
 
 def _usage(rows: list[dict]) -> str:
@@ -92,7 +96,8 @@ def tasks(rows: list[dict], title: str):
     import matplotlib.pyplot as plt
 
     names = [name for name in NAMES if rows[0][name] is not None]
-    fig, ax = plt.subplots(figsize=(1.5 + 0.75 * len(rows), 3.4), layout="constrained")
+    size = (_width(title, 1.5 + 0.75 * len(rows)), 3.6)
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
     for i, name in enumerate(names):
         keys = ["acc" if row[name]["acc_norm"] is None else "acc_norm" for row in rows]
         at = [x + (i - (len(names) - 1) / 2) * 0.38 for x in range(len(rows))]
@@ -116,6 +121,6 @@ def tasks(rows: list[dict], title: str):
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=2)
-    ax.set_title(title, fontsize=10, parse_math=False)
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+    fig.suptitle(title, fontsize=10, parse_math=False)
     return fig

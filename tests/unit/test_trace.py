@@ -1,5 +1,7 @@
 """The picture of decisions, drawn from decisions that no model made."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -57,3 +59,20 @@ def test_rows_of_heads_share_the_label_of_their_layer(tmp_path):
     assert labels == list(range(1, 30, 3))
     trace.draw(made, tmp_path / "heads.png")
     assert plt.imread(tmp_path / "heads.png").shape[0] < 900
+
+
+def test_nothing_is_cut_or_lies_on_something_else():
+    """A long name was cut above a short text, and names of kinds with one row overlapped."""
+    made = replace(decisions(5, 2), title="Qwen3.5-35B-A3B-Instruct-MoD-kv-attn-ffn-Q4_K_M.gguf")
+    ordered = trace._by_kind(made)
+    one_row = replace(ordered, active=ordered.active[:, ::2], units=ordered.units[::2])
+    fig = trace._figure(one_row, 5)
+    fig.canvas.draw()
+    for head in (*fig.texts, fig.legends[0]):
+        extent = head.get_window_extent()
+        assert fig.bbox.x0 <= extent.x0 and extent.x1 <= fig.bbox.x1
+    kinds = [text for text in fig.axes[0].texts if text.get_text() in ("kv", "block", "attn")]
+    extents = [text.get_window_extent() for text in kinds]
+    assert len(extents) == 3
+    assert not any(a.overlaps(b) for a, b in zip(extents, extents[1:], strict=False))
+    plt.close(fig)
