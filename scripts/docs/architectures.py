@@ -154,13 +154,14 @@ def page(table: dict[str, architectures.Architecture]) -> str:
     routed = [row for row in table.values() if row.kinds]
     complete = [row for row in routed if len(row.kinds) == len(UNIT_KINDS)]
     lines = [HEAD.format(routed=len(routed), all=len(table), complete=len(complete))]
-    lines += ["## With routers\n", "| architecture | for example | units | sliding windows | |"]
+    columns = "| architecture | for example | units | sliding windows | why not all |"
+    lines += ["## With routers\n", columns]
     lines.append("| --- | --- | --- | --- | --- |")
     for name, row in table.items():
         if row.kinds:
             kinds = "all" if len(row.kinds) == len(UNIT_KINDS) else ", ".join(row.kinds)
             sliding = "yes" if row.sliding else ""
-            remark = row.reason or row.note or ""
+            remark = row.reason or (f"in some models: {row.note}" if row.note else "")
             lines.append(f"| `{name}` | {_examples(row)} | {kinds} | {sliding} | {remark} |")
     lines += ["\n## Without\n", "| architecture | for example | why |", "| --- | --- | --- |"]
     lines += [
