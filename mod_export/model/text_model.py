@@ -102,6 +102,7 @@ def text_model(base: nn.Module) -> nn.Module:
                 CURE,
             )
     model.generation_config = base.generation_config
+    model.config.name_or_path = base.config.name_or_path
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from tests.support.hub_server import TOKEN, HubServer, commit
 NOBODY = 9  # the port at which no server listens
 # The folder of the repository has more than a model needs.
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md", "chat.jinja")
+MODEL_FILES += ("drafts.gguf",)  # of a MoD directory
 OTHER_FILES = ("consolidated.safetensors", "onnx/model.onnx", "pytorch_model.bin", "picture.png")
 GGUF_FILES = ("n-Q4_K_M.gguf", "n-Q8_0-00001-of-00002.gguf", "n-Q8_0-00002-of-00002.gguf")
 

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from mod_export.errors import UserError
+from mod_export.formats import hf_directory
 from mod_export.model import loading
+from tests.support import tiny_torch as tiny
 from tests.support.byte_tokenizer import byte_tokenizer
 
 TEXT = {
@@ -122,6 +125,21 @@ def test_the_text_model_has_the_logits_of_the_whole_model(tmp_path, name, tied):
     config = json.loads((tmp_path / "text" / "config.json").read_text())
     assert config["architectures"] == [MODELS[name][2]]
     assert config["eos_token_id"] == [7, 9]
+
+
+def test_layers_for_drafts_come_along_with_the_text_model(tmp_path):
+    """Released checkpoints of Qwen3.5 have them beside a model that takes images."""
+    save(tmp_path / "whole", "Qwen3_5ForConditionalGeneration", tied=False)
+    file = tmp_path / "whole" / "model.safetensors"
+    head = {"mtp.fc.weight": torch.rand(32, 64), "mtp.layers.0.mlp.up_proj.weight": torch.rand(4)}
+    save_file(load_file(file) | head, file, metadata={"format": "pt"})
+    text, tokenizer = loading.load(tmp_path / "whole")
+    routed = tiny.config({"kv": [1]}, n_layer=2)
+    tiny.wrap(text, routed, tokenizer=tokenizer).save(tmp_path / "mod")
+    index = hf_directory.tensor_index(hf_directory.tensor_files(tmp_path / "mod"))
+    for name, value in head.items():
+        assert torch.equal(load_file(index[name])[name], value)
+    assert not any("visual" in name for name in index)
 
 
 def test_models_without_a_causal_text_model_are_refused(tmp_path):
