@@ -277,13 +277,14 @@ class MoDLlama(SafeLlama):
         """Return the current p of each unit, without the shift."""
         return [bindings.llama_mod_get_threshold(self.ctx, u.index) for u in self.units]
 
-    def set_threshold(self, unit: int, p: float) -> None:
-        """Set p of one unit, 0 < p < 1.
+    def set_threshold(self, unit: int | RoutedUnit, p: float) -> None:
+        """Set p of one of `units`, or of the unit with this index there, 0 < p < 1.
 
         The next prompt is read anew, as after every change of a threshold, the shift or the force.
         States that were saved before are refused (load_state).
         """
-        self._set("threshold", f"threshold {p}", unit, p)
+        index = unit.index if isinstance(unit, RoutedUnit) else unit
+        self._set("threshold", f"threshold {p}", index, p)
         self._thresholds_changed = True
 
     @property

@@ -135,7 +135,7 @@ def test_a_changed_threshold_holds_for_the_whole_next_prompt(mod):
         generate(llm, TOKENS[0], 1)
         close(llm.scores[:N], tiny.forward(TOKENS[0], force, shift).logits)
     llm.force, llm.shift = "none", 0.0
-    llm.set_threshold(0, 0.7)
+    llm.set_threshold(llm.units[0], 0.7)
     assert llm.thresholds[0] == pytest.approx(0.7)
     generate(llm, TOKENS[0], 1)
     other = make("all")
