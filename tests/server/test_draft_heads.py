@@ -1,23 +1,19 @@
-"""Drafts of a head for multi-token prediction, and plain ones beside `attn` units."""
+"""Drafts of a head for multi-token prediction, and plain ones beside units that skip."""
 
 import pytest
 
 from mod_export.export import export
 from mod_export.synthetic.onto_base import onto
 from mod_export.synthetic.routers import SynthesisOptions
-from tests.support.completions import TEXT, anew, ask, same_answer, tokens
 from tests.support.draft_heads import with_head
+from tests.support.drafting import DRAFTS, STORY, check_drafts
 from tests.support.gguf_models import write_models
-from tests.support.llama_server import LlamaServer, started
+from tests.support.llama_server import LlamaServer
 from tests.support.model_types import MODEL_TYPES
 from tests.support.tiny_adapter import save_for
 
 NAMES = ("qwen3_5", "glm4_moe")  # the first one is a hybrid
 LAYER = 3  # with full attention in both
-STORY = TEXT[:500]
-# Random models have tokens of nearly one likelihood, which rounded K/V would decide between.
-PLAIN = ("-np", "1", "--cache-type-k", "f32", "--cache-type-v", "f32")
-DRAFTS = (*PLAIN, "--spec-draft-n-max", "5", "--spec-type")
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +38,6 @@ def routed(dense, tmp_path_factory):
     return make
 
 
-def check_drafts(file, *drafts):
-    """Return (drafted, accepted) of answers that are those without drafts."""
-    with (
-        started(file, "--ctx", "2048", more=(*DRAFTS, *drafts)) as drafting,
-        started(file, "--ctx", "2048", more=PLAIN) as plain,
-    ):
-        words = tokens(drafting, STORY)
-        found = []
-        for prompt in (words, words[:60] + words[30:90], words[:40], words):
-            answer = ask(drafting, prompt, n_predict=40)
-            assert same_answer(answer, anew(plain, prompt, n_predict=40)), prompt
-            found.append([answer["timings"][name] for name in ("draft_n", "draft_n_accepted")])
-        assert answer["timings"]["mod"]["activation"]
-    return map(sum, zip(*found, strict=True))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_head_beside_kv_units_changes_no_answer(routed, name):
     """A text that is read again at an earlier end ended the server of a hybrid."""
@@ -75,9 +55,10 @@ def test_a_head_that_came_along_with_trained_weights_drafts(dense, tmp_path):
     assert drafted > accepted > 0
 
 
-def test_a_plain_draft_model_works_beside_other_kinds(routed, dense):
+@pytest.mark.parametrize("kinds", ["attn+kv", "block", "ffn"])
+def test_a_plain_draft_model_works_beside_other_kinds(routed, dense, kinds):
     drafted, accepted = check_drafts(
-        routed("glm4_moe", "attn+kv"), "draft-simple", "-md", dense["glm4_moe"]
+        routed("glm4_moe", kinds), "draft-simple", "-md", dense["glm4_moe"]
     )
     assert drafted > accepted > 0
 

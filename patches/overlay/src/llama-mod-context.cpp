@@ -271,6 +271,7 @@ size_t llama_mod_context::check_segment(llm_mod_segment & seg, llm_graph_params 
 
     params.mod = &seg;
     params.res->reset();
+    params.res->t_layer_inp[hparams.n_layer()] = seg.h; // stays where the graph cannot have what the last layer puts out
     auto * gf = lctx.model.build_graph(params);
 
     if (!seg.is_whole) {
@@ -338,8 +339,12 @@ void llama_mod_context::check_segments() {
 
     const llm_mod_segment * seg = &whole;
     try {
+        // some graphs have these hidden states only where they are asked for
+        params.cparams.embeddings_nextn = true;
+        params.cparams.embeddings_layer_inp[n_layer] = true;
         check_segment(whole, params);
-        init_layer_inputs(*res);
+        init_hidden(*res);
+        params.cparams = lctx.cparams;
 
         const auto check_plans = [&](const std::set<int32_t> & middles) {
             init_plan(plan_cut,    true,  middles);

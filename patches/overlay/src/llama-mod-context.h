@@ -64,7 +64,9 @@ struct llama_mod_context {
     // a failed decode leaves the state as it was; returns the result of llama_decode
     int32_t fail(ggml_status status);
 
-    // throws std::runtime_error where draft heads cannot read the input of layer il
+    // throw std::runtime_error where draft heads cannot read the hidden state behind the last layer, or the input of layer
+    // il, which is what the last layer puts out where il is the number of layers
+    void check_last_state() const;
     void check_layer_input(uint32_t il) const;
 
     // copies the inputs of layers that are asked for, of the last ubatch, to where the context keeps those of the batch,
@@ -179,12 +181,15 @@ private:
     std::vector<uint8_t> active; // [n_tokens][n_units]
 
     struct layer_input {
-        bool               known = false; // does the architecture's graph have it?
+        bool               known = false; // can the architecture's graph have it?
         std::vector<float> data;          // [n_tokens][n_embd], of the current ubatch, where it is asked for
     };
-    std::vector<layer_input> layer_inputs; // [n_layer]
+    std::vector<layer_input> layer_inputs; // [n_layer + 1]
 
-    void init_layer_inputs(const llm_graph_result & res); // of the whole model
+    bool knows_last_state = false;
+
+    void init_hidden(const llm_graph_result & res); // of the whole model, all hidden states asked for
+    void check_hidden(const std::string & what, bool known) const;
 
     // which of the inputs that are asked for the segment's graph has. The one that a segment begins with is in h
     std::vector<bool> find_layer_inputs(const llm_mod_segment & seg) const;

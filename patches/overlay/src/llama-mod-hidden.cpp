@@ -9,28 +9,38 @@
 #include <stdexcept>
 
 // The hidden states that draft heads read, beside kv units: there every segment runs for all tokens. Those behind the last
-// layer are in the last segment's graph, where upstream's code finds them (t_h_nextn). The inputs of layers (t_layer_inp)
-// are in the graphs of several segments, and each is read while its segment runs.
+// layer are in the last segment's graph, where upstream's code finds them (t_h_nextn). The inputs of layers (t_layer_inp),
+// with what the last one puts out, are in the graphs of several segments, and each is read while its segment runs.
 
-void llama_mod_context::check_layer_input(uint32_t il) const {
+void llama_mod_context::check_hidden(const std::string & what, bool known) const {
     model.check_hidden();
-    if (il >= layer_inputs.size() || !layer_inputs[il].known) {
-        throw std::runtime_error(format("mod: draft heads cannot read the input of layer %u: the graph of architecture '%s' does not have it",
-                il, llm_arch_name(lctx.model.arch)));
+    if (!known) {
+        throw std::runtime_error(format("mod: draft heads cannot read %s: the graph of architecture '%s' does not have it",
+                what.c_str(), llm_arch_name(lctx.model.arch)));
     }
 }
 
-void llama_mod_context::init_layer_inputs(const llm_graph_result & res) {
-    layer_inputs.resize(lctx.model.hparams.n_layer());
+void llama_mod_context::check_last_state() const {
+    check_hidden("the hidden state behind the last layer", knows_last_state);
+}
+
+void llama_mod_context::check_layer_input(uint32_t il) const {
+    check_hidden(format("the input of layer %u", il), layer_inputs.at(il).known);
+}
+
+void llama_mod_context::init_hidden(const llm_graph_result & res) {
+    knows_last_state = res.get_h_nextn() != nullptr;
+
+    layer_inputs.resize(lctx.model.hparams.n_layer() + 1);
     for (size_t il = 0; il < layer_inputs.size(); ++il) {
-        layer_inputs[il].known = res.get_layer_inp(il) != nullptr;
+        layer_inputs[il].known = res.get_layer_inp(il) && res.get_layer_inp(il) != whole.h;
     }
 }
 
 std::vector<bool> llama_mod_context::find_layer_inputs(const llm_mod_segment & seg) const {
     auto res = lctx.cparams.embeddings_layer_inp;
     for (int32_t il = 0; il < (int32_t) res.size(); ++il) {
-        res[il] = res[il] && 2*il < seg.t1 && (2*il > seg.t0 || seg.first);
+        res[il] = res[il] && (2*il < seg.t1 || seg.last) && (2*il > seg.t0 || seg.first);
     }
     return res;
 }

@@ -75,6 +75,10 @@ bool server_mod_can_draft(common_context_seq_rm_type tgt, common_context_seq_rm_
     return res;
 }
 
+bool server_mod_is_refusal(const std::exception & error) {
+    return string_starts_with(error.what(), "mod: ");
+}
+
 int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n) {
     for (const auto * one : { ctx, ctx_dft }) {
         if (drops_kv(one)) {

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <list>
 #include <string>
@@ -34,6 +35,10 @@ void server_mod_prepare(llama_context * ctx, float shift, std::vector<common_ada
 
 // whether a draft model can go back where the model itself does; says in the log why not
 bool server_mod_can_draft(common_context_seq_rm_type tgt, common_context_seq_rm_type dft);
+
+// is a failure the library's own, of a model whose routers make drafts of the kind that is asked for impossible? the server
+// ends then, instead of going on without drafts
+bool server_mod_is_refusal(const std::exception & error);
 
 // how many of n drafted tokens the model and its draft model, which may be null, can take back
 int32_t server_mod_limit_draft(const llama_context * ctx, const llama_context * ctx_dft, int32_t n);
