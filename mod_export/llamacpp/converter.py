@@ -90,7 +90,7 @@ def index_present_layers(self, *args, **kwargs):
     n_layer = max(part.get(name) or 0 for part in fields for name in LAYERS)
     found = filter(None, map(DRAFT.match, tensors))
     if not any(match[1] is None or int(match[1]) >= n_layer for match in found):
-        type(self).no_mtp = True
+        self.no_mtp = True
         for part in fields:
             for name in {"num_nextn_predict_layers", "mtp_num_hidden_layers"} & part.keys():
                 part[name] = 0

@@ -59,10 +59,9 @@ class SafetensorsWeights:
         self.ignored: list[str] = []
         self._changes: dict[str, Change] = {}
         for key, (name, is_joined) in sources.items():
-            if drafts.is_draft(key, base.config.num_hidden_layers):
-                continue
             if name not in known:
-                self.ignored.append(key)
+                if not drafts.is_draft(key, base.config.num_hidden_layers):
+                    self.ignored.append(key)
             elif is_joined:
                 self._joined.setdefault(name, []).append(key)
             else:

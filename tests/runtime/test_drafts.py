@@ -10,7 +10,9 @@ from safetensors.numpy import load_file
 from mod_export.evaluation.parity import report, verify
 from mod_export.export import export
 from mod_export.formats import hf_directory
+from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.hf_directory import DRAFTS
+from mod_export.formats.sliding_windows import draft_layers
 from mod_export.model import loading
 from mod_export.model.lora import merge_lora
 from mod_export.model.mod_model import MoDModel
@@ -87,15 +89,28 @@ def test_those_of_a_directory_come_along_with_lora(tmp_path):
     check_runtime(whole, lora, base=source)
 
 
-def test_those_of_a_directory_come_along_into_another(tmp_path, caplog):
-    head = with_drafts(tmp_path / "source", "glm4_moe")
-    base, tokenizer = loading.load(tmp_path / "source")
+def saved_again(source, mod, name) -> dict[str, np.ndarray]:
+    """Write a directory, and what is made of it with --save full; return the tensors for drafts."""
+    head = with_drafts(source, name)
+    base, tokenizer = loading.load(source)
     config = tiny.config(UNITS, base.config.num_hidden_layers)
-    mod = tmp_path / "mod"
     tiny.wrap(base, config, tokenizer=tokenizer).save(mod)
+    return head
+
+
+def test_those_of_a_directory_come_along_into_another(tmp_path, caplog):
+    mod = tmp_path / "mod"
+    head = saved_again(tmp_path / "source", mod, "glm4_moe")
     index = json.loads((mod / hf_directory.WEIGHTS_INDEX).read_text())["weight_map"]
     for key, values in head.items():
         np.testing.assert_array_equal(load_file(mod / index[key])[key], values)
     assert not (mod / DRAFTS).exists()
     check_values(export(mod, tmp_path / "mod.gguf", "f32"), head)
     assert not [line for line in caplog.messages if "ignores" in line or "drafts" in line]
+
+
+def test_a_line_tells_where_the_converter_leaves_them_out(tmp_path, caplog):
+    saved_again(tmp_path / "source", tmp_path / "mod", "deepseek_v3")
+    file = export(tmp_path / "mod", tmp_path / "mod.gguf", "f32")
+    assert draft_layers(GGUFFile.open(file)) == 0
+    assert [line for line in caplog.messages if "leaves out the layers for drafts of" in line]
