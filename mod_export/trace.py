@@ -7,6 +7,7 @@ Example:
 """
 
 import logging
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 SKIPPED_COLOUR = "#F0F0EC"
 TOKEN_WIDTH_INCHES = 0.135  # the text of a token still reads at 6 points
 MAX_TOKENS = 8192
+# The first one comes with matplotlib. A character is taken from the first font that has it.
+FONTS = ("DejaVu Sans Mono", "Noto Sans Mono CJK SC", "Noto Sans CJK SC", "Unifont")
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,16 @@ def draw(
     suffix = check_output(path, force)
     with atomic_file(path, force) as tmp:
         fig = _figure(_by_kind(decisions), per_row or _per_row(len(decisions.active)))
-        fig.savefig(tmp, format=suffix, dpi=150)
+        with warnings.catch_warnings(record=True) as caught:
+            fig.savefig(tmp, format=suffix, dpi=150)
         import matplotlib.pyplot as plt
 
         plt.close(fig)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        logger.warning(
+            "note: no installed font has all characters of the text, so some are boxes; "
+            f"install one of {', '.join(FONTS[1:])}"
+        )
 
 
 def check_output(path: str | Path, force: bool) -> str:
@@ -195,6 +204,7 @@ def _figure(decisions: Decisions, per_row: int):
 
 def _panel(ax, decisions: Decisions, part: slice) -> None:
     """Draw the decisions of some tokens."""
+    from matplotlib import font_manager
     from matplotlib.colors import to_rgb
 
     on = np.array([to_rgb(UNIT_KINDS[unit.kind].colour) for unit in decisions.units])
@@ -210,7 +220,7 @@ def _panel(ax, decisions: Decisions, part: slice) -> None:
         [_label(t) for t in decisions.texts[part]],
         rotation=90,
         fontsize=5.5,
-        family="DejaVu Sans Mono",
+        family=[name for name in FONTS if name in font_manager.get_font_names()],
         parse_math=False,
     )
     for label, i in zip(ax.get_xticklabels(), range(part.start, part.stop), strict=True):

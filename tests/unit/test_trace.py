@@ -76,3 +76,15 @@ def test_nothing_is_cut_or_lies_on_something_else():
     assert len(extents) == 3
     assert not any(a.overlaps(b) for a, b in zip(extents, extents[1:], strict=False))
     plt.close(fig)
+
+
+def test_characters_that_no_font_has_are_told_in_one_line(tmp_path, caplog, recwarn, monkeypatch):
+    """matplotlib warned of each character, with a line of source."""
+    monkeypatch.setattr(trace, "FONTS", trace.FONTS[:1])
+    made = replace(decisions(4, 0), texts=["\u4f7f", "\u4f7f\u7528", "a", "b"])
+    trace.draw(made, tmp_path / "boxes.png")
+    (line,) = caplog.messages
+    assert line.startswith("note: no installed font has all characters") and not recwarn.list
+    caplog.clear()
+    trace.draw(decisions(4, 0), tmp_path / "plain.png")
+    assert not caplog.messages
