@@ -9,7 +9,7 @@ This module knows nothing of torch. The help text of each field is that of its o
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from mod_export.errors import UserError
 from mod_export.units import KV, shares_by_kind
@@ -20,6 +20,9 @@ LOSS_ON = ("all", "answers")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+# Tokens of a sequence by default, where kv units have something to forget in so many, and otherwise
+# how many times the window.
+LENGTH, LENGTH_WINDOWS = 512, 4
 # Activation at the first step of the kinds that have to grow into skipping.
 START_ACTIVATION = 0.95
 # The best learning rate of LoRA for a model of this width (docs/log.md).
@@ -94,7 +97,11 @@ class TrainConfig:
     lm_weight: float = option(0.0, "Weight of the language-model loss.")
     temperature: float = option(0.3, "Temperature of the relaxed decisions about keys.")
     tokens: int = option(200_000, "Tokens of the whole run.")
-    length: int = option(512, "Tokens of a sequence.")
+    length: int | None = option(
+        None,
+        "Tokens of a sequence.",
+        "512; four times the largest window of kv units, where twice that is more",
+    )
     batch: int = option(1, "Sequences of a forward, per device.")
     accumulate: int = option(1, "Forwards of a step.")
     router_lr: float = option(1e-3, "Learning rate of routers.")
@@ -143,8 +150,17 @@ class TrainConfig:
     save_every: int = option(100, "Steps between checkpoints.")
     held_out: int = option(8, "Sequences to evaluate on.")
 
+    def for_window(self, window: int) -> TrainConfig:
+        """Return the options with a length.
+
+        window: the largest of the model's kv units, 0 where it has none.
+        """
+        if self.length is not None:
+            return self
+        return replace(self, length=LENGTH_WINDOWS * window if 2 * window > LENGTH else LENGTH)
+
     def steps(self, processes: int = 1) -> int:
-        """Return the number of optimizer steps of the whole run."""
+        """Return the number of optimizer steps of the whole run, of options with a length."""
         tokens = self.length * self.batch * self.accumulate * processes
         return max(1, math.ceil(self.tokens / tokens))
 

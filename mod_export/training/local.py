@@ -45,7 +45,7 @@ from mod_export.training.local_layer import LocalLayer
 from mod_export.training.local_memory import LocalPlan
 from mod_export.training.passages import ask_for_passages
 from mod_export.training.relaxation import HardDecisions, relaxed_attention
-from mod_export.training.run import Output, alone, data_of, one_voice
+from mod_export.training.run import Output, alone, data_of, one_voice, with_length
 from mod_export.units import KV, Unit
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def train_local(
     accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[waiting])
     main = accelerator.is_main_process
     with one_voice(main):
+        config = with_length(directory, config)
         weights = adapter_files.weights_of(directory, base)
         dtype = devices.weights_type(config, loading.stored_type(weights), device, "no")
         model, identity = _open(directory, weights, dtype, accelerator.device)

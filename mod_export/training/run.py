@@ -28,7 +28,7 @@ from mod_export.common.progress import stage
 from mod_export.config import MoDConfig
 from mod_export.data.packing import PackedData, open_data, split
 from mod_export.errors import UserError
-from mod_export.formats import adapter_files, hub
+from mod_export.formats import adapter_files, hf_directory, hub
 from mod_export.model import architectures, loading
 from mod_export.model.lora import merge_lora
 from mod_export.model.mod_model import MoDModel
@@ -92,6 +92,7 @@ def train(
     devices.check_four_bit(config, accelerator)
     with one_voice(accelerator.is_main_process):
         _warn_of_slow_precision(accelerator)
+        config = with_length(directory, config)
         weights = adapter_files.weights_of(directory, base)
         dtype = devices.weights_type(config, loading.stored_type(weights), device, precision)
         room.check(directory, base, config, dtype, accelerator)
@@ -104,6 +105,14 @@ def train(
         with alone(output.run) if accelerator.is_main_process else contextlib.nullcontext():
             source = Source(str(weights), model, identity, data, held_out)
             return _run(source, config, accelerator, output)
+
+
+def with_length(directory: str, config: TrainConfig) -> TrainConfig:
+    """Return the options with a length for the windows of an adapter or a MoD directory."""
+    path = hub.locate(directory)
+    found = adapter_files.find(path)
+    mod = adapter_files.read(found).config if found else hf_directory.read_config(path)
+    return config.for_window(mod.kv_window if KV in mod.units else 0)
 
 
 def _load(

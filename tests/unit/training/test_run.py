@@ -352,3 +352,12 @@ def test_only_the_main_process_logs(caplog):
             logger.info(f"main: {is_main}")
     logger.info("afterwards")
     assert caplog.messages == ["main: True", "afterwards"]
+
+
+def test_a_sequence_is_longer_than_the_windows_by_default(files):
+    """Windows of `convert` go up to 512 tokens: its adapter could not be trained with defaults."""
+    lengths = [TrainConfig(()).for_window(window).length for window in (0, 256, 257, 512)]
+    assert lengths == [512, 512, 1028, 2048]
+    given = TrainConfig((), length=64)
+    assert given.for_window(512) is given
+    assert train_module.with_length(str(files / "mod"), TrainConfig(())).length == 512
