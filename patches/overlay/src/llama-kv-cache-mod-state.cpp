@@ -132,9 +132,6 @@ void llama_kv_cache_mod::state_read_group(llama_io_read_i & io, layer_group & c,
         throw std::runtime_error("mod: the state belongs to a model with other routed layers");
     }
 
-    c.kv->state_clear(seq_id);
-    c.head = 0;
-
     llama_kv_cache::slot_info_vec_t sinfos;
     c.kv->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
 
@@ -200,6 +197,12 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
     try {
         // upstream leaves the cells alone where the state holds none for the sequence
         base->state_clear(seq_id);
+        for (auto & c : groups) {
+            c.kv->state_clear(seq_id);
+            c.head = 0;
+        }
+        // not later: rows are written when all has been read, to the tensors of now, and others take their place where they shrink
+        trim();
 
         llama_kv_cache::slot_info_vec_t sinfos;
         base->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
@@ -223,8 +226,6 @@ void llama_kv_cache_mod::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
         if (recr) {
             recr->state_read(io, seq_id);
         }
-
-        trim();
     } catch (...) {
         // never leave a state of which some layers are missing
         if (seq_id == -1) {

@@ -328,6 +328,19 @@ def test_whole_state_round_trip(routed):
         assert cells(r) == expected_cells(tiny, expected.active, N)  # decisions came with the state
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_state_in_the_place_of_a_longer_text(kv_model, whole):
+    """Tensors that grow shrank behind the state, which was written to those from before."""
+    _, path, expected = kv_model
+    with Raw(path, n_ctx=2048) as r:
+        r.decode(TOKENS[0][:100])
+        data = save(r) if whole else save_sequence(r, 0)
+        r.decode(np.tile(TOKENS[1], 6), pos=np.arange(100, 1000))
+        assert (restore(r, data) if whole else restore_sequence(r, data, 0)) == len(data)
+        r.pos = {0: 100}
+        close(r.decode(TOKENS[0][100:]), expected.logits[100:])
+
+
 @pytest.mark.parametrize("back", [8, 64])
 def test_a_restored_tail_is_taken_back_as_before(kv_model, back):
     _, path, expected = kv_model
