@@ -6,9 +6,12 @@ The files are made without the checks of the export.
 import llama_cpp
 import pytest
 
+from mod_export.errors import UserError
+from mod_export.formats import architectures, schema
+from mod_export.formats.gguf import GGUFFile
 from mod_export.runtime.log import kept_log, reason
-from mod_export.units import ATTN, BLOCK, FFN, KV, Unit
-from tests.support.architectures import memory, routers
+from mod_export.units import ATTN, BLOCK, FFN, KV, UNIT_KINDS, Unit
+from tests.support.architectures import memory, models, routers
 from tests.support.bad_gguf import key, set_key
 from tests.support.mutated_gguf import ARRAY, U32, join, split
 
@@ -21,6 +24,10 @@ LAYERS = {
     12: SLIDES,
     14: "it reads the K/V of layer 11",
 }
+HYBRIDS = (
+    *("qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "granitehybrid", "jamba", "plamo2"),
+    *("falcon-h1", "nemotron_h", "nemotron_h_moe", "kimi-linear", "bailingmoe3", "minimax-01"),
+)
 
 
 def load(path) -> str:
@@ -52,6 +59,40 @@ def test_a_layer_with_a_window_can_have_ffn_units_only(name, tmp_path):
     for kind in (KV, ATTN, BLOCK, FFN):
         path = routers.route(model, tmp_path / "mod.gguf", [Unit(model.sliding[1], kind)])
         assert (SLIDES in load(path)) is (kind != FFN)
+
+
+def can_have(model, layer: int, kind: str) -> bool:
+    if kind == FFN:
+        return not model.ffn_only or layer in model.ffn_only
+    if layer in model.recurrent:
+        return model.both and kind == KV
+    return layer not in model.ffn_only and not (model.ffn_only and kind == ATTN)
+
+
+@pytest.fixture(scope="module")
+def hybrids(tmp_path_factory):
+    files = models.write(tmp_path_factory.mktemp("hybrids"), list(HYBRIDS))
+    return {model.name: model for model in files}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_units_of_hybrids_stand_where_they_can_at_load_and_at_export(hybrids, name, tmp_path):
+    """On the first layers with a state, with full attention, and with an FFN alone."""
+    model = hybrids[name]
+    for layer in {*model.recurrent[:1], *model.full[:1], *model.ffn_only[:1]}:
+        for kind in UNIT_KINDS:
+            path = routers.route(model, tmp_path / "mod.gguf", [Unit(layer, kind)])
+            said, file = load(path), GGUFFile.open(path)
+            config, _ = schema.read_routers(file)
+            if can_have(model, layer, kind):
+                architectures.check_units(file, config)
+                assert said == ""
+                continue
+            assert said.startswith(
+                f"mod: layer {layer} of architecture '{name}' cannot have a router for '{kind}': it"
+            )
+            with pytest.raises(UserError, match=f"layer {layer} .*: it ha|'{name}' cannot have"):
+                architectures.check_units(file, config)
 
 
 def fewer_heads(parts) -> None:
