@@ -231,6 +231,18 @@ def test_one_idea_has_one_spelling():
     assert not spellings & former
 
 
+@pytest.mark.parametrize(
+    ("args", "example"),
+    [
+        (["serve", "m.gguf", "-np", "4"], "mod-export serve FILE -- -np"),
+        (["lm-eval", "m.gguf", "--tasks", "piqa"], "mod-export lm-eval TARGET -- --tasks"),
+    ],
+)
+def test_an_option_of_another_program_goes_behind_the_dashes(run_cli, args, example):
+    error = one_error_line(run_cli(*args))
+    assert error.startswith("error: No such option '-") and error.strip().endswith(example)
+
+
 def test_the_version_names_the_library(run_cli):
     lines = run_cli("--version").stdout.splitlines()
     assert lines[0] == f"mod-export {__version__}"
