@@ -7,8 +7,9 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from mod_export.formats import architectures
 from mod_export.runtime.llama import MoDLlama
-from tests.support.architectures import memory
+from tests.support.architectures import memory, models, routers
 from tests.support.c_api import F32, Raw, aborting
 from tests.support.oracle import close, needs_patched
 
@@ -51,6 +52,29 @@ def test_sequences_in_one_batch(hybrid):
             for row, s in enumerate(chosen):
                 close(logits[row], out[s].logits[ends[s]], tiny.noise)
                 ends[s] += 1
+
+
+@pytest.mark.parametrize("name", models.HYBRIDS)
+def test_each_architecture_writes_the_states_of_its_sequences(name, tmp_path):
+    """llama.cpp's graph of PLaMo 2 mixed the tokens of sequences, and wrote states elsewhere."""
+    (model,) = models.write(tmp_path, [name])
+    kinds = architectures.kinds(model.architecture)
+    path = routers.route(model, tmp_path / "mod.gguf", routers.units_of(model, kinds))
+    expected = []
+    for tokens in TEXTS:
+        with Raw(path) as r:
+            expected.append(np.concatenate([r.decode(tokens[:40]), r.decode(tokens[40:])]))
+    ends = [0, 0, 0]
+    steps = [((0, 1, 2), 9), ((1, 2), 7), ((2, 0), 5), *[((0, 1, 2), 1)] * 20]
+    steps += [((1, 2), 1), ((0, 1), 1), ((1, 2), 3), ((1,), 1), ((0, 2, 1), 1), ((2, 0), 1)]
+    with Raw(path, n_seq=3) as r:
+        for chosen, n in steps:
+            rows = [(s, ends[s] + i) for i in range(n) for s in chosen]
+            logits = r.decode([TEXTS[row] for row in rows], [s for s, _ in rows])
+            for found, (s, i) in zip(logits, rows, strict=True):
+                close(found, expected[s][i], 1e-3 * expected[s].std())
+            for s in chosen:
+                ends[s] += n
 
 
 def test_sequences_without_a_state_are_refused(hybrid):

@@ -24,10 +24,6 @@ LAYERS = {
     12: SLIDES,
     14: "it reads the K/V of layer 11",
 }
-HYBRIDS = (
-    *("qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "granitehybrid", "jamba", "plamo2"),
-    *("falcon-h1", "nemotron_h", "nemotron_h_moe", "kimi-linear", "bailingmoe3", "minimax-01"),
-)
 
 
 def load(path) -> str:
@@ -71,11 +67,11 @@ def can_have(model, layer: int, kind: str) -> bool:
 
 @pytest.fixture(scope="module")
 def hybrids(tmp_path_factory):
-    files = models.write(tmp_path_factory.mktemp("hybrids"), list(HYBRIDS))
+    files = models.write(tmp_path_factory.mktemp("hybrids"), list(models.HYBRIDS))
     return {model.name: model for model in files}
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", models.HYBRIDS)
 def test_units_of_hybrids_stand_where_they_can_at_load_and_at_export(hybrids, name, tmp_path):
     """On the first layers with a state, with full attention, and with an FFN alone."""
     model = hybrids[name]

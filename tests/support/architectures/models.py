@@ -33,6 +33,11 @@ REPLACED = {
 }
 FLAGS = ["-std=c++17", "-O1", "-ffunction-sections", "-Wl,--gc-sections"]
 SEED, STDEV, N_LAYER = 1, 0.1, 8
+# names of files with recurrent layers that can have routers
+HYBRIDS = (
+    *("qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "granitehybrid", "jamba", "plamo2"),
+    *("falcon-h1", "nemotron_h", "nemotron_h_moe", "kimi-linear", "bailingmoe3", "minimax-01"),
+)
 
 
 @dataclass(frozen=True)
