@@ -166,10 +166,11 @@ def _possible(report: dict) -> str:
 
 def _render_mod(mod: dict) -> list[str]:
     means = ", ".join(f"{kind} {value:.3f}" for kind, value in mod["activation"].items())
+    window = f", kv window {mod['kv_window']}" if KV in mod["activation"] else ""
     return [
         f"Mixture-of-Depths schema {mod['version']}: {len(mod['units'])} routed units, "
         f"{mod['gating_func']} scores, {'scaled' if mod['scale_output'] else 'hard'} gate, "
-        f"first {mod['sink_tokens']} tokens always active, kv window {mod['kv_window']}",
+        f"first {mod['sink_tokens']} tokens always active{window}",
         "",
         _render_units(mod["units"]),
         "",
@@ -180,6 +181,13 @@ def _render_mod(mod: dict) -> list[str]:
 
 
 def _render_kv(kv: dict) -> list[str]:
+    about = (
+        f"K/V ({kv['type']}), {kv['bytes_per_token_dense']} bytes per token when dense"
+        f"{_render_windows(kv['windows'])}"
+    )
+    states = _render_states(kv["state_bytes"], kv["state_layers"])
+    if all(row["share"] == 1 for row in kv["expected"]):
+        return ["", f"{about}, and as many here", *states]
     sizes = [
         [
             row["tokens"],
@@ -191,12 +199,11 @@ def _render_kv(kv: dict) -> list[str]:
     ]
     return [
         "",
-        f"expected K/V ({kv['type']}), {kv['bytes_per_token_dense']} bytes per token when dense"
-        f"{_render_windows(kv['windows'])}:",
+        f"expected {about}:",
         format_table(["tokens", "dense", "this model", "share"], sizes),
         "",
         kv["formula"],
-        *_render_states(kv["state_bytes"], kv["state_layers"]),
+        *states,
         *([kv["note"]] if kv["note"] else []),
     ]
 

@@ -81,6 +81,12 @@ def test_units_of_heads(tmp_path, base):
     assert "Mixture-of-Depths schema 2: 5 routed units" in render(report)
 
 
+def test_ffn_units_leave_the_kv_as_it_is(tmp_path):
+    text = render(inspect(Tiny(n_layer=4).route([2, 3], "ffn").write(tmp_path / "mod.gguf")))
+    assert "kv window" not in text and "cells(n)" not in text
+    assert "bytes per token when dense, and as many here" in text
+
+
 def test_a_table_of_many_heads_is_short():
     """One line for each layer: the heads' range, or the one value that they share."""
     units = [
