@@ -27,7 +27,7 @@ from mod_export.errors import UserError
 from mod_export.formats import architectures as runtime_architectures
 from mod_export.formats import hf_directory, hub
 from mod_export.formats.gguf import GGUFFile
-from mod_export.formats.sliding_windows import whole_number
+from mod_export.formats.sliding_windows import has_experts
 from mod_export.units import KV, format_layers, parse_kinds, parse_layers, shares_by_kind
 
 logger = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ def compare_logits(file: GGUFFile, base, tokenizer) -> tuple[float, float]:
             log_p = log_probabilities(logits.new_tensor(llm.logits))
             kl += kl_divergence(log_p, log_q).tolist()
             rounding += kl_divergence(log_probabilities(rounded), log_q).tolist()
-    experts = whole_number(file, "expert_count", 0) > 0
+    experts = has_experts(file)
     return mean_without_jumps(kl, experts), mean_without_jumps(rounding, experts)
 
 

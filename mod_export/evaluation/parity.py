@@ -24,7 +24,7 @@ from mod_export.formats import adapter_files
 from mod_export.formats.ggml_types import file_type, precision
 from mod_export.formats.gguf import GGUFFile
 from mod_export.formats.kv_types import KVTypes
-from mod_export.formats.sliding_windows import whole_number
+from mod_export.formats.sliding_windows import has_experts
 from mod_export.metrics import compare_rows, mean_without_jumps
 from mod_export.model import gguf_account
 from mod_export.units import Unit, units_of
@@ -117,7 +117,7 @@ def verify(
         _tell_known_differences(file, source)
     parts = _sequences(llm, text, n_tokens, length)
     original = _open_original(dense, llm, parts[0], threads) if dense else None
-    experts = whole_number(GGUFFile.open(llm.model_path), "expert_count", 0) > 0
+    experts = has_experts(GGUFFile.open(llm.model_path))
     sums = Sums(units_of(llm.units), llm.thresholds, experts)
     for part in Progress().count("comparing", parts):
         sums.add(*_reference_run(model, part), *_runtime_run(llm, part))

@@ -96,6 +96,11 @@ def draft_layers(file: GGUFFile) -> int:
     return n_draft
 
 
+def has_experts(file: GGUFFile) -> bool:
+    """Whether the model is a mixture of experts."""
+    return whole_number(file, "expert_count", 0) > 0
+
+
 def layer_arrays(file: GGUFFile, n_layer: int) -> list[str]:
     """The keys of a file's architecture that have one value for each of so many layers."""
     return [

@@ -19,6 +19,7 @@ from mod_export.common.files import give_back
 from mod_export.common.system import usable_cpus
 from mod_export.common.text import last_words
 from mod_export.errors import UserError
+from mod_export.formats import drafts
 from mod_export.formats.ggml_types import EXPORT_FORMATS, F32_TYPE, block_size, enum_name
 from mod_export.formats.gguf import GGUFFile
 from mod_export.llamacpp import source as llama_source
@@ -81,7 +82,7 @@ ModelBase.__init__ = init_with_former_fields
 
 # The fields count layers that predict tokens further on, where the weights may have none.
 index_all = ModelBase.index_tensors
-DRAFT = re.compile(r"(?:model\\.|language_model\\.)*(?:mtp[._]|layers\\.(\\d+)\\.)")
+DRAFT = re.compile(DRAFT_NAME)
 LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
 
 def index_present_layers(self, *args, **kwargs):
@@ -97,7 +98,7 @@ def index_present_layers(self, *args, **kwargs):
     return tensors
 
 ModelBase.index_tensors = index_present_layers
-"""
+""".replace("DRAFT_NAME", repr(drafts.NAME.pattern))
 # The routers are no part of the base model: export.py adds them afterwards.
 CONVERTER_SCRIPT = """
 import re, runpy, sys

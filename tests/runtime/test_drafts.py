@@ -17,13 +17,17 @@ from mod_export.model import loading
 from mod_export.model.lora import merge_lora
 from mod_export.model.mod_model import MoDModel
 from tests.support import tiny_torch as tiny
-from tests.support.draft_heads import add_head, tensors_of_head, with_head
-from tests.support.gguf_models import random_model, write_models
+from tests.support.draft_heads import (
+    LAYER,
+    NAMES,
+    add_head,
+    tensors_of_head,
+    write_models_with_heads,
+)
+from tests.support.gguf_models import random_model
 from tests.support.model_types import MODEL_TYPES
 from tests.support.tiny_adapter import save_for
 
-NAMES = ("qwen3_5", "glm4_moe")  # the first one is a hybrid
-LAYER = 3  # with full attention in both
 UNITS = {"kv": [1, 3]}
 OF_GLM = ["[gMASK]", "<|user|>", "<|observation|>"]  # tokens that llama.cpp's converter looks up
 TEXT = "Some words, and then more of them: 1, 2, 3. " * 8
@@ -32,11 +36,7 @@ TEXT = "Some words, and then more of them: 1, 2, 3. " * 8
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """name -> a GGUF file with a layer for drafts"""
-    folder = tmp_path_factory.mktemp("files")
-    plain = write_models(folder, {name: MODEL_TYPES[name] for name in NAMES})
-    return {
-        name: with_head(path, folder / f"{name}-head.gguf", LAYER) for name, path in plain.items()
-    }
+    return write_models_with_heads(tmp_path_factory.mktemp("files"))
 
 
 def with_drafts(folder, name) -> dict[str, np.ndarray]:

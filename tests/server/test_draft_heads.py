@@ -3,39 +3,22 @@
 import pytest
 
 from mod_export.export import export
-from mod_export.synthetic.onto_base import onto
-from mod_export.synthetic.routers import SynthesisOptions
-from tests.support.draft_heads import with_head
-from tests.support.drafting import DRAFTS, STORY, check_drafts
-from tests.support.gguf_models import write_models
+from tests.support.draft_heads import LAYER, NAMES, write_models_with_heads
+from tests.support.drafting import DRAFTS, STORY, check_drafts, with_routers
 from tests.support.llama_server import LlamaServer
-from tests.support.model_types import MODEL_TYPES
 from tests.support.tiny_adapter import save_for
-
-NAMES = ("qwen3_5", "glm4_moe")  # the first one is a hybrid
-LAYER = 3  # with full attention in both
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """name -> a file with a head"""
-    folder = tmp_path_factory.mktemp("heads")
-    files = write_models(folder, {name: MODEL_TYPES[name] for name in NAMES})
-    return {
-        name: with_head(path, folder / f"{name}-head.gguf", LAYER) for name, path in files.items()
-    }
+    return write_models_with_heads(tmp_path_factory.mktemp("heads"))
 
 
 @pytest.fixture(scope="module")
 def routed(dense, tmp_path_factory):
     """(name, kinds) -> the same with routers"""
-
-    def make(name, kinds):
-        path = tmp_path_factory.mktemp("routed") / "mod.gguf"
-        onto(dense[name], path, SynthesisOptions(kinds, "0.5", kv_window=16), rounds=2)
-        return path
-
-    return make
+    return lambda name, kinds: with_routers(dense[name], tmp_path_factory.mktemp("routed"), kinds)
 
 
 @pytest.mark.parametrize("name", NAMES)

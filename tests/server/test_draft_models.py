@@ -2,10 +2,8 @@
 
 import pytest
 
-from mod_export.synthetic.onto_base import onto
-from mod_export.synthetic.routers import SynthesisOptions
 from tests.support.draft_models import with_layers
-from tests.support.drafting import DRAFTS, answers, check_drafts, counts, tokens_of
+from tests.support.drafting import DRAFTS, answers, check_drafts, counts, tokens_of, with_routers
 from tests.support.gguf_models import write_models
 from tests.support.llama_server import LlamaServer
 from tests.support.model_types import MODEL_TYPES
@@ -28,13 +26,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def routed(dense, tmp_path_factory):
     """(name, kinds) -> a file with routers"""
-
-    def make(name, kinds):
-        path = tmp_path_factory.mktemp("routed") / "mod.gguf"
-        onto(dense[name], path, SynthesisOptions(kinds, "0.5", kv_window=16), rounds=2)
-        return path
-
-    return make
+    return lambda name, kinds: with_routers(dense[name], tmp_path_factory.mktemp("routed"), kinds)
 
 
 @pytest.mark.parametrize(

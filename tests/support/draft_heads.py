@@ -17,10 +17,22 @@ from safetensors.numpy import load_file, save_file
 
 from mod_export.formats.gguf import GGUFFile, rewrite
 from mod_export.formats.sliding_windows import draft_layers, main_layers
+from tests.support.gguf_models import write_models
+from tests.support.model_types import MODEL_TYPES
 
+NAMES = ("qwen3_5", "glm4_moe")  # of models that have such heads; the first one is a hybrid
+LAYER = 3  # with full attention in both
 TOKEN_SHARE = 0.1  # of what the head reads
 LAYER_SHARE = 0.1  # of what the layer adds
 ADDS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
+
+
+def write_models_with_heads(folder: Path) -> dict[str, Path]:
+    """Write random models with heads; name -> file."""
+    files = write_models(folder, {name: MODEL_TYPES[name] for name in NAMES})
+    return {
+        name: with_head(path, folder / f"{name}-head.gguf", LAYER) for name, path in files.items()
+    }
 
 
 def with_head(path: Path, target: Path, layer: int) -> Path:

@@ -5,6 +5,8 @@ drafted, accepted = check_drafts(file, "draft-simple", "-md", draft)
 
 from __future__ import annotations
 
+from mod_export.synthetic.onto_base import onto
+from mod_export.synthetic.routers import SynthesisOptions
 from tests.support.completions import TEXT, ask, tokens
 from tests.support.llama_server import started
 
@@ -14,6 +16,13 @@ STORY = TEXT[:500]
 # another expert, unit or token.
 PLAIN = ("-np", "1", "-fa", "off", "--cache-type-k", "f32", "--cache-type-v", "f32")
 DRAFTS = (*PLAIN, "--spec-draft-n-max", "5", "--spec-type")
+
+
+def with_routers(file, folder, kinds: str):
+    """Write a file with random routers of these kinds, of windows that a story is longer than."""
+    path = folder / "mod.gguf"
+    onto(file, path, SynthesisOptions(kinds, "0.5", kv_window=16), rounds=2)
+    return path
 
 
 def answers(file, *more, **request) -> list[dict]:
